@@ -1,0 +1,1 @@
+"""Control plane: runs on the driver and moves no tensor."""

@@ -1,0 +1,125 @@
+"""The command line: python -m pipeline plan | run | schema."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.plan import Plan, make_plan, plan_table
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.store import Store
+from tasks.artifacts import write_json
+from tasks.errors import InputError
+
+app = typer.Typer(
+    name="sensmerge",
+    help="Merge fine-tuned experts of one base model into one model, without training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see `schema` for its keys")]
+StoreOption = Annotated[Path, typer.Option("--store", metavar="DIR", help="folder of all artifacts")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override one value of the recipe; repeatable")
+]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option("--tracking-uri", metavar="URI", help="MLflow server or database; default: mlflow.db in the store"),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else Ray on this machine"),
+]
+ReportOption = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="write the result as JSON")]
+
+DEFAULT_STORE = Path("store")
+
+
+@app.command()
+def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetOption = None) -> None:
+    """Print every step, RUN or SKIP and why, and the bytes to read and write. Finds bad input; does no work."""
+    planned = _plan(load_recipe(recipe, overrides or ()), recipe, store)
+    Console().print(plan_table(planned))
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+    tracking_uri: TrackingOption = None,
+    address: AddressOption = None,
+    report: ReportOption = None,
+) -> None:
+    """Run all stages of a recipe, as far as the store lacks their results, and print the scores."""
+    # MLflow, Ray and matplotlib take seconds to import; `schema`, `--help` and bad recipes need none of them.
+    from pipeline import tracking
+    from pipeline.card import write_cards
+    from pipeline.report import score_table
+    from pipeline.results import collect, data_sets
+    from pipeline.run import execute
+
+    console = Console()
+    loaded = load_recipe(recipe, overrides or ())
+    if report is not None and not report.absolute().parent.is_dir():
+        raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
+    locked = Store(store.absolute())
+    with locked.lock():
+        uri = tracking_uri or tracking.default_uri(locked.root)
+        tracking.check_server(uri)
+        planned = _plan(loaded, recipe, store)
+        table = plan_table(planned)
+        console.print(table if planned.todo else f"{loaded.name}: every step is in the store already")
+        execute(planned, address, console)
+        result = collect(planned)
+        recipe_text = recipe_yaml(loaded)
+        write_cards(planned, result, recipe_text)
+        if report is not None:
+            write_json(report, result.model_dump())
+        where = tracking.record(result, recipe_text, _text(table), data_sets(planned), uri, locked.root)
+    if result.tasks:
+        console.print(score_table(result))
+    for name in loaded.merges:
+        console.print(f"{name}: {result.models[name]}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow: {where}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
+
+
+def _plan(recipe: Recipe, path: Path, store: Path) -> Plan:
+    return make_plan(recipe, path.absolute().parent, Store(store.absolute()))
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """Return a recipe, overrides applied, as YAML that says no more than was set."""
+    import yaml
+
+    return yaml.safe_dump(recipe.model_dump(by_alias=True, exclude_unset=True), sort_keys=False, allow_unicode=True)
+
+
+def _text(table: object) -> str:
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def main() -> None:
+    """Run the command line; bad input is one line on standard error and exit status 2."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app()
+    except InputError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2)

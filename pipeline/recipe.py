@@ -1,0 +1,250 @@
+"""The recipe: what configs/*.yaml may say."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
+from tasks.datasets import LmEvalTask, Strict, Task
+from tasks.errors import InputError
+from tasks.methods import METHODS
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge", "evaluate"]
+STAGES: tuple[Stage, ...] = ("download", "task_vectors", "sensitivity", "cross_task", "merge", "evaluate")
+PerExpertDensity = float | dict[str, float]
+
+
+class ExpertModel(Strict):
+    """One expert."""
+
+    model: str = Field(description="local folder, hub:ORG/NAME@REVISION, or a PEFT LoRA adapter in either")
+
+
+class StaticApplication(Strict):
+    """One set of weights for all inputs."""
+
+    kind: Literal["static"] = "static"
+
+
+class Variant(Strict):
+    """One merge: a method, its coefficients, and how they are applied. Parameters and defaults are mergekit 0.1.5's."""
+
+    method: Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"] = Field(description="merge method")
+    weight: float = Field(
+        1.0, ge=-10, le=10, description="λ: weight of every expert; explicit and sens coefficients multiply it"
+    )
+    coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
+    application: StaticApplication = Field(StaticApplication(), description="one set of weights, for all inputs")
+    density: PerExpertDensity = Field(
+        1.0, description="share of each task vector's elements to keep (ties, dare_*); one number or one per expert"
+    )
+    normalize: bool | None = Field(
+        None, description="divide by the sum of weights; default: true for linear and ties, false for the others"
+    )
+    rescale: bool | None = Field(
+        None, description="restore the L1 norm of sparse task vectors (ties, dare_*); default: true for dare_*"
+    )
+    lambda_: float = Field(1.0, alias="lambda", description="factor of the whole mixed task vector (not for linear)")
+    seed: int = Field(0, description="seed of the random masks (dare_*)")
+    out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; that of the base if left out")
+    shard_size: int = Field(5_000_000_000, ge=1, description="largest file of the merged model, in bytes")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Variant":
+        given = self.model_fields_set
+        sparse = self.method in METHODS and METHODS[self.method].sparsify is not None
+        for key in ("density", "rescale"):
+            if key in given and not sparse:
+                raise ValueError(f"{key} has no meaning for method {self.method}; leave it out")
+        if "seed" in given and not self.method.startswith("dare"):
+            raise ValueError(
+                f"seed has no meaning for method {self.method}, which draws no random numbers; leave it out"
+            )
+        if "lambda_" in given and self.method == "linear":
+            raise ValueError("lambda has no meaning for method linear; leave it out")
+        densities = self.density.values() if isinstance(self.density, dict) else [self.density]
+        for density in densities:
+            if not 0 <= density <= 1:
+                raise ValueError(f"density is {density}; expected a number between 0 and 1")
+        return self
+
+    def densities(self, experts: Sequence[str]) -> dict[str, float]:
+        """Return the density of each expert."""
+        if isinstance(self.density, dict):
+            return {name: self.density[name] for name in experts}
+        return dict.fromkeys(experts, self.density)
+
+    def params(self) -> dict[str, str]:
+        """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
+        flat: dict[str, str] = {}
+        unset = {"application", "shard_size"}
+        for key, value in self.model_dump(by_alias=True, exclude=unset, exclude_none=True).items():
+            if isinstance(value, dict):
+                flat |= {
+                    f"{key}.{inner}": json.dumps(v) if isinstance(v, dict) else str(v) for inner, v in value.items()
+                }
+            else:
+                flat[key] = str(value)
+        return flat
+
+
+class Resources(Strict):
+    """What one step of a stage needs, and how many of them may be under way at once."""
+
+    num_cpus: float = Field(1, gt=0, description="CPU cores of one step; its thread count")
+    num_gpus: float = Field(0, ge=0, description="GPUs of one step; with any, networks run on cuda")
+    max_in_flight: int = Field(64, ge=1, description="steps submitted at the same time")
+
+
+class Recipe(Strict):
+    """A base, its experts, the tasks that judge them, and the merges to make."""
+
+    name: Name = Field(description="name of the recipe; also of its MLflow experiment and registered model")
+    base: str = Field(
+        description="the model that all experts were fine-tuned from: local folder or hub:ORG/NAME@REVISION"
+    )
+    experts: dict[Name, ExpertModel] = Field(description="the experts by name")
+    tasks: dict[Name, Task] = Field({}, description="what each expert is good at, under the expert's name")
+    merges: dict[Name, Variant] = Field(min_length=1, description="the variants by name")
+    dtype: Dtype = Field("float32", description="dtype in which networks run (sensitivity, cross_task, evaluate)")
+    resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
+
+    @field_validator("experts")
+    @classmethod
+    def _enough_experts(cls, experts: dict[str, ExpertModel]) -> dict[str, ExpertModel]:
+        if len(experts) < 2:
+            raise ValueError(f"found {len(experts)}; expected at least two experts to merge")
+        return experts
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        names = ["base", *self.experts, *self.merges]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the name {name!r} is used twice among base, experts and merges; give each its own")
+        models: dict[str, str] = {}
+        for name, expert in self.experts.items():
+            if expert.model in models:
+                raise ValueError(f"experts {models[expert.model]} and {name} are the same model {expert.model}")
+            models[expert.model] = name
+        for name in self.tasks:
+            if name not in self.experts:
+                raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
+        for name, variant in self.merges.items():
+            self._check_variant(f"merges.{name}", variant)
+        return self
+
+    def _check_variant(self, key: str, variant: Variant) -> None:
+        for setting, per_expert in (
+            ("density", variant.density),
+            ("coefficients.weights", getattr(variant.coefficients, "weights", None)),
+        ):
+            if isinstance(per_expert, dict) and set(per_expert) != set(self.experts):
+                raise ValueError(
+                    f"{key}.{setting}: found {', '.join(sorted(per_expert))}; expected every expert once: "
+                    f"{', '.join(sorted(self.experts))}"
+                )
+        if isinstance(variant.coefficients, SensCoefficients):
+            for name in self.experts:
+                task = self.tasks.get(name)
+                if task is None or isinstance(task, LmEvalTask) or task.calibration is None:
+                    raise ValueError(f"{key}: sens coefficients need tasks.{name}.calibration; add it")
+        if variant.method == "linear" and variant.normalize is not False and self._weights_sum_to_zero(variant):
+            raise ValueError(
+                f"{key}: the weights sum to 0, which linear divides by; set normalize: false or other weights"
+            )
+
+    def _weights_sum_to_zero(self, variant: Variant) -> bool:
+        if isinstance(variant.coefficients, ExplicitCoefficients):
+            numbers = [v for v in variant.coefficients.weights.values() if not isinstance(v, dict)]
+            return len(numbers) == len(self.experts) and abs(sum(numbers) * variant.weight) < 1e-8
+        return variant.weight == 0
+
+    def resources_of(self, stage: Stage) -> Resources:
+        """Return the resources of a stage's steps."""
+        return self.resources.get(stage) or Resources.model_validate({})
+
+    def sens_variants(self) -> list[str]:
+        """Return the names of the variants with sens coefficients."""
+        return [name for name, variant in self.merges.items() if isinstance(variant.coefficients, SensCoefficients)]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `a.b=value` overrides (values are YAML).
+
+    Raises:
+        InputError: no such file, no YAML, or what the schema refuses, naming the key.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a recipe") from error
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: found {type(data).__name__}; expected a mapping with name, base, experts, merges")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first_error(error)}") from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML takes the last of two equal keys without a word; here the same expert twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice in one mapping{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise InputError(f"--set {override}: expected a.b=value")
+    target: Any = data
+    for key in keys[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise InputError(f"--set {override}: {key} holds a single value, not a mapping")
+    target[keys[-1]] = yaml.safe_load(value)
+
+
+def _first_error(error: ValidationError) -> str:
+    """Return the first of pydantic's findings as one line: key, what was found, what was expected."""
+    first = error.errors()[0]
+    # Discriminated unions put the chosen kind into the path; the recipe's own keys have no such part.
+    kinds = {"completion", "classification", "multiple_choice", "lm_eval", "uniform", "explicit", "sens", "[key]"}
+    parts = [str(part) for part in first["loc"]]
+    shown = [
+        part for position, part in enumerate(parts) if not (part in kinds and position > 0 and _is_tag(parts, position))
+    ]
+    key = ".".join(shown)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}; see `python -m pipeline schema` for the keys that exist"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    found = first["input"]
+    shown_found = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+    return f"{key + ': ' if key else ''}{message}{shown_found}"
+
+
+def _is_tag(parts: list[str], position: int) -> bool:
+    """Return whether a part of an error's path is the kind of a task or of coefficients and no key."""
+    return (
+        parts[position - 1] == "coefficients" or (position == 2 and parts[0] == "tasks") or parts[position] == "[key]"
+    )

@@ -1,0 +1,99 @@
+"""Reads the artifacts of a finished plan into a report."""
+
+from typing import Any, Literal
+
+from pipeline.plan import Plan, Step, model_digest
+from pipeline.recipe import Stage
+from pipeline.report import Report, Score, StageRecord, VariantInfo
+from pipeline.tracking import TaskData
+from tasks import metrics
+from tasks.artifacts import read_json
+from tasks.coefficients import alpha
+from tasks.datasets import Task, rows_digest
+
+
+def collect(plan: Plan) -> Report:
+    """Return the report of a plan whose steps are all in the store."""
+    recipe = plan.recipe
+    variants = {name: _variant(plan, name) for name in recipe.merges}
+    sens = recipe.sens_variants()
+    experts = list(recipe.experts) if sens else []
+    models = plan.models()
+    scores, records = _evaluations(plan)
+    evaluated = {name: one.task for name, one in plan.data.items() if name in scores.get("base", {})}
+    return Report(
+        recipe=recipe.name,
+        stages=[_stage(plan, step) for step in plan.steps],
+        models={name: str(folder) for name, folder in models.items()},
+        roles={name: _role(plan, name) for name in models},
+        digests={name: model_digest(listing) for name, listing in plan.listings.items()},
+        tasks={name: task.metric for name, task in evaluated.items()},
+        scores=scores,
+        mean_normalised=_normalised(records, evaluated),
+        variants=variants,
+        alpha={name: alpha(_read(plan, "sensitivity", name, "sensitivity.json")["sensitivity"]) for name in experts},
+        distances=_read(plan, "cross_task", "all", "distances.json") if sens else {},
+        tau=variants[sens[0]].tau if sens else {},
+        sigma=variants[sens[0]].sigma if sens else {},
+    )
+
+
+def _read(plan: Plan, stage: Stage, name: str, file: str) -> Any:
+    return read_json(plan.artifact(stage, name) / file)
+
+
+def _role(plan: Plan, name: str) -> Literal["base", "expert", "variant"]:
+    if name == "base":
+        return "base"
+    return "expert" if name in plan.recipe.experts else "variant"
+
+
+def _stage(plan: Plan, step: Step) -> StageRecord:
+    manifest = plan.store.manifest(step.key)
+    assert manifest is not None
+    return StageRecord(
+        stage=step.stage,
+        name=step.name,
+        status="run" if step.key.fingerprint in plan.todo else "cached",
+        artifact=str(plan.store.folder(step.key)),
+        **{key: manifest[key] for key in ("seconds", "bytes", "peak_memory", "fingerprint")},
+    )
+
+
+def _variant(plan: Plan, name: str) -> VariantInfo:
+    variant = plan.recipe.merges[name]
+    manifest = plan.store.manifest(plan.step("merge", name).key)
+    assert manifest is not None
+    table = _read(plan, "merge", name, "coefficients.json")
+    return VariantInfo(method=variant.method, params=variant.params(), digest=manifest["result"]["digest"], **table)
+
+
+def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], dict[str, dict[str, Any]]]:
+    """Return scores[model][task][metric] and the per-sample records behind them, records[model][task]."""
+    scores: dict[str, dict[str, dict[str, Score]]] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for step in plan.steps:
+        if step.stage == "evaluate":
+            model, task = step.name.split("/", 1)
+            found = _read(plan, "evaluate", step.name, "scores.json")
+            scores.setdefault(model, {})[task] = {metric: Score(**score) for metric, score in found.items()}
+            records.setdefault(model, {})[task] = _read(plan, "evaluate", step.name, "records.json")
+    return scores, records
+
+
+def _normalised(records: dict[str, dict[str, Any]], tasks: dict[str, Task]) -> dict[str, Score]:
+    """Return, for every model, the mean over tasks of main metric ÷ that of the task's own expert, where it exists."""
+    own = {task: records[task][task] for task in tasks}
+    means = {model: metrics.mean_normalised(found, own, tasks) for model, found in records.items()}
+    return {model: Score(**vars(mean)) for model, mean in means.items() if mean is not None}
+
+
+def data_sets(plan: Plan) -> list[TaskData]:
+    """Return which rows the recipe's tasks used, for tracking."""
+    contexts: tuple[Literal["calibration", "evaluation"], ...] = ("calibration", "evaluation")
+    return [
+        TaskData(name, context, getattr(one.task, context), rows_digest(rows), len(rows))
+        for name, one in plan.data.items()
+        for context in contexts
+        if (rows := getattr(one, context))
+    ]

@@ -1,0 +1,256 @@
+"""Executes a plan on Ray: bounded fan-out, resources per stage, retries of system failures, progress."""
+
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pipeline.plan import Plan, Step, human_bytes
+from pipeline.recipe import Stage
+from pipeline.store import Key, Store, folder_bytes
+from tasks.errors import InputError
+
+SYSTEM_RETRIES = 2
+"""How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
+
+
+class StepError(RuntimeError):
+    """A step failed for a reason that is not the user's input; the text names the step and where it ran."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    result: dict[str, Any]
+    seconds: float
+    peak_memory: int
+
+
+def _measured(work: Callable[[], Any], threads: int) -> _Done:
+    """Run work in this worker process and measure it; memory is the process's largest resident size meanwhile."""
+    import torch
+
+    torch.set_num_threads(threads)
+    _reset_peak_memory()
+    start = time.monotonic()
+    result = work()
+    return _Done(result or {}, time.monotonic() - start, _peak_memory())
+
+
+def _reset_peak_memory() -> None:
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    """Return the largest resident size of this process in bytes, since the last reset where the system has one."""
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _run_part(part: Callable[..., None], partial: Path, threads: int) -> _Done:
+    partial.mkdir(parents=True, exist_ok=True)
+    return _measured(lambda: part(out=partial), threads)
+
+
+def _run_finish(
+    finish: Callable[..., dict[str, Any]],
+    store: Store,
+    key: Key,
+    has_parts: bool,
+    before: tuple[float, int],
+    threads: int,
+) -> _Done:
+    """Run a step's last piece and publish its artifact, in one go on the worker."""
+    partial = store.partial(key)
+    if not has_parts and partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    done = _measured(lambda: finish(out=partial), threads)
+    seconds, peak = before[0] + done.seconds, max(before[1], done.peak_memory)
+    manifest = {"seconds": seconds, "peak_memory": peak, "bytes": folder_bytes(partial), "result": done.result}
+    store.publish(key, manifest)
+    return _Done(done.result, seconds, peak)
+
+
+@dataclass
+class _Running:
+    """A step under way: its pieces not submitted yet, and what the finished ones took."""
+
+    step: Step
+    waiting: deque[Callable[..., None]]
+    pending: int
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+@dataclass
+class _Schedule:
+    """Which steps are ready, and how much of each stage is in flight."""
+
+    steps: list[Step]
+    done: set[str]
+    limits: Mapping[Stage, int]
+    in_flight: dict[str, int] = field(default_factory=dict)
+    running: dict[str, _Running] = field(default_factory=dict)
+
+    def take(self) -> Iterator[tuple[_Running, Callable[..., None] | None]]:
+        """Yield pieces that may be submitted now; None stands for a step's finish."""
+        for step in self.steps:
+            fingerprint = step.key.fingerprint
+            if fingerprint in self.done or not set(step.needs) <= self.done:
+                continue
+            state = self.running.setdefault(fingerprint, _Running(step, deque(step.parts), len(step.parts) + 1))
+            while self._has_room(step.stage) and state.waiting:
+                self._count(step.stage, 1)
+                yield state, state.waiting.popleft()
+            if self._has_room(step.stage) and state.pending == 1:
+                self._count(step.stage, 1)
+                state.pending = 0
+                yield state, None
+
+    def finished(self) -> bool:
+        """Return whether all steps are done."""
+        return all(step.key.fingerprint in self.done for step in self.steps)
+
+    def piece_done(self, state: _Running, last: bool, done: _Done) -> None:
+        """Record that a piece has ended."""
+        self._count(state.step.stage, -1)
+        if last:
+            self.done.add(state.step.key.fingerprint)
+            return
+        state.pending -= 1
+        state.seconds += done.seconds
+        state.peak_memory = max(state.peak_memory, done.peak_memory)
+
+    def _has_room(self, stage: Stage) -> bool:
+        return self.in_flight.get(stage, 0) < self.limits[stage]
+
+    def _count(self, stage: str, change: int) -> None:
+        self.in_flight[stage] = self.in_flight.get(stage, 0) + change
+
+
+def execute(plan: Plan, address: str | None, console: Console) -> None:
+    """Run the steps that the store lacks.
+
+    Args:
+        plan: the plan.
+        address: Ray cluster to use; None takes RAY_ADDRESS (as a Ray job has it) or starts Ray on this machine.
+        console: where progress goes.
+
+    Raises:
+        InputError: bad input that a step found.
+        StepError: a step failed otherwise, or its worker died `SYSTEM_RETRIES` + 1 times.
+    """
+    steps = [step for step in plan.steps if step.key.fingerprint in plan.todo]
+    if not steps:
+        return
+    with _cluster(address), _progress(console, len(steps)) as advance:
+        _check_resources(plan, steps)
+        limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
+        done = {step.key.fingerprint for step in plan.steps} - set(plan.todo)
+        schedule = _Schedule(steps, done, limits)
+        flying: dict[ray.ObjectRef, tuple[_Running, bool]] = {}
+        while not schedule.finished():
+            for state, part in schedule.take():
+                flying[_submit(plan, state, part)] = (state, part is None)
+            (ready, *_), _ = ray.wait(list(flying), num_returns=1)
+            state, last = flying.pop(ready)
+            result = _result(ready, state.step, list(flying))
+            schedule.piece_done(state, last, result)
+            if last:
+                advance(f"{state.step.title}: {result.seconds:.1f} s, {human_bytes(result.peak_memory)} peak memory")
+
+
+def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "ray.ObjectRef[_Done]":
+    step = state.step
+    resources = plan.recipe.resources_of(step.stage)
+    threads = max(1, int(resources.num_cpus))
+    options = {
+        "num_cpus": resources.num_cpus,
+        "num_gpus": resources.num_gpus,
+        "max_retries": SYSTEM_RETRIES,
+        "retry_exceptions": False,
+        "name": step.title,
+    }
+    if part is not None:
+        return ray.remote(_run_part).options(**options).remote(part, plan.store.partial(step.key), threads)
+    before = (state.seconds, state.peak_memory)
+    return (
+        ray.remote(_run_finish)
+        .options(**options)
+        .remote(step.finish, plan.store, step.key, bool(step.parts), before, threads)
+    )
+
+
+def _result(ready: "ray.ObjectRef[_Done]", step: Step, others: list["ray.ObjectRef[_Done]"]) -> _Done:
+    try:
+        done: _Done = ray.get(ready)
+        return done
+    except ray.exceptions.RayTaskError as error:
+        for other in others:
+            ray.cancel(other)
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        raise StepError(f"{step.title} failed on {error.ip}: {error.cause!r}\n{error.traceback_str}") from None
+    except ray.exceptions.RayError as error:
+        raise StepError(
+            f"{step.title}: its worker died {SYSTEM_RETRIES + 1} times; if it ran out of memory, raise "
+            f"resources.{step.stage}.num_cpus (fewer at once) or lower max_in_flight. Ray says: {error}"
+        ) from None
+
+
+def _check_resources(plan: Plan, steps: list[Step]) -> None:
+    """Refuse a recipe that asks for more than any node has: Ray would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for stage in {step.stage for step in steps}:
+        wanted = plan.recipe.resources_of(stage)
+        if not any(node.get("CPU", 0) >= wanted.num_cpus and node.get("GPU", 0) >= wanted.num_gpus for node in nodes):
+            largest = max(node.get("CPU", 0) for node in nodes), max(node.get("GPU", 0) for node in nodes)
+            raise InputError(
+                f"resources.{stage}: a step asks for {wanted.num_cpus} CPUs and {wanted.num_gpus} GPUs, "
+                f"the largest node has {largest[0]:.0f} and {largest[1]:.0f}; lower them or use another --address"
+            )
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    try:
+        ray.init(address=address, logging_level="ERROR", log_to_driver=True)
+    except (ConnectionError, ValueError) as error:
+        raise InputError(
+            f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar of finished steps, and a line for each; without a terminal only the lines."""
+    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("steps", total=total)
+        finished = 0
+
+        def advance(line: str) -> None:
+            nonlocal finished
+            finished += 1
+            progress.console.print(f"[{finished}/{total}] {line}", highlight=False, markup=False)
+            progress.advance(bar)
+
+        yield advance

@@ -1,0 +1,131 @@
+"""The artifact store: one folder per step, found by the fingerprint of everything its content depends on."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tasks.artifacts import canonical, read_json, sha256_text, write_json
+from tasks.errors import InputError
+
+MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What names an artifact: stage, readable name, and the canonical inputs whose sha256 is the fingerprint."""
+
+    stage: str
+    name: str
+    inputs: Mapping[str, Any]
+    """stage, version of the stage, semantic settings, digests of what is read"""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the canonical JSON of the inputs."""
+        return sha256_text(canonical(self.inputs))
+
+
+@dataclass(frozen=True)
+class Store:
+    """Artifacts under one root folder: `stage/name-hash8/`, manifest written last, then renamed into place."""
+
+    root: Path
+
+    def folder(self, key: Key) -> Path:
+        """Return the folder of an artifact, whether it exists or not."""
+        return self.root / key.stage / f"{key.name.replace('/', '--')}-{key.fingerprint[:8]}"
+
+    def partial(self, key: Key) -> Path:
+        """Return the folder where an artifact is under construction; it lies beside the final one."""
+        folder = self.folder(key)
+        return folder.with_name(f"{folder.name}.partial")
+
+    def manifest(self, key: Key) -> dict[str, Any] | None:
+        """Return an artifact's manifest; None if it does not exist (a folder without a manifest does not)."""
+        path = self.folder(key) / MANIFEST
+        if not path.is_file():
+            return None
+        manifest: dict[str, Any] = read_json(path)
+        return manifest if manifest["fingerprint"] == key.fingerprint else None
+
+    def publish(self, key: Key, manifest: Mapping[str, Any]) -> None:
+        """Turn the partial folder into the artifact: fingerprint and manifest written last, then one rename."""
+        partial, folder = self.partial(key), self.folder(key)
+        write_json(partial / FINGERPRINT, key.inputs)
+        write_json(
+            partial / MANIFEST, {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint, **manifest}
+        )
+        if folder.exists():  # left by a run that ended between manifest and rename of another fingerprint's namesake
+            shutil.rmtree(folder)
+        partial.rename(folder)
+
+    def why(self, key: Key) -> str:
+        """Say why an artifact has to be made: what differs from the newest artifact of the same stage and name."""
+        if self.partial(key).exists():
+            return "continues an interrupted run"
+        stem = f"{key.name.replace('/', '--')}-"
+        earlier = [
+            path
+            for path in self.root.glob(f"{key.stage}/{stem}*/{FINGERPRINT}")
+            if len(path.parent.name) == len(stem) + 8 and path.with_name(MANIFEST).is_file()
+        ]
+        if not earlier:
+            return "new"
+        newest = max(earlier, key=lambda path: path.stat().st_mtime)
+        return "; ".join(_differences(read_json(newest), dict(key.inputs))[:3]) or "changed"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store for one run.
+
+        Raises:
+            InputError: another run holds it, or the folder cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--store {self.root}: cannot be made ({error.strerror}); choose another folder"
+            ) from error
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(
+                f"{self.root}: locked by another run; wait for it to end or pass another --store"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files below a folder, in bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """List where two JSON values differ, `settings.weight: 0.4 → 0.5`; digests are only said to have changed."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in {**old, **new}:
+            inner = f"{path}.{key}" if path else str(key)
+            if key not in old:
+                found.append(f"{inner} is new")
+            elif key not in new:
+                found.append(f"{inner} is gone")
+            else:
+                found += _differences(old[key], new[key], inner)
+        return found
+    if old == new:
+        return []
+    if path.startswith("reads."):
+        return [f"{path.removeprefix('reads.')} changed"]
+    return [f"{path}: {old} → {new}"]

@@ -1,0 +1,110 @@
+"""How much of each expert, in each layer: from sensitivities and cross-task distances to the weights of a merge."""
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tasks.datasets import Strict
+
+PerExpert = dict[str, float]
+Weights = dict[str, PerExpert]
+"""weights[layer][expert]"""
+
+
+class UniformCoefficients(Strict):
+    """Every expert has the variant's `weight` in every layer."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class ExplicitCoefficients(Strict):
+    """Numbers of the user's own; each is multiplied by the variant's `weight`."""
+
+    kind: Literal["explicit"]
+    weights: dict[str, float | dict[str, float]] = Field(
+        description="expert → number, or expert → {layer pattern: number}; the last pattern that matches counts"
+    )
+
+
+class SensCoefficients(Strict):
+    """Sens-Merging (arXiv 2502.12420): σ = softmax over experts of (α · τ / temperature) in each layer."""
+
+    kind: Literal["sens"]
+    temperature: float = Field(1.0, gt=0, description="T; large values approach uniform coefficients")
+    direction: Literal["distance", "similarity"] = Field(
+        "distance", description="τ from cross-task distances g as they are, or from 1 / (1 + g)"
+    )
+
+
+Coefficients = Annotated[
+    UniformCoefficients | ExplicitCoefficients | SensCoefficients,
+    Field(discriminator="kind"),
+]
+
+
+def alpha(sensitivity: PerExpert) -> PerExpert:
+    """Return α: one expert's sensitivities by layer, divided by their L2 norm (DESIGN §5). All zero stays zero."""
+    norm = math.sqrt(sum(value * value for value in sensitivity.values()))
+    return {layer: value / norm if norm else 0.0 for layer, value in sensitivity.items()}
+
+
+def tau(distances: Mapping[str, Mapping[str, float]], direction: str) -> PerExpert:
+    """Return τ: row sums of g (`distance`) or of 1 / (1 + g) (`similarity`), divided by their sum (DESIGN §5).
+
+    Experts that all agree on every sample (g = 0 everywhere) share τ evenly.
+    """
+    rows = {
+        i: sum(g if direction == "distance" else 1 / (1 + g) for j, g in row.items() if j != i)
+        for i, row in distances.items()
+    }
+    total = sum(rows.values())
+    return {i: row / total if total else 1 / len(rows) for i, row in rows.items()}
+
+
+def sigma(
+    alphas: Mapping[str, PerExpert], taus: PerExpert, temperature: float, layers: Iterable[str]
+) -> dict[str, PerExpert]:
+    """Return σ[layer][expert] = softmax over experts of α[expert][layer] · τ[expert] / T (DESIGN §5).
+
+    A layer that an expert's network does not have (another head) counts as α = 0.
+    """
+    table = {}
+    for layer in layers:
+        logits = {expert: alphas[expert].get(layer, 0.0) * taus[expert] / temperature for expert in alphas}
+        largest = max(logits.values())
+        exponents = {expert: math.exp(logit - largest) for expert, logit in logits.items()}
+        total = sum(exponents.values())
+        table[layer] = {expert: value / total for expert, value in exponents.items()}
+    return table
+
+
+def sens_weights(sigmas: Mapping[str, PerExpert], weight: float) -> Weights:
+    """Return the weights weight · K · σ, which average to `weight` over the K experts of each layer."""
+    return {layer: {expert: weight * len(row) * s for expert, s in row.items()} for layer, row in sigmas.items()}
+
+
+def plain_weights(
+    coefficients: UniformCoefficients | ExplicitCoefficients,
+    weight: float,
+    layers: Iterable[str],
+    experts: Iterable[str],
+) -> Weights:
+    """Return the weights of uniform or explicit coefficients in every layer."""
+    names = list(experts)
+    if isinstance(coefficients, UniformCoefficients):
+        return {layer: dict.fromkeys(names, weight) for layer in layers}
+    return {layer: {name: weight * _explicit(coefficients.weights[name], layer) for name in names} for layer in layers}
+
+
+def _explicit(setting: float | dict[str, float], layer: str) -> float:
+    if not isinstance(setting, dict):
+        return setting
+    return [number for pattern, number in setting.items() if matches(pattern, layer)][-1]
+
+
+def matches(pattern: str, layer: str) -> bool:
+    """Return whether a layer pattern of explicit coefficients (`*`, `?`, `[12]` as in a shell) covers a layer."""
+    return fnmatch.fnmatchcase(layer, pattern)

@@ -1,0 +1,156 @@
+"""Stage cross_task: how far the experts' logits lie apart on each other's calibration sets."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as TrunkOutput
+
+from tasks.artifacts import write_json
+from tasks.datasets import ClassificationTask, Row, RowTask, calibration_batch
+from tasks.models.expert import Expert, load_network, open_base, open_expert
+from tasks.models.networks import load_tokenizer
+
+VERSION = 1
+CHUNK_TOKENS = 256
+"""Logits exist for this many tokens of one sample at a time."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """The calibration rows of one expert's task."""
+
+    task: RowTask
+    rows: list[Row]
+
+
+def cross_task(
+    base: Path,
+    experts: Mapping[str, Path],
+    calibration: Mapping[str, CalibrationSet],
+    tokenizer: Path,
+    dtype: str,
+    device: str,
+    out: Path,
+) -> dict[str, Any]:
+    """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂ (DESIGN §5).
+
+    Every expert's trunk runs once over every calibration set (K² passes); what it hands to its head is kept on disk.
+    Then the heads run over that, side by side, `CHUNK_TOKENS` tokens at a time. Memory: one network, K heads and, per
+    head, one chunk of logits. On a classification task every trunk is followed by the head of the task's own expert.
+
+    Returns:
+        The largest and smallest distance; `distances.json` in `out` has them all.
+    """
+    opened_base = open_base(base)
+    opened = {name: open_expert(folder, opened_base, f"experts.{name}") for name, folder in experts.items()}
+    reader = load_tokenizer(tokenizer)
+    torch_dtype = getattr(torch, dtype)
+    batches: dict[str, list[dict[str, torch.Tensor]]] = {
+        name: [
+            _inputs(one, row, reader, f"row {i} of tasks.{name}.calibration", opened[name], device)
+            for i, row in enumerate(one.rows)
+        ]
+        for name, one in calibration.items()
+    }
+    heads: dict[str, PreTrainedModel] = {}
+    with tempfile.TemporaryDirectory(dir=out) as scratch, torch.inference_mode():
+        for i, expert in opened.items():
+            kind = "classification" if isinstance(calibration[i].task, ClassificationTask) else "causal_lm"
+            network = load_network(expert, kind, torch_dtype, device, head_of=expert if expert.head else None)
+            for j in opened:
+                _keep_trunk_outputs(network.base_model, batches[j], _kept(scratch, i, j))
+            setattr(network, network.base_model_prefix, _Replay())
+            heads[i] = network
+        distances: dict[str, dict[str, float]] = {i: {} for i in opened}
+        for j in opened:
+            own_head = isinstance(calibration[j].task, ClassificationTask)
+            sums = _compare(j, opened, heads, own_head, batches[j], Path(scratch), device)
+            for i in opened:
+                distances[i][j] = sums[i] / len(batches[j])
+    write_json(out / "distances.json", distances)
+    apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
+    return {"min": min(apart), "max": max(apart)}
+
+
+def _inputs(
+    one: CalibrationSet, row: Row, tokenizer: Any, where: str, expert: Expert, device: str
+) -> dict[str, torch.Tensor]:
+    batch = calibration_batch(one.task, row, tokenizer, where, expert.config.label2id)
+    return {key: value.to(device) for key, value in batch.items() if key != "labels"}
+
+
+def _kept(scratch: str | Path, i: str, j: str) -> Path:
+    return Path(scratch) / f"{i}-on-{j}.safetensors"
+
+
+def _keep_trunk_outputs(trunk: nn.Module, batches: list[dict[str, torch.Tensor]], file: Path) -> None:
+    kept = {}
+    for number, batch in enumerate(batches):
+        output = trunk(**batch)
+        kept[f"{number}.hidden"] = output.last_hidden_state.cpu().contiguous()
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None:
+            kept[f"{number}.pooled"] = pooled.cpu().contiguous()
+    save_file(kept, file)
+
+
+class _Replay(nn.Module):
+    """Stands in for a network's trunk and hands its head what the trunk gave before; the network's own code goes on."""
+
+    output: TrunkOutput
+
+    def forward(self, *_: Any, **__: Any) -> TrunkOutput:
+        return self.output
+
+
+def _compare(
+    j: str,
+    experts: Mapping[str, Expert],
+    heads: Mapping[str, PreTrainedModel],
+    own_head: bool,
+    batches: list[dict[str, torch.Tensor]],
+    scratch: Path,
+    device: str,
+) -> dict[str, float]:
+    """Return, per expert i, the sum over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂."""
+    sums = dict.fromkeys(experts, 0.0)
+    files: dict[str, Any] = {i: safe_open(_kept(scratch, i, j), framework="pt", device=device) for i in experts}
+    names = set(files[j].keys())
+    for number in range(len(batches)):
+        kept = {
+            i: {key: file.get_tensor(f"{number}.{key}") for key in ("hidden", "pooled") if f"{number}.{key}" in names}
+            for i, file in files.items()
+        }
+        length = kept[j]["hidden"].shape[1]
+        step = length if own_head else CHUNK_TOKENS
+        norms: dict[str, list[torch.Tensor]] = {i: [] for i in experts}
+        for start in range(0, length, step):
+            chunk = slice(start, start + step)
+            reference = _logits(heads[j], kept[j], chunk, batches[number])
+            for i in experts:
+                if i != j:
+                    logits = _logits(heads[j if own_head else i], kept[i], chunk, batches[number])
+                    norms[i].append((logits - reference).norm(dim=-1).double().flatten())
+        for i, parts in norms.items():
+            sums[i] += float(torch.cat(parts).mean()) if parts else 0.0
+    return sums
+
+
+def _logits(
+    head: PreTrainedModel, kept: Mapping[str, torch.Tensor], chunk: slice, batch: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Return the head's logits, float32, for a chunk of what the trunk gave."""
+    replay = getattr(head, head.base_model_prefix)
+    hidden = kept["hidden"][:, chunk]
+    replay.output = TrunkOutput(last_hidden_state=hidden, pooler_output=kept.get("pooled"))
+    inputs = {key: value[:, chunk] for key, value in batch.items()}
+    logits: torch.Tensor = head(**inputs).logits
+    return logits.float()

@@ -1,0 +1,480 @@
+"""Calibration and evaluation data: what a recipe says of a task, the rows it names, and rows as tokens.
+
+torch and `datasets` are imported where they are used, so that reading a recipe does not wait for them.
+"""
+
+import glob
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tasks.artifacts import sha256_text
+from tasks.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+
+class Strict(BaseModel):
+    """A schema in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSource(Strict):
+    """Rows of a data set. `path`, `name`, `data_files`, `split` and `revision` are those of `datasets.load_dataset`."""
+
+    path: str = Field(description="builder (json, csv, parquet, …), local folder or hub id")
+    name: str | None = Field(None, description="configuration of the data set")
+    data_files: str | list[str] | None = Field(None, description="file or files, relative to the recipe's folder")
+    split: str = Field("train", description="split to read")
+    revision: str | None = Field(None, description="branch, tag or commit of a data set on the hub")
+    samples: int | None = Field(None, ge=1, description="how many rows to use; all if left out")
+    seed: int | None = Field(0, description="seed of the random choice of rows; null takes the first ones")
+
+
+class Prompted(Strict):
+    """Settings that all kinds of task with rows of their own share."""
+
+    calibration: DataSource | None = Field(None, description="rows that sensitivity and cross-task logits are taken on")
+    evaluation: DataSource | None = Field(None, description="rows that every model is scored on")
+    max_length: int = Field(512, ge=2, description="a sample is cut to this many tokens")
+    batch_size: int = Field(8, ge=1, description="samples per forward pass in evaluation; it changes no score")
+
+
+class CompletionTask(Prompted):
+    """The model continues a prompt; scored on the tokens of the expected completion."""
+
+    kind: Literal["completion"]
+    prompt: str = Field("{prompt}", description="template of the prompt; {field} is a field of the row")
+    completion: str = Field("{completion}", description="template of the expected completion")
+    end_token: bool = Field(True, description="append the tokenizer's end token to the completion")
+    loss_on: Literal["completion", "all"] = Field("completion", description="tokens that calibration losses count")
+    generate: int = Field(0, ge=0, description="longest greedy generation for exact match, in tokens; 0: no generation")
+    answer: str | None = Field(
+        None, description="regular expression whose last match (group 1 if it has one) is compared in exact match"
+    )
+    metric: Literal["token_accuracy", "perplexity", "exact_match"] = Field("token_accuracy", description="main metric")
+
+
+class ClassificationTask(Prompted):
+    """The model has a classification head of its own for this task."""
+
+    kind: Literal["classification"]
+    prompt: str = Field("{text}", description="template of the text to classify")
+    label: str = Field("label", description="field with the class: its number, or its name in the expert's config")
+    metric: Literal["accuracy", "macro_f1", "matthews"] = Field("accuracy", description="main metric")
+
+
+class MultipleChoiceTask(Prompted):
+    """The model ranks choices by their likelihood per character after the prompt."""
+
+    kind: Literal["multiple_choice"]
+    prompt: str = Field("{prompt}", description="template of the question")
+    completion: str = Field(" {choice}", description="template of one choice, {choice} being its text")
+    choices: str = Field("choices", description="field with the list of choices")
+    answer: str = Field("answer", description="field with the index of the right choice")
+    loss_on: Literal["completion", "all"] = Field("completion", description="tokens that calibration losses count")
+    metric: Literal["accuracy"] = Field("accuracy", description="main metric")
+
+
+class LmEvalTask(Strict):
+    """Tasks of EleutherAI's lm-evaluation-harness (needs the extra `lm-eval`)."""
+
+    kind: Literal["lm_eval"]
+    names: list[str] = Field(min_length=1, description="task names as lm-eval lists them")
+    limit: int | None = Field(None, ge=1, description="samples per lm-eval task; all if left out")
+    batch_size: int = Field(8, ge=1, description="samples per forward pass; it changes no score")
+    metric: str = Field("acc", description="main metric, one that the named tasks report")
+
+
+RowTask = CompletionTask | ClassificationTask | MultipleChoiceTask
+"""A task with rows of its own."""
+
+Task = Annotated[
+    CompletionTask | ClassificationTask | MultipleChoiceTask | LmEvalTask,
+    Field(discriminator="kind"),
+]
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def load_rows(source: DataSource, key: str, folder: Path) -> list[Row]:
+    """Read the rows that a recipe names, in the order of the data set.
+
+    With `samples` and a seed, the rows taken are those with the smallest draws of `random.Random(seed).random()`, one
+    draw per row: Python guarantees that sequence on every machine and version. A larger `samples` adds rows and keeps
+    the others. With a null seed the first rows are taken.
+
+    `data_files` of a builder (json, csv, …) and a local `path` are relative to `folder`, the recipe's; `data_files` of
+    a hub data set or a local folder are relative to it, as in `datasets.load_dataset`. No code of a data set is run.
+
+    Raises InputError, which names `key`: missing or unreadable file, unknown or unreachable data set, no rows, or fewer
+    than `samples`.
+    """
+    import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
+
+    path, files = source.path, source.data_files
+    what = path
+    if path in BUILDERS:
+        if not files:
+            raise InputError(f"{key}: path '{path}' is a file format; name the files to read in data_files")
+        files = [_located(file, folder, key) for file in ([files] if isinstance(files, str) else files)]
+        what = ", ".join(files)
+    elif (folder / path).exists():
+        path = str(folder / path)
+    elif path.startswith((".", "/")):
+        raise InputError(f"{key}.path: no such folder: {folder / path}")
+
+    try:
+        with _quiet():
+            data = datasets.load_dataset(
+                path, source.name, data_files=files, split=source.split, revision=source.revision
+            )
+    except StopIteration:  # what the json builder makes of an empty file
+        raise InputError(f"{key}: {what} has no rows") from None
+    except ConnectionError as error:
+        raise InputError(f"{key}: {_line(error)}; it is not in the local cache either") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{key}: cannot read {what}: {_line(error.__cause__ or error)}") from error
+
+    total, samples = len(data), source.samples
+    if total == 0:
+        raise InputError(f"{key}: {what} has no rows")
+    if samples is None:
+        chosen: Sequence[int] = range(total)
+    elif samples > total:
+        raise InputError(f"{key}.samples is {samples}, but {what} has {total} rows; ask for at most {total}")
+    else:
+        chosen = _choice(total, samples, source.seed)
+    rows: list[Row] = data.select(chosen).to_list()
+    return rows
+
+
+def _located(file: str, folder: Path, key: str) -> str:
+    if "://" in file:
+        return file
+    if not glob.glob(file, root_dir=folder, recursive=True):
+        raise InputError(f"{key}.data_files: no such file: {folder / file}")
+    return str(folder / file)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no log lines of `datasets`: what goes wrong is raised."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    shown, level = not are_progress_bars_disabled(), logging.get_verbosity()
+    disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            enable_progress_bars()
+
+
+def _choice(total: int, samples: int, seed: int | None) -> Sequence[int]:
+    """Indices of the rows to take, ascending; the rule is that of `load_rows`."""
+    if seed is None:
+        return range(samples)
+    draw = random.Random(seed).random
+    draws = [draw() for _ in range(total)]
+    return sorted(sorted(range(total), key=draws.__getitem__)[:samples])
+
+
+def rows_digest(rows: list[Row]) -> str:
+    """Sha256 of the rows as canonical JSON: sorted keys, no spaces, dates as text. The order of rows counts."""
+    return sha256_text(json.dumps(rows, sort_keys=True, separators=(",", ":"), default=str))
+
+
+# Templates -----------------------------------------------------------------------------------------------------------
+
+
+def template_fields(template: str) -> list[str]:
+    """Names of the fields in a template, in order.
+
+    A template is text with `{field}` as in `str.format`, but only plain names: no attribute, index, conversion or
+    format, so a template cannot reach beyond the row. `{{` and `}}` are braces. Raises InputError for anything else.
+    """
+    return [field for _, field in _parts(template) if field is not None]
+
+
+def render(template: str, row: Mapping[str, Any]) -> str:
+    """The template with its fields replaced by the row's values. The fields must be there (see `check_rows`)."""
+    return "".join(text + ("" if field is None else str(row[field])) for text, field in _parts(template))
+
+
+def _parts(template: str) -> list[tuple[str, str | None]]:
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"template {template!r}: {error}; write a brace of the text twice") from None
+    for _, field, form, conversion in parts:
+        if field is not None and (not field or set(field) & set(".[]") or form or conversion):
+            raise InputError(f"template {template!r}: only plain {{field}} is allowed; write a brace of the text twice")
+    return [(text, field) for text, field, _, _ in parts]
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def check_rows(task: Task, rows: list[Row], key: str, label2id: Mapping[str, int] | None = None) -> None:
+    """Check a task's settings against its rows, so that encoding and scoring cannot fail on a field later.
+
+    `key` is where the recipe names the rows (`tasks.math.calibration`). `label2id` is that of the expert's config;
+    without it classes are not checked. Raises InputError, which names setting, row and field.
+    """
+    if isinstance(task, LmEvalTask):
+        return
+    settings = key.rpartition(".")[0]
+    fields = _named_fields(task, settings)
+    for i, row in enumerate(rows):
+        for field, setting in fields:
+            # A field that only some rows have is null in the others: `datasets` gives every row the same fields.
+            if row.get(field) is None:
+                found = ", ".join(repr(name) for name, value in row.items() if value is not None) or "no field"
+                raise InputError(f"{settings}.{setting} names field {field!r}, row {i} of {key} has {found}")
+        where = f"row {i} of {key}"
+        match task:
+            case CompletionTask(answer=str(pattern)):
+                try:
+                    found_answer = find_answer(pattern, render(task.completion, row))
+                except re.error as error:
+                    raise InputError(f"{settings}.answer: {pattern!r} is not a regular expression: {error}") from None
+                if found_answer is None:
+                    raise InputError(f"{settings}.answer: {pattern!r} matches nothing in the completion of {where}")
+            case ClassificationTask() if label2id is not None:
+                class_index(row[task.label], label2id, where)
+            case MultipleChoiceTask():
+                _check_choices(row[task.choices], row[task.answer], where)
+
+
+def _named_fields(
+    task: CompletionTask | ClassificationTask | MultipleChoiceTask, settings: str
+) -> list[tuple[str, str]]:
+    """Every field of a row that the task names, with the setting that names it; checks the settings themselves."""
+    templates, fields = {"prompt": task.prompt}, []
+    match task:
+        case CompletionTask():
+            templates["completion"] = task.completion
+            if task.metric == "exact_match" and not task.generate:
+                raise InputError(f"{settings}.metric is exact_match, set {settings}.generate to a number of tokens")
+        case ClassificationTask():
+            fields = [(task.label, "label")]
+        case MultipleChoiceTask():
+            templates["completion"] = task.completion
+            fields = [(task.choices, "choices"), (task.answer, "answer")]
+    for setting, template in templates.items():
+        try:
+            fields += [(field, setting) for field in template_fields(template)]
+        except InputError as error:
+            raise InputError(f"{settings}.{setting}: {error}") from None
+    if isinstance(task, CompletionTask | ClassificationTask):
+        return fields
+    if ("choice", "completion") not in fields:
+        raise InputError(f"{settings}.completion is {task.completion!r}, expected a template that names {{choice}}")
+    return [named for named in fields if named != ("choice", "completion")]
+
+
+def _check_choices(choices: Any, answer: Any, where: str) -> None:
+    if not isinstance(choices, list) or not choices or any(choice is None or str(choice) == "" for choice in choices):
+        raise InputError(f"{where}: choices are {choices!r}, expected a list of texts that are not empty")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(f"{where}: answer is {answer!r}, expected the index of a choice, 0 to {len(choices) - 1}")
+
+
+def class_index(label: Any, label2id: Mapping[str, int], where: str) -> int:
+    """The number of a row's class: its number as it is, its name by the expert's `label2id`.
+
+    Raises InputError for a number or a name that no class has.
+    """
+    if isinstance(label, int) and label in label2id.values():
+        return int(label)
+    if isinstance(label, str) and label in label2id:
+        return label2id[label]
+    names = ", ".join(f"{index} {name}" for name, index in sorted(label2id.items(), key=lambda item: item[1])[:20])
+    raise InputError(f"{where}: label is {label!r}, expected one of the expert's {len(label2id)} classes: {names}")
+
+
+def find_answer(pattern: str, text: str) -> str | None:
+    """The last match of a regular expression, its group 1 if it has one, without surrounding space; None if none."""
+    matches = list(re.finditer(pattern, text))
+    if not matches:
+        return None
+    return (matches[-1][1 if matches[-1].re.groups else 0] or "").strip()
+
+
+# Rows as tokens ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row in tokens."""
+
+    input_ids: list[int]
+    """The whole text, special tokens included."""
+    prompt_tokens: int
+    """How many leading tokens are context: they are read, not scored."""
+    label: int | None = None
+    """The class, for classification."""
+
+    @property
+    def scored_from(self) -> int:
+        """Index of the first scored token; never 0, because nothing predicts the first token of a text."""
+        return max(self.prompt_tokens, 1)
+
+
+def encode(
+    task: CompletionTask | ClassificationTask | MultipleChoiceTask,
+    row: Row,
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    label2id: Mapping[str, int] | None = None,
+) -> Sample:
+    """A row as the tokens that models are scored on, at most `task.max_length` of them.
+
+    completion: prompt and completion are tokenised apart and joined, so the boundary is the same whatever follows. The
+    tokenizer's begin tokens stand in front only, its end token stands at the end if `end_token`. Cut from the right.
+    multiple_choice: the same with the right choice and no end token (see `encode_choices`).
+    classification: the text with the tokenizer's special tokens, cut from the right but for the special tokens.
+
+    `where` names the row in messages; `label2id` is that of the expert's config, which classification needs. Raises
+    InputError: a completion that `max_length` cuts away whole, an end token the tokenizer does not have, a class the
+    expert does not have.
+    """
+    match task:
+        case ClassificationTask():
+            assert label2id is not None
+            ids = tokenizer(render(task.prompt, row), truncation=True, max_length=task.max_length)["input_ids"]
+            if not ids:
+                raise InputError(f"{where}: the text to classify has no token; leave the row out")
+            return Sample(ids, len(ids), class_index(row[task.label], label2id, where))
+        case MultipleChoiceTask():
+            return encode_choices(task, row, tokenizer, where)[row[task.answer]]
+    prompt = _tokens(render(task.prompt, row), tokenizer, front=True)
+    completion = _tokens(render(task.completion, row), tokenizer, front=False) + _end(task, tokenizer)
+    sample = Sample((prompt + completion)[: task.max_length], len(prompt))
+    if len(sample.input_ids) <= sample.scored_from:
+        raise InputError(
+            f"{where}: no token of the completion is left to score (prompt {len(prompt)} tokens, completion "
+            f"{len(completion)}, max_length {task.max_length}); raise max_length or leave the row out"
+        )
+    return sample
+
+
+def encode_choices(
+    task: MultipleChoiceTask, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str
+) -> list[Sample]:
+    """One sample per choice: prompt and choice tokenised apart and joined.
+
+    Cut from the left, as lm-eval does: choices are compared by their likelihood, so each must be whole.
+    Raises InputError if a choice alone does not fit `max_length`.
+    """
+    prompt = _tokens(render(task.prompt, row), tokenizer, front=True)
+    samples = []
+    for choice in row[task.choices]:
+        completion = _tokens(render(task.completion, row | {"choice": choice}), tokenizer, front=False)
+        ids = (prompt + completion)[-task.max_length :]
+        sample = Sample(ids, len(ids) - len(completion))
+        if not completion or sample.prompt_tokens < 1:
+            raise InputError(
+                f"{where}: choice {choice!r} needs 1 to {task.max_length - 1} tokens after a prompt of at least one, "
+                f"it has {len(completion)} after {len(prompt)}; raise max_length or leave the row out"
+            )
+        samples.append(sample)
+    return samples
+
+
+def calibration_batch(
+    task: CompletionTask | ClassificationTask | MultipleChoiceTask,
+    row: Row,
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    label2id: Mapping[str, int] | None = None,
+) -> "dict[str, Tensor]":
+    """One row as the inputs of a network whose `.loss` is then the row's loss.
+
+    `input_ids` and `attention_mask` are int64 of shape (1, T). `labels` is (1, T) with −100 where the loss does not
+    count a token, or (1,) with the class for classification.
+
+    With `loss_on: all` the joined text is tokenised as one, as when a model reads plain text; tokens then need not be
+    those of `encode` at the boundary of prompt and completion. Raises InputError as `encode` does.
+    """
+    import torch
+
+    if isinstance(task, ClassificationTask) or task.loss_on == "completion":
+        sample = encode(task, row, tokenizer, where, label2id)
+    else:
+        sample = Sample(_whole_text(task, row, tokenizer), 0)
+        if len(sample.input_ids) < 2:
+            raise InputError(f"{where}: a text of {len(sample.input_ids)} tokens has no loss; leave the row out")
+    ids = torch.tensor([sample.input_ids])
+    if sample.label is not None:
+        labels = torch.tensor([sample.label])
+    else:
+        labels = ids.clone()
+        labels[:, : sample.prompt_tokens] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _whole_text(task: CompletionTask | MultipleChoiceTask, row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Prompt and completion (or right choice) tokenised as one text; cut on the side that `encode` cuts."""
+    if isinstance(task, CompletionTask):
+        text = render(task.prompt, row) + render(task.completion, row)
+        return (_tokens(text, tokenizer, front=True) + _end(task, tokenizer))[: task.max_length]
+    choice = {"choice": row[task.choices][row[task.answer]]}
+    text = render(task.prompt, row) + render(task.completion, row | choice)
+    return _tokens(text, tokenizer, front=True)[-task.max_length :]
+
+
+def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase", front: bool) -> list[int]:
+    """Token ids of a text, with the tokenizer's begin tokens if `front`; never with an end token of its own."""
+    ids: list[int] = tokenizer(text, add_special_tokens=front, verbose=False)["input_ids"]
+    # Some tokenizers close every text with their end token; here only `end_token` says so.
+    if front and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids
+
+
+def _end(task: CompletionTask, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    if not task.end_token:
+        return []
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end token: set end_token: false in the task")
+    return [tokenizer.eos_token_id]
+
+
+def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "right"] = "right") -> "dict[str, Tensor]":
+    """Sequences of token ids as one batch: int64 `input_ids` and `attention_mask` (1 real, 0 padding), both (B, T).
+
+    Pad on the right to score and on the left to generate, where the next token must follow the last real one.
+    """
+    import torch
+
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, tokens in enumerate(sequences):
+        place = slice(longest - len(tokens), longest) if side == "left" else slice(len(tokens))
+        ids[i, place] = torch.tensor(tokens)
+        mask[i, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}

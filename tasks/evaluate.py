@@ -1,0 +1,327 @@
+"""Scores of one model on one task: one record per row (see `tasks.metrics`), then every metric with its interval."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.artifacts import write_json
+from tasks.datasets import (
+    ClassificationTask,
+    CompletionTask,
+    LmEvalTask,
+    MultipleChoiceTask,
+    Row,
+    Sample,
+    Task,
+    encode,
+    encode_choices,
+    find_answer,
+    pad,
+    render,
+)
+from tasks.errors import InputError
+from tasks.metrics import Record, lm_eval_value, score_records
+from tasks.models.expert import load_network, open_base, open_expert
+from tasks.models.networks import load_tokenizer
+
+VERSION = 1
+
+
+def evaluate_network(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: CompletionTask | ClassificationTask | MultipleChoiceTask,
+    rows: list[Row],
+    key: str,
+    device: torch.device | str = "cpu",
+) -> list[Record]:
+    """Run a network, which is on `device`, over rows and return their records in the order of the rows.
+
+    completion: the expected completion is read, not generated: every token (and the end token, if the task appends it)
+    is predicted from the true ones before it. `nll` is −Σ ln p of its tokens, `correct` how many were the likeliest;
+    both from float32 log-probabilities. `exact`: see `CompletionTask.generate` and `answer`.
+    multiple_choice: the prediction is the choice of the largest Σ ln p ÷ characters of the choice's text, which is
+    lm-eval's `acc_norm`.
+    classification: the prediction is the class of the largest logit.
+
+    Rows are those that `tasks.datasets.check_rows` has passed; `key` (`tasks.math.evaluation`) names them in messages.
+    The batch size changes no record beyond rounding. Raises InputError as `tasks.datasets.encode` does, and for logits
+    that are not finite.
+    """
+    network.eval()
+    pad_id = _pad_id(network, tokenizer)
+    places = [f"row {i} of {key}" for i in range(len(rows))]
+    with torch.inference_mode():
+        match task:
+            case ClassificationTask():
+                classes = network.config.label2id
+                samples = [
+                    encode(task, row, tokenizer, where, classes) for row, where in zip(rows, places, strict=True)
+                ]
+                return _classify(network, samples, task.batch_size, pad_id, device)
+            case MultipleChoiceTask():
+                choices = [encode_choices(task, row, tokenizer, where) for row, where in zip(rows, places, strict=True)]
+                likelihoods = _likelihoods(network, list(chain(*choices)), task.batch_size, pad_id, device)
+                return _choose(task, rows, likelihoods)
+        samples = [encode(task, row, tokenizer, where) for row, where in zip(rows, places, strict=True)]
+        records = _likelihoods(network, samples, task.batch_size, pad_id, device)
+        if task.generate:
+            for sample, where in zip(samples, places, strict=True):
+                if sample.prompt_tokens == 0:
+                    raise InputError(f"{where}: the prompt has no token to generate from; set generate: 0")
+            prompts = [sample.input_ids[: sample.prompt_tokens] for sample in samples]
+            texts = _generate(network, tokenizer, prompts, task, pad_id, device)
+            for record, text, row in zip(records, texts, rows, strict=True):
+                record["exact"] = int(_is_exact(task, text, render(task.completion, row)))
+        return records
+
+
+def _logits(
+    network: PreTrainedModel,
+    samples: Sequence[Sample],
+    batch_size: int,
+    pad_id: int,
+    device: torch.device | str,
+    **options: Any,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each sample's index and logits, padding included: (T, vocabulary), or (classes,) of a classification head."""
+    for chosen in _batches([len(sample.input_ids) for sample in samples], batch_size):
+        batch = pad([samples[i].input_ids for i in chosen], pad_id)
+        yield from zip(chosen, network(**_to(batch, device), **options).logits, strict=True)
+
+
+def _likelihoods(
+    network: PreTrainedModel, samples: Sequence[Sample], batch_size: int, pad_id: int, device: torch.device | str
+) -> list[Record]:
+    """Records `nll`, `correct` and `tokens` over the scored tokens of each sample."""
+    records: list[Record] = [{}] * len(samples)
+    for i, logits in _logits(network, samples, batch_size, pad_id, device, use_cache=False):
+        ids, start = samples[i].input_ids, samples[i].scored_from
+        target = torch.tensor(ids[start:], device=logits.device)
+        # Only the scored positions of one sample become float32: a whole batch × vocabulary would be large.
+        log_p = logits[start - 1 : len(ids) - 1].float().log_softmax(-1)
+        records[i] = {
+            "nll": -_finite(log_p.gather(-1, target[:, None]).sum(dtype=torch.float64)).item(),
+            "correct": int((log_p.argmax(-1) == target).sum()),
+            "tokens": len(target),
+        }
+    return records
+
+
+def _choose(task: MultipleChoiceTask, rows: list[Row], likelihoods: list[Record]) -> list[Record]:
+    """Records of multiple choice from the likelihoods of all choices of all rows, one after the other."""
+    records: list[Record] = []
+    one_by_one = iter(likelihoods)
+    for row in rows:
+        scores = [-next(one_by_one)["nll"] / len(str(choice)) for choice in row[task.choices]]
+        records.append({"prediction": scores.index(max(scores)), "label": int(row[task.answer])})
+    return records
+
+
+def _classify(
+    network: PreTrainedModel, samples: Sequence[Sample], batch_size: int, pad_id: int, device: torch.device | str
+) -> list[Record]:
+    # A decoder with a classification head finds the last token by the padding id of its config; without one it takes
+    # the last of the batch, which is right for a single sample only.
+    batch_size = batch_size if getattr(network.config, "pad_token_id", None) is not None else 1
+    records: list[Record] = [{}] * len(samples)
+    for i, logits in _logits(network, samples, batch_size, pad_id, device):
+        records[i] = {"prediction": int(_finite(logits).argmax()), "label": samples[i].label}
+    return records
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.isfinite().all():
+        raise InputError("the model gives NaN or infinite logits; merge with a smaller weight or a wider dtype")
+    return tensor
+
+
+def _generate(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    task: CompletionTask,
+    pad_id: int,
+    device: torch.device | str,
+) -> list[str]:
+    """Greedy continuations as text, each up to the tokenizer's end token (left out) or `task.generate` tokens."""
+    end = tokenizer.eos_token_id
+    greedy = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=task.generate, eos_token_id=end, pad_token_id=pad_id
+    )
+    texts = [""] * len(prompts)
+    with _generation_config(network, greedy):
+        for chosen in _batches([len(prompt) for prompt in prompts], task.batch_size):
+            batch = pad([prompts[i] for i in chosen], pad_id, side="left")
+            generated = network.generate(**_to(batch, device))[:, batch["input_ids"].shape[1] :].tolist()
+            for i, ids in zip(chosen, generated, strict=True):
+                stop = ids.index(end) if end in ids else len(ids)
+                texts[i] = tokenizer.decode(ids[:stop], skip_special_tokens=True)
+    return texts
+
+
+@contextmanager
+def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Replace the checkpoint's generation settings: `generate` would fill gaps from them, a repetition penalty say."""
+    own = network.generation_config
+    network.generation_config = config
+    try:
+        yield
+    finally:
+        network.generation_config = own
+
+
+def _is_exact(task: CompletionTask, text: str, expected: str) -> bool:
+    if task.answer is None:
+        return text.strip() == expected.strip()
+    answer = find_answer(task.answer, text)
+    return answer is not None and answer == find_answer(task.answer, expected)
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, the longest first: little padding, and no memory surprise at the end."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _pad_id(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id to pad with. The config's comes first: a decoder with a classification head looks for it."""
+    for pad_id in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if pad_id is not None:
+            return int(pad_id)
+    return 0
+
+
+def _to(batch: dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def evaluate_lm_eval(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: LmEvalTask, key: str
+) -> list[Record]:
+    """Run lm-eval's tasks on a loaded network and return one record per document, with the lm-eval task it is of.
+
+    A group of lm-eval (`mmlu`) gives records of its members. A metric of another filter than lm-eval's `none` is named
+    `METRIC.FILTER` (`exact_match.strict-match`). Metrics that `tasks.metrics` cannot compute from single documents to
+    the same value as lm-eval (F1, BLEU, …) are left out, for they would have no interval.
+
+    `key` (`tasks.science`) names the task in messages. Raises InputError if lm-eval is not installed, does not know a
+    name, or a task does not report the main metric.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(f"{key}: kind lm_eval needs the extra: pip install 'sensmerge[lm-eval]'") from error
+    manager = TaskManager()
+    for name in task.names:
+        if not manager.match_tasks([name]) and not Path(name).is_file():
+            raise InputError(f"{key}.names: lm-eval has no task {name!r}; `lm-eval ls tasks` lists them")
+    report = simple_evaluate(
+        model=HFLM(pretrained=network, tokenizer=tokenizer, batch_size=task.batch_size),
+        tasks=list(task.names),
+        limit=task.limit,
+        bootstrap_iters=0,  # intervals are ours
+        task_manager=manager,
+    )
+    records: list[Record] = []
+    for name, samples in report["samples"].items():
+        documents = _documents(name, samples)
+        usable = {
+            metric: value
+            for metric, value in _reported(report["results"][name]).items()
+            if metric in documents[0] and _agrees(metric, documents, value)
+        }
+        if task.metric not in usable:
+            raise InputError(f"{key}.metric is {task.metric!r}, {name} reports {', '.join(sorted(usable)) or 'none'}")
+        for document in documents:
+            values = {metric: np.asarray(document[metric], float).tolist() for metric in sorted(usable)}
+            records.append({"task": name, **values})
+    return records
+
+
+def _metric_name(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric}.{filter_name}"
+
+
+def _documents(name: str, samples: list[dict[str, Any]]) -> list[Record]:
+    """One record per document of an lm-eval task; its samples hold a document once per filter."""
+    documents: dict[int, Record] = {}
+    for sample in samples:
+        document = documents.setdefault(sample["doc_id"], {"task": name})
+        document |= {_metric_name(metric, sample["filter"]): sample[metric] for metric in sample["metrics"]}
+    return list(documents.values())
+
+
+def _reported(results: dict[str, Any]) -> dict[str, Any]:
+    """What lm-eval reports of a task, whose keys are `metric,filter`."""
+    keys = [tuple(key.split(",", 1)) for key in results if "," in key]
+    return {_metric_name(*key): results[",".join(key)] for key in keys}
+
+
+def _agrees(metric: str, documents: list[Record], reported: Any) -> bool:
+    try:
+        return math.isclose(lm_eval_value(metric, documents), reported, rel_tol=1e-6, abs_tol=1e-9)
+    except (TypeError, ValueError):  # outcomes of single documents that are no numbers
+        return False
+
+
+def write_evaluation(kind: str, records: list[Record], out: Path) -> dict[str, dict[str, float]]:
+    """Write `records.json` and `scores.json` to a folder and return the scores: metric → value, n, low, high."""
+    scores = {metric: asdict(score) for metric, score in score_records(kind, records).items()}
+    write_json(out / "records.json", records)
+    write_json(out / "scores.json", scores)
+    return scores
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is scored."""
+
+    base: Path
+    model: Path
+    """folder of the base itself, of a merged model, or of an expert"""
+    is_expert: bool
+    """whether `model` is to be matched with the base (an adapter, a fine-tune under other tensor names)"""
+    head_of: Path | None
+    """expert whose head follows the trunk (classification)"""
+
+
+def evaluate(
+    subject: Subject, name: str, task: Task, rows: list[Row], tokenizer: Path, dtype: str, device: str, out: Path
+) -> dict[str, Any]:
+    """Score one model on one task.
+
+    Args:
+        subject: the model.
+        name: the task's name.
+        task: the task.
+        rows: the evaluation set (none for lm_eval, which has its own).
+        tokenizer: folder of the tokenizer that all models share.
+        dtype: torch name of the network's dtype.
+        device: torch device.
+        out: folder for `records.json` (one per row) and `scores.json` (metric → value, n, low, high).
+
+    Returns:
+        The scores.
+    """
+    base = open_base(subject.base)
+    model = open_expert(subject.model, base, name) if subject.is_expert else open_base(subject.model)
+    head_of = open_expert(subject.head_of, base, name) if subject.head_of else None
+    head = "classification" if isinstance(task, ClassificationTask) else "causal_lm"
+    network = load_network(model, head, getattr(torch, dtype), device, head_of)
+    reader = load_tokenizer(tokenizer)
+    if isinstance(task, LmEvalTask):
+        records = evaluate_lm_eval(network, reader, task, f"tasks.{name}")
+    else:
+        records = evaluate_network(network, reader, task, rows, f"tasks.{name}.evaluation", device)
+    return write_evaluation(task.kind, records, out)

@@ -1,0 +1,115 @@
+"""Merge methods: pure functions on tensors, with the semantics, defaults and corner cases of mergekit 0.1.5.
+
+Four published methods are rows of one table: how a task vector is made sparse × whether signs must agree × defaults.
+To add another of that family, add a row.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tasks.methods.consensus import sign_agreement
+from tasks.methods.sparsify import drop_at_random, magnitude_histogram, match_l1_norm, trim_by_magnitude
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """One expert's task vector of one tensor, and what sparsifying needs to know of it."""
+
+    delta: torch.Tensor
+    """expert − base, float32"""
+    weight: float
+    density: float = 1.0
+    mask_key: str = ""
+    """names the stream of random numbers for DARE"""
+    histogram: torch.Tensor | None = None
+    """`magnitude_histogram` of delta where it is known already"""
+
+
+Sparsifier = Callable[[TaskVector], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table; the defaults are mergekit's."""
+
+    sparsify: Sparsifier | None
+    """how elements of each task vector are set to zero; None keeps all"""
+    consensus: bool
+    """keep only elements that agree with the sign of their weighted sum (TIES, arXiv 2306.01708)"""
+    normalize: bool
+    """default of `normalize`: divide by the sum of the weights (under consensus, of the weights that agree)"""
+    rescale: bool
+    """default of `rescale`: give each sparse task vector the L1 norm it had before"""
+
+
+def _trim(vector: TaskVector) -> torch.Tensor:
+    known = vector.histogram
+    histogram = magnitude_histogram(vector.delta) if known is None else known
+    return trim_by_magnitude(vector.delta, vector.density, histogram)
+
+
+def _drop(vector: TaskVector) -> torch.Tensor:
+    return drop_at_random(vector.delta, vector.density, vector.mask_key)
+
+
+METHODS: dict[str, Method] = {
+    "task_arithmetic": Method(None, consensus=False, normalize=False, rescale=False),
+    "ties": Method(_trim, consensus=True, normalize=True, rescale=False),
+    "dare_linear": Method(_drop, consensus=False, normalize=False, rescale=True),
+    "dare_ties": Method(_drop, consensus=True, normalize=False, rescale=True),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method and its settings that all experts share, under mergekit's names."""
+
+    method: str
+    normalize: bool
+    rescale: bool
+    lambda_: float = 1.0
+    """factor of the whole mixed task vector"""
+
+
+def merge_tensor(base: torch.Tensor, vectors: Sequence[TaskVector], settings: Settings) -> torch.Tensor:
+    """Merge one tensor: base (float32) and K task vectors of its shape → merged tensor, float32.
+
+    Semantics of mergekit 0.1.5 `GeneralizedTaskArithmeticMerge` and `linear_merge`.
+    """
+    if settings.method == "linear":
+        return _linear(base, vectors, settings.normalize)
+    method = METHODS[settings.method]
+    scaled = [_sparse(vector, method, settings.rescale) * vector.weight for vector in vectors]
+    mixed = torch.zeros_like(base)
+    divisor: torch.Tensor | float
+    if method.consensus:
+        divisor = torch.zeros_like(base)
+        for vector, delta, agrees in zip(vectors, scaled, sign_agreement(scaled), strict=True):
+            mixed += delta * agrees
+            divisor += vector.weight * agrees
+        divisor[divisor == 0] = 1
+    else:
+        for delta in scaled:
+            mixed += delta
+        total = sum(vector.weight for vector in vectors)
+        divisor = 1.0 if abs(total) < 1e-8 else total
+    if settings.normalize:
+        mixed /= divisor
+    return base + mixed * settings.lambda_
+
+
+def _sparse(vector: TaskVector, method: Method, rescale: bool) -> torch.Tensor:
+    if method.sparsify is None or vector.density >= 1:
+        return vector.delta
+    sparse = method.sparsify(vector)
+    return match_l1_norm(sparse, vector.delta) if rescale else sparse
+
+
+def _linear(base: torch.Tensor, vectors: Sequence[TaskVector], normalize: bool) -> torch.Tensor:
+    """Return the weighted mean (normalize) or sum of the experts themselves (model soup, arXiv 2203.05482)."""
+    merged = torch.zeros_like(base)
+    for vector in vectors:
+        merged += (base + vector.delta) * vector.weight
+    return merged / sum(vector.weight for vector in vectors) if normalize else merged

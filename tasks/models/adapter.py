@@ -1,0 +1,188 @@
+"""PEFT LoRA adapters: their factors, scaled exactly as peft scales them, multiplied out one tensor at a time."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tasks.errors import InputError
+from tasks.models.checkpoint import Checkpoint, TensorInfo
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Settings that change the applied weights in no way, or in the way this module implements.
+_UNDERSTOOD = {
+    *(
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_core", "ensure_weight_tying"),
+}
+# Initialisations that leave the base's weights alone; the others (pissa, olora, …) need the base changed as well.
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One tensor's task vector in factors: scaling · (second @ first), transposed where the module stores it so."""
+
+    first: str
+    """name of lora_A (r × in) or lora_embedding_A (r × vocabulary) in the adapter"""
+    second: str
+    """name of lora_B (out × r) or lora_embedding_B (width × r)"""
+    scaling: float
+    transpose: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter by the parameter names of the network it was trained on."""
+
+    checkpoint: Checkpoint
+    low_rank: Mapping[str, LowRank]
+    """task vector of each adapted parameter"""
+    saved: Mapping[str, str]
+    """parameters stored whole (modules_to_save), by parameter name: their name in the adapter"""
+
+    def delta(self, name: str) -> torch.Tensor:
+        """Return the task vector of one adapted parameter, float32: peft's `get_delta_weight` in full precision."""
+        entry = self.low_rank[name]
+        first, second = self.checkpoint.read(entry.first).float(), self.checkpoint.read(entry.second).float()
+        product = second @ first
+        return (product.T if entry.transpose else product) * entry.scaling
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return the adapter's configuration, checked to hold nothing that is not applied.
+
+    Raises:
+        InputError: another adapter type than LoRA, or a setting that cannot be handled, by name.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); get the adapter again") from error
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
+    defaults = LoraConfig().to_dict()
+    for key, value in config.items():
+        if key in _UNDERSTOOD or value == defaults.get(key) or not value:
+            continue
+        raise InputError(
+            f"{path}: {key} = {value!r} cannot be handled; merge the adapter into its base with peft first"
+        )
+    if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
+        raise InputError(
+            f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base's own weights; "
+            "convert the adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=…) first"
+        )
+    return config
+
+
+def parse_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], skeleton: nn.Module) -> Adapter:
+    """Match an adapter's tensors with the parameters of the network it was trained on.
+
+    Args:
+        checkpoint: the adapter's headers.
+        config: as `read_adapter_config` returns it.
+        skeleton: the network on the meta device; module types and shapes are read from it.
+
+    Raises:
+        InputError: a tensor that belongs to no module of the network or does not fit it: another base's adapter.
+    """
+    path = checkpoint.folder / ADAPTER_WEIGHTS
+    modules = dict(skeleton.named_modules())
+    pairs: dict[str, dict[str, str]] = {}
+    saved: dict[str, str] = {}
+    saved_modules = tuple(set(config.get("modules_to_save") or ()))
+    for name in checkpoint.tensors:
+        if not name.startswith(_PREFIX):
+            raise InputError(f"{path}: tensor {name} does not start with {_PREFIX}; expected a PEFT adapter")
+        stripped = name.removeprefix(_PREFIX)
+        module, kind = _split_lora_name(stripped)
+        if kind is not None:
+            pairs.setdefault(module, {})[kind] = name
+        elif any(part in saved_modules for part in stripped.split(".")):
+            saved[stripped] = name
+        else:
+            raise InputError(
+                f"{path}: tensor {name} is neither a LoRA factor nor in modules_to_save; it cannot be handled"
+            )
+    low_rank = {}
+    for module, pair in pairs.items():
+        if module not in modules:
+            raise InputError(
+                f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
+            )
+        parameter = f"{module}.weight"
+        low_rank[parameter] = _low_rank(path, checkpoint.tensors, config, module, modules[module], pair)
+    return Adapter(checkpoint, low_rank, saved)
+
+
+def _split_lora_name(name: str) -> tuple[str, str | None]:
+    """Split `a.b.lora_A.weight` into module `a.b` and factor `A`; the factor is None where the tensor is none."""
+    for suffix, kind in (
+        (".lora_A.weight", "A"),
+        (".lora_B.weight", "B"),
+        (".lora_embedding_A", "embedding_A"),
+        (".lora_embedding_B", "embedding_B"),
+    ):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), kind
+    return name, None
+
+
+def _low_rank(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    name: str,
+    module: nn.Module,
+    pair: Mapping[str, str],
+) -> LowRank:
+    embedding = isinstance(module, nn.Embedding)
+    if not (embedding or isinstance(module, nn.Linear | Conv1D)):
+        raise InputError(
+            f"{path}: adapts {name}, a {type(module).__name__}; only linear layers and embeddings are handled"
+        )
+    try:
+        first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
+    except KeyError as missing:
+        raise InputError(f"{path}: {name} has no factor {missing}; get the adapter again") from missing
+    rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config["r"])
+    alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), config["lora_alpha"])
+    if tensors[first].shape[0] != rank:
+        raise InputError(f"{path}: {first} has rank {tensors[first].shape[0]}, {ADAPTER_CONFIG} says {rank}")
+    transpose = embedding or isinstance(module, Conv1D)
+    shape = (tensors[second].shape[0], tensors[first].shape[1])
+    found = tuple(reversed(shape)) if transpose else shape
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if found != tuple(weight.shape):
+        raise InputError(
+            f"{path}: the adapter of {name} has shape {found}, the base's weight {tuple(weight.shape)}; "
+            "the adapter was made for another base"
+        )
+    # peft: LoraLayer.update_layer
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LowRank(first, second, scaling, transpose)

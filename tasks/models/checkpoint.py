@@ -1,0 +1,267 @@
+"""Checkpoint folders of safetensors: validated headers, lazy reading, writing at planned offsets."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tasks.errors import InputError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: str
+    """safetensors code, e.g. BF16"""
+    shape: tuple[int, ...]
+    file: str
+    """file name inside the checkpoint's folder"""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether the tensor holds weights (and not, say, position ids)."""
+        return DTYPES[self.dtype].is_floating_point
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one folder, read one at a time."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+    @cached_property
+    def _open_files(self) -> dict[str, Any]:
+        return {}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor in its stored dtype; its pages are read when it is used.
+
+        Raises:
+            InputError: the file is gone or is not what its header said.
+        """
+        file = self.tensors[name].file
+        if file not in self._open_files:
+            self._open_files[file] = _open(self.folder / file)
+        tensor: torch.Tensor = self._open_files[file].get_tensor(name)
+        return tensor
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a folder with one `model.safetensors` or a sharded one with an index.
+
+    Raises:
+        InputError: no weights; an index that names files outside the folder or tensors they lack; a corrupt file.
+    """
+    if (folder / WEIGHTS).is_file():
+        return Checkpoint(folder, read_header(folder / WEIGHTS))
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} in it; expected a checkpoint saved as safetensors")
+    tensors: dict[str, TensorInfo] = {}
+    for file in index_files(folder / INDEX):
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / INDEX}: names {file}, which is not in the folder; download the shard again")
+        tensors |= read_header(folder / file)
+    check_index(folder / INDEX, tensors)
+    return Checkpoint(folder, tensors)
+
+
+def index_files(index: Path) -> list[str]:
+    """Return the shard names of an index file, in order.
+
+    Raises:
+        InputError: the index is no JSON of the known form, or a name is not that of a plain file beside it.
+    """
+    files = sorted(set(_weight_map(index).values()))
+    for file in files:
+        if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
+            raise InputError(f"{index}: names {file!r}, which lies outside the folder; only files beside it are read")
+    return files
+
+
+def check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that the shards hold the tensors that the index promises.
+
+    Raises:
+        InputError: a tensor is missing from its shard.
+    """
+    for name, file in _weight_map(index).items():
+        if name not in tensors or tensors[name].file != file:
+            raise InputError(f"{index}: tensor {name} should be in {file} but is not; download the model again")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise InputError(f"{index}: not an index of safetensors shards ({error!r}); download it again") from error
+    return weight_map
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return what the header of one safetensors file says, checked against the file's size.
+
+    Raises:
+        InputError: the file is truncated, its header is corrupt or lies about its size, or a dtype is not supported.
+    """
+    handle = _open(path)
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+        entry = handle.get_slice(name)
+        tensors[name] = tensor_info(name, entry.get_dtype(), entry.get_shape(), path)
+    return tensors
+
+
+def tensor_info(name: str, dtype: str, shape: Iterable[int], path: Path) -> TensorInfo:
+    """Return a header entry as `TensorInfo`.
+
+    Raises:
+        InputError: the dtype is one that cannot be merged (quantised formats).
+    """
+    if dtype not in DTYPES:
+        raise InputError(
+            f"{path}: tensor {name} has dtype {dtype}; expected one of {', '.join(DTYPES)} (not quantised)"
+        )
+    return TensorInfo(dtype, tuple(shape), path.name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: truncated or corrupt safetensors file ({error}); get the file again") from error
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """Where one tensor of a checkpoint to be written will lie."""
+
+    file: str
+    offset: int
+    """first byte in the file"""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """The files of a checkpoint to be written, byte for byte known but for the tensors' values."""
+
+    tensors: Mapping[str, PlannedTensor]
+    headers: Mapping[str, bytes]
+    """first bytes of each file"""
+    sizes: Mapping[str, int]
+    """whole size of each file in bytes"""
+    index: str | None
+    """text of the index file, where there are several shards"""
+
+
+def plan_checkpoint(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_size: int) -> CheckpointPlan:
+    """Lay tensors out in their order in shards of at most `shard_size` bytes (a larger tensor has a shard of its own).
+
+    File names, index and metadata are those that transformers writes and reads.
+    """
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = dtype.itemsize * math.prod(shape)
+        if shards[-1] and filled + nbytes > shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (dtype, shape)
+        filled += nbytes
+    planned: dict[str, PlannedTensor] = {}
+    headers, sizes = {}, {}
+    for number, shard in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # Wide dtypes first keeps every tensor aligned to its own size, as the safetensors library does.
+        for name, (dtype, shape) in sorted(shard.items(), key=lambda item: -item[1][0].itemsize):
+            begin, end = end, end + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        headers[file] = struct.pack("<Q", len(text)) + text
+        sizes[file] = len(headers[file]) + end
+        for name, (dtype, shape) in shard.items():
+            planned[name] = PlannedTensor(file, len(headers[file]) + header[name]["data_offsets"][0], dtype, shape)
+    index = None
+    if len(shards) > 1:
+        weight_map = {name: tensor.file for name, tensor in planned.items()}
+        total = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in planned.values())
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    return CheckpointPlan(planned, headers, sizes, index)
+
+
+def preallocate(plan: CheckpointPlan, folder: Path) -> None:
+    """Create the planned files at their full size, headers written; files that are there already keep their tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, header in plan.headers.items():
+        descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(descriptor, header, 0)
+            os.truncate(descriptor, plan.sizes[file])
+        finally:
+            os.close(descriptor)
+    if plan.index is not None:
+        (folder / INDEX).write_text(plan.index)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor as safetensors stores them, without a copy where it lies contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def write_tensor(plan: CheckpointPlan, folder: Path, name: str, tensor: torch.Tensor) -> None:
+    """Write one tensor at its planned offset; it must have the planned dtype and shape."""
+    planned = plan.tensors[name]
+    assert tensor.dtype == planned.dtype, (name, tensor.dtype, planned.dtype)
+    assert tuple(tensor.shape) == planned.shape, (name, tensor.shape, planned.shape)
+    data = tensor_bytes(tensor)
+    descriptor = os.open(folder / planned.file, os.O_WRONLY)
+    try:
+        written = 0
+        while written < len(data):
+            written += os.pwrite(descriptor, data[written:], planned.offset + written)
+    finally:
+        os.close(descriptor)

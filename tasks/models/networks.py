@@ -1,0 +1,140 @@
+"""Transformers networks: their structure without weights, and networks filled with the weights of any model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+
+from tasks.errors import InputError
+
+Head = str
+"""What a network ends in: `causal_lm` or `classification`."""
+
+_AUTO_MAPPINGS = {
+    "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Read a model's `config.json`. Code that comes with a model is never run.
+
+    Raises:
+        InputError: no or invalid config, an architecture that transformers does not know, or quantised weights.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a Hugging Face model folder")
+    try:
+        json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); get the file again") from error
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: transformers cannot read it without running code of the model ({reason})") from error
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"{path}: the weights are quantised (quantization_config); expected float weights")
+    return config
+
+
+def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> type[PreTrainedModel]:
+    """Return the transformers class for a config: the one that ends in `head`, or the checkpoint's own if None.
+
+    Raises:
+        InputError: transformers has no such class for this architecture.
+    """
+    if head is not None:
+        mapping = _AUTO_MAPPINGS[head]
+        if type(config) not in mapping:
+            raise InputError(f"{folder}: transformers has no {head} network for model_type {config.model_type!r}")
+        chosen: type[PreTrainedModel] = mapping[type(config)]
+        return chosen
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            own: type[PreTrainedModel] = getattr(transformers, name)
+            return own
+    raise InputError(
+        f"{folder / 'config.json'}: architectures = {config.architectures!r} names no class that transformers has"
+    )
+
+
+def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTrainedModel:
+    """Return the network on the meta device: modules, parameter names and shapes, no memory."""
+    cls = network_class(config, head, folder)
+    with torch.device("meta"):
+        return cls(config)
+
+
+def tied_names(network: PreTrainedModel) -> dict[str, str]:
+    """Return, for each parameter that is only another name of a second one, that second one's name."""
+    return dict(network.all_tied_weights_keys) if network.config.get_text_config().tie_word_embeddings else {}
+
+
+def parameter_names(network: nn.Module) -> list[str]:
+    """Return the names of a network's parameters in the order of its modules, each tied one once."""
+    return [name for name, _ in network.named_parameters()]
+
+
+def fill_network(
+    config: PretrainedConfig,
+    head: Head,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    device: str,
+    folder: Path,
+) -> PreTrainedModel:
+    """Return a network in evaluation mode with the given weights, by parameter name.
+
+    Raises:
+        InputError: the weights leave a parameter of the network without a value.
+    """
+    cls = network_class(config, head, folder)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        network, loaded = cls.from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        )
+    finally:
+        transformers.logging.set_verbosity(level)
+    if loaded["missing_keys"] or loaded["mismatched_keys"]:
+        names = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
+        raise InputError(f"{folder}: no fitting weights for {', '.join(names[:5])} of {cls.__name__}")
+    network.to(device)
+    network.eval()
+    filled: PreTrainedModel = network
+    return filled
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        InputError: there is none, or it needs code of its own.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+    return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a tokenizer of its own."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
+
+
+def describe(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the settings that a base and its experts must share for their weights to be added."""
+    text = config.get_text_config()
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads")
+    return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads")}

@@ -1,0 +1,174 @@
+"""Tiny real models, a real tokenizer and one Ray cluster for all tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs the data beside the project, or a GPU, where there is none."""
+    for item in items:
+        if "shared" in item.keywords and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason="needs ../shared"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: 256 bytes, begin, end and padding."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
+    model = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def llama_config(**changes: object) -> LlamaConfig:
+    """Two layers, hidden size 32, vocabulary of the `tokenizer` fixture."""
+    settings = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
+def gpt2_config() -> GPT2Config:
+    return GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1)
+
+
+def bert_config(labels: int = 2) -> BertConfig:
+    return BertConfig(
+        vocab_size=259,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=128,
+        num_labels=labels,
+        pad_token_id=2,
+    )
+
+
+def perturbed(network: PreTrainedModel, seed: int, scale: float = 0.02) -> PreTrainedModel:
+    """Change every weight of a network a little: a stand-in for a fine-tune."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return network
+
+
+def make_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(**changes))
+
+
+def make_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(gpt2_config())
+
+
+def make_bert_trunk() -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(bert_config())
+
+
+def make_bert_expert(trunk: BertModel, seed: int, labels: int) -> BertForSequenceClassification:
+    """A classifier fine-tuned from a trunk: its tensor names have the prefix `bert.`, which the trunk's lack."""
+    torch.manual_seed(seed)
+    network = BertForSequenceClassification(bert_config(labels))
+    network.bert.load_state_dict(trunk.state_dict())
+    return perturbed(network, seed)
+
+
+@pytest.fixture(scope="session")
+def save(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a network (and the tokenizer) as a Hugging Face folder and return it."""
+
+    def save(network: PreTrainedModel, name: str, folder: Path | None = None, **options: object) -> Path:
+        target = (folder or tmp_path_factory.mktemp("models")) / name
+        network.save_pretrained(target, **options)
+        tokenizer.save_pretrained(target)
+        return target
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def llamas(save: Callable[..., Path]) -> dict[str, Path]:
+    """A tiny Llama base (tied head) and the full fine-tunes math and code."""
+    folders = {"base": save(make_llama(), "base")}
+    return folders | {
+        name: save(perturbed(make_llama(), seed), name) for seed, name in enumerate(("math", "code"), start=1)
+    }
+
+
+@pytest.fixture(scope="session")
+def berts(save: Callable[..., Path]) -> dict[str, Path]:
+    """A tiny BERT trunk and the classifiers mood (2 classes) and topic (3 classes)."""
+    trunk = make_bert_trunk()
+    return {
+        "base": save(trunk, "base"),
+        "mood": save(make_bert_expert(trunk, 1, 2), "mood"),
+        "topic": save(make_bert_expert(trunk, 2, 3), "topic"),
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write a JSON Lines data set."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def llama_recipe(llamas: dict[str, Path], tmp_path: Path) -> dict[str, object]:
+    """A recipe for the tiny Llamas with data of its own; tests change it as they need."""
+    for task, sign in (("math", "+"), ("code", "-")):
+        rows: list[dict[str, object]] = [{"prompt": f"{a}{sign}{a + 1}=", "completion": str(a)} for a in range(12)]
+        write_rows(tmp_path / f"{task}.jsonl", rows)
+    data = {
+        task: {
+            "kind": "completion",
+            "calibration": {"path": "json", "data_files": f"{task}.jsonl", "samples": 3},
+            "evaluation": {"path": "json", "data_files": f"{task}.jsonl", "samples": 6},
+        }
+        for task in ("math", "code")
+    }
+    return {
+        "name": "tiny",
+        "base": str(llamas["base"]),
+        "experts": {name: {"model": str(llamas[name])} for name in ("math", "code")},
+        "tasks": data,
+        "merges": {
+            "ta": {"method": "task_arithmetic", "weight": 0.5},
+            "ties-sens": {"method": "ties", "density": 0.3, "coefficients": {"kind": "sens", "temperature": 0.3}},
+        },
+    }

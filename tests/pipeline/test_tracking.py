@@ -1,0 +1,441 @@
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline import tracking
+from pipeline.report import Report, Score, VariantInfo
+from tasks.datasets import DataSource
+from tasks.errors import InputError
+
+MODELS = {"base": "base", "math": "expert", "code": "expert", "ta": "variant", "ta-sens.3": "variant"}
+EMPTY = {"models": {}, "tasks": {}, "scores": {}, "mean_normalised": {}, "variants": {}}
+RECIPE = "name: two-skills\n"
+PLAN = "merge ta RUN\n"
+
+
+def score(value, n=50):
+    return Score(value=value, n=n, low=value - 0.1, high=value + 0.1)
+
+
+def scores(value):
+    return {
+        task: {"accuracy": score(value + shift), "macro_f1": score(value + shift / 2, 49)}
+        for task, shift in (("math", 0.02), ("code", 0.04))
+    }
+
+
+def make_report(folder, recipe="two-skills", **changes):
+    """A report of two experts, one of which was not scored on the other's task."""
+    taken = {name: scores(0.2 + 0.1 * i) for i, name in enumerate(MODELS)}
+    del taken["math"]["code"]
+    uniform = {layer: {"math": 0.4, "code": 0.4} for layer in ("embed", "layer.0", "head")}
+    sens = {"embed": {"math": 0.41, "code": 0.39}, "layer.0": {"math": 0.38, "code": 0.42}, "head": uniform["head"]}
+    fields = {
+        "recipe": recipe,
+        "stages": [],
+        "models": {name: str(folder / name) for name in MODELS},
+        "roles": MODELS,
+        "digests": {name: hashlib.sha256(name.encode()).hexdigest() for name in ("base", "math", "code")},
+        "tasks": {"math": "accuracy", "code": "accuracy"},
+        "scores": taken,
+        "mean_normalised": {"base": score(0.3), "ta": score(0.8), "ta-sens.3": score(0.9)},
+        "variants": {
+            "ta": VariantInfo(
+                method="task_arithmetic",
+                params={"method": "task_arithmetic", "weight": "0.4", "coefficients.kind": "uniform"},
+                weights=uniform,
+                digest="1" * 64,
+            ),
+            "ta-sens.3": VariantInfo(
+                method="task_arithmetic",
+                params={"method": "task_arithmetic", "weight": "0.4", "coefficients.kind": "sens"},
+                weights=sens,
+                tau={"math": 0.25, "code": 0.75},
+                sigma={layer: {expert: w / 0.8 for expert, w in row.items()} for layer, row in sens.items()},
+                digest="2" * 64,
+            ),
+        },
+        "distances": {"math": {"code": 3.0}, "code": {"math": 1.0}},
+    }
+    return Report(**(fields | changes))
+
+
+def make_datasets():
+    return [
+        tracking.TaskData(
+            task=task,
+            context=context,
+            source=DataSource(path="json", data_files=f"{task}/{context}.jsonl", split="train"),
+            digest=hashlib.sha256(f"{task} {context}".encode()).hexdigest(),
+            rows=rows,
+        )
+        for task in ("math", "code")
+        for context, rows in (("calibration", 8), ("evaluation", 50))
+    ]
+
+
+@contextlib.contextmanager
+def captured():
+    """Everything that Python code writes to the terminal."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        yield text
+
+
+def record(report, store, uri):
+    run = tracking.record(report, RECIPE, PLAN, make_datasets(), uri, store)
+    return run.rsplit("/", 1)[-1]
+
+
+def children(client, parent):
+    experiment = client.get_run(parent).info.experiment_id
+    runs = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return {run.info.run_name: run for run in runs}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("a store")
+
+
+@pytest.fixture(scope="module")
+def uri(store):
+    return tracking.default_uri(store)
+
+
+@pytest.fixture(scope="module")
+def client(uri):
+    return MlflowClient(uri, uri)
+
+
+@pytest.fixture(scope="module")
+def report(store):
+    return make_report(store)
+
+
+@pytest.fixture(scope="module")
+def chatter():
+    return []
+
+
+@pytest.fixture(scope="module")
+def parent(report, store, uri, chatter):
+    tracking.check_server(uri)
+    with captured() as text:
+        run = record(report, store, uri)
+    chatter.append(text.getvalue())
+    return run
+
+
+def test_an_execution_is_a_parent_run_with_a_child_per_model(client, parent, store):
+    run = client.get_run(parent)
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.name == "two-skills"
+    assert experiment.artifact_location == (store / "mlartifacts").as_uri()
+    assert run.info.run_name.startswith("two-skills 20")
+    assert run.info.run_name.endswith(" UTC")
+    assert run.info.status == "FINISHED"
+    runs = children(client, parent)
+    assert {name: child.data.tags["role"] for name, child in runs.items()} == MODELS
+    assert all(child.info.status == "FINISHED" and child.info.end_time for child in runs.values())
+
+
+def test_metrics_have_the_same_keys_in_every_child(client, parent, report):
+    runs = children(client, parent)
+    names = [f"{task}/{metric}" for task in ("math", "code") for metric in ("accuracy", "macro_f1")]
+    keys = {f"{kind}/{name}" for name in [*names, "mean_normalised"] for kind in ("eval", "low", "high", "n")}
+    assert {name: set(run.data.metrics) for name, run in runs.items()} == dict.fromkeys(MODELS, keys)
+    for model, tasks in report.scores.items():
+        logged = runs[model].data.metrics
+        for task, metrics in tasks.items():
+            for metric, taken in metrics.items():
+                name = f"{task}/{metric}"
+                found = [logged[f"{kind}/{name}"] for kind in ("eval", "low", "high", "n")]
+                assert found == [taken.value, taken.low, taken.high, taken.n]
+    assert runs["ta"].data.metrics["eval/mean_normalised"] == 0.8
+    assert math.isnan(runs["math"].data.metrics["eval/code/accuracy"])
+    assert runs["math"].data.metrics["n/code/accuracy"] == 0
+    assert math.isnan(runs["code"].data.metrics["eval/mean_normalised"])
+
+
+def test_params_tell_method_and_coefficients(client, parent, store):
+    runs = children(client, parent)
+    assert runs["ta-sens.3"].data.params == {
+        "role": "variant",
+        "folder": (store / "ta-sens.3").as_uri(),
+        "digest": "2" * 64,
+        "method": "task_arithmetic",
+        "weight": "0.4",
+        "coefficients.kind": "sens",
+        "tau.math": "0.25",
+        "tau.code": "0.75",
+        "weights.math": "0.38 … 0.41",
+        "weights.code": "0.39 … 0.42",
+    }
+    assert runs["ta"].data.params["weights.math"] == "0.4"
+    assert runs["math"].data.params == {
+        "role": "expert",
+        "folder": (store / "math").as_uri(),
+        "digest": hashlib.sha256(b"math").hexdigest(),
+    }
+
+
+def test_inputs_are_the_data_sets_a_model_has_seen(client, parent):
+    def inputs(run):
+        return {
+            (entry.dataset.name, entry.dataset.digest, tag.value)
+            for entry in run.inputs.dataset_inputs
+            for tag in entry.tags
+            if tag.key == "mlflow.data.context"
+        }
+
+    every = {(f"{d.task}/{d.context}", d.digest[:36], d.context) for d in make_datasets()}
+    evaluation = {entry for entry in every if entry[2] == "evaluation"}
+    runs = children(client, parent)
+    assert inputs(client.get_run(parent)) == inputs(runs["ta-sens.3"]) == every
+    assert all(inputs(runs[name]) == evaluation for name in ("base", "math", "code", "ta"))
+
+    (entry,) = [e for e in runs["ta"].inputs.dataset_inputs if e.dataset.name == "math/evaluation"]
+    assert json.loads(entry.dataset.profile) == {"num_rows": 50}
+    source = mlflow.data.get_source(mlflow.data.meta_dataset.MetaDataset(_source(entry.dataset)))
+    assert (source.path, source.data_files, source.split) == ("json", "math/evaluation.jsonl", "train")
+
+
+def _source(dataset):
+    assert dataset.source_type == "hugging_face"
+    return mlflow.data.huggingface_dataset_source.HuggingFaceDatasetSource.from_json(dataset.source)
+
+
+def assert_models(client, runs, store, source):
+    """Each variant is a LoggedModel that names its folder, and a version of the recipe's registered model."""
+    versions = {v.tags["variant"]: v for v in client.search_model_versions("name = 'two-skills'")}
+    assert set(versions) == {"ta", "ta-sens.3"}
+    for name, digest in (("ta", "1" * 64), ("ta-sens.3", "2" * 64)):
+        run, version = runs[name], versions[name]
+        (output,) = run.outputs.model_outputs
+        model = client.get_logged_model(output.model_id)
+        folder = (store / name).as_uri()
+        assert model.status == "READY"
+        assert model.source_run_id == run.info.run_id
+        assert (model.tags["folder"], model.tags["digest"]) == (folder, digest)
+        assert model.params["method"] == "task_arithmetic"
+        assert {m.key for m in model.metrics} == set(run.data.metrics)
+        link = {"name": "two-skills", "version": str(version.version)}
+        assert json.loads(model.tags["mlflow.modelVersions"]) == [link]
+        assert (version.tags["folder"], version.tags["digest"]) == (folder, digest)
+        assert version.run_id == run.info.run_id
+        assert version.source == source(folder, model.model_id)
+    assert not any(runs[name].outputs.model_outputs for name in ("base", "math", "code"))
+
+
+def test_a_variant_is_a_logged_model_and_a_registered_version_that_point_at_its_folder(client, parent, store):
+    assert_models(client, children(client, parent), store, lambda folder, model_id: folder)
+    versions = {v.tags["variant"]: str(v.version) for v in client.search_model_versions("name = 'two-skills'")}
+    download = client.get_model_version_download_uri("two-skills", versions["ta"])
+    assert download == (store / "ta").as_uri()
+    assert not (store / "ta").exists()  # nothing was copied to or from it
+
+
+def test_artifacts_of_the_execution_are_on_the_parent(client, parent, report):
+    names = {artifact.path for artifact in client.list_artifacts(parent)}
+    assert names == {"recipe.yaml", "plan.txt", "report.json", "scores.json", "scores.png", "distances.png"}
+    uri = client.get_run(parent).info.artifact_uri
+    assert mlflow.artifacts.load_text(f"{uri}/recipe.yaml") == RECIPE
+    assert mlflow.artifacts.load_text(f"{uri}/plan.txt") == PLAN
+    assert Report.model_validate_json(mlflow.artifacts.load_text(f"{uri}/report.json")) == report
+    assert mlflow.artifacts.load_image(f"{uri}/scores.png").width > 500
+
+
+def test_only_variants_have_a_picture_of_coefficients(client, parent):
+    paths = {
+        name: [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
+        for name, run in children(client, parent).items()
+    }
+    assert paths == {name: ["coefficients.png"] if role == "variant" else [] for name, role in MODELS.items()}
+
+
+def test_the_table_of_scores_is_written_once(client, parent, report):
+    # MLflow stores a table as pandas does with orient="split".
+    table = json.loads(mlflow.artifacts.load_text(f"{client.get_run(parent).info.artifact_uri}/scores.json"))
+    assert table["columns"] == ["model", "role", "task", "metric", "value", "low", "high", "n"]
+    rows = {(model, task, metric): (role, *rest) for model, role, task, metric, *rest in table["data"]}
+    taken = {
+        (model, task, metric): (MODELS[model], found.value, found.low, found.high, found.n)
+        for model, tasks in report.scores.items()
+        for task, metrics in tasks.items()
+        for metric, found in metrics.items()
+    }
+    assert len(table["data"]) == len(taken) == 5 * 2 * 2 - 2
+    assert rows == {key: pytest.approx(values) for key, values in taken.items()}
+
+
+def test_the_terminal_stays_clean(parent, chatter):
+    assert chatter == [""]
+
+
+def test_no_global_state_is_left_behind(store, uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "false")
+
+    def state():
+        settings = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")
+        return [os.environ.get(name) for name in settings], mlflow.get_tracking_uri(), logging.getLogger("mlflow").level
+
+    before = state()
+    record(make_report(store, "stateless", **EMPTY), store, uri)
+    assert state() == before
+    assert mlflow.get_tracking_uri() != uri
+
+
+def test_a_second_execution_is_a_new_run_and_registers_only_what_is_new(client, store, uri):
+    first = record(make_report(store, "nightly"), store, uri)
+    report = make_report(store, "nightly")
+    report.variants["ta"].digest = "3" * 64
+    second = record(report, store, uri)
+    assert first != second
+    assert client.get_run(first).info.experiment_id == client.get_run(second).info.experiment_id
+    found = {(v.tags["variant"], v.tags["digest"][0]): v for v in client.search_model_versions("name = 'nightly'")}
+    assert set(found) == {("ta", "1"), ("ta-sens.3", "2"), ("ta", "3")}
+    assert found["ta-sens.3", "2"].run_id == children(client, first)["ta-sens.3"].info.run_id
+    # The model of the second run is linked to the version that was there.
+    (output,) = children(client, second)["ta-sens.3"].outputs.model_outputs
+    (link,) = json.loads(client.get_logged_model(output.model_id).tags["mlflow.modelVersions"])
+    assert link["version"] == str(found["ta-sens.3", "2"].version)
+
+
+def test_an_experiment_deleted_in_the_ui_is_used_again(client, store, uri):
+    report = make_report(store, "tidied", **EMPTY)
+    experiment = client.get_run(record(report, store, uri)).info.experiment_id
+    client.delete_experiment(experiment)
+    assert client.get_run(record(report, store, uri)).info.experiment_id == experiment
+    assert client.get_experiment(experiment).lifecycle_stage == "active"
+
+
+def test_a_recipe_without_tasks_has_runs_without_metrics(client, store, uri):
+    report = make_report(store, "no-tasks", tasks={}, scores={}, mean_normalised={}, distances={})
+    parent = record(report, store, uri)
+    runs = children(client, parent)
+    assert set(runs) == set(MODELS)
+    assert not any(run.data.metrics for run in runs.values())
+    assert {a.path for a in client.list_artifacts(parent)} == {"recipe.yaml", "plan.txt", "report.json"}
+
+
+def test_what_fails_leaves_no_run_running(client, store, uri):
+    # MLflow refuses this key, after parent and child were opened.
+    report = make_report(store, "broken", tasks={"a#b": "accuracy"}, scores={"base": {"a#b": {"accuracy": score(0.5)}}})
+    with pytest.raises(MlflowException, match="a#b"):
+        record(report, store, uri)
+    runs = client.search_runs([client.get_experiment_by_name("broken").experiment_id])
+    assert [run.info.status for run in runs] == ["FAILED", "FAILED"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """URI of a real tracking server with a database of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "kept")]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # starts faster
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 180
+        while not _healthy(port):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def _healthy(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_a_real_server_takes_everything_too(server, tmp_path):
+    tracking.check_server(server)
+    report = make_report(tmp_path)
+    with captured() as text:
+        page = tracking.record(report, RECIPE, PLAN, make_datasets(), server, tmp_path)
+        again = tracking.record(report, RECIPE, PLAN, make_datasets(), f"{server}/", tmp_path)
+    assert text.getvalue() == ""
+    assert page != again
+    client = MlflowClient(server, server)
+    parent = page.rsplit("/", 1)[-1]
+    experiment = client.get_experiment_by_name("two-skills").experiment_id
+    assert page == f"{server}/#/experiments/{experiment}/runs/{parent}"
+    runs = children(client, parent)
+    assert {name: run.data.tags["role"] for name, run in runs.items()} == MODELS
+    assert len({frozenset(run.data.metrics) for run in runs.values()}) == 1
+    assert runs["ta"].data.metrics["eval/math/accuracy"] == report.scores["ta"]["math"]["accuracy"].value
+    assert math.isnan(runs["math"].data.metrics["eval/code/accuracy"])
+    assert len(runs["ta-sens.3"].inputs.dataset_inputs) == 4
+    assert_models(client, runs, tmp_path, lambda folder, model_id: f"models:/{model_id}")
+    assert len(client.list_artifacts(parent)) == 6
+    assert [artifact.path for artifact in client.list_artifacts(runs["ta"].info.run_id)] == ["coefficients.png"]
+    assert not list(tmp_path.iterdir())  # a server keeps the artifacts itself
+
+
+def test_a_server_that_is_not_there_is_an_input_error():
+    uri = f"http://127.0.0.1:{free_port()}"
+    remedy = f"MLflow server unreachable at {uri}: start it .mlflow server .*pass --tracking-uri"
+    with pytest.raises(InputError, match=remedy) as caught:
+        tracking.check_server(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_something_else_behind_the_address_is_an_input_error():
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers every request with 501
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(InputError, match="it answered 501"):
+            tracking.check_server(f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "mlruns", "file:mlruns", "sqlite://", "sqlite:///", "databricks", ""])
+def test_other_places_for_runs_are_refused_with_the_remedy(uri):
+    with pytest.raises(InputError, match=r"expected a server .* or a database file .*sqlite:///"):
+        tracking.check_server(uri)
+
+
+def test_sqlite_needs_a_folder_that_is_there_or_can_be_made(tmp_path):
+    tracking.check_server(tracking.default_uri(tmp_path / "new" / "store"))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is not a folder"):
+        tracking.check_server(f"sqlite:///{tmp_path}/file/mlflow.db")
+    with pytest.raises(InputError, match="is a folder: name the database file"):
+        tracking.check_server(f"sqlite:///{tmp_path}")

@@ -1,0 +1,394 @@
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tasks.datasets import (
+    ClassificationTask,
+    CompletionTask,
+    DataSource,
+    LmEvalTask,
+    MultipleChoiceTask,
+    _choice,
+    calibration_batch,
+    check_rows,
+    encode,
+    encode_choices,
+    find_answer,
+    load_rows,
+    pad,
+    render,
+    rows_digest,
+    template_fields,
+)
+from tasks.errors import InputError
+
+SHARED = Path(__file__).parents[3] / "shared"
+KEY = "tasks.math.calibration"
+
+
+def bpe_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose special tokens stand where `template` says, as in '<s> $A </s>'."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Question: how many are seven and eight? Answer: fifteen"] * 3, trainer)
+    tokenizer.post_processor = processors.Sequence(
+        [processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return bpe_tokenizer("<s> $A")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# Rows
+
+
+def source(**settings: Any) -> DataSource:
+    return DataSource(**{"path": "json", "data_files": "rows.jsonl"} | settings)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "rows.jsonl", [{"prompt": f"p{i}", "n": i} for i in range(50)])
+    return tmp_path
+
+
+def test_rows_are_those_of_the_file_relative_to_the_recipe(folder: Path) -> None:
+    assert load_rows(source(), KEY, folder) == [{"prompt": f"p{i}", "n": i} for i in range(50)]
+    assert load_rows(source(seed=None, samples=3), KEY, folder) == [{"prompt": f"p{i}", "n": i} for i in range(3)]
+    assert len(load_rows(source(split="train[:10]"), KEY, folder)) == 10
+    assert len(load_rows(source(data_files=["rows.jsonl", "row*.jsonl"]), KEY, folder)) in (50, 100)
+
+
+def test_compressed_csv_and_local_folder(folder: Path) -> None:
+    with gzip.open(folder / "zipped.jsonl.gz", "wt") as file:
+        file.write('{"text": "a"}\n')
+    assert load_rows(source(data_files="zipped.jsonl.gz"), KEY, folder) == [{"text": "a"}]
+    (folder / "rows.csv").write_text("text,label\nfine,1\n")
+    assert load_rows(source(path="csv", data_files="rows.csv"), KEY, folder) == [{"text": "fine", "label": 1}]
+    (folder / "set").mkdir()
+    write(folder / "set" / "train.jsonl", [{"text": "b"}])
+    assert load_rows(DataSource(path="set"), KEY, folder) == [{"text": "b"}]
+    assert load_rows(DataSource(path="./set"), KEY, folder) == [{"text": "b"}]
+
+
+def test_an_edited_file_is_read_again(folder: Path) -> None:
+    write(folder / "edited.jsonl", [{"a": 1}])
+    before = load_rows(source(data_files="edited.jsonl"), KEY, folder)
+    write(folder / "edited.jsonl", [{"a": 2}])
+    assert load_rows(source(data_files="edited.jsonl"), KEY, folder) == [{"a": 2}] != before
+
+
+@given(total=st.integers(1, 300), share=st.floats(0, 1), seed=st.none() | st.integers(-5, 2**40))
+def test_choice_is_a_subset_without_repeats(total: int, share: float, seed: int | None) -> None:
+    samples = max(1, round(total * share))
+    chosen = list(_choice(total, samples, seed))
+    assert len(set(chosen)) == samples
+    assert set(chosen) <= set(range(total))
+    assert chosen == sorted(chosen) == list(_choice(total, samples, seed))
+    if samples > 1:
+        assert set(_choice(total, samples - 1, seed)) < set(chosen)
+
+
+def test_choice_depends_on_the_seed_and_not_on_the_process(folder: Path) -> None:
+    rows = load_rows(source(samples=10, seed=3), KEY, folder)
+    assert rows != load_rows(source(samples=10, seed=4), KEY, folder)
+    code = "from tasks.datasets import _choice; print(_choice(50, 10, 3))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(other.stdout) == [row["n"] for row in rows]
+
+
+def test_choice_is_uniform() -> None:
+    counts = torch.zeros(20)
+    for seed in range(2000):
+        counts[list(_choice(20, 5, seed))] += 1
+    # Each count is binomial(2000, 1/4): standard deviation 19.4.
+    assert (counts - 500).abs().max() < 5 * 19.4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data_files": "none.jsonl"}, "tasks.math.calibration.data_files: no such file: .*none.jsonl"),
+        ({"data_files": "none*.jsonl"}, "tasks.math.calibration.data_files: no such file: .*none"),
+        ({"data_files": None}, "'json' is a file format; name the files"),
+        ({"data_files": "empty.jsonl"}, "empty.jsonl has no rows"),
+        ({"data_files": "broken.jsonl"}, "cannot read .*broken.jsonl: .*JSON"),
+        ({"split": "dev"}, "cannot read .*rows.jsonl: Unknown split"),
+        ({"samples": 51}, "tasks.math.calibration.samples is 51, but .*rows.jsonl has 50 rows"),
+        ({"path": "./none", "data_files": None}, "tasks.math.calibration.path: no such folder: .*none"),
+    ],
+)
+def test_bad_sources(folder: Path, settings: dict[str, Any], message: str) -> None:
+    (folder / "empty.jsonl").touch()
+    (folder / "broken.jsonl").write_text('{"a": 1\nfoo')
+    with pytest.raises(InputError, match=message) as caught:
+        load_rows(source(**settings), KEY, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreachable_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"tasks\.math\.calibration: Couldn't reach 'somebody/rows'"):
+        load_rows(DataSource(path="somebody/rows"), KEY, folder)
+
+
+def test_reading_rows_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_rows(source(), KEY, folder)
+    (folder / "broken.jsonl").write_text('{"a": 1\nfoo')
+    with pytest.raises(InputError):
+        load_rows(source(data_files="broken.jsonl"), KEY, folder)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_digest_is_of_content_and_order() -> None:
+    rows = [{"a": 1, "b": "é"}, {"a": 2, "b": "x"}]
+    assert rows_digest(rows) == rows_digest([{"b": "é", "a": 1}, {"b": "x", "a": 2}])
+    assert len({rows_digest(rows), rows_digest(rows[::-1]), rows_digest(rows[:1]), rows_digest([])}) == 4
+
+
+def test_schemas_are_read_without_torch() -> None:
+    code = "import sys, tasks.datasets; print({'torch', 'datasets', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+# Templates
+
+
+def test_templates() -> None:
+    assert template_fields("Q: {question} {{x}} {a-b}{question}") == ["question", "a-b", "question"]
+    assert render("{{{a}}} {b}", {"a": 1, "b": "{a}"}) == "{1} {a}"
+
+
+@pytest.mark.parametrize("template", ["{", "}", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a:{b}}", "{a.__class__}"])
+def test_templates_reach_no_further_than_the_row(template: str) -> None:
+    with pytest.raises(InputError, match="template"):
+        render(template, {"a": "x", "b": "y", "": "z"})
+
+
+@given(st.dictionaries(st.text("abc_ -", min_size=1), st.text(), min_size=1))
+def test_render_is_str_format(row: dict[str, str]) -> None:
+    template = "{{" + "".join(f"<{{{name}}}" for name in row) + "}}"
+    assert render(template, row) == template.format(**row)
+
+
+# Checks
+
+COMPLETION: dict[str, Any] = {"kind": "completion"}
+CHOICE: dict[str, Any] = {"kind": "multiple_choice"}
+
+
+def completion_task(**settings: Any) -> CompletionTask:
+    return CompletionTask(**COMPLETION | settings)
+
+
+def test_good_rows_pass() -> None:
+    check_rows(completion_task(answer=r"#### (\d+)"), [{"prompt": "", "completion": "so #### 12"}], KEY)
+    classification = ClassificationTask(kind="classification")
+    check_rows(classification, [{"text": "a", "label": 1}, {"text": "b", "label": "no"}], KEY, {"yes": 0, "no": 1})
+    check_rows(classification, [{"text": "a", "label": 99}], KEY)
+    check_rows(MultipleChoiceTask(**CHOICE), [{"prompt": "p", "choices": ["a", "b"], "answer": 1}], KEY)
+    check_rows(LmEvalTask(kind="lm_eval", names=["arc_easy"]), [], KEY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "row", "message"),
+    [
+        (
+            COMPLETION | {"prompt": "Q: {question}"},
+            {"prompt": "p", "completion": "c"},
+            "tasks.math.prompt names field 'question', row 0 of tasks.math.calibration has 'prompt', 'completion'",
+        ),
+        (COMPLETION, {"prompt": "p", "completion": None}, "tasks.math.completion names field 'completion', row 0"),
+        (COMPLETION | {"prompt": "{prompt.x}"}, {"prompt": "p"}, "tasks.math.prompt: template"),
+        (COMPLETION | {"metric": "exact_match"}, {}, "tasks.math.metric is exact_match, set tasks.math.generate"),
+        (COMPLETION | {"answer": "("}, {"prompt": "p", "completion": "c"}, "tasks.math.answer: .* regular expression"),
+        (COMPLETION | {"answer": "#"}, {"prompt": "p", "completion": "c"}, "tasks.math.answer: '#' matches nothing"),
+        ({"kind": "classification"}, {"text": "t"}, "tasks.math.label names field 'label'"),
+        (
+            {"kind": "classification"},
+            {"text": "t", "label": 2},
+            "label is 2, expected one of .* 2 classes: 0 no, 1 yes",
+        ),
+        ({"kind": "classification"}, {"text": "t", "label": -1}, "row 0 of tasks.math.calibration: label is -1"),
+        ({"kind": "classification"}, {"text": "t", "label": "maybe"}, "label is 'maybe'"),
+        ({"kind": "classification"}, {"text": "t", "label": 0.5}, "label is 0.5"),
+        (CHOICE, {"prompt": "p", "choices": ["a"]}, "tasks.math.answer names field 'answer'"),
+        (CHOICE, {"prompt": "p", "choices": [], "answer": 0}, r"choices are \[\]"),
+        (CHOICE, {"prompt": "p", "choices": ["a", ""], "answer": 0}, "expected a list of texts that are not empty"),
+        (CHOICE, {"prompt": "p", "choices": "ab", "answer": 0}, "choices are 'ab'"),
+        (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": 2}, "answer is 2, .* 0 to 1"),
+        (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": "A"}, "answer is 'A'"),
+        (CHOICE | {"completion": " x"}, {}, "tasks.math.completion is ' x', expected a template that names {choice}"),
+    ],
+)
+def test_bad_rows(settings: dict[str, Any], row: dict[str, Any], message: str) -> None:
+    kinds = {"completion": CompletionTask, "classification": ClassificationTask, "multiple_choice": MultipleChoiceTask}
+    with pytest.raises(InputError, match=message):
+        check_rows(kinds[settings["kind"]](**settings), [row], KEY, {"no": 0, "yes": 1})
+
+
+def test_the_bad_row_is_named() -> None:
+    rows = [{"prompt": "p", "completion": "c"}] * 4 + [{"prompt": "p"}]
+    with pytest.raises(InputError, match="row 4 of"):
+        check_rows(completion_task(), rows, KEY)
+
+
+def test_find_answer() -> None:
+    assert find_answer(r"#### (\d+)", "#### 1 then #### 23 ") == "23"
+    assert find_answer(r"\d+ *", "1 and 45  ") == "45"
+    assert find_answer(r"\d", "none") is None
+
+
+# Tokens
+
+ROW = {"prompt": "how many are seven", "completion": "fifteen"}
+
+
+def test_completion_is_tokenised_apart_with_begin_and_end_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = completion_task(prompt="Question: {prompt}\nAnswer:", completion=" {completion}")
+    sample = encode(task, ROW, tokenizer, "row 0")
+    prompt, completion = sample.input_ids[: sample.prompt_tokens], sample.input_ids[sample.prompt_tokens :]
+    assert prompt == tokenizer("Question: how many are seven\nAnswer:")["input_ids"]
+    assert completion == tokenizer(" fifteen", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    assert sample.input_ids.count(tokenizer.bos_token_id) == 1
+    bare = encode(completion_task(end_token=False), ROW, tokenizer, "row 0")
+    assert bare.input_ids[-1] != tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_closes_every_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    closing = bpe_tokenizer("<s> $A </s>")
+    assert closing("a")["input_ids"][-1] == closing.eos_token_id
+    for task in (completion_task(), completion_task(loss_on="all", end_token=False)):
+        assert encode(task, ROW, closing, "row 0") == encode(task, ROW, tokenizer, "row 0")
+        batches = [calibration_batch(task, ROW, each, "row 0")["input_ids"] for each in (closing, tokenizer)]
+        assert torch.equal(*batches)
+
+
+def test_cut_from_the_right(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = encode(completion_task(), ROW, tokenizer, "row 0")
+    cut = encode(completion_task(max_length=whole.prompt_tokens + 1), ROW, tokenizer, "row 0")
+    assert cut.input_ids == whole.input_ids[: whole.prompt_tokens + 1]
+    with pytest.raises(InputError, match=r"row 7: no token of the completion is left .*raise max_length"):
+        encode(completion_task(max_length=whole.prompt_tokens), ROW, tokenizer, "row 7")
+
+
+def test_no_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="end_token: false"):
+        encode(completion_task(), ROW, plain, "row 0")
+    # Without begin token and prompt, the first token has nothing to be predicted from.
+    empty = encode(completion_task(end_token=False), {"prompt": "", "completion": "a"}, bpe_tokenizer("$A <s>"), "row")
+    assert (empty.prompt_tokens, empty.scored_from) == (1, 1)
+
+
+def test_classification_keeps_special_tokens_when_cut() -> None:
+    closing = bpe_tokenizer("<s> $A </s>")
+    task = ClassificationTask(kind="classification", max_length=5)
+    sample = encode(task, {"text": "how many are seven and eight", "label": "b"}, closing, "row 0", {"a": 0, "b": 1})
+    assert len(sample.input_ids) == 5
+    assert (sample.input_ids[0], sample.input_ids[-1], sample.label) == (0, 1, 1)
+
+
+def test_choices_are_whole_and_the_prompt_is_cut_from_the_left(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "how many are seven and eight?", "choices": ["fifteen", "x"], "answer": 1}
+    whole = encode_choices(MultipleChoiceTask(**CHOICE), row, tokenizer, "row 0")
+    longest = max(len(sample.input_ids) for sample in whole)
+    cut = encode_choices(MultipleChoiceTask(**CHOICE, max_length=longest - 1), row, tokenizer, "row 0")
+    for before, after in zip(whole, cut, strict=True):
+        assert after.input_ids == before.input_ids[-(longest - 1) :]
+        assert after.input_ids[after.prompt_tokens :] == before.input_ids[before.prompt_tokens :]
+    assert encode(MultipleChoiceTask(**CHOICE), row, tokenizer, "row 0") == whole[1]
+    with pytest.raises(InputError, match="row 0: choice 'x y' needs"):
+        encode_choices(MultipleChoiceTask(**CHOICE, max_length=2), row | {"choices": ["x y"]}, tokenizer, "row 0")
+
+
+@pytest.fixture(scope="module")
+def network(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)).double().eval()
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_calibration_loss_is_the_mean_over_the_counted_tokens(
+    network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str
+) -> None:
+    task = completion_task(loss_on=loss_on, completion=" {completion}")
+    batch = calibration_batch(task, ROW, tokenizer, "row 0")
+    ids = batch["input_ids"][0].tolist()
+    start = len(tokenizer(ROW["prompt"])["input_ids"]) if loss_on == "completion" else 1
+    log_p = network(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = -torch.stack([log_p[t - 1, ids[t]] for t in range(start, len(ids))]).mean()
+    torch.testing.assert_close(network(**batch).loss.double(), expected)
+
+
+def test_loss_on_all_reads_the_text_as_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "how ma", "completion": "ny are"}
+    apart = encode(completion_task(end_token=False), row, tokenizer, "row 0").input_ids
+    whole = calibration_batch(completion_task(end_token=False, loss_on="all"), row, tokenizer, "row 0")["input_ids"]
+    assert whole[0].tolist() == tokenizer("how many are")["input_ids"] != apart
+    empty = {"prompt": "", "completion": ""}
+    with pytest.raises(InputError, match="row 0: a text of 1 tokens"):
+        calibration_batch(completion_task(end_token=False, loss_on="all"), empty, tokenizer, "row 0")
+
+
+def test_calibration_of_a_choice_is_the_right_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "seven?", "choices": ["x", "fifteen"], "answer": 1}
+    labels = calibration_batch(MultipleChoiceTask(**CHOICE), row, tokenizer, "row 0")["labels"][0]
+    assert tokenizer.decode(labels[labels != -100]) == " fifteen"
+    everything = calibration_batch(MultipleChoiceTask(**CHOICE, loss_on="all"), row, tokenizer, "row 0")["labels"][0]
+    assert everything.tolist() == tokenizer("seven? fifteen")["input_ids"]
+
+
+def test_calibration_of_a_class(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = ClassificationTask(kind="classification")
+    batch = calibration_batch(task, {"text": "seven", "label": "b"}, tokenizer, "row 0", {"a": 0, "b": 1})
+    assert batch["labels"].tolist() == [1]
+    assert batch["input_ids"].tolist() == [tokenizer("seven")["input_ids"]]
+    assert batch["attention_mask"].shape == batch["input_ids"].shape
+
+
+def test_padding() -> None:
+    right, left = pad([[1, 2, 3], [4]], 9), pad([[1, 2, 3], [4]], 9, side="left")
+    assert right["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert left["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs ../shared/data")
+@pytest.mark.parametrize(("name", "rows"), [("gsm8k", 800), ("sst2", 800), ("arc_easy", 800)])
+def test_real_rows(name: str, rows: int) -> None:
+    shared = source(data_files=f"{name}/test.jsonl.gz")
+    assert len(load_rows(shared, KEY, SHARED / "data")) == rows
