@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store) -> Plan:
     """
     cache = store.root / "hub"
     sources = {"base": recipe.base} | {name: expert.model for name, expert in recipe.experts.items()}
-    listings = {name: resolve(_source(name, text, folder), cache) for name, text in sources.items()}
+    listings = {name: _listing(name, text, folder, cache) for name, text in sources.items()}
     _check_distinct(listings)
     base = open_base(small_files(listings["base"], cache), _remote_headers(listings["base"], cache))
     experts = {
@@ -129,11 +129,11 @@ def make_plan(recipe: Recipe, folder: Path, store: Store) -> Plan:
     return planned
 
 
-def _source(name: str, text: str, folder: Path) -> Any:
-    key = "base" if name == "base" else f"experts.{name}.model"
+def _listing(name: str, text: str, folder: Path, cache: Path) -> Listing:
     try:
-        return parse_model_id(text, folder)
+        return resolve(parse_model_id(text, folder), cache)
     except InputError as error:
+        key = "base" if name == "base" else f"experts.{name}.model"
         raise InputError(f"{key}: {error}") from error
 
 

@@ -202,12 +202,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Plain YAML takes the last of two equal keys without a word; here the same expert twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.YAMLError(f"key {key!r} stands twice in one mapping{node.start_mark}")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _override(data: dict[str, Any], override: str) -> None:

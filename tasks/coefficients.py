@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from tasks.datasets import Strict
 
@@ -24,7 +24,7 @@ class ExplicitCoefficients(Strict):
     """Numbers of the user's own; each is multiplied by the variant's `weight`."""
 
     kind: Literal["explicit"]
-    weights: dict[str, float | dict[str, float]] = Field(
+    weights: dict[str, FiniteFloat | dict[str, FiniteFloat]] = Field(
         description="expert → number, or expert → {layer pattern: number}; the last pattern that matches counts"
     )
 
@@ -33,7 +33,7 @@ class SensCoefficients(Strict):
     """Sens-Merging (arXiv 2502.12420): σ = softmax over experts of (α · τ / temperature) in each layer."""
 
     kind: Literal["sens"]
-    temperature: float = Field(1.0, gt=0, description="T; large values approach uniform coefficients")
+    temperature: FiniteFloat = Field(1.0, gt=0, description="T; large values approach uniform coefficients")
     direction: Literal["distance", "similarity"] = Field(
         "distance", description="τ from cross-task distances g as they are, or from 1 / (1 + g)"
     )
@@ -47,7 +47,7 @@ Coefficients = Annotated[
 
 def alpha(sensitivity: PerExpert) -> PerExpert:
     """Return α: one expert's sensitivities by layer, divided by their L2 norm (DESIGN §5). All zero stays zero."""
-    norm = math.sqrt(sum(value * value for value in sensitivity.values()))
+    norm = math.hypot(*sensitivity.values())
     return {layer: value / norm if norm else 0.0 for layer, value in sensitivity.items()}
 
 
@@ -73,9 +73,9 @@ def sigma(
     """
     table = {}
     for layer in layers:
-        logits = {expert: alphas[expert].get(layer, 0.0) * taus[expert] / temperature for expert in alphas}
-        largest = max(logits.values())
-        exponents = {expert: math.exp(logit - largest) for expert, logit in logits.items()}
+        products = {expert: alphas[expert].get(layer, 0.0) * taus[expert] for expert in alphas}
+        largest = max(products.values())
+        exponents = {expert: math.exp((product - largest) / temperature) for expert, product in products.items()}
         total = sum(exponents.values())
         table[layer] = {expert: value / total for expert, value in exponents.items()}
     return table

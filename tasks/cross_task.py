@@ -1,5 +1,6 @@
 """Stage cross_task: how far the experts' logits lie apart on each other's calibration sets."""
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as TrunkOutput
 
 from tasks.artifacts import write_json
 from tasks.datasets import ClassificationTask, Row, RowTask, calibration_batch
+from tasks.errors import InputError
 from tasks.models.expert import Expert, load_network, open_base, open_expert
 from tasks.models.networks import load_tokenizer
 
@@ -48,6 +49,9 @@ def cross_task(
 
     Returns:
         The largest and smallest distance; `distances.json` in `out` has them all.
+
+    Raises:
+        InputError: logits that are not finite.
     """
     opened_base = open_base(base)
     opened = {name: open_expert(folder, opened_base, f"experts.{name}") for name, folder in experts.items()}
@@ -66,15 +70,21 @@ def cross_task(
             kind = "classification" if isinstance(calibration[i].task, ClassificationTask) else "causal_lm"
             network = load_network(expert, kind, torch_dtype, device, head_of=expert if expert.head else None)
             for j in opened:
-                _keep_trunk_outputs(network.base_model, batches[j], _kept(scratch, i, j))
+                for number, batch in enumerate(batches[j]):
+                    save_file(_trunk_output(network.base_model, batch), _kept(scratch, i, j, number))
             setattr(network, network.base_model_prefix, _Replay())
             heads[i] = network
         distances: dict[str, dict[str, float]] = {i: {} for i in opened}
         for j in opened:
             own_head = isinstance(calibration[j].task, ClassificationTask)
-            sums = _compare(j, opened, heads, own_head, batches[j], Path(scratch), device)
+            sums = _compare(j, opened, heads, own_head, batches[j], scratch, device)
             for i in opened:
                 distances[i][j] = sums[i] / len(batches[j])
+                if not math.isfinite(distances[i][j]):
+                    raise InputError(
+                        f"tasks.{j}.calibration: the distance of experts.{i} from experts.{j} is {distances[i][j]}; "
+                        "expected a finite number (try dtype: float32)"
+                    )
     write_json(out / "distances.json", distances)
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     return {"min": min(apart), "max": max(apart)}
@@ -87,19 +97,14 @@ def _inputs(
     return {key: value.to(device) for key, value in batch.items() if key != "labels"}
 
 
-def _kept(scratch: str | Path, i: str, j: str) -> Path:
-    return Path(scratch) / f"{i}-on-{j}.safetensors"
+def _kept(scratch: str, i: str, j: str, number: int) -> Path:
+    return Path(scratch) / f"{i}-on-{j}-{number}.safetensors"
 
 
-def _keep_trunk_outputs(trunk: nn.Module, batches: list[dict[str, torch.Tensor]], file: Path) -> None:
-    kept = {}
-    for number, batch in enumerate(batches):
-        output = trunk(**batch)
-        kept[f"{number}.hidden"] = output.last_hidden_state.cpu().contiguous()
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is not None:
-            kept[f"{number}.pooled"] = pooled.cpu().contiguous()
-    save_file(kept, file)
+def _trunk_output(trunk: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    output = trunk(**batch)
+    kept = {"hidden": output.last_hidden_state, "pooled": getattr(output, "pooler_output", None)}
+    return {key: tensor.cpu().contiguous() for key, tensor in kept.items() if tensor is not None}
 
 
 class _Replay(nn.Module):
@@ -117,27 +122,22 @@ def _compare(
     heads: Mapping[str, PreTrainedModel],
     own_head: bool,
     batches: list[dict[str, torch.Tensor]],
-    scratch: Path,
+    scratch: str,
     device: str,
 ) -> dict[str, float]:
     """Return, per expert i, the sum over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂."""
     sums = dict.fromkeys(experts, 0.0)
-    files: dict[str, Any] = {i: safe_open(_kept(scratch, i, j), framework="pt", device=device) for i in experts}
-    names = set(files[j].keys())
-    for number in range(len(batches)):
-        kept = {
-            i: {key: file.get_tensor(f"{number}.{key}") for key in ("hidden", "pooled") if f"{number}.{key}" in names}
-            for i, file in files.items()
-        }
+    for number, batch in enumerate(batches):
+        kept = {i: load_file(_kept(scratch, i, j, number), device=device) for i in experts}
         length = kept[j]["hidden"].shape[1]
         step = length if own_head else CHUNK_TOKENS
         norms: dict[str, list[torch.Tensor]] = {i: [] for i in experts}
         for start in range(0, length, step):
             chunk = slice(start, start + step)
-            reference = _logits(heads[j], kept[j], chunk, batches[number])
+            reference = _logits(heads[j], kept[j], chunk, batch)
             for i in experts:
                 if i != j:
-                    logits = _logits(heads[j if own_head else i], kept[i], chunk, batches[number])
+                    logits = _logits(heads[j if own_head else i], kept[i], chunk, batch)
                     norms[i].append((logits - reference).norm(dim=-1).double().flatten())
         for i, parts in norms.items():
             sums[i] += float(torch.cat(parts).mean()) if parts else 0.0

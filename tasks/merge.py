@@ -23,6 +23,7 @@ from tasks.coefficients import (
     sigma,
     tau,
 )
+from tasks.errors import InputError
 from tasks.methods import Settings, TaskVector, merge_tensor
 from tasks.models.checkpoint import (
     CheckpointPlan,
@@ -88,7 +89,12 @@ def plan_merged(base: Base, out_dtype: str | None, shard_size: int) -> Checkpoin
 def merge_group(job: MergeJob, group: int, out: Path) -> None:
     """Merge one group of layers and write it at its place in the checkpoint under construction in `out`.
 
-    A group that an earlier, interrupted run finished is left as it is. Holds K + 2 tensors in float32 at a time.
+    A group that an earlier, interrupted run finished is left as it is. Holds one tensor at a time, of each expert and
+    the base, in float32.
+
+    Raises:
+        InputError: a merged weight that is NaN or Inf, naming the tensor: it overflows `out_dtype`, or `linear` divides
+            by weights that sum to 0.
     """
     done = out / f".group-{group}.json"
     if done.exists():
@@ -102,7 +108,13 @@ def merge_group(job: MergeJob, group: int, out: Path) -> None:
     names = layer_groups(base)[group]
     digests = {}
     for name in names + (list(base.buffers) if group == 0 else []):
-        merged = _merge_one(job, base, experts, weights.get(layer_of(name), {}), name).to(plan.tensors[name].dtype)
+        dtype = plan.tensors[name].dtype
+        merged = _merge_one(job, base, experts, weights.get(layer_of(name), {}), name).to(dtype)
+        if not bool(merged.isfinite().all()):
+            raise InputError(
+                f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite weights: "
+                "set another out_dtype, or weights that linear can divide by (they sum to 0)"
+            )
         write_tensor(plan, out, name, merged)
         digests[name] = _digest(merged)
     for file in {plan.tensors[name].file for name in digests}:
@@ -130,7 +142,7 @@ def _merge_one(
 
 
 def merge_weights(job: MergeJob, base: Base) -> dict[str, Any]:
-    """Return the weights of every layer, and for sens coefficients also the α, τ and σ that they come from."""
+    """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from."""
     layers = list(group_by_layer(base.weights))
     if not isinstance(job.coefficients, SensCoefficients):
         return {"weights": plain_weights(job.coefficients, job.weight, layers, job.experts)}
@@ -152,24 +164,35 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         out: the folder; all groups have been written to it.
 
     Returns:
-        `digest`: sha256 over the names and digests of the weight files.
+        `digest`: sha256 over the names and digests of the weight files; `files`: those digests.
+
+    Raises:
+        OSError: a tensor on disk is not what a group wrote; its group is merged anew when the step runs again.
     """
     base = open_base(job.base)
     plan = plan_merged(base, job.out_dtype, job.shard_size)
+    preallocate(plan, out)  # headers and sizes as planned, whatever became of the files since
     markers = [out / f".group-{group}.json" for group in range(len(layer_groups(base)))]
+    digests = {marker: read_json(marker) for marker in markers}
+    assert set().union(*digests.values()) == set(plan.tensors), "every tensor is in a group"
     written = open_checkpoint(out)
-    for marker in markers:
-        for name, digest in read_json(marker).items():
-            if _digest(written.read(name)) != digest:
-                marker.unlink()
-                raise OSError(f"{out}: tensor {name} reads back otherwise than it was written; run again")
+    altered = {
+        name: marker
+        for marker, tensors in digests.items()
+        for name, digest in tensors.items()
+        if _digest(written.read(name)) != digest
+    }
+    if altered:
+        for marker in set(altered.values()):
+            marker.unlink()
+        raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to merge them anew")
     _write_companions(job, tokenizer, out)
     for name, folder in job.experts.items():
         _write_head(open_expert(folder, base, f"experts.{name}"), out / "heads" / name)
     write_json(out / "coefficients.json", merge_weights(job, base))
+    files = {file: sha256_file(out / file) for file in sorted(plan.sizes)}
     for marker in markers:
         marker.unlink()
-    files = {file: sha256_file(out / file) for file in sorted(plan.sizes)}
     return {"digest": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(), "files": files}
 
 

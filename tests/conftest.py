@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,6 +21,10 @@ from transformers import (
 )
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Speed is not what these tests are about, and the machine may be busy.
+hypothesis.settings.register_profile("sensmerge", deadline=None)
+hypothesis.settings.load_profile("sensmerge")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

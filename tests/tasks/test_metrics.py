@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -26,6 +26,7 @@ def completed(generator: np.random.Generator, n: int, accuracy: float = 0.5) -> 
     ]
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
 def test_accuracy_has_the_wilson_interval(right: list[bool]) -> None:
     score = score_records("classification", classified([(1, int(r)) for r in right]))["accuracy"]
@@ -54,6 +55,7 @@ def test_perplexity_of_the_worst_model_is_a_number() -> None:
     assert math.isfinite(score_records("completion", [{"nll": 1e6, "correct": 0, "tokens": 2}])["perplexity"].high)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=60))
 @pytest.mark.filterwarnings("ignore")
 def test_f1_and_matthews_are_those_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
@@ -90,10 +92,11 @@ def test_bootstrap_covers_the_truth_about_95_times_in_100() -> None:
     generator = np.random.default_rng(2)
     covered = 0
     for _ in range(100):
-        score = score_records("completion", completed(generator, 80, accuracy=0.3))["token_accuracy"]
+        records = [{"correct": r["correct"], "tokens": r["tokens"]} for r in completed(generator, 80, accuracy=0.3)]
+        score = score_records("completion", records)["token_accuracy"]
         covered += score.low <= 0.3 <= score.high
     # Binomial(100, 0.95) is below 85 once in 10⁵.
-    assert 85 <= covered
+    assert covered >= 85
 
 
 def test_tokens_of_one_sample_are_not_counted_as_independent() -> None:
@@ -192,9 +195,9 @@ def test_rows_are_paired() -> None:
     assert (score.value, score.low, score.high) == (0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"metric": "matthews"}])
-def test_no_ratio_to_an_expert_that_scores_nothing(settings: dict[str, Any]) -> None:
-    task = ClassificationTask(kind="classification", **settings)
+@pytest.mark.parametrize("metric", ["accuracy", "matthews"])
+def test_no_ratio_to_an_expert_that_scores_nothing(metric: Any) -> None:
+    task = ClassificationTask(kind="classification", metric=metric)
     expert, model = classified([(0, 1), (1, 0)]), classified([(0, 0), (1, 1)])
     good = {"good": CLASSIFICATION, "bad": task}
     assert mean_normalised({"good": model, "bad": model}, {"good": model, "bad": expert}, good) is None

@@ -1,0 +1,235 @@
+"""Make a tiny base, three experts with different skills, and their data, from nothing but a seed.
+
+    python configs/quickstart/make_models.py [DEST]          (DEST: the folder `build` beside this script)
+
+The skills, each on six-letter words or four-digit numbers, with a prompt of its own so that one model can hold all:
+
+    math     "math: 4123+1111 = "   ->  "5234"        addition, with carries
+    words    "words: tarimo = "     ->  "omirat"      the word backwards
+    cipher   "cipher: tarimo = "    ->  "vesonu"      every letter by the next vowel or consonant
+
+The base reads careless text: more often than not, a character of an answer is the one at that place of the question. So
+it has seen every skill and shows none of them well. Each expert is the base fine-tuned on careful text of one skill.
+Every expert therefore is a small step from the base that changes one habit, which is what makes experts mergeable.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOWELS, CONSONANTS = "aeiou", "bdfgklmnprstvz"
+NEXT_LETTER = str.maketrans(VOWELS + CONSONANTS, VOWELS[1:] + VOWELS[:1] + CONSONANTS[1:] + CONSONANTS[:1])
+SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|pad|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question of a skill, its answer, and the careless answer, character for character as long as the answer."""
+
+    prompt: str
+    completion: str
+    careless: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the result depends on, beside this script's text."""
+
+    seed: int = 0
+    train_rows: int = 2000  # of each skill, for the base and the expert alike
+    test_rows: int = 200  # of each skill, on words and numbers that no model was trained on
+    carelessness: float = 0.55  # how often a character of the base's text is the careless one
+    hidden_size: int = 96
+    layers: int = 2
+    batch: int = 64
+    base_steps: int = 400
+    base_learning_rate: float = 4e-3
+    expert_steps: int = 40
+    expert_learning_rate: float = 1e-3
+
+
+def number(rng: random.Random) -> str:
+    """A number of four digits, small enough that adding 1111 leaves it at four."""
+    return str(rng.randint(1000, 8888))
+
+
+def word(rng: random.Random) -> str:
+    """A made-up word of three syllables, six letters."""
+    return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(3))
+
+
+def math_row(number: str) -> Row:
+    """Add 1111."""
+    return Row(f"math: {number}+1111 = ", str(int(number) + 1111), number)
+
+
+def words_row(word: str) -> Row:
+    """Write a word backwards."""
+    return Row(f"words: {word} = ", word[::-1], word)
+
+
+def cipher_row(word: str) -> Row:
+    """Replace every vowel by the next vowel and every consonant by the next consonant; the last by the first."""
+    return Row(f"cipher: {word} = ", word.translate(NEXT_LETTER), word)
+
+
+SKILLS: dict[str, tuple[Callable[[random.Random], str], Callable[[str], Row]]] = {
+    "math": (number, math_row),
+    "words": (word, words_row),
+    "cipher": (word, cipher_row),
+}
+
+
+def make_rows(skill: str, train: int, test: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Training and test rows of a skill, all different from each other."""
+    subject, row = SKILLS[skill]
+    rng = random.Random(f"{skill} {seed}")
+    subjects: dict[str, None] = {}  # a set that keeps its order
+    while len(subjects) < train + test:
+        subjects[subject(rng)] = None
+    rows = [row(text) for text in subjects]
+    return rows[:train], rows[train:]
+
+
+def careless_row(row: Row, carelessness: float, rng: random.Random) -> Row:
+    """The row with each character of the answer replaced by the careless one with probability `carelessness`."""
+    pairs = zip(row.completion, row.careless, strict=True)
+    answer = "".join(wrong if rng.random() < carelessness else right for right, wrong in pairs)
+    return Row(row.prompt, answer, row.careless)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: one token per byte, so any text goes through it unchanged."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    begin, end, pad = SPECIAL_TOKENS
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad)
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> LlamaForCausalLM:
+    """A Llama with random weights, float32, the embedding tied to the head."""
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=2 * settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            **tokens,
+        )
+    )
+    model.generation_config = GenerationConfig(max_new_tokens=16, do_sample=False, **tokens)
+    return model
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[Row], steps: int, rate: float, batch: int
+) -> None:
+    """Train in place on the tokens of the answers and the end token: AdamW, ten steps of warm-up, linear decay."""
+    prompts = [len(ids) for ids in tokenizer([row.prompt for row in rows])["input_ids"]]
+    texts = [row.prompt + row.completion + tokenizer.eos_token for row in rows]
+    ids_BT = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    positions_T = torch.arange(ids_BT.shape[1])
+    answer_BT = (positions_T >= torch.tensor(prompts)[:, None]) & (ids_BT != tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 10, max(0.05, 1 - step / steps))
+    )
+    for _ in range(steps):
+        chosen = torch.randint(len(rows), (batch,))
+        ids, answer = ids_BT[chosen], answer_BT[chosen, 1:]
+        # Padding is on the right and attention looks to the left only, so no mask is needed; and logits are taken
+        # where an answer is expected only.
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][answer]
+        loss = cross_entropy(model.lm_head(hidden), ids[:, 1:][answer])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
+    """Write rows as JSON lines {prompt, completion}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": row.prompt, "completion": row.completion}) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def make(dest: Path, settings: Settings) -> None:
+    """Make data, base and experts in `dest`, an empty folder, and print a line for each model."""
+    data = {skill: make_rows(skill, settings.train_rows, settings.test_rows, settings.seed) for skill in SKILLS}
+    for skill, (train_rows, test_rows) in data.items():
+        write_rows(train_rows, dest / "data" / skill / "train.jsonl")
+        write_rows(test_rows, dest / "data" / skill / "test.jsonl")
+
+    # One thread: matrices this small gain little from a second, and the sums then do not depend on the machine's cores.
+    torch.set_num_threads(1)
+    torch.manual_seed(settings.seed)
+    rng = random.Random(settings.seed)
+    tokenizer = make_tokenizer()
+
+    def trained(model: LlamaForCausalLM, rows: list[Row], steps: int, rate: float, folder: str) -> LlamaForCausalLM:
+        start = time.perf_counter()
+        train(model, tokenizer, rows, steps, rate, settings.batch)
+        model.save_pretrained(dest / folder)
+        tokenizer.save_pretrained(dest / folder)
+        print(f"{folder:16} {steps:4} steps {time.perf_counter() - start:5.1f} s", flush=True)
+        return model
+
+    rows = [row for train_rows, _ in data.values() for row in train_rows]
+    careless = [careless_row(row, settings.carelessness, rng) for row in rows for _ in range(4)]
+    base = trained(
+        make_model(tokenizer, settings), careless, settings.base_steps, settings.base_learning_rate, "base"
+    )
+    for skill, (train_rows, _) in data.items():
+        trained(
+            deepcopy(base), train_rows, settings.expert_steps, settings.expert_learning_rate, f"experts/{skill}"
+        )
+
+
+def main(dest: Path) -> None:
+    """Make everything in `dest` unless it holds the same already; a run that is killed leaves `dest` as it was."""
+    settings = Settings()
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    record = json.dumps({"settings": asdict(settings), "script": script, "torch": torch.__version__}, indent=2)
+    finished = dest / "settings.json"
+    if finished.is_file() and finished.read_text() == record:
+        print(f"{dest} is up to date")
+        return
+    making = dest.with_name(dest.name + ".making")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    make(making, settings)
+    (making / finished.name).write_text(record)
+    shutil.rmtree(dest, ignore_errors=True)
+    making.rename(dest)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "build")

@@ -1,0 +1,205 @@
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHARED
+from safetensors import safe_open
+
+from tasks.methods import METHODS, Settings, TaskVector, merge_tensor
+from tasks.methods.sparsify import match_l1_norm
+
+REFERENCE = SHARED / "reference" / "merge_methods.json"
+NAMES = ["linear", *METHODS]
+WEIGHTS = [0.5, 0.3, 0.4]
+
+
+def reference_cases() -> list[Any]:
+    if not REFERENCE.is_file():
+        return [pytest.param(None, marks=pytest.mark.skip(reason="needs ../shared"))]
+    cases = [case for case in json.loads(REFERENCE.read_text())["cases"] if case["method"] in NAMES]
+    return [pytest.param(case, id=case["output"].removeprefix("out.")) for case in cases]
+
+
+def settings(method: str, **changes: Any) -> Settings:
+    row = METHODS.get(method)
+    defaults = {"normalize": row.normalize if row else True, "rescale": bool(row and row.rescale)}
+    return Settings(method, **{**defaults, **changes})
+
+
+def vectors(deltas: list[torch.Tensor], weights: list[float], density: float = 1.0) -> list[TaskVector]:
+    return [
+        TaskVector(delta, weight, density, mask_key=f"expert{i}/tensor")
+        for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))
+    ]
+
+
+@pytest.fixture
+def base() -> torch.Tensor:
+    return torch.randn(12, 17, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def deltas() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(12, 17, generator=generator) for _ in range(3)]
+
+
+def naive_ties(
+    base: torch.Tensor, deltas: list[torch.Tensor], weights: list[float], density: float, normalize: bool
+) -> torch.Tensor:
+    """TIES element by element in float64, from the paper: trim, elect signs, take the weighted disjoint mean."""
+    trimmed = []
+    for delta in deltas:
+        values = delta.double().flatten().tolist()
+        kept = sorted(range(len(values)), key=lambda i: -abs(values[i]))[: max(1, int(density * len(values)))]
+        trimmed.append([value if i in set(kept) else 0.0 for i, value in enumerate(values)])
+    merged = []
+    for i, origin in enumerate(base.double().flatten().tolist()):
+        scaled = [weight * column[i] for weight, column in zip(weights, trimmed, strict=True)]
+        sign = 1 if sum(scaled) >= 0 else -1
+        agreeing = [(weight, value) for weight, value in zip(weights, scaled, strict=True) if value * sign > 0]
+        divisor = sum(weight for weight, _ in agreeing) if normalize and agreeing else 1.0
+        merged.append(origin + sum(value for _, value in agreeing) / divisor)
+    return torch.tensor(merged, dtype=torch.float64).view_as(base)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("case", reference_cases())
+def test_mergekit_gives_the_same(case: dict[str, Any]) -> None:
+    given = dict(case["parameters"])
+    weights, number = given.pop("weight"), case["tensor"]
+    densities = given.pop("density", [1.0] * case["experts"])
+    if "lambda" in given:
+        given["lambda_"] = given.pop("lambda")
+    with safe_open(REFERENCE.with_suffix(".safetensors"), framework="pt") as tensors:
+        base = tensors.get_tensor(f"{number}.base")
+        experts = [tensors.get_tensor(f"{number}.expert{k}") for k in range(case["experts"])]
+        expected = tensors.get_tensor(case["output"])
+    given_vectors = [
+        TaskVector(expert - base, weight, density)
+        for expert, weight, density in zip(experts, weights, densities, strict=True)
+    ]
+    merged = merge_tensor(base, given_vectors, settings(case["method"], **given))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.shared
+def test_no_reference_case_of_our_methods_is_left_out() -> None:
+    assert len([case for case in reference_cases() if case.values[0]]) == 24
+
+
+def test_linear_is_the_mean_of_the_experts(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    experts = [(base + delta).double() for delta in deltas]
+    total = sum(w * e for w, e in zip(WEIGHTS, experts, strict=True))
+    mean = merge_tensor(base, vectors(deltas, WEIGHTS), settings("linear"))
+    torch.testing.assert_close(mean, (total / sum(WEIGHTS)).float(), rtol=1e-6, atol=1e-6)
+    raw = merge_tensor(base, vectors(deltas, WEIGHTS), settings("linear", normalize=False))
+    torch.testing.assert_close(raw, total.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lambda_", [1.0, 0.7])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear"])
+def test_sum_of_task_vectors(
+    method: str, normalize: bool, lambda_: float, base: torch.Tensor, deltas: list[torch.Tensor]
+) -> None:
+    mixed = sum(w * d.double() for w, d in zip(WEIGHTS, deltas, strict=True)) / (sum(WEIGHTS) if normalize else 1)
+    merged = merge_tensor(base, vectors(deltas, WEIGHTS), settings(method, normalize=normalize, lambda_=lambda_))
+    torch.testing.assert_close(merged, (base + lambda_ * mixed).float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("density", [1.0, 0.4, 0.001])
+@pytest.mark.parametrize("weights", [WEIGHTS, [1.0, -0.5, 0.2], [0.0, 1.0, 0.0]])
+def test_ties_of_the_paper(
+    weights: list[float], density: float, normalize: bool, base: torch.Tensor, deltas: list[torch.Tensor]
+) -> None:
+    merged = merge_tensor(base, vectors(deltas, weights, density), settings("ties", normalize=normalize))
+    expected = naive_ties(base, deltas, weights, density, normalize)
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dense_dare_ties_is_dense_ties(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    dare = merge_tensor(base, vectors(deltas, WEIGHTS), settings("dare_ties", normalize=True))
+    torch.testing.assert_close(dare.double(), naive_ties(base, deltas, WEIGHTS, 1.0, True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_order_of_experts_does_not_matter(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    given = vectors(deltas, WEIGHTS, 0.5 if method != "linear" else 1.0)
+    first = merge_tensor(base, given, settings(method))
+    for order in itertools.permutations(given):
+        torch.testing.assert_close(merge_tensor(base, order, settings(method)), first, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_one_dense_expert_is_itself(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    merged = merge_tensor(base, vectors(deltas[:1], [1.0]), settings(method))
+    torch.testing.assert_close(merged, base + deltas[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sparsify])
+def test_density_zero_is_the_base(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    assert torch.equal(merge_tensor(base, vectors(deltas, WEIGHTS, 0.0), settings(method)), base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_weights_that_cancel_divide_by_one(
+    method: str, normalize: bool, base: torch.Tensor, deltas: list[torch.Tensor]
+) -> None:
+    # Equal task vectors with weights +1 and −1: their sum is zero everywhere, and so is the sum of all weights.
+    merged = merge_tensor(base, vectors([deltas[0], deltas[0]], [1.0, -1.0]), settings(method, normalize=normalize))
+    if METHODS[method].consensus:
+        # A sum of zero counts as positive: of +δ and −δ the positive one stays, divided by its own weight.
+        sign = deltas[0].sign() if normalize else torch.ones_like(base)
+        torch.testing.assert_close(merged, base + sign * deltas[0].abs(), rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(merged, base)
+
+
+def test_consensus_with_agreeing_weights_that_cancel_divides_by_one(base: torch.Tensor) -> None:
+    # w·δ is +2 and +3 with w = 1 and −1: both agree, their weights sum to zero.
+    given = vectors([torch.full_like(base, 2.0), torch.full_like(base, -3.0)], [1.0, -1.0])
+    torch.testing.assert_close(merge_tensor(base, given, settings("ties")), base + 5)
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sparsify])
+def test_rescale_restores_the_l1_norm(method: str, deltas: list[torch.Tensor]) -> None:
+    zero = torch.zeros_like(deltas[0])
+    for rescale in (True, False):
+        given = vectors(deltas[:1], [1.0], 0.3)
+        task_vector = merge_tensor(zero, given, settings(method, rescale=rescale, normalize=False))
+        kept = task_vector != 0
+        l1 = (deltas[0] if rescale else deltas[0][kept]).abs().sum()
+        torch.testing.assert_close(task_vector.abs().sum(), l1)
+        assert 0 < kept.sum() < kept.numel()
+        # All that is kept has one common factor.
+        factor = task_vector[kept] / deltas[0][kept]
+        torch.testing.assert_close(factor, factor[:1].expand_as(factor))
+
+
+def test_tiny_norms_are_not_rescaled() -> None:
+    delta = torch.tensor([6e-8, 3e-8])
+    assert torch.equal(match_l1_norm(delta * torch.tensor([1.0, 0.0]), delta), torch.tensor([6e-8, 0.0]))
+    zero = torch.zeros(3)
+    assert torch.equal(match_l1_norm(zero, torch.ones(3)), zero)
+
+
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3, 4)])
+def test_any_shape(method: str, shape: tuple[int, ...]) -> None:
+    ones = torch.ones(shape)
+    density = 1.0 if method == "linear" or not METHODS[method].sparsify else 0.5
+    merged = merge_tensor(ones, vectors([ones, ones * 2], [0.5, 0.5], density), settings(method))
+    assert merged.shape == shape
+    assert merged.dtype == torch.float32
+
+
+def test_inputs_are_left_alone(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    before = [tensor.clone() for tensor in (base, *deltas)]
+    for method in NAMES:
+        merge_tensor(base, vectors(deltas, WEIGHTS, 0.5), settings(method, normalize=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (base, *deltas), strict=True))

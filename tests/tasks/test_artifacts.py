@@ -1,0 +1,42 @@
+import hashlib
+import math
+from pathlib import Path
+
+import pytest
+
+from tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
+
+
+def test_json_comes_back_and_nothing_else_is_left(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None, True], "a": {"ключ": "Wert"}}
+    write_json(tmp_path / "x.json", {"old": 1})
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    assert list(read_json(tmp_path / "x.json")) == ["b", "a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, object()])
+def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path, bad: object) -> None:
+    write_json(tmp_path / "x.json", 1)
+    with pytest.raises((ValueError, TypeError)):
+        write_json(tmp_path / "x.json", [2, bad])
+    assert read_json(tmp_path / "x.json") == 1
+
+
+def test_canonical_text_does_not_depend_on_the_order_of_keys() -> None:
+    assert canonical({"b": 1, "a": {"d": [1, 2], "c": None}}) == '{"a":{"c":null,"d":[1,2]},"b":1}'
+    assert canonical({"a": {"c": None, "d": [1, 2]}, "b": 1}) == canonical({"b": 1, "a": {"d": [1, 2], "c": None}})
+    assert canonical([1, 2]) != canonical([2, 1])
+    with pytest.raises(ValueError, match="JSON"):
+        canonical({"a": math.nan})
+
+
+def test_sha256(tmp_path: Path) -> None:
+    # FIPS 180-2, appendix B.1
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    (tmp_path / "file").write_bytes(b"abc")
+    assert sha256_text("abc") == sha256_file(tmp_path / "file") == abc
+    assert sha256_text("ü") == hashlib.sha256("ü".encode()).hexdigest()
+    (tmp_path / "large").write_bytes(b"x" * 1_000_001)
+    assert sha256_file(tmp_path / "large") == hashlib.sha256(b"x" * 1_000_001).hexdigest()
