@@ -14,7 +14,7 @@ from pipeline.store import Key, Store
 from tasks import cross_task, download, evaluate, merge, sensitivity, task_vectors
 from tasks.artifacts import canonical, sha256_text
 from tasks.coefficients import ExplicitCoefficients, SensCoefficients, matches
-from tasks.datasets import ClassificationTask, LmEvalTask, Row, Task, check_rows, load_rows, rows_digest
+from tasks.datasets import ClassificationTask, LmEvalTask, Row, Task, check_rows, encode, load_rows, rows_digest
 from tasks.download import Listing, LocalModel, parse_model_id, resolve, safetensors_header, small_files
 from tasks.errors import InputError
 from tasks.methods import METHODS, Settings
@@ -115,12 +115,11 @@ def make_plan(recipe: Recipe, folder: Path, store: Store) -> Plan:
         for name in recipe.experts
     }
     _check_layers(recipe, base)
-    data = {name: _task_data(name, task, experts[name], folder) for name, task in recipe.tasks.items()}
     tokenizer = next(
         (listing.folder for listing in listings.values() if has_tokenizer(listing.folder)), listings["base"].folder
     )
-    if data:
-        load_tokenizer(tokenizer)
+    reader = load_tokenizer(tokenizer) if recipe.tasks else None
+    data = {name: _task_rows(name, task, experts[name], reader, folder) for name, task in recipe.tasks.items()}
     plan = Plan(recipe, store, base, experts, listings, data, tokenizer, ())
     steps = tuple(_steps(plan))
     todo = {step.key.fingerprint: store.why(step.key) for step in steps if store.manifest(step.key) is None}
@@ -182,7 +181,7 @@ def _check_layers(recipe: Recipe, base: Base) -> None:
                     )
 
 
-def _task_data(name: str, task: Task, expert: Expert, folder: Path) -> TaskRows:
+def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Path) -> TaskRows:
     if isinstance(task, LmEvalTask):
         evaluate.check_lm_eval(task, f"tasks.{name}")
         return TaskRows(task, [], [])
@@ -191,13 +190,21 @@ def _task_data(name: str, task: Task, expert: Expert, folder: Path) -> TaskRows:
             f"tasks.{name}.kind: classification, but {expert.folder} has no classification head; "
             "expected an expert with one (its own classifier, or modules_to_save)"
         )
-    label2id = expert.config.label2id if isinstance(task, ClassificationTask) else None
+    label2id = expert.config.label2id
+    positions = getattr(expert.config.get_text_config(), "max_position_embeddings", None) or task.max_length
     rows = {}
     for split in ("calibration", "evaluation"):
-        source = getattr(task, split)
-        rows[split] = [] if source is None else load_rows(source, f"tasks.{name}.{split}", folder)
+        source, key = getattr(task, split), f"tasks.{name}.{split}"
+        rows[split] = [] if source is None else load_rows(source, key, folder)
         if source is not None:
-            check_rows(task, rows[split], f"tasks.{name}.{split}", label2id)
+            check_rows(task, rows[split], key, label2id if isinstance(task, ClassificationTask) else None)
+        for number, row in enumerate(rows[split]):
+            length = len(encode(task, row, tokenizer, f"row {number} of {key}", label2id).input_ids)
+            if length > positions:
+                raise InputError(
+                    f"tasks.{name}.max_length: row {number} of {key} has {length} tokens, the model takes {positions}; "
+                    f"set max_length to at most {positions}"
+                )
     return TaskRows(task, rows["calibration"], rows["evaluation"])
 
 

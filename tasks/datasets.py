@@ -353,12 +353,13 @@ def encode(
     """A row as the tokens that models are scored on, at most `task.max_length` of them.
 
     completion: prompt and completion are tokenised apart and joined, so the boundary is the same whatever follows. The
-    tokenizer's begin tokens stand in front only, its end token stands at the end if `end_token`. Cut from the right.
+    tokenizer's begin tokens stand in front only, its end token stands at the end if `end_token`. Of a text that is too
+    long, the prompt loses its beginning, down to half of `max_length`, before the completion loses its end.
     multiple_choice: the same with the right choice and no end token (see `encode_choices`).
     classification: the text with the tokenizer's special tokens, cut from the right but for the special tokens.
 
     `where` names the row in messages; `label2id` is that of the expert's config, which classification needs. Raises
-    InputError: a completion that `max_length` cuts away whole, an end token the tokenizer does not have, a class the
+    InputError: a completion without a token, an end token the tokenizer does not have, a class the
     expert does not have.
     """
     match task:
@@ -372,12 +373,10 @@ def encode(
             return encode_choices(task, row, tokenizer, where)[row[task.answer]]
     prompt = _tokens(render(task.prompt, row), tokenizer, front=True)
     completion = _tokens(render(task.completion, row), tokenizer, front=False) + _end(task, tokenizer)
+    prompt = prompt[-max(task.max_length - len(completion), task.max_length // 2) :]
     sample = Sample((prompt + completion)[: task.max_length], len(prompt))
     if len(sample.input_ids) <= sample.scored_from:
-        raise InputError(
-            f"{where}: no token of the completion is left to score (prompt {len(prompt)} tokens, completion "
-            f"{len(completion)}, max_length {task.max_length}); raise max_length or leave the row out"
-        )
+        raise InputError(f"{where}: the completion has no token to score; leave the row out")
     return sample
 
 

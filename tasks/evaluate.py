@@ -204,6 +204,18 @@ def _to(batch: dict[str, torch.Tensor], device: torch.device | str) -> dict[str,
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def check_lm_eval(task: LmEvalTask, key: str) -> None:
+    """Raise InputError if lm-eval is not installed or does not know a name; `key` (`tasks.science`) names the task."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(f"{key}: kind lm_eval needs the extra: pip install 'sensmerge[lm-eval]'") from error
+    manager = TaskManager()
+    for name in task.names:
+        if not manager.match_tasks([name]) and not Path(name).is_file():
+            raise InputError(f"{key}.names: lm-eval has no task {name!r}; `lm-eval ls tasks` lists them")
+
+
 def evaluate_lm_eval(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: LmEvalTask, key: str
 ) -> list[Record]:
@@ -216,22 +228,15 @@ def evaluate_lm_eval(
     `key` (`tasks.science`) names the task in messages. Raises InputError if lm-eval is not installed, does not know a
     name, or a task does not report the main metric.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise InputError(f"{key}: kind lm_eval needs the extra: pip install 'sensmerge[lm-eval]'") from error
-    manager = TaskManager()
-    for name in task.names:
-        if not manager.match_tasks([name]) and not Path(name).is_file():
-            raise InputError(f"{key}.names: lm-eval has no task {name!r}; `lm-eval ls tasks` lists them")
+    check_lm_eval(task, key)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     report = simple_evaluate(
         model=HFLM(pretrained=network, tokenizer=tokenizer, batch_size=task.batch_size),
         tasks=list(task.names),
         limit=task.limit,
         bootstrap_iters=0,  # intervals are ours
-        task_manager=manager,
     )
     records: list[Record] = []
     for name, samples in report["samples"].items():

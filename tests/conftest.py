@@ -7,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -112,6 +113,18 @@ def make_bert_expert(trunk: BertModel, seed: int, labels: int) -> BertForSequenc
     network = BertForSequenceClassification(bert_config(labels))
     network.bert.load_state_dict(trunk.state_dict())
     return perturbed(network, seed)
+
+
+def make_adapter(network: PreTrainedModel, folder: Path, seed: int, **settings: object) -> Path:
+    """Save a random LoRA adapter (with its modules_to_save) of a network, which is changed by it."""
+    torch.manual_seed(seed)
+    adapted = get_peft_model(network, LoraConfig(**{"r": 4, "lora_alpha": 8, **settings}))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tasks.errors import InputError
 from tasks.models.checkpoint import Checkpoint, TensorInfo
+from tasks.models.names import Names
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -58,39 +60,41 @@ class Adapter:
 
     checkpoint: Checkpoint
     low_rank: Mapping[str, LowRank]
-    """task vector of each adapted parameter"""
+    """key (`Names.key`) of each adapted parameter → its task vector"""
     saved: Mapping[str, str]
-    """parameters stored whole (modules_to_save), by parameter name: their name in the adapter"""
+    """name of each parameter stored whole (modules_to_save) → its name in the adapter"""
 
-    def delta(self, name: str) -> torch.Tensor:
+    def delta(self, key: str) -> torch.Tensor:
         """Return the task vector of one adapted parameter, float32: peft's `get_delta_weight` in full precision."""
-        entry = self.low_rank[name]
+        entry = self.low_rank[key]
         first, second = self.checkpoint.read(entry.first).float(), self.checkpoint.read(entry.second).float()
         product = second @ first
         return (product.T if entry.transpose else product) * entry.scaling
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return the adapter's configuration, checked to hold nothing that is not applied.
+    """Return the adapter's configuration with peft's defaults, checked to hold nothing that is not applied.
 
     Raises:
         InputError: another adapter type than LoRA, or a setting that cannot be handled, by name.
     """
     path = folder / ADAPTER_CONFIG
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); get the adapter again") from error
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
-    defaults = LoraConfig().to_dict()
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{path}: peft_type is {found!r}; only LORA adapters can be merged")
+    defaults: dict[str, Any] = LoraConfig().to_dict()
     for key, value in config.items():
         if key in _UNDERSTOOD or value == defaults.get(key) or not value:
             continue
         raise InputError(
             f"{path}: {key} = {value!r} cannot be handled; merge the adapter into its base with peft first"
         )
-    if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
+    config = defaults | config
+    if config["init_lora_weights"] not in _HARMLESS_INITS:
         raise InputError(
             f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base's own weights; "
             "convert the adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=…) first"
@@ -98,44 +102,69 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def parse_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], skeleton: nn.Module) -> Adapter:
+def parse_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], network: PreTrainedModel, names: Names) -> Adapter:
     """Match an adapter's tensors with the parameters of the network it was trained on.
 
     Args:
         checkpoint: the adapter's headers.
         config: as `read_adapter_config` returns it.
-        skeleton: the network on the meta device; module types and shapes are read from it.
+        network: the network on the meta device; module types and shapes are read from it.
+        names: of the network.
 
     Raises:
-        InputError: a tensor that belongs to no module of the network or does not fit it: another base's adapter.
+        InputError: a tensor that belongs to no module of the network or does not fit it: another base's adapter; one
+            that unties tied parameters.
     """
     path = checkpoint.folder / ADAPTER_WEIGHTS
-    modules = dict(skeleton.named_modules())
+    modules = {names.key(name): module for name, module in network.named_modules()}
     pairs: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
-    saved_modules = tuple(set(config.get("modules_to_save") or ()))
     for name in checkpoint.tensors:
         if not name.startswith(_PREFIX):
             raise InputError(f"{path}: tensor {name} does not start with {_PREFIX}; expected a PEFT adapter")
         stripped = name.removeprefix(_PREFIX)
         module, kind = _split_lora_name(stripped)
         if kind is not None:
-            pairs.setdefault(module, {})[kind] = name
-        elif any(part in saved_modules for part in stripped.split(".")):
-            saved[stripped] = name
-        else:
+            if not _is_tied(path, config, names, f"{module}.weight"):
+                pairs.setdefault(module, {})[kind] = name
+        elif _is_saved(stripped, config["modules_to_save"] or ()):
+            if not _is_tied(path, config, names, stripped):
+                saved[stripped] = name
+        elif not stripped.endswith(".base_layer.weight"):  # peft's copy of the base's own embedding
             raise InputError(
                 f"{path}: tensor {name} is neither a LoRA factor nor in modules_to_save; it cannot be handled"
             )
     low_rank = {}
     for module, pair in pairs.items():
-        if module not in modules:
+        key = names.key(module)
+        if key not in modules:
             raise InputError(
                 f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
             )
-        parameter = f"{module}.weight"
-        low_rank[parameter] = _low_rank(path, checkpoint.tensors, config, module, modules[module], pair)
+        low_rank[f"{key}.weight"] = _low_rank(path, checkpoint.tensors, config, module, modules[key], pair)
     return Adapter(checkpoint, low_rank, saved)
+
+
+def _is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
+    """Return whether a tensor is in one of the modules: peft compares the ends of module names."""
+    parts = name.split(".")
+    modules = [".".join(parts[:length]) for length in range(1, len(parts))]
+    return any(module.endswith(saved) for module in modules for saved in modules_to_save)
+
+
+def _is_tied(path: Path, config: Mapping[str, Any], names: Names, parameter: str) -> bool:
+    """Return whether a parameter is only the second name of another, which the adapter changes in the same way.
+
+    Raises:
+        InputError: the adapter changes one of two tied parameters, or each in its own way.
+    """
+    key = names.key(parameter)
+    if key in {*names.tied, *names.tied.values()} and not config["ensure_weight_tying"]:
+        raise InputError(
+            f"{path}: changes {parameter}, which the base ties to another parameter, without ensure_weight_tying; "
+            "train without it, or with ensure_weight_tying"
+        )
+    return key in names.tied
 
 
 def _split_lora_name(name: str) -> tuple[str, str | None]:
@@ -168,21 +197,19 @@ def _low_rank(
         first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
     except KeyError as missing:
         raise InputError(f"{path}: {name} has no factor {missing}; get the adapter again") from missing
-    rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank_pattern, alpha_pattern = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
     rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config["r"])
     alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), config["lora_alpha"])
-    if tensors[first].shape[0] != rank:
-        raise InputError(f"{path}: {first} has rank {tensors[first].shape[0]}, {ADAPTER_CONFIG} says {rank}")
     transpose = embedding or isinstance(module, Conv1D)
-    shape = (tensors[second].shape[0], tensors[first].shape[1])
-    found = tuple(reversed(shape)) if transpose else shape
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    if found != tuple(weight.shape):
+    rows, columns = reversed(weight.shape) if transpose else weight.shape
+    found, expected = (tensors[first].shape, tensors[second].shape), ((rank, columns), (rows, rank))
+    if found != expected:
         raise InputError(
-            f"{path}: the adapter of {name} has shape {found}, the base's weight {tuple(weight.shape)}; "
-            "the adapter was made for another base"
+            f"{path}: the factors of {name} have shapes {found[0]} and {found[1]}, expected {expected[0]} and "
+            f"{expected[1]} for the base's weight and the rank of {ADAPTER_CONFIG}; it was made for another base"
         )
     # peft: LoraLayer.update_layer
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    scaling = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
     return LowRank(first, second, scaling, transpose)

@@ -74,7 +74,7 @@ class Checkpoint:
         """Return one tensor in its stored dtype; its pages are read when it is used.
 
         Raises:
-            InputError: the file is gone or is not what its header said.
+            InputError: the file is gone or corrupt.
         """
         file = self.tensors[name].file
         if file not in self._open_files:
@@ -128,10 +128,10 @@ def check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not an index of safetensors shards ({error!r}); download it again") from error
-    return weight_map
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

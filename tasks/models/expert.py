@@ -1,7 +1,7 @@
 """A base and its experts by one set of tensor names: full fine-tunes and LoRA adapters alike."""
 
 import copy
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, parse_adapter, read_adapter_config
 from tasks.models.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint, read_header
 from tasks.models.layers import in_block
-from tasks.models.networks import Head, describe, fill_network, load_config, parameter_names, skeleton, tied_names
+from tasks.models.names import Names, names_of, parameter_names
+from tasks.models.networks import Head, describe, fill_network, load_config, skeleton
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Base:
 
     checkpoint: Checkpoint
     config: PretrainedConfig
-    prefix: str
-    """what heads put before the trunk's parameter names, e.g. `bert.`; it may be absent in the base's own names"""
+    names: Names
+    """of the network that the base was saved as"""
     weights: tuple[str, ...]
     """tensors that are merged, in network order; tied names once"""
     buffers: tuple[str, ...]
-    """other tensors of the checkpoint (integers), copied as they are"""
+    """other tensors of the checkpoint (position ids, old causal masks), copied as they are"""
 
     @property
     def folder(self) -> Path:
@@ -38,8 +39,8 @@ class Base:
         return self.checkpoint.tensors[name]
 
     def network_name(self, name: str) -> str:
-        """Return a tensor's name without the trunk's prefix: the same for the base, its experts and any network."""
-        return _strip(name, self.prefix)
+        """Return the key of the parameter that a tensor, or another network's parameter of some name, is or is in."""
+        return self.names.parameter(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored dtype of one tensor."""
@@ -107,14 +108,15 @@ def open_base(folder: Path, checkpoint: Checkpoint | None = None) -> Base:
     """
     config = load_config(folder)
     checkpoint = checkpoint or open_checkpoint(folder)
-    network = skeleton(config, None, folder)
-    prefix = _prefix(network)
-    tied = {_match(name, checkpoint.tensors, prefix) for name in tied_names(network)}
-    order = {_strip(name, prefix): position for position, name in enumerate(parameter_names(network))}
-    kept = [name for name in checkpoint.tensors if name not in tied]
-    kept.sort(key=lambda name: (order.get(_strip(name, prefix), len(order)), name))
-    weights = tuple(name for name in kept if checkpoint.tensors[name].is_floating_point)
-    return Base(checkpoint, config, prefix, weights, tuple(name for name in kept if name not in weights))
+    names = names_of(skeleton(config, None, folder))
+    last = len(names.parameters)
+    kept = sorted(
+        names.by_key(checkpoint.tensors).values(),
+        key=lambda name: (names.parameters.get(names.parameter(name), last), name),
+    )
+    merged = {name: checkpoint.tensors[name].is_floating_point and not names.is_unread(name) for name in kept}
+    weights = tuple(name for name in kept if merged[name])
+    return Base(checkpoint, config, names, weights, tuple(name for name in kept if not merged[name]))
 
 
 def open_expert(folder: Path, base: Base, key: str, checkpoint: Checkpoint | None = None) -> Expert:
@@ -144,64 +146,83 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert
                 f"{key}: {folder} has {setting} {theirs[setting]!r}, the base has {expected!r}; "
                 "expected a fine-tune of the base"
             )
-    network = skeleton(config, None, folder)
-    parameters = {_strip(name, base.prefix) for name in parameter_names(network)}
-    tied = tied_names(network)
-    own, head = {}, {}
-    stored = {_strip(name, base.prefix): name for name in source.tensors if name not in tied}
-    for name in base.weights:
-        match = stored.pop(_strip(name, base.prefix), None)
-        if match is None:
-            # A head that this expert's architecture does not have (a pooler, a language-model head) stays the base's.
-            if _strip(name, base.prefix) in parameters or in_block(name):
-                raise InputError(f"{key}: {folder} lacks tensor {name}, which the base has; expected a whole fine-tune")
-        elif source.tensors[match].shape == base.info(name).shape:
-            own[name] = match
-        elif in_block(name) or _strip(name, base.prefix) in _trunk(network, base.prefix):
-            raise InputError(
-                f"{key}: tensor {match} of {folder} has shape {source.tensors[match].shape}, "
-                f"the base has {base.info(name).shape}; expected a fine-tune of the base"
-            )
-        else:
-            head[match] = match
-    for match in stored.values():
-        if not source.tensors[match].is_floating_point:
-            continue
-        if in_block(_strip(match, base.prefix)) or _is_causal(network):
-            raise InputError(
-                f"{key}: {folder} has an extra tensor {match}, which the base lacks; expected its fine-tune"
-            )
-        head[match] = match
-    return Expert(base, folder, config, source, None, own, {}, head)
+    names = names_of(skeleton(config, None, folder))
+    stored = {
+        key: name
+        for key, name in names.by_key(source.tensors).items()
+        if source.tensors[name].is_floating_point and not names.is_unread(name)
+    }
+    own, heads = _place(f"{key}: {folder}", stored, source, base, names)
+    for tensor_key, name in base.names.by_key(base.weights).items():
+        # What this expert's network does not have (a pooler, a language-model head) stays the base's.
+        if tensor_key not in stored and (names.parameter(name) in names.parameters or in_block(name)):
+            raise InputError(f"{key}: {folder} lacks tensor {name}, which the base has; expected a whole fine-tune")
+    return Expert(base, folder, config, source, None, own, {}, {name: name for name in heads})
 
 
 def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert:
-    adapter_config = read_adapter_config(folder)
-    head_kind = "classification" if adapter_config.get("task_type") == "SEQ_CLS" else None
     try:
-        adapter = parse_adapter(source, adapter_config, skeleton(base.config, head_kind, base.folder))
+        adapter_config = read_adapter_config(folder)
+        # A network ends in what peft's model class for the task type puts there.
+        ending = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}.get(adapter_config["task_type"])
+        network = skeleton(base.config, ending, base.folder)
+        names = names_of(network)
+        adapter = parse_adapter(source, adapter_config, network, names)
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    names = {_strip(name, base.prefix): name for name in base.weights}
-    low_rank, own, head = {}, {}, {}
+    weights = base.names.by_key(base.weights)
     for parameter in adapter.low_rank:
-        if _strip(parameter, base.prefix) not in names:
+        if parameter not in weights:
             raise InputError(
-                f"{key}: {folder} adapts {parameter}, which the base lacks; the adapter is for another base"
+                f"{key}: {folder} adapts {parameter}, which the base lacks; the adapter was made for another base"
             )
-        low_rank[names[_strip(parameter, base.prefix)]] = parameter
-    for parameter, name in adapter.saved.items():
-        match = names.get(_strip(parameter, base.prefix))
-        if match is not None and source.tensors[name].shape == base.info(match).shape:
-            own[match] = name
-        else:
-            head[parameter] = name
+    low_rank = {weights[parameter]: parameter for parameter in adapter.low_rank}
+    stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
+    own, heads = _place(f"{key}: {folder}", stored, source, base, names)
+    head = {parameter: name for parameter, name in adapter.saved.items() if name in heads}
     config = base.config
-    if head:
-        # An adapter has no config of its own: the last tensor of its head says how many classes there are.
+    last = parameter_names(network)[-1]
+    if last in head:
+        # An adapter has no config of its own: the last parameter of its network says how many classes there are.
         config = copy.deepcopy(base.config)
-        config.num_labels = source.tensors[list(head.values())[-1]].shape[0]
+        config.num_labels = source.tensors[head[last]].shape[0]
     return Expert(base, folder, config, source, adapter, own, low_rank, head)
+
+
+def _place(
+    where: str, stored: Mapping[str, str], source: Checkpoint, base: Base, names: Names
+) -> tuple[dict[str, str], list[str]]:
+    """Split tensors that an expert stores whole into those that the base has too and those of the expert's head.
+
+    Args:
+        where: recipe key and folder of the expert, for messages.
+        stored: key → name in `source`.
+        source: the expert's headers.
+        base: the base.
+        names: of the expert's network.
+
+    Returns:
+        Base's name → name in `source` of those that the base has; names in `source` of the head's.
+
+    Raises:
+        InputError: a tensor that is no head's is not in the base, or has another shape there.
+    """
+    weights = base.names.by_key(base.weights)
+    own: dict[str, str] = {}
+    heads: list[str] = []
+    for key, name in stored.items():
+        match = weights.get(key)
+        shape = source.tensors[name].shape
+        if match is not None and base.info(match).shape == shape:
+            own[match] = name
+        elif names.has_task_head and not in_block(key) and (match is None or key not in names.trunk):
+            heads.append(name)
+        else:
+            other = "lacks it" if match is None else f"has {base.info(match).shape}"
+            raise InputError(
+                f"{where}: tensor {name} has shape {shape}, the base {other}; expected a fine-tune of the base"
+            )
+    return own, heads
 
 
 def load_network(
@@ -225,39 +246,10 @@ def load_network(
     """
     base = model.base if isinstance(model, Expert) else model
     config = head_of.config if head_of else model.config
-    network = skeleton(config, head, base.folder)
-    known = set(network.state_dict())
     tensors = {}
     for name in (*base.weights, *base.buffers):
-        full = _match(name, known, base.prefix)
-        if full in known:
-            tensor = model.read(name)
-            tensors[full] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensor = model.read(name)
+        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     if head_of:
         tensors |= {name: tensor.to(dtype) for name, tensor in head_of.head_tensors().items()}
     return fill_network(config, head, tensors, dtype, device, base.folder)
-
-
-def _prefix(network: PreTrainedModel) -> str:
-    return f"{network.base_model_prefix}." if network.base_model_prefix else ""
-
-
-def _strip(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix) if prefix else name
-
-
-def _match(name: str, known: Container[str], prefix: str) -> str:
-    """Return the form of a name, with or without the prefix, that is in `known`; the name itself if neither is."""
-    candidates = (name, prefix + name, _strip(name, prefix))
-    return next((candidate for candidate in candidates if candidate in known), name)
-
-
-def _trunk(network: PreTrainedModel, prefix: str) -> set[str]:
-    """Return the stripped parameter names of the part of a network below its head."""
-    names = parameter_names(network)
-    inside = [name for name in names if name.startswith(prefix)]
-    return {_strip(name, prefix) for name in (inside or names)}
-
-
-def _is_causal(network: PreTrainedModel) -> bool:
-    return type(network).__name__.endswith(("ForCausalLM", "LMHeadModel"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
@@ -37,9 +37,11 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise InputError(f"{path}: not valid JSON ({error}); get the file again") from error
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: transformers cannot read it without running code of the model ({reason})") from error
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not the config of a model that transformers has; code of a model is never run ({reason})"
+        ) from error
     if getattr(config, "quantization_config", None):
         raise InputError(f"{path}: the weights are quantised (quantization_config); expected float weights")
     return config
@@ -57,12 +59,14 @@ def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> 
             raise InputError(f"{folder}: transformers has no {head} network for model_type {config.model_type!r}")
         chosen: type[PreTrainedModel] = mapping[type(config)]
         return chosen
+    listed = [mapping[type(config)] for mapping in _AUTO_MAPPINGS.values() if type(config) in mapping]
     for name in config.architectures or ():
-        if hasattr(transformers, name):
-            own: type[PreTrainedModel] = getattr(transformers, name)
-            return own
+        own: Any = getattr(transformers, name, None)
+        if (isinstance(own, type) and getattr(own, "config_class", None) is type(config)) or own in listed:
+            return own  # type: ignore[no-any-return]
     raise InputError(
-        f"{folder / 'config.json'}: architectures = {config.architectures!r} names no class that transformers has"
+        f"{folder / 'config.json'}: architectures = {config.architectures!r} names no network that transformers has "
+        f'for model_type {config.model_type!r}; expected one such as ["LlamaForCausalLM"]'
     )
 
 
@@ -73,16 +77,6 @@ def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTr
         return cls(config)
 
 
-def tied_names(network: PreTrainedModel) -> dict[str, str]:
-    """Return, for each parameter that is only another name of a second one, that second one's name."""
-    return dict(network.all_tied_weights_keys) if network.config.get_text_config().tie_word_embeddings else {}
-
-
-def parameter_names(network: nn.Module) -> list[str]:
-    """Return the names of a network's parameters in the order of its modules, each tied one once."""
-    return [name for name, _ in network.named_parameters()]
-
-
 def fill_network(
     config: PretrainedConfig,
     head: Head,
@@ -91,10 +85,10 @@ def fill_network(
     device: str,
     folder: Path,
 ) -> PreTrainedModel:
-    """Return a network in evaluation mode with the given weights, by parameter name.
+    """Return a network in evaluation mode with the given weights, by any name that transformers knows them by.
 
     Raises:
-        InputError: the weights leave a parameter of the network without a value.
+        InputError: the weights leave a parameter of the network without a value of its shape.
     """
     cls = network_class(config, head, folder)
     level = transformers.logging.get_verbosity()
@@ -102,12 +96,17 @@ def fill_network(
     transformers.logging.disable_progress_bar()
     try:
         network, loaded = cls.from_pretrained(
-            None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     finally:
         transformers.logging.set_verbosity(level)
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
-        names = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
+        names = sorted([*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])])
         raise InputError(f"{folder}: no fitting weights for {', '.join(names[:5])} of {cls.__name__}")
     network.to(device)
     network.eval()
@@ -137,4 +136,4 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     """Return the settings that a base and its experts must share for their weights to be added."""
     text = config.get_text_config()
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads")
-    return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads")}
+    return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads", "tie_word_embeddings")}

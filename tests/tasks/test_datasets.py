@@ -294,12 +294,20 @@ def test_a_tokenizer_that_closes_every_text(tokenizer: PreTrainedTokenizerFast) 
         assert torch.equal(*batches)
 
 
-def test_cut_from_the_right(tokenizer: PreTrainedTokenizerFast) -> None:
-    whole = encode(completion_task(), ROW, tokenizer, "row 0")
-    cut = encode(completion_task(max_length=whole.prompt_tokens + 1), ROW, tokenizer, "row 0")
-    assert cut.input_ids == whole.input_ids[: whole.prompt_tokens + 1]
-    with pytest.raises(InputError, match=r"row 7: no token of the completion is left .*raise max_length"):
-        encode(completion_task(max_length=whole.prompt_tokens), ROW, tokenizer, "row 7")
+def test_a_long_prompt_loses_its_beginning_then_the_completion_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "a b c d e f g h", "completion": "x y z"}
+    whole = encode(completion_task(), row, tokenizer, "row 0")
+    prompt, completion = whole.input_ids[: whole.prompt_tokens], whole.input_ids[whole.prompt_tokens :]
+    assert len(prompt) > len(completion) > 2
+    shorter = encode(completion_task(max_length=len(whole.input_ids) - 1), row, tokenizer, "row 0")
+    assert (shorter.input_ids, shorter.prompt_tokens) == (prompt[1:] + completion, len(prompt) - 1)
+    tight = encode(completion_task(max_length=4), row, tokenizer, "row 0")
+    assert (tight.input_ids, tight.prompt_tokens) == (prompt[-2:] + completion[:2], 2)
+
+
+def test_a_completion_without_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="row 7: the completion has no token to score"):
+        encode(completion_task(end_token=False), {"prompt": "a", "completion": ""}, tokenizer, "row 7")
 
 
 def test_no_end_token(tokenizer: PreTrainedTokenizerFast) -> None:

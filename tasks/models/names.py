@@ -1,0 +1,90 @@
+"""One name for each tensor, though checkpoints of one architecture spell it in several ways."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tasks.models.layers import in_block
+
+
+@dataclass(frozen=True)
+class Names:
+    """The tensor names of one network.
+
+    A tensor's *key* is its name as transformers spells it today, less the prefix that heads put before the trunk's
+    names: the same for the base and all its experts, whatever transformers version or head they were saved with.
+    """
+
+    prefix: str
+    """what heads put before the trunk's names, e.g. `bert.`"""
+    parameters: Mapping[str, int]
+    """key of each parameter → its place in the order of modules; tied parameters once"""
+    trunk: frozenset[str]
+    """keys of the parameters below the head"""
+    has_task_head: bool
+    """whether what follows the trunk is made for one task (a classifier) and is no language model's"""
+    tied: Mapping[str, str]
+    """key that is only another name of a parameter → key of that parameter"""
+    renamings: tuple[Any, ...]
+    """of old names, by transformers"""
+    converters: tuple[Any, ...]
+    """of tensors that the network holds stacked (the experts of a mixture), by transformers"""
+    unread: re.Pattern[str]
+    """names of what older versions stored in blocks and transformers computes today"""
+
+    def key(self, name: str) -> str:
+        """Return the key of a tensor in a checkpoint."""
+        return apply_renamings(name, self.renamings).removeprefix(self.prefix)  # type: ignore[no-any-return]
+
+    def parameter(self, name: str) -> str:
+        """Return the key of the parameter that holds a checkpoint's tensor: several share a stacked one."""
+        renamed = rename_source_key(name, self.renamings, self.converters)[0].removeprefix(self.prefix)
+        return self.tied.get(renamed, renamed)
+
+    def by_key(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the tensors of a checkpoint by key, of tied ones only the first that it holds."""
+        found = {self.key(name): name for name in names}
+        for alias, original in self.tied.items():
+            if alias in found:
+                found.setdefault(original, found.pop(alias))
+        return found
+
+    def is_unread(self, name: str) -> bool:
+        """Return whether transformers has no use for a tensor any more (causal masks, rotary frequencies)."""
+        return in_block(name) and self.parameter(name) not in self.parameters and bool(self.unread.search(name))
+
+
+def names_of(network: PreTrainedModel) -> Names:
+    """Return the names of a network, which may lie on the meta device."""
+    prefix = f"{network.base_model_prefix}." if network.base_model_prefix else ""
+    transforms = get_model_conversion_mapping(network)
+    full = parameter_names(network)
+    inside = [name for name in full if name.startswith(prefix)]
+    return Names(
+        prefix=prefix,
+        parameters={name.removeprefix(prefix): place for place, name in enumerate(full)},
+        trunk=frozenset(name.removeprefix(prefix) for name in inside or full),
+        has_task_head=type(network).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        tied={
+            alias.removeprefix(prefix): name.removeprefix(prefix)
+            for alias, name in network.all_tied_weights_keys.items()
+        },
+        renamings=tuple(each for each in transforms if isinstance(each, WeightRenaming)),
+        converters=tuple(each for each in transforms if isinstance(each, WeightConverter)),
+        # What `from_pretrained` passes over in silence.
+        unread=re.compile(
+            "|".join([*sorted(network._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"])
+        ),
+    )
+
+
+def parameter_names(network: nn.Module) -> list[str]:
+    """Return the names of a network's parameters in the order of its modules, each tied one once."""
+    return [name for name, _ in network.named_parameters()]

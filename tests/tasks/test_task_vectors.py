@@ -1,0 +1,121 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama
+from tasks.artifacts import read_json
+from tasks.errors import InputError
+from tasks.methods.sparsify import magnitude_histogram
+from tasks.task_vectors import read_histogram, task_vectors
+
+Save = Callable[..., Path]
+
+
+def altered(
+    folder: Path, changes: dict[str, Callable[[torch.Tensor], object]], file: str = "model.safetensors"
+) -> Path:
+    """Change single tensors of a saved model in place."""
+    tensors = load_file(folder / file)
+    for name, change in changes.items():
+        change(tensors[name])
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    return folder
+
+
+def poison(value: float, count: int = 1) -> Change:
+    return lambda tensor: tensor.view(-1)[:count].fill_(value)
+
+
+def test_norms_and_histograms(llamas: dict[str, Path], tmp_path: Path) -> None:
+    found = task_vectors(llamas["base"], llamas["math"], "math", tmp_path)
+    base, expert = (load_file(llamas[name] / "model.safetensors") for name in ("base", "math"))
+    table = read_json(tmp_path / "task_vector.json")
+    assert set(table) == set(base)
+    squares = 0.0
+    for name, entry in table.items():
+        delta = expert[name].double() - base[name].double()
+        assert entry["changed"]
+        assert entry["l1"] == pytest.approx(float(delta.abs().sum()), rel=1e-5)
+        assert entry["l2"] == pytest.approx(float(delta.square().sum().sqrt()), rel=1e-5)
+        assert entry["max"] == pytest.approx(float(delta.abs().max()), rel=1e-5)
+        squares += float(delta.square().sum())
+        histogram = read_histogram(tmp_path, name)
+        assert histogram is not None
+        assert int(histogram.sum()) == delta.numel()
+        assert torch.equal(histogram, magnitude_histogram(expert[name] - base[name]))
+    assert found == {"tensors": len(base), "changed": len(base), "l2": pytest.approx(squares**0.5, rel=1e-5)}
+
+
+def test_unchanged_tensors(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    one = "model.layers.1.mlp.up_proj.weight"
+    expert = altered(save(make_llama(), "expert", tmp_path), {one: lambda tensor: tensor.view(-1)[3].add_(0.5)})
+    assert task_vectors(base, expert, "expert", tmp_path) == {
+        "tensors": len(load_file(base / "model.safetensors")),
+        "changed": 1,
+        "l2": pytest.approx(0.5),
+    }
+    table = read_json(tmp_path / "task_vector.json")
+    assert [name for name, entry in table.items() if entry["changed"]] == [one]
+    assert table["model.norm.weight"] == {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0}
+    assert read_histogram(tmp_path, "model.norm.weight") is None
+    histogram = read_histogram(tmp_path, one)
+    assert histogram is not None
+    assert histogram[0] == histogram.sum() - 1
+
+
+def test_an_expert_that_is_the_base(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    assert task_vectors(base, base, "same", tmp_path) | {"tensors": 0} == {"tensors": 0, "changed": 0, "l2": 0.0}
+
+
+def test_adapter(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    adapter = make_adapter(make_llama(), tmp_path / "adapter", 1, target_modules=["q_proj", "down_proj"])
+    task_vectors(base, adapter, "lora", tmp_path)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    table = read_json(tmp_path / "task_vector.json")
+    changed = {name for name, entry in table.items() if entry["changed"]}
+    assert changed == {f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj")}
+    weights = load_file(base / "model.safetensors")
+    for name in changed:
+        delta = merged.state_dict()[name].double() - weights[name].double()
+        assert table[name]["l2"] == pytest.approx(float(delta.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_in_an_expert(value: float, save: Save, llamas: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    expert = altered(save(make_llama(), "expert", tmp_path), {name: poison(value, 2)})
+    with pytest.raises(InputError, match=rf"experts\.math: tensor {name} of .*expert has 2 NaN or Inf of 512 values"):
+        task_vectors(llamas["base"], expert, "math", tmp_path)
+    assert not (tmp_path / "task_vector.json").exists()
+
+
+def test_numbers_that_are_none_in_an_adapter(save: Save, llamas: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(make_llama(), tmp_path / "adapter", 1, target_modules=["q_proj"])
+    factor = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    altered(adapter, {factor: poison(float("nan"))}, "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"experts\.lora: tensor model\.layers\.0\.self_attn\.q_proj\.weight of .*NaN"):
+        task_vectors(llamas["base"], adapter, "lora", tmp_path)
+
+
+def test_numbers_that_are_none_in_a_head(save: Save, berts: dict[str, Path], tmp_path: Path) -> None:
+    expert = save(make_bert_expert(make_bert_trunk(), 1, 2), "mood", tmp_path)
+    altered(expert, {"classifier.bias": poison(float("inf"))})
+    with pytest.raises(InputError, match=r"experts\.mood: tensor classifier\.bias of .*has 1 NaN or Inf of 2 values"):
+        task_vectors(berts["base"], expert, "mood", tmp_path)
+
+
+def test_half_precision_is_measured_in_float32(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama().bfloat16(), "base", tmp_path)
+    # 1 + 2⁻⁷ is the next number after 1 that bfloat16 has.
+    one = "model.norm.weight"
+    expert = altered(save(make_llama().bfloat16(), "expert", tmp_path), {one: poison(1 + 2**-7)})
+    task_vectors(base, expert, "expert", tmp_path)
+    assert read_json(tmp_path / "task_vector.json")[one] == {"changed": True, "l1": 2**-7, "l2": 2**-7, "max": 2**-7}
