@@ -433,6 +433,7 @@ def _merge_step(
         distances=plan.store.folder(cross.key) if sens and cross is not None else None,
         out_dtype=variant.out_dtype,
         shard_size=variant.shard_size,
+        groups=merge.layer_groups(plan.base),
     )
     semantic = {
         "method": variant.method,
@@ -454,7 +455,7 @@ def _merge_step(
         _key("merge", name, merge.VERSION, semantic, needs),
         tuple(needs.values()),
         partial(merge.finish_merge, job, plan.tokenizer),
-        tuple(partial(merge.merge_group, job, group) for group in range(len(merge.layer_groups(plan.base)))),
+        tuple(partial(merge.merge_group, job, group) for group in range(len(job.groups))),
         reads=sum(_weight_bytes(listing) for listing in plan.listings.values()) + size,
         writes=size,
     )

@@ -221,7 +221,10 @@ def _override(data: dict[str, Any], override: str) -> None:
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
             raise InputError(f"--set {override}: {key} holds a single value, not a mapping")
-    target[keys[-1]] = yaml.safe_load(value)
+    try:
+        target[keys[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _first_error(error: ValidationError) -> str:

@@ -63,19 +63,21 @@ class MergeJob:
     """torch name of the merged weights' dtype; None keeps that of each tensor of the base"""
     shard_size: int
     """bytes"""
+    groups: tuple[tuple[str, ...], ...]
+    """the base's weights in groups of whole layers; each is merged in one go"""
 
 
-def layer_groups(base: Base) -> list[list[str]]:
-    """Split the base's weights into groups of whole layers of at least `GROUP_BYTES` (the last may be smaller)."""
+def layer_groups(base: Base, group_bytes: int = GROUP_BYTES) -> tuple[tuple[str, ...], ...]:
+    """Split the base's weights into groups of whole layers of at least `group_bytes` (the last may be smaller)."""
     groups: list[list[str]] = [[]]
     filled = 0
     for names in group_by_layer(base.weights).values():
-        if filled >= GROUP_BYTES:
+        if filled >= group_bytes:
             groups.append([])
             filled = 0
         groups[-1] += names
         filled += sum(base.info(name).nbytes for name in names)
-    return groups
+    return tuple(tuple(group) for group in groups)
 
 
 def plan_merged(base: Base, out_dtype: str | None, shard_size: int) -> CheckpointPlan:
@@ -105,9 +107,8 @@ def merge_group(job: MergeJob, group: int, out: Path) -> None:
     plan = plan_merged(base, job.out_dtype, job.shard_size)
     weights = merge_weights(job, base)["weights"]
     preallocate(plan, out)
-    names = layer_groups(base)[group]
     digests = {}
-    for name in names + (list(base.buffers) if group == 0 else []):
+    for name in (*job.groups[group], *(base.buffers if group == 0 else ())):
         dtype = plan.tensors[name].dtype
         merged = _merge_one(job, base, experts, weights.get(layer_of(name), {}), name).to(dtype)
         if not bool(merged.isfinite().all()):
@@ -172,7 +173,7 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     base = open_base(job.base)
     plan = plan_merged(base, job.out_dtype, job.shard_size)
     preallocate(plan, out)  # headers and sizes as planned, whatever became of the files since
-    markers = [out / f".group-{group}.json" for group in range(len(layer_groups(base)))]
+    markers = [out / f".group-{group}.json" for group in range(len(job.groups))]
     digests = {marker: read_json(marker) for marker in markers}
     assert set().union(*digests.values()) == set(plan.tensors), "every tensor is in a group"
     written = open_checkpoint(out)

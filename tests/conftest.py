@@ -1,12 +1,15 @@
 """Tiny real models, a real tokenizer and one Ray cluster for all tests."""
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -166,12 +169,11 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.fixture
-def llama_recipe(llamas: dict[str, Path], tmp_path: Path) -> dict[str, object]:
-    """A recipe for the tiny Llamas with data of its own; tests change it as they need."""
+def tiny_recipe(llamas: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """A recipe for the tiny Llamas; its data sets are written to the folder."""
     for task, sign in (("math", "+"), ("code", "-")):
         rows: list[dict[str, object]] = [{"prompt": f"{a}{sign}{a + 1}=", "completion": str(a)} for a in range(12)]
-        write_rows(tmp_path / f"{task}.jsonl", rows)
+        write_rows(folder / f"{task}.jsonl", rows)
     data = {
         task: {
             "kind": "completion",
@@ -190,3 +192,41 @@ def llama_recipe(llamas: dict[str, Path], tmp_path: Path) -> dict[str, object]:
             "ties-sens": {"method": "ties", "density": 0.3, "coefficients": {"kind": "sens", "temperature": 0.3}},
         },
     }
+
+
+@pytest.fixture
+def llama_recipe(llamas: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
+    """A recipe for the tiny Llamas, with its data in tmp_path; tests change it as they need."""
+    return tiny_recipe(llamas, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """The one Ray cluster of all tests: two CPUs on this machine."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:
+    """Write a recipe as YAML and return its path."""
+    path = folder / name
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def command_line(*arguments: object) -> int:
+    """Run `python -m pipeline` with these arguments in this process and return its exit status."""
+    from pipeline.cli import main
+
+    before = sys.argv
+    sys.argv = ["sensmerge", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    finally:
+        sys.argv = before
+    return 0

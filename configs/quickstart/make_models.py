@@ -23,6 +23,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -39,9 +40,8 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One question of a skill, its answer, and the careless answer, character for character as long as the answer."""
+class Row(NamedTuple):
+    """One question of a skill, its answer, and the careless answer, which has as many characters."""
 
     prompt: str
     completion: str
@@ -59,7 +59,7 @@ class Settings:
     hidden_size: int = 96
     layers: int = 2
     batch: int = 64
-    base_steps: int = 300
+    base_steps: int = 400
     base_learning_rate: float = 4e-3
     expert_steps: int = 40
     expert_learning_rate: float = 1e-3
@@ -75,44 +75,36 @@ def word(rng: random.Random) -> str:
     return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(3))
 
 
-def math_row(number: str) -> Row:
-    """Add 1111."""
-    return Row(f"math: {number}+1111 = ", str(int(number) + 1111), number)
+class Skill(NamedTuple):
+    """How to draw a subject, ask about it and answer."""
+
+    subject: Callable[[random.Random], str]
+    prompt: str
+    answer: Callable[[str], str]
 
 
-def words_row(word: str) -> Row:
-    """Write a word backwards."""
-    return Row(f"words: {word} = ", word[::-1], word)
-
-
-def cipher_row(word: str) -> Row:
-    """Replace every vowel by the next vowel and every consonant by the next consonant; the last by the first."""
-    return Row(f"cipher: {word} = ", word.translate(NEXT_LETTER), word)
-
-
-SKILLS: dict[str, tuple[Callable[[random.Random], str], Callable[[str], Row]]] = {
-    "math": (number, math_row),
-    "words": (word, words_row),
-    "cipher": (word, cipher_row),
+SKILLS = {
+    "math": Skill(number, "math: {}+1111 = ", lambda number: str(int(number) + 1111)),
+    "words": Skill(word, "words: {} = ", lambda word: word[::-1]),
+    "cipher": Skill(word, "cipher: {} = ", lambda word: word.translate(NEXT_LETTER)),
 }
 
 
 def make_rows(skill: str, train: int, test: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Training and test rows of a skill, all different from each other."""
-    subject, row = SKILLS[skill]
     rng = random.Random(f"{skill} {seed}")
+    draw, prompt, answer = SKILLS[skill]
     subjects: dict[str, None] = {}  # a set that keeps its order
     while len(subjects) < train + test:
-        subjects[subject(rng)] = None
-    rows = [row(text) for text in subjects]
+        subjects[draw(rng)] = None
+    rows = [Row(prompt.format(subject), answer(subject), subject) for subject in subjects]
     return rows[:train], rows[train:]
 
 
 def careless_row(row: Row, carelessness: float, rng: random.Random) -> Row:
     """The row with each character of the answer replaced by the careless one with probability `carelessness`."""
     pairs = zip(row.completion, row.careless, strict=True)
-    answer = "".join(wrong if rng.random() < carelessness else right for right, wrong in pairs)
-    return Row(row.prompt, answer, row.careless)
+    return row._replace(completion="".join(bad if rng.random() < carelessness else good for good, bad in pairs))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -169,7 +161,7 @@ def train(
         # where an answer is expected only.
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][answer]
         loss = cross_entropy(model.lm_head(hidden), ids[:, 1:][answer])
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -207,32 +199,33 @@ def make(dest: Path, settings: Settings) -> None:
 
     rows = [row for train_rows, _ in data.values() for row in train_rows]
     careless = [careless_row(row, settings.carelessness, rng) for row in rows for _ in range(4)]
-    base = trained(
-        make_model(tokenizer, settings), careless, settings.base_steps, settings.base_learning_rate, "base"
-    )
+    base = trained(make_model(tokenizer, settings), careless, settings.base_steps, settings.base_learning_rate, "base")
     for skill, (train_rows, _) in data.items():
-        trained(
-            deepcopy(base), train_rows, settings.expert_steps, settings.expert_learning_rate, f"experts/{skill}"
-        )
+        trained(deepcopy(base), train_rows, settings.expert_steps, settings.expert_learning_rate, f"experts/{skill}")
 
 
 def main(dest: Path) -> None:
     """Make everything in `dest` unless it holds the same already; a run that is killed leaves `dest` as it was."""
     settings = Settings()
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    record = json.dumps({"settings": asdict(settings), "script": script, "torch": torch.__version__}, indent=2)
+    record = json.dumps({"settings": asdict(settings), "script": script, "torch": torch.__version__}, indent=2) + "\n"
     finished = dest / "settings.json"
-    if finished.is_file() and finished.read_text() == record:
+    found = finished.read_text() if finished.is_file() else ""
+    if found == record:
         print(f"{dest} is up to date")
         return
+    # Only what an earlier run made may be replaced.
+    if dest.exists() and '"carelessness"' not in found:
+        sys.exit(f"{dest}: exists and was not made by this script; name a new folder, or remove this one")
     making = dest.with_name(dest.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
     make(making, settings)
     (making / finished.name).write_text(record)
-    shutil.rmtree(dest, ignore_errors=True)
+    if dest.exists():
+        shutil.rmtree(dest)
     making.rename(dest)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "build")
+    main(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else Path(__file__).resolve().parent / "build")

@@ -123,14 +123,16 @@ def parse_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], network: Pr
         if not name.startswith(_PREFIX):
             raise InputError(f"{path}: tensor {name} does not start with {_PREFIX}; expected a PEFT adapter")
         stripped = name.removeprefix(_PREFIX)
+        if stripped.endswith(".base_layer.weight"):
+            continue  # peft's copy of the base's own embedding
         module, kind = _split_lora_name(stripped)
+        if _is_tied(path, config, names, stripped if kind is None else f"{module}.weight"):
+            continue
         if kind is not None:
-            if not _is_tied(path, config, names, f"{module}.weight"):
-                pairs.setdefault(module, {})[kind] = name
+            pairs.setdefault(module, {})[kind] = name
         elif _is_saved(stripped, config["modules_to_save"] or ()):
-            if not _is_tied(path, config, names, stripped):
-                saved[stripped] = name
-        elif not stripped.endswith(".base_layer.weight"):  # peft's copy of the base's own embedding
+            saved[stripped] = name
+        else:
             raise InputError(
                 f"{path}: tensor {name} is neither a LoRA factor nor in modules_to_save; it cannot be handled"
             )

@@ -181,11 +181,12 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
     own, heads = _place(f"{key}: {folder}", stored, source, base, names)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in heads}
     config = base.config
-    last = parameter_names(network)[-1]
-    if last in head:
-        # An adapter has no config of its own: the last parameter of its network says how many classes there are.
-        config = copy.deepcopy(base.config)
-        config.num_labels = source.tensors[head[last]].shape[0]
+    if head:
+        # An adapter has no config of its own: the last layer of its head says how many classes there are.
+        last = parameter_names(skeleton(base.config, "classification", base.folder))[-1]
+        if last in head:
+            config = copy.deepcopy(base.config)
+            config.num_labels = source.tensors[head[last]].shape[0]
     return Expert(base, folder, config, source, adapter, own, low_rank, head)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -15,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
 from tasks.artifacts import read_json
 from tasks.datasets import ClassificationTask, CompletionTask, MultipleChoiceTask, Row, RowTask
 from tasks.errors import InputError
@@ -62,7 +62,8 @@ def naive(
             if not name.startswith(without):
                 assert parameter.grad is not None
                 key = layer(name, prefix)
-                totals[key] = totals.get(key, 0.0) + float((parameter.detach() * parameter.grad).abs().sum()) / len(rows)
+                change = float((parameter.detach() * parameter.grad).abs().sum())
+                totals[key] = totals.get(key, 0.0) + change / len(rows)
     return totals
 
 

@@ -3,22 +3,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama
 from tasks.artifacts import read_json
 from tasks.errors import InputError
 from tasks.methods.sparsify import magnitude_histogram
 from tasks.task_vectors import read_histogram, task_vectors
 
 Save = Callable[..., Path]
+Change = Callable[[torch.Tensor], object]
 
 
-def altered(
-    folder: Path, changes: dict[str, Callable[[torch.Tensor], object]], file: str = "model.safetensors"
-) -> Path:
+def altered(folder: Path, changes: dict[str, Change], file: str = "model.safetensors") -> Path:
     """Change single tensors of a saved model in place."""
     tensors = load_file(folder / file)
     for name, change in changes.items():

@@ -1,0 +1,223 @@
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from tasks import cross_task as module
+from tasks.artifacts import read_json
+from tasks.cross_task import CalibrationSet, cross_task
+from tasks.datasets import ClassificationTask, CompletionTask
+from tasks.errors import InputError
+
+Save = Callable[..., Path]
+Distances = dict[str, dict[str, float]]
+TEXTS = {
+    "math": ["1+2=3", "7*6=42"],
+    "code": ["def f(x): return x + 1", "print('a rather long line of text, longer than one chunk')", "x"],
+    "talk": ["hello"],
+}
+
+
+def completions(names: list[str], loss_on: str = "completion") -> dict[str, CalibrationSet]:
+    task = CompletionTask(kind="completion", prompt="{text}", completion="!", loss_on=loss_on)
+    return {name: CalibrationSet(task, [{"text": text} for text in TEXTS[name]]) for name in names}
+
+
+def classes(names: list[str]) -> dict[str, CalibrationSet]:
+    task = ClassificationTask(kind="classification")
+    rows = [{"text": text, "label": 0} for text in ("good", "a much longer text than the first")]
+    return {name: CalibrationSet(task, rows[: i + 1]) for i, name in enumerate(names)}
+
+
+def measure(base: Path, experts: Mapping[str, Path], sets: Mapping[str, CalibrationSet], out: Path) -> Distances:
+    out.mkdir(exist_ok=True)
+    extremes = cross_task(base, experts, sets, base, "float32", "cpu", out)
+    distances: Distances = read_json(out / "distances.json")
+    apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
+    assert extremes == {"min": min(apart), "max": max(apart)}
+    assert [path.name for path in out.iterdir()] == ["distances.json"]
+    return distances
+
+
+def naive(logits: Callable[[str, str, str], torch.Tensor], texts: Mapping[str, list[str]]) -> Distances:
+    """All logits of all experts on all samples; `logits(i, j, text)` of expert i on task j's text, float64 (T, V)."""
+    distances: Distances = {i: {} for i in texts}
+    for j, samples in texts.items():
+        for i in texts:
+            norms = [(logits(i, j, text) - logits(j, j, text)).square().sum(-1).sqrt().mean() for text in samples]
+            distances[i][j] = float(torch.stack(norms).mean())
+    return distances
+
+
+def same(found: Distances, expected: Distances) -> None:
+    for i, row in expected.items():
+        assert found[i] == pytest.approx(row, rel=1e-4)
+        assert found[i][i] == 0.0
+
+
+def causal_logits(
+    networks: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, end: bool = True
+) -> Callable[[str, str, str], torch.Tensor]:
+    def logits(i: str, _: str, text: str) -> torch.Tensor:
+        ids = tokenizer(text + "!")["input_ids"] + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            return networks[i].double().eval()(torch.tensor([ids])).logits[0]
+
+    return logits
+
+
+@pytest.fixture(params=[5, 256], ids=["chunks", "whole"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", request.param)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize(("names", "tied"), [(["math", "code"], True), (["math", "code", "talk"], False)])
+def test_llama(
+    names: list[str],
+    tied: bool,
+    loss_on: str,
+    chunk: int,
+    save: Save,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    base = save(make_llama(tie_word_embeddings=tied), "base", tmp_path)
+    experts = {
+        name: save(perturbed(make_llama(tie_word_embeddings=tied), seed), name, tmp_path)
+        for seed, name in enumerate(names, 1)
+    }
+    found = measure(base, experts, completions(names, loss_on), tmp_path / "out")
+    networks = {name: AutoModelForCausalLM.from_pretrained(folder) for name, folder in experts.items()}
+    same(found, naive(causal_logits(networks, tokenizer), {name: TEXTS[name] for name in names}))
+
+
+def test_gpt2(chunk: int, save: Save, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    names = ["math", "code"]
+    experts = {name: save(perturbed(make_gpt2(), seed), name, tmp_path) for seed, name in enumerate(names, 1)}
+    found = measure(save(make_gpt2(), "base", tmp_path), experts, completions(names), tmp_path / "out")
+    networks = {name: AutoModelForCausalLM.from_pretrained(folder) for name, folder in experts.items()}
+    same(found, naive(causal_logits(networks, tokenizer), {name: TEXTS[name] for name in names}))
+
+
+def own_head_logits(
+    trunks: Mapping[str, PreTrainedModel], heads: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str, str, str], torch.Tensor]:
+    """Logits of task j's classifier, its trunk's weights being those of expert i."""
+
+    def logits(i: str, j: str, text: str) -> torch.Tensor:
+        network = heads[j].double().eval()
+        network.base_model.load_state_dict(trunks[i].double().state_dict())
+        with torch.no_grad():
+            return network(torch.tensor([tokenizer(text)["input_ids"]])).logits
+
+    return logits
+
+
+def test_classifiers_compare_through_the_head_of_the_task(
+    chunk: int, save: Save, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    trunk = make_bert_trunk()
+    labels = {"mood": 2, "topic": 5, "noun": 2}
+    experts = {name: make_bert_expert(trunk, seed, n) for seed, (name, n) in enumerate(labels.items(), 1)}
+    folders = {name: save(network, name, tmp_path) for name, network in experts.items()}
+    sets = classes(list(labels))
+    found = measure(save(trunk, "base", tmp_path), folders, sets, tmp_path / "out")
+    trunks = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]).bert for name in labels}
+    heads = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]) for name in labels}
+    texts = {name: [row["text"] for row in one.rows] for name, one in sets.items()}
+    same(found, naive(own_head_logits(trunks, heads, tokenizer), texts))
+
+
+def test_classifiers_with_decoder_trunks(
+    chunk: int, save: Save, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    labels = {"mood": 2, "topic": 3}
+
+    def network(name: str) -> PreTrainedModel:
+        return AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels[name])
+
+    folders = {
+        name: make_adapter(
+            network(name), tmp_path / name, seed, task_type="SEQ_CLS", target_modules=["v_proj", "gate_proj"]
+        )
+        for seed, name in enumerate(labels, 1)
+    }
+    sets = classes(list(labels))
+    found = measure(base, folders, sets, tmp_path / "out")
+    full = {name: PeftModel.from_pretrained(network(name), folders[name]).merge_and_unload() for name in labels}
+    trunks = {name: AutoModelForCausalLM.from_pretrained(base).model for name in labels}
+    for name in labels:
+        trunks[name].load_state_dict(full[name].model.state_dict())
+    texts = {name: [row["text"] for row in one.rows] for name, one in sets.items()}
+    same(found, naive(own_head_logits(trunks, full, tokenizer), texts))
+
+
+def test_identical_experts_lie_nowhere_apart(llamas: dict[str, Path], tmp_path: Path) -> None:
+    experts = {"math": llamas["math"], "code": llamas["math"]}
+    assert measure(llamas["base"], experts, completions(["math", "code"]), tmp_path / "out") == {
+        i: {"math": 0.0, "code": 0.0} for i in ("math", "code")
+    }
+
+
+def test_each_trunk_runs_once_over_each_sample(
+    save: Save, llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
+    passes = 0
+    forward = LlamaModel.forward
+
+    def counted(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    sets = completions(list(experts))
+    measure(llamas["base"], experts, sets, tmp_path / "out")
+    assert passes == len(experts) * sum(len(one.rows) for one in sets.values())
+
+
+def test_logits_exist_for_one_chunk_of_tokens(
+    llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 5)
+    shapes = []
+    forward = torch.nn.Linear.forward
+
+    def watched(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        y = forward(self, x)
+        if self.out_features == 259:
+            shapes.append(tuple(y.shape))
+        return y
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
+    experts = {name: llamas[name] for name in ("math", "code")}
+    measure(llamas["base"], experts, completions(list(experts)), tmp_path / "out")
+    lengths = [len(text) + 2 for name in experts for text in TEXTS[name]]
+    assert {shape[1] for shape in shapes} <= {1, 2, 3, 4, 5}
+    assert sum(shape[1] for shape in shapes) == len(experts) * sum(lengths)
+
+
+def test_logits_that_are_no_numbers(save: Save, llamas: dict[str, Path], tmp_path: Path) -> None:
+    broken = make_llama()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(math.inf)
+    experts = {"math": llamas["math"], "code": save(broken, "code", tmp_path)}
+    with pytest.raises(InputError, match=r"tasks\.\w+\.calibration: the distance of experts\.\w+ from experts\.\w+ is"):
+        measure(llamas["base"], experts, completions(["math", "code"]), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
