@@ -1,7 +1,8 @@
 """From a recipe to steps: what each reads, its fingerprint, RUN or SKIP and why; finds what headers show is wrong."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -104,16 +105,12 @@ def make_plan(recipe: Recipe, folder: Path, store: Store) -> Plan:
         InputError: models that cannot be merged, data that does not fit its task, no room on the disk.
     """
     cache = store.root / "hub"
-    sources = {"base": recipe.base} | {name: expert.model for name, expert in recipe.experts.items()}
-    listings = {name: _listing(name, text, folder, cache) for name, text in sources.items()}
+    listings = {"base": _listing("base", recipe.base, folder, cache)}
+    listings |= {name: _listing(f"experts.{name}", one.model, folder, cache) for name, one in recipe.experts.items()}
     _check_distinct(listings)
-    base = open_base(small_files(listings["base"], cache), _remote_headers(listings["base"], cache))
-    experts = {
-        name: open_expert(
-            small_files(listings[name], cache), base, f"experts.{name}", _remote_headers(listings[name], cache)
-        )
-        for name in recipe.experts
-    }
+    with _about("base"):
+        base = open_base(small_files(listings["base"], cache), _remote_headers(listings["base"], cache))
+    experts = {name: _open_expert(f"experts.{name}", listings[name], base, cache) for name in recipe.experts}
     _check_layers(recipe, base)
     tokenizer = next(
         (listing.folder for listing in listings.values() if has_tokenizer(listing.folder)), listings["base"].folder
@@ -128,12 +125,25 @@ def make_plan(recipe: Recipe, folder: Path, store: Store) -> Plan:
     return planned
 
 
-def _listing(name: str, text: str, folder: Path, cache: Path) -> Listing:
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Name the recipe key in what is said of bad input."""
     try:
-        return resolve(parse_model_id(text, folder), cache)
+        yield
     except InputError as error:
-        key = "base" if name == "base" else f"experts.{name}.model"
+        if str(error).startswith(key):
+            raise
         raise InputError(f"{key}: {error}") from error
+
+
+def _listing(key: str, text: str, folder: Path, cache: Path) -> Listing:
+    with _about(key):
+        return resolve(parse_model_id(text, folder), cache)
+
+
+def _open_expert(key: str, listing: Listing, base: Base, cache: Path) -> Expert:
+    with _about(key):
+        return open_expert(small_files(listing, cache), base, key, _remote_headers(listing, cache))
 
 
 def _check_distinct(listings: Mapping[str, Listing]) -> None:

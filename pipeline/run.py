@@ -220,7 +220,7 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
         if not any(node.get("CPU", 0) >= wanted.num_cpus and node.get("GPU", 0) >= wanted.num_gpus for node in nodes):
             largest = max(node.get("CPU", 0) for node in nodes), max(node.get("GPU", 0) for node in nodes)
             raise InputError(
-                f"resources.{stage}: a step asks for {wanted.num_cpus} CPUs and {wanted.num_gpus} GPUs, "
+                f"resources.{stage}: a step asks for {wanted.num_cpus:g} CPUs and {wanted.num_gpus:g} GPUs, "
                 f"the largest node has {largest[0]:.0f} and {largest[1]:.0f}; lower them or use another --address"
             )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tasks.methods.consensus import sign_agreement
-from tasks.methods.sparsify import drop_at_random, magnitude_histogram, match_l1_norm, trim_by_magnitude
+from tasks.methods.sparsify import CHUNK, drop_at_random, magnitude_histogram, match_l1_norm, trim_by_magnitude
 
 
 @dataclass(frozen=True)
@@ -76,28 +76,19 @@ class Settings:
 def merge_tensor(base: torch.Tensor, vectors: Sequence[TaskVector], settings: Settings) -> torch.Tensor:
     """Merge one tensor: base (float32) and K task vectors of its shape → merged tensor, float32.
 
-    Semantics of mergekit 0.1.5 `GeneralizedTaskArithmeticMerge` and `linear_merge`.
+    Semantics of mergekit 0.1.5 `GeneralizedTaskArithmeticMerge` and `linear_merge`. Memory: K sparse task vectors and
+    the merged tensor beside what is given.
     """
-    if settings.method == "linear":
-        return _linear(base, vectors, settings.normalize)
-    method = METHODS[settings.method]
-    scaled = [_sparse(vector, method, settings.rescale) * vector.weight for vector in vectors]
-    mixed = torch.zeros_like(base)
-    divisor: torch.Tensor | float
-    if method.consensus:
-        divisor = torch.zeros_like(base)
-        for vector, delta, agrees in zip(vectors, scaled, sign_agreement(scaled), strict=True):
-            mixed += delta * agrees
-            divisor += vector.weight * agrees
-        divisor[divisor == 0] = 1
-    else:
-        for delta in scaled:
-            mixed += delta
-        total = sum(vector.weight for vector in vectors)
-        divisor = 1.0 if abs(total) < 1e-8 else total
-    if settings.normalize:
-        mixed /= divisor
-    return base + mixed * settings.lambda_
+    method = METHODS.get(settings.method)
+    deltas = [_sparse(vector, method, settings.rescale) if method else vector.delta for vector in vectors]
+    mix = _mixed if method else _linear
+    weights = [vector.weight for vector in vectors]
+    merged = torch.empty(base.shape, device=base.device)
+    # From here on no element needs another one.
+    chunks = (torch.split(tensor.reshape(-1), CHUNK) for tensor in (merged, base, *deltas))
+    for out, origin, *parts in zip(*chunks, strict=True):
+        out.copy_(mix(origin, parts, weights, settings))
+    return merged
 
 
 def _sparse(vector: TaskVector, method: Method, rescale: bool) -> torch.Tensor:
@@ -107,9 +98,33 @@ def _sparse(vector: TaskVector, method: Method, rescale: bool) -> torch.Tensor:
     return match_l1_norm(sparse, vector.delta) if rescale else sparse
 
 
-def _linear(base: torch.Tensor, vectors: Sequence[TaskVector], normalize: bool) -> torch.Tensor:
+def _mixed(
+    base: torch.Tensor, deltas: Sequence[torch.Tensor], weights: Sequence[float], settings: Settings
+) -> torch.Tensor:
+    """Return base + the weighted sum or, under consensus, the disjoint sum of sparse task vectors."""
+    scaled = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
+    mixed = torch.zeros_like(base)
+    divisor: torch.Tensor | float
+    if METHODS[settings.method].consensus:
+        divisor = torch.zeros_like(base)
+        for weight, delta, agrees in zip(weights, scaled, sign_agreement(scaled), strict=True):
+            mixed += delta * agrees
+            divisor += weight * agrees
+        divisor[divisor == 0] = 1
+    else:
+        for delta in scaled:
+            mixed += delta
+        divisor = 1.0 if abs(sum(weights)) < 1e-8 else sum(weights)
+    if settings.normalize:
+        mixed /= divisor
+    return base + mixed * settings.lambda_
+
+
+def _linear(
+    base: torch.Tensor, deltas: Sequence[torch.Tensor], weights: Sequence[float], settings: Settings
+) -> torch.Tensor:
     """Return the weighted mean (normalize) or sum of the experts themselves (model soup, arXiv 2203.05482)."""
     merged = torch.zeros_like(base)
-    for vector in vectors:
-        merged += (base + vector.delta) * vector.weight
-    return merged / sum(vector.weight for vector in vectors) if normalize else merged
+    for delta, weight in zip(deltas, weights, strict=True):
+        merged += (base + delta) * weight
+    return merged / sum(weights) if settings.normalize else merged

@@ -4,6 +4,9 @@ import hashlib
 
 import torch
 
+CHUNK = 1 << 18
+"""Elements handled at a time where none needs another one: intermediate tensors then stay in the processor's cache."""
+
 
 def kept_elements(numel: int, density: float) -> int:
     """Return how many elements a density keeps: at least one of a non-empty tensor unless the density is 0."""
@@ -21,7 +24,7 @@ def magnitude_histogram(delta: torch.Tensor) -> torch.Tensor:
 
 
 def _magnitude_bins(delta: torch.Tensor) -> torch.Tensor:
-    return (delta.flatten().abs().view(torch.int32) >> 16).long()
+    return delta.flatten().abs().view(torch.int32) >> 16
 
 
 def trim_by_magnitude(delta: torch.Tensor, density: float, histogram: torch.Tensor) -> torch.Tensor:
@@ -72,12 +75,16 @@ def uniform(key: str, numel: int, device: torch.device) -> torch.Tensor:
     splitmix64 (Steele, Lea, Flood 2014) of a counter, upper 24 bits; the key's sha256 chooses the stream.
     """
     start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
-    state = torch.arange(1, numel + 1, dtype=torch.int64, device=device)
-    state = state * _signed(0x9E3779B97F4A7C15) + start
-    state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
-    state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
-    state = state ^ _shift(state, 31)
-    return _shift(state, 40).float() * 2.0**-24
+    numbers = torch.empty(numel, device=device)
+    for number, chunk in enumerate(torch.split(numbers, CHUNK)):
+        begin = number * CHUNK + 1
+        state = torch.arange(begin, begin + len(chunk), dtype=torch.int64, device=device)
+        state = state * _signed(0x9E3779B97F4A7C15) + start
+        state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
+        state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
+        state = state ^ _shift(state, 31)
+        chunk.copy_(_shift(state, 40))
+    return numbers.mul_(2.0**-24)
 
 
 def _signed(value: int) -> int:

@@ -183,7 +183,7 @@ def test_more_than_any_node_has(
     recipe = write_recipe(tmp_path, llama_recipe)
     arguments = ("--store", tmp_path / "store", "--address", ray_address, "--set", "resources.merge.num_gpus=8")
     assert command_line("run", recipe, *arguments) == 2
-    assert "resources.merge: a step asks for 1.0 CPUs and 8.0 GPUs" in capsys.readouterr().err
+    assert "resources.merge: a step asks for 1 CPUs and 8 GPUs" in capsys.readouterr().err
 
 
 def test_nan_in_an_expert_stops_the_run_before_any_merge(

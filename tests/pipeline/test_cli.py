@@ -1,0 +1,295 @@
+"""Bad input: one clear line on standard error, exit status 2, nothing half-written."""
+
+import json
+import shutil
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import plan as plan_module
+from pipeline.store import Store
+from tests.conftest import command_line, make_llama, perturbed, write_recipe, write_rows
+
+Recipe = dict[str, Any]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must fail as bad input does; returns the one line it says."""
+
+    def refused(recipe: Recipe, *more: object, command: str = "plan") -> str:
+        path = write_recipe(tmp_path, recipe)
+        capsys.readouterr()  # what was printed while models were made
+        status = command_line(command, path, "--store", tmp_path / "store", *more)
+        error = capsys.readouterr().err
+        assert status == 2, error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        left = [path.name for path in (tmp_path / "store").glob("*")] if (tmp_path / "store").is_dir() else []
+        assert set(left) <= {"hub", ".lock"}, "something half-written was left in the store"
+        return error
+
+    return refused
+
+
+def broken_copy(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Copy a model folder with other tensors."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_misspelt_key(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    llama_recipe["merges"]["ta"]["wieght"] = 1
+    assert "unknown key merges.ta.wieght" in refused(llama_recipe)
+
+
+def test_missing_model_folder(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    llama_recipe["experts"]["math"]["model"] = "nowhere"
+    assert "error: experts.math: " in refused(llama_recipe)
+
+
+def test_missing_data_file(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    llama_recipe["tasks"]["math"]["calibration"]["data_files"] = "none.jsonl"
+    error = refused(llama_recipe)
+    assert "tasks.math.calibration" in error
+    assert "none.jsonl" in error
+
+
+def test_another_architecture(llama_recipe: Recipe, berts: dict[str, Path], refused: Callable[..., str]) -> None:
+    llama_recipe["experts"]["math"]["model"] = str(berts["mood"])
+    assert "experts.math" in (error := refused(llama_recipe))
+    assert "model_type 'bert', the base has 'llama'" in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 16}, "hidden_size 16, the base has 32"),
+        ({"vocab_size": 300}, "vocab_size 300, the base has 259"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers 3, the base has 2"),
+    ],
+)
+def test_another_size(
+    llama_recipe: Recipe,
+    save: Callable[..., Path],
+    refused: Callable[..., str],
+    changes: dict[str, int],
+    said: str,
+) -> None:
+    llama_recipe["experts"]["math"]["model"] = str(save(make_llama(**changes), "math"))
+    assert said in refused(llama_recipe)
+
+
+def test_missing_tensor(
+    llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = broken_copy(llamas["math"], tmp_path / "math", lambda tensors: tensors.__delitem__(name))
+    llama_recipe["experts"]["math"]["model"] = str(folder)
+    assert name in refused(llama_recipe)
+
+
+def test_extra_tensor(
+    llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    folder = broken_copy(llamas["math"], tmp_path / "math", lambda tensors: tensors.update({name: torch.ones(2)}))
+    llama_recipe["experts"]["math"]["model"] = str(folder)
+    assert name in refused(llama_recipe)
+
+
+def test_same_expert_under_two_paths(
+    llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copytree(llamas["math"], tmp_path / "again")
+    llama_recipe["experts"]["code"]["model"] = "again"
+    assert "experts.code: the same files as experts.math" in refused(llama_recipe)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lie_about_the_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**40) + path.read_bytes()[8:])
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"not safetensors at all")
+
+
+@pytest.mark.parametrize("damage", [truncate, lie_about_the_header, garbage])
+def test_corrupt_weights(
+    llama_recipe: Recipe,
+    llamas: dict[str, Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+    damage: Callable[[Path], None],
+) -> None:
+    shutil.copytree(llamas["math"], tmp_path / "math")
+    damage(tmp_path / "math" / "model.safetensors")
+    llama_recipe["experts"]["math"]["model"] = "math"
+    error = refused(llama_recipe)
+    assert "model.safetensors: truncated or corrupt" in error
+    assert "experts.math" in error
+
+
+def test_index_that_names_files_outside(
+    llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copytree(llamas["math"], tmp_path / "math")
+    (tmp_path / "math" / "model.safetensors").rename(tmp_path / "math" / "other.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../secret.safetensors"}}
+    (tmp_path / "math" / "model.safetensors.index.json").write_text(json.dumps(index))
+    llama_recipe["experts"]["math"]["model"] = "math"
+    assert "'../secret.safetensors', which lies outside the folder" in refused(llama_recipe)
+
+
+def test_pickle_only(
+    llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copytree(llamas["math"], tmp_path / "math")
+    (tmp_path / "math" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "math" / "pytorch_model.bin")
+    llama_recipe["experts"]["math"]["model"] = "math"
+    assert "pickle" in refused(llama_recipe)
+
+
+def test_adapter_for_another_base(
+    llama_recipe: Recipe, tmp_path: Path, refused: Callable[..., str], lora: Callable[..., Path]
+) -> None:
+    adapter = lora(make_llama(hidden_size=16, intermediate_size=24), tmp_path / "lora")
+    llama_recipe["experts"]["math"]["model"] = str(adapter)
+    assert "made for another base" in refused(llama_recipe)
+
+
+@pytest.fixture
+def lora() -> Callable[..., Path]:
+    from peft import LoraConfig, get_peft_model
+
+    def lora(network: torch.nn.Module, folder: Path) -> Path:
+        adapted = get_peft_model(network, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        adapted.save_pretrained(folder)
+        return folder
+
+    return lora
+
+
+def test_empty_calibration_set(llama_recipe: Recipe, tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_rows(tmp_path / "math.jsonl", [])
+    assert "tasks.math.calibration" in refused(llama_recipe)
+
+
+def test_row_without_the_field(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    llama_recipe["tasks"]["math"]["prompt"] = "{question}"
+    error = refused(llama_recipe)
+    assert "tasks.math" in error
+    assert "question" in error
+
+
+def test_label_out_of_range(berts: dict[str, Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 2}])
+    task = {"kind": "classification", "evaluation": {"path": "json", "data_files": str(rows)}}
+    recipe = {
+        "name": "r",
+        "base": str(berts["base"]),
+        "experts": {name: {"model": str(berts[name])} for name in ("mood", "topic")},
+        "tasks": {"mood": task},
+        "merges": {"ta": {"method": "task_arithmetic"}},
+    }
+    assert "label" in (error := refused(recipe))
+    assert "2" in error
+
+
+def test_task_of_a_kind_the_expert_is_not_for(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    llama_recipe["tasks"]["math"] = {
+        "kind": "classification",
+        "evaluation": {"path": "json", "data_files": "math.jsonl"},
+    }
+    del llama_recipe["merges"]["ties-sens"]
+    assert "tasks.math.kind: classification" in refused(llama_recipe)
+
+
+def test_sample_longer_than_the_model_takes(llama_recipe: Recipe, tmp_path: Path, refused: Callable[..., str]) -> None:
+    write_rows(tmp_path / "math.jsonl", [{"prompt": "x" * 300, "completion": "y"} for _ in range(6)])
+    assert "tasks.math.max_length: row 0" in refused(llama_recipe)
+
+
+def test_layer_pattern_that_matches_nothing(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    weights = {"math": {"*": 1, "model.layers.9": 0.5}, "code": 1}
+    llama_recipe["merges"] = {
+        "e": {"method": "ties", "coefficients": {"kind": "explicit", "weights": weights}},
+    }
+    assert "no layer matches 'model.layers.9'" in refused(llama_recipe)
+    weights["math"] = {"model.layers.1": 0.5}
+    assert "no pattern matches layer model.embed_tokens" in refused(llama_recipe)
+
+
+def test_no_room_on_the_disk(
+    llama_recipe: Recipe, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda _: usage)
+    assert "no room on the disk: the run writes" in refused(llama_recipe)
+
+
+def test_locked_store(llama_recipe: Recipe, tmp_path: Path, refused: Callable[..., str]) -> None:
+    with Store(tmp_path / "store").lock():
+        assert "locked by another run" in refused(llama_recipe, command="run")
+
+
+def test_unreachable_mlflow_server(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    assert uri in refused(llama_recipe, "--tracking-uri", uri, command="run")
+
+
+def test_report_in_a_folder_that_is_not_there(
+    llama_recipe: Recipe, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    assert "--report" in refused(llama_recipe, "--report", tmp_path / "none" / "report.json", command="run")
+
+
+def test_plan_prints_steps_and_writes_nothing(
+    llama_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, llama_recipe)
+    assert command_line("plan", path, "--store", tmp_path / "store") == 0
+    out = capsys.readouterr().out
+    assert "20 of 20 steps to run" in out
+    assert "ties-sens" in out
+    assert not list((tmp_path / "store").glob("*/*/manifest.json"))
+
+
+def test_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line("schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["required"]) == {"name", "base", "experts", "merges"}
+
+
+def test_unknown_option_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line("plan", "x.yaml", "--stor", "y") == 2
+    assert "--stor" in capsys.readouterr().err
+
+
+def test_two_fine_tunes_that_differ_only_in_weights_are_two_experts(
+    llama_recipe: Recipe, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    llama_recipe["experts"]["code"]["model"] = str(save(perturbed(make_llama(), 7), "code"))
+    assert command_line("plan", write_recipe(tmp_path, llama_recipe), "--store", tmp_path / "store") == 0
