@@ -63,7 +63,7 @@ class Report(BaseModel):
 
 def score_table(report: Report) -> Table:
     """The final table: a row per model, a column per task (main metric, n, 95 % interval), and the normalised mean."""
-    table = Table(title=f"{report.recipe}: main metric on each task, with its 95 % interval")
+    table = Table(title=f"{report.recipe}: main metric on each task, with its 95 % interval", show_lines=True)
     table.add_column("model")
     for task, metric in report.tasks.items():
         table.add_column(f"{task}\n{metric}", justify="right")
@@ -77,4 +77,4 @@ def score_table(report: Report) -> Table:
 def _cell(score: Score | None) -> str:
     if score is None:
         return "–"
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]\nn = {score.n}"
+    return f"{score.value:.3f}\n[{score.low:.3f}, {score.high:.3f}]\nn = {score.n}"

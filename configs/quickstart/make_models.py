@@ -100,10 +100,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    begin, end, pad = SPECIAL_TOKENS
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=pad)
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+    special = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE, **special)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -172,8 +170,7 @@ def make(dest: Path) -> None:
         return model
 
     rng = random.Random(SEED)
-    rows = [row for train_rows, _ in data.values() for row in train_rows]
-    careless = [careless_row(row, CARELESSNESS, rng) for row in rows for _ in range(4)]
+    careless = [careless_row(row, CARELESSNESS, rng) for rows, _ in data.values() for row in rows for _ in range(4)]
     base = trained(make_model(tokenizer), careless, BASE_STEPS, BASE_RATE, "base")
     for skill, (train_rows, _) in data.items():
         trained(deepcopy(base), train_rows, EXPERT_STEPS, EXPERT_RATE, f"experts/{skill}")
@@ -193,7 +190,6 @@ def main(dest: Path) -> None:
         sys.exit(f"{dest}: holds files that {script.name} did not make; name another folder or empty this one")
     making = dest.with_name(dest.name + ".making")
     shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
     make(making)
     (making / finished.name).write_text(settings)
     if dest.exists():

@@ -122,8 +122,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: no usable tokenizer ({reason}); get its files again") from error
     return tokenizer
 
 

@@ -1,0 +1,85 @@
+"""The workflow as a Ray job: `ray start --head` and `ray job submit`, token authentication on."""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+RAY = Path(sys.executable).with_name("ray")
+
+pytestmark = pytest.mark.ray
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def ray(environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [str(RAY), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, str], str]]:
+    """A head node of its own, with a token: the environment of its commands, and the dashboard's address."""
+    # Sockets need short paths, which pytest's own folders are not.
+    temporary = tmp_path_factory.getbasetemp().parent / f"r{secrets.token_hex(2)}"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    gcs, dashboard = free_port(), free_port()
+    ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+    started = subprocess.Popen(
+        [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}", *ports],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        for _ in range(60):
+            if ray(environment, "job", "list", "--address", address).returncode == 0:
+                break
+            assert started.poll() is None, "ray start ended"
+        yield environment, address
+    finally:
+        started.terminate()
+        started.wait(60)
+
+
+def test_quickstart_as_a_submitted_job(head: tuple[dict[str, str], str], tmp_path: Path) -> None:
+    environment, address = head
+    quickstart = PROJECT / "configs" / "quickstart"
+    subprocess.run([sys.executable, quickstart / "make_models.py"], check=True)
+    report = tmp_path / "report.json"
+    entry = (
+        f"{sys.executable} -m pipeline run {quickstart / 'recipe.yaml'} --store {tmp_path / 'store'} --report {report}"
+    )
+    submit = ["job", "submit", "--address", address, "--working-dir", str(PROJECT), "--", *entry.split()]
+    done = ray(environment, *submit)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    found = json.loads(report.read_text())
+    assert {stage["status"] for stage in found["stages"]} == {"run"}
+    normalised = {model: score["value"] for model, score in found["mean_normalised"].items()}
+    assert normalised["base"] < 0.5
+    for expert in ("math", "words", "cipher"):
+        assert found["scores"][expert][expert]["token_accuracy"]["value"] > 0.9
+        for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties"):
+            assert normalised[variant] > normalised[expert] + 0.1
+
+
+def test_without_the_token_nothing_is_submitted(head: tuple[dict[str, str], str]) -> None:
+    environment, address = head
+    stranger = environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    refused = ray(stranger, "job", "submit", "--address", address, "--", "true")
+    assert refused.returncode != 0
