@@ -3,14 +3,13 @@
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from pipeline.plan import Plan, make_plan, plan_table
+from pipeline.plan import Plan, StepError, make_plan, plan_summary, plan_table
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.store import Store
 from tasks.artifacts import write_json
@@ -75,20 +74,20 @@ def run(
         uri = tracking_uri or tracking.default_uri(locked.root)
         tracking.check_server(uri)
         planned = _plan(loaded, recipe, store)
-        table = plan_table(planned)
-        console.print(table if planned.todo else f"{loaded.name}: every step is in the store already")
+        console.print(plan_summary(planned), highlight=False)
         execute(planned, address, console)
         result = collect(planned)
         recipe_text = recipe_yaml(loaded)
         write_cards(planned, result, recipe_text)
         if report is not None:
             write_json(report, result.model_dump())
-        where = tracking.record(result, recipe_text, _text(table), data_sets(planned), uri, locked.root)
+        where = tracking.record(result, recipe_text, _text(plan_table(planned)), data_sets(planned), uri, locked.root)
     if result.tasks:
         console.print(score_table(result))
     for name in loaded.merges:
         console.print(f"{name}: {result.models[name]}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow: {where}", highlight=False, soft_wrap=True)
+    shown = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -115,11 +114,14 @@ def _text(table: object) -> str:
 
 
 def main() -> None:
-    """Run the command line; bad input is one line on standard error and exit status 2."""
+    """Run the command line: bad input is one line on standard error and exit status 2, a failed step exit status 1."""
+    # Ray 2.60 warns at every task that it will one day leave CUDA_VISIBLE_DEVICES alone; this is the future behaviour.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()
     except InputError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
+    except StepError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)

@@ -53,6 +53,10 @@ class Step:
         return f"{self.stage} {self.name}"
 
 
+class StepError(RuntimeError):
+    """A step failed for a reason that is not the user's input; the text names the step and where it ran."""
+
+
 @dataclass(frozen=True)
 class TaskRows:
     """A task with the rows that the recipe chose for it."""
@@ -234,14 +238,21 @@ def _check_room(plan: Plan) -> None:
         )
 
 
-def plan_table(plan: Plan) -> Table:
-    """Return the plan for people: a row per step, RUN or SKIP and why, and what it reads and writes."""
+def plan_summary(plan: Plan) -> str:
+    """Return the plan in a line: how many steps run, and the bytes they read and write."""
     run = [step for step in plan.steps if step.key.fingerprint in plan.todo]
+    if not run:
+        return f"{plan.recipe.name}: all {len(plan.steps)} steps are in the store"
     reads, writes = sum(step.reads for step in run), sum(step.writes for step in run)
-    table = Table(
-        title=f"{plan.recipe.name}: {len(run)} of {len(plan.steps)} steps to run, "
+    return (
+        f"{plan.recipe.name}: {len(run)} of {len(plan.steps)} steps to run, "
         f"{human_bytes(reads)} to read, {human_bytes(writes)} to write"
     )
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return the plan for people: a row per step, RUN or SKIP and why, and what it reads and writes."""
+    table = Table(title=plan_summary(plan), title_justify="left")
     for column in ("stage", "step", "", "why"):
         table.add_column(column)
     table.add_column("read", justify="right")

@@ -14,17 +14,13 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.plan import Plan, Step, human_bytes
+from pipeline.plan import Plan, Step, StepError, human_bytes
 from pipeline.recipe import Stage
 from pipeline.store import Key, Store, folder_bytes
 from tasks.errors import InputError
 
 SYSTEM_RETRIES = 2
 """How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
-
-
-class StepError(RuntimeError):
-    """A step failed for a reason that is not the user's input; the text names the step and where it ran."""
 
 
 @dataclass(frozen=True)

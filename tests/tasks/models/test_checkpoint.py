@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -247,7 +247,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12).filter(la
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     specs=st.dictionaries(names, st.tuples(st.sampled_from(list(DTYPES.values())), shapes), max_size=8),
     shard_size=st.integers(1, 200),
