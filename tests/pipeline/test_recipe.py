@@ -42,17 +42,29 @@ def test_minimal_recipe_has_mergekit_defaults(tmp_path: Path) -> None:
         ({"bass": "x"}, "unknown key bass"),
         ({"merges": {"ta": {"method": "task_arithmetic", "wieght": 1}}}, "unknown key merges.ta.wieght"),
         ({"tasks": {"math": {**TASK, "promt": "x"}}}, "unknown key tasks.math.promt"),
-        ({"merges": {"x": {"method": "ties", "coefficients": {"kind": "sens", "temp": 1}}}}, "merges.x.coefficients.temp"),
+        (
+            {"merges": {"x": {"method": "ties", "coefficients": {"kind": "sens", "temp": 1}}}},
+            "merges.x.coefficients.temp",
+        ),
         ({"experts": {}}, "experts: found 0; expected at least two"),
         ({"experts": {"math": {"model": "m"}}}, "experts: found 1; expected at least two"),
         ({"experts": {"a": {"model": "m"}, "b": {"model": "m"}}}, "experts a and b are the same model m"),
-        ({"merges": {"t": {"method": "ties", "density": 1.5}}}, "merges.t: density is 1.5; expected .* between 0 and 1"),
+        (
+            {"merges": {"t": {"method": "ties", "density": 1.5}}},
+            "merges.t: density is 1.5; expected .* between 0 and 1",
+        ),
         ({"merges": {"t": {"method": "ties", "density": -0.1}}}, "density is -0.1"),
-        ({"merges": {"t": {"method": "ties", "density": {"math": 0.5}}}}, "merges.t.density: found math; expected every"),
+        (
+            {"merges": {"t": {"method": "ties", "density": {"math": 0.5}}}},
+            "merges.t.density: found math; expected every",
+        ),
         ({"merges": {"t": {"method": "ties", "weight": 11}}}, "merges.t.weight: .* less than or equal to 10"),
         ({"merges": {"t": {"method": "ties", "weight": float("nan")}}}, "merges.t.weight"),
         ({"merges": {"t": {"method": "tie"}}}, "merges.t.method: .*'task_arithmetic'.*found 'tie'"),
-        ({"merges": {"t": {"method": "task_arithmetic", "density": 0.5}}}, "density has no meaning for .* task_arithmetic"),
+        (
+            {"merges": {"t": {"method": "task_arithmetic", "density": 0.5}}},
+            "density has no meaning for .* task_arithmetic",
+        ),
         ({"merges": {"t": {"method": "ties", "seed": 1}}}, "seed has no meaning for method ties"),
         ({"merges": {"t": {"method": "linear", "lambda": 2}}}, "lambda has no meaning for method linear"),
         ({"merges": {"t": {"method": "linear", "weight": 0}}}, "merges.t: the weights sum to 0"),
@@ -84,7 +96,9 @@ def test_missing_key_and_missing_file(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- 1", "found list"), ("", "found NoneType")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "found list"), ("", "found NoneType")]
+)
 def test_no_mapping(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
