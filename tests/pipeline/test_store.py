@@ -78,5 +78,5 @@ def test_lock_is_held_across_processes_and_released(tmp_path: Path) -> None:
 
 def test_store_in_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--store .*file: cannot be made"), Store(tmp_path / "file").lock():
+    with pytest.raises(InputError, match=r"--store .*file: cannot be made"), Store(tmp_path / "file").lock():
         pass
