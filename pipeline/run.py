@@ -1,5 +1,6 @@
 """Executes a plan on Ray: bounded fan-out, resources per stage, retries of system failures, progress."""
 
+import os
 import shutil
 import sys
 import time
@@ -200,7 +201,7 @@ def _result(ready: "ray.ObjectRef[_Done]", step: Step, others: list["ray.ObjectR
             ray.cancel(other)
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None
-        raise StepError(f"{step.title} failed on {error.ip}: {error.cause!r}\n{error.traceback_str}") from None
+        raise StepError(f"{step.title} failed: {error.cause!r}\n{error}") from None  # Ray's text has process and node
     except ray.exceptions.RayError as error:
         raise StepError(
             f"{step.title}: its worker died {SYSTEM_RETRIES + 1} times; if it ran out of memory, raise "
@@ -223,8 +224,10 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    here = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, logging_level="ERROR", log_to_driver=True)
+        ray.init(address=address, logging_level="ERROR", **here)
     except (ConnectionError, ValueError) as error:
         raise InputError(
             f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"

@@ -8,14 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.plan import Plan, Step, StepError, make_plan
+from pipeline.recipe import load_recipe
+from pipeline.run import execute
+from pipeline.store import Key, Store
 from tasks import merge
 from tests.conftest import command_line, tiny_recipe, write_recipe
 
@@ -200,9 +206,63 @@ def test_nan_in_an_expert_stops_the_run_before_any_merge(
     llama_recipe["merges"] = {"ta": {"method": "task_arithmetic"}}
     llama_recipe["experts"]["math"]["model"] = "broken"
     recipe = write_recipe(tmp_path, llama_recipe)
+    capsys.readouterr()  # what was printed while the model was made
     assert command_line("run", recipe, "--store", tmp_path / "store", "--address", ray_address) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "experts.math: tensor model.layers.1.mlp.up_proj.weight" in error
     assert "1 NaN or Inf" in error
     assert not list((tmp_path / "store" / "merge").glob("*"))
+
+
+def die_once(out: Path) -> dict[str, Any]:
+    """Kill the worker process the first time, as the kernel does when memory runs out."""
+    marker = out.parent / "died"
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"pid": os.getpid()}
+
+
+def die(out: Path) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def fail(out: Path) -> dict[str, Any]:
+    (out.parent / "calls").open("a").write("x")
+    raise RuntimeError("broken on purpose")
+
+
+def one_step(work: Any, llama_recipe: dict[str, Any], tmp_path: Path) -> Plan:
+    """A plan with nothing but one step that does this work."""
+    key = Key("download", "work", {"stage": "download", "settings": {}, "reads": {}})
+    step = Step("download", "work", key, (), work)
+    plan = make_plan(load_recipe(write_recipe(tmp_path, llama_recipe)), tmp_path, Store(tmp_path / "store"))
+    return replace(plan, steps=(step,), todo={key.fingerprint: "new"})
+
+
+def test_a_worker_that_dies_is_replaced(llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str) -> None:
+    plan = one_step(die_once, llama_recipe, tmp_path)
+    execute(plan, ray_address, Console(quiet=True))
+    manifest = plan.store.manifest(plan.steps[0].key)
+    assert manifest is not None
+    assert manifest["result"]["pid"] > 0
+
+
+def test_a_worker_that_keeps_dying_stops_the_run(
+    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
+) -> None:
+    plan = one_step(die, llama_recipe, tmp_path)
+    with pytest.raises(StepError, match="download work: its worker died 3 times"):
+        execute(plan, ray_address, Console(quiet=True))
+
+
+def test_an_exception_is_final_and_leaves_no_artifact(
+    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
+) -> None:
+    plan = one_step(fail, llama_recipe, tmp_path)
+    with pytest.raises(StepError, match=r"download work failed: .*broken on purpose"):
+        execute(plan, ray_address, Console(quiet=True))
+    assert (tmp_path / "store" / "download" / "calls").read_text() == "x"
+    assert plan.store.manifest(plan.steps[0].key) is None

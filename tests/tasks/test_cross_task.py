@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +19,7 @@ from tasks.artifacts import read_json
 from tasks.cross_task import CalibrationSet, cross_task
 from tasks.datasets import ClassificationTask, CompletionTask
 from tasks.errors import InputError
+from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
 
 Save = Callable[..., Path]
 Distances = dict[str, dict[str, float]]

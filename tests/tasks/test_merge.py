@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,6 +31,7 @@ from tasks.methods import METHODS, Settings, TaskVector, merge_tensor
 from tasks.models.expert import load_network, open_base, open_expert
 from tasks.sensitivity import sensitivity
 from tasks.task_vectors import task_vectors
+from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed
 
 Save = Callable[..., Path]
 TASK = CompletionTask(kind="completion")
@@ -227,6 +227,20 @@ def test_untouched_tensors_and_integers_are_copied(save: Save, tmp_path: Path) -
     name = "encoder.layer.0.output.dense.weight"
     expected = tensors[name] + 0.5 * (expert[f"bert.{name}"] - tensors[name])
     torch.testing.assert_close(weights_of(tmp_path / "mixed")[name], expected)
+
+
+def test_linear_scales_untouched_tensors_as_well(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    adapters = {
+        name: make_adapter(make_llama(), tmp_path / name, seed, target_modules=["q_proj"])
+        for seed, name in enumerate("xy", 1)
+    }
+    merged(
+        make_job(tmp_path, base, adapters, "linear", weight=0.25, settings=Settings("linear", False, False)),
+        tmp_path / "out",
+    )
+    name = "model.embed_tokens.weight"
+    assert torch.equal(weights_of(tmp_path / "out")[name], weights_of(base)[name] / 2)
 
 
 def test_adapters_merge_as_their_merged_checkpoints(save: Save, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED
 
 from tasks.artifacts import read_json
 from tasks.coefficients import alpha, sigma, tau
 from tasks.cross_task import CalibrationSet, cross_task
 from tasks.datasets import CompletionTask, DataSource, load_rows
 from tasks.sensitivity import sensitivity
+from tests.conftest import SHARED
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]
 EXPERTS = ("gsm8k", "mbpp", "dolly")

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -20,6 +19,7 @@ from tasks.artifacts import read_json
 from tasks.datasets import ClassificationTask, CompletionTask, MultipleChoiceTask, Row, RowTask
 from tasks.errors import InputError
 from tasks.sensitivity import sensitivity
+from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
 
 Save = Callable[..., Path]
 ROWS: list[Row] = [

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -12,6 +11,7 @@ from tasks.artifacts import read_json
 from tasks.errors import InputError
 from tasks.methods.sparsify import magnitude_histogram
 from tasks.task_vectors import read_histogram, task_vectors
+from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama
 
 Save = Callable[..., Path]
 Change = Callable[[torch.Tensor], object]

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED
 from safetensors import safe_open
 
 from tasks.methods import METHODS, Settings, TaskVector, merge_tensor
-from tasks.methods.sparsify import match_l1_norm
+from tasks.methods.sparsify import CHUNK, match_l1_norm
+from tests.conftest import SHARED
 
 REFERENCE = SHARED / "reference" / "merge_methods.json"
 NAMES = ["linear", *METHODS]
@@ -203,3 +203,16 @@ def test_inputs_are_left_alone(base: torch.Tensor, deltas: list[torch.Tensor]) -
     for method in NAMES:
         merge_tensor(base, vectors(deltas, WEIGHTS, 0.5), settings(method, normalize=True))
     assert all(torch.equal(a, b) for a, b in zip(before, (base, *deltas), strict=True))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_large_tensors_are_merged_in_chunks(method: str) -> None:
+    """Row by row gives the same as all at once: nothing but trimming and dropping looks at other elements."""
+    generator = torch.Generator().manual_seed(0)
+    rows, width = 5, CHUNK // 3
+    base, *deltas = (torch.randn(rows, width, generator=generator) for _ in range(4))
+    transposed = [deltas[0].T.contiguous().T, *deltas[1:]]
+    merged = merge_tensor(base.T.contiguous().T, vectors(transposed, WEIGHTS), settings(method))
+    for row in range(rows):
+        alone = merge_tensor(base[row], vectors([delta[row] for delta in deltas], WEIGHTS), settings(method))
+        assert torch.equal(merged[row], alone)

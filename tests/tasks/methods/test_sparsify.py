@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tasks.methods.sparsify import (
+    CHUNK,
     drop_at_random,
     kept_elements,
     magnitude_histogram,
@@ -49,9 +50,11 @@ def test_splitmix64_of_the_test_is_the_published_one() -> None:
 @pytest.mark.parametrize("key", ["", "0/math/model.layers.0.mlp.up_proj.weight", "seed/Ünïcode/x"])
 def test_uniform_is_splitmix64_of_a_counter(key: str) -> None:
     start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    states = [(start + (i + 1) * 0x9E3779B97F4A7C15) & MASK for i in range(1000)]
-    expected = torch.tensor([(splitmix64(state) >> 40) / 2**24 for state in states], dtype=torch.float64)
-    assert torch.equal(uniform(key, 1000, CPU).double(), expected)
+    found = uniform(key, CHUNK + 1000, CPU).double()
+    for indices in (range(1000), range(CHUNK - 1, CHUNK + 1000)):
+        states = [(start + (i + 1) * 0x9E3779B97F4A7C15) & MASK for i in indices]
+        expected = torch.tensor([(splitmix64(state) >> 40) / 2**24 for state in states], dtype=torch.float64)
+        assert torch.equal(found[indices.start : indices.stop], expected)
 
 
 def test_uniform_is_uniform() -> None:
