@@ -41,7 +41,7 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
 
 
 def _model_id(plan: Plan, name: str) -> str:
-    source = plan.listings[name].source
+    source = plan.inputs.listings[name].source
     return source.repo if isinstance(source, HubModel) else source.folder.name
 
 

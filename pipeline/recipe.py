@@ -16,8 +16,6 @@ from tasks.methods import METHODS
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge", "evaluate"]
-STAGES: tuple[Stage, ...] = ("download", "task_vectors", "sensitivity", "cross_task", "merge", "evaluate")
-PerExpertDensity = float | dict[str, float]
 
 
 class ExpertModel(Strict):
@@ -41,7 +39,7 @@ class Variant(Strict):
     )
     coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
     application: StaticApplication = Field(StaticApplication(), description="one set of weights, for all inputs")
-    density: PerExpertDensity = Field(
+    density: float | dict[str, float] = Field(
         1.0, description="share of each task vector's elements to keep (ties, dare_*); one number or one per expert"
     )
     normalize: bool | None = Field(

@@ -2,7 +2,8 @@
 
 from typing import Any, Literal
 
-from pipeline.plan import Plan, Step, model_digest
+from pipeline.inputs import model_digest
+from pipeline.plan import Plan, Step
 from pipeline.recipe import Stage
 from pipeline.report import Report, Score, StageRecord, VariantInfo
 from pipeline.tracking import TaskData
@@ -20,13 +21,13 @@ def collect(plan: Plan) -> Report:
     experts = list(recipe.experts) if sens else []
     models = plan.models()
     scores, records = _evaluations(plan)
-    evaluated = {name: one.task for name, one in plan.data.items() if name in scores.get("base", {})}
+    evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
     return Report(
         recipe=recipe.name,
         stages=[_stage(plan, step) for step in plan.steps],
         models={name: str(folder) for name, folder in models.items()},
         roles={name: _role(plan, name) for name in models},
-        digests={name: model_digest(listing) for name, listing in plan.listings.items()},
+        digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
@@ -93,7 +94,7 @@ def data_sets(plan: Plan) -> list[TaskData]:
     contexts: tuple[Literal["calibration", "evaluation"], ...] = ("calibration", "evaluation")
     return [
         TaskData(name, context, getattr(one.task, context), rows_digest(rows), len(rows))
-        for name, one in plan.data.items()
+        for name, one in plan.inputs.data.items()
         for context in contexts
         if (rows := getattr(one, context))
     ]

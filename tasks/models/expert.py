@@ -91,10 +91,6 @@ class Expert:
         """Return the tensors of the expert's head by parameter name."""
         return {name: self.source.read(stored) for name, stored in self.head.items()}
 
-    def bytes_to_read(self) -> int:
-        """Return how many bytes of its own files a pass over the task vectors reads."""
-        return sum(info.nbytes for info in self.source.tensors.values())
-
 
 def open_base(folder: Path, checkpoint: Checkpoint | None = None) -> Base:
     """Read the headers and config of a base, or of a merged model.

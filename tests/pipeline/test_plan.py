@@ -135,7 +135,7 @@ def test_hub_models_are_checked_before_their_weights_are_fetched(
     recipe["experts"] = {name: {"model": f"hub:team/{name}@main"} for name in ("math", "code")}
     plan = plan_of(tmp_path, recipe)
     assert len(plan.todo) == len(plan.steps)
-    assert not list(plan.listings["math"].folder.glob("*.safetensors"))
+    assert not list(plan.inputs.listings["math"].folder.glob("*.safetensors"))
     assert all(request.range is not None for request in hub.fetched("model.safetensors"))
 
     on_hub(hub, "team/code", save(make_llama(intermediate_size=64), "wide"))
@@ -151,7 +151,7 @@ def test_sharded_hub_model_is_checked_by_its_headers(
     on_hub(hub, "team/math", sharded)
     llama_recipe["experts"]["math"]["model"] = "hub:team/math"
     plan = plan_of(tmp_path, llama_recipe)
-    assert set(plan.experts["math"].own) == set(plan.base.weights)
+    assert set(plan.inputs.experts["math"].own) == set(plan.inputs.base.weights)
 
 
 def test_yaml_anchors_are_allowed(llama_recipe: Recipe, tmp_path: Path) -> None:

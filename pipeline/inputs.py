@@ -1,0 +1,182 @@
+"""The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.recipe import Recipe
+from tasks import evaluate
+from tasks.artifacts import canonical, sha256_text
+from tasks.coefficients import ExplicitCoefficients, matches
+from tasks.datasets import ClassificationTask, LmEvalTask, Row, Task, check_rows, encode, load_rows
+from tasks.download import Listing, LocalModel, parse_model_id, resolve, safetensors_header, small_files
+from tasks.errors import InputError
+from tasks.models.adapter import ADAPTER_WEIGHTS
+from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, check_index, index_files
+from tasks.models.expert import Base, Expert, open_base, open_expert
+from tasks.models.layers import group_by_layer
+from tasks.models.networks import has_tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A task with the rows that the recipe chose for it."""
+
+    task: Task
+    calibration: list[Row]
+    evaluation: list[Row]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a recipe names from outside."""
+
+    base: Base
+    experts: Mapping[str, Expert]
+    listings: Mapping[str, Listing]
+    """of base and experts by name"""
+    data: Mapping[str, TaskRows]
+    tokenizer: Path
+    """folder of the model whose tokenizer all models use"""
+
+    def tokenizer_digest(self) -> str:
+        """Return the content digest of the tokenizer's files."""
+        listing = next(listing for listing in self.listings.values() if listing.folder == self.tokenizer)
+        others = (".safetensors", ".safetensors.index.json", "adapter_config.json", "generation_config.json")
+        files = [file for file in listing.files if file.name != "config.json" and not file.name.endswith(others)]
+        return sha256_text(canonical([[file.name, file.digest] for file in files]))
+
+
+def gather_inputs(recipe: Recipe, folder: Path, cache: Path) -> Inputs:
+    """Resolve the models and data of a recipe and check all that headers, configs and rows tell.
+
+    Args:
+        recipe: the recipe.
+        folder: what its relative paths are relative to.
+        cache: the hub's cache.
+
+    Raises:
+        InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
+    """
+    listings = {"base": _listing("base", recipe.base, folder, cache)}
+    listings |= {name: _listing(f"experts.{name}", one.model, folder, cache) for name, one in recipe.experts.items()}
+    _check_distinct(listings)
+    with _about("base"):
+        base = open_base(small_files(listings["base"], cache), _remote_headers(listings["base"], cache))
+    experts = {name: _open_expert(f"experts.{name}", listings[name], base, cache) for name in recipe.experts}
+    _check_layers(recipe, base)
+    folders = [listing.folder for listing in listings.values()]
+    tokenizer = next((one for one in folders if has_tokenizer(one)), folders[0])
+    reader = load_tokenizer(tokenizer) if recipe.tasks else None
+    data = {name: _task_rows(name, task, experts[name], reader, folder) for name, task in recipe.tasks.items()}
+    return Inputs(base, experts, listings, data, tokenizer)
+
+
+def model_digest(listing: Listing) -> str:
+    """Return the content digest of a model: its files' names, sizes and digests, and no path or revision."""
+    return sha256_text(canonical([[file.name, file.size, file.digest] for file in listing.files]))
+
+
+def weight_bytes(listing: Listing) -> int:
+    """Return the size of a model's weight files."""
+    return sum(file.size for file in listing.files if file.name.endswith(".safetensors"))
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Name the recipe key in what is said of bad input."""
+    try:
+        yield
+    except InputError as error:
+        if str(error).startswith(key):
+            raise
+        raise InputError(f"{key}: {error}") from error
+
+
+def _listing(key: str, text: str, folder: Path, cache: Path) -> Listing:
+    with _about(key):
+        return resolve(parse_model_id(text, folder), cache)
+
+
+def _open_expert(key: str, listing: Listing, base: Base, cache: Path) -> Expert:
+    with _about(key):
+        return open_expert(small_files(listing, cache), base, key, _remote_headers(listing, cache))
+
+
+def _check_distinct(listings: Mapping[str, Listing]) -> None:
+    seen: dict[str, str] = {}
+    for name, listing in listings.items():
+        digest = model_digest(listing)
+        if digest in seen and "base" not in (name, seen[digest]):
+            raise InputError(f"experts.{name}: the same files as experts.{seen[digest]}; expected every expert once")
+        seen[digest] = name
+
+
+def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:
+    """Return the headers of a hub model whose weights are not here yet; None where the folder has them."""
+    names = {file.name for file in listing.files}
+    if isinstance(listing.source, LocalModel) or not any(file.name in names for file in listing.missing()):
+        return None
+    if ADAPTER_WEIGHTS in names or WEIGHTS in names:
+        file = ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else WEIGHTS
+        return Checkpoint(listing.folder, safetensors_header(listing, file, cache))
+    index = listing.folder / INDEX
+    tensors: dict[str, TensorInfo] = {}
+    for file in index_files(index):
+        tensors |= safetensors_header(listing, file, cache)
+    check_index(index, tensors)
+    return Checkpoint(listing.folder, tensors)
+
+
+def _check_layers(recipe: Recipe, base: Base) -> None:
+    layers = list(group_by_layer(base.weights))
+    for name, variant in recipe.merges.items():
+        if not isinstance(variant.coefficients, ExplicitCoefficients):
+            continue
+        for expert, setting in variant.coefficients.weights.items():
+            for pattern in setting if isinstance(setting, dict) else ():
+                if not any(matches(pattern, layer) for layer in layers):
+                    raise InputError(
+                        f"merges.{name}.coefficients.weights.{expert}: no layer matches {pattern!r}; "
+                        f"the base has {layers[0]} … {layers[-1]}"
+                    )
+            for layer in layers:
+                if isinstance(setting, dict) and not any(matches(pattern, layer) for pattern in setting):
+                    raise InputError(
+                        f"merges.{name}.coefficients.weights.{expert}: no pattern matches layer {layer}; "
+                        'add one for all others first: "*": NUMBER'
+                    )
+
+
+def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Path) -> TaskRows:
+    if isinstance(task, LmEvalTask):
+        evaluate.check_lm_eval(task, f"tasks.{name}")
+        return TaskRows(task, [], [])
+    if isinstance(task, ClassificationTask) and not _classifies(expert):
+        raise InputError(
+            f"tasks.{name}.kind: classification, but {expert.folder} has no classification head; "
+            "expected an expert with one (its own classifier, or modules_to_save)"
+        )
+    label2id = expert.config.label2id
+    positions = getattr(expert.config.get_text_config(), "max_position_embeddings", None) or task.max_length
+    rows = {}
+    for split in ("calibration", "evaluation"):
+        source, key = getattr(task, split), f"tasks.{name}.{split}"
+        rows[split] = [] if source is None else load_rows(source, key, folder)
+        if source is not None:
+            check_rows(task, rows[split], key, label2id if isinstance(task, ClassificationTask) else None)
+        for number, row in enumerate(rows[split]):
+            length = len(encode(task, row, tokenizer, f"row {number} of {key}", label2id).input_ids)
+            if length > positions:
+                raise InputError(
+                    f"tasks.{name}.max_length: row {number} of {key} has {length} tokens, the model takes {positions}; "
+                    f"set max_length to at most {positions}"
+                )
+    return TaskRows(task, rows["calibration"], rows["evaluation"])
+
+
+def _classifies(expert: Expert) -> bool:
+    architectures = expert.config.architectures or []
+    return bool(expert.head) or any("SequenceClassification" in name for name in architectures)
