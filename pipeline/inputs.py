@@ -27,6 +27,8 @@ class TaskRows:
     task: Task
     calibration: list[Row]
     evaluation: list[Row]
+    calibration_tokens: int = 0
+    """of all calibration rows"""
 
 
 @dataclass(frozen=True)
@@ -161,20 +163,22 @@ def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Pa
         )
     label2id = expert.config.label2id
     positions = getattr(expert.config.get_text_config(), "max_position_embeddings", None) or task.max_length
-    rows = {}
+    rows, tokens = {}, {}
     for split in ("calibration", "evaluation"):
         source, key = getattr(task, split), f"tasks.{name}.{split}"
         rows[split] = [] if source is None else load_rows(source, key, folder)
         if source is not None:
             check_rows(task, rows[split], key, label2id if isinstance(task, ClassificationTask) else None)
+        tokens[split] = 0
         for number, row in enumerate(rows[split]):
             length = len(encode(task, row, tokenizer, f"row {number} of {key}", label2id).input_ids)
+            tokens[split] += length
             if length > positions:
                 raise InputError(
                     f"tasks.{name}.max_length: row {number} of {key} has {length} tokens, the model takes {positions}; "
                     f"set max_length to at most {positions}"
                 )
-    return TaskRows(task, rows["calibration"], rows["evaluation"])
+    return TaskRows(task, rows["calibration"], rows["evaluation"], tokens["calibration"])
 
 
 def _classifies(expert: Expert) -> bool:

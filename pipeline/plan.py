@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from pipeline.inputs import Inputs, TaskRows, gather_inputs, model_digest, weight_bytes
@@ -268,7 +269,12 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     )
     key = _key("cross_task", "all", cross_task.VERSION, settings, reads | {"tokenizer": plan.inputs.tokenizer_digest()})
     total = sum(weight_bytes(plan.inputs.listings[name]) for name in ("base", *names))
-    return Step("cross_task", "all", key, tuple(_reads(downloads, "base", *names).values()), finish, reads=total)
+    # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
+    tokens = sum(one.calibration_tokens for one in plan.inputs.data.values())
+    width = plan.inputs.base.config.get_text_config().hidden_size
+    scratch = len(names) * tokens * width * getattr(torch, plan.recipe.dtype).itemsize
+    needs = tuple(_reads(downloads, "base", *names).values())
+    return Step("cross_task", "all", key, needs, finish, reads=total, writes=scratch)
 
 
 def _merge_step(

@@ -77,4 +77,4 @@ def score_table(report: Report) -> Table:
 def _cell(score: Score | None) -> str:
     if score is None:
         return "–"
-    return f"{score.value:.3f}\n[{score.low:.3f}, {score.high:.3f}]\nn = {score.n}"
+    return f"{score.value:.3f}\n{score.low:.3f}–{score.high:.3f}\nn = {score.n}"

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 class Strict(BaseModel):
     """A schema in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSource(Strict):

@@ -73,7 +73,7 @@ def sensitivity(
         loss = network(**{key: value.to(device) for key, value in batch.items()}).loss
         if not bool(loss.isfinite()):
             raise InputError(
-                f"tasks.{name}.calibration: the loss of experts.{name} on row {number} is {float(loss)}; "
+                f"tasks.{name}.calibration: the loss of experts.{name} on row {number} is {loss.item()}; "
                 "expected a finite number (try dtype: float32)"
             )
         loss.backward()
@@ -87,7 +87,8 @@ def sensitivity(
 def _accumulate(total: torch.Tensor) -> Any:
     def hook(parameter: torch.nn.Parameter) -> None:
         assert parameter.grad is not None
-        total.add_((parameter.detach() * parameter.grad).abs().sum(dtype=torch.float64))
+        # In float32: a product of two float16 numbers underflows, and a float64 sum of a large tensor is slow.
+        total.add_((parameter.detach().float() * parameter.grad.float()).abs_().sum())
         parameter.grad = None
 
     return hook

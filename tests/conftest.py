@@ -29,6 +29,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Speed is not what these tests are about, and the machine may be busy.
 hypothesis.settings.register_profile("sensmerge", deadline=None)
 hypothesis.settings.load_profile("sensmerge")
+# Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

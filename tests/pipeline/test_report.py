@@ -28,7 +28,7 @@ def test_table_has_value_interval_and_n(tmp_path: Path) -> None:
         Console(file=file, width=100).print(score_table(report()))
     text = (tmp_path / "out").read_text()
     assert len(re.findall(r"0\.500", text)) == 3
-    assert len(re.findall(r"\[0\.350, 0\.650\]", text)) == 3
+    assert len(re.findall(r"0\.350–0\.650", text)) == 3
     assert len(re.findall("n = 40", text)) == 3
     assert "–" in text, "the base has no normalised mean here"
 
