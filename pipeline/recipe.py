@@ -155,9 +155,7 @@ class Recipe(Strict):
                     raise ValueError(f"{key}: sens coefficients need tasks.{name}.calibration; add it")
             kinds = {name: task.kind for name, task in self.tasks.items()}
             if len({kind == "classification" for kind in kinds.values()}) > 1:
-                raise ValueError(
-                    f"{key}: sens coefficients cannot compare the logits of classifiers and others: {kinds}"
-                )
+                raise ValueError(f"{key}: sens coefficients cannot compare classifiers with other kinds: {kinds}")
         if variant.method == "linear" and variant.normalize is not False and self._weights_sum_to_zero(variant):
             raise ValueError(
                 f"{key}: the weights sum to 0, which linear divides by; set normalize: false or other weights"

@@ -120,10 +120,13 @@ def _record_model(
 ) -> None:
     """The child run of one model."""
     variant = report.variants.get(model)
-    folder = Path(report.models[model]).resolve().as_uri()
-    params = {"role": report.roles[model], "folder": folder}
-    params |= {"digest": report.digests[model]} if variant is None else _variant_params(variant)
-    tags = {"role": report.roles[model], MLFLOW_PARENT_RUN_ID: parent}
+    # Where a model lies and what its bytes are tells nothing when runs are compared: tags, not params.
+    where = {
+        "folder": Path(report.models[model]).resolve().as_uri(),
+        "digest": report.digests[model] if variant is None else variant.digest,
+    }
+    params = {"role": report.roles[model]} | ({} if variant is None else _variant_params(variant))
+    tags = {"role": report.roles[model], MLFLOW_PARENT_RUN_ID: parent} | where
     # Only coefficients that were estimated have seen the calibration sets.
     used = [data for data in datasets if data.context == "evaluation" or (variant and variant.sigma)]
     with _run(client, experiment, model, tags) as run:
@@ -131,7 +134,7 @@ def _record_model(
         model_id = None
         if variant is not None:
             client.log_figure(run, coefficient_heatmap(variant.weights, f"{model}: weights"), "coefficients.png")
-            model_id = _log_model(client, experiment, run, report.recipe, model, params, uri)
+            model_id = _log_model(client, experiment, run, report.recipe, {"variant": model} | where, params, uri)
         now = time.time_ns() // 1_000_000
         metrics = [Metric(key, value, now, 0, model_id) for key, value in _metrics(report, model).items()]
         client.log_batch(run, metrics, [Param(key, value) for key, value in params.items()])
@@ -139,7 +142,7 @@ def _record_model(
 
 def _variant_params(variant: VariantInfo) -> dict[str, str]:
     """Settings of a variant, and for each expert its τ and the range of its weights over the layers."""
-    params = dict(variant.params) | {"digest": variant.digest}
+    params = dict(variant.params)
     params |= {f"tau.{expert}": f"{tau:.6g}" for expert, tau in variant.tau.items()}
     for expert in next(iter(variant.weights.values()), {}):
         weights = [row[expert] for row in variant.weights.values()]
@@ -196,27 +199,33 @@ def _dataset_input(data: TaskData) -> DatasetInput:
 
 
 def _log_model(
-    client: MlflowClient, experiment: str, run: str, recipe: str, variant: str, params: dict[str, str], uri: str
+    client: MlflowClient,
+    experiment: str,
+    run: str,
+    recipe: str,
+    tags: dict[str, str],
+    params: dict[str, str],
+    uri: str,
 ) -> str:
     """The merged folder as the run's output: a LoggedModel whose files stay outside MLflow; return its id.
 
     All variants of a recipe are versions of one registered model, so that an alias of it (`champion`) can name the best
-    merge of the recipe. A variant whose digest is registered already gets no second version.
+    merge of the recipe. A variant whose digest is registered already gets no second version. `tags` name the variant,
+    its folder and its digest.
     """
-    tags = {"variant": variant, "folder": params["folder"], "digest": params["digest"]}
-    name = variant.replace(".", "_")  # MLflow allows no dot here
+    name = tags["variant"].replace(".", "_")  # MLflow allows no dot here
     model = client.create_logged_model(experiment, name, run, tags | {MLFLOW_MODEL_IS_EXTERNAL: "true"}, params)
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
 
-    same = f"name = '{recipe}' AND tags.variant = '{variant}' AND tags.digest = '{params['digest']}'"
+    same = f"name = '{recipe}' AND tags.variant = '{tags['variant']}' AND tags.digest = '{tags['digest']}'"
     versions = client.search_model_versions(same, max_results=1)
     if versions:
         version = versions[0]
     else:
         _ensure_registered_model(client, recipe)
         # A server takes no local folder as source, but it takes a LoggedModel, whose tags name the folder.
-        source = f"models:/{model.model_id}" if _is_server(uri) else params["folder"]
+        source = f"models:/{model.model_id}" if _is_server(uri) else tags["folder"]
         version = client.create_model_version(recipe, source, run, tags, model_id=model.model_id)
     link = json.dumps([{"name": recipe, "version": str(version.version)}])
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})

@@ -180,8 +180,6 @@ def test_params_tell_method_and_coefficients(client, parent, store):
     runs = children(client, parent)
     assert runs["ta-sens.3"].data.params == {
         "role": "variant",
-        "folder": (store / "ta-sens.3").as_uri(),
-        "digest": "2" * 64,
         "method": "task_arithmetic",
         "weight": "0.4",
         "coefficients.kind": "sens",
@@ -191,11 +189,14 @@ def test_params_tell_method_and_coefficients(client, parent, store):
         "weights.code": "0.39 … 0.42",
     }
     assert runs["ta"].data.params["weights.math"] == "0.4"
-    assert runs["math"].data.params == {
-        "role": "expert",
-        "folder": (store / "math").as_uri(),
-        "digest": hashlib.sha256(b"math").hexdigest(),
-    }
+    assert runs["math"].data.params == {"role": "expert"}
+
+
+def test_tags_tell_where_a_model_lies(client, parent, store):
+    runs = children(client, parent)
+    for name, digest in (("ta-sens.3", "2" * 64), ("math", hashlib.sha256(b"math").hexdigest())):
+        tags = runs[name].data.tags
+        assert (tags["folder"], tags["digest"]) == ((store / name).as_uri(), digest)
 
 
 def test_inputs_are_the_data_sets_a_model_has_seen(client, parent):
