@@ -67,6 +67,8 @@ def run(
 
     console = Console()
     loaded = load_recipe(recipe, overrides or ())
+    if report is not None and report.is_dir():
+        raise InputError(f"--report {report}: is a folder; name a file in it")
     if report is not None and not report.absolute().parent.is_dir():
         raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
     locked = Store(store.absolute())
@@ -81,11 +83,11 @@ def run(
         write_cards(planned, result, recipe_text)
         if report is not None:
             write_json(report, result.model_dump())
+        if result.tasks:
+            console.print(score_table(result))
+        for name in loaded.merges:
+            console.print(f"{name}: {result.models[name]}", highlight=False, soft_wrap=True)
         where = tracking.record(result, recipe_text, _text(plan_table(planned)), data_sets(planned), uri, locked.root)
-    if result.tasks:
-        console.print(score_table(result))
-    for name in loaded.merges:
-        console.print(f"{name}: {result.models[name]}", highlight=False, soft_wrap=True)
     shown = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
 
@@ -97,7 +99,9 @@ def schema() -> None:
 
 
 def _plan(recipe: Recipe, path: Path, store: Path) -> Plan:
-    return make_plan(recipe, path.absolute().parent, Store(store.absolute()))
+    target = Store(store.absolute())
+    target.make()
+    return make_plan(recipe, path.absolute().parent, target)
 
 
 def recipe_yaml(recipe: Recipe) -> str:

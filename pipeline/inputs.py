@@ -10,12 +10,23 @@ from pipeline.recipe import Recipe
 from tasks import evaluate
 from tasks.artifacts import canonical, sha256_text
 from tasks.coefficients import ExplicitCoefficients, matches
-from tasks.datasets import ClassificationTask, LmEvalTask, Row, Task, check_rows, encode, load_rows
+from tasks.datasets import (
+    ClassificationTask,
+    CompletionTask,
+    LmEvalTask,
+    Row,
+    RowTask,
+    Sample,
+    Task,
+    check_rows,
+    encode,
+    load_rows,
+)
 from tasks.download import Listing, LocalModel, parse_model_id, resolve, safetensors_header, small_files
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, check_index, index_files
-from tasks.models.expert import Base, Expert, open_base, open_expert
+from tasks.models.expert import Base, Expert, missing_parameters, open_base, open_expert
 from tasks.models.layers import group_by_layer
 from tasks.models.networks import has_tokenizer, load_tokenizer
 
@@ -153,6 +164,13 @@ def _check_layers(recipe: Recipe, base: Base) -> None:
 
 
 def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Path) -> TaskRows:
+    if not isinstance(task, ClassificationTask):
+        lacking = missing_parameters(expert.base, "causal_lm")
+        if lacking:
+            raise InputError(
+                f"tasks.{name}.kind: {task.kind} needs a language model, but the base lacks {lacking[0]}; "
+                "expected a base with a language-model head"
+            )
     if isinstance(task, LmEvalTask):
         evaluate.check_lm_eval(task, f"tasks.{name}")
         return TaskRows(task, [], [])
@@ -162,7 +180,6 @@ def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Pa
             "expected an expert with one (its own classifier, or modules_to_save)"
         )
     label2id = expert.config.label2id
-    positions = getattr(expert.config.get_text_config(), "max_position_embeddings", None) or task.max_length
     rows, tokens = {}, {}
     for split in ("calibration", "evaluation"):
         source, key = getattr(task, split), f"tasks.{name}.{split}"
@@ -171,14 +188,29 @@ def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Pa
             check_rows(task, rows[split], key, label2id if isinstance(task, ClassificationTask) else None)
         tokens[split] = 0
         for number, row in enumerate(rows[split]):
-            length = len(encode(task, row, tokenizer, f"row {number} of {key}", label2id).input_ids)
-            tokens[split] += length
-            if length > positions:
-                raise InputError(
-                    f"tasks.{name}.max_length: row {number} of {key} has {length} tokens, the model takes {positions}; "
-                    f"set max_length to at most {positions}"
-                )
+            where = f"row {number} of {key}"
+            sample = encode(task, row, tokenizer, where, label2id)
+            _check_sample(f"tasks.{name}", where, task, sample, expert)
+            tokens[split] += len(sample.input_ids)
     return TaskRows(task, rows["calibration"], rows["evaluation"], tokens["calibration"])
+
+
+def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: Expert) -> None:
+    """Check that the network takes a sample: its tokens, its length, and a generation where one is asked for."""
+    config = expert.config.get_text_config()
+    unknown = [token for token in sample.input_ids if token >= config.vocab_size]
+    if unknown:
+        raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {config.vocab_size}")
+    generate = task.generate if isinstance(task, CompletionTask) else 0
+    if generate and not sample.prompt_tokens:
+        raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
+    length = max(len(sample.input_ids), sample.prompt_tokens + generate)
+    positions = getattr(config, "max_position_embeddings", None) or length
+    if length > positions:
+        raise InputError(
+            f"{key}.max_length: {where} takes {length} tokens, generation included; the model takes {positions}; "
+            "set max_length lower"
+        )
 
 
 def _classifies(expert: Expert) -> bool:

@@ -14,7 +14,7 @@ from pipeline.inputs import Inputs, TaskRows, gather_inputs, model_digest, weigh
 from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
 from tasks import cross_task, download, evaluate, merge, sensitivity, task_vectors
-from tasks.coefficients import SensCoefficients
+from tasks.coefficients import ExplicitCoefficients, SensCoefficients
 from tasks.datasets import ClassificationTask, LmEvalTask, Task, rows_digest
 from tasks.download import Listing
 from tasks.errors import InputError
@@ -32,7 +32,7 @@ class Step:
     name: str
     key: Key
     needs: tuple[str, ...]
-    """fingerprints of the steps that must be done before"""
+    """titles of the steps that must be done before"""
     finish: Callable[..., dict[str, Any]]
     """called with out=folder on a worker; what it returns is kept in the manifest"""
     parts: tuple[Callable[..., None], ...] = ()
@@ -61,7 +61,7 @@ class Plan:
     inputs: Inputs
     steps: tuple[Step, ...]
     todo: Mapping[str, str] = field(default_factory=dict)
-    """fingerprint → why, of the steps that the store lacks"""
+    """title → why, of the steps that the store lacks; two steps may have one fingerprint, never one title"""
 
     def step(self, stage: Stage, name: str) -> Step:
         """Return one step."""
@@ -90,14 +90,15 @@ def make_plan(recipe: Recipe, folder: Path, store: Store) -> Plan:
     """
     plan = Plan(recipe, store, gather_inputs(recipe, folder, store.root / "hub"), ())
     steps = tuple(_steps(plan))
-    todo = {step.key.fingerprint: store.why(step.key) for step in steps if store.manifest(step.key) is None}
+    lost = {f"download {name}" for name, listing in plan.inputs.listings.items() if listing.missing()}
+    todo = {step.title: store.why(step.key) for step in steps if store.manifest(step.key) is None or step.title in lost}
     planned = replace(plan, steps=steps, todo=todo)
     _check_room(planned)
     return planned
 
 
 def _check_room(plan: Plan) -> None:
-    needed = sum(step.writes for step in plan.steps if step.key.fingerprint in plan.todo)
+    needed = sum(step.writes for step in plan.steps if step.title in plan.todo)
     existing = next(path for path in (plan.store.root, *plan.store.root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -109,7 +110,7 @@ def _check_room(plan: Plan) -> None:
 
 def plan_summary(plan: Plan) -> str:
     """Return the plan in a line: how many steps run, and the bytes they read and write."""
-    run = [step for step in plan.steps if step.key.fingerprint in plan.todo]
+    run = [step for step in plan.steps if step.title in plan.todo]
     if not run:
         return f"{plan.recipe.name}: all {len(plan.steps)} steps are in the store"
     reads, writes = sum(step.reads for step in run), sum(step.writes for step in run)
@@ -127,7 +128,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("read", justify="right")
     table.add_column("write", justify="right")
     for step in plan.steps:
-        why = plan.todo.get(step.key.fingerprint)
+        why = plan.todo.get(step.title)
         table.add_row(
             step.stage,
             step.name,
@@ -190,6 +191,10 @@ def _reads(steps: Mapping[str, Step], *names: str) -> dict[str, str]:
     return {name: steps[name].key.fingerprint for name in names}
 
 
+def _titles(steps: Mapping[str, Step], *names: str) -> tuple[str, ...]:
+    return tuple(steps[name].title for name in names)
+
+
 def _device(plan: Plan, stage: Stage) -> str:
     return "cuda" if plan.recipe.resources_of(stage).num_gpus else "cpu"
 
@@ -201,7 +206,7 @@ def _task_vectors_step(plan: Plan, name: str, downloads: Mapping[str, Step]) -> 
         "task_vectors",
         name,
         key,
-        tuple(key.inputs["reads"].values()),
+        _titles(downloads, "base", name),
         finish,
         reads=weight_bytes(plan.inputs.listings["base"]) + weight_bytes(plan.inputs.listings[name]),
         writes=len(plan.inputs.base.weights) * 32_000,
@@ -210,9 +215,9 @@ def _task_vectors_step(plan: Plan, name: str, downloads: Mapping[str, Step]) -> 
 
 def _calibration_settings(task: Task) -> dict[str, Any]:
     """Return what a task says of its samples: not where rows come from, nor how they are batched or scored."""
-    dump: dict[str, Any] = task.model_dump(
-        exclude={"calibration", "evaluation", "batch_size", "metric", "generate", "answer"}
-    )
+    scoring = {"calibration", "evaluation", "batch_size", "metric", "generate"}
+    # A multiple-choice task's `answer` names the right choice, a completion's only what is compared in exact match.
+    dump: dict[str, Any] = task.model_dump(exclude=scoring | ({"answer"} if task.kind == "completion" else set()))
     return dump
 
 
@@ -239,7 +244,7 @@ def _sensitivity_step(plan: Plan, name: str, downloads: Mapping[str, Step]) -> S
         "sensitivity",
         name,
         _key("sensitivity", name, sensitivity.VERSION, settings, reads),
-        tuple(_reads(downloads, "base", name).values()),
+        _titles(downloads, "base", name),
         finish,
         reads=weight_bytes(plan.inputs.listings["base"]) + weight_bytes(plan.inputs.listings[name]),
     )
@@ -273,7 +278,7 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     tokens = sum(one.calibration_tokens for one in plan.inputs.data.values())
     width = plan.inputs.base.config.get_text_config().hidden_size
     scratch = len(names) * tokens * width * getattr(torch, plan.recipe.dtype).itemsize
-    needs = tuple(_reads(downloads, "base", *names).values())
+    needs = _titles(downloads, "base", *names)
     return Step("cross_task", "all", key, needs, finish, reads=total, writes=scratch)
 
 
@@ -295,10 +300,9 @@ def _merge_step(
         lambda_=variant.lambda_,
     )
     sens = isinstance(variant.coefficients, SensCoefficients)
-    needs = _reads(downloads, "base", *experts) | {f"task_vectors {n}": s.key.fingerprint for n, s in vectors.items()}
+    needed = [*downloads.values(), *vectors.values()]
     if sens and cross is not None:
-        needs |= {f"sensitivity {n}": s.key.fingerprint for n, s in sensitivities.items()}
-        needs["cross_task"] = cross.key.fingerprint
+        needed += [*sensitivities.values(), cross]
     job = merge.MergeJob(
         base=plan.inputs.base.folder,
         experts={n: plan.inputs.experts[n].folder for n in experts},
@@ -322,7 +326,7 @@ def _merge_step(
         "weight": variant.weight,
         "density": job.densities,
         "seed": variant.seed,
-        "coefficients": variant.coefficients.model_dump(),
+        "coefficients": _coefficient_settings(variant),
         "out_dtype": variant.out_dtype,
         "shard_size": variant.shard_size,
         "experts": experts,
@@ -331,8 +335,8 @@ def _merge_step(
     return Step(
         "merge",
         name,
-        _key("merge", name, merge.VERSION, semantic, needs),
-        tuple(needs.values()),
+        _key("merge", name, merge.VERSION, semantic, {step.title: step.key.fingerprint for step in needed}),
+        tuple(step.title for step in needed),
         partial(merge.finish_merge, job, plan.inputs.tokenizer),
         tuple(partial(merge.merge_group, job, group) for group in range(len(job.groups))),
         reads=sum(weight_bytes(listing) for listing in plan.inputs.listings.values()) + size,
@@ -340,16 +344,29 @@ def _merge_step(
     )
 
 
+def _coefficient_settings(variant: Variant) -> dict[str, Any]:
+    """Return the coefficients' settings; layer patterns as lists, for the last match counts and JSON has no order."""
+    settings: dict[str, Any] = variant.coefficients.model_dump()
+    if isinstance(variant.coefficients, ExplicitCoefficients):
+        weights = variant.coefficients.weights.items()
+        settings["weights"] = {name: list(one.items()) if isinstance(one, dict) else one for name, one in weights}
+    return settings
+
+
 def _evaluate_step(
     plan: Plan, model: str, model_step: Step, task_name: str, one: TaskRows, downloads: Mapping[str, Step]
 ) -> Step:
     adapter = model in plan.inputs.experts and plan.inputs.experts[model].adapter is not None
     head = task_name if isinstance(one.task, ClassificationTask) and plan.inputs.experts[task_name].head else None
-    needs = {"model": model_step.key.fingerprint, "base": downloads["base"].key.fingerprint}
-    if head:
-        needs["head"] = downloads[head].key.fingerprint
-    reads = needs | {"evaluation": rows_digest(one.evaluation), "tokenizer": plan.inputs.tokenizer_digest()}
+    needed = {"model": model_step, "base": downloads["base"]} | ({"head": downloads[head]} if head else {})
+    reads = {role: step.key.fingerprint for role, step in needed.items()} | {
+        "evaluation": rows_digest(one.evaluation),
+        "tokenizer": plan.inputs.tokenizer_digest(),
+    }
     task_settings = one.task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
+    if isinstance(one.task, LmEvalTask):
+        task_settings |= evaluate.lm_eval_settings(one.task)
+    labels = plan.inputs.experts[task_name].config.label2id if isinstance(one.task, ClassificationTask) else None
     folder = plan.inputs.listings[model].folder if model in plan.inputs.listings else plan.store.folder(model_step.key)
     finish = partial(
         evaluate.evaluate,
@@ -358,6 +375,7 @@ def _evaluate_step(
             model=folder,
             is_expert=model in plan.inputs.experts,
             head_of=plan.inputs.experts[head].folder if head else None,
+            label2id=labels,
         ),
         task_name,
         one.task,
@@ -374,10 +392,10 @@ def _evaluate_step(
             "evaluate",
             f"{model}/{task_name}",
             evaluate.VERSION,
-            {"dtype": plan.recipe.dtype} | {"task": task_settings},
+            {"dtype": plan.recipe.dtype, "task": task_settings, "labels": labels},
             reads,
         ),
-        tuple(needs.values()),
+        tuple(step.title for step in needed.values()),
         finish,
         reads=size + (weight_bytes(plan.inputs.listings[model]) if adapter else 0),
     )

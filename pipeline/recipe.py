@@ -21,7 +21,9 @@ Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge"
 class ExpertModel(Strict):
     """One expert."""
 
-    model: str = Field(description="local folder, hub:ORG/NAME@REVISION, or a PEFT LoRA adapter in either")
+    model: str = Field(
+        min_length=1, description="local folder or hub:ORG/NAME@REVISION; a checkpoint or a PEFT LoRA adapter"
+    )
 
 
 class StaticApplication(Strict):
@@ -95,9 +97,9 @@ class Variant(Strict):
 class Resources(Strict):
     """What one step of a stage needs, and how many of them may be under way at once."""
 
-    num_cpus: float = Field(1, gt=0, description="CPU cores of one step; its thread count")
-    num_gpus: float = Field(0, ge=0, description="GPUs of one step; with any, networks run on cuda")
-    max_in_flight: int = Field(64, ge=1, description="steps submitted at the same time")
+    num_cpus: float = Field(1, gt=0, description="CPU cores of one step, or of one layer group of a merge")
+    num_gpus: float = Field(0, ge=0, description="GPUs of one step; with any, its network runs on cuda")
+    max_in_flight: int = Field(64, ge=1, description="how many steps (layer groups of merges) are under way at once")
 
 
 class Recipe(Strict):
@@ -105,13 +107,19 @@ class Recipe(Strict):
 
     name: Name = Field(description="name of the recipe; also of its MLflow experiment and registered model")
     base: str = Field(
-        description="the model that all experts were fine-tuned from: local folder or hub:ORG/NAME@REVISION"
+        min_length=1,
+        description="the model that all experts come from: local folder or hub:ORG/NAME@REVISION",
     )
     experts: dict[Name, ExpertModel] = Field(description="the experts by name")
     tasks: dict[Name, Task] = Field({}, description="what each expert is good at, under the expert's name")
     merges: dict[Name, Variant] = Field(min_length=1, description="the variants by name")
     dtype: Dtype = Field("float32", description="dtype in which networks run (sensitivity, cross_task, evaluate)")
     resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
+
+    @field_validator("tasks", "resources", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @field_validator("experts")
     @classmethod
@@ -131,7 +139,12 @@ class Recipe(Strict):
             if expert.model in models:
                 raise ValueError(f"experts {models[expert.model]} and {name} are the same model {expert.model}")
             models[expert.model] = name
-        for name in self.tasks:
+        for stage in ("download", "task_vectors", "merge"):
+            if self.resources_of(stage).num_gpus:
+                raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
+        for name, task in self.tasks.items():
+            if not isinstance(task, LmEvalTask) and task.calibration is None and task.evaluation is None:
+                raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
             if name not in self.experts:
                 raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
         for name, variant in self.merges.items():
@@ -183,9 +196,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: no such file, no YAML, or what the schema refuses, naming the key.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a recipe") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a recipe in UTF-8") from error
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -217,15 +232,25 @@ def _override(data: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not separator or not all(keys):
         raise InputError(f"--set {override}: expected a.b=value")
-    target: Any = data
-    for key in keys[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise InputError(f"--set {override}: {key} holds a single value, not a mapping")
     try:
-        target[keys[-1]] = yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise InputError(f"--set {override}: not valid YAML: {' '.join(str(error).split())}") from error
+    _set(data, keys, found, override)
+
+
+def _set(target: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+    # The longest key that is there first: names of variants may hold dots.
+    count = next((n for n in range(len(keys), 0, -1) if ".".join(keys[:n]) in target), 1)
+    name, rest = ".".join(keys[:count]), keys[count:]
+    if not rest:
+        target[name] = value
+        return
+    if target.get(name) is None:
+        target[name] = {}
+    if not isinstance(target[name], dict):
+        raise InputError(f"--set {override}: {name} holds a single value, not a mapping")
+    _set(target[name], rest, value, override)
 
 
 def _first_error(error: ValidationError) -> str:

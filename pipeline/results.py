@@ -55,7 +55,7 @@ def _stage(plan: Plan, step: Step) -> StageRecord:
     return StageRecord(
         stage=step.stage,
         name=step.name,
-        status="run" if step.key.fingerprint in plan.todo else "cached",
+        status="run" if step.title in plan.todo else "cached",
         artifact=str(plan.store.folder(step.key)),
         **{key: manifest[key] for key in ("seconds", "bytes", "peak_memory", "fingerprint")},
     )

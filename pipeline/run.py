@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.plan import Plan, Step, StepError, human_bytes
 from pipeline.recipe import Stage
-from pipeline.store import Key, Store, folder_bytes
+from pipeline.store import Key, Store, file_sizes
 from tasks.errors import InputError
 
 SYSTEM_RETRIES = 2
@@ -72,12 +72,17 @@ def _run_finish(
 ) -> _Done:
     """Run a step's last piece and publish its artifact, in one go on the worker."""
     partial = store.partial(key)
+    published = store.manifest(key)
+    if has_parts and not partial.exists() and published is not None:
+        # A worker published it and died before it could say so.
+        return _Done(published["result"], published["seconds"], published["peak_memory"])
     if not has_parts and partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     done = _measured(lambda: finish(out=partial), threads)
     seconds, peak = before[0] + done.seconds, max(before[1], done.peak_memory)
-    manifest = {"seconds": seconds, "peak_memory": peak, "bytes": folder_bytes(partial), "result": done.result}
+    size = sum(file_sizes(partial).values())
+    manifest = {"seconds": seconds, "peak_memory": peak, "bytes": size, "result": done.result}
     store.publish(key, manifest)
     return _Done(done.result, seconds, peak)
 
@@ -106,10 +111,9 @@ class _Schedule:
     def take(self) -> Iterator[tuple[_Running, Callable[..., None] | None]]:
         """Yield pieces that may be submitted now; None stands for a step's finish."""
         for step in self.steps:
-            fingerprint = step.key.fingerprint
-            if fingerprint in self.done or not set(step.needs) <= self.done:
+            if step.title in self.done or not set(step.needs) <= self.done:
                 continue
-            state = self.running.setdefault(fingerprint, _Running(step, deque(step.parts), len(step.parts) + 1))
+            state = self.running.setdefault(step.title, _Running(step, deque(step.parts), len(step.parts) + 1))
             while self._has_room(step.stage) and state.waiting:
                 self._count(step.stage, 1)
                 yield state, state.waiting.popleft()
@@ -120,13 +124,13 @@ class _Schedule:
 
     def finished(self) -> bool:
         """Return whether all steps are done."""
-        return all(step.key.fingerprint in self.done for step in self.steps)
+        return all(step.title in self.done for step in self.steps)
 
     def piece_done(self, state: _Running, last: bool, done: _Done) -> None:
         """Record that a piece has ended."""
         self._count(state.step.stage, -1)
         if last:
-            self.done.add(state.step.key.fingerprint)
+            self.done.add(state.step.title)
             return
         state.pending -= 1
         state.seconds += done.seconds
@@ -151,13 +155,13 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
         InputError: bad input that a step found.
         StepError: a step failed otherwise, or its worker died `SYSTEM_RETRIES` + 1 times.
     """
-    steps = [step for step in plan.steps if step.key.fingerprint in plan.todo]
+    steps = [step for step in plan.steps if step.title in plan.todo]
     if not steps:
         return
     with _cluster(address), _progress(console, len(steps)) as advance:
         _check_resources(plan, steps)
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
-        done = {step.key.fingerprint for step in plan.steps} - set(plan.todo)
+        done = {step.title for step in plan.steps} - set(plan.todo)
         schedule = _Schedule(steps, done, limits)
         flying: dict[ray.ObjectRef, tuple[_Running, bool]] = {}
         while not schedule.finished():

@@ -47,28 +47,31 @@ class Store:
         return folder.with_name(f"{folder.name}.partial")
 
     def manifest(self, key: Key) -> dict[str, Any] | None:
-        """Return an artifact's manifest; None if it does not exist (a folder without a manifest does not)."""
-        path = self.folder(key) / MANIFEST
-        if not path.is_file():
+        """Return an artifact's manifest; None if it does not exist: without a manifest, or with files gone or cut."""
+        folder = self.folder(key)
+        if not (folder / MANIFEST).is_file():
             return None
-        manifest: dict[str, Any] = read_json(path)
-        return manifest if manifest["fingerprint"] == key.fingerprint else None
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        files = ((folder / name, size) for name, size in manifest["files"].items())
+        whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
+        return manifest if whole and manifest["fingerprint"] == key.fingerprint else None
 
     def publish(self, key: Key, manifest: Mapping[str, Any]) -> None:
         """Turn the partial folder into the artifact: fingerprint and manifest written last, then one rename."""
         partial, folder = self.partial(key), self.folder(key)
         write_json(partial / FINGERPRINT, key.inputs)
-        write_json(
-            partial / MANIFEST, {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint, **manifest}
-        )
-        if folder.exists():  # left by a run that ended between manifest and rename of another fingerprint's namesake
+        about = {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint}
+        write_json(partial / MANIFEST, about | dict(manifest) | {"files": file_sizes(partial)})
+        if folder.exists():  # an artifact that lost files
             shutil.rmtree(folder)
         partial.rename(folder)
 
     def why(self, key: Key) -> str:
         """Say why an artifact has to be made: what differs from the newest artifact of the same stage and name."""
         if self.partial(key).exists():
-            return "continues an interrupted run"
+            return "was interrupted"
+        if self.folder(key).exists():
+            return "files are gone"
         stem = f"{key.name.replace('/', '--')}-"
         earlier = [
             path
@@ -80,19 +83,26 @@ class Store:
         newest = max(earlier, key=lambda path: path.stat().st_mtime)
         return "; ".join(_differences(read_json(newest), dict(key.inputs))[:3]) or "changed"
 
+    def make(self) -> None:
+        """Make the root folder.
+
+        Raises:
+            InputError: it cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror
+            raise InputError(f"--store {self.root}: cannot be made ({reason}); choose another folder") from error
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the store for one run.
 
         Raises:
-            InputError: another run holds it, or the folder cannot be made.
+            InputError: another run holds it, or it cannot be made or written.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--store {self.root}: cannot be made ({error.strerror}); choose another folder"
-            ) from error
+        self.make()
         lock = FileLock(self.root / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -100,15 +110,18 @@ class Store:
             raise InputError(
                 f"{self.root}: locked by another run; wait for it to end or pass another --store"
             ) from error
+        except OSError as error:
+            reason = error.strerror
+            raise InputError(f"--store {self.root}: cannot be written ({reason}); choose another folder") from error
         try:
             yield
         finally:
             lock.release()
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the size of all files below a folder, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file below a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -40,6 +40,7 @@ from mlflow.utils.mlflow_tags import (
 from mlflow.utils.rest_utils import http_request
 
 from pipeline.pictures import coefficient_heatmap, distance_heatmap, score_bars
+from pipeline.plan import StepError
 from pipeline.report import Report, Score, VariantInfo
 from tasks.datasets import DataSource
 from tasks.errors import InputError
@@ -88,9 +89,9 @@ def record(
     under `low/`, `high/` (95 % interval) and `n/` (samples); a score that was not taken is NaN. With SQLite, pictures
     and tables go into `mlartifacts` in `store`; a server keeps them where it was told to.
 
-    If anything raises, the runs that were open end as FAILED.
+    If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
     """
-    with _quiet():
+    with _quiet(), _explained(uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         experiment = _experiment(client, report.recipe, None if _is_server(uri) else store)
         name = f"{report.recipe} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
@@ -262,6 +263,17 @@ def _run(client: MlflowClient, experiment: str, name: str, tags: dict[str, str])
         client.set_terminated(run, "FAILED")
         raise
     client.set_terminated(run, "FINISHED")
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Say of a server that failed after the work that nothing is lost."""
+    try:
+        yield
+    except MlflowException as error:
+        raise StepError(
+            f"MLflow at {uri} failed: {error}; the results are in the store, run again to record them"
+        ) from error
 
 
 @contextmanager

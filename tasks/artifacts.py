@@ -9,7 +9,7 @@ from typing import Any
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside the target, flush it to disk and rename it into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial")
     with partial.open("w") as file:
         json.dump(value, file, indent=2, sort_keys=False, allow_nan=False)
         file.write("\n")

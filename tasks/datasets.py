@@ -29,7 +29,7 @@ Row = dict[str, Any]
 class Strict(BaseModel):
     """A schema in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataSource(Strict):
@@ -307,7 +307,7 @@ def class_index(label: Any, label2id: Mapping[str, int], where: str) -> int:
 
     Raises InputError for a number or a name that no class has.
     """
-    if isinstance(label, int) and label in label2id.values():
+    if isinstance(label, int) and not isinstance(label, bool) and label in label2id.values():
         return int(label)
     if isinstance(label, str) and label in label2id:
         return label2id[label]

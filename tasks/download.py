@@ -118,8 +118,12 @@ def parse_model_id(text: str, folder: Path) -> LocalModel | HubModel:
         if not re.fullmatch(r"\w[\w./+-]*", revision or "main") or ".." in revision:
             raise InputError(f"model {text!r}: {revision!r} cannot be a revision; give a branch, a tag or a commit")
         return HubModel(repo, revision or "main")
-    path = (folder / os.path.expanduser(text)).resolve()
-    if not path.is_dir():
+    try:
+        path = (folder / os.path.expanduser(text)).resolve()
+        exists = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {text!r}: cannot be a folder ({error})") from error
+    if not exists:
         hint = f"; for a model on the hub write hub:{text}" if _is_repo_id(text.partition("@")[0]) else ""
         raise InputError(f"model {text!r}: no such folder {path}{hint}")
     return LocalModel(path)

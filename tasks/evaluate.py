@@ -1,9 +1,10 @@
 """Scores of one model on one task: one record per row (see `tasks.metrics`), then every metric with its interval."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tasks.artifacts import write_json
+from tasks.artifacts import sha256_file, write_json
 from tasks.datasets import (
     ClassificationTask,
     CompletionTask,
@@ -216,6 +217,12 @@ def check_lm_eval(task: LmEvalTask, key: str) -> None:
             raise InputError(f"{key}.names: lm-eval has no task {name!r}; `lm-eval ls tasks` lists them")
 
 
+def lm_eval_settings(task: LmEvalTask) -> dict[str, Any]:
+    """Return what lm-eval's scores depend on beside the task's settings: its version, and task files' content."""
+    files = {name: sha256_file(Path(name)) for name in task.names if Path(name).is_file()}
+    return {"lm_eval": version("lm_eval"), "files": files, "metric": task.metric}
+
+
 def evaluate_lm_eval(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: LmEvalTask, key: str
 ) -> list[Record]:
@@ -299,6 +306,8 @@ class Subject:
     """whether `model` is to be matched with the base (an adapter, a fine-tune under other tensor names)"""
     head_of: Path | None
     """expert whose head follows the trunk (classification)"""
+    label2id: Mapping[str, int] | None = None
+    """classes of the task's own expert (classification): rows may name them"""
 
 
 def evaluate(
@@ -324,6 +333,8 @@ def evaluate(
     head_of = open_expert(subject.head_of, base, name) if subject.head_of else None
     head = "classification" if isinstance(task, ClassificationTask) else "causal_lm"
     network = load_network(model, head, getattr(torch, dtype), device, head_of)
+    if subject.label2id is not None:
+        network.config.label2id = dict(subject.label2id)
     reader = load_tokenizer(tokenizer)
     if isinstance(task, LmEvalTask):
         records = evaluate_lm_eval(network, reader, task, f"tasks.{name}")

@@ -222,6 +222,13 @@ def _place(
     return own, heads
 
 
+def missing_parameters(base: Base, head: Head) -> list[str]:
+    """Return the parameters of a base's network, ended in `head`, that its checkpoint has no weights for."""
+    needed = names_of(skeleton(base.config, head, base.folder)).parameters
+    found = {base.names.parameter(name) for name in base.weights}
+    return [name for name in needed if name not in found]
+
+
 def load_network(
     model: Base | Expert,
     head: Head,

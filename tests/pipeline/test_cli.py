@@ -201,6 +201,35 @@ def test_row_without_the_field(llama_recipe: Recipe, refused: Callable[..., str]
     assert "question" in error
 
 
+def test_language_model_task_on_an_encoder(berts: dict[str, Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    recipe = {
+        "name": "r",
+        "base": str(berts["base"]),
+        "experts": {name: {"model": str(berts[name])} for name in ("mood", "topic")},
+        "tasks": {"mood": {"kind": "completion", "evaluation": {"path": "json", "data_files": str(rows)}}},
+        "merges": {"ta": {"method": "task_arithmetic"}},
+    }
+    assert "tasks.mood.kind: completion needs a language model" in refused(recipe)
+
+
+def test_generation_from_nothing(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    llama_recipe["tasks"]["math"] |= {"prompt": "", "generate": 4}
+    assert "the prompt has no token to generate from" in refused(llama_recipe)
+
+
+def test_recipe_in_another_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_bytes("name: é".encode("latin-1"))
+    assert command_line("plan", tmp_path / "r.yaml") == 2
+    assert "expected a recipe in UTF-8" in capsys.readouterr().err
+
+
+def test_store_in_the_place_of_a_file(llama_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, llama_recipe)
+    assert command_line("plan", recipe, "--store", recipe) == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_label_out_of_range(berts: dict[str, Path], tmp_path: Path, refused: Callable[..., str]) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 2}])
     task = {"kind": "classification", "evaluation": {"path": "json", "data_files": str(rows)}}

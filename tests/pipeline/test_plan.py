@@ -37,8 +37,48 @@ def test_steps_come_after_what_they_need(llama_recipe: Recipe, tmp_path: Path) -
     seen: set[str] = set()
     for step in plan.steps:
         assert set(step.needs) <= seen
-        seen.add(step.key.fingerprint)
-    assert len(plan.steps) == 3 + 2 + 2 + 1 + 2 + 5 * 2
+        seen.add(step.title)
+    assert len(plan.steps) == len(seen) == 3 + 2 + 2 + 1 + 2 + 5 * 2
+
+
+def test_steps_of_equal_content_are_steps_of_their_own(llama_recipe: Recipe, tmp_path: Path) -> None:
+    llama_recipe["merges"]["again"] = {"method": "task_arithmetic", "weight": 0.5, "lambda": 1.0}
+    llama_recipe["tasks"]["code"] = llama_recipe["tasks"]["math"]
+    plan = plan_of(tmp_path, llama_recipe)
+    assert set(plan.todo) == {step.title for step in plan.steps}
+    assert len({plan.store.folder(step.key) for step in plan.steps}) == len(plan.steps) == len(plan.todo)
+
+
+def test_order_of_layer_patterns_counts(llama_recipe: Recipe, tmp_path: Path) -> None:
+    def plan_with(patterns: dict[str, float]) -> Plan:
+        weights = {"math": patterns, "code": 1.0}
+        llama_recipe["merges"] = {"e": {"method": "ties", "coefficients": {"kind": "explicit", "weights": weights}}}
+        return plan_of(tmp_path, llama_recipe)
+
+    one, other = plan_with({"*": 0.1, "model.norm": 0.9}), plan_with({"model.norm": 0.9, "*": 0.1})
+    assert "merge e" in changed(one, other)
+
+
+def test_right_choices_are_part_of_a_calibration(llama_recipe: Recipe, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "a", "choices": ["b", "c"], "answer": 0, "other": 1}] * 3
+    write_rows(tmp_path / "choices.jsonl", rows)
+    data = {"path": "json", "data_files": "choices.jsonl"}
+    llama_recipe["tasks"]["math"] = {"kind": "multiple_choice", "calibration": data, "evaluation": data}
+    before = plan_of(tmp_path, llama_recipe)
+    touched = changed(before, plan_of(tmp_path, llama_recipe, "tasks.math.answer=other"))
+    assert {"sensitivity math", "cross_task all", "evaluate base/math"} <= touched
+
+
+def test_weights_that_left_the_hub_cache_are_fetched_again(
+    hub: HubServer, llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    on_hub(hub, "team/math", llamas["math"])
+    llama_recipe["experts"]["math"]["model"] = "hub:team/math"
+    plan = plan_of(tmp_path, llama_recipe)
+    for step in plan.steps:
+        plan.store.partial(step.key).mkdir(parents=True)
+        plan.store.publish(step.key, {})
+    assert set(plan_of(tmp_path, llama_recipe).todo) == {"download math"}
 
 
 def test_without_sens_coefficients_nothing_is_estimated(llama_recipe: Recipe, tmp_path: Path) -> None:

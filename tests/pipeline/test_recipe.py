@@ -79,6 +79,11 @@ def test_minimal_recipe_has_mergekit_defaults(tmp_path: Path) -> None:
             {"merges": {"e": {"method": "ties", "coefficients": {"kind": "explicit", "weights": {"math": 1}}}}},
             "merges.e.coefficients.weights: found math; expected every expert once: code, math",
         ),
+        ({"resources": {"merge": {"num_gpus": 1}}}, "resources.merge.num_gpus: the stage uses no GPU"),
+        ({"tasks": {"math": {"kind": "completion"}}}, "tasks.math: has neither calibration nor evaluation"),
+        ({"merges": {"t": {"method": "ties", "weight": True}}}, "merges.t.weight: .* valid number"),
+        ({"merges": {"t": {"method": "ties", "weight": "0.5"}}}, "merges.t.weight: .* valid number"),
+        ({"base": ""}, "base: .* at least 1 character"),
         ({"resources": {"merge": {"num_cpu": 1}}}, "unknown key resources.merge.num_cpu"),
     ],
 )
@@ -110,6 +115,11 @@ def test_same_expert_twice_in_yaml(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(InputError, match="key 'm' stands twice"):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_override_of_a_variant_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path, merges={"ta-0.5": {"method": "task_arithmetic"}}, tasks=None)
+    assert load_recipe(path, ["merges.ta-0.5.weight=0.3"]).merges["ta-0.5"].weight == 0.3
 
 
 def test_overrides(tmp_path: Path) -> None:

@@ -187,9 +187,9 @@ def test_more_than_any_node_has(
     llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path, llama_recipe)
-    arguments = ("--store", tmp_path / "store", "--address", ray_address, "--set", "resources.merge.num_gpus=8")
+    arguments = ("--store", tmp_path / "store", "--address", ray_address, "--set", "resources.evaluate.num_gpus=8")
     assert command_line("run", recipe, *arguments) == 2
-    assert "resources.merge: a step asks for 1 CPUs and 8 GPUs" in capsys.readouterr().err
+    assert "resources.evaluate: a step asks for 1 CPUs and 8 GPUs" in capsys.readouterr().err
 
 
 def test_nan_in_an_expert_stops_the_run_before_any_merge(
@@ -239,7 +239,7 @@ def one_step(work: Any, llama_recipe: dict[str, Any], tmp_path: Path) -> Plan:
     key = Key("download", "work", {"stage": "download", "settings": {}, "reads": {}})
     step = Step("download", "work", key, (), work)
     plan = make_plan(load_recipe(write_recipe(tmp_path, llama_recipe)), tmp_path, Store(tmp_path / "store"))
-    return replace(plan, steps=(step,), todo={key.fingerprint: "new"})
+    return replace(plan, steps=(step,), todo={step.title: "new"})
 
 
 def test_a_worker_that_dies_is_replaced(llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str) -> None:

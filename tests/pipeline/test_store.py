@@ -53,7 +53,18 @@ def test_why(tmp_path: Path) -> None:
     assert store.why(key(weight=0.5)) == "settings.weight: 0.4 → 0.5"
     assert store.why(key(expert="b" * 64)) == "math changed"
     store.partial(key(0.5)).mkdir(parents=True)
-    assert store.why(key(0.5)) == "continues an interrupted run"
+    assert store.why(key(0.5)) == "was interrupted"
+
+
+def test_an_artifact_that_lost_a_file_is_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = publish(store, key())
+    (folder / "data").unlink()
+    assert store.manifest(key()) is None
+    assert store.why(key()) == "files are gone"
+    assert (publish(store, key()) / "data").is_file()
+    (folder / "data").write_text("cut, or longer")
+    assert store.manifest(key()) is None
 
 
 def test_names_that_begin_alike_are_not_confused(tmp_path: Path) -> None:
