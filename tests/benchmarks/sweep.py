@@ -38,17 +38,21 @@ def swept(recipe: Recipe, method: str) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """Return the scores of all variants as Markdown, with the spread of their weights around the mean."""
     tasks = report["tasks"]
-    lines = ["| variant | weights ÷ mean | " + " | ".join(tasks) + " | mean normalised [95 %], n |"]
-    lines.append("| --- " * (len(tasks) + 3) + "|")
+    samples = {task: report["scores"]["base"][task][metric]["n"] for task, metric in tasks.items()}
+    header = ["variant", "weights ÷ mean", *(f"{task}, n = {n}" for task, n in samples.items()), "mean normalised"]
+    lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for name, variant in report["variants"].items():
         ratios = [
             weight * len(row) / sum(row.values()) for row in variant["weights"].values() for weight in row.values()
         ]
-        scores = [f"{report['scores'][name][task][metric]['value']:.3f}" for task, metric in tasks.items()]
-        mean = report["mean_normalised"][name]
-        interval = f"{mean['value']:.4f} [{mean['low']:.4f}, {mean['high']:.4f}], {mean['n']}"
-        lines.append(f"| {name} | {min(ratios):.3f} … {max(ratios):.3f} | " + " | ".join([*scores, interval]) + " |")
+        scores = [report["scores"][name][task][metric] for task, metric in tasks.items()]
+        cells = [_cell(score, 3) for score in scores] + [_cell(report["mean_normalised"][name], 4)]
+        lines.append(f"| {name} | {min(ratios):.3f} … {max(ratios):.3f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(score: dict[str, Any], digits: int) -> str:
+    return f"{score['value']:.{digits}f} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
 
 
 def main() -> None:
