@@ -6,6 +6,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,10 +47,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, s
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        for _ in range(60):
-            if ray(environment, "job", "list", "--address", address).returncode == 0:
-                break
+        # The dashboard answers before the node's agent, which runs jobs, is there: ready is when a job has run.
+        deadline = time.monotonic() + 180
+        while ray(environment, "job", "submit", "--address", address, "--", "true").returncode != 0:
             assert started.poll() is None, "ray start ended"
+            assert time.monotonic() < deadline, "no job agent came up"
+            time.sleep(1)
         yield environment, address
     finally:
         started.terminate()
