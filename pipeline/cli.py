@@ -1,4 +1,4 @@
-"""The command line: python -m pipeline plan | run | schema."""
+"""The command line: python -m pipeline plan | run | predict | schema."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def run(
     # MLflow, Ray and matplotlib take seconds to import; `schema`, `--help` and bad recipes need none of them.
     from pipeline import tracking
     from pipeline.card import write_cards
-    from pipeline.report import score_table
+    from pipeline.report import route_table, route_warnings, score_table
     from pipeline.results import collect, data_sets
     from pipeline.run import execute
 
@@ -85,11 +85,40 @@ def run(
             write_json(report, result.model_dump())
         if result.tasks:
             console.print(score_table(result))
+        if result.routes:
+            console.print(route_table(result))
+        for warning in route_warnings(result):
+            console.print(warning, highlight=False, soft_wrap=True)
         for name in loaded.merges:
             console.print(f"{name}: {result.models[name]}", highlight=False, soft_wrap=True)
         where = tracking.record(result, recipe_text, _text(plan_table(planned)), data_sets(planned), uri, locked.root)
     shown = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="dynamic model, as `run` makes it")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file with a text in each row")],
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON Lines file to write")],
+    field: Annotated[str, typer.Option(metavar="NAME", help="field of the row that holds the text")] = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="rows that a worker answers at once")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation; language models")] = 64,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="how many; each loads the model. Default: as many as the cluster has room")
+    ] = None,
+    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker; with any, the model runs on cuda")] = 0,
+    address: AddressOption = None,
+) -> None:
+    """Answer every row of a file by a dynamic model: the row, its prediction, expert and coefficients."""
+    from pipeline.predict import predict_file
+    from pipeline.run import Workers
+
+    console = Console()
+    rows = predict_file(
+        folder, source, target, field, batch_size, max_new_tokens, Workers(workers, num_gpus), address, console
+    )
+    console.print(f"{target}: {rows} rows", highlight=False, soft_wrap=True)
 
 
 @app.command()

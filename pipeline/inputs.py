@@ -26,9 +26,11 @@ from tasks.download import Listing, LocalModel, parse_model_id, resolve, safeten
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, check_index, index_files
+from tasks.models.dynamic import check_dynamic
 from tasks.models.expert import Base, Expert, missing_parameters, open_base, open_expert
-from tasks.models.layers import group_by_layer
-from tasks.models.networks import has_tokenizer, load_tokenizer
+from tasks.models.layers import block_names, group_by_layer
+from tasks.models.networks import has_tokenizer, load_tokenizer, positions, skeleton
+from tasks.routing import SeApplication
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ def gather_inputs(recipe: Recipe, folder: Path, cache: Path) -> Inputs:
         base = open_base(small_files(listings["base"], cache), _remote_headers(listings["base"], cache))
     experts = {name: _open_expert(f"experts.{name}", listings[name], base, cache) for name in recipe.experts}
     _check_layers(recipe, base)
+    for name, variant in recipe.merges.items():
+        if isinstance(variant.application, SeApplication):
+            _check_application(f"merges.{name}.application", variant.application, recipe, base, experts)
     folders = [listing.folder for listing in listings.values()]
     tokenizer = next((one for one in folders if has_tokenizer(one)), folders[0])
     reader = load_tokenizer(tokenizer) if recipe.tasks else None
@@ -163,6 +168,43 @@ def _check_layers(recipe: Recipe, base: Base) -> None:
                     )
 
 
+def _check_application(
+    key: str, application: SeApplication, recipe: Recipe, base: Base, experts: Mapping[str, Expert]
+) -> None:
+    """Check that the network can be run with coefficients per sample, and has the layer that the route looks at."""
+    classifies = any(isinstance(task, ClassificationTask) for task in recipe.tasks.values())
+    config = next((expert.config for expert in experts.values() if expert.head), base.config)
+    network = skeleton(config, "classification" if classifies else "causal_lm", base.folder)
+    tensors = {base.network_name(name): name for name in base.weights}
+    changed = [
+        name
+        for name, _ in network.named_parameters()
+        if (tensor := tensors.get(base.network_name(name))) and any(one.touches(tensor) for one in experts.values())
+    ]
+    check_dynamic(network, changed, key)
+    _check_heads(key, network.base_model_prefix, experts)
+    blocks = len(block_names(name for name, _ in network.base_model.named_parameters()))
+    if application.layer != "auto" and not 1 <= application.layer <= blocks:
+        raise InputError(f"{key}.layer is {application.layer}; the model has {blocks} blocks, 1 to {blocks}")
+
+
+def _check_heads(key: str, trunk: str, experts: Mapping[str, Expert]) -> None:
+    """Check that the experts share one trunk, and that each has a head of its own or none has."""
+    lacking = [name for name, expert in experts.items() if not expert.head]
+    for name, expert in experts.items():
+        own = [parameter for parameter in expert.head if parameter.startswith(f"{trunk}.")]
+        if own:
+            raise InputError(
+                f"{key}: experts.{name} has {own[0]}, which the base lacks: the experts share no trunk; "
+                "use application: {kind: static}"
+            )
+        if expert.head and lacking:
+            raise InputError(
+                f"{key}: experts.{name} has a head of its own, the head of experts.{lacking[0]} is merged; "
+                "use application: {kind: static}"
+            )
+
+
 def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Path) -> TaskRows:
     if not isinstance(task, ClassificationTask):
         lacking = missing_parameters(expert.base, "causal_lm")
@@ -205,10 +247,10 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     if generate and not sample.prompt_tokens:
         raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
     length = max(len(sample.input_ids), sample.prompt_tokens + generate)
-    positions = getattr(config, "max_position_embeddings", None) or length
-    if length > positions:
+    limit = positions(expert.config) or length
+    if length > limit:
         raise InputError(
-            f"{key}.max_length: {where} takes {length} tokens, generation included; the model takes {positions}; "
+            f"{key}.max_length: {where} takes {length} tokens, generation included; the model takes {limit}; "
             "set max_length lower"
         )
 

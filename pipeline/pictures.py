@@ -1,10 +1,10 @@
-"""Pictures of a report as matplotlib figures: coefficients, cross-task distances, scores.
+"""Pictures of a report as matplotlib figures: coefficients, cross-task distances, scores, routes.
 
 The figures own their state (no pyplot), so they can be made on any thread and without a display.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -21,6 +21,7 @@ Values = NDArray[np.float64]
 LABELLED_ROWS = 40  # more layer names than this would overlap on a page
 COLUMN = 0.7  # inches of a column of a heat map
 ANNOTATED = 12  # numbers in the cells stay readable up to this many rows or columns
+MARKERS = "o^sDvPX*"  # tasks differ in colour and marker: both repeat, but not in step
 
 
 def coefficient_heatmap(weights: Mapping[str, Mapping[str, float]], title: str) -> Figure:
@@ -68,6 +69,42 @@ def distance_heatmap(distances: Mapping[str, Mapping[str, float]]) -> Figure:
     figure.colorbar(image, label="mean L2 distance per token", shrink=0.8)
     if len(experts) <= ANNOTATED:
         _annotate(axes, image, values)
+    return figure
+
+
+def confusion_heatmap(confusion: Mapping[str, Mapping[str, int]], title: str) -> Figure:
+    """Heat map of `confusion[task][expert]`, how many samples of a task (row) were taken for an expert (column).
+
+    Colours are shares of the row, from 0 to 1; the cells of small tables say share and count.
+    """
+    tasks, experts = list(confusion), list(next(iter(confusion.values())))
+    counts = np.array([[confusion[task][expert] for expert in experts] for task in tasks])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = _figure(max(len(experts) * COLUMN, 2.6) + 2.2, max(len(tasks) * COLUMN, 1.6) + 1.2)
+    image = axes.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    _label_columns(axes, experts, COLUMN)
+    axes.set_xlabel("taken for a sample of expert")
+    axes.set_ylabel("samples of task")
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, label="share of the task's samples")
+    if len(tasks) <= ANNOTATED and len(experts) <= ANNOTATED:
+        _annotate(axes, image, shares, lambda row, column: f"{shares[row, column]:.2f}\n{counts[row, column]}")
+    return figure
+
+
+def representation_scatter(projection: Mapping[str, Sequence[tuple[float, float]]], title: str) -> Figure:
+    """Points of `projection[task]`, its samples in two dimensions: a colour and a marker for each task."""
+    figure, axes = _figure(6.4, 4.2)
+    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for number, (task, points) in enumerate(projection.items()):
+        first, second = np.array(points, dtype=np.float64).reshape(-1, 2).T
+        style = {"color": colours[number % len(colours)], "marker": MARKERS[number % len(MARKERS)]}
+        axes.scatter(first, second, s=18, alpha=0.7, linewidths=0, label=task, **style)
+    axes.set_xlabel("first principal component")
+    axes.set_ylabel("second principal component")
+    axes.set_title(title, fontsize=10)
+    figure.legend(loc="outside right upper", fontsize=8, ncols=math.ceil(len(projection) / 18))
     return figure
 
 
@@ -126,14 +163,15 @@ def _label_columns(axes: Axes, names: Sequence[str], inches: float) -> None:
             label.set(rotation=35, ha="right", rotation_mode="anchor")
 
 
-def _annotate(axes: Axes, image: AxesImage, values: Values) -> None:
-    """Write each number in its cell, in black or white, whichever can be read on the cell's colour."""
+def _annotate(axes: Axes, image: AxesImage, values: Values, text: Callable[[int, int], str] | None = None) -> None:
+    """Write each number, or a text of its own, in its cell: in black or white, whichever its colour lets be read."""
     for (row, column), value in np.ndenumerate(values):
         if not math.isnan(value):
             red, green, blue, _ = image.to_rgba(np.array([value]))[0]
             bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5  # luma of ITU-R BT.601
             colour = "black" if bright else "white"
-            axes.text(column, row, f"{value:#.4g}", ha="center", va="center", fontsize=8, color=colour)
+            shown = f"{value:#.4g}" if text is None else text(row, column)
+            axes.text(column, row, shown, ha="center", va="center", fontsize=8, color=colour)
 
 
 def _colours(models: Sequence[str], report: Report) -> dict[str, tuple[float, float, float, float]]:

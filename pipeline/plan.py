@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -13,12 +13,23 @@ from rich.table import Table
 from pipeline.inputs import Inputs, TaskRows, gather_inputs, model_digest, weight_bytes
 from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
-from tasks import cross_task, download, evaluate, merge, sensitivity, task_vectors
+from tasks import (
+    cross_task,
+    download,
+    evaluate,
+    evaluate_dynamic,
+    merge,
+    merge_vectors,
+    route,
+    sensitivity,
+    task_vectors,
+)
 from tasks.coefficients import ExplicitCoefficients, SensCoefficients
-from tasks.datasets import ClassificationTask, LmEvalTask, Task, rows_digest
+from tasks.datasets import ClassificationTask, LmEvalTask, RowSet, Task, rows_digest
 from tasks.download import Listing
 from tasks.errors import InputError
-from tasks.methods import METHODS, Settings
+from tasks.methods import keeps_low_rank, static_coefficient
+from tasks.routing import SeApplication
 
 VERSION = 1
 """Of the download stage's artifact and of what all fingerprints have in common."""
@@ -74,7 +85,10 @@ class Plan:
     def models(self) -> dict[str, Path]:
         """Return the folder of every model by name: base, experts, variants."""
         folders = {name: listing.folder for name, listing in self.inputs.listings.items()}
-        return folders | {name: self.artifact("merge", name) for name in self.recipe.merges}
+        dynamic = self.recipe.se_variants()
+        return folders | {
+            name: self.artifact("route" if name in dynamic else "merge", name) for name in self.recipe.merges
+        }
 
 
 def make_plan(recipe: Recipe, folder: Path, store: Store) -> Plan:
@@ -170,13 +184,18 @@ def _steps(plan: Plan) -> list[Step]:
         name: _merge_step(plan, name, variant, downloads, vectors, sensitivities, cross)
         for name, variant in recipe.merges.items()
     }
-    steps += merges.values()
-    for model, step in (downloads | merges).items():
+    dynamic = recipe.se_variants()
+    routes = {name: _route_step(plan, name, recipe.merges[name], merges[name]) for name in dynamic}
+    steps += [*merges.values(), *routes.values()]
+    static = {name: step for name, step in merges.items() if name not in dynamic}
+    for model, step in (downloads | static).items():
         steps += [
             _evaluate_step(plan, model, step, name, one, downloads)
             for name, one in plan.inputs.data.items()
             if one.evaluation or isinstance(one.task, LmEvalTask)
         ]
+    if any(one.evaluation for one in plan.inputs.data.values()):
+        steps += [_evaluate_dynamic_step(plan, name, step) for name, step in routes.items()]
     return steps
 
 
@@ -258,16 +277,11 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     settings = {"dtype": plan.recipe.dtype} | {
         "tasks": {name: _calibration_settings(plan.inputs.data[name].task) for name in names},
     }
-    calibration = {
-        name: cross_task.CalibrationSet(one.task, one.calibration)
-        for name, one in plan.inputs.data.items()
-        if not isinstance(one.task, LmEvalTask)
-    }
     finish = partial(
         cross_task.cross_task,
         plan.inputs.base.folder,
         {name: plan.inputs.experts[name].folder for name in names},
-        calibration,
+        _row_sets(plan, "calibration"),
         plan.inputs.tokenizer,
         plan.recipe.dtype,
         _device(plan, "cross_task"),
@@ -292,13 +306,7 @@ def _merge_step(
     cross: Step | None,
 ) -> Step:
     experts = tuple(plan.recipe.experts)
-    method = METHODS.get(variant.method)
-    settings = Settings(
-        variant.method,
-        normalize=variant.normalize if variant.normalize is not None else (method.normalize if method else True),
-        rescale=variant.rescale if variant.rescale is not None else bool(method and method.rescale),
-        lambda_=variant.lambda_,
-    )
+    settings = variant.settings()
     sens = isinstance(variant.coefficients, SensCoefficients)
     needed = [*downloads.values(), *vectors.values()]
     if sens and cross is not None:
@@ -318,7 +326,7 @@ def _merge_step(
         shard_size=variant.shard_size,
         groups=merge.layer_groups(plan.inputs.base),
     )
-    semantic = {
+    semantic: dict[str, Any] = {
         "method": variant.method,
         "normalize": settings.normalize,
         "rescale": settings.rescale,
@@ -331,6 +339,21 @@ def _merge_step(
         "shard_size": variant.shard_size,
         "experts": experts,
     }
+    groups = range(len(job.groups))
+    reads = sum(weight_bytes(listing) for listing in plan.inputs.listings.values())
+    if isinstance(variant.application, SeApplication):
+        # Which weights a variant is made of does not depend on how samples are routed.
+        semantic |= {"application": "se"}
+        return Step(
+            "merge",
+            name,
+            _key("merge", name, merge_vectors.VERSION, semantic, {step.title: step.key.fingerprint for step in needed}),
+            tuple(step.title for step in needed),
+            partial(merge_vectors.finish_vectors, job, plan.inputs.tokenizer),
+            tuple(partial(merge_vectors.merge_group_vectors, job, group) for group in groups),
+            reads=reads,
+            writes=_dynamic_bytes(plan, job),
+        )
     size = sum(merge.plan_merged(plan.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
     return Step(
         "merge",
@@ -338,10 +361,85 @@ def _merge_step(
         _key("merge", name, merge.VERSION, semantic, {step.title: step.key.fingerprint for step in needed}),
         tuple(step.title for step in needed),
         partial(merge.finish_merge, job, plan.inputs.tokenizer),
-        tuple(partial(merge.merge_group, job, group) for group in range(len(job.groups))),
-        reads=sum(weight_bytes(listing) for listing in plan.inputs.listings.values()) + size,
+        tuple(partial(merge.merge_group, job, group) for group in groups),
+        reads=reads + size,
         writes=size,
     )
+
+
+def _dynamic_bytes(plan: Plan, job: merge.MergeJob) -> int:
+    """Return the size of base and task vectors at most: all whole but for the factors of adapters."""
+    base, listings = plan.inputs.base, plan.inputs.listings
+    size = weight_bytes(listings["base"])
+    for name, expert in plan.inputs.experts.items():
+        if expert.adapter is not None and keeps_low_rank(job.settings, job.densities[name]):
+            size += weight_bytes(listings[name])
+        else:
+            size += sum(base.info(tensor).nbytes for tensor in base.weights if expert.touches(tensor))
+    return size
+
+
+def _route_step(plan: Plan, name: str, variant: Variant, merged: Step) -> Step:
+    assert isinstance(variant.application, SeApplication)
+    calibration = _row_sets(plan, "calibration")
+    static = static_coefficient(variant.settings(), variant.weight, len(calibration))
+    settings = {
+        "dtype": plan.recipe.dtype,
+        "application": variant.application.model_dump(),
+        "static": static,
+        "tasks": {key: _calibration_settings(one.task) | {"labels": one.label2id} for key, one in calibration.items()},
+    }
+    reads = {"model": merged.key.fingerprint} | {
+        f"calibration {key}": rows_digest(one.rows) for key, one in calibration.items()
+    }
+    device = _device(plan, "route")
+    finish = partial(
+        route.route,
+        plan.store.folder(merged.key),
+        calibration,
+        variant.application,
+        static,
+        plan.recipe.dtype,
+        device,
+    )
+    # The model's files are linked, not written again.
+    key = _key("route", name, route.VERSION, settings, reads)
+    return Step("route", name, key, (merged.title,), finish, reads=merged.writes)
+
+
+def _evaluate_dynamic_step(plan: Plan, name: str, routed: Step) -> Step:
+    evaluation = {key: one for key, one in _row_sets(plan, "evaluation").items() if one.rows}
+    settings = {
+        "tasks": {key: _scoring_settings(one.task) | {"labels": one.label2id} for key, one in evaluation.items()}
+    }
+    reads = {"model": routed.key.fingerprint} | {
+        f"evaluation {key}": rows_digest(one.rows) for key, one in evaluation.items()
+    }
+    device = _device(plan, "evaluate")
+    finish = partial(evaluate_dynamic.evaluate_dynamic, plan.store.folder(routed.key), evaluation, device)
+    key = _key("evaluate", name, evaluate_dynamic.VERSION, settings, reads)
+    return Step("evaluate", name, key, (routed.title,), finish, reads=routed.reads)
+
+
+def _row_sets(plan: Plan, split: Literal["calibration", "evaluation"]) -> dict[str, RowSet]:
+    """Return the rows of every expert's task, in the order of the experts."""
+    sets = {}
+    for name in plan.recipe.experts:
+        one = plan.inputs.data.get(name)
+        if one is not None and not isinstance(one.task, LmEvalTask):
+            sets[name] = RowSet(one.task, getattr(one, split), _labels(plan, name, one.task))
+    return sets
+
+
+def _labels(plan: Plan, name: str, task: Task) -> Mapping[str, int] | None:
+    """Return the classes of a task's own expert."""
+    return dict(plan.inputs.experts[name].config.label2id) if isinstance(task, ClassificationTask) else None
+
+
+def _scoring_settings(task: Task) -> dict[str, Any]:
+    """Return what a task says of how a model is scored: not where rows come from, nor how they are batched."""
+    dump: dict[str, Any] = task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
+    return dump | (evaluate.lm_eval_settings(task) if isinstance(task, LmEvalTask) else {})
 
 
 def _coefficient_settings(variant: Variant) -> dict[str, Any]:
@@ -363,10 +461,7 @@ def _evaluate_step(
         "evaluation": rows_digest(one.evaluation),
         "tokenizer": plan.inputs.tokenizer_digest(),
     }
-    task_settings = one.task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
-    if isinstance(one.task, LmEvalTask):
-        task_settings |= evaluate.lm_eval_settings(one.task)
-    labels = plan.inputs.experts[task_name].config.label2id if isinstance(one.task, ClassificationTask) else None
+    labels = _labels(plan, task_name, one.task)
     folder = plan.inputs.listings[model].folder if model in plan.inputs.listings else plan.store.folder(model_step.key)
     finish = partial(
         evaluate.evaluate,
@@ -392,7 +487,7 @@ def _evaluate_step(
             "evaluate",
             f"{model}/{task_name}",
             evaluate.VERSION,
-            {"dtype": plan.recipe.dtype, "task": task_settings, "labels": labels},
+            {"dtype": plan.recipe.dtype, "task": _scoring_settings(one.task), "labels": labels},
             reads,
         ),
         tuple(step.title for step in needed.values()),

@@ -11,11 +11,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from tasks.datasets import LmEvalTask, Strict, Task
 from tasks.errors import InputError
-from tasks.methods import METHODS
+from tasks.methods import METHODS, Settings, static_coefficient
+from tasks.routing import SeApplication
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge", "evaluate"]
+Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge", "route", "evaluate"]
 
 
 class ExpertModel(Strict):
@@ -32,6 +33,9 @@ class StaticApplication(Strict):
     kind: Literal["static"] = "static"
 
 
+Application = Annotated[StaticApplication | SeApplication, Field(discriminator="kind")]
+
+
 class Variant(Strict):
     """One merge: a method, its coefficients, and how they are applied. Parameters and defaults are mergekit 0.1.5's."""
 
@@ -40,7 +44,9 @@ class Variant(Strict):
         1.0, ge=-10, le=10, description="λ: weight of every expert; explicit and sens coefficients multiply it"
     )
     coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
-    application: StaticApplication = Field(StaticApplication(), description="one set of weights, for all inputs")
+    application: Application = Field(
+        StaticApplication(), description="one set of weights, or coefficients for each input sample"
+    )
     density: float | dict[str, float] = Field(
         1.0, description="share of each task vector's elements to keep (ties, dare_*); one number or one per expert"
     )
@@ -68,11 +74,32 @@ class Variant(Strict):
             )
         if "lambda_" in given and self.method == "linear":
             raise ValueError("lambda has no meaning for method linear; leave it out")
+        if isinstance(self.application, SeApplication):
+            self._check_se(given)
         densities = self.density.values() if isinstance(self.density, dict) else [self.density]
         for density in densities:
             if not 0 <= density <= 1:
                 raise ValueError(f"density is {density}; expected a number between 0 and 1")
         return self
+
+    def _check_se(self, given: set[str]) -> None:
+        for key in ("out_dtype", "shard_size"):
+            if key in given:
+                raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
+        if self.method == "linear" and self.normalize is False:
+            raise ValueError("linear with normalize: false scales the base; application se needs normalize: true")
+        if static_coefficient(self.settings(), self.weight, 2) <= 0:
+            raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
+
+    def settings(self) -> Settings:
+        """Return the method with its settings, defaults filled in."""
+        method = METHODS.get(self.method)
+        return Settings(
+            self.method,
+            normalize=self.normalize if self.normalize is not None else (method.normalize if method else True),
+            rescale=self.rescale if self.rescale is not None else bool(method and method.rescale),
+            lambda_=self.lambda_,
+        )
 
     def densities(self, experts: Sequence[str]) -> dict[str, float]:
         """Return the density of each expert."""
@@ -83,8 +110,7 @@ class Variant(Strict):
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
         flat: dict[str, str] = {}
-        unset = {"application", "shard_size"}
-        for key, value in self.model_dump(by_alias=True, exclude=unset, exclude_none=True).items():
+        for key, value in self.model_dump(by_alias=True, exclude={"shard_size"}, exclude_none=True).items():
             if isinstance(value, dict):
                 flat |= {
                     f"{key}.{inner}": json.dumps(v) if isinstance(v, dict) else str(v) for inner, v in value.items()
@@ -162,17 +188,22 @@ class Recipe(Strict):
                     f"{', '.join(sorted(self.experts))}"
                 )
         if isinstance(variant.coefficients, SensCoefficients):
-            for name in self.experts:
-                task = self.tasks.get(name)
-                if task is None or isinstance(task, LmEvalTask) or task.calibration is None:
-                    raise ValueError(f"{key}: sens coefficients need tasks.{name}.calibration; add it")
-            kinds = {name: task.kind for name, task in self.tasks.items()}
-            if len({kind == "classification" for kind in kinds.values()}) > 1:
-                raise ValueError(f"{key}: sens coefficients cannot compare classifiers with other kinds: {kinds}")
+            self._check_calibration(f"{key}: coefficients sens")
+        if isinstance(variant.application, SeApplication):
+            self._check_calibration(f"{key}: application se")
         if variant.method == "linear" and variant.normalize is not False and self._weights_sum_to_zero(variant):
             raise ValueError(
                 f"{key}: the weights sum to 0, which linear divides by; set normalize: false or other weights"
             )
+
+    def _check_calibration(self, what: str) -> None:
+        for name in self.experts:
+            task = self.tasks.get(name)
+            if task is None or isinstance(task, LmEvalTask) or task.calibration is None:
+                raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
+        kinds = {name: task.kind for name, task in self.tasks.items()}
+        if len({kind == "classification" for kind in kinds.values()}) > 1:
+            raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
 
     def _weights_sum_to_zero(self, variant: Variant) -> bool:
         if isinstance(variant.coefficients, ExplicitCoefficients):
@@ -183,6 +214,10 @@ class Recipe(Strict):
     def resources_of(self, stage: Stage) -> Resources:
         """Return the resources of a stage's steps."""
         return self.resources.get(stage) or Resources.model_validate({})
+
+    def se_variants(self) -> list[str]:
+        """Return the names of the variants with application se."""
+        return [name for name, variant in self.merges.items() if isinstance(variant.application, SeApplication)]
 
     def sens_variants(self) -> list[str]:
         """Return the names of the variants with sens coefficients."""
@@ -257,7 +292,8 @@ def _first_error(error: ValidationError) -> str:
     """Return the first of pydantic's findings as one line: key, what was found, what was expected."""
     first = error.errors()[0]
     # Discriminated unions put the chosen kind into the path; the recipe's own keys have no such part.
-    kinds = {"completion", "classification", "multiple_choice", "lm_eval", "uniform", "explicit", "sens", "[key]"}
+    tasks = {"completion", "classification", "multiple_choice", "lm_eval"}
+    kinds = tasks | {"uniform", "explicit", "sens", "static", "se", "[key]"}
     parts = [str(part) for part in first["loc"]]
     shown = [
         part for position, part in enumerate(parts) if not (part in kinds and position > 0 and _is_tag(parts, position))
@@ -274,7 +310,7 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _is_tag(parts: list[str], position: int) -> bool:
-    """Return whether a part of an error's path is the kind of a task or of coefficients and no key."""
-    return (
-        parts[position - 1] == "coefficients" or (position == 2 and parts[0] == "tasks") or parts[position] == "[key]"
-    )
+    """Return whether a part of an error's path is the kind of a task, coefficients or application, and no key."""
+    before = parts[position - 1]
+    is_task = position == 2 and parts[0] == "tasks"
+    return is_task or before in ("coefficients", "application") or parts[position] == "[key]"

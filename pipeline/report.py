@@ -43,6 +43,29 @@ class VariantInfo(BaseModel):
     digest: str = Field(description="sha256 over the names and digests of the merged folder's files")
 
 
+class RouteInfo(BaseModel):
+    """How a variant with application se told its samples apart."""
+
+    rule: dict[str, str | int] = Field(description="score, layer, pool and metric that were chosen")
+    trust: float = Field(description="how far the route is followed: 1 fully, 0 static coefficients")
+    calibration: Score = Field(description="share of held-out calibration samples whose expert was found")
+    candidates: list[dict[str, str | int | float]] = Field(description="every rule looked at, its accuracy and price")
+    projection: dict[str, list[tuple[float, float]]] = Field(
+        description="calibration samples of each task in the first two principal components of what the rule looks at"
+    )
+    evaluation: Score | None = Field(None, description="share of evaluation samples whose expert was found")
+    confusion: dict[str, dict[str, int]] = Field({}, description="confusion[task][expert]: evaluation samples")
+    right_coefficient: Score | None = Field(None, description="mean coefficient of the right expert")
+    routed: Score | None = Field(
+        None, description="mean over tasks of routed accuracy / own expert's accuracy (classification)"
+    )
+    passes: float | None = Field(None, description="forward passes per sample: the probes' share of the blocks, and 1")
+    milliseconds: float | None = Field(None, description="time per sample")
+    peak_memory: int | None = Field(None, description="largest resident memory of the evaluation, in bytes")
+    bytes: int = Field(description="size of base and task vectors")
+    source_bytes: int = Field(description="size of the weights of base and experts they come from")
+
+
 class Report(BaseModel):
     """Everything `run` found; `tau` and `sigma` are those of the first variant with sens coefficients."""
 
@@ -55,6 +78,7 @@ class Report(BaseModel):
     scores: dict[str, dict[str, dict[str, Score]]] = Field(description="scores[model][task][metric]")
     mean_normalised: dict[str, Score] = Field(description="mean over tasks of main metric / own expert's, by model")
     variants: dict[str, VariantInfo] = Field(description="the merges")
+    routes: dict[str, RouteInfo] = Field({}, description="routes of the variants with application se")
     alpha: dict[str, dict[str, float]] = Field({}, description="alpha[expert][layer]")
     distances: dict[str, dict[str, float]] = Field({}, description="distances[i][j]: expert i against j on j's samples")
     tau: dict[str, float] = Field({}, description="tau[expert]")
@@ -72,6 +96,39 @@ def score_table(report: Report) -> Table:
         cells = [_cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
         table.add_row(model, *cells, _cell(report.mean_normalised.get(model)))
     return table
+
+
+def route_table(report: Report) -> Table:
+    """A row per variant with application se: what its route looks at, how often it is right, and what it costs."""
+    table = Table(title=f"{report.recipe}: routes of the variants with application se", show_lines=True)
+    table.add_column("variant")
+    table.add_column("route")
+    columns = ("held-out\ncalibration", "task\nidentified", "coefficient of\nright expert", "routed\nnormalised")
+    for column in (*columns, "passes", "ms"):
+        table.add_column(column, justify="right")
+    for name, route in report.routes.items():
+        rule = "{score}, layer {layer}\n{pool}, {metric}".format(**route.rule)
+        trust = "" if route.trust == 1 else f"\nfollowed by {route.trust:.0%}"
+        scores = (route.calibration, route.evaluation, route.right_coefficient, route.routed)
+        costs = (route.passes, route.milliseconds)
+        table.add_row(
+            name,
+            rule + trust,
+            *(_cell(score) for score in scores),
+            *("–" if cost is None else f"{cost:.1f}" for cost in costs),
+        )
+    return table
+
+
+def route_warnings(report: Report) -> list[str]:
+    """Return a line for every route that the calibration samples do not bear out."""
+    return [
+        f"{name}: the route ({route.rule['score']}) finds the right expert of only {route.calibration.value:.0%} of "
+        f"held-out calibration samples; its coefficients are drawn towards the static merge's, followed by "
+        f"{route.trust:.0%}"
+        for name, route in report.routes.items()
+        if route.trust < 1
+    ]
 
 
 def _cell(score: Score | None) -> str:

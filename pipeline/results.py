@@ -2,10 +2,10 @@
 
 from typing import Any, Literal
 
-from pipeline.inputs import model_digest
+from pipeline.inputs import model_digest, weight_bytes
 from pipeline.plan import Plan, Step
 from pipeline.recipe import Stage
-from pipeline.report import Report, Score, StageRecord, VariantInfo
+from pipeline.report import Report, RouteInfo, Score, StageRecord, VariantInfo
 from pipeline.tracking import TaskData
 from tasks import metrics
 from tasks.artifacts import read_json
@@ -32,6 +32,7 @@ def collect(plan: Plan) -> Report:
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
         variants=variants,
+        routes={name: _route(plan, name, records) for name in recipe.se_variants()},
         alpha={name: alpha(_read(plan, "sensitivity", name, "sensitivity.json")["sensitivity"]) for name in experts},
         distances=_read(plan, "cross_task", "all", "distances.json") if sens else {},
         tau=variants[sens[0]].tau if sens else {},
@@ -43,6 +44,12 @@ def _read(plan: Plan, stage: Stage, name: str, file: str) -> Any:
     return read_json(plan.artifact(stage, name) / file)
 
 
+def _manifest(plan: Plan, stage: Stage, name: str) -> dict[str, Any]:
+    manifest = plan.store.manifest(plan.step(stage, name).key)
+    assert manifest is not None, f"{stage} {name} has run"
+    return manifest
+
+
 def _role(plan: Plan, name: str) -> Literal["base", "expert", "variant"]:
     if name == "base":
         return "base"
@@ -50,8 +57,7 @@ def _role(plan: Plan, name: str) -> Literal["base", "expert", "variant"]:
 
 
 def _stage(plan: Plan, step: Step) -> StageRecord:
-    manifest = plan.store.manifest(step.key)
-    assert manifest is not None
+    manifest = _manifest(plan, step.stage, step.name)
     return StageRecord(
         stage=step.stage,
         name=step.name,
@@ -63,8 +69,8 @@ def _stage(plan: Plan, step: Step) -> StageRecord:
 
 def _variant(plan: Plan, name: str) -> VariantInfo:
     variant = plan.recipe.merges[name]
-    manifest = plan.store.manifest(plan.step("merge", name).key)
-    assert manifest is not None
+    stage: Stage = "route" if name in plan.recipe.se_variants() else "merge"
+    manifest = _manifest(plan, stage, name)
     table = _read(plan, "merge", name, "coefficients.json")
     return VariantInfo(method=variant.method, params=variant.params(), digest=manifest["result"]["digest"], **table)
 
@@ -74,12 +80,52 @@ def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], di
     scores: dict[str, dict[str, dict[str, Score]]] = {}
     records: dict[str, dict[str, Any]] = {}
     for step in plan.steps:
-        if step.stage == "evaluate":
-            model, task = step.name.split("/", 1)
-            found = _read(plan, "evaluate", step.name, "scores.json")
-            scores.setdefault(model, {})[task] = {metric: Score(**score) for metric, score in found.items()}
-            records.setdefault(model, {})[task] = _read(plan, "evaluate", step.name, "records.json")
+        if step.stage != "evaluate":
+            continue
+        model, _, task = step.name.partition("/")
+        taken, kept = (_read(plan, "evaluate", step.name, file) for file in ("scores.json", "records.json"))
+        # A dynamic model is scored on all tasks at once.
+        for name in [task] if task else taken:
+            found = taken if task else taken[name]
+            scores.setdefault(model, {})[name] = {metric: Score(**score) for metric, score in found.items()}
+            records.setdefault(model, {})[name] = kept if task else kept[name]
     return scores, records
+
+
+def _route(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> RouteInfo:
+    manifest = _manifest(plan, "route", name)
+    chosen, found = manifest["result"], _read(plan, "route", name, "route.json")
+    info = {
+        "rule": chosen["rule"],
+        "trust": chosen["trust"],
+        "calibration": found["identification"],
+        "candidates": found["candidates"],
+        "projection": found["projection"],
+        "bytes": chosen["bytes"],
+        "source_bytes": sum(weight_bytes(listing) for listing in plan.inputs.listings.values()),
+    }
+    if name in records:
+        seen = _read(plan, "evaluate", name, "routes.json")
+        info |= {key: seen[key] for key in ("confusion", "right_coefficient", "passes", "milliseconds")}
+        info |= {
+            "evaluation": seen["identification"],
+            "peak_memory": _manifest(plan, "evaluate", name)["peak_memory"],
+            "routed": _routed(records, name),
+        }
+    return RouteInfo.model_validate(info)
+
+
+def _routed(records: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """Return the mean over tasks of routed accuracy ÷ the own expert's accuracy; None where nothing is classified."""
+    if not all("routed" in record for found in records[name].values() for record in found):
+        return None
+    mine = {task: [{"right": record["routed"]} for record in found] for task, found in records[name].items()}
+    own = {
+        task: [{"right": int(record["label"] == record["prediction"])} for record in records[task][task]]
+        for task in mine
+    }
+    mean = metrics.mean_ratio(mine, own, "right")
+    return None if mean is None else vars(mean)
 
 
 def _normalised(records: dict[str, dict[str, Any]], tasks: dict[str, Task]) -> dict[str, Score]:

@@ -1,15 +1,17 @@
-"""Executes a plan on Ray: bounded fan-out, resources per stage, retries of system failures, progress."""
+"""Executes plans and work in batches on Ray: bounded fan-out, resources, retries of system failures, progress."""
 
+import math
 import os
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
 from rich.console import Console
@@ -20,8 +22,12 @@ from pipeline.recipe import Stage
 from pipeline.store import Key, Store, file_sizes
 from tasks.errors import InputError
 
+Batch = TypeVar("Batch")
+Answer = TypeVar("Answer")
 SYSTEM_RETRIES = 2
 """How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
+BATCHES_AHEAD = 4
+"""How many batches for each worker may be sent before the first of them is taken."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
     steps = [step for step in plan.steps if step.title in plan.todo]
     if not steps:
         return
-    with _cluster(address), _progress(console, len(steps)) as advance:
+    with _cluster(address), _progress(console, len(steps), "steps") as advance:
         _check_resources(plan, steps)
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
         done = {step.title for step in plan.steps} - set(plan.todo)
@@ -169,7 +175,8 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
                 flying[_submit(plan, state, part)] = (state, part is None)
             (ready, *_), _ = ray.wait(list(flying), num_returns=1)
             state, last = flying.pop(ready)
-            result = _result(ready, state.step, list(flying))
+            advice = f"raise resources.{state.step.stage}.num_cpus (fewer at once) or lower max_in_flight"
+            result = _result(ready, state.step.title, advice, list(flying))
             schedule.piece_done(state, last, result)
             if last:
                 advance(f"{state.step.title}: {result.seconds:.1f} s, {human_bytes(result.peak_memory)} peak memory")
@@ -196,21 +203,115 @@ def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "r
     )
 
 
-def _result(ready: "ray.ObjectRef[_Done]", step: Step, others: list["ray.ObjectRef[_Done]"]) -> _Done:
+def _result(ready: "ray.ObjectRef[Any]", title: str, advice: str, others: Iterable["ray.ObjectRef[Any]"]) -> Any:
     try:
-        done: _Done = ray.get(ready)
-        return done
+        return ray.get(ready)
     except ray.exceptions.RayTaskError as error:
         for other in others:
             ray.cancel(other)
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None
-        raise StepError(f"{step.title} failed: {error.cause!r}\n{error}") from None  # Ray's text has process and node
+        raise StepError(f"{title} failed: {error.cause!r}\n{error}") from None  # Ray's text has process and node
     except ray.exceptions.RayError as error:
         raise StepError(
-            f"{step.title}: its worker died {SYSTEM_RETRIES + 1} times; if it ran out of memory, raise "
-            f"resources.{step.stage}.num_cpus (fewer at once) or lower max_in_flight. Ray says: {error}"
+            f"{title}: its worker died {SYSTEM_RETRIES + 1} times; if it ran out of memory, {advice}. Ray says: {error}"
         ) from None
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that each load something once and then work on batch after batch, on one CPU and some GPUs."""
+
+    count: int | None
+    """how many; None for as many as the cluster has room for"""
+    num_gpus: float
+    """GPUs of each"""
+
+
+class _Worker(Generic[Batch, Answer]):
+    """Loads with its first batch, so that a worker started again loads again, and errors in it are as any others."""
+
+    def __init__(self, load: Callable[[], Callable[[Batch], Answer]]) -> None:
+        self._load = load
+
+    @cached_property
+    def _work(self) -> Callable[[Batch], Answer]:
+        import torch
+
+        torch.set_num_threads(1)  # of one CPU; and the number of threads decides how sums are rounded
+        return self._load()
+
+    def started(self) -> None:
+        """Return as soon as Ray has found a place for this worker."""
+
+    def work(self, batch: Batch) -> Answer:
+        return self._work(batch)
+
+
+def work_in_batches(
+    load: Callable[[], Callable[[Batch], Answer]],
+    batches: Iterator[Batch],
+    total: int,
+    take: Callable[[Answer], None],
+    workers: Workers,
+    address: str | None,
+    console: Console,
+) -> None:
+    """Work on batches and take what comes out in their order. A batch whose worker died is done again.
+
+    Args:
+        load: called once on each worker; what it returns is called with batches.
+        batches: read as workers have room, so that few are in memory.
+        total: number of batches.
+        take: called here with the answer to each batch.
+        workers: how many, and their GPUs.
+        address: as in `execute`.
+        console: where progress goes.
+
+    Raises:
+        InputError: bad input that the work found, or more workers than the cluster has room for.
+        StepError: the work failed otherwise, or a batch's worker died `SYSTEM_RETRIES` + 1 times.
+    """
+    with _cluster(address), _progress(console, total, "batches") as advance:
+        count = min(_count(workers), total)
+        # Workers are replaced without limit: what is counted is how often a batch is tried.
+        options = {"num_gpus": workers.num_gpus, "max_restarts": -1, "max_task_retries": SYSTEM_RETRIES}
+        actors = [ray.remote(_Worker).options(num_cpus=1, **options).remote(load) for _ in range(count)]
+        # A worker gets batches once it has started: one that waits for its CPU must not hold any up.
+        flying = {actor.started.remote(): (actor, -1) for actor in actors}
+        idle: list[Any] = []
+        answers: dict[int, Answer] = {}
+        sent = 0
+        for number in range(total):
+            while number not in answers:
+                while idle and sent < min(total, number + BATCHES_AHEAD * count):
+                    actor = idle.pop()
+                    flying[actor.work.remote(next(batches))] = (actor, sent)
+                    sent += 1
+                (ready, *_), _ = ray.wait(list(flying), num_returns=1)
+                actor, place = flying.pop(ready)
+                answer = _result(ready, "a batch", "use fewer --workers or a smaller --batch-size", ())
+                idle.append(actor)
+                if place >= 0:
+                    answers[place] = answer
+            take(answers.pop(number))
+            advance("batches" if (number + 1) * 10 // total > number * 10 // total else None)
+
+
+def _count(workers: Workers) -> int:
+    """Return how many workers are wanted. Refuses more than the cluster has room for: Ray would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = workers.num_gpus
+    if not (gpus <= 1 or gpus.is_integer()):
+        raise InputError(f"--num-gpus: is {gpus:g}; above 1, Ray gives only whole GPUs")
+    room = sum(int(min(node.get("CPU", 0), node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
+    count = workers.count or room
+    if not 0 < count <= room:
+        raise InputError(
+            f"--workers: the cluster has room for {room} workers with 1 CPU and {gpus:g} GPUs each, "
+            f"{workers.count or 'one or more'} wanted; lower --workers or --num-gpus, or use another --address"
+        )
+    return count
 
 
 def _check_resources(plan: Plan, steps: list[Step]) -> None:
@@ -243,17 +344,18 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar of finished steps, and a line for each; without a terminal only the lines."""
-    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def _progress(console: Console, total: int, what: str) -> Iterator[Callable[[str | None], None]]:
+    """Show a bar of what is finished, and the lines said with it; without a terminal only the lines."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("steps", total=total)
+        bar = progress.add_task(what, total=total)
         finished = 0
 
-        def advance(line: str) -> None:
+        def advance(line: str | None) -> None:
             nonlocal finished
             finished += 1
-            progress.console.print(f"[{finished}/{total}] {line}", highlight=False, markup=False)
+            if line is not None:
+                progress.console.print(f"[{finished}/{total}] {line}", highlight=False, markup=False)
             progress.advance(bar)
 
         yield advance

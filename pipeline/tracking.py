@@ -2,18 +2,22 @@
 
 A recipe is an experiment, an execution a parent run, and every base, expert and variant a child run with the same
 metric keys, so that any of them can be compared. A variant's child run also owns a LoggedModel, registered under the
-recipe's name; both point at the merged folder, whose weights stay where they are.
+recipe's name; both point at the merged folder, whose weights stay where they are. That of a dynamic model is a pyfunc,
+which loads the folder where it is served.
 """
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from mlflow import MlflowClient
@@ -23,6 +27,7 @@ from mlflow.entities import (
     DatasetInput,
     InputTag,
     LifecycleStage,
+    LoggedModel,
     LoggedModelOutput,
     LoggedModelStatus,
     Metric,
@@ -30,6 +35,9 @@ from mlflow.entities import (
 )
 from mlflow.environment_variables import MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import save_model
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
@@ -39,13 +47,101 @@ from mlflow.utils.mlflow_tags import (
 )
 from mlflow.utils.rest_utils import http_request
 
-from pipeline.pictures import coefficient_heatmap, distance_heatmap, score_bars
+from pipeline.pictures import (
+    coefficient_heatmap,
+    confusion_heatmap,
+    distance_heatmap,
+    representation_scatter,
+    score_bars,
+)
 from pipeline.plan import StepError
-from pipeline.report import Report, Score, VariantInfo
+from pipeline.report import Report, RouteInfo, Score, VariantInfo
 from tasks.datasets import DataSource
 from tasks.errors import InputError
 
 SQLITE = "sqlite:///"
+
+SCORER = '''\
+"""Answers texts with a dynamic model of sensmerge. MLflow keeps the path of its folder; the weights stay there."""
+
+from pathlib import Path
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+
+from tasks.dynamic_model import DynamicModel
+from tasks.errors import InputError
+
+BATCH_SIZE = 32
+
+
+def texts_of(given):
+    """Return the texts of a table with a column `text`, or of a list."""
+    if isinstance(given, (pd.DataFrame, dict)):
+        if "text" not in given:
+            raise InputError(f"found the columns {', '.join(map(str, given)) or '(none)'}; expected a column text")
+        given = given["text"]
+    if isinstance(given, str):
+        raise InputError("found a single text; expected a DataFrame with a column text, or a list of texts")
+    texts = list(given)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"row {row}: found {text!r}, expected a text")
+    return texts
+
+
+class Scorer(PythonModel):
+    def load_context(self, context):
+        settings = context.model_config
+        self.model = DynamicModel.load(Path(settings["folder"]), settings["device"])
+
+    # MLflow warns of a missing type hint, and takes this one without restricting the input to it.
+    def predict(self, context, model_input: pd.DataFrame, params=None):
+        texts, answers = texts_of(model_input), []
+        for start in range(0, len(texts), BATCH_SIZE):
+            try:
+                answers += self.model.predict(texts[start : start + BATCH_SIZE], params["max_new_tokens"])
+            except InputError as error:
+                raise InputError(f"counting from row {start}: {error}") from None
+        table = {
+            "prediction": pd.Series([answer.prediction for answer in answers], dtype=object),
+            "expert": pd.Series([answer.expert for answer in answers], dtype=object),
+        }
+        for expert in self.model.experts:
+            values = [answer.coefficients[expert] for answer in answers]
+            table[f"coefficient.{expert}"] = pd.Series(values, dtype=float)
+        return pd.DataFrame(table)
+
+
+set_model(Scorer())
+'''
+"""The pyfunc of a dynamic model as MLflow stores it: it runs where the model is served, and needs sensmerge there."""
+
+SCORER_NEEDS = (
+    "datasets",
+    "huggingface_hub",
+    "numpy",
+    "peft",
+    "pydantic",
+    "safetensors",
+    "scipy",
+    "torch",
+    "transformers",
+)
+"""What loading a dynamic model imports, without sensmerge itself, which has to be installed where it is served."""
+
+MAX_NEW_TOKENS = 64
+"""Length of a language model's answer, if `params` of the pyfunc's `predict` does not say otherwise."""
+
+# Metrics of a route by the field of RouteInfo that they come from.
+ROUTE_SCORES = {
+    "identification": "evaluation",
+    "held_out": "calibration",
+    "right_coefficient": "right_coefficient",
+    "routed_normalised": "routed",
+}
+ROUTE_COSTS = ("passes", "milliseconds", "peak_memory", "bytes", "source_bytes")
 
 
 @dataclass(frozen=True)
@@ -86,8 +182,10 @@ def record(
     """Log one execution at the tracking URI `uri`; return the page of its parent run (server) or the run's id (SQLite).
 
     Metric keys are the same in all child runs: `eval/<task>/<metric>` and `eval/mean_normalised`, and the same names
-    under `low/`, `high/` (95 % interval) and `n/` (samples); a score that was not taken is NaN. With SQLite, pictures
-    and tables go into `mlartifacts` in `store`; a server keeps them where it was told to.
+    under `low/`, `high/` (95 % interval) and `n/` (samples); a score that was not taken is NaN. Where a variant has a
+    route, `route/identification` (evaluation samples), `route/held_out` (calibration samples),
+    `route/right_coefficient` and `route/routed_normalised` with their intervals, and the costs of `ROUTE_COSTS`. With
+    SQLite, pictures and tables go into `mlartifacts` in `store`; a server keeps them where it was told to.
 
     If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
     """
@@ -120,22 +218,28 @@ def _record_model(
     uri: str,
 ) -> None:
     """The child run of one model."""
-    variant = report.variants.get(model)
+    variant, route = report.variants.get(model), report.routes.get(model)
     # Where a model lies and what its bytes are tells nothing when runs are compared: tags, not params.
     where = {
         "folder": Path(report.models[model]).resolve().as_uri(),
         "digest": report.digests[model] if variant is None else variant.digest,
     }
     params = {"role": report.roles[model]} | ({} if variant is None else _variant_params(variant))
+    if route is not None:
+        params |= {f"route.{key}": str(value) for key, value in route.rule.items()}
+        params["route.trust"] = f"{route.trust:.6g}"
     tags = {"role": report.roles[model], MLFLOW_PARENT_RUN_ID: parent} | where
-    # Only coefficients that were estimated have seen the calibration sets.
-    used = [data for data in datasets if data.context == "evaluation" or (variant and variant.sigma)]
+    # Only estimated coefficients, and routes, have seen the calibration sets.
+    calibrated = route is not None or (variant is not None and bool(variant.sigma))
+    used = [data for data in datasets if calibrated or data.context == "evaluation"]
     with _run(client, experiment, model, tags) as run:
         client.log_inputs(run, [_dataset_input(data) for data in used])
         model_id = None
         if variant is not None:
             client.log_figure(run, coefficient_heatmap(variant.weights, f"{model}: weights"), "coefficients.png")
-            model_id = _log_model(client, experiment, run, report.recipe, {"variant": model} | where, params, uri)
+            model_id = _log_model(client, experiment, run, report, {"variant": model} | where, params, uri)
+        if route is not None:
+            _log_route(client, run, model, route)
         now = time.time_ns() // 1_000_000
         metrics = [Metric(key, value, now, 0, model_id) for key, value in _metrics(report, model).items()]
         client.log_batch(run, metrics, [Param(key, value) for key, value in params.items()])
@@ -163,10 +267,38 @@ def _metrics(report: Report, model: str) -> dict[str, float]:
         scores["mean_normalised"] = report.mean_normalised.get(model)
     metrics: dict[str, float] = {}
     for name, score in scores.items():
-        score = score or Score(value=float("nan"), n=0, low=float("nan"), high=float("nan"))
-        metrics |= {f"eval/{name}": score.value, f"low/{name}": score.low, f"high/{name}": score.high}
-        metrics[f"n/{name}"] = float(score.n)
+        metrics |= _score_metrics(f"eval/{name}", name, score)
+    return metrics | (_route_metrics(report.routes.get(model)) if report.routes else {})
+
+
+def _score_metrics(key: str, name: str, score: Score | None) -> dict[str, float]:
+    """A score as metric `key`, and its interval and samples under `name`."""
+    score = score or Score(value=math.nan, n=0, low=math.nan, high=math.nan)
+    ends = {f"low/{name}": score.low, f"high/{name}": score.high, f"n/{name}": float(score.n)}
+    return {key: score.value} | ends
+
+
+def _route_metrics(route: RouteInfo | None) -> dict[str, float]:
+    """How often a route is right and what it costs; what was not measured is NaN."""
+    metrics: dict[str, float] = {}
+    for name, field in ROUTE_SCORES.items():
+        metrics |= _score_metrics(f"route/{name}", f"route/{name}", getattr(route, field) if route else None)
+    for name in ROUTE_COSTS:
+        cost = getattr(route, name) if route else None
+        metrics[f"route/{name}"] = math.nan if cost is None else float(cost)
     return metrics
+
+
+def _log_route(client: MlflowClient, run: str, model: str, route: RouteInfo) -> None:
+    """Pictures of a route, and the rules it was chosen from."""
+    columns = ("score", "layer", "pool", "metric", "accuracy", "passes")
+    table = {column: [candidate[column] for candidate in route.candidates] for column in columns}
+    client.log_table(run, table, "candidates.json")  # appends: once per run
+    looked_at = "{score}, layer {layer}, {pool}".format(**route.rule)
+    figure = representation_scatter(route.projection, f"{model}: calibration samples ({looked_at})")
+    client.log_figure(run, figure, "representations.png")
+    if route.confusion:
+        client.log_figure(run, confusion_heatmap(route.confusion, f"{model}: task identification"), "confusion.png")
 
 
 def _table(report: Report) -> dict[str, list[str | int | float]]:
@@ -203,34 +335,68 @@ def _log_model(
     client: MlflowClient,
     experiment: str,
     run: str,
-    recipe: str,
+    report: Report,
     tags: dict[str, str],
     params: dict[str, str],
     uri: str,
 ) -> str:
-    """The merged folder as the run's output: a LoggedModel whose files stay outside MLflow; return its id.
+    """The merged folder as the run's output: a LoggedModel whose weights stay outside MLflow; return its id.
 
     All variants of a recipe are versions of one registered model, so that an alias of it (`champion`) can name the best
     merge of the recipe. A variant whose digest is registered already gets no second version. `tags` name the variant,
-    its folder and its digest.
+    its folder and its digest. A dynamic model is a pyfunc, so MLflow has files of it; of others it has none.
     """
-    name = tags["variant"].replace(".", "_")  # MLflow allows no dot here
-    model = client.create_logged_model(experiment, name, run, tags | {MLFLOW_MODEL_IS_EXTERNAL: "true"}, params)
+    variant, recipe = tags["variant"], report.recipe
+    is_dynamic = variant in report.routes
+    name = variant.replace(".", "_")  # MLflow allows no dot here
+    kind = {} if is_dynamic else {MLFLOW_MODEL_IS_EXTERNAL: "true"}
+    model = client.create_logged_model(experiment, name, run, tags | kind, params)
+    try:
+        if is_dynamic:
+            experts = next(iter(report.variants[variant].weights.values()))
+            _log_scorer(client, model, Path(report.models[variant]).resolve(), list(experts))
+    except BaseException:
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
+        raise
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
 
-    same = f"name = '{recipe}' AND tags.variant = '{tags['variant']}' AND tags.digest = '{tags['digest']}'"
+    same = f"name = '{recipe}' AND tags.variant = '{variant}' AND tags.digest = '{tags['digest']}'"
     versions = client.search_model_versions(same, max_results=1)
     if versions:
-        version = versions[0]
+        registered = versions[0]
     else:
         _ensure_registered_model(client, recipe)
         # A server takes no local folder as source, but it takes a LoggedModel, whose tags name the folder.
-        source = f"models:/{model.model_id}" if _is_server(uri) else tags["folder"]
-        version = client.create_model_version(recipe, source, run, tags, model_id=model.model_id)
-    link = json.dumps([{"name": recipe, "version": str(version.version)}])
+        local = model.artifact_location if is_dynamic else tags["folder"]
+        source = f"models:/{model.model_id}" if _is_server(uri) else local
+        registered = client.create_model_version(recipe, source, run, tags, model_id=model.model_id)
+    link = json.dumps([{"name": recipe, "version": str(registered.version)}])
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
     return str(model.model_id)
+
+
+def _log_scorer(client: MlflowClient, model: LoggedModel, folder: Path, experts: Sequence[str]) -> None:
+    """Make a LoggedModel the pyfunc that answers texts with the dynamic model in a folder."""
+    # An input schema would allow a table or a list, not both; the code checks the input itself.
+    outputs = [ColSpec("string", "prediction"), ColSpec("string", "expert")]
+    outputs += [ColSpec("double", f"coefficient.{expert}") for expert in experts]
+    params = ParamSchema([ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS)])
+    with TemporaryDirectory() as temporary:
+        code, files = Path(temporary) / "scorer.py", Path(temporary) / "model"
+        code.write_text(SCORER)
+        # log_model of mlflow.pyfunc would take the tracking URI from the process.
+        save_model(
+            files,
+            python_model=code,
+            model_config={"folder": str(folder), "device": "cpu"},
+            mlflow_model=Model(model.artifact_location, model.source_run_id, model_id=model.model_id),
+            signature=ModelSignature(outputs=Schema(outputs), params=params),
+            input_example=["What is 3 plus 4?"],
+            # Given, for MLflow would load the model in another process to find them out.
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in SCORER_NEEDS],
+        )
+        client.log_model_artifacts(model.model_id, str(files))
 
 
 def _ensure_registered_model(client: MlflowClient, name: str) -> None:

@@ -3,20 +3,18 @@
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as TrunkOutput
 
 from tasks.artifacts import write_json
-from tasks.datasets import ClassificationTask, Row, RowTask, calibration_batch
+from tasks.datasets import ClassificationTask, Row, RowSet, calibration_batch
 from tasks.errors import InputError
 from tasks.models.expert import Expert, load_network, open_base, open_expert
+from tasks.models.heads import DetachedHead
 from tasks.models.networks import load_tokenizer
 
 VERSION = 1
@@ -24,18 +22,10 @@ CHUNK_TOKENS = 256
 """Logits exist for this many tokens of one sample at a time."""
 
 
-@dataclass(frozen=True)
-class CalibrationSet:
-    """The calibration rows of one expert's task."""
-
-    task: RowTask
-    rows: list[Row]
-
-
 def cross_task(
     base: Path,
     experts: Mapping[str, Path],
-    calibration: Mapping[str, CalibrationSet],
+    calibration: Mapping[str, RowSet],
     tokenizer: Path,
     dtype: str,
     device: str,
@@ -64,7 +54,7 @@ def cross_task(
         ]
         for name, one in calibration.items()
     }
-    heads: dict[str, PreTrainedModel] = {}
+    heads: dict[str, DetachedHead] = {}
     with tempfile.TemporaryDirectory(dir=out) as scratch, torch.inference_mode():
         for i, expert in opened.items():
             kind = "classification" if isinstance(calibration[i].task, ClassificationTask) else "causal_lm"
@@ -72,8 +62,7 @@ def cross_task(
             for j in opened:
                 for number, batch in enumerate(batches[j]):
                     save_file(_trunk_output(network.base_model, batch), _kept(scratch, i, j, number))
-            setattr(network, network.base_model_prefix, _Replay())
-            heads[i] = network
+            heads[i] = DetachedHead(network)
         distances: dict[str, dict[str, float]] = {i: {} for i in opened}
         for j in opened:
             own_head = isinstance(calibration[j].task, ClassificationTask)
@@ -90,9 +79,7 @@ def cross_task(
     return {"min": min(apart), "max": max(apart)}
 
 
-def _inputs(
-    one: CalibrationSet, row: Row, tokenizer: Any, where: str, expert: Expert, device: str
-) -> dict[str, torch.Tensor]:
+def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, expert: Expert, device: str) -> dict[str, torch.Tensor]:
     batch = calibration_batch(one.task, row, tokenizer, where, expert.config.label2id)
     return {key: value.to(device) for key, value in batch.items() if key != "labels"}
 
@@ -107,19 +94,10 @@ def _trunk_output(trunk: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str,
     return {key: tensor.cpu().contiguous() for key, tensor in kept.items() if tensor is not None}
 
 
-class _Replay(nn.Module):
-    """Stands in for a network's trunk and hands its head what the trunk gave before; the network's own code goes on."""
-
-    output: TrunkOutput
-
-    def forward(self, *_: Any, **__: Any) -> TrunkOutput:
-        return self.output
-
-
 def _compare(
     j: str,
     experts: Mapping[str, Expert],
-    heads: Mapping[str, PreTrainedModel],
+    heads: Mapping[str, DetachedHead],
     own_head: bool,
     batches: list[dict[str, torch.Tensor]],
     scratch: str,
@@ -145,12 +123,9 @@ def _compare(
 
 
 def _logits(
-    head: PreTrainedModel, kept: Mapping[str, torch.Tensor], chunk: slice, batch: Mapping[str, torch.Tensor]
+    head: DetachedHead, kept: Mapping[str, torch.Tensor], chunk: slice, batch: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """Return the head's logits, float32, for a chunk of what the trunk gave."""
-    replay = getattr(head, head.base_model_prefix)
-    hidden = kept["hidden"][:, chunk]
-    replay.output = TrunkOutput(last_hidden_state=hidden, pooler_output=kept.get("pooled"))
-    inputs = {key: value[:, chunk] for key, value in batch.items()}
-    logits: torch.Tensor = head(**inputs).logits
-    return logits.float()
+    return head.logits(
+        kept["hidden"][:, chunk], kept.get("pooled"), {key: value[:, chunk] for key, value in batch.items()}
+    )

@@ -206,6 +206,16 @@ def rows_digest(rows: list[Row]) -> str:
     return sha256_text(json.dumps(rows, sort_keys=True, separators=(",", ":"), default=str))
 
 
+@dataclass(frozen=True)
+class RowSet:
+    """Rows of one task."""
+
+    task: RowTask
+    rows: list[Row]
+    label2id: Mapping[str, int] | None = None
+    """classes of the task's own expert (classification)"""
+
+
 # Templates -----------------------------------------------------------------------------------------------------------
 
 
@@ -371,8 +381,8 @@ def encode(
             return Sample(ids, len(ids), class_index(row[task.label], label2id, where))
         case MultipleChoiceTask():
             return encode_choices(task, row, tokenizer, where)[row[task.answer]]
-    prompt = _tokens(render(task.prompt, row), tokenizer, front=True)
-    completion = _tokens(render(task.completion, row), tokenizer, front=False) + _end(task, tokenizer)
+    prompt = tokens(render(task.prompt, row), tokenizer, front=True)
+    completion = tokens(render(task.completion, row), tokenizer, front=False) + _end(task, tokenizer)
     prompt = prompt[-max(task.max_length - len(completion), task.max_length // 2) :]
     sample = Sample((prompt + completion)[: task.max_length], len(prompt))
     if len(sample.input_ids) <= sample.scored_from:
@@ -388,10 +398,10 @@ def encode_choices(
     Cut from the left, as lm-eval does: choices are compared by their likelihood, so each must be whole.
     Raises InputError if a choice alone does not fit `max_length`.
     """
-    prompt = _tokens(render(task.prompt, row), tokenizer, front=True)
+    prompt = tokens(render(task.prompt, row), tokenizer, front=True)
     samples = []
     for choice in row[task.choices]:
-        completion = _tokens(render(task.completion, row | {"choice": choice}), tokenizer, front=False)
+        completion = tokens(render(task.completion, row | {"choice": choice}), tokenizer, front=False)
         ids = (prompt + completion)[-task.max_length :]
         sample = Sample(ids, len(ids) - len(completion))
         if not completion or sample.prompt_tokens < 1:
@@ -439,13 +449,13 @@ def _whole_text(task: CompletionTask | MultipleChoiceTask, row: Row, tokenizer: 
     """Prompt and completion (or right choice) tokenised as one text; cut on the side that `encode` cuts."""
     if isinstance(task, CompletionTask):
         text = render(task.prompt, row) + render(task.completion, row)
-        return (_tokens(text, tokenizer, front=True) + _end(task, tokenizer))[: task.max_length]
+        return (tokens(text, tokenizer, front=True) + _end(task, tokenizer))[: task.max_length]
     choice = {"choice": row[task.choices][row[task.answer]]}
     text = render(task.prompt, row) + render(task.completion, row | choice)
-    return _tokens(text, tokenizer, front=True)[-task.max_length :]
+    return tokens(text, tokenizer, front=True)[-task.max_length :]
 
 
-def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase", front: bool) -> list[int]:
+def tokens(text: str, tokenizer: "PreTrainedTokenizerBase", front: bool) -> list[int]:
     """Token ids of a text, with the tokenizer's begin tokens if `front`; never with an end token of its own."""
     ids: list[int] = tokenizer(text, add_special_tokens=front, verbose=False)["input_ids"]
     # Some tokenizers close every text with their end token; here only `end_token` says so.

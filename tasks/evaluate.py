@@ -58,7 +58,7 @@ def evaluate_network(
     that are not finite.
     """
     network.eval()
-    pad_id = _pad_id(network, tokenizer)
+    pad_id = pad_token(network, tokenizer)
     places = [f"row {i} of {key}" for i in range(len(rows))]
     with torch.inference_mode():
         match task:
@@ -71,7 +71,7 @@ def evaluate_network(
             case MultipleChoiceTask():
                 choices = [encode_choices(task, row, tokenizer, where) for row, where in zip(rows, places, strict=True)]
                 likelihoods = _likelihoods(network, list(chain(*choices)), task.batch_size, pad_id, device)
-                return _choose(task, rows, likelihoods)
+                return choose(task, rows, likelihoods)
         samples = [encode(task, row, tokenizer, where) for row, where in zip(rows, places, strict=True)]
         records = _likelihoods(network, samples, task.batch_size, pad_id, device)
         if task.generate:
@@ -81,7 +81,7 @@ def evaluate_network(
             prompts = [sample.input_ids[: sample.prompt_tokens] for sample in samples]
             texts = _generate(network, tokenizer, prompts, task, pad_id, device)
             for record, text, row in zip(records, texts, rows, strict=True):
-                record["exact"] = int(_is_exact(task, text, render(task.completion, row)))
+                record["exact"] = int(is_exact(task, text, row))
         return records
 
 
@@ -105,20 +105,25 @@ def _likelihoods(
     """Records `nll`, `correct` and `tokens` over the scored tokens of each sample."""
     records: list[Record] = [{}] * len(samples)
     for i, logits in _logits(network, samples, batch_size, pad_id, device, use_cache=False):
-        ids, start = samples[i].input_ids, samples[i].scored_from
-        target = torch.tensor(ids[start:], device=logits.device)
-        # Only the scored positions of one sample become float32: a whole batch × vocabulary would be large.
-        log_p = logits[start - 1 : len(ids) - 1].float().log_softmax(-1)
-        records[i] = {
-            "nll": -_finite(log_p.gather(-1, target[:, None]).sum(dtype=torch.float64)).item(),
-            "correct": int((log_p.argmax(-1) == target).sum()),
-            "tokens": len(target),
-        }
+        records[i] = likelihood(samples[i], logits)
     return records
 
 
-def _choose(task: MultipleChoiceTask, rows: list[Row], likelihoods: list[Record]) -> list[Record]:
-    """Records of multiple choice from the likelihoods of all choices of all rows, one after the other."""
+def likelihood(sample: Sample, logits: torch.Tensor) -> Record:
+    """Return `nll`, `correct` and `tokens` over a sample's scored tokens; logits are (T, vocabulary), padded right."""
+    ids, start = sample.input_ids, sample.scored_from
+    target = torch.tensor(ids[start:], device=logits.device)
+    # Only the scored positions of one sample become float32: a whole batch × vocabulary would be large.
+    log_p = logits[start - 1 : len(ids) - 1].float().log_softmax(-1)
+    return {
+        "nll": -finite(log_p.gather(-1, target[:, None]).sum(dtype=torch.float64)).item(),
+        "correct": int((log_p.argmax(-1) == target).sum()),
+        "tokens": len(target),
+    }
+
+
+def choose(task: MultipleChoiceTask, rows: list[Row], likelihoods: list[Record]) -> list[Record]:
+    """Return records of multiple choice from the likelihoods of all choices of all rows, one after the other."""
     records: list[Record] = []
     one_by_one = iter(likelihoods)
     for row in rows:
@@ -135,11 +140,12 @@ def _classify(
     batch_size = batch_size if getattr(network.config, "pad_token_id", None) is not None else 1
     records: list[Record] = [{}] * len(samples)
     for i, logits in _logits(network, samples, batch_size, pad_id, device):
-        records[i] = {"prediction": int(_finite(logits).argmax()), "label": samples[i].label}
+        records[i] = {"prediction": int(finite(logits).argmax()), "label": samples[i].label}
     return records
 
 
-def _finite(tensor: torch.Tensor) -> torch.Tensor:
+def finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it is. Raises InputError if it holds NaN or infinity."""
     if not tensor.isfinite().all():
         raise InputError("the model gives NaN or infinite logits; merge with a smaller weight or a wider dtype")
     return tensor
@@ -154,19 +160,31 @@ def _generate(
     device: torch.device | str,
 ) -> list[str]:
     """Greedy continuations as text, each up to the tokenizer's end token (left out) or `task.generate` tokens."""
+    texts = [""] * len(prompts)
+    for chosen in _batches([len(prompt) for prompt in prompts], task.batch_size):
+        batch = [prompts[i] for i in chosen]
+        for i, ids in zip(chosen, generate(network, tokenizer, batch, task.generate, pad_id, device), strict=True):
+            texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def generate(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    pad_id: int,
+    device: torch.device | str,
+) -> list[list[int]]:
+    """Return the greedy continuations of one batch of prompts in tokens, each up to the end token (left out)."""
     end = tokenizer.eos_token_id
     greedy = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=task.generate, eos_token_id=end, pad_token_id=pad_id
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad_id
     )
-    texts = [""] * len(prompts)
+    batch = pad(prompts, pad_id, side="left")
     with _generation_config(network, greedy):
-        for chosen in _batches([len(prompt) for prompt in prompts], task.batch_size):
-            batch = pad([prompts[i] for i in chosen], pad_id, side="left")
-            generated = network.generate(**_to(batch, device))[:, batch["input_ids"].shape[1] :].tolist()
-            for i, ids in zip(chosen, generated, strict=True):
-                stop = ids.index(end) if end in ids else len(ids)
-                texts[i] = tokenizer.decode(ids[:stop], skip_special_tokens=True)
-    return texts
+        generated = network.generate(**_to(batch, device))[:, batch["input_ids"].shape[1] :].tolist()
+    return [ids[: ids.index(end)] if end in ids else ids for ids in generated]
 
 
 @contextmanager
@@ -180,7 +198,9 @@ def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> It
         network.generation_config = own
 
 
-def _is_exact(task: CompletionTask, text: str, expected: str) -> bool:
+def is_exact(task: CompletionTask, text: str, row: Row) -> bool:
+    """Return whether a generated text is the row's completion, or holds the same answer (`CompletionTask.answer`)."""
+    expected = render(task.completion, row)
     if task.answer is None:
         return text.strip() == expected.strip()
     answer = find_answer(task.answer, text)
@@ -193,8 +213,8 @@ def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _pad_id(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id to pad with. The config's comes first: a decoder with a classification head looks for it."""
+def pad_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token id to pad with. The config's comes first: a decoder with a classification head looks for it."""
     for pad_id in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
         if pad_id is not None:
             return int(pad_id)

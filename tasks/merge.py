@@ -34,6 +34,7 @@ from tasks.models.checkpoint import (
     write_tensor,
 )
 from tasks.models.expert import Base, Expert, open_base, open_expert
+from tasks.models.heads import HEAD_WEIGHTS, HEADS
 from tasks.models.layers import group_by_layer, layer_of
 from tasks.models.networks import has_tokenizer, load_tokenizer
 from tasks.task_vectors import read_histogram
@@ -119,7 +120,7 @@ def merge_group(job: MergeJob, group: int, out: Path) -> None:
         write_tensor(plan, out, name, merged)
         digests[name] = _digest(merged)
     for file in {plan.tensors[name].file for name in digests}:
-        _flush(out / file)
+        flush(out / file)
     write_json(done, digests)
 
 
@@ -129,17 +130,19 @@ def _merge_one(
     touched = any(expert.touches(name) for expert in experts.values())
     if not base.info(name).is_floating_point or not (touched or job.settings.method == "linear"):
         return base.read(name)
-    vectors = [
-        TaskVector(
-            delta=expert.delta(name),
-            weight=weights[expert_name],
-            density=job.densities[expert_name],
-            mask_key=f"{job.seed}/{expert_name}/{name}",
-            histogram=read_histogram(job.task_vectors[expert_name], name) if job.settings.method == "ties" else None,
-        )
-        for expert_name, expert in experts.items()
-    ]
+    vectors = [task_vector(job, expert, key, weights[key], name) for key, expert in experts.items()]
     return merge_tensor(base.read(name).float(), vectors, job.settings)
+
+
+def task_vector(job: MergeJob, expert: Expert, key: str, weight: float, name: str) -> TaskVector:
+    """Return the task vector of one tensor of the expert called `key`, with all that its method asks for."""
+    return TaskVector(
+        delta=expert.delta(name),
+        weight=weight,
+        density=job.densities[key],
+        mask_key=f"{job.seed}/{key}/{name}",
+        histogram=read_histogram(job.task_vectors[key], name) if job.settings.method == "ties" else None,
+    )
 
 
 def merge_weights(job: MergeJob, base: Base) -> dict[str, Any]:
@@ -187,17 +190,22 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         for marker in set(altered.values()):
             marker.unlink()
         raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to merge them anew")
-    _write_companions(job, tokenizer, out)
-    for name, folder in job.experts.items():
-        _write_head(open_expert(folder, base, f"experts.{name}"), out / "heads" / name)
-    write_json(out / "coefficients.json", merge_weights(job, base))
+    write_companions(job, base, tokenizer, out)
     files = {file: sha256_file(out / file) for file in sorted(plan.sizes)}
     for marker in markers:
         marker.unlink()
     return {"digest": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(), "files": files}
 
 
-def _write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
+def write_companions(job: MergeJob, base: Base, tokenizer: Path, out: Path) -> None:
+    """Write what lies beside the weights: config, tokenizer, generation config, per-task heads, `coefficients.json`.
+
+    Args:
+        job: the variant.
+        base: the base, opened.
+        tokenizer: folder of the model whose tokenizer, chat template and generation config the merged model gets.
+        out: the merged model's folder.
+    """
     config = read_json(job.base / "config.json")
     if job.out_dtype is not None:
         config.pop("torch_dtype", None)
@@ -213,6 +221,9 @@ def _write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
             owners = [load_tokenizer(folder) for folder in job.experts.values() if has_tokenizer(folder)]
             loaded.chat_template = next((owner.chat_template for owner in owners if owner.chat_template), None)
         loaded.save_pretrained(out)
+    for name, folder in job.experts.items():
+        _write_head(open_expert(folder, base, f"experts.{name}"), out / HEADS / name)
+    write_json(out / "coefficients.json", merge_weights(job, base))
 
 
 def _write_head(expert: Expert, folder: Path) -> None:
@@ -221,7 +232,7 @@ def _write_head(expert: Expert, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in expert.head_tensors().items()}
-    save_file(tensors, folder / "head.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
     expert.config.save_pretrained(folder)
 
 
@@ -229,7 +240,8 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have a file's bytes written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,13 +6,14 @@ An evaluation leaves one record per sample; every score, interval and comparison
 | --- | --- |
 | completion | `nll` (−Σ ln p over the completion's tokens), `correct`, `tokens`; `exact` (0 or 1) if it generated |
 | classification, multiple_choice | `prediction`, `label` (class or choice numbers) |
+| classification by a dynamic model | also `routed` (0 or 1): whether the head that it chose itself is right |
 | lm_eval | `task` (its lm-eval name), each metric of that task: one number, or the two that its aggregation divides |
 
 A proportion has a Wilson interval. Other scores have a percentile bootstrap over samples, not over tokens: tokens of
 one sample are not independent. The lm-eval tasks of one lm_eval task are strata, resampled apart.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,11 +105,17 @@ def matthews(columns: Columns) -> float:
     return float((table.trace() * n - labels @ predictions) / np.sqrt(scale)) if scale > 0 else 0.0
 
 
+def mean_score(values: Sequence[float], is_proportion: bool = False) -> Score:
+    """Mean of one number per sample; with `is_proportion` (every number 0 or 1) its interval is Wilson's."""
+    return _score(Metric((), ("value",), mean, is_proportion), [np.array(values, np.float64).reshape(-1, 1)])
+
+
 METRICS = {
     "token_accuracy": Metric(("completion",), ("correct", "tokens"), ratio),
     "perplexity": Metric(("completion",), ("nll", "tokens"), perplexity),
     "exact_match": Metric(("completion",), ("exact",), mean, is_proportion=True),
     "accuracy": Metric(("classification", "multiple_choice"), ("label", "prediction"), agreement, is_proportion=True),
+    "routed_accuracy": Metric(("classification",), ("routed",), mean, is_proportion=True),
     "macro_f1": Metric(("classification",), ("label", "prediction"), macro_f1),
     "matthews": Metric(("classification",), ("label", "prediction"), matthews),
 }
@@ -171,6 +178,16 @@ def mean_normalised(
         mine, own = _strata(metric, model[name]), _strata(metric, experts[name])
         assert [len(rows) for rows in mine] == [len(rows) for rows in own], f"{name}: model and expert differ in rows"
         comparisons.append((metric, *((mine, own) if higher_is_better(task.metric) else (own, mine))))
+    return _mean_ratio(comparisons)
+
+
+def mean_ratio(above: Mapping[str, list[Record]], below: Mapping[str, list[Record]], field: str) -> Score | None:
+    """Mean over tasks of the mean of a record's field in `above` ÷ that in `below`; otherwise as `mean_normalised`."""
+    metric = Metric((), (field,), mean)
+    return _mean_ratio([(metric, _strata(metric, above[task]), _strata(metric, below[task])) for task in above])
+
+
+def _mean_ratio(comparisons: Sequence[tuple[Metric, list[Columns], list[Columns]]]) -> Score | None:
     if not comparisons or any(_value(metric, below) <= 0 for metric, _, below in comparisons):
         return None
 

@@ -4,6 +4,7 @@ Four published methods are rows of one table: how a task vector is made sparse Ã
 To add another of that family, add a row.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ def merge_tensor(base: torch.Tensor, vectors: Sequence[TaskVector], settings: Se
     the merged tensor beside what is given.
     """
     method = METHODS.get(settings.method)
-    deltas = [_sparse(vector, method, settings.rescale) if method else vector.delta for vector in vectors]
+    deltas = [_sparse(vector, method, settings.rescale) for vector in vectors]
     mix = _mixed if method else _linear
     weights = [vector.weight for vector in vectors]
     merged = torch.empty(base.shape, device=base.device)
@@ -91,11 +92,64 @@ def merge_tensor(base: torch.Tensor, vectors: Sequence[TaskVector], settings: Se
     return merged
 
 
-def _sparse(vector: TaskVector, method: Method, rescale: bool) -> torch.Tensor:
-    if method.sparsify is None or vector.density >= 1:
+def _sparse(vector: TaskVector, method: Method | None, rescale: bool) -> torch.Tensor:
+    if method is None or method.sparsify is None or vector.density >= 1:
         return vector.delta
     sparse = method.sparsify(vector)
     return match_l1_norm(sparse, vector.delta) if rescale else sparse
+
+
+def has_consensus(settings: Settings) -> bool:
+    """Return whether what one expert adds depends on the others, element by element."""
+    method = METHODS.get(settings.method)
+    return method is not None and method.consensus
+
+
+def keeps_low_rank(settings: Settings, density: float) -> bool:
+    """Return whether an expert adds a multiple of its whole task vector: nothing set to zero, no consensus."""
+    method = METHODS.get(settings.method)
+    return method is None or not (method.consensus or (method.sparsify is not None and density < 1))
+
+
+def shares(weights: Sequence[float], settings: Settings) -> list[float]:
+    """Return the factor that each expert's (sparse) task vector has in a merge without consensus."""
+    total, linear = sum(weights), settings.method == "linear"
+    # As in `merge_tensor`: mergekit leaves weights that sum to 0 undivided, but those of linear.
+    divisor = total if settings.normalize and abs(total) >= 1e-8 else math.nan if linear and settings.normalize else 1.0
+    return [weight / divisor * (1.0 if linear else settings.lambda_) for weight in weights]
+
+
+def static_coefficient(settings: Settings, weight: float, experts: int) -> float:
+    """Return the factor that every expert's task vector has under uniform coefficients: Î», or 1 / K if normalised."""
+    return shares([weight] * experts, settings)[0]
+
+
+def contribution(vector: TaskVector, share: float, settings: Settings) -> torch.Tensor:
+    """Return what one expert adds to one tensor in a merge without consensus, float32; `share` is from `shares`."""
+    return _sparse(vector, METHODS.get(settings.method), settings.rescale) * share
+
+
+def agreed_contributions(vectors: Sequence[TaskVector], settings: Settings) -> list[torch.Tensor]:
+    """Return what each expert adds to one tensor under consensus, float32: base + their sum is `merge_tensor`'s result.
+
+    Signs are elected, and sums divided, with the weights given, so each part is the same for every input. Up to
+    rounding, for the sum is divided part by part.
+    """
+    method = METHODS[settings.method]
+    parts = [_sparse(vector, method, settings.rescale).clone() for vector in vectors]
+    weights = [vector.weight for vector in vectors]
+    for chunk in zip(*(torch.split(part.view(-1), CHUNK) for part in parts), strict=True):
+        scaled = [delta * weight for delta, weight in zip(chunk, weights, strict=True)]
+        agreement = sign_agreement(scaled)
+        divisor = torch.zeros_like(scaled[0])
+        for weight, agrees in zip(weights, agreement, strict=True):
+            divisor += weight * agrees
+        divisor[divisor == 0] = 1
+        for out, delta, agrees in zip(chunk, scaled, agreement, strict=True):
+            out.copy_(delta * agrees * settings.lambda_)
+            if settings.normalize:
+                out /= divisor
+    return parts
 
 
 def _mixed(

@@ -64,12 +64,19 @@ class Adapter:
     saved: Mapping[str, str]
     """name of each parameter stored whole (modules_to_save) → its name in the adapter"""
 
-    def delta(self, key: str) -> torch.Tensor:
-        """Return the task vector of one adapted parameter, float32: peft's `get_delta_weight` in full precision."""
+    def factors(self, key: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Return the task vector of one adapted parameter as first (r, columns), second (rows, r) and scaling.
+
+        scaling · second @ first has the parameter's own orientation; the factors are float32.
+        """
         entry = self.low_rank[key]
         first, second = self.checkpoint.read(entry.first).float(), self.checkpoint.read(entry.second).float()
-        product = second @ first
-        return (product.T if entry.transpose else product) * entry.scaling
+        return (second.T, first.T, entry.scaling) if entry.transpose else (first, second, entry.scaling)
+
+    def delta(self, key: str) -> torch.Tensor:
+        """Return the task vector of one adapted parameter, float32: peft's `get_delta_weight` in full precision."""
+        first, second, scaling = self.factors(key)
+        return (second @ first) * scaling
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -78,6 +79,13 @@ class Expert:
             return self.adapter.delta(self.low_rank[name])
         base = self.base.read(name).float()
         return self.source.read(self.own[name]).float() - base if name in self.own else torch.zeros_like(base)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """Return the factors of a tensor's task vector (see `Adapter.factors`); None where it has none."""
+        if name not in self.low_rank:
+            return None
+        assert self.adapter is not None
+        return self.adapter.factors(self.low_rank[name])
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor of the expert: as stored, or base + low-rank task vector in float32."""
@@ -229,12 +237,23 @@ def missing_parameters(base: Base, head: Head) -> list[str]:
     return [name for name in needed if name not in found]
 
 
+class HeadOwner(Protocol):
+    """What has a head of its own: an expert, or a head saved beside a merged trunk."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Config of the network that ends in the head."""
+
+    def head_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the head's tensors by parameter name."""
+
+
 def load_network(
     model: Base | Expert,
     head: Head,
     dtype: torch.dtype,
     device: str,
-    head_of: Expert | None = None,
+    head_of: HeadOwner | None = None,
 ) -> PreTrainedModel:
     """Return the network of a base, a merged model or an expert, ending in `head`.
 
@@ -243,7 +262,7 @@ def load_network(
         head: `causal_lm` or `classification`.
         dtype: dtype of the weights in memory.
         device: torch device.
-        head_of: the expert whose head follows the trunk; None where the trunk's checkpoint has it all.
+        head_of: whose head follows the trunk; None where the trunk's checkpoint has it all.
 
     Raises:
         InputError: parameters are left without weights.

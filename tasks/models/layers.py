@@ -24,6 +24,11 @@ def in_block(name: str) -> bool:
     return _BLOCK.match(name) is not None
 
 
+def block_names(names: Iterable[str]) -> list[str]:
+    """Return the transformer blocks that tensors lie in, in order."""
+    return list(dict.fromkeys(layer_of(name) for name in names if in_block(name)))
+
+
 def group_by_layer(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the tensors of each layer, layers in the order of their first tensor."""
     groups: dict[str, list[str]] = {}

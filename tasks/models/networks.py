@@ -1,6 +1,7 @@
 """Transformers networks: their structure without weights, and networks filled with the weights of any model."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto import modeling_auto
 
 from tasks.errors import InputError
+
+_AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
 Head = str
 """What a network ends in: `causal_lm` or `classification`."""
@@ -112,6 +115,15 @@ def fill_network(
     network.eval()
     filled: PreTrainedModel = network
     return filled
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a network takes at most; None where its positions have no table or stated limit."""
+    text = config.get_text_config()
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    # RoBERTa and its kin number the positions from behind the padding token.
+    offset = text.pad_token_id + 1 if limit and _AFTER_PADDING.search(text.model_type) else 0
+    return limit - offset if limit else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from matplotlib.container import BarContainer
 
-from pipeline.pictures import coefficient_heatmap, distance_heatmap, score_bars
+from pipeline.pictures import (
+    coefficient_heatmap,
+    confusion_heatmap,
+    distance_heatmap,
+    representation_scatter,
+    score_bars,
+)
 from pipeline.report import Report, Score, VariantInfo
 
 
@@ -85,6 +91,56 @@ def test_distances_are_written_for_up_to_twelve_experts(experts, numbers):
     names = [f"expert-{i}" for i in range(experts)]
     figure = distance_heatmap({i: {j: 1.0 for j in names if j != i} for i in names})
     assert len(figure.axes[0].texts) == numbers
+
+
+def test_confusion_heatmap_shows_shares_of_the_row_and_counts():
+    confusion = {"a": {"a": 9, "b": 1, "c": 0}, "b": {"a": 1, "b": 3, "c": 0}}
+    figure = confusion_heatmap(confusion, "se: task identification")
+    axes = figure.axes[0]
+    (image,) = axes.images
+    np.testing.assert_allclose(image.get_array(), [[0.9, 0.1, 0], [0.25, 0.75, 0]])
+    assert image.get_clim() == (0, 1)
+    assert axes.get_title() == "se: task identification"
+    assert tick_names(axes.xaxis) == ["a", "b", "c"]
+    assert tick_names(axes.yaxis) == ["a", "b"]
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts == {
+        (0, 0): "0.90\n9",
+        (1, 0): "0.10\n1",
+        (2, 0): "0.00\n0",
+        (0, 1): "0.25\n1",
+        (1, 1): "0.75\n3",
+        (2, 1): "0.00\n0",
+    }
+    figure.draw_without_rendering()
+
+
+def test_confusion_of_a_task_without_samples_is_zero():
+    image = confusion_heatmap({"a": {"a": 0, "b": 0}}, "t").axes[0].images[0]
+    np.testing.assert_array_equal(image.get_array(), [[0, 0]])
+
+
+def test_large_confusions_have_no_numbers():
+    names = [f"expert-{i}" for i in range(13)]
+    figure = confusion_heatmap({task: dict.fromkeys(names, 1) for task in names}, "t")
+    assert not figure.axes[0].texts
+
+
+@pytest.mark.parametrize("tasks", [1, 4, 20])
+def test_representations_are_points_with_a_look_for_each_task(tasks):
+    points = np.random.default_rng(0).normal(size=(tasks, 7, 2))
+    projection = {f"task-{i}": [tuple(point) for point in rows] for i, rows in enumerate(points.tolist())}
+    figure = representation_scatter(projection, "se: calibration samples")
+    (axes,) = figure.axes
+    assert axes.get_title() == "se: calibration samples"
+    for rows, drawn in zip(points, axes.collections, strict=True):
+        np.testing.assert_array_equal(drawn.get_offsets(), rows)
+    looks = {(tuple(drawn.get_facecolor()[0]), drawn.get_paths()[0].vertices.tobytes()) for drawn in axes.collections}
+    assert len(looks) == tasks
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(projection)
+    figure.draw_without_rendering()
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
 def report(tasks, scores):

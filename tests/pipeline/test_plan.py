@@ -5,13 +5,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import (
+    BertForMaskedLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from pipeline.plan import Plan, human_bytes, make_plan, plan_summary, plan_table
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
 from tasks.errors import InputError
-from tests.conftest import make_llama, perturbed, write_recipe, write_rows
+from tests.conftest import (
+    bert_config,
+    command_line,
+    make_adapter,
+    make_bert_expert,
+    make_bert_trunk,
+    make_llama,
+    perturbed,
+    write_recipe,
+    write_rows,
+)
 from tests.hub_server import HubServer
 
 Recipe = dict[str, Any]
@@ -217,3 +236,197 @@ def test_classification_heads_are_part_of_what_is_scored(berts: dict[str, Path],
     plan = plan_of(tmp_path, recipe)
     inputs = plan.step("evaluate", "ta/topic").key.inputs["reads"]
     assert inputs["head"] == plan.step("download", "topic").key.fingerprint
+
+
+# Application se -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def se_recipe(llama_recipe: Recipe) -> Recipe:
+    """The static variants, and one that is applied by sample."""
+    ta = llama_recipe["merges"]["ta"]
+    return {**llama_recipe, "merges": {**llama_recipe["merges"], "se": {**ta, "application": {"kind": "se"}}}}
+
+
+def test_a_dynamic_variant_has_a_route_and_one_evaluation(se_recipe: Recipe, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, se_recipe)
+    titles = [step.title for step in plan.steps]
+    assert [title for title in titles if title.split()[1].startswith("se")] == ["merge se", "route se", "evaluate se"]
+    assert plan.step("route", "se").needs == ("merge se",)
+    assert plan.step("evaluate", "se").needs == ("route se",)
+    seen: set[str] = set()
+    for step in plan.steps:
+        assert set(step.needs) <= seen
+        seen.add(step.title)
+    assert plan.models()["se"] == plan.artifact("route", "se")
+    assert plan.models()["ta"] == plan.artifact("merge", "ta")
+    # Base and two full experts at most, and nothing that is written twice.
+    whole = sum(file.size for file in plan.inputs.listings["base"].files if file.name.endswith(".safetensors"))
+    assert 2.5 * whole < plan.step("merge", "se").writes < 3.1 * whole
+    assert plan.step("route", "se").writes == 0
+
+
+def test_a_static_variant_does_not_depend_on_dynamic_ones(
+    llama_recipe: Recipe, se_recipe: Recipe, tmp_path: Path
+) -> None:
+    touched = changed(plan_of(tmp_path, llama_recipe), plan_of(tmp_path, se_recipe))
+    assert touched == {"merge se", "route se", "evaluate se"}
+
+
+def test_without_evaluation_rows_a_dynamic_variant_is_routed_only(se_recipe: Recipe, tmp_path: Path) -> None:
+    for task in se_recipe["tasks"].values():
+        del task["evaluation"]
+    assert {step.stage for step in plan_of(tmp_path, se_recipe).steps if step.name == "se"} == {"merge", "route"}
+
+
+ROUTED = {"route se", "evaluate se"}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("merges.se.application.temperature=0.5", ROUTED),
+        ("merges.se.application.mass=1.0", ROUTED),
+        ("merges.se.application.layer=1", ROUTED),
+        ("merges.se.application.fallback=0.5", ROUTED),
+        ("merges.se.application.score=nearest", ROUTED),
+        ("merges.se.weight=0.25", {"merge se"} | ROUTED),
+        ("merges.se.method=dare_linear", {"merge se"} | ROUTED),
+        ("tasks.math.batch_size=3", set()),
+        ("resources.route.max_in_flight=2", set()),
+        (
+            "tasks.code.evaluation.samples=4",
+            {"evaluate se", *(f"evaluate {model}/code" for model in ("base", "math", "code", "ta", "ties-sens"))},
+        ),
+        (
+            "tasks.code.calibration.samples=2",
+            {
+                *("sensitivity code", "cross_task all", "merge ties-sens"),
+                *("evaluate ties-sens/math", "evaluate ties-sens/code"),
+            }
+            | ROUTED,
+        ),
+        ("merges.se.application.kind=static", {"merge se", "evaluate se/math", "evaluate se/code"} | ROUTED),
+    ],
+)
+def test_what_a_setting_changes_in_a_dynamic_variant(
+    se_recipe: Recipe, tmp_path: Path, override: str, expected: set[str]
+) -> None:
+    assert changed(plan_of(tmp_path, se_recipe), plan_of(tmp_path, se_recipe, override)) == expected
+
+
+def test_dtype_is_that_of_routes_and_not_of_task_vectors(se_recipe: Recipe, tmp_path: Path) -> None:
+    touched = changed(plan_of(tmp_path, se_recipe), plan_of(tmp_path, se_recipe, "dtype=bfloat16"))
+    assert touched >= ROUTED
+    assert "merge se" not in touched
+
+
+@pytest.mark.parametrize("layer", [0, -1, 3])
+def test_a_layer_that_the_model_lacks(layer: int, se_recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=rf"^merges\.se\.application\.layer is {layer}; the model has 2 blocks, 1 to 2"
+    ):
+        plan_of(tmp_path, se_recipe, f"merges.se.application.layer={layer}")
+
+
+def test_bad_layers_end_the_command_with_status_2(
+    se_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_recipe(tmp_path, se_recipe)
+    arguments = ("plan", path, "--store", tmp_path / "store", "--set", "merges.se.application.layer=9")
+    assert command_line(*arguments) == 2
+    assert "merges.se.application.layer is 9" in capsys.readouterr().err
+
+
+SIZES: dict[str, Any] = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2}
+UNSUPPORTED: dict[str, Any] = {
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**SIZES, state_size=4, expand=2)),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(
+            **SIZES,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            max_position_embeddings=128,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_networks_that_cannot_be_linearised(name: str, se_recipe: Recipe, save: Any, tmp_path: Path) -> None:
+    def network() -> PreTrainedModel:
+        torch.manual_seed(0)
+        made: PreTrainedModel = UNSUPPORTED[name]()
+        return made
+
+    se_recipe["base"] = str(save(network(), "base", tmp_path))
+    for seed, expert in enumerate(("math", "code"), 1):
+        se_recipe["experts"][expert]["model"] = str(save(perturbed(network(), seed), expert, tmp_path))
+    message = r"^merges\.se\.application: \S+ is in \w+, which cannot be linearised; use application: {kind: static}"
+    with pytest.raises(InputError, match=message):
+        plan_of(tmp_path, se_recipe)
+    assert len(plan_of(tmp_path, se_recipe, "merges.se.application={kind: static}").steps) > 0
+
+
+def classifiers(folder: Path, base: Path, experts: dict[str, Path]) -> Recipe:
+    """A recipe for classifiers of 2 and 3 classes."""
+    tasks = {}
+    for name, labels in (("mood", 2), ("topic", 3)):
+        write_rows(folder / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % labels} for i in range(6)])
+        tasks[name] = {"kind": "classification", "calibration": {"path": "json", "data_files": f"{name}.jsonl"}}
+    return {
+        "name": "classes",
+        "base": str(base),
+        "experts": {name: {"model": str(path)} for name, path in experts.items()},
+        "tasks": tasks,
+        "merges": {"se": {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}},
+    }
+
+
+def test_trunk_that_the_experts_do_not_share(save: Any, berts: dict[str, Path], tmp_path: Path) -> None:
+    trunk = make_bert_trunk()
+    masked = BertForMaskedLM(bert_config())  # saved without a pooler
+    masked.bert.load_state_dict(trunk.state_dict(), strict=False)
+    experts = {name: berts[name] for name in ("mood", "topic")}
+    recipe = classifiers(tmp_path, save(masked, "base", tmp_path), experts)
+    with pytest.raises(InputError, match=r"experts.mood has bert.pooler\S+, which the base lacks.*{kind: static}"):
+        plan_of(tmp_path, recipe)
+
+
+def test_heads_of_which_some_are_merged(save: Any, berts: dict[str, Path], tmp_path: Path) -> None:
+    network = make_bert_expert(make_bert_trunk(), 5, 2)
+    base = save(network, "base", tmp_path)
+    recipe = classifiers(
+        tmp_path, base, {"mood": save(perturbed(network, 1), "mood", tmp_path), "topic": berts["topic"]}
+    )
+    with pytest.raises(InputError, match=r"experts.topic has a head of its own, the head of experts.mood is merged"):
+        plan_of(tmp_path, recipe)
+
+
+def test_size_of_adapters_is_that_of_their_factors(se_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path) -> None:
+    for seed, expert in enumerate(("math", "code"), 1):
+        folder = make_adapter(make_llama(), tmp_path / expert, seed, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        se_recipe["experts"][expert]["model"] = str(folder)
+    plan = plan_of(tmp_path, se_recipe)
+    files = [llamas["base"] / "model.safetensors", *tmp_path.glob("*/adapter_model.safetensors")]
+    assert plan.step("merge", "se").writes == sum(file.stat().st_size for file in files)
+
+
+def test_a_dynamic_variant_of_classifiers(berts: dict[str, Path], tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"text": "abc", "label": 0}, {"text": "xyz", "label": 1}])
+    data = {"path": "json", "data_files": "rows.jsonl"}
+    task = {"kind": "classification", "calibration": data, "evaluation": data}
+    recipe = {
+        "name": "encoders",
+        "base": str(berts["base"]),
+        "experts": {name: {"model": str(berts[name])} for name in ("mood", "topic")},
+        "tasks": {"mood": task, "topic": task},
+        "merges": {"se": {"method": "ties", "density": 0.3, "application": {"kind": "se"}}},
+    }
+    plan = plan_of(tmp_path, recipe)
+    assert plan.step("evaluate", "se").key.inputs["settings"]["tasks"]["topic"]["labels"] == {
+        f"LABEL_{i}": i for i in range(3)
+    }
+    assert "evaluate base/mood" in {step.title for step in plan.steps}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.recipe import Recipe, Variant, load_recipe
 from tasks.errors import InputError
+from tasks.routing import SeApplication
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -72,7 +73,10 @@ def test_minimal_recipe_has_mergekit_defaults(tmp_path: Path) -> None:
         ({"merges": {"base": {"method": "ties"}}}, "the name 'base' is used twice"),
         ({"merges": {}}, "merges: .* at least 1 item"),
         ({"merges": {"../x": {"method": "ties"}}}, "merges"),
-        ({"merges": {"s": {"method": "ties", "coefficients": {"kind": "sens"}}}}, "need tasks.code.calibration"),
+        (
+            {"merges": {"s": {"method": "ties", "coefficients": {"kind": "sens"}}}},
+            "merges.s: coefficients sens needs tasks.code.calibration; add it",
+        ),
         ({"tasks": {"law": TASK}}, "tasks.law: there is no expert of that name"),
         ({"base": None}, "base"),
         (
@@ -188,3 +192,108 @@ def test_params_are_flat(tmp_path: Path) -> None:
 def test_recipe_fixture_is_valid(llama_recipe: dict[str, Any], tmp_path: Path, save: Callable[..., Path]) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(llama_recipe))
     assert load_recipe(tmp_path / "r.yaml").sens_variants() == ["ties-sens"]
+
+
+# Application se -------------------------------------------------------------------------------------------------------
+
+LABELLED = {**TASK, "kind": "classification"}
+
+
+def se(folder: Path, tasks: Any = None, /, method: str = "task_arithmetic", **settings: Any) -> Path:
+    """A recipe with one SE variant; settings of its application are given as `application`."""
+    application = {"kind": "se", **settings.pop("application", {})}
+    merges = {"x": {"method": method, **settings, "application": application}}
+    return write(folder, merges=merges, tasks={"math": TASK, "code": TASK} if tasks is None else tasks)
+
+
+def test_se_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(se(tmp_path))
+    assert recipe.se_variants() == ["x"]
+    application = recipe.merges["x"].application
+    assert isinstance(application, SeApplication)
+    assert (application.score, application.layer, application.pool) == ("auto", "auto", "auto")
+    assert application.mass is None
+    assert recipe.merges["x"].params()["application.score"] == "auto"
+
+
+@pytest.mark.parametrize("application", [{}, {"application": {"kind": "static"}}])
+def test_static_is_the_default_and_can_be_said(application: dict[str, Any], tmp_path: Path) -> None:
+    merges = {"ta": {"method": "task_arithmetic", **application}}
+    recipe = load_recipe(write(tmp_path, merges=merges))
+    assert recipe.se_variants() == []
+    assert recipe.merges["ta"].params()["application.kind"] == "static"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ties", "density": 0.3, "coefficients": {"kind": "sens"}},
+        {"method": "ties", "weight": -1.0},  # the weights' common factor cancels
+        {"method": "linear"},
+        {"method": "dare_ties", "weight": 0.3, "seed": 3},
+        {"application": {"score": "nearest", "layer": 3, "pool": "cls", "metric": "cosine", "mass": 2, "fallback": 0}},
+    ],
+)
+def test_se_goes_with_every_method_and_coefficients(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert load_recipe(se(tmp_path, **settings)).se_variants() == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out_dtype": "float16"}, "merges.x: out_dtype has no meaning for application se"),
+        ({"shard_size": 1000}, "merges.x: shard_size has no meaning for application se"),
+        ({"method": "linear", "normalize": False}, "merges.x: linear with normalize: false scales the base"),
+        ({"weight": 0}, "merges.x: application se needs coefficients to rescale; set weight and lambda above 0"),
+        ({"weight": -0.5}, "merges.x: application se needs coefficients to rescale"),
+        ({"method": "ties", "weight": 0.0}, "merges.x: application se needs coefficients to rescale"),
+        ({"method": "ties", "lambda": 0}, "merges.x: application se needs coefficients to rescale"),
+        ({"lambda": -1}, "merges.x: application se needs coefficients to rescale"),
+        ({"application": {"temprature": 1}}, "unknown key merges.x.application.temprature;"),
+        ({"application": {"temperature": 0}}, "merges.x.application.temperature: .*greater than 0"),
+        ({"application": {"temperature": float("inf")}}, "merges.x.application.temperature: "),
+        ({"application": {"mass": 0}}, "merges.x.application.mass: .*greater than 0"),
+        ({"application": {"fallback": 1.5}}, "merges.x.application.fallback: .*less than or equal to 1"),
+        ({"application": {"score": "near"}}, "merges.x.application.score: .*'nearest'.*found 'near'"),
+        ({"application": {"pool": "max"}}, "merges.x.application.pool: .*'mean'.*found 'max'"),
+        ({"application": {"metric": "l1"}}, "merges.x.application.metric: .*'cosine'.*found 'l1'"),
+        ({"application": {"layer": "last"}}, "merges.x.application.layer: .*found 'last'"),
+        ({"application": {"layer": 1.5}}, "merges.x.application.layer: .*found 1.5"),
+        ({"application": {"kind": "dynamic"}}, "merges.x.application: .*'static', 'se'"),
+        ({"application": {"kind": None}}, "merges.x.application"),
+    ],
+)
+def test_settings_that_se_refuses(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(se(tmp_path, **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_static_takes_no_settings_of_se(tmp_path: Path) -> None:
+    merges = {"x": {"method": "ties", "application": {"kind": "static", "temperature": 1.0}}}
+    with pytest.raises(InputError, match=r"unknown key merges\.x\.application\.temperature"):
+        load_recipe(write(tmp_path, merges=merges))
+
+
+EVALUATED = {"kind": "completion", "evaluation": TASK["calibration"]}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({}, "merges.x: application se needs tasks.code.calibration; add it"),
+        ({"math": TASK}, "application se needs tasks.code.calibration"),
+        ({"math": TASK, "code": EVALUATED}, "application se needs tasks.code.calibration"),
+        ({"math": TASK, "code": {"kind": "lm_eval", "names": ["arc_easy"]}}, "se needs tasks.code.calibration"),
+        ({"math": TASK, "code": LABELLED}, "merges.x: application se cannot compare classifiers with other kinds"),
+    ],
+)
+def test_se_needs_calibration_sets_of_one_kind(tasks: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load_recipe(se(tmp_path, tasks))
+
+
+def test_se_needs_two_experts(tmp_path: Path) -> None:
+    merges = {"x": {"method": "task_arithmetic", "application": {"kind": "se"}}}
+    with pytest.raises(InputError, match="experts: found 1; expected at least two experts"):
+        load_recipe(write(tmp_path, experts={"math": {"model": "m"}}, tasks={"math": TASK}, merges=merges))

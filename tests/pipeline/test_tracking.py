@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,14 +18,21 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import mlflow
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
 from pipeline import tracking
 from pipeline.plan import StepError
-from pipeline.report import Report, Score, VariantInfo
-from tasks.datasets import DataSource
+from pipeline.report import Report, RouteInfo, Score, VariantInfo
+from tasks.artifacts import read_json
+from tasks.datasets import ClassificationTask, CompletionTask, DataSource, RowSet
+from tasks.dynamic_model import DynamicModel
 from tasks.errors import InputError
+from tasks.merge_vectors import finish_vectors, merge_group_vectors
+from tasks.route import route
+from tasks.routing import SeApplication
+from tests.tasks.test_merge import make_job
 
 MODELS = {"base": "base", "math": "expert", "code": "expert", "ta": "variant", "ta-sens.3": "variant"}
 EMPTY = {"models": {}, "tasks": {}, "scores": {}, "mean_normalised": {}, "variants": {}}
@@ -292,7 +301,7 @@ def test_the_terminal_stays_clean(parent, chatter):
     assert chatter == [""]
 
 
-def test_no_global_state_is_left_behind(store, uri, monkeypatch):
+def test_no_global_state_is_left_behind(dynamic_report, store, uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "false")
 
     def state():
@@ -301,6 +310,7 @@ def test_no_global_state_is_left_behind(store, uri, monkeypatch):
 
     before = state()
     record(make_report(store, "stateless", **EMPTY), store, uri)
+    record(dynamic_report.model_copy(update={"recipe": "stateless"}), store, uri)
     assert state() == before
     assert mlflow.get_tracking_uri() != uri
 
@@ -345,6 +355,293 @@ def test_what_fails_leaves_no_run_running(client, store, uri):
         record(report, store, uri)
     runs = client.search_runs([client.get_experiment_by_name("broken").experiment_id])
     assert [run.info.status for run in runs] == ["FAILED", "FAILED"]
+
+
+# Dynamic models -------------------------------------------------------------------------------------------------------
+
+
+def make_dynamic(models, calibration, folder):
+    """A real dynamic model of tiny networks: its folder, and what stage route returns."""
+    job = make_job(folder, models["base"], {name: models[name] for name in calibration})
+    merged, out = folder / "merged", folder / "dynamic"
+    merged.mkdir()
+    out.mkdir()
+    for group in range(len(job.groups)):
+        merge_group_vectors(job, group, merged)
+    finish_vectors(job, job.base, merged)
+    return out, route(merged, calibration, SeApplication(kind="se"), 0.5, "float32", "cpu", out)
+
+
+@pytest.fixture(scope="module")
+def classifier(berts, tmp_path_factory):
+    """A dynamic classifier of the experts mood (2 classes) and topic (3 classes)."""
+    task, calibration = ClassificationTask(kind="classification"), {}
+    for name, classes in (("mood", 2), ("topic", 3)):
+        rows = [{"text": f"{name} {'?!' * i}", "label": i % classes} for i in range(6)]
+        calibration[name] = RowSet(task, rows, {f"LABEL_{i}": i for i in range(classes)})
+    return make_dynamic(berts, calibration, tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="module")
+def writer(llamas, tmp_path_factory):
+    """A dynamic language model of the experts math and code."""
+    task = CompletionTask(kind="completion")
+    calibration = {
+        name: RowSet(task, [{"prompt": f"{i}{sign}{i}=", "completion": str(i)} for i in range(3)])
+        for name, sign in (("math", "+"), ("code", "-"))
+    }
+    return make_dynamic(llamas, calibration, tmp_path_factory.mktemp("writer"))
+
+
+def make_dynamic_report(classifier, writer):
+    """A report of a static variant and two dynamic ones, of which one was evaluated."""
+    roles = {"base": "base", "mood": "expert", "ta": "variant", "se.3": "variant", "se-lm": "variant"}
+    models, variants, routes = dict.fromkeys(roles, "somewhere"), {}, {}
+    for name, (folder, chosen) in (("se.3", classifier), ("se-lm", writer)):
+        models[name] = str(folder)
+        weights = read_json(folder / "coefficients.json")["weights"]
+        params = {"method": "task_arithmetic", "application.kind": "se"}
+        variants[name] = VariantInfo(method="task_arithmetic", params=params, weights=weights, digest=chosen["digest"])
+        found = read_json(folder / "route.json")
+        routes[name] = RouteInfo(
+            rule=chosen["rule"],
+            trust=chosen["trust"],
+            calibration=found["identification"],
+            candidates=found["candidates"],
+            projection=found["projection"],
+            bytes=chosen["bytes"],
+            source_bytes=3 * chosen["bytes"],
+        )
+    evaluated = {
+        "evaluation": score(0.9, 20),
+        "confusion": {"mood": {"mood": 9, "topic": 1}, "topic": {"mood": 1, "topic": 9}},
+        "right_coefficient": score(0.8, 20),
+        "routed": score(0.7, 20),
+        "passes": 1.5,
+        "milliseconds": 2.5,
+        "peak_memory": 10**9,
+    }
+    routes["se.3"] = routes["se.3"].model_copy(update=evaluated)
+    variants["ta"] = VariantInfo(
+        method="task_arithmetic", params={"method": "task_arithmetic"}, weights={"head": {"mood": 0.5}}, digest="1" * 64
+    )
+    return Report(
+        recipe="dynamic",
+        stages=[],
+        models=models,
+        roles=roles,
+        digests={"base": "b" * 64, "mood": "c" * 64},
+        tasks={"math": "accuracy"},
+        scores={"base": {"math": {"accuracy": score(0.5)}}},
+        mean_normalised={},
+        variants=variants,
+        routes=routes,
+    )
+
+
+@pytest.fixture(scope="module")
+def dynamic_report(classifier, writer):
+    return make_dynamic_report(classifier, writer)
+
+
+@pytest.fixture(scope="module")
+def dynamic_runs(dynamic_report, client, store, uri):
+    with captured() as text:
+        parent = record(dynamic_report, store, uri)
+    assert text.getvalue() == ""
+    return children(client, parent)
+
+
+def test_every_child_has_the_metrics_of_routes_where_a_variant_has_one(dynamic_runs, dynamic_report):
+    scores = ("identification", "held_out", "right_coefficient", "routed_normalised")
+    costs = ("passes", "milliseconds", "peak_memory", "bytes", "source_bytes")
+    keys = {f"{kind}route/{name}" for name in scores for kind in ("", "low/", "high/", "n/")}
+    keys |= {f"route/{name}" for name in costs}
+    keys |= {f"{kind}/math/accuracy" for kind in ("eval", "low", "high", "n")}
+    assert {name: set(run.data.metrics) for name, run in dynamic_runs.items()} == dict.fromkeys(
+        dynamic_report.models, keys
+    )
+
+    logged = dynamic_runs["se.3"].data.metrics
+    info = dynamic_report.routes["se.3"]
+    taken = dict(zip(scores, (info.evaluation, info.calibration, info.right_coefficient, info.routed), strict=True))
+    for name, one in taken.items():
+        found = [logged[f"{kind}route/{name}"] for kind in ("", "low/", "high/", "n/")]
+        assert found == [one.value, one.low, one.high, one.n]
+    assert [logged[f"route/{name}"] for name in costs] == [1.5, 2.5, 10**9, info.bytes, 3 * info.bytes]
+
+    logged = dynamic_runs["se-lm"].data.metrics
+    assert logged["route/held_out"] == dynamic_report.routes["se-lm"].calibration.value
+    assert math.isnan(logged["route/identification"])
+    assert math.isnan(logged["route/passes"])
+    assert logged["route/bytes"] == dynamic_report.routes["se-lm"].bytes
+
+    for name in ("base", "mood", "ta"):
+        found = {key: value for key, value in dynamic_runs[name].data.metrics.items() if "route/" in key}
+        assert all(value == 0 if key.startswith("n/") else math.isnan(value) for key, value in found.items())
+
+
+def test_params_tell_the_route(dynamic_runs, dynamic_report):
+    for name, info in dynamic_report.routes.items():
+        params = dynamic_runs[name].data.params
+        assert {key: params[f"route.{key}"] for key in info.rule} == {k: str(v) for k, v in info.rule.items()}
+        assert float(params["route.trust"]) == pytest.approx(info.trust, rel=1e-5)
+    assert not any(key.startswith("route.") for key in dynamic_runs["ta"].data.params)
+
+
+def test_a_route_has_seen_the_calibration_sets(dynamic_runs):
+    contexts = {
+        name: sorted(tag.value for entry in run.inputs.dataset_inputs for tag in entry.tags)
+        for name, run in dynamic_runs.items()
+    }
+    evaluation = ["evaluation", "evaluation"]
+    assert contexts == dict.fromkeys(("base", "mood", "ta"), evaluation) | {
+        name: ["calibration", "calibration", *evaluation] for name in ("se.3", "se-lm")
+    }
+
+
+def test_a_route_has_pictures_and_the_rules_it_was_chosen_from(dynamic_runs, dynamic_report, client):
+    paths = {name: {a.path for a in client.list_artifacts(run.info.run_id)} for name, run in dynamic_runs.items()}
+    always = {"coefficients.png", "representations.png", "candidates.json"}
+    assert paths == {
+        "base": set(),
+        "mood": set(),
+        "ta": {"coefficients.png"},
+        "se-lm": always,
+        "se.3": always | {"confusion.png"},
+    }
+    uri = dynamic_runs["se.3"].info.artifact_uri
+    for picture in ("representations.png", "confusion.png"):
+        assert mlflow.artifacts.load_image(f"{uri}/{picture}").width > 500
+    table = json.loads(mlflow.artifacts.load_text(f"{uri}/candidates.json"))
+    assert table["columns"] == ["score", "layer", "pool", "metric", "accuracy", "passes"]
+    candidates = dynamic_report.routes["se.3"].candidates
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == [
+        {key: pytest.approx(value) if isinstance(value, float) else value for key, value in candidate.items()}
+        for candidate in candidates
+    ]
+    assert len(candidates) == 4 * 2 * 3  # scores, layers, pools
+
+
+TEXTS = [f"{'mood' if i % 3 else 'topic'} {'?!' * (i % 7)} {i}" for i in range(40)]
+
+
+def load(uri, monkeypatch, model_uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return mlflow.pyfunc.load_model(model_uri)
+
+
+@pytest.fixture
+def scorer(dynamic_runs, client, uri, monkeypatch):
+    """The pyfunc of the classifier, loaded by the version of the registered model."""
+    (version,) = client.search_model_versions("name = 'dynamic' AND tags.variant = 'se.3'")
+    return load(uri, monkeypatch, f"models:/dynamic/{version.version}")
+
+
+def assert_answers(table, answers):
+    experts = list(answers[0].coefficients)
+    assert list(table.columns) == ["prediction", "expert", *(f"coefficient.{name}" for name in experts)]
+    assert list(table["prediction"]) == [answer.prediction for answer in answers]
+    assert list(table["expert"]) == [answer.expert for answer in answers]
+    for name in experts:
+        found = list(table[f"coefficient.{name}"])
+        assert found == pytest.approx([answer.coefficients[name] for answer in answers], abs=1e-5)
+
+
+def test_the_registered_version_of_a_dynamic_model_answers_texts(scorer, classifier):
+    model = DynamicModel.load(classifier[0])
+    answers = [answer for text in TEXTS for answer in model.predict([text])]  # one by one
+    assert {answer.expert for answer in answers} == {"mood", "topic"}
+    table = scorer.predict(pd.DataFrame({"id": range(len(TEXTS)), "text": TEXTS}))
+    assert_answers(table, answers)
+    pd.testing.assert_frame_equal(scorer.predict(TEXTS), table)
+    pd.testing.assert_frame_equal(scorer.predict(pd.DataFrame({"text": TEXTS}, index=range(100, 140))), table)
+
+
+def test_a_dynamic_language_model_answers_with_as_many_tokens_as_asked(dynamic_runs, writer, client, uri, monkeypatch):
+    (output,) = dynamic_runs["se-lm"].outputs.model_outputs
+    loaded = load(uri, monkeypatch, f"models:/{output.model_id}")
+    model, prompts = DynamicModel.load(writer[0]), ["1+1=", "7-7="]
+    assert_answers(loaded.predict(prompts, params={"max_new_tokens": 3}), model.predict(prompts, 3))
+    assert_answers(loaded.predict(prompts), model.predict(prompts))
+    assert loaded.metadata.run_id == dynamic_runs["se-lm"].info.run_id
+    assert_answers(loaded.predict(loaded.input_example), model.predict(loaded.input_example))
+
+
+def test_no_texts_are_no_rows(scorer):
+    columns = {
+        "prediction": "object",
+        "expert": "object",
+        "coefficient.mood": "float64",
+        "coefficient.topic": "float64",
+    }
+    for nothing in (pd.DataFrame({"text": []}), []):
+        table = scorer.predict(nothing)
+        assert len(table) == 0
+        assert {name: str(dtype) for name, dtype in table.dtypes.items()} == columns
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (pd.DataFrame({"sentence": ["a"], "id": [1]}), "found the columns sentence, id; expected a column text"),
+        (pd.DataFrame(), r"found the columns \(none\); expected a column text"),
+        (pd.DataFrame({"text": ["a", None]}), r"row 1: found (None|nan), expected a text"),
+        ([3], "row 0: found 3, expected a text"),
+        ("a text", "found a single text; expected a DataFrame with a column text, or a list"),
+        (["short"] * 35 + ["long" * 99], "counting from row 32: text 3 has 396 tokens; the model takes 1 to 128"),
+    ],
+)
+def test_what_is_no_table_of_texts_is_an_input_error(given, message, scorer):
+    with pytest.raises(InputError, match=message):
+        scorer.predict(given)
+
+
+def test_nothing_of_the_weights_is_in_mlflow(dynamic_runs, client, store):
+    for name in ("se.3", "se-lm"):
+        (output,) = dynamic_runs[name].outputs.model_outputs
+        model = client.get_logged_model(output.model_id)
+        assert model.status == "READY"
+        assert "mlflow.model.isExternal" not in model.tags
+        files = {file.path: file.file_size for file in client.list_logged_model_artifacts(output.model_id)}
+        assert {"MLmodel", "scorer.py", "requirements.txt"} <= set(files)
+        assert sum(files.values()) < 20_000
+    (output,) = dynamic_runs["ta"].outputs.model_outputs
+    assert client.get_logged_model(output.model_id).tags["mlflow.model.isExternal"] == "true"
+    assert not client.list_logged_model_artifacts(output.model_id)
+
+
+def test_what_a_dynamic_model_needs_is_pinned(dynamic_runs, client):
+    (output,) = dynamic_runs["se.3"].outputs.model_outputs
+    location = client.get_logged_model(output.model_id).artifact_location
+    lines = mlflow.artifacts.load_text(f"{location}/requirements.txt").split()
+    assert all(re.fullmatch(r"[a-z_]+==[0-9.]+", line) for line in lines)
+    assert {"torch", "transformers", "mlflow"} <= {line.partition("==")[0] for line in lines}
+
+
+def test_a_dynamic_model_whose_folder_is_altered_does_not_load(classifier, client, store, uri, tmp_path, monkeypatch):
+    folder = shutil.copytree(classifier[0], tmp_path / "copy")
+    report = make_dynamic_report((folder, classifier[1]), classifier)
+    report.recipe = "altered"
+    runs = children(client, record(report, store, uri))
+    (output,) = runs["se.3"].outputs.model_outputs
+    (folder / "heads" / "mood" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"copy/heads/mood/config\.json: is altered"):
+        load(uri, monkeypatch, f"models:/{output.model_id}")
+
+
+def test_a_dynamic_model_is_registered_once(dynamic_report, client, store, uri):
+    report = dynamic_report.model_copy(update={"recipe": "again"})
+    first, second = (children(client, record(report, store, uri)) for _ in range(2))
+    versions = {v.tags["variant"]: v for v in client.search_model_versions("name = 'again'")}
+    assert set(versions) == {"ta", "se.3", "se-lm"}
+    assert len(client.search_model_versions("name = 'again'")) == 3
+    for name in ("se.3", "se-lm"):
+        assert versions[name].run_id == first[name].info.run_id
+        (mine,), (later,) = (runs[name].outputs.model_outputs for runs in (first, second))
+        assert versions[name].source == client.get_logged_model(mine.model_id).artifact_location
+        (link,) = json.loads(client.get_logged_model(later.model_id).tags["mlflow.modelVersions"])
+        assert link["version"] == str(versions[name].version)
 
 
 def free_port():
@@ -405,6 +702,19 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
     assert len(client.list_artifacts(parent)) == 6
     assert [artifact.path for artifact in client.list_artifacts(runs["ta"].info.run_id)] == ["coefficients.png"]
     assert not list(tmp_path.iterdir())  # a server keeps the artifacts itself
+
+
+def test_a_real_server_serves_dynamic_models(server, dynamic_report, classifier, tmp_path, monkeypatch):
+    with captured() as text:
+        page = tracking.record(dynamic_report, RECIPE, PLAN, make_datasets(), server, tmp_path)
+    assert text.getvalue() == ""
+    client = MlflowClient(server, server)
+    runs = children(client, page.rsplit("/", 1)[-1])
+    assert len({frozenset(run.data.metrics) for run in runs.values()}) == 1
+    (version,) = client.search_model_versions("name = 'dynamic' AND tags.variant = 'se.3'")
+    loaded = load(server, monkeypatch, f"models:/dynamic/{version.version}")
+    assert_answers(loaded.predict(TEXTS[:3]), DynamicModel.load(classifier[0]).predict(TEXTS[:3]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_server_that_is_not_there_is_an_input_error():

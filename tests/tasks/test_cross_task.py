@@ -16,7 +16,7 @@ from transformers import (
 
 from tasks import cross_task as module
 from tasks.artifacts import read_json
-from tasks.cross_task import CalibrationSet, cross_task
+from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import ClassificationTask, CompletionTask
 from tasks.errors import InputError
 from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
@@ -30,18 +30,18 @@ TEXTS = {
 }
 
 
-def completions(names: list[str], loss_on: str = "completion") -> dict[str, CalibrationSet]:
+def completions(names: list[str], loss_on: str = "completion") -> dict[str, RowSet]:
     task = CompletionTask(kind="completion", prompt="{text}", completion="!", loss_on=loss_on)
-    return {name: CalibrationSet(task, [{"text": text} for text in TEXTS[name]]) for name in names}
+    return {name: RowSet(task, [{"text": text} for text in TEXTS[name]]) for name in names}
 
 
-def classes(names: list[str]) -> dict[str, CalibrationSet]:
+def classes(names: list[str]) -> dict[str, RowSet]:
     task = ClassificationTask(kind="classification")
     rows = [{"text": text, "label": 0} for text in ("good", "a much longer text than the first")]
-    return {name: CalibrationSet(task, rows[: i + 1]) for i, name in enumerate(names)}
+    return {name: RowSet(task, rows[: i + 1]) for i, name in enumerate(names)}
 
 
-def measure(base: Path, experts: Mapping[str, Path], sets: Mapping[str, CalibrationSet], out: Path) -> Distances:
+def measure(base: Path, experts: Mapping[str, Path], sets: Mapping[str, RowSet], out: Path) -> Distances:
     out.mkdir(exist_ok=True)
     extremes = cross_task(base, experts, sets, base, "float32", "cpu", out)
     distances: Distances = read_json(out / "distances.json")

@@ -23,7 +23,7 @@ from pipeline import card
 from tasks import merge
 from tasks.artifacts import read_json, sha256_file
 from tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCoefficients
-from tasks.cross_task import CalibrationSet, cross_task
+from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import CompletionTask
 from tasks.errors import InputError
 from tasks.merge import MergeJob, finish_merge, layer_groups, merge_group, merge_weights
@@ -460,7 +460,7 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
         (out / name).mkdir(parents=True)
     for name in names:
         sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", out / name)
-    sets = {name: CalibrationSet(TASK, ROWS) for name in names}
+    sets = {name: RowSet(TASK, ROWS) for name in names}
     cross_task(base, {name: llamas[name] for name in names}, sets, base, "float32", "cpu", out / "cross")
     return job(
         coefficients=SensCoefficients(kind="sens", **settings),

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from tasks.datasets import ClassificationTask, CompletionTask, LmEvalTask
-from tasks.metrics import Record, Score, higher_is_better, lm_eval_value, mean_normalised, score_records
+from tasks.metrics import (
+    Record,
+    Score,
+    higher_is_better,
+    lm_eval_value,
+    mean_normalised,
+    mean_ratio,
+    mean_score,
+    score_records,
+)
 
 COMPLETION = CompletionTask(kind="completion")
 CLASSIFICATION = ClassificationTask(kind="classification")
@@ -210,3 +219,49 @@ def test_resamples_without_a_ratio_are_left_out() -> None:
     assert score.value == pytest.approx(5.0)
     assert math.isfinite(score.low)
     assert math.isfinite(score.high)
+
+
+# Dynamic models
+
+
+def test_routed_accuracy_is_a_proportion_of_its_own() -> None:
+    records = [
+        {**record, "routed": routed} for record, routed in zip(classified([(0, 0)] * 4), (1, 1, 0, 1), strict=True)
+    ]
+    scores = score_records("classification", records)
+    assert scores.keys() == {"accuracy", "routed_accuracy", "macro_f1", "matthews"}
+    assert scores["accuracy"].value == 1.0
+    assert scores["routed_accuracy"] == score_records("classification", classified([(1, 1)] * 3 + [(1, 0)]))["accuracy"]
+    assert "routed_accuracy" not in score_records("classification", classified([(0, 0)]))
+
+
+def test_mean_score() -> None:
+    values = np.random.default_rng(5).gamma(2.0, size=400)
+    score = mean_score(values.tolist())
+    assert (score.value, score.n) == (pytest.approx(values.mean()), 400)
+    half = 1.96 * values.std() / math.sqrt(400)
+    assert score.high - score.low == pytest.approx(2 * half, rel=0.15)
+    right = mean_score([1.0, 0.0, 1.0, 1.0], is_proportion=True)
+    assert right == score_records("classification", classified([(1, 1), (1, 0), (1, 1), (1, 1)]))["accuracy"]
+    assert mean_score([0.25]) == Score(0.25, 1, 0.25, 0.25)
+
+
+def fields(*values: float) -> list[Record]:
+    return [{"right": value} for value in values]
+
+
+def test_mean_ratio_is_the_mean_over_tasks_of_ratios_of_means() -> None:
+    above, below = {"a": fields(1, 0), "b": fields(1, 1, 0, 0)}, {"a": fields(1, 1), "b": fields(1, 0, 0, 0)}
+    score = only(mean_ratio(above, below, "right"))
+    assert score.value == pytest.approx((0.5 / 1 + 0.5 / 0.25) / 2)
+    assert score.n == 6
+    assert only(mean_ratio(below, below, "right")) == Score(1.0, 6, 1.0, 1.0)
+
+
+def test_mean_ratio_is_paired_and_needs_a_denominator() -> None:
+    below = fields(*(float(value) for value in np.random.default_rng(6).integers(1, 9, size=30)))
+    above = fields(*(record["right"] / 2 for record in below))
+    score = only(mean_ratio({"a": above}, {"a": below}, "right"))
+    assert (score.value, score.low, score.high) == (0.5, 0.5, 0.5)
+    assert mean_ratio({"a": above, "b": fields(1)}, {"a": below, "b": fields(0)}, "right") is None
+    assert mean_ratio({}, {}, "right") is None

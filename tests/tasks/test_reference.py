@@ -11,7 +11,7 @@ import torch
 
 from tasks.artifacts import read_json
 from tasks.coefficients import alpha, sigma, tau
-from tasks.cross_task import CalibrationSet, cross_task
+from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import CompletionTask, DataSource, load_rows
 from tasks.sensitivity import sensitivity
 from tests.conftest import SHARED
@@ -36,7 +36,7 @@ def reference() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def calibration() -> dict[str, CalibrationSet]:
+def calibration() -> dict[str, RowSet]:
     """As the reference says: the first 8 rows, no end token, all tokens in the loss."""
     task = CompletionTask(
         kind="completion",
@@ -49,7 +49,7 @@ def calibration() -> dict[str, CalibrationSet]:
     sets = {}
     for name in EXPERTS:
         source = DataSource(path="json", data_files=f"data/{name}/train.jsonl.gz", samples=8, seed=None)
-        sets[name] = CalibrationSet(task, load_rows(source, f"tasks.{name}.calibration", SHARED))
+        sets[name] = RowSet(task, load_rows(source, f"tasks.{name}.calibration", SHARED))
     return sets
 
 
@@ -67,7 +67,7 @@ def expert(name: str) -> Path:
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_alpha(
-    name: str, base: Path, calibration: dict[str, CalibrationSet], reference: dict[str, Any], tmp_path: Path
+    name: str, base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path
 ) -> None:
     one = calibration[name]
     sensitivity(base, expert(name), name, one.task, one.rows, base, "float32", "cpu", tmp_path)
@@ -75,9 +75,7 @@ def test_alpha(
     assert found == pytest.approx(reference["alpha"][name], rel=1e-3)
 
 
-def test_tau_and_sigma(
-    base: Path, calibration: dict[str, CalibrationSet], reference: dict[str, Any], tmp_path: Path
-) -> None:
+def test_tau_and_sigma(base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path) -> None:
     cross_task(base, {name: expert(name) for name in EXPERTS}, calibration, base, "float32", "cpu", tmp_path)
     taus = tau(read_json(tmp_path / "distances.json"), reference["direction"])
     assert taus == pytest.approx(reference["tau"], rel=1e-3)

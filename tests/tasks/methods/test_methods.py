@@ -6,7 +6,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tasks.methods import METHODS, Settings, TaskVector, merge_tensor
+from tasks.methods import (
+    METHODS,
+    Settings,
+    TaskVector,
+    agreed_contributions,
+    contribution,
+    has_consensus,
+    keeps_low_rank,
+    merge_tensor,
+    shares,
+    static_coefficient,
+)
 from tasks.methods.sparsify import CHUNK, match_l1_norm
 from tests.conftest import SHARED
 
@@ -216,3 +227,101 @@ def test_large_tensors_are_merged_in_chunks(method: str) -> None:
     for row in range(rows):
         alone = merge_tensor(base[row], vectors([delta[row] for delta in deltas], WEIGHTS), settings(method))
         assert torch.equal(merged[row], alone)
+
+
+# What each expert adds ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lambda_", [1.0, 0.6])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("weights", [WEIGHTS, [1.0, -0.5, 0.2], [0.0, 1.0, 0.3]])
+@pytest.mark.parametrize(("method", "density"), [("ties", 1.0), ("ties", 0.4), ("dare_ties", 0.5)])
+def test_agreed_contributions_sum_to_the_merge(
+    method: str,
+    density: float,
+    weights: list[float],
+    normalize: bool,
+    lambda_: float,
+    base: torch.Tensor,
+    deltas: list[torch.Tensor],
+) -> None:
+    how = settings(method, normalize=normalize, lambda_=lambda_)
+    given = vectors(deltas, weights, density)
+    before = [delta.clone() for delta in deltas]
+    parts = agreed_contributions(given, how)
+    torch.testing.assert_close(base + sum(parts), merge_tensor(base, given, how), rtol=0, atol=1e-6)
+    # What an expert adds is in the direction that was elected: no two of them have opposite signs.
+    assert all((one * other >= 0).all() for one, other in itertools.combinations(parts, 2))
+    assert all(torch.equal(*pair) for pair in zip(before, deltas, strict=True))
+
+
+def test_agreed_contributions_by_hand() -> None:
+    # Weighted: 1, −4, 6 → positive, of weights 1 + 3; −2, −2, 3 → negative, of weights 1 + 2.
+    given = [torch.tensor([1.0, -2.0]), torch.tensor([-2.0, -1.0]), torch.tensor([2.0, 1.0])]
+    parts = agreed_contributions(vectors(given, [1.0, 2.0, 3.0]), settings("ties"))
+    expected = torch.tensor([[1 / 4, -2 / 3], [0.0, -2 / 3], [6 / 4, 0.0]])
+    torch.testing.assert_close(torch.stack(parts), expected)
+
+
+@pytest.mark.parametrize("lambda_", [1.0, 0.6])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("weights", [WEIGHTS, [1.0, -0.5, 0.2], [0.5, -0.5, 0.0]])
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear"])
+def test_contributions_sum_to_the_merge(
+    method: str,
+    weights: list[float],
+    normalize: bool,
+    lambda_: float,
+    base: torch.Tensor,
+    deltas: list[torch.Tensor],
+) -> None:
+    how = settings(method, normalize=normalize, lambda_=lambda_)
+    given = vectors(deltas, weights, 0.5)
+    parts = [contribution(vector, share, how) for vector, share in zip(given, shares(weights, how), strict=True)]
+    torch.testing.assert_close(base + sum(parts), merge_tensor(base, given, how), rtol=0, atol=2e-6)
+
+
+def test_contributions_of_normalised_linear_sum_to_the_merge(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    how = settings("linear")
+    given = vectors(deltas, WEIGHTS)
+    parts = [contribution(vector, share, how) for vector, share in zip(given, shares(WEIGHTS, how), strict=True)]
+    torch.testing.assert_close(base + sum(parts), merge_tensor(base, given, how), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        (settings("task_arithmetic"), 0.4),
+        (settings("task_arithmetic", lambda_=0.5), 0.2),
+        (settings("task_arithmetic", normalize=True), 1 / 3),
+        (settings("ties"), 1 / 3),
+        (settings("ties", normalize=False), 0.4),
+        (settings("ties", lambda_=1.5), 0.5),
+        (settings("dare_ties"), 0.4),
+        (settings("dare_linear"), 0.4),
+        (settings("linear"), 1 / 3),
+    ],
+)
+def test_static_coefficient_is_what_uniform_weights_give_each_expert(how: Settings, expected: float) -> None:
+    assert static_coefficient(how, 0.4, 3) == pytest.approx(expected)
+    # Task vectors that do not overlap: in each element a merge without consensus adds that much of one expert.
+    if not has_consensus(how):
+        merged = merge_tensor(torch.zeros(3), vectors(list(torch.eye(3)), [0.4] * 3), how)
+        torch.testing.assert_close(merged, torch.full((3,), expected))
+
+
+@pytest.mark.parametrize(
+    ("method", "density", "consensus", "low_rank"),
+    [
+        ("linear", 1.0, False, True),
+        ("task_arithmetic", 1.0, False, True),
+        ("dare_linear", 1.0, False, True),
+        ("dare_linear", 0.9, False, False),
+        ("ties", 1.0, True, False),
+        ("ties", 0.3, True, False),
+        ("dare_ties", 0.3, True, False),
+    ],
+)
+def test_which_methods_leave_factors_alone(method: str, density: float, consensus: bool, low_rank: bool) -> None:
+    assert has_consensus(settings(method)) == consensus
+    assert keeps_low_rank(settings(method), density) == low_rank

@@ -256,6 +256,36 @@ def test_settings_that_old_versions_left_out(save: Callable[..., Path], tmp_path
 
 
 @pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        pytest.param(make_llama, LLAMA | {"use_rslora": True}, id="llama"),
+        pytest.param(make_gpt2, GPT2, id="gpt2"),
+        pytest.param(untied_llama, LLAMA | {"target_modules": ["embed_tokens", "k_proj"]}, id="embedding"),
+    ],
+)
+def test_factors_are_those_of_peft(
+    make: Any, settings: dict[str, Any], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In the parameter's own orientation, which GPT-2's modules and embeddings store the other way round."""
+    origin = make()
+    base = open_base(save(origin, "base", tmp_path))
+    before = {name: tensor.clone() for name, tensor in origin.state_dict().items()}
+    merged = adapt(origin, tmp_path / "lora", **settings).merge_and_unload().state_dict()
+    expert = open_expert(tmp_path / "lora", base, "experts.x")
+    assert expert.low_rank
+    for name in base.weights:
+        factors = expert.factors(name)
+        assert (factors is not None) == (name in expert.low_rank)
+        if factors is not None:
+            first, second, scaling = factors
+            assert first.dtype == second.dtype == torch.float32
+            assert (len(first), second.shape[1]) == (4, 4)
+            delta = scaling * (second.double() @ first.double())
+            torch.testing.assert_close(delta.float(), merged[name] - before[name], rtol=0, atol=1e-6)
+            assert delta.abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("use_dora", True),

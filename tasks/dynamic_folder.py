@@ -1,0 +1,128 @@
+"""The folder of a dynamic model: base, compact task vectors, heads, route, and the digests of it all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedModel
+
+from tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
+from tasks.errors import InputError
+from tasks.merge_vectors import VECTORS
+from tasks.models.dynamic import DynamicNetwork
+from tasks.models.expert import Base, load_network, open_base
+from tasks.models.heads import HEADS, DetachedHead, SavedHead
+from tasks.models.networks import Head
+from tasks.models.vectors import Vector, load_vectors
+from tasks.routing import RouterSettings, Rule
+
+MANIFEST = "dynamic.json"
+"""A folder without it is no dynamic model."""
+STATISTICS = "statistics.safetensors"
+FORMAT = 1
+"""Version of the folder."""
+
+
+class Manifest(BaseModel):
+    """What the folder holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int
+    experts: list[str]
+    """in the order of coefficients"""
+    head: Head
+    """what the network ends in"""
+    dtype: str
+    """torch name of the dtype that the route was made in"""
+    rule: Rule
+    router: RouterSettings
+    files: dict[str, str]
+    """sha256 of every other file, by its path in the folder"""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> str:
+    """Write a folder's manifest, sealed by its own digest, which is returned."""
+    content = manifest.model_dump(mode="json")
+    digest = sha256_text(canonical(content))
+    write_json(folder / MANIFEST, content | {"digest": digest})
+    return digest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a dynamic model's folder.
+
+    Raises:
+        InputError: there is none, it is altered, or it is of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder}: no {MANIFEST} in it; expected the folder of a variant with application se")
+    try:
+        content: dict[str, Any] = read_json(path)
+        version, digest = content["version"], content.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not the manifest of a dynamic model ({error!r}); copy the folder again") from error
+    if version != FORMAT:
+        raise InputError(f"{path}: version {version}, this sensmerge reads {FORMAT}; run the recipe again")
+    if sha256_text(canonical(content)) != digest:
+        raise InputError(f"{path}: is altered, its digest is not that of its content; copy the folder again")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        reason = " ".join(str(error.errors()[0]["msg"]).split())
+        raise InputError(f"{path}: not the manifest of a dynamic model ({reason}); copy the folder again") from error
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check every file of a dynamic model against its digest.
+
+    Raises:
+        InputError: a file is missing, altered, or named outside the folder.
+    """
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{folder / MANIFEST}: names {name!r}, which lies outside the folder")
+        if not path.is_file():
+            raise InputError(f"{path}: is missing; copy the folder again")
+        if sha256_file(path) != digest:
+            raise InputError(f"{path}: is altered, its sha256 is not that in {MANIFEST}; copy the folder again")
+
+
+def load_network_with_heads(
+    folder: Path, experts: Sequence[str], head: Head, dtype: str, device: str
+) -> tuple[DynamicNetwork, dict[str, DetachedHead]]:
+    """Return the network of a folder with base and vectors, and the heads of its experts.
+
+    Args:
+        folder: as stage merge writes it for SE-Merging.
+        experts: their names, in the order of coefficients.
+        head: `causal_lm` or `classification`.
+        dtype: torch name of the dtype.
+        device: torch device.
+    """
+    base = open_base(folder)
+    torch_dtype = getattr(torch, dtype)
+    saved = {name: SavedHead(folder / HEADS / name) for name in experts if (folder / HEADS / name).is_dir()}
+    first = next(iter(saved.values()), None)
+    network = load_network(base, head, torch_dtype, device, first)
+    heads = {name: DetachedHead(load_network(base, head, torch_dtype, device, one)) for name, one in saved.items()}
+    return DynamicNetwork(network, parameter_vectors(folder, base, network, experts), len(experts)), heads
+
+
+def parameter_vectors(
+    folder: Path, base: Base, network: PreTrainedModel, experts: Sequence[str]
+) -> dict[str, dict[int, Vector]]:
+    """Return a folder's task vectors by the network's parameter names and the experts' indices, in its dtype."""
+    tensors = {base.network_name(name): name for name in base.weights}
+    parameters = {tensors.get(base.network_name(name)): name for name, _ in network.named_parameters()}
+    found: dict[str, dict[int, Vector]] = {}
+    for path in sorted((folder / VECTORS).glob("*.safetensors")):
+        for tensor, vectors in load_vectors(path).items():
+            if tensor in parameters:  # not a pooler or a head that this network does without
+                own = {experts.index(name): one.to(network.device, network.dtype) for name, one in vectors.items()}
+                found[parameters[tensor]] = own
+    return found

@@ -1,0 +1,119 @@
+"""Stage merge for SE-Merging: the base, and beside it what each expert adds, instead of one set of weights."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tasks.artifacts import sha256_file, write_json
+from tasks.errors import InputError
+from tasks.merge import MergeJob, flush, merge_weights, task_vector, write_companions
+from tasks.methods import agreed_contributions, contribution, has_consensus, keeps_low_rank, shares, static_coefficient
+from tasks.models.checkpoint import INDEX
+from tasks.models.expert import Base, Expert, open_base, open_expert
+from tasks.models.layers import layer_of
+from tasks.models.vectors import LowRank, Vector, compact, save_vectors
+
+VERSION = 1
+VECTORS = "vectors"
+"""Folder of the compact task vectors: a file per group of layers."""
+FILES = "files.json"
+"""sha256 of every other file, by its path in the folder."""
+
+_LATER = {FILES, "manifest.json", "fingerprint.json"}
+"""Files that come after the digests; they lie there when an interrupted try is repeated."""
+
+
+def merge_group_vectors(job: MergeJob, group: int, out: Path) -> None:
+    """Write what each expert adds to each tensor of one group of layers, in compact form and the base's dtype.
+
+    Everything the variant says is in it (sparsifying, consensus, coefficients by layer) but for a common factor, the
+    static merge's coefficient c (`static_coefficient`): the static merge is base + c · Σ vectors, and a coefficient of
+    1 adds an expert as task arithmetic of weight 1 would. A group that an interrupted run finished is left as it is.
+    Holds one tensor at a time, of each expert and the base, in float32, and the group's compact vectors.
+
+    Raises:
+        InputError: a value that is NaN or Inf, naming the tensor.
+    """
+    target = out / VECTORS / f"group-{group:05d}.safetensors"
+    if target.exists():
+        return
+    torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
+    base = open_base(job.base)
+    experts = {name: open_expert(folder, base, f"experts.{name}") for name, folder in job.experts.items()}
+    weights = merge_weights(job, base)["weights"]
+    found = {name: _vectors(job, base, experts, weights[layer_of(name)], name) for name in job.groups[group]}
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f".{target.name}")
+    save_vectors({name: vectors for name, vectors in found.items() if vectors}, partial)
+    flush(partial)
+    partial.replace(target)
+
+
+def _vectors(
+    job: MergeJob, base: Base, experts: Mapping[str, Expert], weights: Mapping[str, float], name: str
+) -> dict[str, Vector]:
+    """Return the vectors of one tensor by expert; experts that add nothing are left out."""
+    touching = {key: expert for key, expert in experts.items() if expert.touches(name)}
+    if not touching:
+        return {}
+    dtype, common = base.dtype(name), static_coefficient(job.settings, job.weight, len(experts))
+    if has_consensus(job.settings):
+        every = [task_vector(job, expert, key, weights[key], name) for key, expert in experts.items()]
+        parts = dict(zip(experts, agreed_contributions(every, job.settings), strict=True))
+        compacted = {key: compact(_finite(parts[key] / common, dtype, key, name), dtype) for key in touching}
+        return {key: vector for key, vector in compacted.items() if vector is not None}
+    share = dict(zip(experts, shares([weights[key] for key in experts], job.settings), strict=True))
+    vectors: dict[str, Vector | None] = {}
+    for key, expert in touching.items():
+        factor = share[key] / common
+        factors = expert.factors(name) if keeps_low_rank(job.settings, job.densities[key]) else None
+        if factors is not None:
+            first, second, scaling = factors
+            pair = (_finite(each, dtype, key, name).to(dtype) for each in (first, second * (scaling * factor)))
+            vectors[key] = LowRank(*(each.contiguous() for each in pair))
+        else:
+            delta = contribution(task_vector(job, expert, key, weights[key], name), factor, job.settings)
+            vectors[key] = compact(_finite(delta, dtype, key, name), dtype)
+    return {key: vector for key, vector in vectors.items() if vector is not None}
+
+
+def _finite(values: torch.Tensor, dtype: torch.dtype, expert: str, name: str) -> torch.Tensor:
+    if not bool(values.to(dtype).isfinite().all()):
+        raise InputError(
+            f"tensor {name}: what experts.{expert} adds has NaN or Inf as {dtype}; expected finite weights"
+        )
+    return values
+
+
+def finish_vectors(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
+    """Complete the folder: the base's weights, config, tokenizer, per-task heads, and the digests of all files.
+
+    Args:
+        job: the variant.
+        tokenizer: folder of the model whose tokenizer, chat template and generation config are copied.
+        out: the folder; all groups have been written to it.
+
+    Returns:
+        `digest`: sha256 over the names and digests of the files; `bytes`: size of base and vectors.
+
+    Raises:
+        OSError: a copied file reads back otherwise than the base's.
+    """
+    base = open_base(job.base)
+    weights = sorted({info.file for info in base.checkpoint.tensors.values()})
+    files = [*weights, *([INDEX] if len(weights) > 1 else [])]
+    for file in files:
+        shutil.copyfile(job.base / file, out / file)
+        if sha256_file(out / file) != sha256_file(job.base / file):
+            raise OSError(f"{out / file}: reads back otherwise than {job.base / file}; run again to copy it anew")
+    write_companions(job, base, tokenizer, out)
+    paths = sorted(path for path in out.rglob("*") if path.is_file() and path.name not in _LATER)
+    digests = {str(path.relative_to(out)): sha256_file(path) for path in paths}
+    write_json(out / FILES, digests)
+    size = sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")
+    return {"digest": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(), "bytes": size}

@@ -1,0 +1,67 @@
+"""Heads without their trunk: what follows a trunk, run on what a trunk gave."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as TrunkOutput
+
+from tasks.models.networks import load_config
+
+HEADS = "heads"
+"""Folder beside a merged trunk: a folder per expert with its head."""
+HEAD_WEIGHTS = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedHead:
+    """An expert's head in a folder of its own, as stage merge writes it."""
+
+    folder: Path
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Config of the network that ends in the head."""
+        return load_config(self.folder)
+
+    def head_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the head's tensors by parameter name."""
+        tensors: dict[str, torch.Tensor] = load_file(self.folder / HEAD_WEIGHTS)
+        return tensors
+
+
+class DetachedHead:
+    """The head of a network whose trunk is dropped; the network's own code runs, on what a trunk gave before."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        """Take a network and drop its trunk."""
+        self.network = network
+        self._replay = _Replay()
+        setattr(network, network.base_model_prefix, self._replay)
+
+    def logits(
+        self, hidden: torch.Tensor, pooled: torch.Tensor | None, inputs: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the logits, float32.
+
+        Args:
+            hidden: last hidden state of a trunk, (B, T, width).
+            pooled: its pooler's output, (B, width), where it has one.
+            inputs: what the trunk was given; some heads look for the last token in it.
+        """
+        self._replay.output = TrunkOutput(last_hidden_state=hidden, pooler_output=pooled)
+        logits: torch.Tensor = self.network(**inputs).logits
+        return logits.float()
+
+
+class _Replay(nn.Module):
+    """Stands in for a trunk."""
+
+    output: TrunkOutput
+
+    def forward(self, *_: object, **__: object) -> TrunkOutput:
+        return self.output

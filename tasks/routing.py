@@ -1,0 +1,302 @@
+"""The router of SE-Merging: from hidden states to every sample's own coefficients (DESIGN §5; arXiv 2506.18135).
+
+A rule turns a sample's pooled hidden states into one affinity per expert, the larger the better. The states come from
+probes: forward passes of the base, of the static merge and of each expert up to one block.
+
+| score | affinity of expert k | probes |
+| --- | --- | --- |
+| nearest | − d(h_merged, h_k) ÷ mean over experts (the paper's) | merge, experts |
+| shift | d(h_base, h_k), as a z-score of its values on k's calibration set | base, experts |
+| alignment | cosine of h_merged − h_base and h_k − h_base, as such a z-score | base, merge, experts |
+| centroid | − d(h_base, mean h_base of k's calibration set) ÷ mean over experts | base |
+
+λ_k = mass · softmax_k(affinity ÷ temperature). What a rule is worth is seen on the calibration sets, whose tasks are
+known: statistics from one half of them, judged on the other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from torch import Tensor
+
+from tasks.datasets import Strict
+
+ScoreName = Literal["nearest", "shift", "alignment", "centroid"]
+PoolName = Literal["cls", "mean", "last"]
+MetricName = Literal["l2", "cosine"]
+
+SCORES: tuple[ScoreName, ...] = ("centroid", "nearest", "shift", "alignment")
+POOLS: tuple[PoolName, ...] = ("cls", "mean", "last")
+SEARCHED_LAYERS = 6
+"""How many layers `layer: auto` looks at, evenly spread: a deep model's neighbouring blocks tell the same."""
+
+
+class SeApplication(Strict):
+    """SE-Merging (arXiv 2506.18135): coefficients for each input sample, from which experts it resembles."""
+
+    kind: Literal["se"]
+    score: Literal["auto", "nearest", "shift", "alignment", "centroid"] = Field(
+        "auto", description="how a sample's resemblance to an expert is measured; auto: the cheapest of the best"
+    )
+    layer: Literal["auto"] | int = Field("auto", description="block whose output is compared: 1 to their number")
+    pool: Literal["auto", "cls", "mean", "last"] = Field(
+        "auto", description="first token, mean over tokens or last token of the block's output"
+    )
+    metric: MetricName = Field("l2", description="distance of two pooled hidden states (not for alignment)")
+    temperature: FiniteFloat = Field(
+        0.05, gt=0, description="T; large values approach the static merge, small ones take one expert"
+    )
+    mass: FiniteFloat | None = Field(
+        None, gt=0, description="sum of a sample's coefficients; that of the static merge if left out"
+    )
+    fallback: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="held-out accuracy on the calibration sets (lower end of its interval) below which coefficients "
+        "are drawn towards those of the static merge; 0: never",
+    )
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _layer(cls, value: object) -> object:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise ValueError("expected auto, or the number of a block")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SeApplication":
+        if self.score == "alignment" and "metric" in self.model_fields_set:
+            raise ValueError("metric has no meaning for score alignment, which is a cosine; leave it out")
+        return self
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to tell which expert a sample belongs to."""
+
+    score: ScoreName
+    layer: int
+    pool: PoolName
+    metric: MetricName
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base is probed."""
+        return self.score != "nearest"
+
+    @property
+    def needs_merged(self) -> bool:
+        """Whether the static merge is probed."""
+        return self.score in ("nearest", "alignment")
+
+    @property
+    def needs_experts(self) -> bool:
+        """Whether every expert is probed."""
+        return self.score != "centroid"
+
+    def passes(self, experts: int, blocks: int) -> float:
+        """Return what the probes of one sample cost, in whole forward passes of the plain model."""
+        probes = self.needs_base + self.needs_merged + self.needs_experts * experts
+        return probes * self.layer / blocks
+
+
+class RouterSettings(BaseModel):
+    """How affinities become coefficients."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float
+    mass: float
+    """sum of a sample's coefficients under full trust"""
+    static: float
+    """every expert's coefficient in the static merge"""
+    trust: float
+    """how far the route is followed, 0 to 1"""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Pooled hidden states of N samples, float32; what a rule does not need may be left out."""
+
+    base: Tensor | None
+    """(N, width)"""
+    merged: Tensor | None
+    """(N, width), of the static merge"""
+    experts: Tensor | None
+    """(N, K, width)"""
+
+    def rows(self, chosen: Tensor) -> "Features":
+        """Return the features of some of the samples (indices or mask)."""
+        picked = (None if each is None else each[chosen] for each in (self.base, self.merged, self.experts))
+        return Features(*picked)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a rule learns from the calibration sets; empty for `nearest`."""
+
+    centroids: Tensor | None = None
+    """(K, width)"""
+    mean: Tensor | None = None
+    """(K,), of the raw score of each expert on its own calibration set"""
+    std: Tensor | None = None
+    """(K,)"""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what there is, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def pooled(hidden: Tensor, mask: Tensor, pool: PoolName) -> Tensor:
+    """Pool hidden states (B, T, width) over the tokens that the mask (B, T) marks with 1 → (B, width), float32.
+
+    `cls` is the first such token, `last` the last: padding may stand on either side.
+    """
+    hidden = hidden.float()
+    weights = mask.to(hidden.dtype)
+    if pool == "mean":
+        return (hidden * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    place = (weights * (positions + 1 if pool == "last" else len(positions) - positions)).argmax(1)
+    chosen: Tensor = hidden[torch.arange(len(hidden), device=hidden.device), place]
+    return chosen
+
+
+def distance(a: Tensor, b: Tensor, metric: MetricName) -> Tensor:
+    """Return the Euclidean distance or 1 − cosine along the last dimension; shapes broadcast."""
+    if metric == "l2":
+        return (a - b).square().sum(-1).sqrt()
+    return 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)
+
+
+def fit(rule: Rule, features: Features, owners: Tensor, experts: int) -> Statistics:
+    """Return a rule's statistics from calibration samples, whose expert is `owners` (N,); every expert has some."""
+    if rule.score == "nearest":
+        return Statistics()
+    own = [(owners == k).nonzero().flatten() for k in range(experts)]
+    if rule.score == "centroid":
+        assert features.base is not None
+        return Statistics(centroids=torch.stack([features.base[rows].mean(0) for rows in own]))
+    raw = _raw(rule, features, Statistics())
+    values = [raw[rows, k] for k, rows in enumerate(own)]
+    # A single calibration sample has no spread; it then counts as it is.
+    spread = [float(value.std(correction=0)) or 1.0 for value in values]
+    return Statistics(mean=torch.stack([value.mean() for value in values]), std=raw.new_tensor(spread))
+
+
+def affinities(rule: Rule, features: Features, statistics: Statistics) -> Tensor:
+    """Return how much each sample resembles each expert, (N, K); comparable within a sample only."""
+    raw = _raw(rule, features, statistics)
+    if statistics.mean is not None and statistics.std is not None:
+        return (raw - statistics.mean) / statistics.std
+    return -raw / raw.mean(dim=1, keepdim=True).clamp_min(torch.finfo(raw.dtype).tiny)
+
+
+def _raw(rule: Rule, features: Features, statistics: Statistics) -> Tensor:
+    """Return a rule's distances or cosines, (N, K)."""
+    base, merged, experts = features.base, features.merged, features.experts
+    if rule.score == "centroid":
+        assert base is not None
+        assert statistics.centroids is not None
+        return distance(base[:, None], statistics.centroids, rule.metric)
+    assert experts is not None
+    if rule.score == "nearest":
+        assert merged is not None
+        return distance(merged[:, None], experts, rule.metric)
+    assert base is not None
+    if rule.score == "shift":
+        return distance(base[:, None], experts, rule.metric)
+    assert merged is not None
+    return torch.nn.functional.cosine_similarity((merged - base)[:, None], experts - base[:, None], dim=-1)
+
+
+def coefficients(affinity: Tensor, settings: RouterSettings) -> Tensor:
+    """Return λ (N, K) = trust · mass · softmax over experts of affinity ÷ T + (1 − trust) · static; affinity (N, K)."""
+    # The largest first becomes 0, and the division is in float64: then no T is too small.
+    exponents = (affinity - affinity.amax(1, keepdim=True)).double() / settings.temperature
+    share = torch.softmax(exponents, dim=1).to(affinity.dtype)
+    return settings.trust * settings.mass * share + (1 - settings.trust) * settings.static
+
+
+def trust(accuracy: float, experts: int, fallback: float) -> float:
+    """Return how far a route is followed: 1 from `fallback` on, 0 at chance (1 / K) and below, linear between.
+
+    Give it the lower end of the accuracy's interval: the best of many rules on few samples is good by chance.
+    """
+    chance = 1 / experts
+    if accuracy >= fallback:
+        return 1.0
+    return max(0.0, (accuracy - chance) / (fallback - chance)) if fallback > chance else 0.0
+
+
+def identified(rule: Rule, features: Features, owners: Tensor, experts: int) -> Tensor:
+    """Return the expert that a rule takes for the right one of each calibration sample, (N,), judged on held-out ones.
+
+    Statistics come from every other sample of each expert, those in between are judged by them, and the other way
+    round. An expert with a single sample has it in both halves.
+    """
+    found = torch.empty_like(owners)
+    place = torch.zeros_like(owners)
+    for k in range(experts):
+        own = owners == k
+        place[own] = torch.arange(int(own.sum()))
+    alone = torch.bincount(owners, minlength=experts)[owners] == 1
+    for half in (0, 1):
+        judged = place % 2 == half
+        seen = ~judged | alone
+        statistics = fit(rule, features.rows(seen), owners[seen], experts)
+        found[judged] = affinities(rule, features.rows(judged), statistics).argmax(1)
+    return found
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rule, how often it is right on held-out calibration samples, and its price."""
+
+    rule: Rule
+    accuracy: float
+    passes: float
+    """forward passes of the plain model per sample"""
+
+
+def candidates(application: SeApplication, blocks: int) -> list[Rule]:
+    """Return the rules that the settings leave open."""
+    scores: Sequence[ScoreName] = SCORES if application.score == "auto" else (application.score,)
+    layers = searched_layers(blocks) if application.layer == "auto" else (application.layer,)
+    pools: Sequence[PoolName] = POOLS if application.pool == "auto" else (application.pool,)
+    return [Rule(score, layer, pool, application.metric) for score in scores for layer in layers for pool in pools]
+
+
+def searched_layers(blocks: int) -> tuple[int, ...]:
+    """Return the layers that `layer: auto` looks at."""
+    count = min(blocks, SEARCHED_LAYERS)
+    return tuple(math.ceil(blocks * (i + 1) / count) for i in range(count))
+
+
+def judge(
+    rules: Sequence[Rule], features: Mapping[tuple[int, PoolName], Features], owners: Tensor, experts: int, blocks: int
+) -> list[Candidate]:
+    """Return every rule with its held-out accuracy; features by (layer, pool)."""
+    judged = []
+    for rule in rules:
+        right = identified(rule, features[rule.layer, rule.pool], owners, experts) == owners
+        judged.append(Candidate(rule, float(right.double().mean()), rule.passes(experts, blocks)))
+    return judged
+
+
+def choose(judged: Sequence[Candidate], samples: int) -> Candidate:
+    """Return the cheapest of the best: of those within one standard error of the best accuracy, the fewest passes.
+
+    The one-standard-error rule of Breiman et al. (1984) for cross-validation, with the error of (hits + 1) / (n + 2),
+    which is not 0 where every sample is right. Of equally cheap ones the most accurate.
+    """
+    best = max(candidate.accuracy for candidate in judged)
+    share = (best * samples + 1) / (samples + 2)
+    error = math.sqrt(share * (1 - share) / samples)
+    good = [candidate for candidate in judged if candidate.accuracy >= best - error]
+    return min(good, key=lambda candidate: (candidate.passes, -candidate.accuracy))

@@ -1,0 +1,79 @@
+"""The model card of a dynamic model, written by a run of a real recipe."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import command_line, tiny_recipe, write_recipe
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def finished(
+    llamas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The report of a recipe, and its cards by variant."""
+    folder = tmp_path_factory.mktemp("cards")
+    recipe = tiny_recipe(llamas, folder)
+    # Two tasks with the same texts: any route is right on half of them.
+    (folder / "code.jsonl").write_text((folder / "math.jsonl").read_text())
+    trusted, doubted = ({"kind": "se", "score": "nearest", "fallback": fallback} for fallback in (0, 1))
+    recipe["merges"] = {
+        "static": {"method": "task_arithmetic", "weight": 0.5},
+        "trusted": {"method": "task_arithmetic", "weight": 0.5, "application": trusted},
+        "doubted": {"method": "task_arithmetic", "weight": 0.5, "application": doubted},
+    }
+    report = folder / "report.json"
+    path = write_recipe(folder, recipe)
+    assert command_line("run", path, "--store", folder / "store", "--address", ray_address, "--report", report) == 0
+    found = json.loads(report.read_text())
+    cards = {name: (Path(found["models"][name]) / "README.md").read_text() for name in recipe["merges"]}
+    return found, cards
+
+
+def test_the_code_of_the_card_answers(
+    finished: tuple[dict[str, Any], dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, cards = finished
+    code = cards["trusted"].split("```python\n")[1].split("```")[0].replace("FOLDER", report["models"]["trusted"])
+    exec(code, {})
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"(?:math|code) \{'math': \d\.\d+(?:e-\d+)?, 'code': \d\.\d+(?:e-\d+)?\}", printed)) == 2
+
+
+def test_a_dynamic_model_is_not_said_to_load_as_a_transformers_model(
+    finished: tuple[dict[str, Any], dict[str, str]],
+) -> None:
+    _, cards = finished
+    for name in ("trusted", "doubted"):
+        assert "library_name: sensmerge" in cards[name]
+        assert "from_pretrained" not in cards[name]
+        assert "## Heads" not in cards[name]
+    assert "library_name: transformers" in cards["static"]
+    assert "DynamicModel" not in cards["static"]
+    assert "## Route" not in cards["static"]
+
+
+def test_the_card_says_what_the_route_is_and_how_often_it_is_right(
+    finished: tuple[dict[str, Any], dict[str, str]],
+) -> None:
+    report, cards = finished
+    for name in ("trusted", "doubted"):
+        route = report["routes"][name]
+        assert f"`nearest`, output of block {route['rule']['layer']}" in cards[name]
+        for key, what in (("calibration", "held-out calibration"), ("evaluation", "evaluation")):
+            score = route[key]
+            line = "- {} samples: {value:.3f} [{low:.3f}, {high:.3f}], n = {n}".format(what, **score)
+            assert line in cards[name]
+        assert route["evaluation"]["n"] == 12
+
+
+def test_the_card_says_what_falls_back(finished: tuple[dict[str, Any], dict[str, str]]) -> None:
+    _, cards = finished
+    assert "followed fully" in cards["trusted"]
+    assert "less than 100% of the held-out calibration samples" in cards["doubted"]
+    assert "0% of each coefficient is the route's, 100% the static merge's" in cards["doubted"]

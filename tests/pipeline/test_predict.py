@@ -1,0 +1,330 @@
+"""The rows of a file answered by dynamic models of tiny networks, on a real Ray cluster."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline import predict
+from pipeline.plan import StepError
+from pipeline.run import BATCHES_AHEAD, Workers, work_in_batches
+from tasks.dynamic_model import DynamicModel
+from tasks.errors import InputError
+from tests.conftest import command_line, tiny_recipe, write_recipe, write_rows
+
+pytestmark = pytest.mark.ray
+
+Row = dict[str, Any]
+SE = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}
+
+
+def dynamic_model(recipe: dict[str, Any], folder: Path, address: str) -> Path:
+    """Run a recipe with the one variant `se` and return its folder."""
+    recipe["merges"] = {"se": SE}
+    report = folder / "report.json"
+    path = write_recipe(folder, recipe)
+    assert command_line("run", path, "--store", folder / "store", "--address", address, "--report", report) == 0
+    return Path(json.loads(report.read_text())["models"]["se"])
+
+
+@pytest.fixture(scope="module")
+def writer(llamas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
+    """A dynamic language model of the tiny Llamas math and code."""
+    folder = tmp_path_factory.mktemp("writer")
+    return dynamic_model(tiny_recipe(llamas, folder), folder, ray_address)
+
+
+@pytest.fixture(scope="module")
+def classifier(berts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
+    """A dynamic classifier of the tiny BERTs mood (2 classes) and topic (3 classes)."""
+    folder = tmp_path_factory.mktemp("classifier")
+    words = {"mood": ("glad", "sad"), "topic": ("sports", "trade", "arts")}
+    tasks = {}
+    for name, classes in words.items():
+        rows: list[dict[str, object]] = [
+            {"text": f"{classes[i % len(classes)]} {i}", "label": i % len(classes)} for i in range(6)
+        ]
+        source = {"path": "json", "data_files": str(write_rows(folder / f"{name}.jsonl", rows))}
+        tasks[name] = {"kind": "classification", "calibration": source, "evaluation": source}
+    experts = {name: {"model": str(berts[name])} for name in words}
+    recipe = {"name": "classifier", "base": str(berts["base"]), "experts": experts, "tasks": tasks}
+    return dynamic_model(recipe, folder, ray_address)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Eleven rows, each with its text in `question` and other fields."""
+    rows: list[dict[str, object]] = [
+        {"id": i, "question": f"{i}+{'1' * i}= ü", "more": {"x": [1.5, None]}} for i in range(11)
+    ]
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.fixture
+def answered(tmp_path: Path, ray_address: str) -> Callable[..., str]:
+    """Run `predict` and return what it wrote."""
+
+    def answered(folder: Path, source: Path, *more: object) -> str:
+        target = tmp_path / "out.jsonl"
+        options = ("--field", "question", "--max-new-tokens", 5, "--address", ray_address)
+        assert command_line("predict", folder, source, target, *options, *more) == 0
+        assert {path.name for path in target.parent.glob("*out*")} == {"out.jsonl"}
+        return target.read_text()
+
+    return answered
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], ray_address: str) -> Callable[..., str]:
+    """Run a `predict` that must fail as bad input does and leave no file behind; returns the one line it says."""
+
+    def refused(folder: Path, source: Path, *more: object, target: Path = tmp_path / "out.jsonl") -> str:
+        before = set(tmp_path.rglob("*"))
+        capsys.readouterr()  # what was printed while models were made
+        status = command_line("predict", folder, source, target, "--address", ray_address, *more)
+        error = capsys.readouterr().err
+        assert status == 2, error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert set(tmp_path.rglob("*")) == before
+        return error
+
+    return refused
+
+
+def rows_of(text: str) -> list[Row]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def check_answers(folder: Path, source: Path, rows: list[Row]) -> None:
+    """Check that every row of the source has come back in its place, answered as the model itself does."""
+    given = rows_of(source.read_text())
+    assert [list(row) for row in rows] == [[*row, "prediction", "expert", "coefficients"] for row in given]
+    predictions = DynamicModel.load(folder).predict([row["question"] for row in given], 5)
+    for row, before, expected in zip(rows, given, predictions, strict=True):
+        assert row == {**row, **before}
+        assert (row["prediction"], row["expert"]) == (expected.prediction, expected.expert)
+        assert row["coefficients"] == pytest.approx(expected.coefficients, abs=1e-4)
+
+
+def test_continuations_are_the_same_from_one_and_two_workers(
+    writer: Path, source: Path, tmp_path: Path, answered: Callable[..., str]
+) -> None:
+    (tmp_path / "out.jsonl").write_text("a file that is replaced\n" * 100)
+    one = answered(writer, source, "--batch-size", 3, "--workers", 1)
+    check_answers(writer, source, rows_of(one))
+    assert answered(writer, source, "--batch-size", 3, "--workers", 2) == one
+
+
+def test_classes_are_those_of_the_expert_that_answers(
+    classifier: Path, source: Path, answered: Callable[..., str]
+) -> None:
+    rows = rows_of(answered(classifier, source, "--batch-size", 4))
+    check_answers(classifier, source, rows)
+    classes = {"mood": {"LABEL_0", "LABEL_1"}, "topic": {"LABEL_0", "LABEL_1", "LABEL_2"}}
+    assert all(row["prediction"] in classes[row["expert"]] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"", "is not JSON"),
+        (b"{'text': 'a'}", "is not JSON"),
+        (b'{"text": "a"', "is not JSON"),
+        (b'{"text": "a", "x": NaN}', "is not JSON"),
+        (b'{"text": "a", "x": 1e999}', "is not JSON"),
+        (b'{"text": "\\ud800"}', "is not JSON"),
+        (b'{"text": "\xff"}', "is not JSON"),
+        (b"[" * 10**6, "is not JSON"),
+        (b'["text"]', "is a list; expected an object"),
+        (b'{"id": 1, "question": "a"}', "has no field 'text' but id, question; name the text's with --field"),
+        (b"{}", "has no field 'text' but none"),
+        (b'{"text": null}', "field 'text' is a NoneType; expected a text"),
+        (b'{"text": "a", "prediction": 1}', "has a field 'prediction' already"),
+        (b'{"text": "a", "expert": 1}', "has a field 'expert' already"),
+        (b'{"text": "a", "coefficients": 1}', "has a field 'coefficients' already"),
+    ],
+    ids=range(15),
+)
+def test_bad_row(writer: Path, tmp_path: Path, refused: Callable[..., str], line: bytes, said: str) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    error = refused(writer, source)
+    assert f"{source}: line 2: {said}" in error
+
+
+def test_rows_are_checked_before_ray_is_asked(writer: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}, {"question": "a"}])
+    assert f"{source}: line 2: has no field" in refused(writer, source, "--address", "127.0.0.1:1")
+
+
+def test_text_that_the_model_does_not_take_is_named_by_its_line(
+    writer: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    rows: list[dict[str, object]] = [{"text": "a"} for _ in range(5)]
+    source = write_rows(tmp_path / "rows.jsonl", [*rows, {"text": "x" * 124}, *rows])
+    error = refused(writer, source, "--batch-size", 2, "--max-new-tokens", 5)
+    assert f"{source}: line 6 has 124 tokens; the model takes 1 to 123" in error
+
+
+def test_text_without_a_token_is_named_by_its_line(classifier: Path) -> None:
+    answer = predict._load(classifier, "cpu", "text", 5)
+    with pytest.raises(InputError, match=r"^f\.jsonl: line 8 has 0 tokens; the model takes 1 to 128"):
+        answer([("f.jsonl: line 7", {"text": "a"}), ("f.jsonl: line 8", {"text": ""})])
+
+
+def test_input_without_rows_and_without_a_file(writer: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    assert f"{empty}: has no rows" in refused(writer, empty)
+    assert "none.jsonl: no such file" in refused(writer, tmp_path / "none.jsonl")
+
+
+def test_output_that_cannot_be_made(writer: Path, source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    assert "does not exist; make it first" in refused(writer, source, target=tmp_path / "none" / "out.jsonl")
+    assert "is a folder; name a file in it" in refused(writer, source, target=tmp_path)
+    for same in (source, tmp_path / "link.jsonl"):
+        assert "is the input; write to another file" in refused(writer, source, target=same)
+    assert source.read_bytes() == before
+    name = "x" * 250  # beside it, the partial file's name is longer than file systems allow
+    assert "cannot be written" in refused(writer, source, "--field", "question", target=tmp_path / name)
+
+
+def no_manifest(folder: Path) -> str:
+    (folder / "dynamic.json").unlink()
+    return "no dynamic.json in it"
+
+
+def missing_file(folder: Path) -> str:
+    (folder / "statistics.safetensors").unlink()
+    return "statistics.safetensors: is missing"
+
+
+def altered_file(folder: Path) -> str:
+    path = next(folder.glob("*/*.safetensors"))
+    content = path.read_bytes()
+    path.unlink()  # the copy may be a link
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return f"{path.name}: is altered"
+
+
+@pytest.mark.parametrize("damage", [no_manifest, missing_file, altered_file])
+def test_damaged_folder_is_found_before_ray_is_asked(
+    writer: Path, source: Path, tmp_path: Path, refused: Callable[..., str], damage: Callable[[Path], str]
+) -> None:
+    shutil.copytree(writer, tmp_path / "model")
+    said = damage(tmp_path / "model")
+    assert said in refused(tmp_path / "model", source, "--field", "question", "--address", "127.0.0.1:1")
+
+
+def test_more_workers_than_the_cluster_has_room_for(writer: Path, source: Path, refused: Callable[..., str]) -> None:
+    question = ("--field", "question")
+    assert "room for 2 workers with 1 CPU and 0 GPUs each, 3 wanted" in refused(
+        writer, source, *question, "--workers", 3
+    )
+    assert "--num-gpus: is 1.5" in refused(writer, source, *question, "--num-gpus", 1.5)
+    assert "with 1 CPU and 9999 GPUs each" in refused(writer, source, *question, "--num-gpus", 9999)
+
+
+def test_input_that_loses_rows_while_it_is_read(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(5)])
+    whole = [row["text"] for batch in predict._batches(source, "text", 2, 4) for _, row in batch]
+    assert whole == ["0", "1", "2", "3"]
+    with pytest.raises(InputError, match="lost rows while it was read"):
+        list(predict._batches(source, "text", 2, 6))
+
+
+def overfill(target: Path) -> None:
+    """Write more than the system lets a file hold, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with predict._written_whole(target) as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            file.write("x" * 10**6)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_that_cannot_be_finished_is_not_left_behind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"out\.jsonl: cannot be written .*too large"):
+        overfill(tmp_path / "out.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def squares(marker: Path) -> Callable[[int], int]:
+    """Load a worker that squares; batch 5 kills it the first time, as the kernel does when memory runs out."""
+
+    def work(batch: int) -> int:
+        if batch == 5 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch**2
+
+    return work
+
+
+def killer() -> Callable[[int], int]:
+    def work(batch: int) -> int:
+        if batch == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch
+
+    return work
+
+
+def broken_model(calls: Path) -> Callable[[int], int]:
+    with calls.open("a") as file:
+        file.write("x")
+    raise RuntimeError("broken on purpose")
+
+
+def work(load: Callable[[], Callable[[int], int]], total: int, workers: int, address: str) -> list[int]:
+    found: list[int] = []
+    batches = iter(range(total))
+    work_in_batches(load, batches, total, found.append, Workers(workers, 0), address, Console(quiet=True))
+    return found
+
+
+def test_the_batch_of_a_worker_that_dies_is_done_again(tmp_path: Path, ray_address: str) -> None:
+    found = work(partial(squares, tmp_path / "died"), 20, 2, ray_address)
+    assert (tmp_path / "died").exists()
+    assert found == [i**2 for i in range(20)]
+
+
+def test_a_batch_that_keeps_killing_workers_stops_the_work(ray_address: str) -> None:
+    with pytest.raises(StepError, match="a batch: its worker died 3 times"):
+        work(killer, 8, 1, ray_address)
+
+
+def test_an_exception_is_final(tmp_path: Path, ray_address: str) -> None:
+    with pytest.raises(StepError, match=r"a batch failed: .*broken on purpose"):
+        work(partial(broken_model, tmp_path / "calls"), 3, 1, ray_address)
+    assert (tmp_path / "calls").read_text() == "x"
+
+
+def test_few_batches_are_read_before_the_first_is_taken(tmp_path: Path, ray_address: str) -> None:
+    taken, most = 0, 0
+
+    def batches() -> Any:
+        nonlocal most
+        for number in range(60):
+            most = max(most, number + 1 - taken)
+            yield number
+
+    def take(_: int) -> None:
+        nonlocal taken
+        taken += 1
+
+    load = partial(squares, tmp_path)
+    work_in_batches(load, batches(), 60, take, Workers(1, 0), ray_address, Console(quiet=True))
+    assert taken == 60
+    assert most <= BATCHES_AHEAD
