@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tasks.errors import InputError
-from tasks.models.layers import in_block, layer_of
+from tasks.models.layers import block_names
 from tasks.models.vectors import Dense, LowRank, Sparse, Vector
 
 
@@ -58,7 +58,7 @@ class DynamicNetwork:
                 assert kind is not None, f"{name}: check_dynamic was not called"
                 self._terms.append(kind(name, module, own))
         trunk = network.base_model
-        layers = dict.fromkeys(layer_of(name) for name, _ in trunk.named_parameters() if in_block(name))
+        layers = block_names(name for name, _ in trunk.named_parameters())
         self._blocks: list[nn.Module] = [trunk.get_submodule(layer) for layer in layers]
         self.blocks = len(self._blocks)
 

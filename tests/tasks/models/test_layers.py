@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.models.layers import group_by_layer, in_block, layer_of
+from tasks.models.layers import block_names, group_by_layer, in_block, layer_of
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,15 @@ def test_group_by_layer_keeps_the_order() -> None:
         "ln_f": ["ln_f.weight", "ln_f.bias"],
     }
     assert list(group_by_layer(names)) == ["wte", "h.1", "h.0", "ln_f"]
+
+
+def test_blocks_in_order() -> None:
+    names = [
+        "embed.weight",
+        "layers.0.a.weight",
+        "layers.0.b.weight",
+        "layers.10.a.weight",
+        "layers.2.a.weight",
+        "norm",
+    ]
+    assert block_names(names) == ["layers.0", "layers.10", "layers.2"]
