@@ -112,7 +112,8 @@ The right expert was found, as a share of samples [95 % interval]:
 {shares}
 
 Where a route finds the right expert of less than {fallback:.0%} of the held-out calibration samples
-(`application.fallback`), its coefficients are drawn towards those of the static merge. {followed}
+(`application.fallback`; the lower end of the interval counts), its coefficients are drawn towards those of the static
+merge. {followed}
 """
 
 

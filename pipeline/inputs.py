@@ -88,7 +88,8 @@ def gather_inputs(recipe: Recipe, folder: Path, cache: Path) -> Inputs:
     folders = [listing.folder for listing in listings.values()]
     tokenizer = next((one for one in folders if has_tokenizer(one)), folders[0])
     reader = load_tokenizer(tokenizer) if recipe.tasks else None
-    data = {name: _task_rows(name, task, experts[name], reader, folder) for name, task in recipe.tasks.items()}
+    routed = bool(recipe.se_variants())
+    data = {name: _task_rows(name, task, experts[name], reader, folder, routed) for name, task in recipe.tasks.items()}
     return Inputs(base, experts, listings, data, tokenizer)
 
 
@@ -205,7 +206,7 @@ def _check_heads(key: str, trunk: str, experts: Mapping[str, Expert]) -> None:
             )
 
 
-def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Path) -> TaskRows:
+def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Path, routed: bool) -> TaskRows:
     if not isinstance(task, ClassificationTask):
         lacking = missing_parameters(expert.base, "causal_lm")
         if lacking:
@@ -233,6 +234,8 @@ def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Pa
             where = f"row {number} of {key}"
             sample = encode(task, row, tokenizer, where, label2id)
             _check_sample(f"tasks.{name}", where, task, sample, expert)
+            if routed and not sample.prompt_tokens:
+                raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
             tokens[split] += len(sample.input_ids)
     return TaskRows(task, rows["calibration"], rows["evaluation"], tokens["calibration"])
 

@@ -139,7 +139,7 @@ class Recipe(Strict):
     experts: dict[Name, ExpertModel] = Field(description="the experts by name")
     tasks: dict[Name, Task] = Field({}, description="what each expert is good at, under the expert's name")
     merges: dict[Name, Variant] = Field(min_length=1, description="the variants by name")
-    dtype: Dtype = Field("float32", description="dtype in which networks run (sensitivity, cross_task, evaluate)")
+    dtype: Dtype = Field("float32", description="dtype in which networks run")
     resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
 
     @field_validator("tasks", "resources", mode="before")

@@ -62,7 +62,7 @@ class RouteInfo(BaseModel):
     passes: float | None = Field(None, description="forward passes per sample: the probes' share of the blocks, and 1")
     milliseconds: float | None = Field(None, description="time per sample")
     peak_memory: int | None = Field(None, description="largest resident memory of the evaluation, in bytes")
-    bytes: int = Field(description="size of base and task vectors")
+    bytes: int = Field(description="size of the dynamic model's weights: base, task vectors, heads")
     source_bytes: int = Field(description="size of the weights of base and experts they come from")
 
 
@@ -104,7 +104,7 @@ def route_table(report: Report) -> Table:
     table.add_column("variant")
     table.add_column("route")
     columns = ("held-out\ncalibration", "task\nidentified", "coefficient of\nright expert", "routed\nnormalised")
-    for column in (*columns, "passes", "ms"):
+    for column in (*columns, "passes", "ms", "size ÷ base\nand experts"):
         table.add_column(column, justify="right")
     for name, route in report.routes.items():
         rule = "{score}, layer {layer}\n{pool}, {metric}".format(**route.rule)
@@ -116,6 +116,7 @@ def route_table(report: Report) -> Table:
             rule + trust,
             *(_cell(score) for score in scores),
             *("–" if cost is None else f"{cost:.1f}" for cost in costs),
+            f"{route.bytes / route.source_bytes:.2f}",
         )
     return table
 
@@ -123,9 +124,9 @@ def route_table(report: Report) -> Table:
 def route_warnings(report: Report) -> list[str]:
     """Return a line for every route that the calibration samples do not bear out."""
     return [
-        f"{name}: the route ({route.rule['score']}) finds the right expert of only {route.calibration.value:.0%} of "
-        f"held-out calibration samples; its coefficients are drawn towards the static merge's, followed by "
-        f"{route.trust:.0%}"
+        f"{name}: the route ({route.rule['score']}) finds the right expert of {route.calibration.value:.0%} of "
+        f"{route.calibration.n} held-out calibration samples, surely of {route.calibration.low:.0%} only: it is "
+        f"followed by {route.trust:.0%}, the rest is the static merge; add calibration samples or choose another score"
         for name, route in report.routes.items()
         if route.trust < 1
     ]

@@ -109,7 +109,7 @@ def load_network_with_heads(
     saved = {name: SavedHead(folder / HEADS / name) for name in experts if (folder / HEADS / name).is_dir()}
     first = next(iter(saved.values()), None)
     network = load_network(base, head, torch_dtype, device, first)
-    heads = {name: DetachedHead(load_network(base, head, torch_dtype, device, one)) for name, one in saved.items()}
+    heads = {name: DetachedHead.load(one, torch_dtype, device) for name, one in saved.items()}
     return DynamicNetwork(network, parameter_vectors(folder, base, network, experts), len(experts)), heads
 
 

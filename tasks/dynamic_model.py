@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tasks.datasets import pad, tokens
 from tasks.dynamic_folder import STATISTICS, check_files, load_network_with_heads, read_manifest
 from tasks.errors import InputError
-from tasks.evaluate import generate, pad_token
+from tasks.evaluate import finite, generate, pad_token
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.heads import DetachedHead
 from tasks.models.networks import load_tokenizer, positions
@@ -77,8 +77,7 @@ class DynamicModel:
         self.device = network.network.device
         self._pad_id = pad_token(network.network, tokenizer)
         for each in (network.network, *(head.network for head in heads.values())):
-            if each.config.pad_token_id is None:  # by which the head of a decoder finds the last token
-                each.config.pad_token_id = self._pad_id
+            each.config.pad_token_id = self._pad_id  # by it the head of a decoder finds the last token
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", dtype: str | None = None, verify: bool = True) -> "DynamicModel":
@@ -173,17 +172,21 @@ class DynamicModel:
             places: what messages call the texts; None for `text 0`, `text 1`, ….
 
         Raises:
-            InputError: a text without a token, or longer than the model takes.
+            InputError: a text without a token, or longer than the model takes; an answer that is NaN or infinite.
         """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         if not texts:
             return []
         places = places or [f"text {number}" for number in range(len(texts))]
         sequences = [self._tokens(text, place, max_new_tokens) for text, place in zip(texts, places, strict=True)]
         routes = self.route(sequences)
+        finite(routes.coefficients)
         names = [self.experts[expert] for expert in routes.experts]
         if self.classifies:
             logits = self.class_logits(sequences, routes, names)[0]
-            answers = [self._label(name, int(values.argmax())) for name, values in zip(names, logits, strict=True)]
+            classes = [int(finite(values).argmax()) for values in logits]
+            answers = [self._label(name, index) for name, index in zip(names, classes, strict=True)]
         else:
             generated = self.generate(sequences, routes, max_new_tokens)
             answers = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]

@@ -19,7 +19,6 @@ from tasks.datasets import (
     encode_choices,
 )
 from tasks.dynamic_model import DynamicModel, Routes
-from tasks.errors import InputError
 from tasks.evaluate import choose, finite, is_exact, likelihood
 from tasks.metrics import Record, mean_score, score_records
 
@@ -61,8 +60,8 @@ def evaluate_dynamic(model: Path, evaluation: Mapping[str, RowSet], device: str,
     """
     loaded = DynamicModel.load(model, device)
     items = [item for name, one in evaluation.items() for item in _items(name, one, loaded)]
-    random.Random(0).shuffle(items)
     batch_size = min(one.task.batch_size for one in evaluation.values())
+    random.Random(0).shuffle(items)
     records: dict[str, dict[int, Record]] = {name: {} for name in evaluation}
     taken: dict[str, list[int]] = {name: [] for name in evaluation}
     right: list[float] = []
@@ -107,8 +106,7 @@ def _items(name: str, one: RowSet, model: DynamicModel) -> list[_Item]:
         else:
             samples = [encode(one.task, row, model.tokenizer, where, one.label2id)]
         prompt = samples[0].input_ids[: samples[0].prompt_tokens]
-        if not prompt:
-            raise InputError(f"{where}: the prompt has no token to route on; leave the row out")
+        assert prompt, f"{where}: the plan refuses empty prompts"
         items.append(_Item(prompt, samples, name, number))
     return items
 

@@ -13,7 +13,7 @@ from tasks.artifacts import sha256_file, write_json
 from tasks.errors import InputError
 from tasks.merge import MergeJob, flush, merge_weights, task_vector, write_companions
 from tasks.methods import agreed_contributions, contribution, has_consensus, keeps_low_rank, shares, static_coefficient
-from tasks.models.checkpoint import INDEX
+from tasks.models.checkpoint import INDEX, WEIGHTS
 from tasks.models.expert import Base, Expert, open_base, open_expert
 from tasks.models.layers import layer_of
 from tasks.models.vectors import LowRank, Vector, compact, save_vectors
@@ -33,8 +33,11 @@ def merge_group_vectors(job: MergeJob, group: int, out: Path) -> None:
 
     Everything the variant says is in it (sparsifying, consensus, coefficients by layer) but for a common factor, the
     static merge's coefficient c (`static_coefficient`): the static merge is base + c · Σ vectors, and a coefficient of
-    1 adds an expert as task arithmetic of weight 1 would. A group that an interrupted run finished is left as it is.
-    Holds one tensor at a time, of each expert and the base, in float32, and the group's compact vectors.
+    1 adds an expert's whole (sparse) task vector. Normalised TIES has no such factor, since it divides each element by
+    the weights that agree there: its c = λ / K leaves what one expert has alone K-fold.
+
+    A group that an interrupted run finished is left as it is. Holds one tensor at a time, of each expert and the base,
+    in float32, and the group's compact vectors.
 
     Raises:
         InputError: a value that is NaN or Inf, naming the tensor.
@@ -99,14 +102,14 @@ def finish_vectors(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         out: the folder; all groups have been written to it.
 
     Returns:
-        `digest`: sha256 over the names and digests of the files; `bytes`: size of base and vectors.
+        `digest`: sha256 over the names and digests of the files; `bytes`: size of all weights, heads included.
 
     Raises:
         OSError: a copied file reads back otherwise than the base's.
     """
     base = open_base(job.base)
     weights = sorted({info.file for info in base.checkpoint.tensors.values()})
-    files = [*weights, *([INDEX] if len(weights) > 1 else [])]
+    files = weights if weights == [WEIGHTS] else [*weights, INDEX]
     for file in files:
         shutil.copyfile(job.base / file, out / file)
         if sha256_file(out / file) != sha256_file(job.base / file):

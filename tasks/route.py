@@ -64,10 +64,10 @@ def route(
 
     Returns:
         `digest` over the digests of all files; `rule`; `identification`: held-out accuracy with n and interval;
-        `trust`; `bytes`: size of base, vectors and statistics.
+        `trust`; `bytes`: size of all weights, heads and statistics included.
 
     Raises:
-        InputError: a calibration sample without a token before the completion.
+        InputError: hidden states that are not finite.
     """
     names = list(calibration)
     head = "classification" if isinstance(next(iter(calibration.values())).task, ClassificationTask) else "causal_lm"
@@ -129,8 +129,7 @@ def _features(
         for i, row in enumerate(one.rows):
             where = f"row {i} of tasks.{name}.calibration"
             sample = encode(one.task, row, tokenizer, where, one.label2id)
-            if not sample.prompt_tokens:
-                raise InputError(f"{where}: the prompt has no token to route on; leave the row out")
+            assert sample.prompt_tokens, f"{where}: the plan refuses empty prompts"
             prompts.append(sample.input_ids[: sample.prompt_tokens])
             owners.append(number)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
@@ -142,7 +141,14 @@ def _features(
             batch = pad(prompts[start : start + BATCH_SIZE], pad_id)
             inputs = {key: values.to(device) for key, values in batch.items()}
             parts.append(probe(network, inputs, rules, len(calibration), static))
-    return {key: _joined([part[key] for part in parts]) for key in parts[0]}, torch.tensor(owners)
+    features = {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    for (layer, _), found in features.items():
+        if not all(bool(each.isfinite().all()) for each in vars(found).values() if each is not None):
+            raise InputError(
+                f"hidden states of the calibration samples are NaN or infinite at layer {layer}; "
+                "merge with a smaller weight or a wider dtype"
+            )
+    return features, torch.tensor(owners)
 
 
 def _joined(parts: list[Features]) -> Features:

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as TrunkOutput
 
-from tasks.models.networks import load_config
+from tasks.errors import InputError
+from tasks.models.networks import load_config, skeleton
 
 HEADS = "heads"
 """Folder beside a merged trunk: a folder per expert with its head."""
@@ -42,6 +43,23 @@ class DetachedHead:
         self.network = network
         self._replay = _Replay()
         setattr(network, network.base_model_prefix, self._replay)
+
+    @classmethod
+    def load(cls, saved: SavedHead, dtype: torch.dtype, device: str) -> "DetachedHead":
+        """Load a saved head, without a trunk.
+
+        Raises:
+            InputError: the tensors are not those of the head.
+        """
+        network = skeleton(saved.config, "classification", saved.folder)
+        head = cls(network)
+        tensors = {name: tensor.to(device, dtype) for name, tensor in saved.head_tensors().items()}
+        missing = set(dict(network.named_parameters())) ^ set(tensors)
+        if missing:
+            raise InputError(f"{saved.folder}: no fitting weights for {', '.join(sorted(missing))}; merge again")
+        network.load_state_dict(tensors, assign=True)
+        network.eval()
+        return head
 
     def logits(
         self, hidden: torch.Tensor, pooled: torch.Tensor | None, inputs: Mapping[str, torch.Tensor]

@@ -20,6 +20,7 @@ import torch
 from tasks.dynamic_folder import parameter_vectors
 from tasks.dynamic_model import DynamicModel, Routes
 from tasks.models.expert import open_base
+from tasks.models.networks import load_config
 
 MATERIALISED = 4
 """Samples per batch that are answered by weights of their own."""
@@ -33,8 +34,8 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def anonymous_memory(field: str) -> int:
-    """Return this process's memory in bytes: `RssAnon` now, `VmHWM` the largest resident size since the last reset."""
+def memory(field: str) -> int:
+    """Return this process's resident memory in bytes: `VmRSS` now, `VmHWM` the largest since the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -42,9 +43,9 @@ def anonymous_memory(field: str) -> int:
 def peak(work: Callable[[], object]) -> int:
     """Return by how many bytes a call raises the resident memory at most."""
     Path("/proc/self/clear_refs").write_text("5")
-    before = anonymous_memory("VmRSS")
+    before = memory("VmRSS")
     work()
-    return max(0, anonymous_memory("VmHWM") - before)
+    return max(0, memory("VmHWM") - before)
 
 
 def plain(model: DynamicModel, sequences: list[list[int]]) -> None:
@@ -74,9 +75,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    empty = anonymous_memory("RssAnon")
-    model = DynamicModel.load(arguments.folder, verify=False)
-    loaded = anonymous_memory("RssAnon") - empty
+    load_config(arguments.folder)  # what is imported at first use is no part of the model
+    found: list[DynamicModel] = []
+    loaded = peak(lambda: found.append(DynamicModel.load(arguments.folder, verify=False)))
+    (model,) = found
 
     network = model.network.network
     own = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
@@ -105,14 +107,14 @@ def main() -> None:
         sequences = [model.tokenizer(text)["input_ids"][:MAX_TOKENS] for text in texts]
         routes = dynamic(model, sequences)
         few, own_coefficients = sequences[:MATERIALISED], routes.coefficients[:MATERIALISED]
-        found = {
+        taken = {
             "plain": seconds(lambda batch=sequences: plain(model, batch)),
             "dynamic": seconds(lambda batch=sequences: dynamic(model, batch)),
             "materialised": seconds(lambda batch=few, rows=own_coefficients: materialised(batch, rows))
             * len(sequences)
             / MATERIALISED,
         }
-        for way, value in found.items():
+        for way, value in taken.items():
             times[way] += [value] * (number > 0)
     passes, experts = model.passes, len(model.experts)
     ratio = statistics.median(a / b for a, b in zip(times["dynamic"], times["plain"], strict=True))
@@ -126,9 +128,9 @@ def main() -> None:
     print(f"\ndynamic ÷ plain: {ratio:.2f} with p = {passes:.2f} probe passes; ", end="")
     print(f"1.25 × (2p + K + 2) = {1.25 * (2 * passes + experts + 2):.2f}, 1.5 × (p + 1) = {1.5 * (passes + 1):.2f}")
     print(f"materialised ÷ dynamic: {gain:.1f}")
-    taken = {"plain": peak(lambda: plain(model, sequences)), "dynamic": peak(lambda: dynamic(model, sequences))}
-    print(f"base {_mb(weights)} + vectors {_mb(compact)}; loading took {_mb(loaded)}; ", end="")
-    print("; ".join(f"a {way} batch {_mb(value)} more" for way, value in taken.items()))
+    more = {"plain": peak(lambda: plain(model, sequences)), "dynamic": peak(lambda: dynamic(model, sequences))}
+    print(f"base {_mb(weights)} + vectors {_mb(compact)}; loading took {_mb(loaded)} at most; ", end="")
+    print("; ".join(f"a {way} batch {_mb(value)} more" for way, value in more.items()))
 
 
 def _mb(size: int) -> str:

@@ -77,7 +77,7 @@ def test_quickstart_as_a_submitted_job(head: tuple[dict[str, str], str], tmp_pat
     assert normalised["base"] < 0.5
     for expert in ("math", "words", "cipher"):
         assert found["scores"][expert][expert]["token_accuracy"]["value"] > 0.9
-        for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties"):
+        for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties", "ta-se"):
             assert normalised[variant] > normalised[expert] + 0.1
 
 

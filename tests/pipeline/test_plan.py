@@ -405,6 +405,13 @@ def test_heads_of_which_some_are_merged(save: Any, berts: dict[str, Path], tmp_p
         plan_of(tmp_path, recipe)
 
 
+def test_prompt_that_cannot_be_routed_by(se_recipe: Recipe, tmp_path: Path) -> None:
+    write_rows(tmp_path / "math.jsonl", [{"prompt": "", "completion": "1"} for _ in range(12)])
+    with pytest.raises(InputError, match=r"row 0 of tasks.math.calibration: the prompt has no token"):
+        plan_of(tmp_path, se_recipe)
+    assert plan_of(tmp_path, se_recipe, "merges.se.application={kind: static}").steps
+
+
 def test_size_of_adapters_is_that_of_their_factors(se_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path) -> None:
     for seed, expert in enumerate(("math", "code"), 1):
         folder = make_adapter(make_llama(), tmp_path / expert, seed, target_modules=["q_proj"], task_type="CAUSAL_LM")

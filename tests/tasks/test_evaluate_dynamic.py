@@ -11,7 +11,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from tasks.artifacts import read_json
 from tasks.datasets import CompletionTask, MultipleChoiceTask, Row, RowSet, encode, encode_choices
 from tasks.dynamic_model import DynamicModel, Routes
-from tasks.errors import InputError
 from tasks.evaluate import evaluate_network
 from tasks.evaluate_dynamic import evaluate_dynamic
 from tasks.metrics import Record
@@ -202,12 +201,6 @@ def test_tasks_without_evaluation_rows_are_left_out(causal: Merge, tmp_path: Pat
     assert records.keys() == {"code"}
     assert list(report["confusion"]) == ["code"]
     assert list(report["confusion"]["code"]) == ["math", "code", "lora"]
-
-
-def test_a_prompt_without_a_token(causal: Merge, tmp_path: Path) -> None:
-    causal.run(tmp_path / "model")
-    with pytest.raises(InputError, match=r"row 1 of tasks\.math\.evaluation: the prompt has no token to route on"):
-        run(tmp_path / "model", {"math": completions("x", "")}, tmp_path / "out")
 
 
 def test_a_long_prompt_beside_a_long_generation(save: Any, tmp_path: Path) -> None:

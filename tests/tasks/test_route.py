@@ -30,7 +30,8 @@ def test_auto_looks_at_all_rules_and_takes_a_cheap_good_one(causal: Merge, tmp_p
     samples = sum(len(one.rows) for one in CALIBRATION.values())
     best = max(one["accuracy"] for one in report["candidates"])
     (chosen,) = (one for one in report["candidates"] if found["rule"].items() <= one.items())
-    error = (best * (1 - best) / samples) ** 0.5
+    share = (best * samples + 1) / (samples + 2)
+    error = (share * (1 - share) / samples) ** 0.5
     good = [one for one in report["candidates"] if one["accuracy"] >= best - error]
     assert chosen in good
     assert found["passes"] == chosen["passes"] == min(one["passes"] for one in good)
@@ -149,12 +150,6 @@ def test_equal_settings_give_equal_digests_and_others_do_not(encoders: Merge, tm
 def test_a_layer_that_does_not_exist(causal: Merge, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="layer is 3; the model has 2 blocks, 1 to 2"):
         causal.run(tmp_path, layer=3)
-
-
-def test_a_calibration_sample_without_a_prompt(causal: Merge, tmp_path: Path) -> None:
-    bare = replace(causal, calibration={**causal.calibration, "code": completions("x", "")})
-    with pytest.raises(InputError, match=r"row 1 of tasks\.code\.calibration: the prompt has no token to route on"):
-        bare.run(tmp_path)
 
 
 def test_completions_are_not_routed_on(causal: Merge, tmp_path: Path) -> None:
