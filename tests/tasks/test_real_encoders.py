@@ -1,0 +1,61 @@
+"""SE-Merging on a real base and four real full-rank classifiers: what the router finds, and what it is worth."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.artifacts import read_json
+from tasks.datasets import ClassificationTask, DataSource, RowSet, load_rows
+from tasks.evaluate import Subject, evaluate
+from tasks.evaluate_dynamic import evaluate_dynamic
+from tasks.metrics import mean_normalised
+from tasks.models.expert import open_base, open_expert
+from tests.conftest import SHARED
+from tests.tasks.test_dynamic_model import merge
+
+pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]
+EXPERTS = ("sst2", "trec6", "ag_news", "cola")
+TASK = ClassificationTask(kind="classification", max_length=64, batch_size=32)
+
+
+@pytest.fixture(scope="module")
+def build() -> Path:
+    """What `models/build.py` makes; SENSMERGE_MODELS names the folder where it is elsewhere."""
+    folder = Path(os.environ.get("SENSMERGE_MODELS", SHARED / "models" / "build"))
+    for name in ("base-encoder", *(f"full-{expert}" for expert in EXPERTS)):
+        if not (folder / name / "model.safetensors").is_file():
+            pytest.skip(f"needs {folder / name}")
+    return folder
+
+
+def rows(build: Path, split: str, samples: int) -> dict[str, RowSet]:
+    base = open_base(build / "base-encoder")
+    sets = {}
+    for name in EXPERTS:
+        source = DataSource(path="json", data_files=f"data/{name}/{split}.jsonl.gz", samples=samples)
+        labels = open_expert(build / f"full-{name}", base, name).config.label2id
+        sets[name] = RowSet(TASK, load_rows(source, f"tasks.{name}.{split}", SHARED), labels)
+    return sets
+
+
+def test_samples_find_their_experts(build: Path, tmp_path: Path) -> None:
+    experts = {name: build / f"full-{name}" for name in EXPERTS}
+    made = merge(tmp_path, build / "base-encoder", experts, rows(build, "train", 64), weight=0.3)
+    out = tmp_path / "scores"
+    out.mkdir()
+    evaluation = rows(build, "test", 60)
+    made.run(tmp_path / "model", mass=1.0, fallback=0.8)
+    report = evaluate_dynamic(tmp_path / "model", evaluation, "cpu", out)
+    assert report["identification"]["value"] >= 0.9
+    records = read_json(out / "records.json")
+    own: dict[str, Any] = {}
+    for name, one in evaluation.items():
+        (tmp_path / name).mkdir()
+        subject = Subject(build / "base-encoder", experts[name], True, experts[name], one.label2id)
+        evaluate(subject, name, TASK, one.rows, build / "base-encoder", "float32", "cpu", tmp_path / name)
+        own[name] = read_json(tmp_path / name / "records.json")
+    score = mean_normalised(records, own, dict.fromkeys(EXPERTS, TASK))
+    assert score is not None
+    assert score.value >= 0.97
