@@ -99,23 +99,29 @@ def score_table(report: Report) -> Table:
 
 
 def route_table(report: Report) -> Table:
-    """A row per variant with application se: what its route looks at, how often it is right, and what it costs."""
+    """A row per variant with application se: its route, how often that is right, and what it costs.
+
+    Columns: right experts on held-out calibration samples and on evaluation samples, the right expert's mean
+    coefficient, mean normalised accuracy with routed heads (classification), forward passes per sample, and size ÷
+    that of base and experts.
+    """
+    classifies = any(route.routed for route in report.routes.values())
     table = Table(title=f"{report.recipe}: routes of the variants with application se", show_lines=True)
     table.add_column("variant")
     table.add_column("route")
-    columns = ("held-out\ncalibration", "task\nidentified", "coefficient of\nright expert", "routed\nnormalised")
-    for column in (*columns, "passes", "ms", "size ÷ base\nand experts"):
+    for column in ("held\nout", "tasks\nfound", "right\nexpert's λ", *(["routed\nnormalised"] if classifies else [])):
+        table.add_column(column, justify="right")
+    for column in ("passes", "size"):
         table.add_column(column, justify="right")
     for name, route in report.routes.items():
-        rule = "{score}, layer {layer}\n{pool}, {metric}".format(**route.rule)
-        trust = "" if route.trust == 1 else f"\nfollowed by {route.trust:.0%}"
-        scores = (route.calibration, route.evaluation, route.right_coefficient, route.routed)
-        costs = (route.passes, route.milliseconds)
+        rule = "{score}\nlayer {layer}\n{pool}, {metric}".format(**route.rule)
+        trust = "" if route.trust == 1 else f"\nfollowed {route.trust:.0%}"
+        scores = (route.calibration, route.evaluation, route.right_coefficient, *([route.routed] if classifies else []))
         table.add_row(
             name,
             rule + trust,
             *(_cell(score) for score in scores),
-            *("–" if cost is None else f"{cost:.1f}" for cost in costs),
+            "–" if route.passes is None else f"{route.passes:.1f}",
             f"{route.bytes / route.source_bytes:.2f}",
         )
     return table

@@ -20,7 +20,7 @@ import torch
 from tasks.dynamic_folder import parameter_vectors
 from tasks.dynamic_model import DynamicModel, Routes
 from tasks.models.expert import open_base
-from tasks.models.networks import load_config
+from tasks.models.networks import load_config, load_tokenizer
 
 MATERIALISED = 4
 """Samples per batch that are answered by weights of their own."""
@@ -75,10 +75,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    load_config(arguments.folder)  # what is imported at first use is no part of the model
+    rows = [
+        row.get("text") or row["prompt"]
+        for path in arguments.data
+        for row in datasets.load_dataset("json", data_files=path, split="train").to_list()
+    ]
+    random.Random(0).shuffle(rows)
+    tokenizer = load_tokenizer(arguments.folder)
+
+    def batch(number: int) -> list[list[int]]:
+        texts = rows[number * arguments.batch_size : (number + 1) * arguments.batch_size]
+        return [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in texts]
+
     found: list[DynamicModel] = []
-    loaded = peak(lambda: found.append(DynamicModel.load(arguments.folder, verify=False)))
+
+    def load_and_answer() -> None:
+        found.append(DynamicModel.load(arguments.folder, verify=False))
+        dynamic(found[0], batch(0))
+
+    load_config(arguments.folder)  # what is imported at first use is no part of the model
+    whole = peak(load_and_answer)
     (model,) = found
+    activations = peak(lambda: plain(model, batch(0)))
 
     network = model.network.network
     own = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
@@ -95,16 +113,9 @@ def main() -> None:
             for name, parameter in network.named_parameters():
                 parameter.data.copy_(own[name])
 
-    rows = [
-        row.get("text") or row["prompt"]
-        for path in arguments.data
-        for row in datasets.load_dataset("json", data_files=path, split="train").to_list()
-    ]
-    random.Random(0).shuffle(rows)
     times: dict[str, list[float]] = {"plain": [], "dynamic": [], "materialised": []}
     for number in range(arguments.rounds + 1):  # the first round is for warming up
-        texts = rows[number * arguments.batch_size : (number + 1) * arguments.batch_size]
-        sequences = [model.tokenizer(text)["input_ids"][:MAX_TOKENS] for text in texts]
+        sequences = batch(number)
         routes = dynamic(model, sequences)
         few, own_coefficients = sequences[:MATERIALISED], routes.coefficients[:MATERIALISED]
         taken = {
@@ -128,9 +139,8 @@ def main() -> None:
     print(f"\ndynamic ÷ plain: {ratio:.2f} with p = {passes:.2f} probe passes; ", end="")
     print(f"1.25 × (2p + K + 2) = {1.25 * (2 * passes + experts + 2):.2f}, 1.5 × (p + 1) = {1.5 * (passes + 1):.2f}")
     print(f"materialised ÷ dynamic: {gain:.1f}")
-    more = {"plain": peak(lambda: plain(model, sequences)), "dynamic": peak(lambda: dynamic(model, sequences))}
-    print(f"base {_mb(weights)} + vectors {_mb(compact)}; loading took {_mb(loaded)} at most; ", end="")
-    print("; ".join(f"a {way} batch {_mb(value)} more" for way, value in more.items()))
+    print(f"base {_mb(weights)} + vectors {_mb(compact)} + activations of the plain model {_mb(activations)}; ", end="")
+    print(f"loading and answering took {_mb(whole)} at most")
 
 
 def _mb(size: int) -> str:
