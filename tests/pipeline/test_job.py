@@ -39,6 +39,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, s
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     gcs, dashboard = free_port(), free_port()
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+    # The tests' own cluster has taken the default port of the agent that runs jobs.
+    ports.append(f"--dashboard-agent-listen-port={free_port()}")
     started = subprocess.Popen(
         [str(RAY), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={temporary}", *ports],
         env=environment,
@@ -48,11 +50,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, s
     address = f"http://127.0.0.1:{dashboard}"
     try:
         # The dashboard answers before the node's agent, which runs jobs, is there: ready is when a job has run.
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 180
         while ray(environment, "job", "submit", "--address", address, "--", "true").returncode != 0:
             assert started.poll() is None, "ray start ended"
             assert time.monotonic() < deadline, "no job agent came up"
-            time.sleep(5)  # each try costs seconds of processor time that the agent needs
+            time.sleep(1)
         yield environment, address
     finally:
         started.terminate()
