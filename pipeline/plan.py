@@ -339,31 +339,25 @@ def _merge_step(
         "shard_size": variant.shard_size,
         "experts": experts,
     }
-    groups = range(len(job.groups))
     reads = sum(weight_bytes(listing) for listing in plan.inputs.listings.values())
     if isinstance(variant.application, SeApplication):
         # Which weights a variant is made of does not depend on how samples are routed.
         semantic |= {"application": "se"}
-        return Step(
-            "merge",
-            name,
-            _key("merge", name, merge_vectors.VERSION, semantic, {step.title: step.key.fingerprint for step in needed}),
-            tuple(step.title for step in needed),
-            partial(merge_vectors.finish_vectors, job, plan.inputs.tokenizer),
-            tuple(partial(merge_vectors.merge_group_vectors, job, group) for group in groups),
-            reads=reads,
-            writes=_dynamic_bytes(plan, job),
-        )
-    size = sum(merge.plan_merged(plan.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
+        version, writes = merge_vectors.VERSION, _dynamic_bytes(plan, job)
+        part, finish = merge_vectors.merge_group_vectors, merge_vectors.finish_vectors
+    else:
+        writes = sum(merge.plan_merged(plan.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
+        reads += writes  # read back
+        version, part, finish = merge.VERSION, merge.merge_group, merge.finish_merge
     return Step(
         "merge",
         name,
-        _key("merge", name, merge.VERSION, semantic, {step.title: step.key.fingerprint for step in needed}),
+        _key("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed}),
         tuple(step.title for step in needed),
-        partial(merge.finish_merge, job, plan.inputs.tokenizer),
-        tuple(partial(merge.merge_group, job, group) for group in groups),
-        reads=reads + size,
-        writes=size,
+        partial(finish, job, plan.inputs.tokenizer),
+        tuple(partial(part, job, group) for group in range(len(job.groups))),
+        reads=reads,
+        writes=writes,
     )
 
 
