@@ -29,7 +29,9 @@ from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, chec
 from tasks.models.dynamic import check_dynamic
 from tasks.models.expert import Base, Expert, missing_parameters, open_base, open_expert
 from tasks.models.layers import block_names, group_by_layer
-from tasks.models.networks import has_tokenizer, load_tokenizer, positions, skeleton
+from tasks.models.networks import load_tokenizer, positions, skeleton
+from tasks.models.tokenizers import has_tokenizer
+from tasks.models.weights import BaseWeights, ExpertWeights
 from tasks.routing import SeApplication
 
 
@@ -55,6 +57,11 @@ class Inputs:
     data: Mapping[str, TaskRows]
     tokenizer: Path
     """folder of the model whose tokenizer all models use"""
+
+    def only_weights(self) -> tuple[BaseWeights, dict[str, ExpertWeights]]:
+        """Return base and experts as far as merging needs to know them: small, and read without transformers."""
+        base = self.base.only_weights()
+        return base, {name: expert.only_weights(base) for name, expert in self.experts.items()}
 
     def tokenizer_digest(self) -> str:
         """Return the content digest of the tokenizer's files."""

@@ -220,7 +220,7 @@ def _device(plan: Plan, stage: Stage) -> str:
 
 def _task_vectors_step(plan: Plan, name: str, downloads: Mapping[str, Step]) -> Step:
     key = _key("task_vectors", name, task_vectors.VERSION, {}, _reads(downloads, "base", name))
-    finish = partial(task_vectors.task_vectors, plan.inputs.base.folder, plan.inputs.experts[name].folder, name)
+    finish = partial(task_vectors.task_vectors, plan.inputs.only_weights()[1][name], name)
     return Step(
         "task_vectors",
         name,
@@ -311,9 +311,11 @@ def _merge_step(
     needed = [*downloads.values(), *vectors.values()]
     if sens and cross is not None:
         needed += [*sensitivities.values(), cross]
+    base, opened = plan.inputs.only_weights()
     job = merge.MergeJob(
-        base=plan.inputs.base.folder,
-        experts={n: plan.inputs.experts[n].folder for n in experts},
+        base=base,
+        experts=opened,
+        head_configs={n: one.config.to_json_string() for n, one in plan.inputs.experts.items() if one.head},
         task_vectors={n: plan.store.folder(vectors[n].key) for n in experts},
         settings=settings,
         weight=variant.weight,
@@ -324,7 +326,7 @@ def _merge_step(
         distances=plan.store.folder(cross.key) if sens and cross is not None else None,
         out_dtype=variant.out_dtype,
         shard_size=variant.shard_size,
-        groups=merge.layer_groups(plan.inputs.base),
+        groups=merge.layer_groups(base),
     )
     semantic: dict[str, Any] = {
         "method": variant.method,
@@ -366,7 +368,7 @@ def _dynamic_bytes(plan: Plan, job: merge.MergeJob) -> int:
     base, listings = plan.inputs.base, plan.inputs.listings
     size = weight_bytes(listings["base"])
     for name, expert in plan.inputs.experts.items():
-        if expert.adapter is not None and keeps_low_rank(job.settings, job.densities[name]):
+        if expert.is_adapter and keeps_low_rank(job.settings, job.densities[name]):
             size += weight_bytes(listings[name])
         else:
             size += sum(base.info(tensor).nbytes for tensor in base.weights if expert.touches(tensor))
@@ -448,7 +450,7 @@ def _coefficient_settings(variant: Variant) -> dict[str, Any]:
 def _evaluate_step(
     plan: Plan, model: str, model_step: Step, task_name: str, one: TaskRows, downloads: Mapping[str, Step]
 ) -> Step:
-    adapter = model in plan.inputs.experts and plan.inputs.experts[model].adapter is not None
+    adapter = model in plan.inputs.experts and plan.inputs.experts[model].is_adapter
     head = task_name if isinstance(one.task, ClassificationTask) and plan.inputs.experts[task_name].head else None
     needed = {"model": model_step, "base": downloads["base"]} | ({"head": downloads[head]} if head else {})
     reads = {role: step.key.fingerprint for role, step in needed.items()} | {

@@ -28,13 +28,12 @@ from huggingface_hub.file_download import repo_folder_name
 
 from tasks.artifacts import read_json, sha256_text, write_json
 from tasks.errors import InputError
+from tasks.models import tokenizers
 from tasks.models.checkpoint import TensorInfo, read_header, tensor_info
 
 WEIGHTS = "*.safetensors"
 CONFIGS = ["config.json", "adapter_config.json"]
-TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZER += ["vocab.*", "merges.txt", "*.model", "chat_template.*"]
-RELEVANT = [WEIGHTS, "*.safetensors.index.json", *CONFIGS, "generation_config.json", *TOKENIZER]
+RELEVANT = [WEIGHTS, "*.safetensors.index.json", *CONFIGS, "generation_config.json", *tokenizers.FILES]
 # Mistral's repositories hold every weight twice; the copy of this name is not in the Hugging Face layout.
 FOREIGN = "consolidated*"
 PICKLES = ["pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt"]

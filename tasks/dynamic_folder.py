@@ -13,9 +13,10 @@ from tasks.errors import InputError
 from tasks.merge_vectors import VECTORS
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.expert import Base, load_network, open_base
-from tasks.models.heads import HEADS, DetachedHead, SavedHead
+from tasks.models.heads import DetachedHead, SavedHead
 from tasks.models.networks import Head
 from tasks.models.vectors import Vector, load_vectors
+from tasks.models.weights import HEADS
 from tasks.routing import RouterSettings, Rule
 
 MANIFEST = "dynamic.json"

@@ -1,18 +1,18 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from tasks.artifacts import read_json, sha256_file, write_json
+from tasks.artifacts import canonical, read_json, sha256_text, write_json
 from tasks.coefficients import (
     ExplicitCoefficients,
     SensCoefficients,
@@ -24,33 +24,36 @@ from tasks.coefficients import (
     tau,
 )
 from tasks.errors import InputError
-from tasks.methods import Settings, TaskVector, merge_tensor
+from tasks.methods import Settings, TaskVector, merged_pieces
+from tasks.methods.delta import chunks
 from tasks.models.checkpoint import (
     CheckpointPlan,
+    CheckpointWriter,
     open_checkpoint,
     plan_checkpoint,
     preallocate,
     tensor_bytes,
-    write_tensor,
 )
-from tasks.models.expert import Base, Expert, open_base, open_expert
-from tasks.models.heads import HEAD_WEIGHTS, HEADS
 from tasks.models.layers import group_by_layer, layer_of
-from tasks.models.networks import has_tokenizer, load_tokenizer
+from tasks.models.tokenizers import copy_tokenizer
+from tasks.models.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
 from tasks.task_vectors import read_histogram
 
-VERSION = 1
+VERSION = 2
 GROUP_BYTES = 64 * 2**20
 """Layers are merged in groups of about this size: enough groups to keep workers busy, few enough to schedule."""
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """All that the merge of one variant reads and how; folders of models and artifacts."""
+    """All that the merge of one variant reads and how."""
 
-    base: Path
-    experts: Mapping[str, Path]
+    base: BaseWeights
+    experts: Mapping[str, ExpertWeights]
+    head_configs: Mapping[str, str]
+    """by expert that has a head of its own, the config (JSON) of the network that ends in it"""
     task_vectors: Mapping[str, Path]
+    """artifacts of stage task_vectors"""
     settings: Settings
     weight: float
     densities: Mapping[str, float]
@@ -68,7 +71,7 @@ class MergeJob:
     """the base's weights in groups of whole layers; each is merged in one go"""
 
 
-def layer_groups(base: Base, group_bytes: int = GROUP_BYTES) -> tuple[tuple[str, ...], ...]:
+def layer_groups(base: BaseWeights, group_bytes: int = GROUP_BYTES) -> tuple[tuple[str, ...], ...]:
     """Split the base's weights into groups of whole layers of at least `group_bytes` (the last may be smaller)."""
     groups: list[list[str]] = [[]]
     filled = 0
@@ -81,7 +84,7 @@ def layer_groups(base: Base, group_bytes: int = GROUP_BYTES) -> tuple[tuple[str,
     return tuple(tuple(group) for group in groups)
 
 
-def plan_merged(base: Base, out_dtype: str | None, shard_size: int) -> CheckpointPlan:
+def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> CheckpointPlan:
     """Plan the files of a merged model from the base's headers."""
     dtypes = {name: base.dtype(name) for name in (*base.weights, *base.buffers)}
     if out_dtype is not None:
@@ -92,8 +95,8 @@ def plan_merged(base: Base, out_dtype: str | None, shard_size: int) -> Checkpoin
 def merge_group(job: MergeJob, group: int, out: Path) -> None:
     """Merge one group of layers and write it at its place in the checkpoint under construction in `out`.
 
-    A group that an earlier, interrupted run finished is left as it is. Holds one tensor at a time, of each expert and
-    the base, in float32.
+    A group that an earlier, interrupted run finished is left as it is. Memory: that of `merged_pieces`, for one tensor
+    at a time.
 
     Raises:
         InputError: a merged weight that is NaN or Inf, naming the tensor: it overflows `out_dtype`, or `linear` divides
@@ -103,41 +106,50 @@ def merge_group(job: MergeJob, group: int, out: Path) -> None:
     if done.exists():
         return
     torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
-    base = open_base(job.base)
-    experts = {name: open_expert(folder, base, f"experts.{name}") for name, folder in job.experts.items()}
+    base = job.base
     plan = plan_merged(base, job.out_dtype, job.shard_size)
     weights = merge_weights(job, base)["weights"]
     preallocate(plan, out)
     digests = {}
-    for name in (*job.groups[group], *(base.buffers if group == 0 else ())):
-        dtype = plan.tensors[name].dtype
-        merged = _merge_one(job, base, experts, weights.get(layer_of(name), {}), name).to(dtype)
-        if not bool(merged.isfinite().all()):
-            raise InputError(
-                f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite weights: "
-                "set another out_dtype, or weights that linear can divide by (they sum to 0)"
-            )
-        write_tensor(plan, out, name, merged)
-        digests[name] = _digest(merged)
-    for file in {plan.tensors[name].file for name in digests}:
-        flush(out / file)
+    with CheckpointWriter(plan, out) as writer:
+        for name in (*job.groups[group], *(base.buffers if group == 0 else ())):
+            dtype, digest, end = plan.tensors[name].dtype, hashlib.sha256(), 0
+            for where, merged in _merged_pieces(job, weights.get(layer_of(name), {}), name):
+                piece = merged.to(dtype)
+                if not _is_finite(merged, dtype):
+                    raise InputError(
+                        f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite "
+                        "weights: set another out_dtype, or weights that linear can divide by (they sum to 0)"
+                    )
+                digest.update(tensor_bytes(piece))
+                writer.write(name, piece, where.start)
+                end = where.stop
+            assert end == base.info(name).numel, f"{name}: {end} elements merged"
+            digests[name] = digest.hexdigest()
     write_json(done, digests)
 
 
-def _merge_one(
-    job: MergeJob, base: Base, experts: Mapping[str, Expert], weights: Mapping[str, float], name: str
-) -> torch.Tensor:
-    touched = any(expert.touches(name) for expert in experts.values())
-    if not base.info(name).is_floating_point or not (touched or job.settings.method == "linear"):
-        return base.read(name)
-    vectors = [task_vector(job, expert, key, weights[key], name) for key, expert in experts.items()]
-    return merge_tensor(base.read(name).float(), vectors, job.settings)
+def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> Iterator[tuple[slice, Tensor]]:
+    base = job.base.read(name).reshape(-1)
+    touched = any(expert.touches(name) for expert in job.experts.values())
+    if not job.base.info(name).is_floating_point or not (touched or job.settings.method == "linear"):
+        return ((where, base[where]) for where in chunks(len(base)))
+    vectors = [task_vector(job, key, weights[key], name) for key in job.experts]
+    return merged_pieces(base, vectors, job.settings)
 
 
-def task_vector(job: MergeJob, expert: Expert, key: str, weight: float, name: str) -> TaskVector:
+def _is_finite(values: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether no value is NaN or Inf once it is rounded to a dtype."""
+    if not values.is_floating_point():
+        return True
+    # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
+    return bool(torch.stack(values.aminmax()).to(dtype).isfinite().all())
+
+
+def task_vector(job: MergeJob, key: str, weight: float, name: str) -> TaskVector:
     """Return the task vector of one tensor of the expert called `key`, with all that its method asks for."""
     return TaskVector(
-        delta=expert.delta(name),
+        delta=job.experts[key].task_vector(name),
         weight=weight,
         density=job.densities[key],
         mask_key=f"{job.seed}/{key}/{name}",
@@ -145,7 +157,7 @@ def task_vector(job: MergeJob, expert: Expert, key: str, weight: float, name: st
     )
 
 
-def merge_weights(job: MergeJob, base: Base) -> dict[str, Any]:
+def merge_weights(job: MergeJob, base: BaseWeights) -> dict[str, Any]:
     """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from."""
     layers = list(group_by_layer(base.weights))
     if not isinstance(job.coefficients, SensCoefficients):
@@ -168,14 +180,15 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         out: the folder; all groups have been written to it.
 
     Returns:
-        `digest`: sha256 over the names and digests of the weight files; `files`: those digests.
+        `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded.
 
     Raises:
         OSError: a tensor on disk is not what a group wrote; its group is merged anew when the step runs again.
     """
-    base = open_base(job.base)
-    plan = plan_merged(base, job.out_dtype, job.shard_size)
+    plan = plan_merged(job.base, job.out_dtype, job.shard_size)
     preallocate(plan, out)  # headers and sizes as planned, whatever became of the files since
+    for file in plan.sizes:
+        flush(out / file)
     markers = [out / f".group-{group}.json" for group in range(len(job.groups))]
     digests = {marker: read_json(marker) for marker in markers}
     assert set().union(*digests.values()) == set(plan.tensors), "every tensor is in a group"
@@ -184,60 +197,49 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         name: marker
         for marker, tensors in digests.items()
         for name, digest in tensors.items()
-        if _digest(written.read(name)) != digest
+        if hashlib.sha256(tensor_bytes(written.read(name))).hexdigest() != digest
     }
     if altered:
         for marker in set(altered.values()):
             marker.unlink()
         raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to merge them anew")
-    write_companions(job, base, tokenizer, out)
-    files = {file: sha256_file(out / file) for file in sorted(plan.sizes)}
+    write_companions(job, tokenizer, out)
     for marker in markers:
         marker.unlink()
-    return {"digest": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(), "files": files}
+    contents = {
+        name: [str(plan.tensors[name].dtype), plan.tensors[name].shape, digest]
+        for tensors in digests.values()
+        for name, digest in tensors.items()
+    }
+    return {"digest": sha256_text(canonical(contents))}
 
 
-def write_companions(job: MergeJob, base: Base, tokenizer: Path, out: Path) -> None:
+def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
     """Write what lies beside the weights: config, tokenizer, generation config, per-task heads, `coefficients.json`.
 
     Args:
         job: the variant.
-        base: the base, opened.
         tokenizer: folder of the model whose tokenizer, chat template and generation config the merged model gets.
         out: the merged model's folder.
     """
-    config = read_json(job.base / "config.json")
+    config = read_json(job.base.folder / "config.json")
     if job.out_dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = job.out_dtype
     write_json(out / "config.json", config)
-    folders = (job.base, tokenizer, *job.experts.values())
+    experts = [expert.folder for expert in job.experts.values()]
+    folders = (job.base.folder, tokenizer, *experts)
     source = next((folder for folder in folders if (folder / "generation_config.json").is_file()), None)
     if source is not None:
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
-    if has_tokenizer(tokenizer):
-        loaded = load_tokenizer(tokenizer)
-        if not loaded.chat_template:
-            owners = [load_tokenizer(folder) for folder in job.experts.values() if has_tokenizer(folder)]
-            loaded.chat_template = next((owner.chat_template for owner in owners if owner.chat_template), None)
-        loaded.save_pretrained(out)
-    for name, folder in job.experts.items():
-        _write_head(open_expert(folder, base, f"experts.{name}"), out / HEADS / name)
-    write_json(out / "coefficients.json", merge_weights(job, base))
-
-
-def _write_head(expert: Expert, folder: Path) -> None:
-    """Keep an expert's own head beside the merged trunk: its tensors, and the config of the network that ends in it."""
-    if not expert.head:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in expert.head_tensors().items()}
-    save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
-    expert.config.save_pretrained(folder)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    copy_tokenizer(tokenizer, experts, out)
+    for name, head_config in job.head_configs.items():
+        folder = out / HEADS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {key: tensor.contiguous() for key, tensor in job.experts[name].head_tensors().items()}
+        save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+        (folder / "config.json").write_text(head_config)
+    write_json(out / "coefficients.json", merge_weights(job, job.base))
 
 
 def flush(path: Path) -> None:

@@ -12,13 +12,12 @@ import torch
 from tasks.artifacts import sha256_file, write_json
 from tasks.errors import InputError
 from tasks.merge import MergeJob, flush, merge_weights, task_vector, write_companions
-from tasks.methods import agreed_contributions, contribution, has_consensus, keeps_low_rank, shares, static_coefficient
+from tasks.methods import agreed_pieces, contribution_pieces, has_consensus, keeps_low_rank, shares, static_coefficient
 from tasks.models.checkpoint import INDEX, WEIGHTS
-from tasks.models.expert import Base, Expert, open_base, open_expert
 from tasks.models.layers import layer_of
 from tasks.models.vectors import LowRank, Vector, compact, save_vectors
 
-VERSION = 1
+VERSION = 2
 VECTORS = "vectors"
 """Folder of the compact task vectors: a file per group of layers."""
 FILES = "files.json"
@@ -46,10 +45,8 @@ def merge_group_vectors(job: MergeJob, group: int, out: Path) -> None:
     if target.exists():
         return
     torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
-    base = open_base(job.base)
-    experts = {name: open_expert(folder, base, f"experts.{name}") for name, folder in job.experts.items()}
-    weights = merge_weights(job, base)["weights"]
-    found = {name: _vectors(job, base, experts, weights[layer_of(name)], name) for name in job.groups[group]}
+    weights = merge_weights(job, job.base)["weights"]
+    found = {name: _vectors(job, weights[layer_of(name)], name) for name in job.groups[group]}
     target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f".{target.name}")
     save_vectors({name: vectors for name, vectors in found.items() if vectors}, partial)
@@ -57,20 +54,22 @@ def merge_group_vectors(job: MergeJob, group: int, out: Path) -> None:
     partial.replace(target)
 
 
-def _vectors(
-    job: MergeJob, base: Base, experts: Mapping[str, Expert], weights: Mapping[str, float], name: str
-) -> dict[str, Vector]:
+def _vectors(job: MergeJob, weights: Mapping[str, float], name: str) -> dict[str, Vector]:
     """Return the vectors of one tensor by expert; experts that add nothing are left out."""
-    touching = {key: expert for key, expert in experts.items() if expert.touches(name)}
+    touching = {key: expert for key, expert in job.experts.items() if expert.touches(name)}
     if not touching:
         return {}
-    dtype, common = base.dtype(name), static_coefficient(job.settings, job.weight, len(experts))
+    dtype, shape = job.base.dtype(name), job.base.info(name).shape
+    base, common = job.base.read(name).view(-1), static_coefficient(job.settings, job.weight, len(job.experts))
     if has_consensus(job.settings):
-        every = [task_vector(job, expert, key, weights[key], name) for key, expert in experts.items()]
-        parts = dict(zip(experts, agreed_contributions(every, job.settings), strict=True))
-        compacted = {key: compact(_finite(parts[key] / common, dtype, key, name), dtype) for key in touching}
+        every = [task_vector(job, key, weights[key], name) for key in job.experts]
+        parts = {key: torch.empty(len(base)) for key in job.experts}
+        for where, agreed in agreed_pieces(base, every, job.settings):
+            for part, piece in zip(parts.values(), agreed, strict=True):
+                part[where] = piece / common
+        compacted = {key: compact(_finite(parts[key].view(shape), dtype, key, name), dtype) for key in touching}
         return {key: vector for key, vector in compacted.items() if vector is not None}
-    share = dict(zip(experts, shares([weights[key] for key in experts], job.settings), strict=True))
+    share = dict(zip(job.experts, shares([weights[key] for key in job.experts], job.settings), strict=True))
     vectors: dict[str, Vector | None] = {}
     for key, expert in touching.items():
         factor = share[key] / common
@@ -80,8 +79,12 @@ def _vectors(
             pair = (_finite(each, dtype, key, name).to(dtype) for each in (first, second * (scaling * factor)))
             vectors[key] = LowRank(*(each.contiguous() for each in pair))
         else:
-            delta = contribution(task_vector(job, expert, key, weights[key], name), factor, job.settings)
-            vectors[key] = compact(_finite(delta, dtype, key, name), dtype)
+            delta = torch.empty(len(base))
+            for where, piece in contribution_pieces(
+                base, task_vector(job, key, weights[key], name), factor, job.settings
+            ):
+                delta[where] = piece
+            vectors[key] = compact(_finite(delta.view(shape), dtype, key, name), dtype)
     return {key: vector for key, vector in vectors.items() if vector is not None}
 
 
@@ -107,14 +110,14 @@ def finish_vectors(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     Raises:
         OSError: a copied file reads back otherwise than the base's.
     """
-    base = open_base(job.base)
-    weights = sorted({info.file for info in base.checkpoint.tensors.values()})
+    weights = sorted({info.file for info in job.base.checkpoint.tensors.values()})
     files = weights if weights == [WEIGHTS] else [*weights, INDEX]
     for file in files:
-        shutil.copyfile(job.base / file, out / file)
-        if sha256_file(out / file) != sha256_file(job.base / file):
-            raise OSError(f"{out / file}: reads back otherwise than {job.base / file}; run again to copy it anew")
-    write_companions(job, base, tokenizer, out)
+        source = job.base.folder / file
+        shutil.copyfile(source, out / file)
+        if sha256_file(out / file) != sha256_file(source):
+            raise OSError(f"{out / file}: reads back otherwise than {source}; run again to copy it anew")
+    write_companions(job, tokenizer, out)
     paths = sorted(path for path in out.rglob("*") if path.is_file() and path.name not in _LATER)
     digests = {str(path.relative_to(out)): sha256_file(path) for path in paths}
     write_json(out / FILES, digests)

@@ -1,5 +1,6 @@
 """Stage task_vectors: what each expert changed, tensor by tensor, and whether its weights are numbers at all."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ from safetensors.torch import save_file
 
 from tasks.artifacts import write_json
 from tasks.errors import InputError
-from tasks.methods.sparsify import magnitude_histogram
-from tasks.models.expert import Expert, open_base, open_expert
+from tasks.methods.delta import BLOCK, Delta, block_sums, chunks
+from tasks.methods.sparsify import BINS, magnitude_histogram
+from tasks.models.weights import ExpertWeights
 
-VERSION = 1
+VERSION = 2
 
 
-def task_vectors(base: Path, expert: Path, name: str, out: Path) -> dict[str, Any]:
-    """Measure the task vector of one expert in one pass, a tensor at a time.
+def task_vectors(expert: ExpertWeights, name: str, out: Path) -> dict[str, Any]:
+    """Measure the task vector of one expert in one pass, piece by piece.
 
     Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude) and `histograms.safetensors`
     (per changed tensor: the filled bins of its `magnitude_histogram` and their counts, int64 (2, bins), from which TIES
@@ -28,29 +30,50 @@ def task_vectors(base: Path, expert: Path, name: str, out: Path) -> dict[str, An
     Raises:
         InputError: NaN or Inf in the expert, naming the tensor.
     """
-    opened = open_expert(expert, open_base(base), f"experts.{name}")
+    torch.set_num_threads(1)  # sums must not depend on how many threads share them
     tensors: dict[str, dict[str, Any]] = {}
     histograms: dict[str, torch.Tensor] = {}
-    for tensor in opened.base.weights:
-        delta = _checked_delta(opened, tensor, name)
-        changed = delta is not None and bool(delta.count_nonzero())
-        tensors[tensor] = {"changed": changed, "l1": 0.0, "l2": 0.0, "max": 0.0}
-        if delta is not None and changed:
-            magnitude = delta.abs()
-            tensors[tensor] |= {
-                "l1": float(magnitude.sum(dtype=torch.float64)),
-                "l2": float(torch.linalg.vector_norm(delta, dtype=torch.float64)),
-                "max": float(magnitude.max()),
-            }
-            histogram = magnitude_histogram(delta)
+    for tensor in expert.base.weights:
+        tensors[tensor] = {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0}
+        if not expert.touches(tensor):
+            continue
+        entry, histogram = _measure(expert.task_vector(tensor), expert.base.read(tensor).view(-1))
+        if not math.isfinite(entry["max"]):
+            raise _not_finite(expert.delta(tensor), tensor, expert, name)
+        if entry["max"]:
+            tensors[tensor] = {"changed": True} | entry
             bins = histogram.nonzero().flatten()
             histograms[tensor] = torch.stack([bins, histogram[bins]])
-    for tensor, values in opened.head_tensors().items():
-        _check_finite(values, tensor, opened, name)
+    for tensor, values in expert.head_tensors().items():
+        if not bool(values.isfinite().all()):
+            raise _not_finite(values, tensor, expert, name)
     save_file(histograms, out / "histograms.safetensors")
     write_json(out / "task_vector.json", tensors)
     total = sum(entry["l2"] ** 2 for entry in tensors.values()) ** 0.5
     return {"tensors": len(tensors), "changed": sum(entry["changed"] for entry in tensors.values()), "l2": total}
+
+
+def _measure(delta: Delta, base: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+    """Return L1 and L2 norm, largest magnitude (NaN where one is) and histogram; base flat, in any float dtype."""
+    histogram = torch.zeros(BINS, dtype=torch.int64)
+    sums: list[float] = []
+    norms: list[float] = []
+    largest: list[torch.Tensor] = []
+    for where in chunks(len(delta)):
+        piece = delta.piece(where, base[where].float())
+        histogram += magnitude_histogram(piece)
+        magnitude = piece.abs_()
+        sums += block_sums(magnitude)
+        norms += [_norm(block) for block in torch.split(magnitude, BLOCK)]
+        largest.append(magnitude.max())
+    entry = {"l1": math.fsum(sums), "l2": math.hypot(*norms), "max": float(torch.stack(largest).max())}
+    return entry, histogram
+
+
+def _norm(block: torch.Tensor) -> float:
+    """Return the L2 norm; in float64, which is slow, only where float32 cannot hold the squares."""
+    norm = float(torch.linalg.vector_norm(block))
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(block, dtype=torch.float64))
 
 
 def read_histogram(artifact: Path, tensor: str) -> torch.Tensor | None:
@@ -64,18 +87,9 @@ def read_histogram(artifact: Path, tensor: str) -> torch.Tensor | None:
     return histogram
 
 
-def _checked_delta(expert: Expert, tensor: str, name: str) -> torch.Tensor | None:
-    if not expert.touches(tensor):
-        return None
-    delta = expert.delta(tensor)
-    _check_finite(delta, tensor, expert, name)
-    return delta
-
-
-def _check_finite(values: torch.Tensor, tensor: str, expert: Expert, name: str) -> None:
-    if not bool(values.isfinite().all()):
-        bad = values.numel() - int(values.isfinite().sum())
-        raise InputError(
-            f"experts.{name}: tensor {tensor} of {expert.folder} has {bad} NaN or Inf of {values.numel()} values "
-            "(expert or base); expected finite weights"
-        )
+def _not_finite(values: torch.Tensor, tensor: str, expert: ExpertWeights, name: str) -> InputError:
+    bad = values.numel() - int(values.isfinite().sum())
+    return InputError(
+        f"experts.{name}: tensor {tensor} of {expert.folder} has {bad} NaN or Inf of {values.numel()} values "
+        "(expert or base); expected finite weights"
+    )

@@ -5,38 +5,37 @@ To add another of that family, add a row.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tasks.methods.consensus import sign_agreement
-from tasks.methods.sparsify import CHUNK, drop_at_random, magnitude_histogram, match_l1_norm, trim_by_magnitude
+from tasks.methods.delta import Delta, chunks
+from tasks.methods.sparsify import Drop, Rescaled, Sparsifier, Trim, drop_all, histogram_of
 
 
 @dataclass(frozen=True)
 class TaskVector:
     """One expert's task vector of one tensor, and what sparsifying needs to know of it."""
 
-    delta: torch.Tensor
-    """expert − base, float32"""
+    delta: Delta
+    """expert − base"""
     weight: float
     density: float = 1.0
     mask_key: str = ""
     """names the stream of random numbers for DARE"""
-    histogram: torch.Tensor | None = None
+    histogram: Tensor | None = None
     """`magnitude_histogram` of delta where it is known already"""
-
-
-Sparsifier = Callable[[TaskVector], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the table; the defaults are mergekit's."""
 
-    sparsify: Sparsifier | None
-    """how elements of each task vector are set to zero; None keeps all"""
+    sparsify: Callable[[TaskVector, Tensor, bool], Sparsifier] | None
+    """from a task vector, the base's tensor (flat) and `rescale`, what sets elements to zero; None keeps all"""
     consensus: bool
     """keep only elements that agree with the sign of their weighted sum (TIES, arXiv 2306.01708)"""
     normalize: bool
@@ -45,14 +44,14 @@ class Method:
     """default of `rescale`: give each sparse task vector the L1 norm it had before"""
 
 
-def _trim(vector: TaskVector) -> torch.Tensor:
+def _trim(vector: TaskVector, base: Tensor, rescale: bool) -> Sparsifier:
     known = vector.histogram
-    histogram = magnitude_histogram(vector.delta) if known is None else known
-    return trim_by_magnitude(vector.delta, vector.density, histogram)
+    histogram = histogram_of(vector.delta, base) if known is None else known
+    return Trim.of(vector.delta, base, vector.density, histogram)
 
 
-def _drop(vector: TaskVector) -> torch.Tensor:
-    return drop_at_random(vector.delta, vector.density, vector.mask_key)
+def _drop(vector: TaskVector, base: Tensor, rescale: bool) -> Sparsifier:
+    return Drop(vector.mask_key, vector.density, remember=rescale)
 
 
 METHODS: dict[str, Method] = {
@@ -74,29 +73,44 @@ class Settings:
     """factor of the whole mixed task vector"""
 
 
-def merge_tensor(base: torch.Tensor, vectors: Sequence[TaskVector], settings: Settings) -> torch.Tensor:
-    """Merge one tensor: base (float32) and K task vectors of its shape → merged tensor, float32.
+def merged_pieces(base: Tensor, vectors: Sequence[TaskVector], settings: Settings) -> Iterator[tuple[slice, Tensor]]:
+    """Merge one tensor piece by piece: yield which elements, and their merged values, float32.
 
-    Semantics of mergekit 0.1.5 `GeneralizedTaskArithmeticMerge` and `linear_merge`. Memory: K sparse task vectors and
-    the merged tensor beside what is given.
+    Semantics of mergekit 0.1.5 `GeneralizedTaskArithmeticMerge` and `linear_merge`. Before the first piece, trimming
+    and rescaling look through each task vector once (trimming once more where it gets no histogram). Memory: some
+    pieces of `CHUNK` elements, what `Trim.of` says, and a byte per element and expert for DARE with rescaling.
+
+    Args:
+        base: the base's tensor, flat, in any float dtype.
+        vectors: the experts' task vectors.
+        settings: the method.
     """
-    method = METHODS.get(settings.method)
-    deltas = [_sparse(vector, method, settings.rescale) for vector in vectors]
-    mix = _mixed if method else _linear
+    mix = _linear if settings.method == "linear" else _mixed
     weights = [vector.weight for vector in vectors]
-    merged = torch.empty(base.shape, device=base.device)
-    # From here on no element needs another one.
-    chunks = (torch.split(tensor.reshape(-1), CHUNK) for tensor in (merged, base, *deltas))
-    for out, origin, *parts in zip(*chunks, strict=True):
-        out.copy_(mix(origin, parts, weights, settings))
-    return merged
+    for where, origin, parts in _sparse_pieces(base, vectors, settings):
+        yield where, mix(origin, parts, weights, settings)
 
 
-def _sparse(vector: TaskVector, method: Method | None, rescale: bool) -> torch.Tensor:
-    if method is None or method.sparsify is None or vector.density >= 1:
-        return vector.delta
-    sparse = method.sparsify(vector)
-    return match_l1_norm(sparse, vector.delta) if rescale else sparse
+def _sparse_pieces(
+    base: Tensor, vectors: Sequence[TaskVector], settings: Settings
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """Yield which elements, the base's values and every (sparse) task vector's; the tensors are the caller's own."""
+    sparsifiers = [_sparsifier(vector, base, settings) for vector in vectors]
+    for where in chunks(len(base)):
+        origin = base[where].to(torch.float32, copy=True)
+        parts = [vector.delta.piece(where, origin) for vector in vectors]
+        made_sparse = zip(parts, sparsifiers, strict=True)
+        yield where, origin, [sparsify(part, where) if sparsify else part for part, sparsify in made_sparse]
+
+
+def _sparsifier(vector: TaskVector, base: Tensor, settings: Settings) -> Sparsifier | None:
+    method = METHODS.get(settings.method)
+    if method is None or method.sparsify is None or vector.density >= 1 or not len(base):
+        return None
+    if vector.density <= 0:
+        return drop_all
+    sparsify = method.sparsify(vector, base, settings.rescale)
+    return Rescaled.of(vector.delta, base, sparsify) if settings.rescale else sparsify
 
 
 def has_consensus(settings: Settings) -> bool:
@@ -124,61 +138,62 @@ def static_coefficient(settings: Settings, weight: float, experts: int) -> float
     return shares([weight] * experts, settings)[0]
 
 
-def contribution(vector: TaskVector, share: float, settings: Settings) -> torch.Tensor:
-    """Return what one expert adds to one tensor in a merge without consensus, float32; `share` is from `shares`."""
-    return _sparse(vector, METHODS.get(settings.method), settings.rescale) * share
+def contribution_pieces(
+    base: Tensor, vector: TaskVector, share: float, settings: Settings
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield what one expert adds to one tensor in a merge without consensus, float32; `share` is from `shares`."""
+    for where, _, (part,) in _sparse_pieces(base, [vector], settings):
+        yield where, part.mul_(share)
 
 
-def agreed_contributions(vectors: Sequence[TaskVector], settings: Settings) -> list[torch.Tensor]:
-    """Return what each expert adds to one tensor under consensus, float32: base + their sum is `merge_tensor`'s result.
+def agreed_pieces(
+    base: Tensor, vectors: Sequence[TaskVector], settings: Settings
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yield what each expert adds to one tensor under consensus, float32: base + their sum is the merged tensor.
 
     Signs are elected, and sums divided, with the weights given, so each part is the same for every input. Up to
     rounding, for the sum is divided part by part.
     """
-    method = METHODS[settings.method]
-    parts = [_sparse(vector, method, settings.rescale).clone() for vector in vectors]
     weights = [vector.weight for vector in vectors]
-    for chunk in zip(*(torch.split(part.view(-1), CHUNK) for part in parts), strict=True):
-        scaled = [delta * weight for delta, weight in zip(chunk, weights, strict=True)]
+    for where, _, parts in _sparse_pieces(base, vectors, settings):
+        scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
         agreement = sign_agreement(scaled)
-        divisor = torch.zeros_like(scaled[0])
-        for weight, agrees in zip(weights, agreement, strict=True):
-            divisor += weight * agrees
-        divisor[divisor == 0] = 1
-        for out, delta, agrees in zip(chunk, scaled, agreement, strict=True):
-            out.copy_(delta * agrees * settings.lambda_)
-            if settings.normalize:
-                out /= divisor
-    return parts
+        agreed = [part.mul_(agrees).mul_(settings.lambda_) for part, agrees in zip(scaled, agreement, strict=True)]
+        if settings.normalize:
+            divisor = _agreeing_weight(weights, agreement)
+            agreed = [part.div_(divisor) for part in agreed]
+        yield where, agreed
 
 
-def _mixed(
-    base: torch.Tensor, deltas: Sequence[torch.Tensor], weights: Sequence[float], settings: Settings
-) -> torch.Tensor:
+def _mixed(origin: Tensor, parts: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
     """Return base + the weighted sum or, under consensus, the disjoint sum of sparse task vectors."""
-    scaled = [delta * weight for delta, weight in zip(deltas, weights, strict=True)]
-    mixed = torch.zeros_like(base)
-    divisor: torch.Tensor | float
+    scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
+    divisor: Tensor | float
     if METHODS[settings.method].consensus:
-        divisor = torch.zeros_like(base)
-        for weight, delta, agrees in zip(weights, scaled, sign_agreement(scaled), strict=True):
-            mixed += delta * agrees
-            divisor += weight * agrees
-        divisor[divisor == 0] = 1
+        agreement = sign_agreement(scaled)
+        divisor = _agreeing_weight(weights, agreement) if settings.normalize else 1.0
+        scaled = [part.mul_(agrees) for part, agrees in zip(scaled, agreement, strict=True)]
     else:
-        for delta in scaled:
-            mixed += delta
         divisor = 1.0 if abs(sum(weights)) < 1e-8 else sum(weights)
+    mixed = scaled[0]
+    for part in scaled[1:]:
+        mixed += part
     if settings.normalize:
         mixed /= divisor
-    return base + mixed * settings.lambda_
+    return origin.add_(mixed.mul_(settings.lambda_))
 
 
-def _linear(
-    base: torch.Tensor, deltas: Sequence[torch.Tensor], weights: Sequence[float], settings: Settings
-) -> torch.Tensor:
+def _agreeing_weight(weights: Sequence[float], agreement: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the weights of those that agree, element by element; 1 where it is 0."""
+    total = agreement[0] * weights[0]
+    for weight, agrees in zip(weights[1:], agreement[1:], strict=True):
+        total += agrees * weight
+    return total.masked_fill_(total == 0, 1.0)
+
+
+def _linear(origin: Tensor, parts: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
     """Return the weighted mean (normalize) or sum of the experts themselves (model soup, arXiv 2203.05482)."""
-    merged = torch.zeros_like(base)
-    for delta, weight in zip(deltas, weights, strict=True):
-        merged += (base + delta) * weight
+    merged = parts[0].add_(origin).mul_(weights[0])
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        merged += part.add_(origin).mul_(weight)
     return merged / sum(weights) if settings.normalize else merged

@@ -1,11 +1,20 @@
-"""Ways to set elements of a task vector to zero, and the random numbers they need."""
+"""Ways to set elements of a task vector to zero, piece by piece, and the random numbers they need."""
 
 import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-CHUNK = 1 << 18
-"""Elements handled at a time where none needs another one: intermediate tensors then stay in the processor's cache."""
+from tasks.methods.delta import Delta, block_sums, chunks
+
+BINS = 1 << 15
+"""Of a magnitude histogram."""
+
+Sparsifier = Callable[[Tensor, slice], Tensor]
+"""Gets a piece of a task vector, which it may change, and which elements these are; returns it made sparse."""
 
 
 def kept_elements(numel: int, density: float) -> int:
@@ -15,76 +24,159 @@ def kept_elements(numel: int, density: float) -> int:
     return numel if density >= 1 else max(1, int(density * numel))
 
 
-def magnitude_histogram(delta: torch.Tensor) -> torch.Tensor:
+def magnitude_histogram(piece: Tensor) -> Tensor:
     """Count float32 elements by the upper 15 bits of their magnitude (8 of exponent, 7 more), int64 (32768,).
 
     The order of the bins is that of the magnitudes, so the bin that holds a threshold is known without sorting.
     """
-    return torch.bincount(_magnitude_bins(delta), minlength=1 << 15)
+    # The upper half of each number: half the bytes, and what bincount is fastest with.
+    upper = piece.flatten().unsqueeze(-1).view(torch.int16)[:, 1]
+    return torch.bincount(upper & 0x7FFF, minlength=BINS)
 
 
-def _magnitude_bins(delta: torch.Tensor) -> torch.Tensor:
-    return delta.flatten().abs().view(torch.int32) >> 16
+def histogram_of(delta: Delta, base: Tensor) -> Tensor:
+    """Return the `magnitude_histogram` of a whole task vector; base flat, in any float dtype."""
+    counts = torch.zeros(BINS, dtype=torch.int64, device=base.device)
+    for where in chunks(len(delta)):
+        counts += magnitude_histogram(delta.piece(where, base[where].float()))
+    return counts
 
 
-def trim_by_magnitude(delta: torch.Tensor, density: float, histogram: torch.Tensor) -> torch.Tensor:
-    """Keep the `kept_elements` of largest magnitude (TIES step 1, arXiv 2306.01708); of equal ones, the first.
+@dataclass(frozen=True)
+class Trim:
+    """Keeps the elements of largest magnitude (TIES step 1, arXiv 2306.01708); of equal ones, the first.
 
-    Args:
-        delta: task vector, float32, any shape.
-        density: share of elements to keep, 0..1.
-        histogram: `magnitude_histogram` of the task vector.
+    What a stable full sort would keep, without sorting: `of` finds the magnitude of the smallest element that is kept,
+    and the place of the last one that is kept of those which equal it.
     """
-    keep = kept_elements(delta.numel(), density)
-    if keep == delta.numel():
-        return delta
-    if keep == 0:
-        return torch.zeros_like(delta)
-    from_top = histogram.flip(0).cumsum(0)
-    rank = int(torch.searchsorted(from_top, keep))
-    boundary = len(histogram) - 1 - rank
-    above = int(from_top[rank - 1]) if rank else 0
-    bins = _magnitude_bins(delta)
-    mask = bins > boundary
-    candidates = (bins == boundary).nonzero().flatten()
-    # Stable: of equal magnitudes the one with the lower index comes first.
-    order = delta.flatten()[candidates].abs().sort(descending=True, stable=True).indices
-    mask[candidates[order[: keep - above]]] = True
-    return delta * mask.view_as(delta)
+
+    threshold: float
+    last: int
+    """index of the last element of that magnitude which is kept"""
+
+    @classmethod
+    def of(cls, delta: Delta, base: Tensor, density: float, histogram: Tensor) -> "Trim":
+        """Find the threshold of a task vector, in one pass that looks closer at a single bin of the histogram.
+
+        Memory: 12 bytes for each element in that bin, which spans a 128th of a power of two.
+
+        Args:
+            delta: the task vector.
+            base: the base's tensor, flat, in any float dtype.
+            density: share of elements to keep, above 0 and below 1.
+            histogram: `magnitude_histogram` of the task vector.
+        """
+        keep = kept_elements(len(delta), density)
+        from_top = histogram.flip(0).cumsum(0)
+        rank = int(torch.searchsorted(from_top, keep))
+        boundary = BINS - 1 - rank
+        missing = keep - (int(from_top[rank - 1]) if rank else 0)
+        places, magnitudes = [], []
+        for where in chunks(len(delta)):
+            bits = delta.piece(where, base[where].float()).view(torch.int32) & 0x7FFFFFFF
+            inside = ((bits >> 16) == boundary).nonzero().flatten()
+            places.append(inside + where.start)
+            magnitudes.append(bits[inside])
+        found, place = torch.cat(magnitudes), torch.cat(places)
+        # Bits of magnitudes are in the order of the magnitudes.
+        threshold = found.kthvalue(len(found) - missing + 1).values
+        equal = place[found == threshold]
+        last = equal[missing - int((found > threshold).count_nonzero()) - 1]
+        return cls(float(threshold.view(torch.float32)), int(last))
+
+    def __call__(self, piece: Tensor, where: slice) -> Tensor:
+        """See `Sparsifier`."""
+        magnitude = piece.abs()
+        if self.last < where.start:
+            return piece.mul_(magnitude > self.threshold)
+        kept = magnitude >= self.threshold
+        if self.last < where.stop - 1:
+            behind = slice(self.last + 1 - where.start, None)
+            kept[behind] = magnitude[behind] > self.threshold
+        return piece.mul_(kept)
 
 
-def drop_at_random(delta: torch.Tensor, density: float, key: str) -> torch.Tensor:
-    """Keep each element with probability `density`, independently (DARE, arXiv 2311.03099, without its rescaling).
+@dataclass(frozen=True)
+class Drop:
+    """Keeps each element with probability `density`, independently (DARE, arXiv 2311.03099, without its rescaling).
 
     The choice depends on the key and the element's index alone.
     """
-    if density <= 0:
-        return torch.zeros_like(delta)
-    return delta * (uniform(key, delta.numel(), delta.device) < density).view_as(delta)
+
+    key: str
+    """names the stream of random numbers"""
+    density: float
+    remember: bool = False
+    """whether masks are kept (a byte per element) for a second pass, as they take longer to make than to read"""
+    _masks: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __call__(self, piece: Tensor, where: slice) -> Tensor:
+        """See `Sparsifier`."""
+        mask = self._masks.pop(where.start, None)
+        if mask is None:
+            mask = random_bits(self.key, where, piece.device) < _signed_share(self.density)
+            if self.remember:
+                self._masks[where.start] = mask
+        return piece.mul_(mask)
 
 
-def match_l1_norm(sparse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """Scale a sparse task vector to the L1 norm it had before; not if either norm is below 1e-7 (mergekit's rule)."""
-    before, after = delta.abs().sum(), sparse.abs().sum()
-    return sparse if before < 1e-7 or after < 1e-7 else sparse * (before / after)
+def drop_all(piece: Tensor, where: slice) -> Tensor:
+    """Keep nothing: density 0. See `Sparsifier`."""
+    return piece.zero_()
 
 
-def uniform(key: str, numel: int, device: torch.device) -> torch.Tensor:
-    """Return `numel` float32 numbers in [0, 1), element i being a hash of (key, i): the same on every device.
+@dataclass(frozen=True)
+class Rescaled:
+    """Gives a sparse task vector the L1 norm that it had before."""
 
-    splitmix64 (Steele, Lea, Flood 2014) of a counter, upper 24 bits; the key's sha256 chooses the stream.
+    sparsify: Sparsifier
+    ratio: float
+
+    @classmethod
+    def of(cls, delta: Delta, base: Tensor, sparsify: Sparsifier) -> "Rescaled":
+        """Measure the norms in one pass; base flat, in any float dtype."""
+        before, after = [], []
+        for where in chunks(len(delta)):
+            piece = delta.piece(where, base[where].float())
+            before += block_sums(piece.abs())
+            after += block_sums(sparsify(piece, where).abs_())
+        return cls(sparsify, norm_ratio(math.fsum(before), math.fsum(after)))
+
+    def __call__(self, piece: Tensor, where: slice) -> Tensor:
+        """See `Sparsifier`."""
+        return self.sparsify(piece, where).mul_(self.ratio)
+
+
+def norm_ratio(before: float, after: float) -> float:
+    """Return what restores an L1 norm; 1 if either norm is below 1e-7 (mergekit's rule)."""
+    return 1.0 if before < 1e-7 or after < 1e-7 else before / after
+
+
+def random_bits(key: str, where: slice, device: torch.device) -> Tensor:
+    """Return 32 random bits for each of some elements, int32: a hash of (key, index), the same on every device.
+
+    Of splitmix64 (Steele, Lea, Flood 2014) of a counter, each output serves two elements, lower half first; the key's
+    sha256 chooses the stream.
+
+    Args:
+        key: names the stream.
+        where: which elements; starts at an even one.
+        device: where they are made.
     """
+    assert where.start % 2 == 0, where
     start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
-    numbers = torch.empty(numel, device=device)
-    for number, chunk in enumerate(torch.split(numbers, CHUNK)):
-        begin = number * CHUNK + 1
-        state = torch.arange(begin, begin + len(chunk), dtype=torch.int64, device=device)
-        state = state * _signed(0x9E3779B97F4A7C15) + start
-        state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
-        state = (state ^ _shift(state, 27)) * _signed(0x94D049BB133111EB)
-        state = state ^ _shift(state, 31)
-        chunk.copy_(_shift(state, 40))
-    return numbers.mul_(2.0**-24)
+    first, last = where.start // 2 + 1, (where.stop + 1) // 2 + 1
+    state = torch.arange(first, last, dtype=torch.int64, device=device)
+    state.mul_(_signed(0x9E3779B97F4A7C15)).add_(start)
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state.bitwise_xor_(_shift(state, bits)).mul_(_signed(factor))
+    state.bitwise_xor_(_shift(state, 31))
+    return state.view(torch.int32)[: where.stop - where.start]
+
+
+def _signed_share(density: float) -> int:
+    """Return the number that a share `density` of all 32-bit integers, as torch's signed ones, lies below."""
+    return min(round(density * (1 << 32)), (1 << 32) - 1) - (1 << 31)
 
 
 def _signed(value: int) -> int:
@@ -92,6 +184,6 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _shift(state: torch.Tensor, bits: int) -> torch.Tensor:
+def _shift(state: Tensor, bits: int) -> Tensor:
     """Shift right, filling with zeros (torch fills with the sign)."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1)

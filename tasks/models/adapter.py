@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters: their factors, scaled exactly as peft scales them, multiplied out one tensor at a time."""
+"""PEFT LoRA adapters: which tensors their factors belong to, scaled exactly as peft scales them."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from tasks.errors import InputError
 from tasks.models.checkpoint import Checkpoint, TensorInfo
 from tasks.models.names import Names
+from tasks.models.weights import LowRank
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -43,40 +44,13 @@ _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """One tensor's task vector in factors: scaling · (second @ first), transposed where the module stores it so."""
-
-    first: str
-    """name of lora_A (r × in) or lora_embedding_A (r × vocabulary) in the adapter"""
-    second: str
-    """name of lora_B (out × r) or lora_embedding_B (width × r)"""
-    scaling: float
-    transpose: bool
-
-
-@dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter by the parameter names of the network it was trained on."""
 
-    checkpoint: Checkpoint
     low_rank: Mapping[str, LowRank]
     """key (`Names.key`) of each adapted parameter → its task vector"""
     saved: Mapping[str, str]
     """name of each parameter stored whole (modules_to_save) → its name in the adapter"""
-
-    def factors(self, key: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Return the task vector of one adapted parameter as first (r, columns), second (rows, r) and scaling.
-
-        scaling · second @ first has the parameter's own orientation; the factors are float32.
-        """
-        entry = self.low_rank[key]
-        first, second = self.checkpoint.read(entry.first).float(), self.checkpoint.read(entry.second).float()
-        return (second.T, first.T, entry.scaling) if entry.transpose else (first, second, entry.scaling)
-
-    def delta(self, key: str) -> torch.Tensor:
-        """Return the task vector of one adapted parameter, float32: peft's `get_delta_weight` in full precision."""
-        first, second, scaling = self.factors(key)
-        return (second @ first) * scaling
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -151,7 +125,7 @@ def parse_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], network: Pr
                 f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
             )
         low_rank[f"{key}.weight"] = _low_rank(path, checkpoint.tensors, config, module, modules[key], pair)
-    return Adapter(checkpoint, low_rank, saved)
+    return Adapter(low_rank, saved)
 
 
 def _is_saved(name: str, modules_to_save: Iterable[str]) -> bool:

@@ -252,16 +252,32 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
-def write_tensor(plan: CheckpointPlan, folder: Path, name: str, tensor: torch.Tensor) -> None:
-    """Write one tensor at its planned offset; it must have the planned dtype and shape."""
-    planned = plan.tensors[name]
-    assert tensor.dtype == planned.dtype, (name, tensor.dtype, planned.dtype)
-    assert tuple(tensor.shape) == planned.shape, (name, tensor.shape, planned.shape)
-    data = tensor_bytes(tensor)
-    descriptor = os.open(folder / planned.file, os.O_WRONLY)
-    try:
+class CheckpointWriter:
+    """Writes tensors, whole or in pieces, at their planned offsets in preallocated files."""
+
+    def __init__(self, plan: CheckpointPlan, folder: Path) -> None:
+        """Prepare to write below a folder; files are opened as they are needed."""
+        self._plan = plan
+        self._folder = folder
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> "CheckpointWriter":
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
+        """Write some elements of a tensor, from element `start` on; they must have the planned dtype."""
+        planned = self._plan.tensors[name]
+        assert values.dtype == planned.dtype, (name, values.dtype, planned.dtype)
+        assert start + values.numel() <= math.prod(planned.shape), (name, start, values.shape, planned.shape)
+        if planned.file not in self._descriptors:
+            self._descriptors[planned.file] = os.open(self._folder / planned.file, os.O_WRONLY)
+        data, offset = tensor_bytes(values), planned.offset + start * planned.dtype.itemsize
         written = 0
         while written < len(data):
-            written += os.pwrite(descriptor, data[written:], planned.offset + written)
-    finally:
-        os.close(descriptor)
+            written += os.pwrite(self._descriptors[planned.file], data[written:], offset + written)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,94 +10,46 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tasks.errors import InputError
-from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, parse_adapter, read_adapter_config
-from tasks.models.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint, read_header
+from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
+from tasks.models.checkpoint import Checkpoint, open_checkpoint, read_header
 from tasks.models.layers import in_block
 from tasks.models.names import Names, names_of, parameter_names
 from tasks.models.networks import Head, describe, fill_network, load_config, skeleton
+from tasks.models.weights import BaseWeights, ExpertWeights
 
 
 @dataclass(frozen=True)
-class Base:
+class Base(BaseWeights):
     """The model that all experts were fine-tuned from; merged models have the same form."""
 
-    checkpoint: Checkpoint
     config: PretrainedConfig
     names: Names
     """of the network that the base was saved as"""
-    weights: tuple[str, ...]
-    """tensors that are merged, in network order; tied names once"""
-    buffers: tuple[str, ...]
-    """other tensors of the checkpoint (position ids, old causal masks), copied as they are"""
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the checkpoint."""
-        return self.checkpoint.folder
-
-    def info(self, name: str) -> TensorInfo:
-        """Return dtype and shape of one tensor."""
-        return self.checkpoint.tensors[name]
 
     def network_name(self, name: str) -> str:
         """Return the key of the parameter that a tensor, or another network's parameter of some name, is or is in."""
         return self.names.parameter(name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the stored dtype of one tensor."""
-        return DTYPES[self.info(name).dtype]
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in its stored dtype."""
-        return self.checkpoint.read(name)
+    def only_weights(self) -> BaseWeights:
+        """Return what merging needs to know, without open files."""
+        return BaseWeights(replace(self.checkpoint), self.weights, self.buffers)
 
 
 @dataclass(frozen=True)
-class Expert:
+class Expert(ExpertWeights):
     """One expert, by the base's tensor names."""
 
     base: Base
-    folder: Path
     config: PretrainedConfig
-    source: Checkpoint
-    adapter: Adapter | None
-    own: Mapping[str, str]
-    """base's name → name in `source` of each tensor stored whole"""
-    low_rank: Mapping[str, str]
-    """base's name → parameter name of each adapted tensor"""
-    head: Mapping[str, str]
-    """parameter name → name in `source` of each tensor that the base lacks or has in another shape"""
 
-    def touches(self, name: str) -> bool:
-        """Return whether the expert stores anything for this tensor; if not, its task vector is zero."""
-        return name in self.own or name in self.low_rank
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the expert is a LoRA adapter and no whole checkpoint."""
+        return (self.folder / ADAPTER_CONFIG).is_file()
 
-    def delta(self, name: str) -> torch.Tensor:
-        """Return the task vector of one tensor, expert − base, in float32."""
-        if name in self.low_rank:
-            assert self.adapter is not None
-            return self.adapter.delta(self.low_rank[name])
-        base = self.base.read(name).float()
-        return self.source.read(self.own[name]).float() - base if name in self.own else torch.zeros_like(base)
-
-    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """Return the factors of a tensor's task vector (see `Adapter.factors`); None where it has none."""
-        if name not in self.low_rank:
-            return None
-        assert self.adapter is not None
-        return self.adapter.factors(self.low_rank[name])
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor of the expert: as stored, or base + low-rank task vector in float32."""
-        if name in self.own:
-            return self.source.read(self.own[name])
-        if name in self.low_rank:
-            return self.base.read(name).float() + self.delta(name)
-        return self.base.read(name)
-
-    def head_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of the expert's head by parameter name."""
-        return {name: self.source.read(stored) for name, stored in self.head.items()}
+    def only_weights(self, base: BaseWeights) -> ExpertWeights:
+        """Return what merging needs to know, without open files; `base` is its base's `only_weights`."""
+        return ExpertWeights(base, replace(self.source), self.own, self.low_rank, self.head)
 
 
 def open_base(folder: Path, checkpoint: Checkpoint | None = None) -> Base:
@@ -120,7 +72,7 @@ def open_base(folder: Path, checkpoint: Checkpoint | None = None) -> Base:
     )
     merged = {name: checkpoint.tensors[name].is_floating_point and not names.is_unread(name) for name in kept}
     weights = tuple(name for name in kept if merged[name])
-    return Base(checkpoint, config, names, weights, tuple(name for name in kept if not merged[name]))
+    return Base(checkpoint, weights, tuple(name for name in kept if not merged[name]), config, names)
 
 
 def open_expert(folder: Path, base: Base, key: str, checkpoint: Checkpoint | None = None) -> Expert:
@@ -161,7 +113,7 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert
         # What this expert's network does not have (a pooler, a language-model head) stays the base's.
         if tensor_key not in stored and (names.parameter(name) in names.parameters or in_block(name)):
             raise InputError(f"{key}: {folder} lacks tensor {name}, which the base has; expected a whole fine-tune")
-    return Expert(base, folder, config, source, None, own, {}, {name: name for name in heads})
+    return Expert(base, source, own, {}, {name: name for name in heads}, config)
 
 
 def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert:
@@ -180,7 +132,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
             raise InputError(
                 f"{key}: {folder} adapts {parameter}, which the base lacks; the adapter was made for another base"
             )
-    low_rank = {weights[parameter]: parameter for parameter in adapter.low_rank}
+    low_rank = {weights[parameter]: factors for parameter, factors in adapter.low_rank.items()}
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
     own, heads = _place(f"{key}: {folder}", stored, source, base, names)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in heads}
@@ -191,7 +143,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         if last in head:
             config = copy.deepcopy(base.config)
             config.num_labels = source.tensors[head[last]].shape[0]
-    return Expert(base, folder, config, source, adapter, own, low_rank, head)
+    return Expert(base, source, own, low_rank, head, config)
 
 
 def _place(

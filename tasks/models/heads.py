@@ -12,10 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from tasks.errors import InputError
 from tasks.models.networks import load_config, skeleton
-
-HEADS = "heads"
-"""Folder beside a merged trunk: a folder per expert with its head."""
-HEAD_WEIGHTS = "head.safetensors"
+from tasks.models.weights import HEAD_WEIGHTS
 
 
 @dataclass(frozen=True)

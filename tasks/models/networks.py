@@ -140,11 +140,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder holds a tokenizer of its own."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
-
-
 def describe(config: PretrainedConfig) -> dict[str, Any]:
     """Return the settings that a base and its experts must share for their weights to be added."""
     text = config.get_text_config()

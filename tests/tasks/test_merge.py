@@ -21,17 +21,19 @@ from transformers import (
 
 from pipeline import card
 from tasks import merge
-from tasks.artifacts import read_json, sha256_file
+from tasks.artifacts import read_json
 from tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import CompletionTask
 from tasks.errors import InputError
 from tasks.merge import MergeJob, finish_merge, layer_groups, merge_group, merge_weights
-from tasks.methods import METHODS, Settings, TaskVector, merge_tensor
+from tasks.methods import METHODS, Settings, TaskVector
+from tasks.methods.delta import Whole
 from tasks.models.expert import load_network, open_base, open_expert
 from tasks.sensitivity import sensitivity
 from tasks.task_vectors import task_vectors
 from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed
+from tests.tasks.methods.pieces import whole_tensor
 
 Save = Callable[..., Path]
 TASK = CompletionTask(kind="completion")
@@ -49,16 +51,20 @@ def make_job(
     folder: Path, base: Path, experts: dict[str, Path], method: str = "task_arithmetic", **changes: Any
 ) -> MergeJob:
     """A job for the experts, their task vectors measured in `folder`."""
+    opened_base = open_base(base)
+    opened = {name: open_expert(expert, opened_base, f"experts.{name}") for name, expert in experts.items()}
+    weights = opened_base.only_weights()
     artifacts = {}
-    for name, expert in experts.items():
+    for name in experts:
         artifacts[name] = folder / f"task-vector-{name}"
         if not artifacts[name].exists():
             artifacts[name].mkdir(parents=True)
-            task_vectors(base, expert, name, artifacts[name])
+            task_vectors(opened[name], name, artifacts[name])
     row = METHODS.get(method)
     defaults = {
-        "base": base,
-        "experts": experts,
+        "base": weights,
+        "experts": {name: one.only_weights(weights) for name, one in opened.items()},
+        "head_configs": {name: one.config.to_json_string() for name, one in opened.items() if one.head},
         "task_vectors": artifacts,
         "settings": Settings(method, normalize=row.normalize if row else True, rescale=bool(row and row.rescale)),
         "weight": 0.5,
@@ -69,7 +75,7 @@ def make_job(
         "distances": None,
         "out_dtype": None,
         "shard_size": 10**9,
-        "groups": layer_groups(open_base(base), 16 * 2**10),
+        "groups": layer_groups(weights, 16 * 2**10),
     }
     return MergeJob(**{**defaults, **changes})
 
@@ -88,7 +94,7 @@ def merged(job: MergeJob, out: Path) -> dict[str, Any]:
     """Run all pieces of a merge."""
     for group in range(len(job.groups)):
         merge_group(job, group, out)
-    return finish_merge(job, job.base, out)
+    return finish_merge(job, job.base.folder, out)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -121,18 +127,21 @@ def test_merge_is_the_method_on_whole_state_dicts(
     coefficients = ExplicitCoefficients(kind="explicit", weights={"math": patterns, "code": 0.6})
     one = job(method, coefficients=coefficients, densities={"math": density, "code": min(1.0, density * 1.5)})
     merged(one, tmp_path / "out")
-    base, *experts = (weights_of(folder) for folder in (one.base, *one.experts.values()))
+    base, *experts = (weights_of(model.folder) for model in (one.base, *one.experts.values()))
     torch.set_num_threads(1)
     expected = {}
     for name in base:
         weights = {"math": 0.5 * (0.25 if "layers.1." in name else 1.0), "code": 0.3}
         vectors = [
             TaskVector(
-                weights_of_expert[name] - base[name], weights[expert], one.densities[expert], f"7/{expert}/{name}"
+                Whole((weights_of_expert[name] - base[name]).view(-1)),
+                weights[expert],
+                one.densities[expert],
+                f"7/{expert}/{name}",
             )
             for expert, weights_of_expert in zip(one.experts, experts, strict=True)
         ]
-        expected[name] = merge_tensor(base[name], vectors, one.settings)
+        expected[name] = whole_tensor(base[name], vectors, one.settings)
     assert equal(weights_of(tmp_path / "out"), expected)
 
 
@@ -165,19 +174,19 @@ def test_every_order_of_groups_gives_the_same_bits(
         out = tmp_path / f"out-{order}"
         for group in (*order, *order[:2]):
             merge_group(one, group, out)
-        digests.add(finish_merge(one, one.base, out)["digest"])
+        digests.add(finish_merge(one, one.base.folder, out)["digest"])
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize("shard_size", [1, 40_000])
 def test_shards_hold_the_same_values(shard_size: int, job: Callable[..., MergeJob], tmp_path: Path) -> None:
-    merged(job("ties", densities={"math": 0.3, "code": 0.3}), tmp_path / "one")
+    expected = merged(job("ties", densities={"math": 0.3, "code": 0.3}), tmp_path / "one")
     found = merged(job("ties", densities={"math": 0.3, "code": 0.3}, shard_size=shard_size), tmp_path / "many")
     assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "many"))
     index = read_json(tmp_path / "many" / "model.safetensors.index.json")
     assert set(index["weight_map"]) == set(weights_of(tmp_path / "one"))
-    assert set(found["files"]) == set(index["weight_map"].values())
-    assert len(found["files"]) > 1
+    assert found == expected
+    assert len(set(index["weight_map"].values())) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
     assert equal(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict())
 
@@ -286,7 +295,7 @@ def test_a_killed_merge_continues_to_the_same_bits(job: Callable[..., MergeJob],
     for group in (0, 2):
         merge_group(one, group, out)
     # A kill in the middle of group 1 leaves some of its bytes, no marker, and perhaps half an index.
-    plan = merge.plan_merged(open_base(one.base), None, 40_000)
+    plan = merge.plan_merged(one.base, None, 40_000)
     name = one.groups[1][0]
     with (out / plan.tensors[name].file).open("r+b") as file:
         file.seek(plan.tensors[name].offset)
@@ -298,7 +307,7 @@ def test_a_killed_merge_continues_to_the_same_bits(job: Callable[..., MergeJob],
     for group in range(len(one.groups)):
         merge_group(one, group, out)
     assert {path: (out / path).stat().st_mtime_ns for path in finished} == finished
-    assert finish_merge(one, one.base, out) == expected
+    assert finish_merge(one, one.base.folder, out) == expected
     assert index.read_bytes() == (tmp_path / "whole" / index.name).read_bytes()
 
 
@@ -316,12 +325,12 @@ def test_altered_bytes_are_found_and_merged_anew(job: Callable[..., MergeJob], t
     out = tmp_path / "out"
     for group in range(len(one.groups)):
         merge_group(one, group, out)
-    plan = merge.plan_merged(open_base(one.base), None, one.shard_size)
+    plan = merge.plan_merged(one.base, None, one.shard_size)
     names = [group[-1] for group in one.groups[1:3]]
     for name in names:
         flip(out / plan.tensors[name].file, plan.tensors[name].offset + 5)
     with pytest.raises(OSError, match=rf"{re.escape(names[0])}, {re.escape(names[1])} read back otherwise"):
-        finish_merge(one, one.base, out)
+        finish_merge(one, one.base.folder, out)
     assert {path.name for path in out.glob(".group-*")} == {".group-0.json", ".group-3.json"}
     assert merged(one, out) == expected
 
@@ -342,7 +351,7 @@ def test_a_damaged_file_is_found_and_merged_anew(damage: str, job: Callable[...,
         flip(file, 20)
     if damage != "header":  # that is written anew, and no group with it
         with pytest.raises(OSError, match="read back otherwise"):
-            finish_merge(one, one.base, out)
+            finish_merge(one, one.base.folder, out)
     assert merged(one, out) == expected
 
 
@@ -368,13 +377,12 @@ def test_merged_folder_is_an_ordinary_model(save: Save, tmp_path: Path) -> None:
     experts = {name: save(perturbed(make_llama(), seed), name, tmp_path) for seed, name in enumerate("xy", 1)}
     template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
     (experts["y"] / "chat_template.jinja").write_text(template)
-    found = merged(make_job(tmp_path, base, experts), tmp_path / "out")
+    merged(make_job(tmp_path, base, experts), tmp_path / "out")
 
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names >= {"config.json", "generation_config.json", "tokenizer.json", "coefficients.json"}
     assert not any(name.startswith(".") for name in names)
     assert not (tmp_path / "out" / "heads").exists()
-    assert found["files"] == {"model.safetensors": sha256_file(tmp_path / "out" / "model.safetensors")}
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert "lm_head.weight" not in stored
     assert read_json(tmp_path / "out" / "config.json") == read_json(base / "config.json")
@@ -494,7 +502,7 @@ def test_sens_end_to_end(direction: str, job: Callable[..., MergeJob], llamas: d
         assert weights == pytest.approx({name: 0.5 * 2 * value for name, value in sigma.items()})
     assert table["weights"].keys() == raw["math"].keys()
 
-    base, found = weights_of(one.base), weights_of(tmp_path / "out")
+    base, found = weights_of(one.base.folder), weights_of(tmp_path / "out")
     for tensor, layer in (
         ("model.embed_tokens.weight", "model.embed_tokens"),
         ("model.layers.0.mlp.up_proj.weight", "model.layers.0"),
@@ -502,8 +510,8 @@ def test_sens_end_to_end(direction: str, job: Callable[..., MergeJob], llamas: d
         ("model.norm.weight", "model.norm"),
     ):
         mixed = sum(
-            table["weights"][layer][name] * (weights_of(folder)[tensor] - base[tensor])
-            for name, folder in one.experts.items()
+            table["weights"][layer][name] * (weights_of(expert.folder)[tensor] - base[tensor])
+            for name, expert in one.experts.items()
         )
         torch.testing.assert_close(found[tensor], base[tensor] + mixed)
 
@@ -513,9 +521,9 @@ def test_weights_average_to_the_variants_weight(
 ) -> None:
     one = sens_job(job, llamas, tmp_path, temperature=0.05)
     for job_ in (one, replace(one, coefficients=UniformCoefficients())):
-        for row in merge_weights(job_, open_base(one.base))["weights"].values():
+        for row in merge_weights(job_, one.base)["weights"].values():
             assert sum(row.values()) / len(row) == pytest.approx(0.5)
-    rows = merge_weights(one, open_base(one.base))["weights"]
+    rows = merge_weights(one, one.base)["weights"]
     assert any(abs(row["math"] - row["code"]) > 1e-3 for row in rows.values())
 
 

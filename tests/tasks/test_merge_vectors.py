@@ -16,11 +16,11 @@ from tasks.errors import InputError
 from tasks.merge import MergeJob
 from tasks.merge_vectors import FILES, VECTORS, finish_vectors, merge_group_vectors
 from tasks.methods import Settings, static_coefficient
-from tasks.models.adapter import Adapter
 from tasks.models.checkpoint import INDEX
 from tasks.models.expert import open_base
 from tasks.models.layers import group_by_layer
 from tasks.models.vectors import Dense, LowRank, Sparse, Vector, load_vectors
+from tasks.models.weights import ExpertWeights
 from tests.conftest import make_adapter, make_bert_trunk, make_gpt2, make_llama, perturbed
 from tests.tasks.test_merge import make_job, merged, weights_of
 
@@ -56,7 +56,7 @@ def dynamic(job: MergeJob, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     for group in range(len(job.groups)):
         merge_group_vectors(job, group, out)
-    return finish_vectors(job, job.base, out)
+    return finish_vectors(job, job.base.folder, out)
 
 
 def vectors_of(folder: Path) -> dict[str, dict[str, Vector]]:
@@ -153,7 +153,7 @@ def test_factors_of_adapters_are_never_multiplied_out(
         raise AssertionError("factors were multiplied out")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Adapter, "delta", forbidden)
+        patch.setattr(ExpertWeights, "delta", forbidden)
         dynamic(job, tmp_path / "out")
     vectors = vectors_of(tmp_path / "out")
     adapted = vectors["model.layers.1.self_attn.q_proj.weight"]
@@ -211,9 +211,9 @@ def test_order_and_repetition_change_nothing(models: dict[str, tuple[Path, Folde
     (tmp_path / "other").mkdir()
     for group in (3, 1, 0, 2, 1):
         merge_group_vectors(job, group, tmp_path / "other")
-    assert finish_vectors(job, job.base, tmp_path / "other") == expected
+    assert finish_vectors(job, job.base.folder, tmp_path / "other") == expected
     # A run that ended before the artifact was published finishes it once more.
-    assert finish_vectors(job, job.base, tmp_path / "other") == expected
+    assert finish_vectors(job, job.base.folder, tmp_path / "other") == expected
     assert read_json(tmp_path / "other" / FILES) == read_json(tmp_path / "one" / FILES)
 
 

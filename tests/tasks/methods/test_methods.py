@@ -10,16 +10,17 @@ from tasks.methods import (
     METHODS,
     Settings,
     TaskVector,
-    agreed_contributions,
-    contribution,
     has_consensus,
     keeps_low_rank,
-    merge_tensor,
+    merged_pieces,
     shares,
     static_coefficient,
 )
-from tasks.methods.sparsify import CHUNK, match_l1_norm
+from tasks.methods import delta as delta_module
+from tasks.methods.delta import BLOCK, CHUNK, Difference
+from tasks.methods.sparsify import norm_ratio
 from tests.conftest import SHARED
+from tests.tasks.methods.pieces import agreed_contributions, contribution, joined, vector, whole_tensor
 
 REFERENCE = SHARED / "reference" / "merge_methods.json"
 NAMES = ["linear", *METHODS]
@@ -41,7 +42,7 @@ def settings(method: str, **changes: Any) -> Settings:
 
 def vectors(deltas: list[torch.Tensor], weights: list[float], density: float = 1.0) -> list[TaskVector]:
     return [
-        TaskVector(delta, weight, density, mask_key=f"expert{i}/tensor")
+        vector(delta, weight, density, mask_key=f"expert{i}/tensor")
         for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))
     ]
 
@@ -89,10 +90,10 @@ def test_mergekit_gives_the_same(case: dict[str, Any]) -> None:
         experts = [tensors.get_tensor(f"{number}.expert{k}") for k in range(case["experts"])]
         expected = tensors.get_tensor(case["output"])
     given_vectors = [
-        TaskVector(expert - base, weight, density)
+        vector(expert - base, weight, density)
         for expert, weight, density in zip(experts, weights, densities, strict=True)
     ]
-    merged = merge_tensor(base, given_vectors, settings(case["method"], **given))
+    merged = whole_tensor(base, given_vectors, settings(case["method"], **given))
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
 
 
@@ -104,9 +105,9 @@ def test_no_reference_case_of_our_methods_is_left_out() -> None:
 def test_linear_is_the_mean_of_the_experts(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
     experts = [(base + delta).double() for delta in deltas]
     total = sum(w * e for w, e in zip(WEIGHTS, experts, strict=True))
-    mean = merge_tensor(base, vectors(deltas, WEIGHTS), settings("linear"))
+    mean = whole_tensor(base, vectors(deltas, WEIGHTS), settings("linear"))
     torch.testing.assert_close(mean, (total / sum(WEIGHTS)).float(), rtol=1e-6, atol=1e-6)
-    raw = merge_tensor(base, vectors(deltas, WEIGHTS), settings("linear", normalize=False))
+    raw = whole_tensor(base, vectors(deltas, WEIGHTS), settings("linear", normalize=False))
     torch.testing.assert_close(raw, total.float(), rtol=1e-6, atol=1e-6)
 
 
@@ -117,7 +118,7 @@ def test_sum_of_task_vectors(
     method: str, normalize: bool, lambda_: float, base: torch.Tensor, deltas: list[torch.Tensor]
 ) -> None:
     mixed = sum(w * d.double() for w, d in zip(WEIGHTS, deltas, strict=True)) / (sum(WEIGHTS) if normalize else 1)
-    merged = merge_tensor(base, vectors(deltas, WEIGHTS), settings(method, normalize=normalize, lambda_=lambda_))
+    merged = whole_tensor(base, vectors(deltas, WEIGHTS), settings(method, normalize=normalize, lambda_=lambda_))
     torch.testing.assert_close(merged, (base + lambda_ * mixed).float(), rtol=1e-6, atol=1e-6)
 
 
@@ -127,33 +128,33 @@ def test_sum_of_task_vectors(
 def test_ties_of_the_paper(
     weights: list[float], density: float, normalize: bool, base: torch.Tensor, deltas: list[torch.Tensor]
 ) -> None:
-    merged = merge_tensor(base, vectors(deltas, weights, density), settings("ties", normalize=normalize))
+    merged = whole_tensor(base, vectors(deltas, weights, density), settings("ties", normalize=normalize))
     expected = naive_ties(base, deltas, weights, density, normalize)
     torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_dense_dare_ties_is_dense_ties(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
-    dare = merge_tensor(base, vectors(deltas, WEIGHTS), settings("dare_ties", normalize=True))
+    dare = whole_tensor(base, vectors(deltas, WEIGHTS), settings("dare_ties", normalize=True))
     torch.testing.assert_close(dare.double(), naive_ties(base, deltas, WEIGHTS, 1.0, True), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_order_of_experts_does_not_matter(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
     given = vectors(deltas, WEIGHTS, 0.5 if method != "linear" else 1.0)
-    first = merge_tensor(base, given, settings(method))
+    first = whole_tensor(base, given, settings(method))
     for order in itertools.permutations(given):
-        torch.testing.assert_close(merge_tensor(base, order, settings(method)), first, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(whole_tensor(base, order, settings(method)), first, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_one_dense_expert_is_itself(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
-    merged = merge_tensor(base, vectors(deltas[:1], [1.0]), settings(method))
+    merged = whole_tensor(base, vectors(deltas[:1], [1.0]), settings(method))
     torch.testing.assert_close(merged, base + deltas[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sparsify])
 def test_density_zero_is_the_base(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
-    assert torch.equal(merge_tensor(base, vectors(deltas, WEIGHTS, 0.0), settings(method)), base)
+    assert torch.equal(whole_tensor(base, vectors(deltas, WEIGHTS, 0.0), settings(method)), base)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -162,7 +163,7 @@ def test_weights_that_cancel_divide_by_one(
     method: str, normalize: bool, base: torch.Tensor, deltas: list[torch.Tensor]
 ) -> None:
     # Equal task vectors with weights +1 and −1: their sum is zero everywhere, and so is the sum of all weights.
-    merged = merge_tensor(base, vectors([deltas[0], deltas[0]], [1.0, -1.0]), settings(method, normalize=normalize))
+    merged = whole_tensor(base, vectors([deltas[0], deltas[0]], [1.0, -1.0]), settings(method, normalize=normalize))
     if METHODS[method].consensus:
         # A sum of zero counts as positive: of +δ and −δ the positive one stays, divided by its own weight.
         sign = deltas[0].sign() if normalize else torch.ones_like(base)
@@ -174,7 +175,7 @@ def test_weights_that_cancel_divide_by_one(
 def test_consensus_with_agreeing_weights_that_cancel_divides_by_one(base: torch.Tensor) -> None:
     # w·δ is +2 and +3 with w = 1 and −1: both agree, their weights sum to zero.
     given = vectors([torch.full_like(base, 2.0), torch.full_like(base, -3.0)], [1.0, -1.0])
-    torch.testing.assert_close(merge_tensor(base, given, settings("ties")), base + 5)
+    torch.testing.assert_close(whole_tensor(base, given, settings("ties")), base + 5)
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sparsify])
@@ -182,7 +183,7 @@ def test_rescale_restores_the_l1_norm(method: str, deltas: list[torch.Tensor]) -
     zero = torch.zeros_like(deltas[0])
     for rescale in (True, False):
         given = vectors(deltas[:1], [1.0], 0.3)
-        task_vector = merge_tensor(zero, given, settings(method, rescale=rescale, normalize=False))
+        task_vector = whole_tensor(zero, given, settings(method, rescale=rescale, normalize=False))
         kept = task_vector != 0
         l1 = (deltas[0] if rescale else deltas[0][kept]).abs().sum()
         torch.testing.assert_close(task_vector.abs().sum(), l1)
@@ -193,10 +194,42 @@ def test_rescale_restores_the_l1_norm(method: str, deltas: list[torch.Tensor]) -
 
 
 def test_tiny_norms_are_not_rescaled() -> None:
-    delta = torch.tensor([6e-8, 3e-8])
-    assert torch.equal(match_l1_norm(delta * torch.tensor([1.0, 0.0]), delta), torch.tensor([6e-8, 0.0]))
-    zero = torch.zeros(3)
-    assert torch.equal(match_l1_norm(zero, torch.ones(3)), zero)
+    assert norm_ratio(9e-8, 6e-8) == norm_ratio(3.0, 0.0) == norm_ratio(0.0, 0.0) == 1
+    assert norm_ratio(3.0, 1.5) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("method", NAMES)
+def test_size_of_chunks_changes_no_bit(
+    method: str, rescale: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    numel = 5 * BLOCK + 77
+    base = torch.randn(numel, generator=generator).to(dtype)
+    # Rounding to half precision leaves many differences of equal magnitude.
+    experts = [(base.float() + 0.05 * torch.randn(numel, generator=generator)).to(dtype) for _ in range(3)]
+    density = 0.37 if method in METHODS and METHODS[method].sparsify else 1.0
+    given = [
+        TaskVector(Difference(expert), weight, density, mask_key=f"{k}")
+        for k, (expert, weight) in enumerate(zip(experts, WEIGHTS, strict=True))
+    ]
+    how = settings(method, **({"rescale": rescale} if density < 1 else {}))
+    found = []
+    for size in (BLOCK, 2 * BLOCK, 8 * BLOCK):
+        monkeypatch.setattr(delta_module, "CHUNK", size)
+        found.append(joined(merged_pieces(base, given, how), base.shape))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    deltas = [expert.float() - base.float() for expert in experts]
+    torch.testing.assert_close(found[0], whole_tensor(base.float(), vectors_of(deltas, density), how), rtol=0, atol=0)
+
+
+def vectors_of(deltas: list[torch.Tensor], density: float) -> list[TaskVector]:
+    return [
+        vector(delta, weight, density, mask_key=f"{k}")
+        for k, (delta, weight) in enumerate(zip(deltas, WEIGHTS, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -204,7 +237,7 @@ def test_tiny_norms_are_not_rescaled() -> None:
 def test_any_shape(method: str, shape: tuple[int, ...]) -> None:
     ones = torch.ones(shape)
     density = 1.0 if method == "linear" or not METHODS[method].sparsify else 0.5
-    merged = merge_tensor(ones, vectors([ones, ones * 2], [0.5, 0.5], density), settings(method))
+    merged = whole_tensor(ones, vectors([ones, ones * 2], [0.5, 0.5], density), settings(method))
     assert merged.shape == shape
     assert merged.dtype == torch.float32
 
@@ -212,7 +245,7 @@ def test_any_shape(method: str, shape: tuple[int, ...]) -> None:
 def test_inputs_are_left_alone(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
     before = [tensor.clone() for tensor in (base, *deltas)]
     for method in NAMES:
-        merge_tensor(base, vectors(deltas, WEIGHTS, 0.5), settings(method, normalize=True))
+        whole_tensor(base, vectors(deltas, WEIGHTS, 0.5), settings(method, normalize=True))
     assert all(torch.equal(a, b) for a, b in zip(before, (base, *deltas), strict=True))
 
 
@@ -223,9 +256,9 @@ def test_large_tensors_are_merged_in_chunks(method: str) -> None:
     rows, width = 5, CHUNK // 3
     base, *deltas = (torch.randn(rows, width, generator=generator) for _ in range(4))
     transposed = [deltas[0].T.contiguous().T, *deltas[1:]]
-    merged = merge_tensor(base.T.contiguous().T, vectors(transposed, WEIGHTS), settings(method))
+    merged = whole_tensor(base.T.contiguous().T, vectors(transposed, WEIGHTS), settings(method))
     for row in range(rows):
-        alone = merge_tensor(base[row], vectors([delta[row] for delta in deltas], WEIGHTS), settings(method))
+        alone = whole_tensor(base[row], vectors([delta[row] for delta in deltas], WEIGHTS), settings(method))
         assert torch.equal(merged[row], alone)
 
 
@@ -248,8 +281,8 @@ def test_agreed_contributions_sum_to_the_merge(
     how = settings(method, normalize=normalize, lambda_=lambda_)
     given = vectors(deltas, weights, density)
     before = [delta.clone() for delta in deltas]
-    parts = agreed_contributions(given, how)
-    torch.testing.assert_close(base + sum(parts), merge_tensor(base, given, how), rtol=0, atol=1e-6)
+    parts = agreed_contributions(base, given, how)
+    torch.testing.assert_close(base + sum(parts), whole_tensor(base, given, how), rtol=0, atol=1e-6)
     # What an expert adds is in the direction that was elected: no two of them have opposite signs.
     assert all((one * other >= 0).all() for one, other in itertools.combinations(parts, 2))
     assert all(torch.equal(*pair) for pair in zip(before, deltas, strict=True))
@@ -258,7 +291,7 @@ def test_agreed_contributions_sum_to_the_merge(
 def test_agreed_contributions_by_hand() -> None:
     # Weighted: 1, −4, 6 → positive, of weights 1 + 3; −2, −2, 3 → negative, of weights 1 + 2.
     given = [torch.tensor([1.0, -2.0]), torch.tensor([-2.0, -1.0]), torch.tensor([2.0, 1.0])]
-    parts = agreed_contributions(vectors(given, [1.0, 2.0, 3.0]), settings("ties"))
+    parts = agreed_contributions(torch.zeros(2), vectors(given, [1.0, 2.0, 3.0]), settings("ties"))
     expected = torch.tensor([[1 / 4, -2 / 3], [0.0, -2 / 3], [6 / 4, 0.0]])
     torch.testing.assert_close(torch.stack(parts), expected)
 
@@ -277,15 +310,15 @@ def test_contributions_sum_to_the_merge(
 ) -> None:
     how = settings(method, normalize=normalize, lambda_=lambda_)
     given = vectors(deltas, weights, 0.5)
-    parts = [contribution(vector, share, how) for vector, share in zip(given, shares(weights, how), strict=True)]
-    torch.testing.assert_close(base + sum(parts), merge_tensor(base, given, how), rtol=0, atol=2e-6)
+    parts = [contribution(base, one, share, how) for one, share in zip(given, shares(weights, how), strict=True)]
+    torch.testing.assert_close(base + sum(parts), whole_tensor(base, given, how), rtol=0, atol=2e-6)
 
 
 def test_contributions_of_normalised_linear_sum_to_the_merge(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
     how = settings("linear")
     given = vectors(deltas, WEIGHTS)
-    parts = [contribution(vector, share, how) for vector, share in zip(given, shares(WEIGHTS, how), strict=True)]
-    torch.testing.assert_close(base + sum(parts), merge_tensor(base, given, how), rtol=0, atol=1e-6)
+    parts = [contribution(base, one, share, how) for one, share in zip(given, shares(WEIGHTS, how), strict=True)]
+    torch.testing.assert_close(base + sum(parts), whole_tensor(base, given, how), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +339,7 @@ def test_static_coefficient_is_what_uniform_weights_give_each_expert(how: Settin
     assert static_coefficient(how, 0.4, 3) == pytest.approx(expected)
     # Task vectors that do not overlap: in each element a merge without consensus adds that much of one expert.
     if not has_consensus(how):
-        merged = merge_tensor(torch.zeros(3), vectors(list(torch.eye(3)), [0.4] * 3), how)
+        merged = whole_tensor(torch.zeros(3), vectors(list(torch.eye(3)), [0.4] * 3), how)
         torch.testing.assert_close(merged, torch.full((3,), expected))
 
 

@@ -9,15 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tasks.methods.delta import BLOCK, Whole, chunks
 from tasks.methods.sparsify import (
-    CHUNK,
-    drop_at_random,
+    BINS,
+    Drop,
+    Rescaled,
+    Trim,
+    histogram_of,
     kept_elements,
     magnitude_histogram,
-    match_l1_norm,
-    trim_by_magnitude,
-    uniform,
+    random_bits,
 )
+from tests.tasks.methods.pieces import sparse
 
 CPU = torch.device("cpu")
 MASK = (1 << 64) - 1
@@ -47,69 +50,95 @@ def test_splitmix64_of_the_test_is_the_published_one() -> None:
     assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
+def bits(key: str, numel: int) -> torch.Tensor:
+    """The random bits of the first elements as numbers from 0 to 1, float64."""
+    return (random_bits(key, slice(0, numel), CPU).double() + 2**31) / 2**32
+
+
 @pytest.mark.parametrize("key", ["", "0/math/model.layers.0.mlp.up_proj.weight", "seed/Ünïcode/x"])
-def test_uniform_is_splitmix64_of_a_counter(key: str) -> None:
+@pytest.mark.parametrize("where", [slice(0, 1001), slice(BLOCK, BLOCK + 1000)])
+def test_random_bits_are_the_halves_of_splitmix64_of_a_counter(key: str, where: slice) -> None:
     start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    found = uniform(key, CHUNK + 1000, CPU).double()
-    for indices in (range(1000), range(CHUNK - 1, CHUNK + 1000)):
-        states = [(start + (i + 1) * 0x9E3779B97F4A7C15) & MASK for i in indices]
-        expected = torch.tensor([(splitmix64(state) >> 40) / 2**24 for state in states], dtype=torch.float64)
-        assert torch.equal(found[indices.start : indices.stop], expected)
+    found = random_bits(key, where, CPU)
+    expected = []
+    for i in range(where.start, where.stop):
+        output = splitmix64((start + (i // 2 + 1) * 0x9E3779B97F4A7C15) & MASK)
+        half = (output >> 32 if i % 2 else output) & 0xFFFFFFFF
+        expected.append(half - (1 << 32) if half >> 31 else half)
+    assert found.dtype == torch.int32
+    assert found.tolist() == expected
 
 
-def test_uniform_is_uniform() -> None:
-    numbers = uniform("a", NUMEL, CPU).double()
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
+def test_random_bits_are_uniform() -> None:
+    numbers = bits("a", NUMEL)
     # Five standard errors of the mean and of each of 64 equal bins.
     assert abs(float(numbers.mean()) - 0.5) < 5 / math.sqrt(12 * NUMEL)
     bins = torch.histc(numbers, 64, 0, 1)
     assert (bins - NUMEL / 64).abs().max() < 5 * math.sqrt(NUMEL / 64)
 
 
-def test_uniform_is_uncorrelated_between_neighbours_and_keys() -> None:
-    numbers, other = uniform("0/math/x", NUMEL, CPU).double(), uniform("0/code/x", NUMEL, CPU).double()
+def test_random_bits_are_uncorrelated_between_neighbours_and_keys() -> None:
+    numbers, other = bits("0/math/x", NUMEL), bits("0/code/x", NUMEL)
     pairs = [(numbers, other), *((numbers[lag:], numbers[:-lag]) for lag in (1, 2, 64, 576))]
     for first, second in pairs:
         assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 5 / math.sqrt(NUMEL)
 
 
-def test_uniform_depends_on_key_and_index_alone(threads: None) -> None:
+def test_random_bits_depend_on_key_and_index_alone(threads: None) -> None:
     torch.set_num_threads(1)
-    numbers = uniform("a", NUMEL, CPU)
+    numbers = bits("a", NUMEL)
     torch.set_num_threads(4)
-    assert torch.equal(uniform("a", NUMEL, CPU), numbers)
-    assert torch.equal(uniform("a", 777, CPU), numbers[:777])
-    assert not torch.equal(uniform("b", NUMEL, CPU), numbers)
+    assert torch.equal(bits("a", NUMEL), numbers)
+    assert torch.equal(bits("a", 777), numbers[:777])
+    assert not torch.equal(bits("b", NUMEL), numbers)
 
 
-@pytest.mark.parametrize("density", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize("density", [1e-4, 0.01, 0.3, 0.9, 1 - 1e-9])
 def test_drop_keeps_its_share(density: float) -> None:
-    kept = float(drop_at_random(torch.ones(NUMEL), density, "key").mean())
+    kept = float(sparse(torch.ones(NUMEL), Drop("key", density)).mean())
     assert abs(kept - density) < 5 * math.sqrt(density * (1 - density) / NUMEL)
 
 
 def test_drop_keeps_values_as_they_are_and_is_nested() -> None:
     delta = torch.randn(50, 60, generator=torch.Generator().manual_seed(0))
-    sparse, denser = drop_at_random(delta, 0.3, "key"), drop_at_random(delta, 0.6, "key")
-    assert torch.equal(sparse[sparse != 0], delta[sparse != 0])
-    assert bool((denser[sparse != 0] == delta[sparse != 0]).all())
-    assert not drop_at_random(delta, 0.0, "key").any()
+    thin, denser = sparse(delta, Drop("key", 0.3)), sparse(delta, Drop("key", 0.6))
+    assert torch.equal(thin[thin != 0], delta[thin != 0])
+    assert bool((denser[thin != 0] == delta[thin != 0]).all())
     # The index is that of the logical order, whatever the memory's.
-    assert torch.equal(drop_at_random(delta.T.contiguous().T, 0.3, "key"), sparse)
+    assert torch.equal(sparse(delta.T.contiguous().T, Drop("key", 0.3)), thin)
+
+
+def test_masks_that_are_remembered_are_the_same() -> None:
+    delta = torch.randn(3 * BLOCK, generator=torch.Generator().manual_seed(0))
+    drop = Drop("key", 0.3, remember=True)
+    first = sparse(delta, drop)
+    assert torch.equal(sparse(delta, drop), first)
+    assert torch.equal(sparse(delta, Drop("key", 0.3)), first)
 
 
 def test_rescaled_drop_is_unbiased() -> None:
     delta = torch.randn(400, generator=torch.Generator().manual_seed(0))
     density, draws = 0.3, 2000
-    samples = torch.stack([drop_at_random(delta, density, f"{i}/expert/tensor") for i in range(draws)])
+    drops = [Drop(f"{i}/expert/tensor", density) for i in range(draws)]
+    samples = torch.stack([sparse(delta, drop) for drop in drops])
     error = delta.abs().double() * math.sqrt(density * (1 - density) / draws)
     assert bool(((samples.double().mean(0) - density * delta).abs() <= 5 * error).all())
-    rescaled = torch.stack([match_l1_norm(sample, delta) for sample in samples])
+    zero = torch.zeros_like(delta)
+    rescaled = torch.stack([sparse(delta, Rescaled.of(Whole(delta), zero, drop)) for drop in drops])
     torch.testing.assert_close(rescaled.abs().sum(1), delta.abs().sum().expand(draws))
     # A ratio of sums is unbiased up to a share of 1/(elements kept).
     bias = (rescaled.double().mean(0) - delta).abs()
     assert bool((bias <= 5 * error / density + delta.abs() * 2 / (density * len(delta))).all())
+
+
+def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
+    """What TIES keeps of a task vector; a density that keeps all or nothing needs no threshold."""
+    keep = kept_elements(delta.numel(), density)
+    if keep in (0, delta.numel()):
+        return delta if keep else torch.zeros_like(delta)
+    flat = Whole(delta.reshape(-1))
+    zero = torch.zeros(len(flat))
+    return sparse(delta, Trim.of(flat, zero, density, histogram_of(flat, zero)))
 
 
 def full_sort_trim(delta: torch.Tensor, density: float) -> torch.Tensor:
@@ -130,7 +159,7 @@ differences = st.sampled_from([torch.float16, torch.bfloat16])
 )
 def test_trim_is_a_full_sort(values: np.ndarray, density: float) -> None:
     delta = torch.from_numpy(values)
-    found = trim_by_magnitude(delta, density, magnitude_histogram(delta))
+    found = trim(delta, density)
     assert torch.equal(found, full_sort_trim(delta, density))
 
 
@@ -142,33 +171,49 @@ def test_trim_of_differences_of_half_precision_weights(
     base = torch.randn(23, 29, generator=generator)
     expert = base + scale * torch.randn(23, 29, generator=generator)
     delta = expert.to(dtype).float() - base.to(dtype).float()
-    found = trim_by_magnitude(delta, density, magnitude_histogram(delta))
+    found = trim(delta, density)
     assert torch.equal(found, full_sort_trim(delta, density))
 
 
 def test_trim_breaks_ties_by_index() -> None:
     delta = torch.tensor([-1.0, 1.0, 2.0, 1.0, -1.0])
-    trimmed = trim_by_magnitude(delta, 0.6, magnitude_histogram(delta))
+    trimmed = trim(delta, 0.6)
     assert trimmed.tolist() == [-1.0, 1.0, 2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.999])
+def test_trim_of_several_chunks(dtype: torch.dtype, density: float) -> None:
+    """With ties at the threshold in more than one chunk."""
+    base, expert = (torch.randn(9 * BLOCK + 5, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    delta = (base + 0.01 * expert).to(dtype).float() - base.to(dtype).float()
+    assert len(list(chunks(len(delta)))) > 2
+    assert torch.equal(trim(delta, density), full_sort_trim(delta, density))
+
+
+def test_trim_of_equal_magnitudes_in_several_chunks() -> None:
+    delta = torch.where(torch.arange(5 * BLOCK) % 3 == 0, 0.5, -0.5)
+    for density in (0.1, 0.4, 0.8, 0.9999):
+        assert torch.equal(trim(delta, density), full_sort_trim(delta, density))
 
 
 def test_trim_of_a_transposed_task_vector() -> None:
     delta = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     transposed = delta.T.contiguous().T
-    assert torch.equal(trim_by_magnitude(transposed, 0.3, magnitude_histogram(transposed)), full_sort_trim(delta, 0.3))
+    assert torch.equal(trim(transposed, 0.3), full_sort_trim(delta, 0.3))
 
 
 @given(values=arrays("float32", st.integers(0, 60), elements=float32 | few_values))
 def test_histogram_counts_every_element_in_order_of_magnitude(values: np.ndarray) -> None:
     delta = torch.from_numpy(values)
     histogram = magnitude_histogram(delta)
-    assert histogram.shape == (1 << 15,)
+    assert histogram.shape == (BINS,)
     assert histogram.dtype == torch.int64
     assert int(histogram.sum()) == delta.numel()
     # Bin by bin in order of magnitude: the sorted elements, each in its own bin, fill the bins from the left.
     ordered = delta.abs().sort().values
     bins = [int(magnitude_histogram(one).argmax()) for one in ordered]
-    assert torch.repeat_interleave(torch.arange(1 << 15), histogram).tolist() == bins
+    assert torch.repeat_interleave(torch.arange(BINS), histogram).tolist() == bins
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from tasks.models.checkpoint import (
     INDEX,
     WEIGHTS,
     CheckpointPlan,
+    CheckpointWriter,
     open_checkpoint,
     plan_checkpoint,
     preallocate,
     read_header,
     tensor_bytes,
-    write_tensor,
 )
 from tests.conftest import make_llama
 
@@ -36,7 +36,8 @@ def write(tensors: dict[str, torch.Tensor], folder: Path, shard_size: int) -> Ch
     plan = plan_checkpoint({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, shard_size)
     preallocate(plan, folder)
     for name, tensor in tensors.items():
-        write_tensor(plan, folder, name, tensor)
+        with CheckpointWriter(plan, folder) as writer:
+            writer.write(name, tensor)
     return plan
 
 
@@ -216,12 +217,28 @@ def test_a_preallocated_file_is_whole_before_its_tensors_are(tmp_path: Path) -> 
     assert read_header(tmp_path / WEIGHTS)["x"].shape == (7,)
 
 
-def test_another_shape_or_dtype_is_not_written(tmp_path: Path) -> None:
-    plan = plan_checkpoint({"x": (torch.float32, (2, 3))}, 10**6)
+@pytest.mark.parametrize(
+    ("tensor", "start"), [(torch.ones(7), 0), (torch.ones(3), 4), (torch.ones(6, dtype=torch.float64), 0)]
+)
+def test_more_elements_or_another_dtype_are_not_written(tensor: torch.Tensor, start: int, tmp_path: Path) -> None:
+    plan = plan_checkpoint({"x": (torch.float32, (2, 3)), "y": (torch.float32, (9,))}, 10**6)
     preallocate(plan, tmp_path)
-    for tensor in (torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64)):
-        with pytest.raises(AssertionError):
-            write_tensor(plan, tmp_path, "x", tensor)
+    before = (tmp_path / WEIGHTS).read_bytes()
+    with pytest.raises(AssertionError), CheckpointWriter(plan, tmp_path) as writer:
+        writer.write("x", tensor, start)
+    assert (tmp_path / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("shard_size", [1, 10**6])
+def test_pieces_may_come_in_any_order(shard_size: int, tmp_path: Path) -> None:
+    tensors = {"x": some_tensor(torch.bfloat16, (5, 4)), "y": some_tensor(torch.float32, (11,))}
+    plan = plan_checkpoint({name: (one.dtype, tuple(one.shape)) for name, one in tensors.items()}, shard_size)
+    preallocate(plan, tmp_path)
+    with CheckpointWriter(plan, tmp_path) as writer:
+        for name, start, stop in (("y", 7, 11), ("x", 9, 20), ("y", 0, 7), ("x", 0, 9)):
+            writer.write(name, tensors[name].view(-1)[start:stop], start)
+    found = open_checkpoint(tmp_path)
+    assert all(identical(found.read(name), tensor) for name, tensor in tensors.items())
 
 
 def test_shards_that_transformers_loads(save: Callable[..., Path], tmp_path: Path) -> None:

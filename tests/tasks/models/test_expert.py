@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from tasks.errors import InputError
-from tasks.models.checkpoint import DTYPES, INDEX, WEIGHTS, plan_checkpoint, preallocate, write_tensor
+from tasks.models.checkpoint import DTYPES, INDEX, WEIGHTS, CheckpointWriter, plan_checkpoint, preallocate
 from tasks.models.expert import Base, Expert, load_network, open_base, open_expert
 from tests.conftest import bert_config, gpt2_config, llama_config, make_bert_trunk, make_gpt2, make_llama, perturbed
 
@@ -242,7 +242,8 @@ def merged_into_one(expert: Expert, folder: Path) -> Base:
     plan = plan_checkpoint({name: (base.dtype(name), base.info(name).shape) for name in names}, 20_000)
     preallocate(plan, folder)
     for name in names:
-        write_tensor(plan, folder, name, expert.read(name))
+        with CheckpointWriter(plan, folder) as writer:
+            writer.write(name, expert.read(name))
     shutil.copyfile(base.folder / "config.json", folder / "config.json")
     return open_base(folder)
 

@@ -17,12 +17,12 @@ from tasks.errors import InputError
 from tasks.models.networks import (
     describe,
     fill_network,
-    has_tokenizer,
     load_config,
     load_tokenizer,
     network_class,
     skeleton,
 )
+from tasks.models.tokenizers import has_tokenizer
 from tests.conftest import bert_config, gpt2_config, llama_config, make_llama
 
 

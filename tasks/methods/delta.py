@@ -1,0 +1,88 @@
+"""Task vectors of one tensor, worked out piece by piece: what is not asked for is never in memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18
+"""Elements handled at a time: intermediate tensors then stay in the processor's cache."""
+BLOCK = 1 << 16
+"""Sums are taken over blocks of this many elements, and then over blocks: so they do not depend on the chunks."""
+
+
+class Delta(Protocol):
+    """The task vector of one tensor, expert − base, flat and in float32."""
+
+    def __len__(self) -> int:
+        """Return the number of elements."""
+
+    def piece(self, where: slice, origin: Tensor) -> Tensor:
+        """Return some of the elements, float32; the caller may change the tensor that it gets.
+
+        Args:
+            where: which, from start to stop.
+            origin: the base's elements there, float32.
+        """
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A tensor that the expert stores whole."""
+
+    expert: Tensor
+    """flat, in any float dtype; it may lie in a file"""
+
+    def __len__(self) -> int:
+        """See `Delta`."""
+        return len(self.expert)
+
+    def piece(self, where: slice, origin: Tensor) -> Tensor:
+        """See `Delta`."""
+        return origin.new_empty(where.stop - where.start).copy_(self.expert[where]).sub_(origin)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A task vector that is there already."""
+
+    values: Tensor
+    """flat, float32"""
+
+    def __len__(self) -> int:
+        """See `Delta`."""
+        return len(self.values)
+
+    def piece(self, where: slice, origin: Tensor) -> Tensor:
+        """See `Delta`."""
+        return self.values[where].to(origin.device, copy=True)
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """A tensor that the expert left alone."""
+
+    numel: int
+
+    def __len__(self) -> int:
+        """See `Delta`."""
+        return self.numel
+
+    def piece(self, where: slice, origin: Tensor) -> Tensor:
+        """See `Delta`."""
+        return origin.new_zeros(where.stop - where.start)
+
+
+def chunks(numel: int, size: int | None = None) -> Iterator[slice]:
+    """Yield the slices that make up `numel` elements, `size` (default `CHUNK`, a multiple of `BLOCK`) in each."""
+    size = size or CHUNK
+    assert size % BLOCK == 0, f"chunks of {size} elements would split blocks of {BLOCK}"
+    for start in range(0, numel, size):
+        yield slice(start, min(start + size, numel))
+
+
+def block_sums(values: Tensor) -> list[float]:
+    """Return the sum of every `BLOCK` elements of a flat tensor that starts with a block; of few, of those."""
+    return [float(block.sum()) for block in torch.split(values, BLOCK)]
