@@ -3,17 +3,18 @@
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from pipeline.plan import Plan, StepError, make_plan, plan_summary, plan_table
+from pipeline.models import list_models
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.store import Store
 from tasks.artifacts import write_json
-from tasks.errors import InputError
+from tasks.errors import InputError, StepError
 
 app = typer.Typer(
     name="sensmerge",
@@ -44,8 +45,15 @@ DEFAULT_STORE = Path("store")
 @app.command()
 def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetOption = None) -> None:
     """Print every step, RUN or SKIP and why, and the bytes to read and write. Finds bad input; does no work."""
-    planned = _plan(load_recipe(recipe, overrides or ()), recipe, store)
-    Console().print(plan_table(planned))
+    loaded, target, folder = load_recipe(recipe, overrides or ()), Store(store.absolute()), recipe.absolute().parent
+    target.make()
+    with ThreadPoolExecutor(1) as beside:
+        # Files are hashed while transformers is imported, which takes seconds as well.
+        listings = beside.submit(list_models, loaded, folder, target.hub_cache)
+
+        from pipeline.plan import make_plan, plan_table
+
+    Console().print(plan_table(make_plan(loaded, folder, target, listings.result())))
 
 
 @app.command()
@@ -58,24 +66,27 @@ def run(
     report: ReportOption = None,
 ) -> None:
     """Run all stages of a recipe, as far as the store lacks their results, and print the scores."""
-    # MLflow, Ray and matplotlib take seconds to import; `schema`, `--help` and bad recipes need none of them.
-    from pipeline import tracking
-    from pipeline.card import write_cards
-    from pipeline.report import route_table, route_warnings, score_table
-    from pipeline.results import collect, data_sets
-    from pipeline.run import execute
-
     console = Console()
     loaded = load_recipe(recipe, overrides or ())
     if report is not None and report.is_dir():
         raise InputError(f"--report {report}: is a folder; name a file in it")
     if report is not None and not report.absolute().parent.is_dir():
         raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
-    locked = Store(store.absolute())
-    with locked.lock():
+    locked, folder = Store(store.absolute()), recipe.absolute().parent
+    with locked.lock(), ThreadPoolExecutor(1) as beside:
+        # Files are hashed while transformers, MLflow, Ray and matplotlib are imported, which takes seconds as well.
+        listings = beside.submit(list_models, loaded, folder, locked.hub_cache)
+
+        from pipeline import tracking
+        from pipeline.card import write_cards
+        from pipeline.plan import make_plan, plan_summary, plan_table
+        from pipeline.report import route_table, route_warnings, score_table
+        from pipeline.results import collect, data_sets
+        from pipeline.run import execute
+
         uri = tracking_uri or tracking.default_uri(locked.root)
         tracking.check_server(uri)
-        planned = _plan(loaded, recipe, store)
+        planned = make_plan(loaded, folder, locked, listings.result())
         console.print(plan_summary(planned), highlight=False)
         execute(planned, address, console)
         result = collect(planned)
@@ -125,12 +136,6 @@ def predict(
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
-
-
-def _plan(recipe: Recipe, path: Path, store: Path) -> Plan:
-    target = Store(store.absolute())
-    target.make()
-    return make_plan(recipe, path.absolute().parent, target)
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -1,11 +1,11 @@
 """The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.models import about
 from pipeline.recipe import Recipe
 from tasks import evaluate
 from tasks.artifacts import canonical, sha256_text
@@ -22,7 +22,7 @@ from tasks.datasets import (
     encode,
     load_rows,
 )
-from tasks.download import Listing, LocalModel, parse_model_id, resolve, safetensors_header, small_files
+from tasks.download import Listing, LocalModel, safetensors_header, small_files
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, check_index, index_files
@@ -71,21 +71,19 @@ class Inputs:
         return sha256_text(canonical([[file.name, file.digest] for file in files]))
 
 
-def gather_inputs(recipe: Recipe, folder: Path, cache: Path) -> Inputs:
-    """Resolve the models and data of a recipe and check all that headers, configs and rows tell.
+def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path, cache: Path) -> Inputs:
+    """Resolve the data of a recipe and check all that headers, configs and rows tell.
 
     Args:
         recipe: the recipe.
+        listings: its models, from `list_models`.
         folder: what its relative paths are relative to.
         cache: the hub's cache.
 
     Raises:
         InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
     """
-    listings = {"base": _listing("base", recipe.base, folder, cache)}
-    listings |= {name: _listing(f"experts.{name}", one.model, folder, cache) for name, one in recipe.experts.items()}
-    _check_distinct(listings)
-    with _about("base"):
+    with about("base"):
         base = open_base(small_files(listings["base"], cache), _remote_headers(listings["base"], cache))
     experts = {name: _open_expert(f"experts.{name}", listings[name], base, cache) for name in recipe.experts}
     _check_layers(recipe, base)
@@ -100,44 +98,9 @@ def gather_inputs(recipe: Recipe, folder: Path, cache: Path) -> Inputs:
     return Inputs(base, experts, listings, data, tokenizer)
 
 
-def model_digest(listing: Listing) -> str:
-    """Return the content digest of a model: its files' names, sizes and digests, and no path or revision."""
-    return sha256_text(canonical([[file.name, file.size, file.digest] for file in listing.files]))
-
-
-def weight_bytes(listing: Listing) -> int:
-    """Return the size of a model's weight files."""
-    return sum(file.size for file in listing.files if file.name.endswith(".safetensors"))
-
-
-@contextmanager
-def _about(key: str) -> Iterator[None]:
-    """Name the recipe key in what is said of bad input."""
-    try:
-        yield
-    except InputError as error:
-        if str(error).startswith(key):
-            raise
-        raise InputError(f"{key}: {error}") from error
-
-
-def _listing(key: str, text: str, folder: Path, cache: Path) -> Listing:
-    with _about(key):
-        return resolve(parse_model_id(text, folder), cache)
-
-
 def _open_expert(key: str, listing: Listing, base: Base, cache: Path) -> Expert:
-    with _about(key):
+    with about(key):
         return open_expert(small_files(listing, cache), base, key, _remote_headers(listing, cache))
-
-
-def _check_distinct(listings: Mapping[str, Listing]) -> None:
-    seen: dict[str, str] = {}
-    for name, listing in listings.items():
-        digest = model_digest(listing)
-        if digest in seen and "base" not in (name, seen[digest]):
-            raise InputError(f"experts.{name}: the same files as experts.{seen[digest]}; expected every expert once")
-        seen[digest] = name
 
 
 def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:

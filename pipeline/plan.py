@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from pipeline.inputs import Inputs, TaskRows, gather_inputs, model_digest, weight_bytes
+from pipeline.inputs import Inputs, TaskRows, gather_inputs
+from pipeline.models import model_digest, weight_bytes
 from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
 from tasks import (
@@ -59,10 +60,6 @@ class Step:
         return f"{self.stage} {self.name}"
 
 
-class StepError(RuntimeError):
-    """A step failed for a reason that is not the user's input; the text names the step and where it ran."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """All steps of a recipe, in an order in which each comes after those it needs."""
@@ -91,18 +88,19 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, folder: Path, store: Store) -> Plan:
-    """Resolve models and data of a recipe, check all that can be checked without work, and lay out the steps.
+def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> Plan:
+    """Resolve the data of a recipe, check all that can be checked without work, and lay out the steps.
 
     Args:
         recipe: the recipe.
         folder: what its relative paths are relative to.
         store: where artifacts are looked for.
+        listings: its models, from `list_models`.
 
     Raises:
         InputError: models that cannot be merged, data that does not fit its task, no room on the disk.
     """
-    plan = Plan(recipe, store, gather_inputs(recipe, folder, store.root / "hub"), ())
+    plan = Plan(recipe, store, gather_inputs(recipe, listings, folder, store.hub_cache), ())
     steps = tuple(_steps(plan))
     lost = {f"download {name}" for name, listing in plan.inputs.listings.items() if listing.missing()}
     todo = {step.title: store.why(step.key) for step in steps if store.manifest(step.key) is None or step.title in lost}
@@ -202,7 +200,7 @@ def _steps(plan: Plan) -> list[Step]:
 def _download_step(name: str, listing: Listing, store: Store) -> Step:
     key = _key("download", name, VERSION, {}, {"files": model_digest(listing)})
     missing = sum(file.size for file in listing.missing())
-    finish = partial(download.download, listing, store.root / "hub")
+    finish = partial(download.download, listing, store.hub_cache)
     return Step("download", name, key, (), finish, reads=sum(file.size for file in listing.files), writes=missing)
 
 

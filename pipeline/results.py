@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pipeline.inputs import model_digest, weight_bytes
+from pipeline.models import model_digest, weight_bytes
 from pipeline.plan import Plan, Step
 from pipeline.recipe import Stage
 from pipeline.report import Report, RouteInfo, Score, StageRecord, VariantInfo

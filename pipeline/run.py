@@ -17,10 +17,10 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.plan import Plan, Step, StepError, human_bytes
+from pipeline.plan import Plan, Step, human_bytes
 from pipeline.recipe import Stage
 from pipeline.store import Key, Store, file_sizes
-from tasks.errors import InputError
+from tasks.errors import InputError, StepError
 
 Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")

@@ -37,6 +37,11 @@ class Store:
 
     root: Path
 
+    @property
+    def hub_cache(self) -> Path:
+        """Folder of the models that come from the hub, and of the digests of those that do not."""
+        return self.root / "hub"
+
     def folder(self, key: Key) -> Path:
         """Return the folder of an artifact, whether it exists or not."""
         return self.root / key.stage / f"{key.name.replace('/', '--')}-{key.fingerprint[:8]}"

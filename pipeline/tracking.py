@@ -54,10 +54,9 @@ from pipeline.pictures import (
     representation_scatter,
     score_bars,
 )
-from pipeline.plan import StepError
 from pipeline.report import Report, RouteInfo, Score, VariantInfo
 from tasks.datasets import DataSource
-from tasks.errors import InputError
+from tasks.errors import InputError, StepError
 
 SQLITE = "sqlite:///"
 

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+_HASHED_AT_ONCE = 32 * 2**20
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside the target, flush it to disk and rename it into place."""
@@ -35,5 +37,17 @@ def sha256_text(text: str) -> str:
 
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file in hex, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(path, hashlib.sha256())
+
+
+def hash_file(path: Path, digest: "hashlib._Hash") -> str:
+    """Add the content of a file to a digest and return it in hex.
+
+    Read in pieces so large that other threads, which have to hand over the interpreter between two of them, hardly
+    slow this down.
+    """
+    buffer = memoryview(bytearray(min(_HASHED_AT_ONCE, max(1, path.stat().st_size))))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()

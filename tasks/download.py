@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from tasks.artifacts import read_json, sha256_text, write_json
+from tasks.artifacts import hash_file, read_json, sha256_text, write_json
 from tasks.errors import InputError
 from tasks.models import tokenizers
 from tasks.models.checkpoint import TensorInfo, read_header, tensor_info
@@ -331,8 +331,7 @@ def _digest(path: Path, kind: str) -> str:
     """Hash a file in bounded memory; a git blob id is the sha1 of the header `blob SIZE NUL` and the content."""
     start = b"blob %d\0" % path.stat().st_size if kind == "git" else b""
     algorithm = "sha1" if kind == "git" else "sha256"
-    with path.open("rb") as file:
-        return f"{kind}:{hashlib.file_digest(file, lambda: hashlib.new(algorithm, start)).hexdigest()}"
+    return f"{kind}:{hash_file(path, hashlib.new(algorithm, start))}"
 
 
 @contextmanager

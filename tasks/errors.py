@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend."""
+"""The two ways in which a run ends without a result."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it without a stack trace and exits with status 2; it is never retried.
     """
+
+
+class StepError(RuntimeError):
+    """A step failed for a reason that is not the user's input; the text names the step and where it ran."""

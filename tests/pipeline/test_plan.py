@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pipeline.models import list_models
 from pipeline.plan import Plan, human_bytes, make_plan, plan_summary, plan_table
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
@@ -38,7 +39,8 @@ Recipe = dict[str, Any]
 
 def plan_of(folder: Path, recipe: Recipe, *overrides: str, store: str = "store") -> Plan:
     path = write_recipe(folder, recipe)
-    return make_plan(load_recipe(path, overrides), folder, Store(folder / store))
+    recipe, target = load_recipe(path, overrides), Store(folder / store)
+    return make_plan(recipe, folder, target, list_models(recipe, folder, target.hub_cache))
 
 
 def fingerprints(plan: Plan) -> dict[str, str]:

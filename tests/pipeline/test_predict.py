@@ -14,10 +14,9 @@ import pytest
 from rich.console import Console
 
 from pipeline import predict
-from pipeline.plan import StepError
 from pipeline.run import BATCHES_AHEAD, Workers, work_in_batches
 from tasks.dynamic_model import DynamicModel
-from tasks.errors import InputError
+from tasks.errors import InputError, StepError
 from tests.conftest import command_line, tiny_recipe, write_recipe, write_rows
 
 pytestmark = pytest.mark.ray

@@ -18,11 +18,13 @@ from mlflow import MlflowClient
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.plan import Plan, Step, StepError, make_plan
+from pipeline.models import list_models
+from pipeline.plan import Plan, Step, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.run import execute
 from pipeline.store import Key, Store
 from tasks import merge
+from tasks.errors import StepError
 from tests.conftest import command_line, tiny_recipe, write_recipe
 
 pytestmark = pytest.mark.ray
@@ -239,7 +241,8 @@ def one_step(work: Any, llama_recipe: dict[str, Any], tmp_path: Path) -> Plan:
     """A plan with nothing but one step that does this work."""
     key = Key("download", "work", {"stage": "download", "settings": {}, "reads": {}})
     step = Step("download", "work", key, (), work)
-    plan = make_plan(load_recipe(write_recipe(tmp_path, llama_recipe)), tmp_path, Store(tmp_path / "store"))
+    recipe, store = load_recipe(write_recipe(tmp_path, llama_recipe)), Store(tmp_path / "store")
+    plan = make_plan(recipe, tmp_path, store, list_models(recipe, tmp_path, store.hub_cache))
     return replace(plan, steps=(step,), todo={step.title: "new"})
 
 

@@ -23,12 +23,11 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import tracking
-from pipeline.plan import StepError
 from pipeline.report import Report, RouteInfo, Score, VariantInfo
 from tasks.artifacts import read_json
 from tasks.datasets import ClassificationTask, CompletionTask, DataSource, RowSet
 from tasks.dynamic_model import DynamicModel
-from tasks.errors import InputError
+from tasks.errors import InputError, StepError
 from tasks.merge_vectors import finish_vectors, merge_group_vectors
 from tasks.route import route
 from tasks.routing import SeApplication

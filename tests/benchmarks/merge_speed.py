@@ -1,0 +1,207 @@
+"""How fast is a merge? Side by side with mergekit 0.1.5, and with reading all inputs and writing one output.
+
+    python -m tests.benchmarks.merge_speed WORK [--size 1.1B] [--experts 3] [--methods task_arithmetic ties dare_ties]
+        [--workers 2] [--rounds 3] [--no-mergekit]
+
+Makes seeded Llama-shaped checkpoints and a virtual environment with mergekit below WORK, as far as they are not there,
+and lets the ways take turns. Prints a table of medians: the whole process, the merge stage alone, the floor
+(`cat` of all inputs to nowhere and `cp` of one), ratios, and the peak anonymous memory (RssAnon, page cache apart) of
+all worker processes together. Every run starts from an empty store.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tests.benchmarks.synthetic import make_models
+
+MERGEKIT = "mergekit==0.1.5"
+SETTINGS: dict[str, dict[str, float]] = {
+    "linear": {},
+    "task_arithmetic": {},
+    "ties": {"density": 0.3},
+    "dare_linear": {"density": 0.3},
+    "dare_ties": {"density": 0.3},
+}
+WEIGHT = 0.4
+SAMPLE_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One run of a recipe."""
+
+    whole: float
+    """seconds of the whole process"""
+    stage: float
+    """seconds from the end of the step before the merge to the end of the merge"""
+    memory: int
+    """peak RssAnon in bytes of all workers together"""
+
+
+def seconds(command: list[str]) -> float:
+    """Return how long a command takes."""
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
+def floor(models: list[Path], out: Path) -> float:
+    """Return how long it takes to read all models and to write one."""
+    files = [str(path) for model in models for path in sorted(model.glob("*.safetensors"))]
+    begin = time.perf_counter()
+    subprocess.run(["cat", *files], check=True, stdout=subprocess.DEVNULL)
+    out.mkdir()
+    subprocess.run(["cp", *(file for file in files if file.startswith(str(models[0]))), str(out)], check=True)
+    taken = time.perf_counter() - begin
+    shutil.rmtree(out)
+    return taken
+
+
+def mergekit(program: Path, models: list[Path], method: str, work: Path) -> float:
+    """Return how long mergekit takes for the whole process, with its own defaults."""
+    base, *experts = (str(model.absolute()) for model in models)
+    parameters = {"weight": WEIGHT, **SETTINGS[method]}
+    config = {
+        "merge_method": method,
+        **({} if method == "linear" else {"base_model": base}),
+        "models": [{"model": expert, "parameters": parameters} for expert in experts],
+        "dtype": "bfloat16",
+    }
+    (work / "mergekit.yaml").write_text(yaml.safe_dump(config))
+    taken = seconds([str(program), str(work / "mergekit.yaml"), str(work / "mergekit-out")])
+    shutil.rmtree(work / "mergekit-out")
+    return taken
+
+
+def ours(models: list[Path], method: str, workers: int, work: Path) -> Ours:
+    """Run a recipe from nothing and measure it."""
+    base, *experts = (str(model.absolute()) for model in models)
+    recipe = {
+        "name": "speed",
+        "base": base,
+        "experts": {f"e{number}": {"model": expert} for number, expert in enumerate(experts)},
+        "merges": {"merged": {"method": method, "weight": WEIGHT, **SETTINGS[method]}},
+        "resources": {"merge": {"max_in_flight": workers}},
+    }
+    (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "pipeline", "run", str(work / "recipe.yaml"), "--store", str(work / "store")]
+    begin = time.perf_counter()
+    ends = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, peak_anonymous() as peaks:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("["):  # a step has ended
+                ends.append((time.perf_counter(), line))
+    whole = time.perf_counter() - begin
+    assert process.returncode == 0, command
+    assert " merge merged" in ends[-1][1], ends
+    shutil.rmtree(work / "store")
+    return Ours(whole, ends[-1][0] - ends[-2][0], max(peaks, default=0))
+
+
+@contextmanager
+def peak_anonymous() -> Iterator[list[int]]:
+    """Sample the RssAnon of all Ray workers of this machine together, until the block ends."""
+    found: list[int] = []
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(SAMPLE_SECONDS):
+            found.append(sum(map(anonymous, worker_processes())))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def worker_processes() -> list[Path]:
+    """Return the folders in /proc of Ray's worker processes, idle ones too."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                title = (folder / "cmdline").read_bytes()
+            except OSError:  # it has ended
+                continue
+            if title.startswith(b"ray::") and not title.startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")):
+                found.append(folder)
+    return found
+
+
+def anonymous(process: Path) -> int:
+    """Return the anonymous resident memory of a process in bytes; 0 if it has ended."""
+    try:
+        lines = (process / "status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def install_mergekit(work: Path) -> Path:
+    """Return mergekit's program, installed in a virtual environment of its own."""
+    program = work / "mergekit" / "bin" / "mergekit-yaml"
+    if not program.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(work / "mergekit")], check=True)
+        pip = [str(work / "mergekit" / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, MERGEKIT, "torch==2.13.0"], check=True)
+    return program
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--size", default="1.1B")
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties", "dare_ties"])
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-mergekit", action="store_true")
+    arguments = parser.parse_args()
+    work: Path = arguments.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    models = list(make_models(work / "models", arguments.size, arguments.experts))
+    size = sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
+    program = None if arguments.no_mergekit else install_mergekit(work)
+    floor(models, work / "copied")  # the page cache is warm from here on
+    print(f"{arguments.size}, K = {arguments.experts}, {size / 1e9:.1f} GB of input, {arguments.workers} workers\n")
+    print(
+        "| method | mergekit, s | whole process, s | faster | merge stage, s | floor, s | stage ÷ floor "
+        "| stage, ns per byte | peak anonymous memory |\n" + "| --- " * 9 + "|"
+    )
+    for method in arguments.methods:
+        rows = []
+        for _ in range(arguments.rounds):
+            theirs = mergekit(program, models, method, work) if program else float("nan")
+            rows.append((theirs, ours(models, method, arguments.workers, work), floor(models, work / "copied")))
+            print(json.dumps([theirs, vars(rows[-1][1]), rows[-1][2]]), file=sys.stderr)
+        theirs, whole, stage, low = (
+            statistics.median(values) for values in zip(*((t, o.whole, o.stage, f) for t, o, f in rows), strict=True)
+        )
+        memory = max(one.memory for _, one, _ in rows)
+        print(
+            f"| {method} | {theirs:.1f} | {whole:.1f} | {theirs / whole:.1f} × | {stage:.1f} | {low:.1f} "
+            f"| {stage / low:.2f} | {1e9 * stage / size:.2f} | {memory / 1e9:.2f} GB |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
