@@ -2,15 +2,11 @@
 
 import math
 import os
-import shutil
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -19,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.plan import Plan, Step, human_bytes
 from pipeline.recipe import Stage
-from pipeline.store import Key, Store, file_sizes
+from pipeline.worker import Done, run_finish, run_part
 from tasks.errors import InputError, StepError
 
 Batch = TypeVar("Batch")
@@ -28,69 +24,6 @@ SYSTEM_RETRIES = 2
 """How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
 BATCHES_AHEAD = 4
 """How many batches for each worker may be sent before the first of them is taken."""
-
-
-@dataclass(frozen=True)
-class _Done:
-    result: dict[str, Any]
-    seconds: float
-    peak_memory: int
-
-
-def _measured(work: Callable[[], Any], threads: int) -> _Done:
-    """Run work in this worker process and measure it; memory is the process's largest resident size meanwhile."""
-    import torch
-
-    torch.set_num_threads(threads)
-    _reset_peak_memory()
-    start = time.monotonic()
-    result = work()
-    return _Done(result or {}, time.monotonic() - start, _peak_memory())
-
-
-def _reset_peak_memory() -> None:
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> int:
-    """Return the largest resident size of this process in bytes, since the last reset where the system has one."""
-    if sys.platform == "linux":
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _run_part(part: Callable[..., None], partial: Path, threads: int) -> _Done:
-    partial.mkdir(parents=True, exist_ok=True)
-    return _measured(lambda: part(out=partial), threads)
-
-
-def _run_finish(
-    finish: Callable[..., dict[str, Any]],
-    store: Store,
-    key: Key,
-    has_parts: bool,
-    before: tuple[float, int],
-    threads: int,
-) -> _Done:
-    """Run a step's last piece and publish its artifact, in one go on the worker."""
-    partial = store.partial(key)
-    published = store.manifest(key)
-    if has_parts and not partial.exists() and published is not None:
-        # A worker published it and died before it could say so.
-        return _Done(published["result"], published["seconds"], published["peak_memory"])
-    if not has_parts and partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    done = _measured(lambda: finish(out=partial), threads)
-    seconds, peak = before[0] + done.seconds, max(before[1], done.peak_memory)
-    size = sum(file_sizes(partial).values())
-    manifest = {"seconds": seconds, "peak_memory": peak, "bytes": size, "result": done.result}
-    store.publish(key, manifest)
-    return _Done(done.result, seconds, peak)
 
 
 @dataclass
@@ -132,7 +65,7 @@ class _Schedule:
         """Return whether all steps are done."""
         return all(step.title in self.done for step in self.steps)
 
-    def piece_done(self, state: _Running, last: bool, done: _Done) -> None:
+    def piece_done(self, state: _Running, last: bool, done: Done) -> None:
         """Record that a piece has ended."""
         self._count(state.step.stage, -1)
         if last:
@@ -182,7 +115,7 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
                 advance(f"{state.step.title}: {result.seconds:.1f} s, {human_bytes(result.peak_memory)} peak memory")
 
 
-def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "ray.ObjectRef[_Done]":
+def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "ray.ObjectRef[Done]":
     step = state.step
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
@@ -194,10 +127,10 @@ def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "r
         "name": step.title,
     }
     if part is not None:
-        return ray.remote(_run_part).options(**options).remote(part, plan.store.partial(step.key), threads)
+        return ray.remote(run_part).options(**options).remote(part, plan.store.partial(step.key), threads)
     before = (state.seconds, state.peak_memory)
     return (
-        ray.remote(_run_finish)
+        ray.remote(run_finish)
         .options(**options)
         .remote(step.finish, plan.store, step.key, bool(step.parts), before, threads)
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tasks.methods.consensus import sign_agreement
+from tasks.methods.consensus import agreeing_weight, elected_sign, keep_agreeing_
 from tasks.methods.delta import Delta, chunks
 from tasks.methods.sparsify import Drop, Rescaled, Sparsifier, Trim, drop_all, histogram_of
 
@@ -156,39 +156,39 @@ def agreed_pieces(
     """
     weights = [vector.weight for vector in vectors]
     for where, _, parts in _sparse_pieces(base, vectors, settings):
-        scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
-        agreement = sign_agreement(scaled)
-        agreed = [part.mul_(agrees).mul_(settings.lambda_) for part, agrees in zip(scaled, agreement, strict=True)]
-        if settings.normalize:
-            divisor = _agreeing_weight(weights, agreement)
-            agreed = [part.div_(divisor) for part in agreed]
+        agreed = _agreed(parts, weights)
+        divisor = agreeing_weight(agreed, weights) if settings.normalize else None
+        for part in agreed:
+            part.mul_(settings.lambda_)
+            if divisor is not None:
+                part.div_(divisor)
         yield where, agreed
+
+
+def _agreed(parts: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """Weight (sparse) task vectors and keep what agrees with the sign of their sum, in place."""
+    scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
+    sign = elected_sign(scaled)
+    return [keep_agreeing_(part, sign) for part in scaled]
 
 
 def _mixed(origin: Tensor, parts: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
     """Return base + the weighted sum or, under consensus, the disjoint sum of sparse task vectors."""
-    scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
     divisor: Tensor | float
     if METHODS[settings.method].consensus:
-        agreement = sign_agreement(scaled)
-        divisor = _agreeing_weight(weights, agreement) if settings.normalize else 1.0
-        scaled = [part.mul_(agrees) for part, agrees in zip(scaled, agreement, strict=True)]
+        scaled = _agreed(parts, weights)
+        divisor = agreeing_weight(scaled, weights) if settings.normalize else 1.0
     else:
+        scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
         divisor = 1.0 if abs(sum(weights)) < 1e-8 else sum(weights)
     mixed = scaled[0]
     for part in scaled[1:]:
         mixed += part
     if settings.normalize:
         mixed /= divisor
-    return origin.add_(mixed.mul_(settings.lambda_))
-
-
-def _agreeing_weight(weights: Sequence[float], agreement: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the weights of those that agree, element by element; 1 where it is 0."""
-    total = agreement[0] * weights[0]
-    for weight, agrees in zip(weights[1:], agreement[1:], strict=True):
-        total += agrees * weight
-    return total.masked_fill_(total == 0, 1.0)
+    if settings.lambda_ != 1:
+        mixed *= settings.lambda_
+    return origin.add_(mixed)
 
 
 def _linear(origin: Tensor, parts: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ def ours(models: list[Path], method: str, workers: int, work: Path) -> Ours:
     command = [sys.executable, "-m", "pipeline", "run", str(work / "recipe.yaml"), "--store", str(work / "store")]
     begin = time.perf_counter()
     ends = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, peak_anonymous() as peaks:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, peak_anonymous(process.pid) as peaks:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("["):  # a step has ended
@@ -113,14 +113,14 @@ def ours(models: list[Path], method: str, workers: int, work: Path) -> Ours:
 
 
 @contextmanager
-def peak_anonymous() -> Iterator[list[int]]:
-    """Sample the RssAnon of all Ray workers of this machine together, until the block ends."""
+def peak_anonymous(driver: int) -> Iterator[list[int]]:
+    """Sample the RssAnon of all workers of a driver together, until the block ends."""
     found: list[int] = []
     stop = threading.Event()
 
     def sample() -> None:
         while not stop.wait(SAMPLE_SECONDS):
-            found.append(sum(map(anonymous, worker_processes())))
+            found.append(sum(map(anonymous, workers_of(driver))))
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -131,18 +131,26 @@ def peak_anonymous() -> Iterator[list[int]]:
         thread.join()
 
 
-def worker_processes() -> list[Path]:
-    """Return the folders in /proc of Ray's worker processes, idle ones too."""
-    found = []
+def workers_of(driver: int) -> list[Path]:
+    """Return the folders in /proc of the Ray workers that a driver has started, idle ones too."""
+    parents, workers = {}, []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
             try:
+                parents[folder.name] = (folder / "stat").read_text().rpartition(")")[2].split()[1]
                 title = (folder / "cmdline").read_bytes()
             except OSError:  # it has ended
                 continue
-            if title.startswith(b"ray::") and not title.startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")):
-                found.append(folder)
-    return found
+            if title.startswith(b"ray::") and b"Agent" not in title:
+                workers.append(folder)
+    return [folder for folder in workers if str(driver) in ancestors(folder.name, parents)]
+
+
+def ancestors(process: str, parents: Mapping[str, str]) -> Iterator[str]:
+    """Yield the processes above one."""
+    while process in parents:
+        process = parents[process]
+        yield process
 
 
 def anonymous(process: Path) -> int:
