@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -170,6 +172,38 @@ def test_killed_while_merging_and_started_again(
     assert status["sensitivity math"] == "cached"
     assert "run" in status.values()
     assert weights(merged(store, "ties-sens")) == weights(merged(finished_store, "ties-sens"))
+
+
+def test_a_node_lost_while_merging(
+    finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, finished_store, _ = finished
+    store = tmp_path / "store"
+    monkeypatch.setattr(merge, "layer_groups", SMALL_GROUPS)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        first, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
+        removed: list[set[str]] = []
+
+        def remove() -> None:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and not removed:
+                merging = list(store.glob("merge/*.partial/.group-*.json"))
+                if merging:
+                    cluster.remove_node(first, allow_graceful=False)
+                    removed.append({path.parent.name for path in merging})
+                time.sleep(0.005)
+
+        thread = threading.Thread(target=remove)
+        thread.start()
+        report = run(recipe, store, cluster.address)
+        thread.join()
+    finally:
+        cluster.shutdown()
+    assert removed, "the run ended before the node was removed"
+    assert {stage["status"] for stage in report["stages"]} == {"run"}
+    for variant in ("ta", "ties-sens"):
+        assert weights(merged(store, variant)) == weights(merged(finished_store, variant))
 
 
 def test_a_recipe_without_tasks_needs_no_data(
