@@ -70,13 +70,13 @@ def test_alpha(
     name: str, base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path
 ) -> None:
     one = calibration[name]
-    sensitivity(base, expert(name), name, one.task, one.rows, base, "float32", "cpu", tmp_path)
+    sensitivity(base, expert(name), name, one.task, one.rows, base, "float32", "cpu", "whole", tmp_path)
     found = alpha(read_json(tmp_path / "sensitivity.json")["sensitivity"])
     assert found == pytest.approx(reference["alpha"][name], rel=1e-3)
 
 
 def test_tau_and_sigma(base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path) -> None:
-    cross_task(base, {name: expert(name) for name in EXPERTS}, calibration, base, "float32", "cpu", tmp_path)
+    cross_task(base, {name: expert(name) for name in EXPERTS}, calibration, base, "float32", "cpu", "whole", tmp_path)
     taus = tau(read_json(tmp_path / "distances.json"), reference["direction"])
     assert taus == pytest.approx(reference["tau"], rel=1e-3)
     sigmas = sigma(reference["alpha"], taus, reference["temperature"], reference["sigma"])
