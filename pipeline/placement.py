@@ -1,15 +1,18 @@
 """Where the networks of a stage run, and why."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from pipeline.recipe import ActorPlacement, Recipe, Stage
+from tasks.errors import InputError
+from tasks.models.blocks import blocks_of
 from tasks.models.expert import Base
 from tasks.models.layers import in_block
+from tasks.models.networks import skeleton
 from tasks.models.placement import Actors, Placement
 
 MARGIN = 2
@@ -41,11 +44,22 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
         base: the base's headers.
         tokens: length of the longest calibration sample.
         human: how to write a number of bytes.
+
+    Raises:
+        InputError: blocks of this network cannot be run apart, or are fewer than actors.
     """
     asked, resources = recipe.placement, recipe.resources_of(stage)
     if isinstance(asked, ActorPlacement):
+        blocks = len(_blocks(base))
+        if asked.actors > blocks:
+            raise InputError(
+                f"placement.actors is {asked.actors}; the base has {blocks} blocks, and each actor takes one or more: "
+                f"set it to {blocks} at most"
+            )
         return Choice(Actors(asked.actors, resources.num_cpus, resources.num_gpus), "as the recipe says")
     if asked != "auto":
+        if asked == "streamed":
+            _blocks(base)
         return Choice(asked, "as the recipe says")
     needed = whole_bytes(base, getattr(torch, recipe.dtype), tokens, gradients=stage == "sensitivity")
     if resources.num_gpus:
@@ -56,11 +70,20 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
         at_once = max(1, min(resources.max_in_flight, int((os.cpu_count() or 1) / resources.num_cpus)))
         memory, whose = machine_memory() // at_once, f"a worker ({at_once} at once on a machine like this one)"
     fits = needed * MARGIN <= memory
+    if not fits:
+        _blocks(base)
     return Choice(
         "whole" if fits else "streamed",
         f"auto: a whole network with the activations of {tokens} tokens takes {human(needed)}, "
         f"{'at most' if fits else 'more than'} half of the {human(memory)} of {whose}",
     )
+
+
+def _blocks(base: Base) -> Collection[str]:
+    try:
+        return blocks_of(skeleton(base.config, None, base.folder))
+    except InputError as error:
+        raise InputError(f"placement: {error}") from error
 
 
 def whole_bytes(base: Base, dtype: torch.dtype, tokens: int, gradients: bool) -> int:

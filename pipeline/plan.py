@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pipeline.inputs import Inputs, TaskRows, gather_inputs, model_digest, weight_bytes
 from pipeline.placement import Choice, choose
-from pipeline.recipe import ActorPlacement, Recipe, Stage, Variant
+from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
 from tasks import (
     cross_task,
@@ -124,12 +124,6 @@ def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
         return {}
     tokens = max(one.longest_calibration for one in inputs.data.values())
     stages: tuple[Stage, ...] = ("sensitivity", "cross_task")
-    blocks = len(block_names(inputs.base.weights))
-    if isinstance(recipe.placement, ActorPlacement) and recipe.placement.actors > blocks:
-        raise InputError(
-            f"placement.actors is {recipe.placement.actors}; the base has {blocks} blocks, and each actor takes one or "
-            f"more: set it to {blocks} at most"
-        )
     return {stage: choose(recipe, stage, inputs.base, tokens, human_bytes) for stage in stages}
 
 

@@ -161,9 +161,11 @@ class Recipe(Strict):
     @field_validator("placement", mode="before")
     @classmethod
     def _known_placement(cls, value: Any) -> Any:
-        if value in ("auto", "whole", "streamed") or (isinstance(value, dict) and set(value) == {"actors"}):
+        count = value["actors"] if isinstance(value, dict) and set(value) == {"actors"} else None
+        if value in ("auto", "whole", "streamed") or (isinstance(count, int) and count >= 1):
             return value
-        raise ValueError("expected auto, whole, streamed or {actors: N}")
+        found = f" (found {value})" if isinstance(value, dict) else ""
+        raise ValueError(f"expected auto, whole, streamed or {{actors: N}}, N at least 1{found}")
 
     @field_validator("experts")
     @classmethod

@@ -30,11 +30,20 @@ Sums = dict[str, float]
 
 
 def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the blocks of a network by name: the numbered modules of the kinds that transformers never splits."""
+    """Return the blocks of a network by name: the numbered modules of the kinds that transformers never splits.
+
+    Raises:
+        InputError: transformers names no such blocks.
+    """
     kinds = network._no_split_modules or ()
     names = block_names(name for name, _ in network.named_parameters())
     modules = {name: network.get_submodule(name) for name in names}
-    return {name: module for name, module in modules.items() if type(module).__name__ in kinds}
+    blocks = {name: module for name, module in modules.items() if type(module).__name__ in kinds}
+    if not blocks:
+        raise InputError(
+            f"transformers names no blocks of {type(network).__name__} that can be run apart; set placement: whole"
+        )
+    return blocks
 
 
 class Part:

@@ -18,7 +18,6 @@ from ray.util import get_placement_group, placement_group, remove_placement_grou
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from tasks.errors import InputError
 from tasks.models.blocks import Part, Shell, blocks_of, to_device
 from tasks.models.heads import DetachedHead
 from tasks.models.placement import Actors
@@ -67,17 +66,10 @@ class ShardedRunner(PartsRunner):
             source: where the network comes from.
             actors: how many, and what each needs.
             group: placement group with a bundle for each.
-
-        Raises:
-            InputError: more actors than blocks.
         """
         network = source.hollow()
         sizes = [sum(one.numel() for one in block.parameters()) for block in blocks_of(network).values()]
-        if actors.count > len(sizes):
-            raise InputError(
-                f"placement.actors is {actors.count}; the network of {source.key} has {len(sizes)} blocks, "
-                f"1 to {len(sizes)} actors can share them"
-            )
+        assert actors.count <= len(sizes), f"{actors.count} actors for {len(sizes)} blocks"
         self._source = source
         self._parts = shares(network.num_parameters() - sum(sizes), sizes, actors.count)
         self._lanes = [_Lane(source, actors, group, place, part) for place, part in enumerate(self._parts)]

@@ -3,10 +3,13 @@
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -19,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -28,12 +33,13 @@ from tasks.artifacts import read_json
 from tasks.coefficients import alpha
 from tasks.cross_task import cross_task
 from tasks.datasets import ClassificationTask, CompletionTask, RowSet
+from tasks.errors import InputError
 from tasks.models.blocks import blocks_of
 from tasks.models.heads import DetachedHead
 from tasks.models.placement import Actors, Placement
 from tasks.models.runners import Journey, PartsRunner, StreamedRunner
 from tasks.models.source import Source
-from tasks.models.streaming import BlockOwner, shares
+from tasks.models.streaming import BlockOwner, _Lane, shares
 from tasks.sensitivity import sensitivity
 from tests.conftest import gpt2_config, llama_config, make_adapter, perturbed
 
@@ -216,3 +222,95 @@ def test_sharded_classifiers(berts: dict[str, Path], tmp_path: Path, ray_here: N
     sets = classes(list(experts))
     whole = Numbers(berts["base"], experts, sets, "whole", tmp_path / "whole")
     Numbers(berts["base"], experts, sets, Actors(2, 0.5, 0), tmp_path / "2").same_as(whole)
+
+
+def own_actors() -> list[psutil.Process]:
+    """Return the processes of the actors of this test's cluster."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.cmdline()[0].startswith("ray::BlockOwner"):
+                found.append(process)
+    return found
+
+
+@pytest.mark.ray
+def test_a_killed_actor_loses_only_what_it_was_at_work_on(
+    save: Save, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = language_models("llama", False, save, tmp_path)
+    task = completions(["math"])["math"].task
+    done: list[tuple[int, int, str]] = []
+    lost: list[tuple[int, int, str]] = []
+    receive = _Lane.receive
+
+    def watched(lane: _Lane, reference: Any) -> tuple[int, Any] | None:
+        if len(done) == 12:
+            actors = own_actors()
+            assert len(actors) == 2
+            actors[0].kill()
+        piece = lane.sent[reference]
+        answer = receive(lane, reference)
+        (lost if answer is None else done).append((piece.number, piece.work.place, piece.work.method))
+        return answer
+
+    found: dict[str, Any] = {}
+    for name, placement in (("whole", "whole"), ("killed", Actors(2, 0.5, 0))):
+        monkeypatch.setattr(_Lane, "receive", watched)
+        (tmp_path / name).mkdir()
+        arguments = (base, experts["math"], "math", task, ROWS * 3, base, "float32", "cpu", placement)
+        sensitivity(*arguments, tmp_path / name)
+        found[name] = read_json(tmp_path / name / "sensitivity.json")["sensitivity"]
+    assert found["killed"] == pytest.approx(found["whole"], rel=1e-5)
+    assert len(lost) == 1
+    assert len(done) == len(set(done)) == len(ROWS * 3) * (3 + 2 * 2)
+
+
+@pytest.mark.ray
+def test_work_that_kills_every_actor_is_named(save: Save, tmp_path: Path, ray_here: None) -> None:
+    base, experts = language_models("llama", False, save, tmp_path)
+    task = completions(["math"])["math"].task
+    finished = Event()
+
+    def kill_all() -> None:
+        while not finished.wait(0.05):
+            for process in own_actors():
+                process.kill()
+
+    killer = Thread(target=kill_all)
+    killer.start()
+    try:
+        message = r"experts\.math: enter of the shell on sample 0: its actor died 2 times; if it ran out"
+        with pytest.raises(RuntimeError, match=message):
+            sensitivity(base, experts["math"], "math", task, ROWS, base, "float32", "cpu", Actors(2, 0.5, 0), tmp_path)
+    finally:
+        finished.set()
+        killer.join()
+
+
+@pytest.mark.parametrize(
+    ("shell", "blocks", "count", "expected"),
+    [
+        (0, [1] * 6, 2, [3, 3]),
+        (0, [1] * 5, 4, [1, 1, 2, 1]),
+        (3, [1] * 22, 2, [9, 13]),
+        (100, [1] * 4, 3, [1, 1, 2]),
+        (1, [5], 1, [1]),
+        (0, [1, 1, 1, 9], 2, [3, 1]),
+    ],
+)
+def test_shares(shell: int, blocks: list[int], count: int, expected: list[int]) -> None:
+    found = shares(shell, blocks, count)
+    assert found[0].start == 0
+    assert found[-1].stop == len(blocks)
+    assert [one.stop - one.start for one in found] == expected
+    assert all(one.stop == other.start for one, other in pairwise(found))
+
+
+def test_what_cannot_be_run_apart(save: Save, tmp_path: Path) -> None:
+    config = MPNetConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=2)
+    folder = save(MPNetForSequenceClassification(config), "base", tmp_path)
+    task = ClassificationTask(kind="classification")
+    rows = [{"text": "x", "label": 0}]
+    with pytest.raises(InputError, match=r"transformers names no blocks of MPNet\w+ .* set placement: whole"):
+        sensitivity(folder, folder, "math", task, rows, folder, "float32", "cpu", "streamed", tmp_path)
