@@ -141,17 +141,17 @@ class WholeRunner(Runner):
         """Load the network."""
         self._source = source
         self._network = source.network()
+        self._products = GradientProducts()
+        watch(self._products, source, self._network, "")
 
     def sensitivities(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Sensitivity]]:
         """See `Runner`."""
-        products = GradientProducts()
-        watch(products, self._source, self._network, "")
         for number, batch in enumerate(batches):
             loss = self._network(**to_device(batch, self._source.device)).loss
             value = float(loss.detach())
             check(number, value)
             loss.backward()
-            yield number, Sensitivity(value, products.take())
+            yield number, Sensitivity(value, self._products.take())
 
     def trunk_outputs(self, batches: Sequence[Batch]) -> Iterator[tuple[int, TrunkOutput]]:
         """See `Runner`."""

@@ -12,9 +12,13 @@ from pipeline.placement import whole_bytes
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
+from tasks.artifacts import read_json
+from tasks.coefficients import alpha
+from tasks.datasets import CompletionTask, DataSource, load_rows
 from tasks.errors import InputError
 from tasks.models.expert import open_base
 from tasks.models.placement import Actors
+from tasks.sensitivity import sensitivity
 from tests.conftest import command_line, write_recipe
 
 Recipe = dict[str, Any]
@@ -93,3 +97,38 @@ def test_no_result_depends_on_the_placement(setting: str, llama_recipe: Recipe, 
 def test_bad_placements(setting: str, message: str, llama_recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         plan_of(tmp_path, llama_recipe, f"placement={setting}")
+
+
+def sens_only(recipe: Recipe) -> Recipe:
+    """Leave out what does not need a placement."""
+    del recipe["merges"]["ta"]
+    for task in recipe["tasks"].values():
+        del task["evaluation"]
+    return recipe
+
+
+@pytest.mark.ray
+def test_a_run_with_actors(llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path, ray_address: str) -> None:
+    """Every step with actors takes all CPUs of the cluster, and several are ready at once: none waits for ever."""
+    recipe = write_recipe(tmp_path, sens_only(llama_recipe))
+    arguments = ("--store", tmp_path / "store", "--address", ray_address, "--report", tmp_path / "report.json")
+    assert command_line("run", recipe, *arguments, "--set", "placement={actors: 2}") == 0
+    report = read_json(tmp_path / "report.json")
+    source = DataSource(path="json", data_files="math.jsonl", samples=3)
+    rows = load_rows(source, "tasks.math.calibration", tmp_path)
+    task = CompletionTask(kind="completion")
+    base = llamas["base"]
+    sensitivity(base, llamas["math"], "math", task, rows, base, "float32", "cpu", "whole", tmp_path)
+    whole = alpha(read_json(tmp_path / "sensitivity.json")["sensitivity"])
+    assert report["alpha"]["math"] == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.ray
+def test_more_actors_than_the_cluster_has_room_for(
+    llama_recipe: Recipe, tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, sens_only(llama_recipe))
+    more = ("--set", "placement={actors: 2}", "--set", "resources.cross_task.num_cpus=2")
+    assert command_line("run", recipe, "--store", tmp_path / "store", "--address", ray_address, *more) == 2
+    expected = "placement.actors is 2; the cluster has room for 1 with 2 CPUs and 0 GPUs each (resources.cross_task)"
+    assert expected in capsys.readouterr().err
