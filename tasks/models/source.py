@@ -1,6 +1,6 @@
 """Where an expert's network comes from, and the weights of any part of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,8 +59,8 @@ class Source:
 
     def layer(self, parameter: str) -> str | None:
         """Return the layer of a parameter; None where it is of a head of the expert's own, which is no layer."""
-        tensor = self._tensors.get(self.expert.base.network_name(parameter))
-        return layer_of(tensor) if tensor else None
+        tensors = self._tensors.get(self.expert.base.network_name(parameter))
+        return layer_of(tensors[0]) if tensors else None
 
     def load(self, module: nn.Module, prefix: str) -> None:
         """Give a module its weights, copied, in their dtype and on their device.
@@ -78,13 +78,12 @@ class Source:
         for name, hollow in module.state_dict(keep_vars=True).items():
             tensor = read.get(id(hollow))  # of a parameter that is tied to this one
             if tensor is None:
-                stored = self._read(prefix + name)
-                if stored is None or stored.shape != hollow.shape:
+                tensor = self._read(prefix + name)
+                if tensor is None or tensor.shape != hollow.shape:
                     if isinstance(hollow, nn.Parameter):
                         lacking.append(prefix + name)
                     continue
-                dtype = self.dtype if stored.is_floating_point() else stored.dtype
-                tensor = read[id(hollow)] = stored.to(self.device, dtype, copy=True)
+                read[id(hollow)] = tensor
             weights[name] = tensor
         if lacking:
             raise InputError(f"{self.base}: no fitting weights for {', '.join(lacking[:5])} of {type(module).__name__}")
@@ -94,17 +93,27 @@ class Source:
                 child._buffers[name] = None if buffer is None else buffer.to(self.device)
 
     @cached_property
-    def _tensors(self) -> Mapping[str, str]:
-        """Key of a parameter or buffer → the tensor of the base's checkpoint."""
+    def _tensors(self) -> Mapping[str, Sequence[str]]:
+        """Key of a parameter or buffer → the tensors of the base's checkpoint that it holds."""
         base = self.expert.base
-        return {base.network_name(name): name for name in (*base.weights, *base.buffers)}
+        found: dict[str, list[str]] = {}
+        for name in (*base.weights, *base.buffers):
+            found.setdefault(base.network_name(name), []).append(name)
+        return found
 
     @cached_property
     def _head(self) -> Mapping[str, Tensor]:
         return self.expert.head_tensors()
 
     def _read(self, name: str) -> Tensor | None:
+        """Return the value of a parameter or buffer of the network; None where no file has it."""
         if name in self._head:
-            return self._head[name]
-        tensor = self._tensors.get(self.expert.base.network_name(name))
-        return None if tensor is None else self.expert.read(tensor)
+            return self._placed(self._head[name])
+        names = self.expert.base.names
+        found = {one: self._placed(self.expert.read(one)) for one in self._tensors.get(names.parameter(name), ())}
+        if any(names.is_converted(one) for one in found):
+            return names.convert(found)
+        return next(iter(found.values()), None)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

@@ -22,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
@@ -69,6 +71,8 @@ def networks(tied: bool) -> dict[str, Callable[[], PreTrainedModel]]:
         "mistral": lambda: MistralForCausalLM(small(MistralConfig, tied, sliding_window=4)),
         "gemma": lambda: GemmaForCausalLM(small(GemmaConfig, tied, head_dim=8)),
         "gpt2": gpt2,
+        # Holds what checkpoints have apart stacked.
+        "mixtral": lambda: MixtralForCausalLM(small(MixtralConfig, tied, num_local_experts=3, num_experts_per_tok=2)),
         # Takes its blocks' outputs as tuples.
         "bloom": lambda: BloomForCausalLM(
             BloomConfig(vocab_size=259, hidden_size=32, n_layer=LAYERS, n_head=4, tie_word_embeddings=tied)
@@ -129,7 +133,7 @@ def language_models(architecture: str, tied: bool, save: Save, folder: Path) -> 
     return base, {name: save(seeded(make, seed), name, folder) for seed, name in enumerate(("math", "code"), 1)}
 
 
-ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma", "gpt2", "bloom"]
+ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma", "gpt2", "bloom", "mixtral"]
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
