@@ -6,11 +6,12 @@ side, and a block is loaded once for all of them on the way forward and once on 
 travels for itself, several at once, so that all actors are busy.
 """
 
+import ctypes
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,9 @@ from tasks.models.source import Source
 Result = TypeVar("Result")
 SHELL = -1
 """The place of the shell; parts of the blocks are counted from 0."""
+LARGE = 2**22
+"""Bytes from which on a free piece of memory is given back to the system."""
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 KEPT_FILE = 2**28
 """Bytes of hidden states in one file, but for larger ones."""
 
@@ -209,6 +213,7 @@ class StreamedRunner(PartsRunner):
             scratch: folder for hidden states.
             loader: one thread, which reads the blocks.
         """
+        _hold_no_free_memory()
         network = source.hollow()
         blocks = blocks_of(network)
         self._source = source
@@ -234,6 +239,8 @@ class StreamedRunner(PartsRunner):
     def _next(self, journeys: Sequence[Journey[Result]], works: Sequence[Work]) -> tuple[list[Work], list[Result]]:
         """Do one piece of work on every sample; return the next ones, and the results of journeys that end here."""
         place, method = works[0].place, works[0].method
+        if place == SHELL and method == "backward":
+            self._loading.clear()  # no block is needed any more
         worker = self._shell if place == SHELL else self._part(place, place + (1 if method == "forward" else -1))
         following: list[Work] = []
         ended: list[Result] = []
@@ -264,3 +271,12 @@ class StreamedRunner(PartsRunner):
                 self._file = torch.from_file(file.name, shared=True, size=max(size, KEPT_FILE), dtype=torch.uint8)
         place, self._file = self._file[:size], self._file[size:]
         return place[: hidden.nbytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
+
+
+def _hold_no_free_memory() -> None:
+    """Have glibc, where it is the C library, give large pieces back to the system as soon as they are free.
+
+    By itself it learns to keep pieces of up to 32 MiB, which are most weights of a block: several blocks in time.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, LARGE)
