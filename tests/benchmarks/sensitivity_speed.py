@@ -1,17 +1,20 @@
 """What does a sensitivity step take in each placement, in time and memory? Beside a bare forward and backward pass.
 
     python -m tests.benchmarks.sensitivity_speed [--layers 22] [--hidden 2048] [--samples 8] [--tokens 256]
-        [--dtype bfloat16] [--threads 2] [--only bare,whole,streamed,1,2] [--folder DIR]
+        [--dtype bfloat16] [--threads 2] [--rounds 1] [--only bare,whole,streamed,1,2] [--folder DIR]
 
 Makes a seeded Llama-shaped checkpoint (1.1B parameters in bfloat16, unless the size says otherwise) and runs the same
 samples through: the whole network forward and backward, with nothing done to the gradients; the step with placement
 whole, with `--threads` each; streamed; and with 1 and 2 actors of one thread each. Every way runs in a process of its
 own, after a first pass over one sample that is not timed. Loading a network whole is no part of its time, nor is the
-start of actors; loading blocks is, while it streams. Memory is RssAnon, sampled, of the process or of all actors.
+start of actors; loading blocks is, while it streams. Prints medians over rounds, in which all ways take turns, of wall
+time, of CPU time (on a busy machine the one to go by, with one thread), and of ratios to bare. Memory is RssAnon beyond
+what the process had at first, sampled; of actors, the sum of all that they have.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -63,6 +66,18 @@ def make_checkpoint(folder: Path, layers: int, hidden: int) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def owners() -> list[psutil.Process]:
+    """Return the processes of this process's Ray actors."""
+    children = psutil.Process().children(recursive=True)
+    return [one for one in children if "ray::BlockOwner" in "".join(one.cmdline())]
+
+
+def cpu_seconds(actors: bool) -> float:
+    """Return the CPU time that this process, or all its actors, have taken."""
+    times = [one.cpu_times() for one in (owners() if actors else [psutil.Process()])]
+    return sum(one.user + one.system for one in times)
+
+
 def anonymous(process: psutil.Process) -> int:
     """Return the anonymous resident memory of a process in bytes."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
@@ -83,12 +98,7 @@ def watched(actors: bool) -> Iterator[Peak]:
     peak, finished = Peak(), threading.Event()
 
     def look() -> int:
-        processes = [psutil.Process()]
-        if actors:
-            processes = [
-                one for one in psutil.Process().children(recursive=True) if "ray::BlockOwner" in "".join(one.cmdline())
-            ]
-        return sum(anonymous(one) for one in processes)
+        return sum(anonymous(one) for one in (owners() if actors else [psutil.Process()]))
 
     def keep_looking() -> None:
         while not finished.wait(INTERVAL):
@@ -120,11 +130,11 @@ def bare(source: Source, batches: list[Batch]) -> dict[str, float]:
         network = source.network()
         for number, batch in enumerate([batches[0], *batches]):
             if number == 1:
-                begin = time.perf_counter()
+                begin, cpu = time.perf_counter(), cpu_seconds(False)
             network.zero_grad()
             network(**batch).loss.backward()
-        seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "memory": peak.largest - peak.first}
+        seconds, cpu = time.perf_counter() - begin, cpu_seconds(False) - cpu
+    return {"seconds": seconds, "cpu": cpu, "memory": peak.largest - peak.first}
 
 
 def step(source: Source, batches: list[Batch], actors: int, streamed: bool) -> dict[str, float]:
@@ -145,27 +155,30 @@ def step(source: Source, batches: list[Batch], actors: int, streamed: bool) -> d
         watched(actors=bool(actors)) as peak,
     ):
         list(runner.sensitivities(batches[:1], check))
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), cpu_seconds(bool(actors))
         found.update(runner.sensitivities(batches, check))
-        seconds = time.perf_counter() - begin
+        seconds, cpu = time.perf_counter() - begin, cpu_seconds(bool(actors)) - cpu
     total = sum(value for number in sorted(found) for value in found[number].sums.values())
     memory = peak.largest if actors else own.largest - own.first
-    return {"seconds": seconds, "memory": memory, "total": total}
+    return {"seconds": seconds, "cpu": cpu, "memory": memory, "total": total}
 
 
-def formula(source: Source, tokens: int) -> str:
-    """Return embedding + head + 3 blocks + activations of one sample, in bytes, in words."""
-    expert = source.expert
-    config = expert.config
-    size = source.dtype.itemsize
-    outer = sum(expert.base.info(name).numel for name in expert.base.weights if "layers." not in name) * size
-    block = sum(expert.base.info(name).numel for name in expert.base.weights if "layers.0." in name) * size
-    hidden, inner = config.hidden_size, config.intermediate_size
-    # In one block: the inputs and outputs of its matrices, and as much again for their gradients.
-    activations = 2 * tokens * size * (12 * hidden + 4 * inner)
-    # In the head: logits in the network's dtype and float32, their softmax and gradients.
-    logits = tokens * config.vocab_size * (2 * size + 3 * 4)
-    return json.dumps({"outer": outer, "block": block, "activations": max(activations, logits)})
+def bound(source: Source, tokens: int) -> str:
+    """Return embedding + head + 3 blocks + activations of one sample, in words."""
+    base, config, size = source.expert.base, source.expert.config, source.dtype.itemsize
+    outer = size * sum(base.info(name).numel for name in base.weights if "layers." not in name)
+    block = size * sum(base.info(name).numel for name in base.weights if "layers.0." in name)
+    # In a block: inputs and outputs of its matrices, and their gradients. In the head: logits and their gradient in
+    # the network's dtype; logits, softmax, and gradient in float32.
+    in_block = 2 * tokens * size * (12 * config.hidden_size + 4 * config.intermediate_size)
+    in_head = tokens * config.vocab_size * (2 * size + 3 * 4)
+    total = outer + 3 * block + max(in_block, in_head)
+    words = f"embedding + head {_mb(outer)} + 3 blocks of {_mb(block)} + activations {_mb(max(in_block, in_head))}"
+    return f"{words} = {_mb(total)}"
+
+
+def _mb(size: float) -> str:
+    return f"{size / 1e6:.0f} MB"
 
 
 def main() -> None:
@@ -177,6 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", default="bare,whole,streamed,1,2")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "sensmerge-benchmarks")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # what one of its processes does
@@ -195,11 +209,43 @@ def main() -> None:
         print(json.dumps(found))
         return
     make_checkpoint(folder, arguments.layers, arguments.hidden)
-    results: dict[str, dict[str, float]] = {}
-    for way in arguments.only.split(","):
-        command = [sys.executable, "-m", "tests.benchmarks.sensitivity_speed", *sys.argv[1:], "--way", way]
-        results[way] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
-        print(way, results[way], flush=True)
+    ways = arguments.only.split(",")
+    rounds: list[dict[str, dict[str, float]]] = [{} for _ in range(arguments.rounds)]
+    for results in rounds:
+        for way in ways:
+            threads = ["--threads", "1"] if way.isdigit() else []
+            command = [
+                sys.executable,
+                "-m",
+                "tests.benchmarks.sensitivity_speed",
+                *sys.argv[1:],
+                *threads,
+                "--way",
+                way,
+            ]
+            results[way] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
+
+    def median(way: str, key: str, over: str | None = None) -> float:
+        return statistics.median(results[way][key] / (results[over][key] if over else 1) for results in rounds)
+
+    parameters = sum(info.numel for info in source.expert.base.checkpoint.tensors.values())
+    print(
+        f"{parameters / 1e9:.2f}B, {arguments.dtype}, {arguments.samples} samples of {arguments.tokens} tokens, "
+        f"{arguments.threads} threads (actors: one each), {arguments.rounds} rounds"
+    )
+    print("| | wall | CPU | wall ÷ bare | CPU ÷ bare | anonymous memory |\n| --- | --- | --- | --- | --- | --- |")
+    for way in ways:
+        ratios = [
+            f"{median(way, key, 'bare'):.2f}" if "bare" in ways and not way.isdigit() else ""
+            for key in ("seconds", "cpu")
+        ]
+        name = f"{way} actor{'s' if way != '1' else ''}" if way.isdigit() else way
+        times = f"{median(way, 'seconds'):.1f} s | {median(way, 'cpu'):.1f} s"
+        print(f"| {name} | {times} | {' | '.join(ratios)} | {_mb(median(way, 'memory'))} |")
+    if "1" in ways and "2" in ways:
+        print(f"\n2 actors ÷ 1 actor: {median('2', 'seconds', '1'):.2f} (wall)")
+    print(f"streamed, at most: {bound(source, arguments.tokens)}")
+    print("sums:", *(f"{way} {median(way, 'total'):.6g}" for way in ways if way != "bare"))
 
 
 if __name__ == "__main__":
