@@ -235,10 +235,8 @@ def main() -> None:
     )
     print("| | wall | CPU | wall ÷ bare | CPU ÷ bare | anonymous memory |\n| --- | --- | --- | --- | --- | --- |")
     for way in ways:
-        ratios = [
-            f"{median(way, key, 'bare'):.2f}" if "bare" in ways and not way.isdigit() else ""
-            for key in ("seconds", "cpu")
-        ]
+        compared = "bare" in ways and not way.isdigit()
+        ratios = [f"{median(way, key, 'bare'):.2f}" if compared else "" for key in ("seconds", "cpu")]
         name = f"{way} actor{'s' if way != '1' else ''}" if way.isdigit() else way
         times = f"{median(way, 'seconds'):.1f} s | {median(way, 'cpu'):.1f} s"
         print(f"| {name} | {times} | {' | '.join(ratios)} | {_mb(median(way, 'memory'))} |")
