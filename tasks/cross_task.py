@@ -75,7 +75,7 @@ def cross_task(
     samples = [(j, number) for j in sources for number in range(len(batches[j]))]
     with tempfile.TemporaryDirectory(dir=out) as scratch, torch.no_grad():
         for i, source in sources.items():
-            with open_runner(source, placement, Path(scratch)) as runner:
+            with open_runner(source, placement, out) as runner:
                 for place, output in runner.trunk_outputs([batches[j][number] for j, number in samples]):
                     kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
                     save_file(kept, _kept(scratch, i, *samples[place]))

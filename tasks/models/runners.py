@@ -121,7 +121,8 @@ def open_runner(source: Source, placement: Placement, scratch: Path) -> Iterator
     Args:
         source: where it comes from.
         placement: where it runs.
-        scratch: folder for hidden states, on a disk; no file is left in it.
+        scratch: folder of the step, on a disk: for hidden states, of which no file is left, and by its name nothing
+            else runs at the same time.
 
     Raises:
         InputError: parameters are left without weights; a network whose blocks cannot be run apart.

@@ -1,6 +1,8 @@
 """The same α and g whether a network runs whole, block by block, or with its blocks on actors."""
 
+import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -318,3 +320,26 @@ def test_what_cannot_be_run_apart(save: Save, tmp_path: Path) -> None:
     rows = [{"text": "x", "label": 0}]
     with pytest.raises(InputError, match=r"transformers names no blocks of MPNet\w+ .* set placement: whole"):
         sensitivity(folder, folder, "math", task, rows, folder, "float32", "cpu", "streamed", tmp_path)
+
+
+@pytest.mark.ray
+def test_a_killed_step_takes_its_actors_place_again(save: Save, tmp_path: Path, ray_here: None) -> None:
+    """Its placement group outlives the process that made it: the next try must not wait for it for ever."""
+    base, experts = language_models("llama", False, save, tmp_path)
+    task = completions(["math"])["math"].task
+
+    @ray.remote(num_cpus=0, max_retries=1)
+    def step() -> None:
+        first = not (tmp_path / "tried").exists()
+        (tmp_path / "tried").touch()
+
+        def killed(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if first:
+            _Lane.receive = killed  # type: ignore[method-assign, assignment]
+        # All CPUs of the cluster.
+        sensitivity(base, experts["math"], "math", task, ROWS, base, "float32", "cpu", Actors(2, 1, 0), tmp_path)
+
+    ray.get(step.remote(), timeout=300)
+    assert len(read_json(tmp_path / "sensitivity.json")["sensitivity"]) == LAYERS + 3
