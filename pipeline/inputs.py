@@ -44,6 +44,8 @@ class TaskRows:
     evaluation: list[Row]
     calibration_tokens: int = 0
     """of all calibration rows"""
+    longest_calibration: int = 0
+    """tokens of the longest calibration row"""
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,13 @@ def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Pa
             "expected an expert with one (its own classifier, or modules_to_save)"
         )
     label2id = expert.config.label2id
-    rows, tokens = {}, {}
+    rows, tokens, longest = {}, {}, {}
     for split in ("calibration", "evaluation"):
         source, key = getattr(task, split), f"tasks.{name}.{split}"
         rows[split] = [] if source is None else load_rows(source, key, folder)
         if source is not None:
             check_rows(task, rows[split], key, label2id if isinstance(task, ClassificationTask) else None)
-        tokens[split] = 0
+        tokens[split] = longest[split] = 0
         for number, row in enumerate(rows[split]):
             where = f"row {number} of {key}"
             sample = encode(task, row, tokenizer, where, label2id)
@@ -207,7 +209,8 @@ def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Pa
             if routed and not sample.prompt_tokens:
                 raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
             tokens[split] += len(sample.input_ids)
-    return TaskRows(task, rows["calibration"], rows["evaluation"], tokens["calibration"])
+            longest[split] = max(longest[split], len(sample.input_ids))
+    return TaskRows(task, rows["calibration"], rows["evaluation"], tokens["calibration"], longest["calibration"])
 
 
 def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: Expert) -> None:

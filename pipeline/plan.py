@@ -12,6 +12,7 @@ from rich.table import Table
 
 from pipeline.inputs import Inputs, TaskRows, gather_inputs
 from pipeline.models import model_digest, weight_bytes
+from pipeline.placement import Choice, choose
 from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
 from tasks import (
@@ -30,6 +31,8 @@ from tasks.datasets import ClassificationTask, LmEvalTask, RowSet, Task, rows_di
 from tasks.download import Listing
 from tasks.errors import InputError
 from tasks.methods import keeps_low_rank, static_coefficient
+from tasks.models.layers import block_names
+from tasks.models.placement import Actors
 from tasks.routing import SeApplication
 
 VERSION = 1
@@ -53,6 +56,8 @@ class Step:
     """bytes read"""
     writes: int = 0
     """bytes written"""
+    actors: int = 0
+    """workers that it starts for itself, each with the resources of the stage; then it takes none of its own"""
 
     @property
     def title(self) -> str:
@@ -70,6 +75,8 @@ class Plan:
     steps: tuple[Step, ...]
     todo: Mapping[str, str] = field(default_factory=dict)
     """title → why, of the steps that the store lacks; two steps may have one fingerprint, never one title"""
+    placements: Mapping[Stage, Choice] = field(default_factory=dict)
+    """of the stages whose networks may run in several ways"""
 
     def step(self, stage: Stage, name: str) -> Step:
         """Return one step."""
@@ -100,13 +107,22 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     Raises:
         InputError: models that cannot be merged, data that does not fit its task, no room on the disk.
     """
-    plan = Plan(recipe, store, gather_inputs(recipe, listings, folder, store.hub_cache), ())
+    inputs = gather_inputs(recipe, listings, folder, store.hub_cache)
+    plan = Plan(recipe, store, inputs, (), placements=_placements(recipe, inputs))
     steps = tuple(_steps(plan))
     lost = {f"download {name}" for name, listing in plan.inputs.listings.items() if listing.missing()}
     todo = {step.title: store.why(step.key) for step in steps if store.manifest(step.key) is None or step.title in lost}
     planned = replace(plan, steps=steps, todo=todo)
     _check_room(planned)
     return planned
+
+
+def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
+    if not recipe.sens_variants():
+        return {}
+    tokens = max(one.longest_calibration for one in inputs.data.values())
+    stages: tuple[Stage, ...] = ("sensitivity", "cross_task")
+    return {stage: choose(recipe, stage, inputs.base, tokens, human_bytes) for stage in stages}
 
 
 def _check_room(plan: Plan) -> None:
@@ -149,6 +165,10 @@ def plan_table(plan: Plan) -> Table:
             "" if why is None else human_bytes(step.reads),
             "" if why is None else human_bytes(step.writes),
         )
+    running = {step.stage for step in plan.steps if step.title in plan.todo}
+    placed = [f"{stage} runs {one.name} ({one.why})" for stage, one in plan.placements.items() if stage in running]
+    if placed:
+        table.caption, table.caption_justify = "\n".join(placed), "left"
     return table
 
 
@@ -256,6 +276,7 @@ def _sensitivity_step(plan: Plan, name: str, downloads: Mapping[str, Step]) -> S
         plan.inputs.tokenizer,
         plan.recipe.dtype,
         _device(plan, "sensitivity"),
+        plan.placements["sensitivity"].placement,
     )
     return Step(
         "sensitivity",
@@ -264,7 +285,28 @@ def _sensitivity_step(plan: Plan, name: str, downloads: Mapping[str, Step]) -> S
         _titles(downloads, "base", name),
         finish,
         reads=weight_bytes(plan.inputs.listings["base"]) + weight_bytes(plan.inputs.listings[name]),
+        writes=_kept_bytes(plan, "sensitivity", one.calibration_tokens),
+        actors=_actors(plan, "sensitivity"),
     )
+
+
+def _actors(plan: Plan, stage: Stage) -> int:
+    placement = plan.placements[stage].placement
+    return placement.count if isinstance(placement, Actors) else 0
+
+
+def _kept_bytes(plan: Plan, stage: Stage, tokens: int) -> int:
+    """Return how many bytes of hidden states a streamed network keeps on disk while it runs: both ways at most."""
+    if plan.placements[stage].placement != "streamed":
+        return 0
+    blocks = len(block_names(plan.inputs.base.weights)) if stage == "sensitivity" else 1
+    return 2 * (blocks + 1) * _state_bytes(plan, tokens)
+
+
+def _state_bytes(plan: Plan, tokens: int) -> int:
+    width: int = plan.inputs.base.config.get_text_config().hidden_size
+    itemsize: int = getattr(torch, plan.recipe.dtype).itemsize
+    return tokens * width * itemsize
 
 
 def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
@@ -283,15 +325,16 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
         plan.inputs.tokenizer,
         plan.recipe.dtype,
         _device(plan, "cross_task"),
+        plan.placements["cross_task"].placement,
     )
     key = _key("cross_task", "all", cross_task.VERSION, settings, reads | {"tokenizer": plan.inputs.tokenizer_digest()})
     total = sum(weight_bytes(plan.inputs.listings[name]) for name in ("base", *names))
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
     tokens = sum(one.calibration_tokens for one in plan.inputs.data.values())
-    width = plan.inputs.base.config.get_text_config().hidden_size
-    scratch = len(names) * tokens * width * getattr(torch, plan.recipe.dtype).itemsize
+    scratch = len(names) * _state_bytes(plan, tokens) + _kept_bytes(plan, "cross_task", tokens)
     needs = _titles(downloads, "base", *names)
-    return Step("cross_task", "all", key, needs, finish, reads=total, writes=scratch)
+    actors = _actors(plan, "cross_task")
+    return Step("cross_task", "all", key, needs, finish, reads=total, writes=scratch, actors=actors)
 
 
 def _merge_step(

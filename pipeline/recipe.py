@@ -128,6 +128,12 @@ class Resources(Strict):
     max_in_flight: int = Field(64, ge=1, description="how many steps (layer groups of merges) are under way at once")
 
 
+class ActorPlacement(Strict):
+    """The blocks of a network are shared out among workers."""
+
+    actors: int = Field(ge=1, description="how many; each has what `resources` gives a step of the stage")
+
+
 class Recipe(Strict):
     """A base, its experts, the tasks that judge them, and the merges to make."""
 
@@ -141,11 +147,25 @@ class Recipe(Strict):
     merges: dict[Name, Variant] = Field(min_length=1, description="the variants by name")
     dtype: Dtype = Field("float32", description="dtype in which networks run")
     resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
+    placement: Literal["auto", "whole", "streamed"] | ActorPlacement = Field(
+        "auto",
+        description="where networks run in the stages sensitivity and cross_task: whole on one worker; streamed, block "
+        "by block, on one worker; with their blocks on N workers, {actors: N}; auto: whole if a worker's memory allows",
+    )
 
     @field_validator("tasks", "resources", mode="before")
     @classmethod
     def _null_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _known_placement(cls, value: Any) -> Any:
+        count = value["actors"] if isinstance(value, dict) and set(value) == {"actors"} else None
+        if value in ("auto", "whole", "streamed") or (isinstance(count, int) and count >= 1):
+            return value
+        found = f" (found {value})" if isinstance(value, dict) else ""
+        raise ValueError(f"expected auto, whole, streamed or {{actors: N}}, N at least 1{found}")
 
     @field_validator("experts")
     @classmethod

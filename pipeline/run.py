@@ -108,11 +108,18 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
                 flying[_submit(plan, state, part)] = (state, part is None)
             (ready, *_), _ = ray.wait(list(flying), num_returns=1)
             state, last = flying.pop(ready)
-            advice = f"raise resources.{state.step.stage}.num_cpus (fewer at once) or lower max_in_flight"
-            result = _result(ready, state.step.title, advice, list(flying))
+            result = _result(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
             schedule.piece_done(state, last, result)
             if last:
                 advance(f"{state.step.title}: {result.seconds:.1f} s, {human_bytes(result.peak_memory)} peak memory")
+
+
+def _advice(plan: Plan, stage: Stage) -> str:
+    """Return what to do about a worker of a stage that runs out of memory."""
+    fewer = f"raise resources.{stage}.num_cpus (fewer at once) or lower max_in_flight"
+    if stage in plan.placements and plan.placements[stage].placement == "whole":
+        return f"set placement: streamed, or {fewer}"
+    return fewer
 
 
 def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "ray.ObjectRef[Done]":
@@ -120,8 +127,9 @@ def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "r
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
     options = {
-        "num_cpus": resources.num_cpus,
-        "num_gpus": resources.num_gpus,
+        # A step with actors waits for them: what it held meanwhile they might lack.
+        "num_cpus": 0 if step.actors else resources.num_cpus,
+        "num_gpus": 0 if step.actors else resources.num_gpus,
         "max_retries": SYSTEM_RETRIES,
         "retry_exceptions": False,
         "name": step.title,
@@ -144,11 +152,21 @@ def _result(ready: "ray.ObjectRef[Any]", title: str, advice: str, others: Iterab
             ray.cancel(other)
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None
+        if _is_out_of_memory(error.cause):
+            raise StepError(f"{title}: its worker ran out of memory; {advice}. It says: {error.cause}") from None
         raise StepError(f"{title} failed: {error.cause!r}\n{error}") from None  # Ray's text has process and node
     except ray.exceptions.RayError as error:
         raise StepError(
             f"{title}: its worker died {SYSTEM_RETRIES + 1} times; if it ran out of memory, {advice}. Ray says: {error}"
         ) from None
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an exception says that a CPU's or a GPU's memory is full."""
+    import torch
+
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclass(frozen=True)
@@ -233,11 +251,10 @@ def work_in_batches(
 
 def _count(workers: Workers) -> int:
     """Return how many workers are wanted. Refuses more than the cluster has room for: Ray would wait for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = workers.num_gpus
     if not (gpus <= 1 or gpus.is_integer()):
         raise InputError(f"--num-gpus: is {gpus:g}; above 1, Ray gives only whole GPUs")
-    room = sum(int(min(node.get("CPU", 0), node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
+    room = _room(1, gpus)
     count = workers.count or room
     if not 0 < count <= room:
         raise InputError(
@@ -247,9 +264,23 @@ def _count(workers: Workers) -> int:
     return count
 
 
+def _room(cpus: float, gpus: float) -> int:
+    """Return how many workers of so many CPUs and GPUs each the cluster has room for."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
+
+
 def _check_resources(plan: Plan, steps: list[Step]) -> None:
     """Refuse a recipe that asks for more than any node has: Ray would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for step in steps:
+        wanted = plan.recipe.resources_of(step.stage)
+        room = _room(wanted.num_cpus, wanted.num_gpus)
+        if step.actors > room:
+            raise InputError(
+                f"placement.actors is {step.actors}; the cluster has room for {room} with {wanted.num_cpus:g} CPUs and "
+                f"{wanted.num_gpus:g} GPUs each (resources.{step.stage}); lower them or use another --address"
+            )
     for stage in {step.stage for step in steps}:
         wanted = plan.recipe.resources_of(stage)
         if not any(node.get("CPU", 0) >= wanted.num_cpus and node.get("GPU", 0) >= wanted.num_gpus for node in nodes):

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from tasks.artifacts import write_json
 from tasks.datasets import ClassificationTask, Row, RowSet, calibration_batch
 from tasks.errors import InputError
-from tasks.models.expert import Expert, load_network, open_base, open_expert
+from tasks.models.blocks import to_device
 from tasks.models.heads import DetachedHead
-from tasks.models.networks import load_tokenizer
+from tasks.models.networks import Head, load_tokenizer
+from tasks.models.placement import Placement
+from tasks.models.runners import open_runner
+from tasks.models.source import Source
 
 VERSION = 1
 CHUNK_TOKENS = 256
@@ -29,13 +31,27 @@ def cross_task(
     tokenizer: Path,
     dtype: str,
     device: str,
+    placement: Placement,
     out: Path,
 ) -> dict[str, Any]:
     """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂ (DESIGN §5).
 
     Every expert's trunk runs once over every calibration set (K² passes); what it hands to its head is kept on disk.
-    Then the heads run over that, side by side, `CHUNK_TOKENS` tokens at a time. Memory: one network, K heads and, per
-    head, one chunk of logits. On a classification task every trunk is followed by the head of the task's own expert.
+    Then the heads run over that, side by side, `CHUNK_TOKENS` tokens at a time. On a classification task every trunk is
+    followed by the head of the task's own expert, whole samples at a time.
+
+    Memory of this process: one network, or what its placement takes of it (see `StreamedRunner`), and later K heads
+    with two chunks of logits: K · vocabulary · width + 2 · CHUNK_TOKENS · vocabulary numbers, whatever the samples are.
+
+    Args:
+        base: folder of the base.
+        experts: folder of each expert.
+        calibration: the calibration set of each expert.
+        tokenizer: folder of the tokenizer that all models share.
+        dtype: torch name of the networks' dtype.
+        device: torch device.
+        placement: where the networks run; it changes no number.
+        out: folder for `distances.json`.
 
     Returns:
         The largest and smallest distance; `distances.json` in `out` has them all.
@@ -43,31 +59,32 @@ def cross_task(
     Raises:
         InputError: logits that are not finite.
     """
-    opened_base = open_base(base)
-    opened = {name: open_expert(folder, opened_base, f"experts.{name}") for name, folder in experts.items()}
+    sources = {
+        name: Source(base, folder, f"experts.{name}", _ending(calibration[name]), getattr(torch, dtype), device)
+        for name, folder in experts.items()
+    }
     reader = load_tokenizer(tokenizer)
-    torch_dtype = getattr(torch, dtype)
     batches: dict[str, list[dict[str, torch.Tensor]]] = {
         name: [
-            _inputs(one, row, reader, f"row {i} of tasks.{name}.calibration", opened[name], device)
+            _inputs(one, row, reader, f"row {i} of tasks.{name}.calibration", sources[name])
             for i, row in enumerate(one.rows)
         ]
         for name, one in calibration.items()
     }
     heads: dict[str, DetachedHead] = {}
-    with tempfile.TemporaryDirectory(dir=out) as scratch, torch.inference_mode():
-        for i, expert in opened.items():
-            kind = "classification" if isinstance(calibration[i].task, ClassificationTask) else "causal_lm"
-            network = load_network(expert, kind, torch_dtype, device, head_of=expert if expert.head else None)
-            for j in opened:
-                for number, batch in enumerate(batches[j]):
-                    save_file(_trunk_output(network.base_model, batch), _kept(scratch, i, j, number))
-            heads[i] = DetachedHead(network)
-        distances: dict[str, dict[str, float]] = {i: {} for i in opened}
-        for j in opened:
+    samples = [(j, number) for j in sources for number in range(len(batches[j]))]
+    with tempfile.TemporaryDirectory(dir=out) as scratch, torch.no_grad():
+        for i, source in sources.items():
+            with open_runner(source, placement, out) as runner:
+                for place, output in runner.trunk_outputs([batches[j][number] for j, number in samples]):
+                    kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
+                    save_file(kept, _kept(scratch, i, *samples[place]))
+                heads[i] = runner.head()
+        distances: dict[str, dict[str, float]] = {i: {} for i in sources}
+        for j in sources:
             own_head = isinstance(calibration[j].task, ClassificationTask)
-            sums = _compare(j, opened, heads, own_head, batches[j], scratch, device)
-            for i in opened:
+            sums = _compare(j, heads, own_head, batches[j], scratch)
+            for i in sources:
                 distances[i][j] = sums[i] / len(batches[j])
                 if not math.isfinite(distances[i][j]):
                     raise InputError(
@@ -79,41 +96,39 @@ def cross_task(
     return {"min": min(apart), "max": max(apart)}
 
 
-def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, expert: Expert, device: str) -> dict[str, torch.Tensor]:
-    batch = calibration_batch(one.task, row, tokenizer, where, expert.config.label2id)
-    return {key: value.to(device) for key, value in batch.items() if key != "labels"}
+def _ending(one: RowSet) -> Head:
+    return "classification" if isinstance(one.task, ClassificationTask) else "causal_lm"
+
+
+def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, source: Source) -> dict[str, torch.Tensor]:
+    batch = calibration_batch(one.task, row, tokenizer, where, source.expert.config.label2id)
+    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 def _kept(scratch: str, i: str, j: str, number: int) -> Path:
     return Path(scratch) / f"{i}-on-{j}-{number}.safetensors"
 
 
-def _trunk_output(trunk: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    output = trunk(**batch)
-    kept = {"hidden": output.last_hidden_state, "pooled": getattr(output, "pooler_output", None)}
-    return {key: tensor.cpu().contiguous() for key, tensor in kept.items() if tensor is not None}
-
-
 def _compare(
     j: str,
-    experts: Mapping[str, Expert],
     heads: Mapping[str, DetachedHead],
     own_head: bool,
     batches: list[dict[str, torch.Tensor]],
     scratch: str,
-    device: str,
 ) -> dict[str, float]:
     """Return, per expert i, the sum over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂."""
-    sums = dict.fromkeys(experts, 0.0)
+    sums = dict.fromkeys(heads, 0.0)
+    device = str(heads[j].network.device)
     for number, batch in enumerate(batches):
-        kept = {i: load_file(_kept(scratch, i, j, number), device=device) for i in experts}
+        batch = to_device(batch, device)
+        kept = {i: load_file(_kept(scratch, i, j, number), device=device) for i in heads}
         length = kept[j]["hidden"].shape[1]
         step = length if own_head else CHUNK_TOKENS
-        norms: dict[str, list[torch.Tensor]] = {i: [] for i in experts}
+        norms: dict[str, list[torch.Tensor]] = {i: [] for i in heads}
         for start in range(0, length, step):
             chunk = slice(start, start + step)
             reference = _logits(heads[j], kept[j], chunk, batch)
-            for i in experts:
+            for i in heads:
                 if i != j:
                     logits = _logits(heads[j if own_head else i], kept[i], chunk, batch)
                     norms[i].append((logits - reference).norm(dim=-1).double().flatten())

@@ -1,5 +1,6 @@
 """Stage sensitivity: how much each layer of an expert matters to the expert's own task."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from tasks.artifacts import write_json
 from tasks.datasets import ClassificationTask, Row, RowTask, calibration_batch
 from tasks.errors import InputError
-from tasks.models.expert import load_network, open_base, open_expert
-from tasks.models.layers import layer_of
+from tasks.models.layers import group_by_layer
 from tasks.models.networks import load_tokenizer
+from tasks.models.placement import Placement
+from tasks.models.runners import Sensitivity, open_runner
+from tasks.models.source import Source
 
 VERSION = 1
 
@@ -24,6 +27,7 @@ def sensitivity(
     tokenizer: Path,
     dtype: str,
     device: str,
+    placement: Placement,
     out: Path,
 ) -> dict[str, Any]:
     """Measure s[layer] = mean over samples x of Σ_{p in layer} |p · ∂L(x)/∂p|, one sample at a time (DESIGN §5).
@@ -40,55 +44,36 @@ def sensitivity(
         tokenizer: folder of the tokenizer that all models share.
         dtype: torch name of the network's dtype; sums are float64.
         device: torch device.
+        placement: where the network runs; it changes no number.
         out: folder for `sensitivity.json`: sensitivity by layer, number of samples and tokens.
 
     Raises:
         InputError: a loss or a sensitivity that is not finite.
     """
-    opened = open_expert(expert, open_base(base), f"experts.{name}")
-    classifies = isinstance(task, ClassificationTask)
-    network = load_network(
-        opened,
-        "classification" if classifies else "causal_lm",
-        getattr(torch, dtype),
-        device,
-        head_of=opened if opened.head else None,
-    )
-    reader = load_tokenizer(tokenizer)
-    trunk = {opened.base.network_name(tensor): tensor for tensor in opened.base.weights}
-    totals: dict[str, torch.Tensor] = {}
-    for parameter_name, parameter in network.named_parameters():
-        tensor = trunk.get(opened.base.network_name(parameter_name))
-        parameter.requires_grad_(tensor is not None)
-        if tensor is not None:
-            layer = layer_of(tensor)
-            totals.setdefault(layer, torch.zeros((), dtype=torch.float64, device=device))
-            parameter.register_post_accumulate_grad_hook(_accumulate(totals[layer]))
-    tokens = 0
-    for number, row in enumerate(rows):
-        batch = calibration_batch(
-            task, row, reader, f"row {number} of tasks.{name}.calibration", opened.config.label2id
-        )
-        tokens += batch["input_ids"].numel()
-        loss = network(**{key: value.to(device) for key, value in batch.items()}).loss
-        if not bool(loss.isfinite()):
+    head = "classification" if isinstance(task, ClassificationTask) else "causal_lm"
+    source = Source(base, expert, f"experts.{name}", head, getattr(torch, dtype), device)
+    reader, label2id = load_tokenizer(tokenizer), source.expert.config.label2id
+    batches = [
+        calibration_batch(task, row, reader, f"row {number} of tasks.{name}.calibration", label2id)
+        for number, row in enumerate(rows)
+    ]
+
+    def check(number: int, loss: float) -> None:
+        if not math.isfinite(loss):
             raise InputError(
-                f"tasks.{name}.calibration: the loss of experts.{name} on row {number} is {loss.item()}; "
+                f"tasks.{name}.calibration: the loss of experts.{name} on row {number} is {loss}; "
                 "expected a finite number (try dtype: float32)"
             )
-        loss.backward()
-    result = {layer: float(total) / len(rows) for layer, total in totals.items()}
-    if not all(value < float("inf") for value in result.values()):
+
+    samples: dict[int, Sensitivity] = {}
+    with open_runner(source, placement, out) as runner:
+        samples.update(runner.sensitivities(batches, check))
+    # In the order of the rows, so that the sums do not depend on which sample was done first.
+    sums = [samples[number].sums for number in range(len(rows))]
+    layers = [layer for layer in group_by_layer(source.expert.base.weights) if layer in sums[0]]
+    result = {layer: sum(one[layer] for one in sums) / len(rows) for layer in layers}
+    if not all(math.isfinite(value) for value in result.values()):
         raise InputError(f"experts.{name}: sensitivity is not finite; try dtype: float32")
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
     write_json(out / "sensitivity.json", {"sensitivity": result, "samples": len(rows), "tokens": tokens})
     return {"samples": len(rows), "tokens": tokens}
-
-
-def _accumulate(total: torch.Tensor) -> Any:
-    def hook(parameter: torch.nn.Parameter) -> None:
-        assert parameter.grad is not None
-        # In float32: a product of two float16 numbers underflows, and a float64 sum of a large tensor is slow.
-        total.add_((parameter.detach().float() * parameter.grad.float()).abs_().sum())
-        parameter.grad = None
-
-    return hook

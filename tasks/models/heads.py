@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as TrunkOutput
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from tasks.errors import InputError
 from tasks.models.networks import load_config, skeleton
@@ -30,6 +30,14 @@ class SavedHead:
         """Return the head's tensors by parameter name."""
         tensors: dict[str, torch.Tensor] = load_file(self.folder / HEAD_WEIGHTS)
         return tensors
+
+
+@dataclass
+class TrunkOutput(BaseModelOutputWithPoolingAndCrossAttentions):  # type: ignore[misc]
+    """What heads look for in the output of a trunk."""
+
+    router_logits: None = None
+    """of mixtures of experts; only their training needs it"""
 
 
 class DetachedHead:

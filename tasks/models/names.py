@@ -1,14 +1,21 @@
 """One name for each tensor, though checkpoints of one architecture spell it in several ways."""
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tasks.models.layers import in_block
@@ -47,6 +54,25 @@ class Names:
         """Return the key of the parameter that holds a checkpoint's tensor: several share a stacked one."""
         renamed = rename_source_key(name, self.renamings, self.converters)[0].removeprefix(self.prefix)
         return self.tied.get(renamed, renamed)
+
+    def is_converted(self, name: str) -> bool:
+        """Return whether the network holds a checkpoint's tensor in another form: stacked with others, for one."""
+        return rename_source_key(name, self.renamings, self.converters)[1] is not None
+
+    def convert(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the parameter that holds some tensors of a checkpoint in another form.
+
+        Args:
+            tensors: all tensors of that parameter, by name.
+        """
+        converters = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
+        collected: Any = None
+        for name in sorted(tensors, key=dot_natural_key):
+            renamed, pattern = rename_source_key(name, self.renamings, self.converters)
+            collected = collected or copy.deepcopy(converters[pattern])
+            collected.add_tensor(renamed, name, pattern, tensors[name])
+        converted: Tensor = collected.convert(renamed)[renamed]
+        return converted
 
     def by_key(self, names: Iterable[str]) -> dict[str, str]:
         """Return the tensors of a checkpoint by key, of tied ones only the first that it holds."""

@@ -1,5 +1,6 @@
 """Transformers networks: their structure without weights, and networks filled with the weights of any model."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
@@ -78,6 +80,22 @@ def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTr
     cls = network_class(config, head, folder)
     with torch.device("meta"):
         return cls(config)
+
+
+def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
+    """Return the network in evaluation mode with its parameters on the meta device and all buffers that it computes.
+
+    Tied parameters are one; nothing is cached for generation.
+
+    Raises:
+        InputError: transformers has no such class for this architecture.
+    """
+    cls = network_class(config, head, folder)
+    with init_empty_weights():
+        network: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype)
+    network.tie_weights()  # each was registered on the meta device anew
+    network.config.use_cache = False
+    return network.eval()
 
 
 def fill_network(

@@ -43,7 +43,7 @@ def classes(names: list[str]) -> dict[str, RowSet]:
 
 def measure(base: Path, experts: Mapping[str, Path], sets: Mapping[str, RowSet], out: Path) -> Distances:
     out.mkdir(exist_ok=True)
-    extremes = cross_task(base, experts, sets, base, "float32", "cpu", out)
+    extremes = cross_task(base, experts, sets, base, "float32", "cpu", "whole", out)
     distances: Distances = read_json(out / "distances.json")
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     assert extremes == {"min": min(apart), "max": max(apart)}

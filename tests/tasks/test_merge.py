@@ -467,9 +467,9 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
     for name in (*names, "cross"):
         (out / name).mkdir(parents=True)
     for name in names:
-        sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", out / name)
+        sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", "whole", out / name)
     sets = {name: RowSet(TASK, ROWS) for name in names}
-    cross_task(base, {name: llamas[name] for name in names}, sets, base, "float32", "cpu", out / "cross")
+    cross_task(base, {name: llamas[name] for name in names}, sets, base, "float32", "cpu", "whole", out / "cross")
     return job(
         coefficients=SensCoefficients(kind="sens", **settings),
         sensitivities={name: out / name for name in names},

@@ -13,6 +13,7 @@ from tasks.artifacts import read_json
 from tasks.coefficients import alpha, sigma, tau
 from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import CompletionTask, DataSource, load_rows
+from tasks.models.placement import Placement
 from tasks.sensitivity import sensitivity
 from tests.conftest import SHARED
 
@@ -65,18 +66,23 @@ def expert(name: str) -> Path:
     return SHARED / "models" / "experts" / f"lora-{name}"
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(("name", "placement"), [*((name, "whole") for name in EXPERTS), ("gsm8k", "streamed")])
 def test_alpha(
-    name: str, base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path
+    name: str,
+    placement: Placement,
+    base: Path,
+    calibration: dict[str, RowSet],
+    reference: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     one = calibration[name]
-    sensitivity(base, expert(name), name, one.task, one.rows, base, "float32", "cpu", tmp_path)
+    sensitivity(base, expert(name), name, one.task, one.rows, base, "float32", "cpu", placement, tmp_path)
     found = alpha(read_json(tmp_path / "sensitivity.json")["sensitivity"])
     assert found == pytest.approx(reference["alpha"][name], rel=1e-3)
 
 
 def test_tau_and_sigma(base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path) -> None:
-    cross_task(base, {name: expert(name) for name in EXPERTS}, calibration, base, "float32", "cpu", tmp_path)
+    cross_task(base, {name: expert(name) for name in EXPERTS}, calibration, base, "float32", "cpu", "whole", tmp_path)
     taus = tau(read_json(tmp_path / "distances.json"), reference["direction"])
     assert taus == pytest.approx(reference["tau"], rel=1e-3)
     sigmas = sigma(reference["alpha"], taus, reference["temperature"], reference["sigma"])

@@ -32,7 +32,7 @@ TEXTS: list[Row] = [{"text": "so good", "label": 1}, {"text": "bad, very bad ind
 
 def measure(base: Path, expert: Path, task: RowTask, rows: list[Row], out: Path) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
-    found = sensitivity(base, expert, "math", task, rows, base, "float32", "cpu", out)
+    found = sensitivity(base, expert, "math", task, rows, base, "float32", "cpu", "whole", out)
     written: dict[str, Any] = read_json(out / "sensitivity.json")
     assert found == {"samples": written["samples"], "tokens": written["tokens"]}
     return written

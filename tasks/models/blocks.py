@@ -1,0 +1,264 @@
+"""A network in parts: some of its blocks, and the shell of all that is outside the blocks.
+
+In the shell the network's own code runs, with proxies in the places of the blocks. So masks, positions and whatever
+else blocks are given come from that code, and blocks do exactly what they do in the whole network.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
+
+from tasks.errors import InputError
+from tasks.models.layers import block_names
+from tasks.models.products import GradientProducts
+from tasks.models.source import Source
+
+Batch = Mapping[str, Tensor]
+"""Inputs of a network for one sample, as `calibration_batch` gives them."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is given beside the hidden states: positional arguments and those with names."""
+TrunkOutput = dict[str, Tensor]
+"""`hidden`, (1, T, width), and `pooled`, (1, width), where the trunk has a pooler."""
+Sums = dict[str, float]
+"""Σ |p · ∂L/∂p| by layer."""
+
+
+def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the blocks of a network by name: the numbered modules of the kinds that transformers never splits.
+
+    Raises:
+        InputError: transformers names no such blocks.
+    """
+    kinds = network._no_split_modules or ()
+    names = block_names(name for name, _ in network.named_parameters())
+    modules = {name: network.get_submodule(name) for name in names}
+    blocks = {name: module for name, module in modules.items() if type(module).__name__ in kinds}
+    if not blocks:
+        raise InputError(
+            f"transformers names no blocks of {type(network).__name__} that can be run apart; set placement: whole"
+        )
+    return blocks
+
+
+class Part:
+    """Some consecutive blocks with their weights."""
+
+    def __init__(self, source: Source, blocks: Mapping[str, nn.Module]) -> None:
+        """Load blocks.
+
+        Args:
+            source: where the weights are.
+            blocks: hollow blocks by name, in order; they are left hollow.
+
+        Raises:
+            InputError: parameters are left without weights.
+        """
+        self._device = source.device
+        self._blocks: list[nn.Module] = []
+        self._products = GradientProducts()
+        for name, hollow in blocks.items():
+            block = copy.deepcopy(hollow)
+            source.load(block, f"{name}.")
+            watch(self._products, source, block, f"{name}.")
+            self._blocks.append(block)
+
+    def forward(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+        """Return the hidden states behind the blocks, (1, T, width), from those before them."""
+        with torch.no_grad():
+            return self._run(hidden, calls)
+
+    def backward(self, hidden: Tensor, calls: Sequence[Call], gradient: Tensor) -> tuple[Tensor, Sums]:
+        """Run the blocks again and then backward.
+
+        Args:
+            hidden: hidden states before the blocks, (1, T, width).
+            calls: as in `forward`.
+            gradient: ∂L/∂ hidden states behind them.
+
+        Returns:
+            ∂L/∂hidden, and the sums of the blocks' layers.
+        """
+        hidden = hidden.to(self._device).detach().requires_grad_()
+        with torch.enable_grad():
+            output = self._run(hidden, calls)
+        torch.autograd.backward(output, gradient.to(self._device))
+        assert hidden.grad is not None
+        return hidden.grad, self._products.take()
+
+    def _run(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+        hidden = hidden.to(self._device)
+        for block, (args, kwargs) in zip(self._blocks, to_device(calls, self._device), strict=True):
+            output = block(hidden, *args, **kwargs)
+            hidden = output if isinstance(output, Tensor) else output[0]
+        return hidden
+
+
+class Shell:
+    """The network without its blocks: embedding, final norm, head."""
+
+    def __init__(self, source: Source, network: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> None:
+        """Load all that is outside the blocks.
+
+        Args:
+            source: where the weights are.
+            network: hollow; it becomes the shell.
+            blocks: all its blocks by name.
+
+        Raises:
+            InputError: parameters are left without weights.
+        """
+        self.network = network
+        self._source = source
+        self._visit: Callable[[int, Tensor, Call], Tensor]
+        self._tuples = False
+        for index, (name, block) in enumerate(blocks.items()):
+            network.set_submodule(name, _Proxy(self, index, block))
+        source.load(network, "")
+        network.tie_weights()
+        self._blocks = len(blocks)
+        self._products = GradientProducts()
+        watch(self._products, source, network, "")
+
+    def enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
+        """Return the hidden states before the first block, (1, T, width), and what each block is given beside them.
+
+        Raises:
+            InputError: the network does more than hand the output of each block to the next.
+        """
+        for self._tuples in (False, True):  # some networks expect tuples from their blocks
+            entry = self._enter(batch)
+            if entry is not None:
+                return entry
+        raise InputError(
+            f"{self._source.base}: {type(self.network).__name__} does more than hand the output of each block to the "
+            "next, so its blocks cannot be run apart; set placement: whole"
+        )
+
+    def _enter(self, batch: Batch) -> tuple[Tensor, list[Call]] | None:
+        first: list[Tensor] = []
+        calls: list[Call] = []
+
+        def visit(index: int, hidden: Tensor, call: Call) -> Tensor:
+            if index != len(calls) or (first and hidden is not first[0]):
+                raise _Stop
+            first.append(hidden)
+            calls.append(call)
+            if len(calls) == self._blocks:
+                raise _Stop
+            return hidden
+
+        with torch.enable_grad():
+            self._forward(self.network, batch, visit)
+        learned = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(calls))
+        if len(calls) < self._blocks or learned:
+            return None
+        return first[0].detach(), calls
+
+    def loss(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
+        """Return the loss and ∂loss/∂hidden, from the hidden states behind the last block."""
+        leaf = hidden.to(self._source.device).detach().requires_grad_()
+        with torch.enable_grad():
+            output = self._forward(self.network, batch, self._replay(lambda _: leaf))
+        # Of the hidden states alone: parameters have their turn in `backward`, where tied ones see all their uses.
+        (gradient,) = torch.autograd.grad(output.loss, leaf)
+        return float(output.loss.detach()), gradient
+
+    def backward(self, batch: Batch, hidden: Tensor, gradient: Tensor) -> Sums:
+        """Run the shell and then backward, and return the sums of its layers.
+
+        Args:
+            batch: the sample.
+            hidden: hidden states behind the last block.
+            gradient: ∂L/∂ hidden states before the first block.
+        """
+        hidden, gradient = hidden.to(self._source.device), gradient.to(self._source.device)
+        across: Callable[..., Tensor] = _AcrossBlocks.apply
+        with torch.enable_grad():
+            output = self._forward(self.network, batch, self._replay(lambda entered: across(entered, hidden, gradient)))
+        output.loss.backward()
+        return self._products.take()
+
+    def trunk(self, batch: Batch, hidden: Tensor) -> TrunkOutput:
+        """Return what the trunk hands to the head, from the hidden states behind the last block."""
+        hidden = hidden.to(self._source.device)
+        with torch.no_grad():
+            return trunk_output(self._forward(self.network.base_model, batch, self._replay(lambda _: hidden)))
+
+    def _replay(self, output: Callable[[Tensor], Tensor]) -> Callable[[int, Tensor, Call], Tensor]:
+        return lambda index, hidden, _: output(hidden) if index == self._blocks - 1 else hidden
+
+    def _forward(self, network: nn.Module, batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
+        self._visit = visit
+        with suppress(_Stop):
+            return network(**to_device(batch, self._source.device))
+
+    def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
+        """Stand in for a block: called by its proxy."""
+        output = self._visit(index, hidden, call)
+        return (output, None, None) if self._tuples else output
+
+
+def trunk_output(output: Any) -> TrunkOutput:
+    """Return what a head may take of the output of transformers' trunks."""
+    kept = {"hidden": output.last_hidden_state, "pooled": getattr(output, "pooler_output", None)}
+    return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+
+def watch(products: GradientProducts, source: Source, module: nn.Module, prefix: str) -> None:
+    """Have the gradients of a module summed up by layer; those of an expert's own head are not wanted.
+
+    Args:
+        products: who sums them up.
+        source: says which layer a parameter belongs to.
+        module: with its weights.
+        prefix: its name in the network with a dot behind, empty for the network itself.
+    """
+    for name, parameter in module.named_parameters():
+        layer = source.layer(prefix + name)
+        if layer is None:
+            parameter.requires_grad_(False)
+        else:
+            products.watch(parameter, layer)
+
+
+def to_device(values: Any, device: str) -> Any:
+    """Return lists, tuples, mappings and tensors in each other with all tensors on a device."""
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
+
+
+class _Stop(Exception):
+    """The last block is reached."""
+
+
+class _Proxy(nn.Module):
+    """Stands in the place of a block, whose attributes it has."""
+
+    def __init__(self, shell: Shell, index: int, block: nn.Module) -> None:
+        super().__init__()
+        self._apart = (shell, index, block)  # in a tuple: no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_apart"][2], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shell, index, _ = self._apart
+        return shell.visit(index, hidden_states, (args, kwargs))
+
+
+class _AcrossBlocks(torch.autograd.Function):
+    """All blocks in the eyes of autograd: what comes out of them, and what comes back, is known."""
+
+    @staticmethod
+    def forward(ctx: Any, entered: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient, None, None

@@ -1,0 +1,119 @@
+"""Where an expert's network comes from, and the weights of any part of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tasks.errors import InputError
+from tasks.models.expert import Expert, load_network, open_base, open_expert
+from tasks.models.layers import layer_of
+from tasks.models.networks import Head, hollow_network
+
+
+@dataclass(frozen=True)
+class Source:
+    """An expert's network on storage: all that a worker must know to load it or a part of it."""
+
+    base: Path
+    """folder of the base"""
+    folder: Path
+    """folder of the expert"""
+    key: str
+    """recipe key of the expert, for messages"""
+    head: Head
+    """what the network ends in"""
+    dtype: torch.dtype
+    """of the weights in memory"""
+    device: str
+    """torch device"""
+
+    @cached_property
+    def expert(self) -> Expert:
+        """The expert's headers."""
+        return open_expert(self.folder, open_base(self.base), self.key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was read behind when travelling to another process, which may have other files open."""
+        return {name: vars(self)[name] for name in self.__dataclass_fields__}
+
+    def network(self) -> PreTrainedModel:
+        """Return the whole network; nothing is cached for generation.
+
+        Raises:
+            InputError: parameters are left without weights.
+        """
+        expert = self.expert
+        network = load_network(expert, self.head, self.dtype, self.device, head_of=expert if expert.head else None)
+        network.config.use_cache = False
+        return network
+
+    def hollow(self) -> PreTrainedModel:
+        """Return the network with its parameters on the meta device."""
+        return hollow_network(self.expert.config, self.head, self.dtype, self.base)
+
+    def layer(self, parameter: str) -> str | None:
+        """Return the layer of a parameter; None where it is of a head of the expert's own, which is no layer."""
+        tensors = self._tensors.get(self.expert.base.network_name(parameter))
+        return layer_of(tensors[0]) if tensors else None
+
+    def load(self, module: nn.Module, prefix: str) -> None:
+        """Give a module its weights, copied, in their dtype and on their device.
+
+        Args:
+            module: hollow; parameters that are tied get one tensor.
+            prefix: its name in the network with a dot behind, empty for the network itself.
+
+        Raises:
+            InputError: a parameter is left without a value of its shape.
+        """
+        weights: dict[str, Tensor] = {}
+        read: dict[int, Tensor] = {}
+        lacking = []
+        for name, hollow in module.state_dict(keep_vars=True).items():
+            tensor = read.get(id(hollow))  # of a parameter that is tied to this one
+            if tensor is None:
+                tensor = self._read(prefix + name)
+                if tensor is None or tensor.shape != hollow.shape:
+                    if isinstance(hollow, nn.Parameter):
+                        lacking.append(prefix + name)
+                    continue
+                read[id(hollow)] = tensor
+            weights[name] = tensor
+        if lacking:
+            raise InputError(f"{self.base}: no fitting weights for {', '.join(lacking[:5])} of {type(module).__name__}")
+        module.load_state_dict(weights, strict=False, assign=True)
+        for child in module.modules():
+            for name, buffer in child._buffers.items():  # those that are in no checkpoint
+                child._buffers[name] = None if buffer is None else buffer.to(self.device)
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, Sequence[str]]:
+        """Key of a parameter or buffer → the tensors of the base's checkpoint that it holds."""
+        base = self.expert.base
+        found: dict[str, list[str]] = {}
+        for name in (*base.weights, *base.buffers):
+            found.setdefault(base.network_name(name), []).append(name)
+        return found
+
+    @cached_property
+    def _head(self) -> Mapping[str, Tensor]:
+        return self.expert.head_tensors()
+
+    def _read(self, name: str) -> Tensor | None:
+        """Return the value of a parameter or buffer of the network; None where no file has it."""
+        if name in self._head:
+            return self._placed(self._head[name])
+        names = self.expert.base.names
+        found = {one: self._placed(self.expert.read(one)) for one in self._tensors.get(names.parameter(name), ())}
+        if any(names.is_converted(one) for one in found):
+            return names.convert(found)
+        return next(iter(found.values()), None)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

@@ -1,0 +1,79 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaModel
+
+from tasks.errors import InputError
+from tasks.models.blocks import Part, Shell, blocks_of
+from tasks.models.source import Source
+from tests.conftest import make_llama, perturbed
+
+Save = Callable[..., Path]
+IDS = torch.tensor([[5, 6, 7, 8]])
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+
+
+def source(base: Path, expert: Path) -> Source:
+    return Source(base, expert, "experts.math", "causal_lm", torch.float32, "cpu")
+
+
+def test_parts_make_the_whole(llamas: dict[str, Path]) -> None:
+    one = source(llamas["base"], llamas["math"])
+    network = one.hollow()
+    blocks = blocks_of(network)
+    assert list(blocks) == ["model.layers.0", "model.layers.1"]
+    shell = Shell(one, network, blocks)
+    hidden, calls = shell.enter(BATCH)
+    part = Part(one, blocks)
+    behind = part.forward(hidden, calls)
+    whole = AutoModelForCausalLM.from_pretrained(llamas["math"])
+    output = whole(**BATCH, output_hidden_states=True)
+    assert torch.equal(shell.trunk({**BATCH}, behind)["hidden"], output.hidden_states[-1])
+    loss, gradient = shell.loss(BATCH, behind)
+    assert loss == float(output.loss.detach())
+    output.loss.backward()
+    before, sums = part.backward(hidden, calls, gradient)
+    assert before.shape == hidden.shape
+    expected = {
+        f"model.layers.{i}": float(sum((p.detach() * p.grad).abs().sum() for p in layer.parameters()))
+        for i, layer in enumerate(whole.model.layers)
+    }
+    assert sums == pytest.approx(expected, rel=1e-5)
+    tied = whole.lm_head.weight
+    assert shell.backward(BATCH, behind, before)["model.embed_tokens"] == pytest.approx(
+        float((tied.detach() * tied.grad).abs().sum()), rel=1e-5
+    )
+
+
+def test_hollow_blocks_stay_hollow(llamas: dict[str, Path]) -> None:
+    one = source(llamas["base"], llamas["math"])
+    blocks = blocks_of(one.hollow())
+    Part(one, blocks)
+    assert {parameter.device.type for block in blocks.values() for parameter in block.parameters()} == {"meta"}
+
+
+def test_what_blocks_are_given_may_not_be_learned(llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here positions that are learned: their gradients would be lost."""
+    one = source(llamas["base"], llamas["math"])
+    network = one.hollow()
+    shell = Shell(one, network, blocks_of(network))
+    rotary = type(network.model.rotary_emb).forward
+
+    def learned(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return tuple(each * x.mean() for each in rotary(self, x, *args, **kwargs))
+
+    monkeypatch.setattr(type(network.model.rotary_emb), "forward", learned)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM does more than hand .* set placement: whole"):
+        shell.enter(BATCH)
+
+
+def test_missing_weights(save: Save, tmp_path: Path) -> None:
+    base = save(LlamaModel(make_llama(tie_word_embeddings=False).config), "base", tmp_path)
+    expert = save(perturbed(make_llama(tie_word_embeddings=False), 1).model, "expert", tmp_path)
+    one = source(base, expert)
+    network = one.hollow()
+    with pytest.raises(InputError, match=r"base: no fitting weights for lm_head\.weight of LlamaForCausalLM"):
+        Shell(one, network, blocks_of(network))

@@ -1,0 +1,345 @@
+"""The same α and g whether a network runs whole, block by block, or with its blocks on actors."""
+
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tasks.artifacts import read_json
+from tasks.coefficients import alpha
+from tasks.cross_task import cross_task
+from tasks.datasets import ClassificationTask, CompletionTask, RowSet
+from tasks.errors import InputError
+from tasks.models.blocks import blocks_of
+from tasks.models.heads import DetachedHead
+from tasks.models.placement import Actors, Placement
+from tasks.models.runners import Journey, PartsRunner, StreamedRunner
+from tasks.models.source import Source
+from tasks.models.streaming import BlockOwner, _Lane, shares
+from tasks.sensitivity import sensitivity
+from tests.conftest import gpt2_config, llama_config, make_adapter, perturbed
+
+Save = Callable[..., Path]
+ROWS = [{"text": text} for text in ("1+2=3", "a rather longer text than the first", "x")]
+LAYERS = 5
+
+
+def small(config: type, tied: bool, **more: object) -> Any:
+    """Five blocks, hidden size 32, vocabulary of the `tokenizer` fixture."""
+    settings = llama_config(num_hidden_layers=LAYERS, tie_word_embeddings=tied).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "pad_token_id")
+    return config(**{name: settings[name] for name in names}, **more)
+
+
+def networks(tied: bool) -> dict[str, Callable[[], PreTrainedModel]]:
+    def gpt2() -> GPT2LMHeadModel:
+        config = gpt2_config()
+        config.n_layer, config.tie_word_embeddings = LAYERS, tied
+        return GPT2LMHeadModel(config)
+
+    sliding = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2}
+    return {
+        "llama": lambda: LlamaForCausalLM(llama_config(num_hidden_layers=LAYERS, tie_word_embeddings=tied)),
+        "qwen2": lambda: Qwen2ForCausalLM(small(Qwen2Config, tied, **sliding)),
+        "mistral": lambda: MistralForCausalLM(small(MistralConfig, tied, sliding_window=4)),
+        "gemma": lambda: GemmaForCausalLM(small(GemmaConfig, tied, head_dim=8)),
+        "gpt2": gpt2,
+        # Holds what checkpoints have apart stacked.
+        "mixtral": lambda: MixtralForCausalLM(small(MixtralConfig, tied, num_local_experts=3, num_experts_per_tok=2)),
+        # Takes its blocks' outputs as tuples.
+        "bloom": lambda: BloomForCausalLM(
+            BloomConfig(vocab_size=259, hidden_size=32, n_layer=LAYERS, n_head=4, tie_word_embeddings=tied)
+        ),
+    }
+
+
+def seeded(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    network = make()
+    return perturbed(network, seed) if seed else network
+
+
+def completions(names: list[str]) -> dict[str, RowSet]:
+    task = CompletionTask(kind="completion", prompt="{text}", completion="!", loss_on="all")
+    return {name: RowSet(task, ROWS[: 2 + i]) for i, name in enumerate(names)}
+
+
+def classes(names: list[str]) -> dict[str, RowSet]:
+    rows = [{**row, "label": i % 2} for i, row in enumerate(ROWS)]
+    return {name: RowSet(ClassificationTask(kind="classification"), rows[: 2 + i]) for i, name in enumerate(names)}
+
+
+class Numbers:
+    """α of each expert and g of a set of experts, found in some placement."""
+
+    def __init__(
+        self,
+        base: Path,
+        experts: dict[str, Path],
+        sets: dict[str, RowSet],
+        placement: Placement,
+        out: Path,
+        dtype: str = "float32",
+    ) -> None:
+        self.sensitivity = {}
+        for name, folder in experts.items():
+            (out / name).mkdir(parents=True)
+            sensitivity(base, folder, name, sets[name].task, sets[name].rows, base, dtype, "cpu", placement, out / name)
+            self.sensitivity[name] = read_json(out / name / "sensitivity.json")["sensitivity"]
+            assert [path.name for path in (out / name).iterdir()] == ["sensitivity.json"]
+        cross_task(base, experts, sets, base, dtype, "cpu", placement, out)
+        self.distances = read_json(out / "distances.json")
+
+    def same_as(self, other: "Numbers", rel: float = 1e-5) -> None:
+        assert list(self.sensitivity) == list(other.sensitivity)
+        for name, found in self.sensitivity.items():
+            assert list(found) == list(other.sensitivity[name])
+            assert alpha(found) == pytest.approx(alpha(other.sensitivity[name]), rel=rel)
+            assert found == pytest.approx(other.sensitivity[name], rel=rel)
+        for name, row in self.distances.items():
+            assert row == pytest.approx(other.distances[name], rel=rel)
+
+
+def language_models(architecture: str, tied: bool, save: Save, folder: Path) -> tuple[Path, dict[str, Path]]:
+    make = networks(tied)[architecture]
+    base = save(seeded(make, 0), "base", folder)
+    return base, {name: save(seeded(make, seed), name, folder) for seed, name in enumerate(("math", "code"), 1)}
+
+
+ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma", "gpt2", "bloom", "mixtral"]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_streamed_language_models(architecture: str, tied: bool, save: Save, tmp_path: Path) -> None:
+    base, experts = language_models(architecture, tied, save, tmp_path)
+    sets = completions(list(experts))
+    whole = Numbers(base, experts, sets, "whole", tmp_path / "whole")
+    Numbers(base, experts, sets, "streamed", tmp_path / "streamed").same_as(whole)
+
+
+def test_streamed_classifiers(berts: dict[str, Path], tmp_path: Path) -> None:
+    experts = {name: berts[name] for name in ("mood", "topic")}
+    sets = classes(list(experts))
+    whole = Numbers(berts["base"], experts, sets, "whole", tmp_path / "whole")
+    Numbers(berts["base"], experts, sets, "streamed", tmp_path / "streamed").same_as(whole)
+
+
+def test_streamed_adapters_in_bfloat16(save: Save, tmp_path: Path) -> None:
+    make = networks(True)["llama"]
+    base = save(seeded(make, 0), "base", tmp_path)
+    experts = {
+        name: make_adapter(seeded(make, 0), tmp_path / name, seed, task_type="CAUSAL_LM", target_modules="all-linear")
+        for seed, name in enumerate(("math", "code"), 1)
+    }
+    sets = completions(list(experts))
+    whole = Numbers(base, experts, sets, "whole", tmp_path / "whole", "bfloat16")
+    Numbers(base, experts, sets, "streamed", tmp_path / "streamed", "bfloat16").same_as(whole)
+
+
+class OwnersHere(PartsRunner):
+    """What `ShardedRunner` does, its actors being plain objects: what they get and give is pickled all the same."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        network = source.hollow()
+        self._parts = shares(0, [1] * len(blocks_of(network)), count)
+        self._owners = [BlockOwner(source, blocks, place == 0, 1) for place, blocks in enumerate(self._parts)]
+        self._source = source
+
+    def head(self) -> DetachedHead:
+        return StreamedRunner(self._source, Path(), ThreadPoolExecutor(1)).head()
+
+    def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def _travel(self, journeys: Sequence[Journey[Any]]) -> Iterator[tuple[int, Any]]:
+        for number, journey in enumerate(journeys):
+            work = next(journey)
+            try:
+                while True:
+                    owner = self._owners[max(work.place, 0)]
+                    arguments = pickle.loads(pickle.dumps(work.arguments))
+                    work = journey.send(owner.work(work.place < 0, work.method, arguments))
+            except StopIteration as end:
+                yield number, end.value
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shared_out(architecture: str, tied: bool, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = language_models(architecture, tied, save, tmp_path)
+    sets = completions(list(experts))
+    whole = Numbers(base, experts, sets, "whole", tmp_path / "whole")
+    for count in (2, 4):
+        opened = contextmanager(lambda source, *_, count=count: iter([OwnersHere(source, count)]))
+        monkeypatch.setattr("tasks.sensitivity.open_runner", opened)
+        monkeypatch.setattr("tasks.cross_task.open_runner", opened)
+        Numbers(base, experts, sets, Actors(count, 1, 0), tmp_path / f"{count}").same_as(whole)
+
+
+@pytest.fixture
+def ray_here(ray_address: str) -> Iterator[None]:
+    ray.init(address=ray_address, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+def test_sharded_language_models(save: Save, tmp_path: Path, ray_here: None) -> None:
+    base, experts = language_models("llama", True, save, tmp_path)
+    sets = completions(list(experts))
+    whole = Numbers(base, experts, sets, "whole", tmp_path / "whole")
+    for count in (2, 4):
+        Numbers(base, experts, sets, Actors(count, 0.5, 0), tmp_path / f"{count}").same_as(whole)
+
+
+@pytest.mark.ray
+def test_sharded_classifiers(berts: dict[str, Path], tmp_path: Path, ray_here: None) -> None:
+    experts = {name: berts[name] for name in ("mood", "topic")}
+    sets = classes(list(experts))
+    whole = Numbers(berts["base"], experts, sets, "whole", tmp_path / "whole")
+    Numbers(berts["base"], experts, sets, Actors(2, 0.5, 0), tmp_path / "2").same_as(whole)
+
+
+def own_actors() -> list[psutil.Process]:
+    """Return the processes of the actors of this test's cluster."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.cmdline()[0].startswith("ray::BlockOwner"):
+                found.append(process)
+    return found
+
+
+@pytest.mark.ray
+def test_a_killed_actor_loses_only_what_it_was_at_work_on(
+    save: Save, tmp_path: Path, ray_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = language_models("llama", False, save, tmp_path)
+    task = completions(["math"])["math"].task
+    done: list[tuple[int, int, str]] = []
+    lost: list[tuple[int, int, str]] = []
+    receive = _Lane.receive
+
+    def watched(lane: _Lane, reference: Any) -> tuple[int, Any] | None:
+        if len(done) == 12:
+            actors = own_actors()
+            assert len(actors) == 2
+            actors[0].kill()
+        piece = lane.sent[reference]
+        answer = receive(lane, reference)
+        (lost if answer is None else done).append((piece.number, piece.work.place, piece.work.method))
+        return answer
+
+    found: dict[str, Any] = {}
+    for name, placement in (("whole", "whole"), ("killed", Actors(2, 0.5, 0))):
+        monkeypatch.setattr(_Lane, "receive", watched)
+        (tmp_path / name).mkdir()
+        arguments = (base, experts["math"], "math", task, ROWS * 3, base, "float32", "cpu", placement)
+        sensitivity(*arguments, tmp_path / name)
+        found[name] = read_json(tmp_path / name / "sensitivity.json")["sensitivity"]
+    assert found["killed"] == pytest.approx(found["whole"], rel=1e-5)
+    assert len(lost) == 1
+    assert len(done) == len(set(done)) == len(ROWS * 3) * (3 + 2 * 2)
+
+
+@pytest.mark.ray
+def test_work_that_kills_every_actor_is_named(save: Save, tmp_path: Path, ray_here: None) -> None:
+    base, experts = language_models("llama", False, save, tmp_path)
+    task = completions(["math"])["math"].task
+    finished = Event()
+
+    def kill_all() -> None:
+        while not finished.wait(0.05):
+            for process in own_actors():
+                process.kill()
+
+    killer = Thread(target=kill_all)
+    killer.start()
+    try:
+        message = r"experts\.math: enter of the shell on sample 0: its actor died 2 times; if it ran out"
+        with pytest.raises(RuntimeError, match=message):
+            sensitivity(base, experts["math"], "math", task, ROWS, base, "float32", "cpu", Actors(2, 0.5, 0), tmp_path)
+    finally:
+        finished.set()
+        killer.join()
+
+
+@pytest.mark.parametrize(
+    ("shell", "blocks", "count", "expected"),
+    [
+        (0, [1] * 6, 2, [3, 3]),
+        (0, [1] * 5, 4, [1, 1, 2, 1]),
+        (3, [1] * 22, 2, [9, 13]),
+        (100, [1] * 4, 3, [1, 1, 2]),
+        (1, [5], 1, [1]),
+        (0, [1, 1, 1, 9], 2, [3, 1]),
+    ],
+)
+def test_shares(shell: int, blocks: list[int], count: int, expected: list[int]) -> None:
+    found = shares(shell, blocks, count)
+    assert found[0].start == 0
+    assert found[-1].stop == len(blocks)
+    assert [one.stop - one.start for one in found] == expected
+    assert all(one.stop == other.start for one, other in pairwise(found))
+
+
+def test_what_cannot_be_run_apart(save: Save, tmp_path: Path) -> None:
+    config = MPNetConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=2)
+    folder = save(MPNetForSequenceClassification(config), "base", tmp_path)
+    task = ClassificationTask(kind="classification")
+    rows = [{"text": "x", "label": 0}]
+    with pytest.raises(InputError, match=r"transformers names no blocks of MPNet\w+ .* set placement: whole"):
+        sensitivity(folder, folder, "math", task, rows, folder, "float32", "cpu", "streamed", tmp_path)
+
+
+@pytest.mark.ray
+def test_a_killed_step_takes_its_actors_place_again(save: Save, tmp_path: Path, ray_here: None) -> None:
+    """Its placement group outlives the process that made it: the next try must not wait for it for ever."""
+    base, experts = language_models("llama", False, save, tmp_path)
+    task = completions(["math"])["math"].task
+
+    @ray.remote(num_cpus=0, max_retries=1)
+    def step() -> None:
+        first = not (tmp_path / "tried").exists()
+        (tmp_path / "tried").touch()
+
+        def killed(*_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if first:
+            _Lane.receive = killed  # type: ignore[method-assign, assignment]
+        # All CPUs of the cluster.
+        sensitivity(base, experts["math"], "math", task, ROWS, base, "float32", "cpu", Actors(2, 1, 0), tmp_path)
+
+    ray.get(step.remote(), timeout=300)
+    assert len(read_json(tmp_path / "sensitivity.json")["sensitivity"]) == LAYERS + 3
