@@ -50,8 +50,9 @@ class Step:
     """titles of the steps that must be done before"""
     finish: Callable[..., dict[str, Any]]
     """called with out=folder on a worker; what it returns is kept in the manifest"""
-    parts: tuple[Callable[..., None], ...] = ()
-    """pieces that may run side by side before `finish`, each called with out=folder; doing one twice is harmless"""
+    parts: tuple[Callable[..., bool], ...] = ()
+    """pieces that may run side by side before `finish`, each called with out=folder; doing one twice is harmless; they
+    return whether there was something left to do"""
     reads: int = 0
     """bytes read"""
     writes: int = 0

@@ -23,9 +23,11 @@ class StageRecord(BaseModel):
     stage: str = Field(description="stage of the step")
     name: str = Field(description="the model, variant or model/task the step is for")
     status: Literal["run", "cached"] = Field(description="run now, or found in the store")
-    seconds: float = Field(description="wall time on the worker, when it ran")
+    seconds: float = Field(description="time on the workers, when it ran, of all its pieces together")
     bytes: int = Field(description="bytes of the artifact")
     peak_memory: int = Field(description="largest resident memory of a worker process in the step, in bytes")
+    pieces: int = Field(description="how many pieces the step was done in")
+    pieces_run: int = Field(description="how many of them its last run did; the others an interrupted run had done")
     artifact: str = Field(description="folder of the artifact")
     fingerprint: str = Field(description="sha256 of everything the result depends on")
 

@@ -63,7 +63,7 @@ def _stage(plan: Plan, step: Step) -> StageRecord:
         name=step.name,
         status="run" if step.title in plan.todo else "cached",
         artifact=str(plan.store.folder(step.key)),
-        **{key: manifest[key] for key in ("seconds", "bytes", "peak_memory", "fingerprint")},
+        **{key: manifest[key] for key in ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "fingerprint")},
     )
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.plan import Plan, Step, human_bytes
 from pipeline.recipe import Stage
-from pipeline.worker import Done, run_finish, run_part
+from pipeline.worker import Done, Spent, run_finish, run_part
 from tasks.errors import InputError, StepError
 
 Batch = TypeVar("Batch")
@@ -31,10 +31,9 @@ class _Running:
     """A step under way: its pieces not submitted yet, and what the finished ones took."""
 
     step: Step
-    waiting: deque[Callable[..., None]]
+    waiting: deque[Callable[..., bool]]
     pending: int
-    seconds: float = 0.0
-    peak_memory: int = 0
+    spent: Spent = field(default_factory=Spent)
 
 
 @dataclass
@@ -47,7 +46,7 @@ class _Schedule:
     in_flight: dict[str, int] = field(default_factory=dict)
     running: dict[str, _Running] = field(default_factory=dict)
 
-    def take(self) -> Iterator[tuple[_Running, Callable[..., None] | None]]:
+    def take(self) -> Iterator[tuple[_Running, Callable[..., bool] | None]]:
         """Yield pieces that may be submitted now; None stands for a step's finish."""
         for step in self.steps:
             if step.title in self.done or not set(step.needs) <= self.done:
@@ -72,8 +71,7 @@ class _Schedule:
             self.done.add(state.step.title)
             return
         state.pending -= 1
-        state.seconds += done.seconds
-        state.peak_memory = max(state.peak_memory, done.peak_memory)
+        state.spent += done.spent
 
     def _has_room(self, stage: Stage) -> bool:
         return self.in_flight.get(stage, 0) < self.limits[stage]
@@ -111,7 +109,14 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
             result = _result(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
             schedule.piece_done(state, last, result)
             if last:
-                advance(f"{state.step.title}: {result.seconds:.1f} s, {human_bytes(result.peak_memory)} peak memory")
+                advance(f"{state.step.title}: {_said(result.spent)}")
+
+
+def _said(spent: Spent) -> str:
+    text = f"{spent.seconds:.1f} s, {human_bytes(spent.peak_memory)} peak memory"
+    if spent.pieces_run < spent.pieces:
+        text += f", {spent.pieces_run} of {spent.pieces} pieces, the others were done before"
+    return text
 
 
 def _advice(plan: Plan, stage: Stage) -> str:
@@ -122,7 +127,7 @@ def _advice(plan: Plan, stage: Stage) -> str:
     return fewer
 
 
-def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "ray.ObjectRef[Done]":
+def _submit(plan: Plan, state: _Running, part: Callable[..., bool] | None) -> "ray.ObjectRef[Done]":
     step = state.step
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
@@ -136,11 +141,10 @@ def _submit(plan: Plan, state: _Running, part: Callable[..., None] | None) -> "r
     }
     if part is not None:
         return ray.remote(run_part).options(**options).remote(part, plan.store.partial(step.key), threads)
-    before = (state.seconds, state.peak_memory)
     return (
         ray.remote(run_finish)
         .options(**options)
-        .remote(step.finish, plan.store, step.key, bool(step.parts), before, threads)
+        .remote(step.finish, plan.store, step.key, bool(step.parts), state.spent, threads)
     )
 
 

@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,36 @@ from pipeline.store import Key, Store, file_sizes
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What pieces of a step took."""
+
+    seconds: float = 0.0
+    """of all pieces together, each on its worker"""
+    peak_memory: int = 0
+    """largest resident size of a worker process meanwhile, in bytes"""
+    pieces: int = 0
+    pieces_run: int = 0
+    """the others had been done already, by a run that was interrupted"""
+
+    def __add__(self, other: "Spent") -> "Spent":
+        """Return what both took."""
+        return Spent(
+            self.seconds + other.seconds,
+            max(self.peak_memory, other.peak_memory),
+            self.pieces + other.pieces,
+            self.pieces_run + other.pieces_run,
+        )
+
+
+@dataclass(frozen=True)
 class Done:
-    """A piece of work that has ended."""
+    """A piece of work that has ended; of a step's last piece, what the whole step took."""
 
     result: dict[str, Any]
-    seconds: float
-    peak_memory: int
-    """largest resident size of the process meanwhile, in bytes"""
+    spent: Spent
 
 
-def _measured(work: Callable[[], Any], threads: int) -> Done:
+def _measured(work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
     """Run work in this worker process and measure it; memory is the process's largest resident size meanwhile."""
     import torch
 
@@ -29,7 +49,7 @@ def _measured(work: Callable[[], Any], threads: int) -> Done:
     _reset_peak_memory()
     start = time.monotonic()
     result = work()
-    return Done(result or {}, time.monotonic() - start, _peak_memory())
+    return result, Spent(time.monotonic() - start, _peak_memory(), 1, 1)
 
 
 def _reset_peak_memory() -> None:
@@ -47,32 +67,27 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run_part(part: Callable[..., None], partial: Path, threads: int) -> Done:
-    """Run one of a step's pieces, which writes to the folder under construction."""
+def run_part(part: Callable[..., bool], partial: Path, threads: int) -> Done:
+    """Run one of a step's pieces in the folder under construction; it says whether there was something left to do."""
     partial.mkdir(parents=True, exist_ok=True)
-    return _measured(lambda: part(out=partial), threads)
+    was_left, spent = _measured(lambda: part(out=partial), threads)
+    return Done({}, spent if was_left else replace(spent, pieces_run=0))
 
 
 def run_finish(
-    finish: Callable[..., dict[str, Any]],
-    store: Store,
-    key: Key,
-    has_parts: bool,
-    before: tuple[float, int],
-    threads: int,
+    finish: Callable[..., dict[str, Any]], store: Store, key: Key, has_parts: bool, before: Spent, threads: int
 ) -> Done:
     """Run a step's last piece and publish its artifact, in one go on the worker."""
     partial = store.partial(key)
     published = store.manifest(key)
     if has_parts and not partial.exists() and published is not None:
         # A worker published it and died before it could say so.
-        return Done(published["result"], published["seconds"], published["peak_memory"])
+        return Done(published["result"], Spent(**{each.name: published[each.name] for each in fields(Spent)}))
     if not has_parts and partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    done = _measured(lambda: finish(out=partial), threads)
-    seconds, peak = before[0] + done.seconds, max(before[1], done.peak_memory)
+    result, spent = _measured(lambda: finish(out=partial), threads)
+    done = Done(result, before + spent)
     size = sum(file_sizes(partial).values())
-    manifest = {"seconds": seconds, "peak_memory": peak, "bytes": size, "result": done.result}
-    store.publish(key, manifest)
-    return Done(done.result, seconds, peak)
+    store.publish(key, asdict(done.spent) | {"bytes": size, "result": result})
+    return done

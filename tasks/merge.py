@@ -92,11 +92,11 @@ def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> Ch
     return plan_checkpoint({name: (dtype, base.info(name).shape) for name, dtype in dtypes.items()}, shard_size)
 
 
-def merge_group(job: MergeJob, group: int, out: Path) -> None:
+def merge_group(job: MergeJob, group: int, out: Path) -> bool:
     """Merge one group of layers and write it at its place in the checkpoint under construction in `out`.
 
-    A group that an earlier, interrupted run finished is left as it is. Memory: that of `merged_pieces`, for one tensor
-    at a time.
+    A group that an earlier, interrupted run finished is left as it is, and False returned.
+    Memory: that of `merged_pieces`, for one tensor at a time.
 
     Raises:
         InputError: a merged weight that is NaN or Inf, naming the tensor: it overflows `out_dtype`, or `linear` divides
@@ -104,7 +104,7 @@ def merge_group(job: MergeJob, group: int, out: Path) -> None:
     """
     done = out / f".group-{group}.json"
     if done.exists():
-        return
+        return False
     torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
     base = job.base
     plan = plan_merged(base, job.out_dtype, job.shard_size)
@@ -127,6 +127,7 @@ def merge_group(job: MergeJob, group: int, out: Path) -> None:
             assert end == base.info(name).numel, f"{name}: {end} elements merged"
             digests[name] = digest.hexdigest()
     write_json(done, digests)
+    return True
 
 
 def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> Iterator[tuple[slice, Tensor]]:

@@ -27,7 +27,7 @@ _LATER = {FILES, "manifest.json", "fingerprint.json"}
 """Files that come after the digests; they lie there when an interrupted try is repeated."""
 
 
-def merge_group_vectors(job: MergeJob, group: int, out: Path) -> None:
+def merge_group_vectors(job: MergeJob, group: int, out: Path) -> bool:
     """Write what each expert adds to each tensor of one group of layers, in compact form and the base's dtype.
 
     Everything the variant says is in it (sparsifying, consensus, coefficients by layer) but for a common factor, the
@@ -35,15 +35,15 @@ def merge_group_vectors(job: MergeJob, group: int, out: Path) -> None:
     1 adds an expert's whole (sparse) task vector. Normalised TIES has no such factor, since it divides each element by
     the weights that agree there: its c = λ / K leaves what one expert has alone K-fold.
 
-    A group that an interrupted run finished is left as it is. Holds one tensor at a time, of each expert and the base,
-    in float32, and the group's compact vectors.
+    A group that an interrupted run finished is left as it is, and False returned. Holds one tensor at a time, of
+    each expert and the base, in float32, and the group's compact vectors.
 
     Raises:
         InputError: a value that is NaN or Inf, naming the tensor.
     """
     target = out / VECTORS / f"group-{group:05d}.safetensors"
     if target.exists():
-        return
+        return False
     torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
     weights = merge_weights(job, job.base)["weights"]
     found = {name: _vectors(job, weights[layer_of(name)], name) for name in job.groups[group]}
@@ -52,6 +52,7 @@ def merge_group_vectors(job: MergeJob, group: int, out: Path) -> None:
     save_vectors({name: vectors for name, vectors in found.items() if vectors}, partial)
     flush(partial)
     partial.replace(target)
+    return True
 
 
 def _vectors(job: MergeJob, weights: Mapping[str, float], name: str) -> dict[str, Vector]:

@@ -24,6 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pipeline.models import list_models
+from pipeline.plan import Plan, make_plan
+from pipeline.recipe import load_recipe
+from pipeline.store import Store
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Speed is not what these tests are about, and the machine may be busy.
@@ -217,6 +222,12 @@ def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml"
     path = folder / name
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
+
+
+def plan_of(folder: Path, recipe: dict[str, Any], *overrides: str, store: str = "store") -> Plan:
+    """Write a recipe to a folder and plan it, with a store in the same folder."""
+    loaded, target = load_recipe(write_recipe(folder, recipe), overrides), Store(folder / store)
+    return make_plan(loaded, folder, target, list_models(loaded, folder, target.hub_cache))
 
 
 def command_line(*arguments: object) -> int:

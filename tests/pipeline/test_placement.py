@@ -9,9 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import placement
 from pipeline.placement import whole_bytes
-from pipeline.plan import Plan, make_plan
-from pipeline.recipe import load_recipe
-from pipeline.store import Store
 from tasks.artifacts import read_json
 from tasks.coefficients import alpha
 from tasks.datasets import CompletionTask, DataSource, load_rows
@@ -19,13 +16,9 @@ from tasks.errors import InputError
 from tasks.models.expert import open_base
 from tasks.models.placement import Actors
 from tasks.sensitivity import sensitivity
-from tests.conftest import command_line, write_recipe
+from tests.conftest import command_line, plan_of, write_recipe
 
 Recipe = dict[str, Any]
-
-
-def plan_of(folder: Path, recipe: Recipe, *overrides: str) -> Plan:
-    return make_plan(load_recipe(write_recipe(folder, recipe), overrides), folder, Store(folder / "store"))
 
 
 def test_auto_goes_by_the_memory_of_a_worker(

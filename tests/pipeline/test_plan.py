@@ -16,10 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline.models import list_models
-from pipeline.plan import Plan, human_bytes, make_plan, plan_summary, plan_table
+from pipeline.plan import Plan, human_bytes, plan_summary, plan_table
 from pipeline.recipe import load_recipe
-from pipeline.store import Store
 from tasks.errors import InputError
 from tests.conftest import (
     bert_config,
@@ -29,18 +27,13 @@ from tests.conftest import (
     make_bert_trunk,
     make_llama,
     perturbed,
+    plan_of,
     write_recipe,
     write_rows,
 )
 from tests.hub_server import HubServer
 
 Recipe = dict[str, Any]
-
-
-def plan_of(folder: Path, recipe: Recipe, *overrides: str, store: str = "store") -> Plan:
-    path = write_recipe(folder, recipe)
-    recipe, target = load_recipe(path, overrides), Store(folder / store)
-    return make_plan(recipe, folder, target, list_models(recipe, folder, target.hub_cache))
 
 
 def fingerprints(plan: Plan) -> dict[str, str]:

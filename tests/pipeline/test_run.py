@@ -20,14 +20,12 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.models import list_models
-from pipeline.plan import Plan, Step, make_plan
-from pipeline.recipe import load_recipe
+from pipeline.plan import Plan, Step
 from pipeline.run import execute
-from pipeline.store import Key, Store
+from pipeline.store import Key
 from tasks import merge
 from tasks.errors import StepError
-from tests.conftest import command_line, tiny_recipe, write_recipe
+from tests.conftest import command_line, plan_of, tiny_recipe, write_recipe
 
 pytestmark = pytest.mark.ray
 
@@ -68,6 +66,7 @@ def test_report_has_every_stage_model_and_score(finished: tuple[Path, Path, dict
         *("download", "task_vectors", "sensitivity", "cross_task", "merge", "evaluate")
     }
     assert all(stage["status"] == "run" and stage["peak_memory"] > 0 for stage in report["stages"])
+    assert all(stage["pieces_run"] == stage["pieces"] > 0 for stage in report["stages"])
     models = ["base", "math", "code", "ta", "ties-sens"]
     assert list(report["models"]) == list(report["scores"]) == models
     for model in models:
@@ -170,7 +169,10 @@ def test_killed_while_merging_and_started_again(
     report = run(recipe, store, ray_address, *one_by_one)
     status = {f"{stage['stage']} {stage['name']}": stage["status"] for stage in report["stages"]}
     assert status["sensitivity math"] == "cached"
-    assert "run" in status.values()
+    (record,) = (stage for stage in report["stages"] if (stage["stage"], stage["name"]) == ("merge", "ties-sens"))
+    assert record["status"] == "run"
+    assert record["pieces"] == 5
+    assert 0 < record["pieces_run"] < record["pieces"], "only what was not done before"
     assert weights(merged(store, "ties-sens")) == weights(merged(finished_store, "ties-sens"))
 
 
@@ -275,8 +277,7 @@ def one_step(work: Any, llama_recipe: dict[str, Any], tmp_path: Path) -> Plan:
     """A plan with nothing but one step that does this work."""
     key = Key("download", "work", {"stage": "download", "settings": {}, "reads": {}})
     step = Step("download", "work", key, (), work)
-    recipe, store = load_recipe(write_recipe(tmp_path, llama_recipe)), Store(tmp_path / "store")
-    plan = make_plan(recipe, tmp_path, store, list_models(recipe, tmp_path, store.hub_cache))
+    plan = plan_of(tmp_path, llama_recipe)
     return replace(plan, steps=(step,), todo={step.title: "new"})
 
 

@@ -367,7 +367,7 @@ def make_dynamic(models, calibration, folder):
     out.mkdir()
     for group in range(len(job.groups)):
         merge_group_vectors(job, group, merged)
-    finish_vectors(job, job.base, merged)
+    finish_vectors(job, job.base.folder, merged)
     return out, route(merged, calibration, SeApplication(kind="se"), 0.5, "float32", "cpu", out)
 
 
