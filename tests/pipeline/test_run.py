@@ -193,7 +193,7 @@ def test_a_node_lost_while_merging(
                 merging = list(store.glob("merge/*.partial/.group-*.json"))
                 if merging:
                     cluster.remove_node(first, allow_graceful=False)
-                    removed += merging
+                    removed.extend(merging)
                 time.sleep(0.005)
 
         thread = threading.Thread(target=remove)
