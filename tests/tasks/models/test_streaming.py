@@ -235,7 +235,7 @@ def own_actors() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if process.cmdline()[0].startswith("ray::BlockOwner"):
+            if "".join(process.cmdline()).startswith("ray::BlockOwner"):
                 found.append(process)
     return found
 
