@@ -85,7 +85,7 @@ def sensitivity_journey(
     for place, blocks in reversed(list(enumerate(parts))):
         gradient, found = yield Work(place, "backward", (states.pop(), calls[blocks], keep(gradient)))
         sums |= found
-    found = yield Work(SHELL, "backward", (batch, end, gradient))
+    found = yield Work(SHELL, "backward", (batch, end, keep(gradient)))
     return Sensitivity(loss, sums | found)
 
 
@@ -234,23 +234,22 @@ class StreamedRunner(PartsRunner):
         works = [next(journey) for journey in journeys]
         while works:
             # All samples take the same way, so all are in the same place.
-            works, ended = self._next(journeys, works)
-            yield from enumerate(ended)
+            do = getattr(self._worker(works[0]), works[0].method)
+            following = []
+            for number, (journey, work) in enumerate(zip(journeys, works, strict=True)):
+                try:
+                    following.append(journey.send(do(*work.arguments)))
+                except StopIteration as end:
+                    yield number, end.value
+            works = following
+            del do  # with it goes the block, before another one is loaded
 
-    def _next(self, journeys: Sequence[Journey[Result]], works: Sequence[Work]) -> tuple[list[Work], list[Result]]:
-        """Do one piece of work on every sample; return the next ones, and the results of journeys that end here."""
-        place, method = works[0].place, works[0].method
-        if place == SHELL and method == "backward":
+    def _worker(self, work: Work) -> Shell | Part:
+        if work.place != SHELL:
+            return self._part(work.place, work.place + (1 if work.method == "forward" else -1))
+        if work.method == "backward":
             self._loading.clear()  # no block is needed any more
-        worker = self._shell if place == SHELL else self._part(place, place + (1 if method == "forward" else -1))
-        following: list[Work] = []
-        ended: list[Result] = []
-        for journey, work in zip(journeys, works, strict=True):
-            try:
-                following.append(journey.send(getattr(worker, method)(*work.arguments)))
-            except StopIteration as end:
-                ended.append(end.value)
-        return following, ended
+        return self._shell
 
     def _part(self, place: int, following: int) -> Part:
         """Return a block, and have the one that follows loaded if there is one."""

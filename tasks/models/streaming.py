@@ -112,9 +112,9 @@ class ShardedRunner(PartsRunner):
                 travelling += 1
             for lane in self._lanes:
                 lane.send()
-            sent = {reference: lane for lane in self._lanes for reference in lane.sent}
-            (ready, *_), _ = ray.wait(list(sent), num_returns=1)
-            done = sent[ready].receive(ready)
+            oldest = {next(iter(lane.sent)): lane for lane in self._lanes if lane.sent}
+            (ready, *_), _ = ray.wait(list(oldest), num_returns=1)
+            done = oldest[ready].receive()
             if done is None:
                 continue
             number, answer = done
@@ -164,14 +164,16 @@ class _Lane:
             work = piece.work
             self.sent[self._actor.work.remote(work.place == SHELL, work.method, work.arguments)] = piece
 
-    def receive(self, reference: Any) -> tuple[int, Any] | None:
-        """Return what came out of a piece of work, with its sample; None if its actor died and it must be done again.
+    def receive(self) -> tuple[int, Any] | None:
+        """Return what came out of the oldest piece of work, with its sample; None if it must be done again.
+
+        An actor works in the order of sending: if it died, then at the oldest piece whose answer is not there.
 
         Raises:
             InputError: bad input that the actor found.
             RuntimeError: the actors that had the same piece of work died `MAX_TRIES` times.
         """
-        piece = self.sent[reference]
+        reference, piece = next(iter(self.sent.items()))
         try:
             answer = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -184,7 +186,7 @@ class _Lane:
 
     def _replace(self, error: Exception) -> None:
         ray.kill(self._actor)
-        at_work, *others = self.sent.values()  # an actor works in the order of sending
+        at_work, *others = self.sent.values()
         at_work.failures += 1
         if at_work.failures == MAX_TRIES:
             blocks = f"blocks {self._blocks.start} to {self._blocks.stop - 1}"
