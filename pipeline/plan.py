@@ -33,6 +33,7 @@ from tasks.errors import InputError
 from tasks.methods import keeps_low_rank, static_coefficient
 from tasks.models.layers import block_names
 from tasks.models.placement import Actors
+from tasks.models.weights import layer_groups
 from tasks.routing import SeApplication
 
 VERSION = 1
@@ -239,13 +240,16 @@ def _device(plan: Plan, stage: Stage) -> str:
 
 def _task_vectors_step(plan: Plan, name: str, downloads: Mapping[str, Step]) -> Step:
     key = _key("task_vectors", name, task_vectors.VERSION, {}, _reads(downloads, "base", name))
-    finish = partial(task_vectors.task_vectors, plan.inputs.only_weights()[1][name], name)
+    base, experts = plan.inputs.only_weights()
+    groups = layer_groups(base)
+    finish = partial(task_vectors.finish_task_vector, experts[name], name, groups)
     return Step(
         "task_vectors",
         name,
         key,
         _titles(downloads, "base", name),
         finish,
+        tuple(partial(task_vectors.measure_group, experts[name], name, groups, group) for group in range(len(groups))),
         reads=weight_bytes(plan.inputs.listings["base"]) + weight_bytes(plan.inputs.listings[name]),
         writes=len(plan.inputs.base.weights) * 32_000,
     )
@@ -368,7 +372,7 @@ def _merge_step(
         distances=plan.store.folder(cross.key) if sens and cross is not None else None,
         out_dtype=variant.out_dtype,
         shard_size=variant.shard_size,
-        groups=merge.layer_groups(base),
+        groups=layer_groups(base),
     )
     semantic: dict[str, Any] = {
         "method": variant.method,

@@ -40,8 +40,6 @@ from tasks.models.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
 from tasks.task_vectors import read_histogram
 
 VERSION = 2
-GROUP_BYTES = 64 * 2**20
-"""Layers are merged in groups of about this size: enough groups to keep workers busy, few enough to schedule."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +67,6 @@ class MergeJob:
     """bytes"""
     groups: tuple[tuple[str, ...], ...]
     """the base's weights in groups of whole layers; each is merged in one go"""
-
-
-def layer_groups(base: BaseWeights, group_bytes: int = GROUP_BYTES) -> tuple[tuple[str, ...], ...]:
-    """Split the base's weights into groups of whole layers of at least `group_bytes` (the last may be smaller)."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for names in group_by_layer(base.weights).values():
-        if filled >= group_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1] += names
-        filled += sum(base.info(name).nbytes for name in names)
-    return tuple(tuple(group) for group in groups)
 
 
 def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> CheckpointPlan:

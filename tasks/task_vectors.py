@@ -1,39 +1,48 @@
 """Stage task_vectors: what each expert changed, tensor by tensor, and whether its weights are numbers at all."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from tasks.artifacts import write_json
+from tasks.artifacts import read_json, write_json
 from tasks.errors import InputError
 from tasks.methods.delta import BLOCK, Delta, block_sums, chunks
 from tasks.methods.sparsify import BINS, magnitude_histogram
 from tasks.models.weights import ExpertWeights
 
 VERSION = 2
+HISTOGRAMS = "histograms.safetensors"
+
+Groups = Sequence[Sequence[str]]
 
 
-def task_vectors(expert: ExpertWeights, name: str, out: Path) -> dict[str, Any]:
-    """Measure the task vector of one expert in one pass, piece by piece.
+def measure_group(expert: ExpertWeights, name: str, groups: Groups, group: int, out: Path) -> bool:
+    """Measure the task vector of one expert on one group of layers, in one pass, piece by piece.
 
-    Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude) and `histograms.safetensors`
-    (per changed tensor: the filled bins of its `magnitude_histogram` and their counts, int64 (2, bins), from which TIES
-    takes exact thresholds for any density).
+    A group that an earlier, interrupted run finished is left as it is, and False returned.
 
-    Returns:
-        The number of tensors and of changed ones, and the L2 norm of the whole task vector.
+    Args:
+        expert: the expert.
+        name: its name, for messages.
+        groups: the base's weights in groups of whole layers.
+        group: which of them.
+        out: the folder under construction.
 
     Raises:
         InputError: NaN or Inf in the expert, naming the tensor.
     """
+    done = out / _measured(group)
+    if done.exists():
+        return False
     torch.set_num_threads(1)  # sums must not depend on how many threads share them
     tensors: dict[str, dict[str, Any]] = {}
     histograms: dict[str, torch.Tensor] = {}
-    for tensor in expert.base.weights:
+    for tensor in groups[group]:
         tensors[tensor] = {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0}
         if not expert.touches(tensor):
             continue
@@ -44,13 +53,47 @@ def task_vectors(expert: ExpertWeights, name: str, out: Path) -> dict[str, Any]:
             tensors[tensor] = {"changed": True} | entry
             bins = histogram.nonzero().flatten()
             histograms[tensor] = torch.stack([bins, histogram[bins]])
+    save_file(histograms, out / _histograms(group))
+    write_json(done, tensors)
+    return True
+
+
+def finish_task_vector(expert: ExpertWeights, name: str, groups: Groups, out: Path) -> dict[str, Any]:
+    """Put together what `measure_group` found in all groups.
+
+    Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude) and `histograms.safetensors`
+    (per changed tensor: the filled bins of its `magnitude_histogram` and their counts, int64 (2, bins), from which TIES
+    takes exact thresholds for any density).
+
+    Returns:
+        The number of tensors and of changed ones, and the L2 norm of the whole task vector.
+
+    Raises:
+        InputError: NaN or Inf in the expert's head, naming the tensor.
+    """
     for tensor, values in expert.head_tensors().items():
         if not bool(values.isfinite().all()):
             raise _not_finite(values, tensor, expert, name)
-    save_file(histograms, out / "histograms.safetensors")
+    tensors: dict[str, dict[str, Any]] = {}
+    histograms: dict[str, torch.Tensor] = {}
+    for group in range(len(groups)):
+        tensors |= read_json(out / _measured(group))
+        histograms |= load_file(out / _histograms(group))
+    save_file(histograms, out / HISTOGRAMS)
     write_json(out / "task_vector.json", tensors)
-    total = sum(entry["l2"] ** 2 for entry in tensors.values()) ** 0.5
+    for group in range(len(groups)):
+        (out / _measured(group)).unlink()
+        (out / _histograms(group)).unlink()
+    total = math.hypot(*(entry["l2"] for entry in tensors.values()))
     return {"tensors": len(tensors), "changed": sum(entry["changed"] for entry in tensors.values()), "l2": total}
+
+
+def _measured(group: int) -> str:
+    return f".group-{group}.json"
+
+
+def _histograms(group: int) -> str:
+    return f".group-{group}.safetensors"
 
 
 def _measure(delta: Delta, base: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
@@ -78,7 +121,7 @@ def _norm(block: torch.Tensor) -> float:
 
 def read_histogram(artifact: Path, tensor: str) -> torch.Tensor | None:
     """Return the `magnitude_histogram` of a tensor's task vector from the stage's artifact; None if nothing changed."""
-    with safe_open(artifact / "histograms.safetensors", framework="pt") as file:
+    with safe_open(artifact / HISTOGRAMS, framework="pt") as file:
         if tensor not in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             return None
         bins, counts = file.get_tensor(tensor)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tasks.methods.consensus import agreeing_weight, elected_sign, keep_agreeing_
+from tasks.methods.consensus import agreeing_magnitude_, agreeing_weight, elected_sign
 from tasks.methods.delta import Delta, chunks
 from tasks.methods.sparsify import Drop, Rescaled, Sparsifier, Trim, drop_all, histogram_of
 
@@ -156,44 +156,47 @@ def agreed_pieces(
     """
     weights = [vector.weight for vector in vectors]
     for where, _, parts in _sparse_pieces(base, vectors, settings):
-        agreed = _agreed(parts, weights)
-        divisor = agreeing_weight(agreed, weights) if settings.normalize else None
-        for part in agreed:
-            part.mul_(settings.lambda_)
-            if divisor is not None:
-                part.div_(divisor)
-        yield where, agreed
+        sign, magnitudes = _agreeing(parts, weights)
+        if settings.normalize:
+            sign /= agreeing_weight(magnitudes, weights)
+        if settings.lambda_ != 1:
+            sign *= settings.lambda_
+        yield where, [magnitude.mul_(sign) for magnitude in magnitudes]
 
 
-def _agreed(parts: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
-    """Weight (sparse) task vectors and keep what agrees with the sign of their sum, in place."""
+def _agreeing(parts: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+    """Weight (sparse) task vectors, in place; return the sign of their sum, and the magnitudes of what has it."""
     scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
     sign = elected_sign(scaled)
-    return [keep_agreeing_(part, sign) for part in scaled]
+    return sign, [agreeing_magnitude_(part, sign) for part in scaled]
 
 
 def _mixed(origin: Tensor, parts: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
     """Return base + the weighted sum or, under consensus, the disjoint sum of sparse task vectors."""
-    divisor: Tensor | float
     if METHODS[settings.method].consensus:
-        scaled = _agreed(parts, weights)
-        divisor = agreeing_weight(scaled, weights) if settings.normalize else 1.0
+        sign, scaled = _agreeing(parts, weights)
+        divisor = agreeing_weight(scaled, weights) if settings.normalize else None
+        mixed = _sum(scaled).mul_(sign)
+        if divisor is not None:
+            mixed /= divisor
     else:
-        scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
-        divisor = 1.0 if abs(sum(weights)) < 1e-8 else sum(weights)
-    mixed = scaled[0]
-    for part in scaled[1:]:
-        mixed += part
-    if settings.normalize:
-        mixed /= divisor
+        mixed = _sum([part.mul_(weight) for part, weight in zip(parts, weights, strict=True)])
+        if settings.normalize and abs(sum(weights)) >= 1e-8:
+            mixed /= sum(weights)
     if settings.lambda_ != 1:
         mixed *= settings.lambda_
     return origin.add_(mixed)
 
 
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors, in place of the first."""
+    total, *others = parts
+    for other in others:
+        total += other
+    return total
+
+
 def _linear(origin: Tensor, parts: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
     """Return the weighted mean (normalize) or sum of the experts themselves (model soup, arXiv 2203.05482)."""
-    merged = parts[0].add_(origin).mul_(weights[0])
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        merged += part.add_(origin).mul_(weight)
+    merged = _sum([part.add_(origin).mul_(weight) for part, weight in zip(parts, weights, strict=True)])
     return merged / sum(weights) if settings.normalize else merged

@@ -18,19 +18,22 @@ def elected_sign(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     return total.ge_(0).mul_(2).sub_(1)
 
 
-def keep_agreeing_(delta: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """Set the elements of a weighted task vector that do not agree to zero, in place; `sign` from `elected_sign`."""
-    return delta.mul_(sign).relu_().mul_(sign)
+def agreeing_magnitude_(delta: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+    """Turn a weighted task vector into its magnitude where it agrees and 0 elsewhere, in place.
+
+    Times `sign`, from `elected_sign`, it is what agrees.
+    """
+    return delta.mul_(sign).relu_()
 
 
-def agreeing_weight(agreeing: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+def agreeing_weight(magnitudes: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """Return the sum of the weights of the experts that agree, element by element, and 1 where it is 0.
 
     Args:
-        agreeing: weighted task vectors, from `keep_agreeing_`: an element that is not zero agrees.
+        magnitudes: of the weighted task vectors, from `agreeing_magnitude_`: an element above zero agrees.
         weights: of the experts.
     """
-    total = torch.zeros_like(agreeing[0])
-    for delta, weight in zip(agreeing, weights, strict=True):
-        total += delta.sign().abs_().mul_(weight)
+    total = torch.zeros_like(magnitudes[0])
+    for magnitude, weight in zip(magnitudes, weights, strict=True):
+        total += magnitude.sign().mul_(weight)
     return total.add_(total.clone().eq_(0))

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,7 +76,7 @@ class Trim:
         places, magnitudes = [], []
         for where in chunks(len(delta)):
             bits = _magnitude_bits(delta.piece(where, base[where].float()))
-            inside = (bits >> 16).eq_(boundary).to(torch.int8).view(torch.bool).nonzero().flatten()
+            inside = _places((bits >> 16).eq_(boundary))
             places.append(inside + where.start)
             magnitudes.append(bits[inside])
         found, place = torch.cat(magnitudes), torch.cat(places)
@@ -88,9 +89,17 @@ class Trim:
     def __call__(self, piece: Tensor, where: slice) -> Tensor:
         """See `Sparsifier`."""
         until = min(max(self.last + 1 - where.start, 0), len(piece))
-        _keep_from(piece[:until], self.threshold)
-        _keep_from(piece[until:], self.threshold + 1)
+        for part, least in ((piece[:until], self.threshold), (piece[until:], self.threshold + 1)):
+            if len(part):
+                _keep_from(part, least)
         return piece
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Return the indices of the elements of an int32 mask that are 1, int64."""
+    flags = mask.to(torch.int8).view(torch.bool)
+    # NumPy is several times faster at this where few are set.
+    return torch.from_numpy(np.flatnonzero(flags.numpy())) if flags.is_cpu else flags.nonzero().flatten()
 
 
 def _magnitude_bits(piece: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ import torch
 
 from tasks.methods.delta import Delta, Difference, Unchanged, Whole
 from tasks.models.checkpoint import DTYPES, Checkpoint, TensorInfo
+from tasks.models.layers import group_by_layer
 
+GROUP_BYTES = 64 * 2**20
+"""Layers are worked on in groups of about this size: enough groups to keep workers busy, few enough to schedule."""
 HEADS = "heads"
 """Folder beside a merged trunk: a folder per expert with its head."""
 HEAD_WEIGHTS = "head.safetensors"
@@ -121,3 +124,16 @@ class ExpertWeights:
     def head_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the expert's head by parameter name."""
         return {name: self.source.read(stored) for name, stored in self.head.items()}
+
+
+def layer_groups(base: BaseWeights, group_bytes: int = GROUP_BYTES) -> tuple[tuple[str, ...], ...]:
+    """Split the base's weights into groups of whole layers of at least `group_bytes` (the last may be smaller)."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for names in group_by_layer(base.weights).values():
+        if filled >= group_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1] += names
+        filled += sum(base.info(name).nbytes for name in names)
+    return tuple(tuple(group) for group in groups)

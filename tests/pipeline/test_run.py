@@ -20,16 +20,17 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline import plan as plan_module
 from pipeline.plan import Plan, Step
 from pipeline.run import execute
 from pipeline.store import Key
-from tasks import merge
 from tasks.errors import StepError
+from tasks.models import weights as weights_module
 from tests.conftest import command_line, plan_of, tiny_recipe, write_recipe
 
 pytestmark = pytest.mark.ray
 
-SMALL_GROUPS = functools.partial(merge.layer_groups, group_bytes=1)
+SMALL_GROUPS = functools.partial(weights_module.layer_groups, group_bytes=1)
 """Every layer a group of its own, as in a large model."""
 
 
@@ -128,7 +129,7 @@ def test_weights_do_not_depend_on_the_number_of_workers(
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(merge, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(plan_module, "layer_groups", SMALL_GROUPS)
     recipe, store, _ = finished
     stages = ("sensitivity", "task_vectors", "merge")
     limits = [f"resources.{stage}.max_in_flight={workers}" for stage in stages]
@@ -143,8 +144,8 @@ def test_killed_while_merging_and_started_again(
     store = tmp_path / "store"
     driver = (
         "import functools, sys\n"
-        "from tasks import merge\n"
-        "merge.layer_groups = functools.partial(merge.layer_groups, group_bytes=1)\n"
+        "from pipeline import plan\n"
+        "plan.layer_groups = functools.partial(plan.layer_groups, group_bytes=1)\n"
         "from pipeline.cli import main\n"
         "main()\n"
     )
@@ -165,7 +166,7 @@ def test_killed_while_merging_and_started_again(
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not list(store.glob("merge/*/manifest.json")) or list(store.glob("merge/*.partial"))
-    monkeypatch.setattr(merge, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(plan_module, "layer_groups", SMALL_GROUPS)
     report = run(recipe, store, ray_address, *one_by_one)
     status = {f"{stage['stage']} {stage['name']}": stage["status"] for stage in report["stages"]}
     assert status["sensitivity math"] == "cached"
@@ -181,7 +182,7 @@ def test_a_node_lost_while_merging(
 ) -> None:
     recipe, _, undisturbed = finished
     store = tmp_path / "store"
-    monkeypatch.setattr(merge, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(plan_module, "layer_groups", SMALL_GROUPS)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         first, _ = (cluster.add_node(num_cpus=1) for _ in range(2))

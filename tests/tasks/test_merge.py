@@ -26,14 +26,15 @@ from tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCo
 from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import CompletionTask
 from tasks.errors import InputError
-from tasks.merge import MergeJob, finish_merge, layer_groups, merge_group, merge_weights
+from tasks.merge import MergeJob, finish_merge, merge_group, merge_weights
 from tasks.methods import METHODS, Settings, TaskVector
 from tasks.methods.delta import Whole
 from tasks.models.expert import load_network, open_base, open_expert
+from tasks.models.weights import layer_groups
 from tasks.sensitivity import sensitivity
-from tasks.task_vectors import task_vectors
 from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed
 from tests.tasks.methods.pieces import whole_tensor
+from tests.tasks.test_task_vectors import measured
 
 Save = Callable[..., Path]
 TASK = CompletionTask(kind="completion")
@@ -59,7 +60,7 @@ def make_job(
         artifacts[name] = folder / f"task-vector-{name}"
         if not artifacts[name].exists():
             artifacts[name].mkdir(parents=True)
-            task_vectors(opened[name], name, artifacts[name])
+            measured(opened[name], name, artifacts[name])
     row = METHODS.get(method)
     defaults = {
         "base": weights,

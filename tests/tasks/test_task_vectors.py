@@ -12,15 +12,24 @@ from tasks.artifacts import read_json
 from tasks.errors import InputError
 from tasks.methods.sparsify import magnitude_histogram
 from tasks.models.expert import open_base, open_expert
-from tasks.task_vectors import read_histogram, task_vectors
+from tasks.models.weights import ExpertWeights, layer_groups
+from tasks.task_vectors import finish_task_vector, measure_group, read_histogram
 from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama
 
 Save = Callable[..., Path]
 Change = Callable[[torch.Tensor], object]
 
 
-def measured(base: Path, expert: Path, name: str, out: Path) -> dict[str, Any]:
-    return task_vectors(open_expert(expert, open_base(base), f"experts.{name}"), name, out)
+def measured(expert: ExpertWeights, name: str, out: Path, group_bytes: int = 16 * 2**10) -> dict[str, Any]:
+    """Run all pieces of the stage."""
+    groups = layer_groups(expert.base, group_bytes)
+    for group in range(len(groups)):
+        assert measure_group(expert, name, groups, group, out)
+    return finish_task_vector(expert, name, groups, out)
+
+
+def of_folders(base: Path, expert: Path, name: str, out: Path) -> dict[str, Any]:
+    return measured(open_expert(expert, open_base(base), f"experts.{name}"), name, out)
 
 
 def altered(folder: Path, changes: dict[str, Change], file: str = "model.safetensors") -> Path:
@@ -37,7 +46,7 @@ def poison(value: float, count: int = 1) -> Change:
 
 
 def test_norms_and_histograms(llamas: dict[str, Path], tmp_path: Path) -> None:
-    found = measured(llamas["base"], llamas["math"], "math", tmp_path)
+    found = of_folders(llamas["base"], llamas["math"], "math", tmp_path)
     base, expert = (load_file(llamas[name] / "model.safetensors") for name in ("base", "math"))
     table = read_json(tmp_path / "task_vector.json")
     assert set(table) == set(base)
@@ -60,7 +69,7 @@ def test_unchanged_tensors(save: Save, tmp_path: Path) -> None:
     base = save(make_llama(), "base", tmp_path)
     one = "model.layers.1.mlp.up_proj.weight"
     expert = altered(save(make_llama(), "expert", tmp_path), {one: lambda tensor: tensor.view(-1)[3].add_(0.5)})
-    assert measured(base, expert, "expert", tmp_path) == {
+    assert of_folders(base, expert, "expert", tmp_path) == {
         "tensors": len(load_file(base / "model.safetensors")),
         "changed": 1,
         "l2": pytest.approx(0.5),
@@ -76,13 +85,13 @@ def test_unchanged_tensors(save: Save, tmp_path: Path) -> None:
 
 def test_an_expert_that_is_the_base(save: Save, tmp_path: Path) -> None:
     base = save(make_llama(), "base", tmp_path)
-    assert measured(base, base, "same", tmp_path) | {"tensors": 0} == {"tensors": 0, "changed": 0, "l2": 0.0}
+    assert of_folders(base, base, "same", tmp_path) | {"tensors": 0} == {"tensors": 0, "changed": 0, "l2": 0.0}
 
 
 def test_adapter(save: Save, tmp_path: Path) -> None:
     base = save(make_llama(), "base", tmp_path)
     adapter = make_adapter(make_llama(), tmp_path / "adapter", 1, target_modules=["q_proj", "down_proj"])
-    measured(base, adapter, "lora", tmp_path)
+    of_folders(base, adapter, "lora", tmp_path)
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
     table = read_json(tmp_path / "task_vector.json")
     changed = {name for name, entry in table.items() if entry["changed"]}
@@ -98,7 +107,7 @@ def test_numbers_that_are_none_in_an_expert(value: float, save: Save, llamas: di
     name = "model.layers.1.self_attn.k_proj.weight"
     expert = altered(save(make_llama(), "expert", tmp_path), {name: poison(value, 2)})
     with pytest.raises(InputError, match=rf"experts\.math: tensor {name} of .*expert has 2 NaN or Inf of 512 values"):
-        measured(llamas["base"], expert, "math", tmp_path)
+        of_folders(llamas["base"], expert, "math", tmp_path)
     assert not (tmp_path / "task_vector.json").exists()
 
 
@@ -107,14 +116,14 @@ def test_numbers_that_are_none_in_an_adapter(save: Save, llamas: dict[str, Path]
     factor = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     altered(adapter, {factor: poison(float("nan"))}, "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"experts\.lora: tensor model\.layers\.0\.self_attn\.q_proj\.weight of .*NaN"):
-        measured(llamas["base"], adapter, "lora", tmp_path)
+        of_folders(llamas["base"], adapter, "lora", tmp_path)
 
 
 def test_numbers_that_are_none_in_a_head(save: Save, berts: dict[str, Path], tmp_path: Path) -> None:
     expert = save(make_bert_expert(make_bert_trunk(), 1, 2), "mood", tmp_path)
     altered(expert, {"classifier.bias": poison(float("inf"))})
     with pytest.raises(InputError, match=r"experts\.mood: tensor classifier\.bias of .*has 1 NaN or Inf of 2 values"):
-        measured(berts["base"], expert, "mood", tmp_path)
+        of_folders(berts["base"], expert, "mood", tmp_path)
 
 
 def test_half_precision_is_measured_in_float32(save: Save, tmp_path: Path) -> None:
@@ -122,5 +131,25 @@ def test_half_precision_is_measured_in_float32(save: Save, tmp_path: Path) -> No
     # 1 + 2⁻⁷ is the next number after 1 that bfloat16 has.
     one = "model.norm.weight"
     expert = altered(save(make_llama().bfloat16(), "expert", tmp_path), {one: poison(1 + 2**-7)})
-    measured(base, expert, "expert", tmp_path)
+    of_folders(base, expert, "expert", tmp_path)
     assert read_json(tmp_path / "task_vector.json")[one] == {"changed": True, "l1": 2**-7, "l2": 2**-7, "max": 2**-7}
+
+
+def test_groups_change_nothing_and_are_not_measured_twice(llamas: dict[str, Path], tmp_path: Path) -> None:
+    expert = open_expert(llamas["math"], open_base(llamas["base"]), "experts.math")
+    folders = [tmp_path / name for name in ("one", "many", "continued")]
+    for folder in folders:
+        folder.mkdir()
+    found = [measured(expert, "math", folders[0], 1 << 40), measured(expert, "math", folders[1], 1)]
+    groups = layer_groups(expert.base, 1)
+    # What an interrupted run leaves: some groups, and half of another.
+    assert measure_group(expert, "math", groups, 1, folders[2])
+    (folders[2] / ".group-0.safetensors").write_bytes(b"half")
+    assert [measure_group(expert, "math", groups, group, folders[2]) for group in range(len(groups))].count(False) == 1
+    found.append(finish_task_vector(expert, "math", groups, folders[2]))
+    assert found[0] == found[1] == found[2]
+    names = {"task_vector.json", "histograms.safetensors"}
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == names
+        for name in names:
+            assert (folder / name).read_bytes() == (folders[0] / name).read_bytes()

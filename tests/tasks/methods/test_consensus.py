@@ -2,12 +2,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.methods.consensus import agreeing_weight, elected_sign, keep_agreeing_
+from tasks.methods.consensus import agreeing_magnitude_, agreeing_weight, elected_sign
 
 
 def agreement(deltas: list[torch.Tensor]) -> list[list[bool]]:
     sign = elected_sign(deltas)
-    return [(keep_agreeing_(delta.clone(), sign) != 0).tolist() for delta in deltas]
+    return [(agreeing_magnitude_(delta.clone(), sign) > 0).tolist() for delta in deltas]
 
 
 def test_the_heavier_sign_wins() -> None:
@@ -34,9 +34,9 @@ def test_element_by_element(rows: list[tuple[float, float, float]], weights: tup
     total = deltas[0] + deltas[1] + deltas[2]
     sign = elected_sign(deltas)
     assert torch.equal(sign, torch.where(total >= 0, 1.0, -1.0))
-    agreed = [keep_agreeing_(delta.clone(), sign) for delta in deltas]
+    agreed = [agreeing_magnitude_(delta.clone(), sign) for delta in deltas]
     for delta, kept in zip(deltas, agreed, strict=True):
-        assert torch.equal(kept, torch.where(delta.sign() == sign, delta, 0.0))
+        assert torch.equal(kept * sign, torch.where(delta.sign() == sign, delta, 0.0))
     summed = torch.zeros(len(rows))
     for delta, weight in zip(agreed, weights, strict=True):
         summed += torch.where(delta != 0, weight, 0.0)
