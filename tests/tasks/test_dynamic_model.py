@@ -161,7 +161,7 @@ def test_a_large_temperature_is_the_static_merge(
         assert (plain_logits(base, ids) - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("score", ["centroid", "nearest", "shift", "alignment"])
+@pytest.mark.parametrize("score", ["centroid", "discriminant", "nearest", "shift", "alignment"])
 def test_a_small_temperature_with_mass_one_is_the_nearest_expert(
     score: str, causal: Merge, llama_experts: Folders, tmp_path: Path
 ) -> None:
@@ -190,7 +190,7 @@ def test_permuting_experts_permutes_coefficients(causal: Merge, tmp_path: Path) 
     torch.testing.assert_close(one.logits(sequences, first), other.logits(sequences, second), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("score", ["centroid", "nearest", "shift", "alignment"])
+@pytest.mark.parametrize("score", ["centroid", "discriminant", "nearest", "shift", "alignment"])
 def test_a_batch_gives_what_its_samples_give_one_by_one(score: str, causal: Merge, tmp_path: Path) -> None:
     model = causal.routed(tmp_path, temperature=0.3, score=score)
     sequences = tokenised(model, TEXTS)
