@@ -199,7 +199,7 @@ def test_a_batch_gives_what_its_samples_give_one_by_one(score: str, causal: Merg
     for row, ids in enumerate(sequences):
         alone = model.route([ids])
         torch.testing.assert_close(alone.coefficients[0], together.coefficients[row], rtol=0, atol=1e-4)
-        torch.testing.assert_close(model.logits([ids], alone)[0], logits[row, : len(ids)], rtol=0, atol=1e-4)
+        torch.testing.assert_close(model.logits([ids], alone)[0], logits[row][: len(ids)], rtol=0, atol=1e-4)
     assert len({tuple(row) for row in together.coefficients.tolist()}) == len(TEXTS)
 
 
