@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.dynamic_speed FOLDER DATA.jsonl.gz … [--batch-size 32] [--rounds 10] [--threads 2]
 
-FOLDER is a dynamic model; DATA are rows with a `text` or `prompt`, mixed. Four ways to answer the same batches take
-turns: the plain base, the dynamic model (route and answer), and weights materialised for each sample in two ways,
-timed on the first samples of a batch. `in place` adds the task vectors to the network's own memory, `new weights` makes
+FOLDER is a dynamic model; DATA are rows with a `text` or `prompt`, mixed. Five ways to answer the same batches take
+turns: the plain base, in one forward pass and in the parts of similar length that the dynamic model makes of a batch;
+the dynamic model (route and answer); and weights materialised for each sample in two ways, timed on the first samples
+of a batch. `in place` adds the task vectors to the network's own memory, `new weights` makes
 a state dict and calls the network with it, as FusionBench's WEMoE does. Materialised samples are answered one by one
 and given their coefficients. Prints medians of times and ratios, and what loading and answering take of memory.
 """
@@ -21,7 +22,7 @@ import torch
 from torch.func import functional_call
 
 from tasks.dynamic_folder import parameter_vectors
-from tasks.dynamic_model import DynamicModel, Routes
+from tasks.dynamic_model import DynamicModel, Routes, parts
 from tasks.models.expert import open_base
 from tasks.models.networks import load_config, load_tokenizer
 from tasks.models.vectors import Vector
@@ -57,6 +58,12 @@ def plain(model: DynamicModel, sequences: list[list[int]]) -> None:
     with torch.inference_mode():
         network = model.network.network
         (network.base_model if model.heads else network)(**model.batch(sequences))
+
+
+def plain_in_parts(model: DynamicModel, sequences: list[list[int]]) -> None:
+    """Answer a batch by the base, in parts of similar length."""
+    for rows in parts([len(sequence) for sequence in sequences]):
+        plain(model, [sequences[row] for row in rows])
 
 
 def dynamic(model: DynamicModel, sequences: list[list[int]]) -> Routes:
@@ -146,13 +153,15 @@ def main() -> None:
     vectors = parameter_vectors(arguments.folder, open_base(arguments.folder), model.network.network, model.experts)
     materialised = Materialised(model, vectors)
 
-    times: dict[str, list[float]] = {"plain": [], "dynamic": [], "in place": [], "new weights": []}
+    ways = ("plain", "plain, in parts", "dynamic", "in place", "new weights")
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):  # the first round is for warming up
         sequences = batch(number)
         routes = dynamic(model, sequences)
         few, own_coefficients = sequences[:MATERIALISED], routes.coefficients[:MATERIALISED]
         taken = {
             "plain": seconds(lambda batch=sequences: plain(model, batch)),
+            "plain, in parts": seconds(lambda batch=sequences: plain_in_parts(model, batch)),
             "dynamic": seconds(lambda batch=sequences: dynamic(model, batch)),
             "in place": seconds(lambda batch=few, rows=own_coefficients: materialised.in_place(batch, rows)),
             "new weights": seconds(lambda batch=few, rows=own_coefficients: materialised.new_weights(batch, rows)),
@@ -172,7 +181,9 @@ def main() -> None:
     print("| | milliseconds per sample (median) |\n| --- | --- |")
     for way, values in times.items():
         print(f"| {way} | {1000 * statistics.median(values) / arguments.batch_size:.2f} |")
-    print(f"\ndynamic ÷ plain: {ratio('dynamic', 'plain'):.2f} with p = {passes:.2f} probe passes; ", end="")
+    in_parts = ratio("dynamic", "plain, in parts")
+    print(f"\ndynamic ÷ plain: {ratio('dynamic', 'plain'):.2f}, in parts {in_parts:.2f}; ", end="")
+    print(f"with p = {passes:.2f} probe passes; ", end="")
     print(f"1.25 × (2p + K + 2) = {1.25 * (2 * passes + experts + 2):.2f}, 1.5 × (p + 1) = {1.5 * (passes + 1):.2f}")
     for way in ("in place", "new weights"):
         print(f"{way} ÷ dynamic: {ratio(way, 'dynamic'):.1f}")

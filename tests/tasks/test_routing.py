@@ -269,9 +269,20 @@ AFFINITY = torch.tensor([[-1.2, -0.3, -1.5], [4.0, 2.0, -1.0]])
 
 
 def test_coefficients_are_a_rescaled_softmax() -> None:
-    weights = [[math.exp(value / 0.5) for value in row] for row in AFFINITY.tolist()]
+    weights = [[math.exp(value / 0.8) for value in row] for row in AFFINITY.tolist()]
     expected = torch.tensor([[0.9 * w / sum(row) for w in row] for row in weights])
-    torch.testing.assert_close(coefficients(AFFINITY, 0.5, 0.9, 0.3, 1.0), expected)
+    torch.testing.assert_close(coefficients(AFFINITY, 0.8, 0.9, 0.3, 1.0), expected)
+
+
+def test_negligible_shares_are_nothing_and_the_others_sum_to_the_mass() -> None:
+    # Shares of 1 : 1.1e-3 : 0.9e-3.
+    affinity = torch.tensor([[0.0, math.log(1.1e-3), math.log(0.9e-3)]])
+    expected = torch.tensor([[0.9 / 1.0011, 0.9 * 1.1e-3 / 1.0011, 0.0]])
+    torch.testing.assert_close(coefficients(affinity, 1.0, 0.9, 0.3, 1.0), expected, rtol=1e-5, atol=0)
+
+
+def test_equal_shares_are_not_negligible_however_many() -> None:
+    assert torch.equal(coefficients(torch.zeros(1, 4096), 0.05, 4096.0, 1.0, 1.0), torch.ones(1, 4096))
 
 
 def test_a_large_temperature_is_the_static_merge() -> None:
