@@ -16,6 +16,8 @@ SCORES = {
     "alignment": "whether each expert moves its representation where the merge does, against the expert's calibration "
     "samples",
     "centroid": "how near the base's representation of it is to the mean of each expert's calibration samples",
+    "discriminant": "how near the base's representation of it is to the mean of each expert's calibration samples, in "
+    "the space of the linear discriminants of these samples",
 }
 POOLS = {"cls": "first token", "mean": "mean over tokens", "last": "last token"}
 METRICS = {"l2": "Euclidean distance", "cosine": "cosine"}
@@ -74,7 +76,7 @@ def _score(score: Score) -> str:
 def _route_text(route: RouteInfo, params: Mapping[str, str]) -> str:
     """How to load a dynamic model, what it routes by, how often that is right, and what becomes of it if it is not."""
     rule = route.rule
-    metric = "" if rule["score"] == "alignment" else f", {METRICS[str(rule['metric'])]}"
+    metric = "" if rule["score"] in ("alignment", "discriminant") else f", {METRICS[str(rule['metric'])]}"
     right = [f"- held-out calibration samples: {_score(route.calibration)}"]
     if route.evaluation is not None:
         right.append(f"- evaluation samples: {_score(route.evaluation)}")

@@ -4,9 +4,10 @@ model = DynamicModel.load(Path("FOLDER"))
 model.predict(["What is 3 plus 4?"])
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +23,10 @@ from tasks.models.heads import DetachedHead
 from tasks.models.networks import load_tokenizer, positions
 from tasks.models.probes import probe
 from tasks.routing import RouterSettings, Rule, Statistics, affinities, coefficients
+
+PADDING = 0.25
+"""Share of a part of a batch that is padding, at most."""
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,22 @@ class Prediction:
     """by expert"""
 
 
+def parts(lengths: Sequence[int]) -> list[list[int]]:
+    """Return the places of a batch's samples in parts of similar length: none is padded by more than `PADDING`."""
+    found: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if found and lengths[row] >= (1 - PADDING) * lengths[found[-1][0]]:
+            found[-1].append(row)
+        else:
+            found.append([row])
+    return found
+
+
 class DynamicModel:
-    """Base, task vectors, heads and router in memory. All methods take mixed batches and know nothing of tasks."""
+    """Base, task vectors, heads and router in memory. All methods take mixed batches and know nothing of tasks.
+
+    What is linear in the number of tokens, padding included, is done in parts of the batch that need little of it.
+    """
 
     def __init__(
         self,
@@ -103,9 +122,14 @@ class DynamicModel:
     def route(self, sequences: Sequence[list[int]]) -> Routes:
         """Return the routes of token sequences: probes up to the rule's block, then the router's mathematics."""
         router, rule = self.router, self.router.rule
+
+        def resemblance(rows: list[int]) -> Tensor:
+            inputs = self.batch([sequences[row] for row in rows])
+            features = probe(self.network, inputs, [rule], len(self.experts), router.settings.static)
+            return affinities(rule, features[rule.layer, rule.pool], router.statistics)
+
         with torch.inference_mode():
-            features = probe(self.network, self.batch(sequences), [rule], len(self.experts), router.settings.static)
-            affinity = affinities(rule, features[rule.layer, rule.pool], router.statistics)
+            affinity = torch.stack(_in_parts(sequences, resemblance))
             chosen = coefficients(affinity, router.settings)
         return Routes(chosen, affinity.argmax(1).tolist())
 
@@ -118,11 +142,15 @@ class DynamicModel:
         """Return token sequences as a batch on the model's device, padded on the right."""
         return {name: values.to(self.device) for name, values in pad(sequences, self._pad_id).items()}
 
-    def logits(self, sequences: Sequence[list[int]], routes: Routes) -> Tensor:
-        """Return the language model's logits, (B, T, vocabulary), padding included."""
-        with torch.inference_mode(), self.network.mixed(routes.coefficients) as network:
-            found: Tensor = network(**self.batch(sequences), use_cache=False).logits
-            return found
+    def logits(self, sequences: Sequence[list[int]], routes: Routes) -> list[Tensor]:
+        """Return the language model's logits of each sample, (tokens, vocabulary), or more rows that are padding."""
+
+        def answers(rows: list[int]) -> Tensor:
+            with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
+                found: Tensor = network(**self.batch([sequences[row] for row in rows]), use_cache=False).logits
+                return found
+
+        return _in_parts(sequences, answers)
 
     def class_logits(self, sequences: Sequence[list[int]], routes: Routes, *heads: Sequence[str]) -> list[list[Tensor]]:
         """Return, for each assignment of heads (expert names) to the samples, the logits of every sample, float32.
@@ -130,13 +158,18 @@ class DynamicModel:
         The trunk runs once for all assignments. Where the base itself is the classifier, its head is merged like
         the trunk, and answers in place of those assigned.
         """
-        inputs = self.batch(sequences)
-        with torch.inference_mode(), self.network.mixed(routes.coefficients) as network:
-            if not self.heads:
-                return [list(network(**inputs).logits.float())] * len(heads)
-            output = network.base_model(**inputs)
-        hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
-        return [self._head_logits(hidden, pooled, inputs, assigned) for assigned in heads]
+
+        def answers(rows: list[int]) -> list[tuple[Tensor, ...]]:
+            inputs = self.batch([sequences[row] for row in rows])
+            with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
+                if not self.heads:
+                    return [(values,) * len(heads) for values in network(**inputs).logits.float()]
+                output = network.base_model(**inputs)
+            hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
+            assigned = [[names[row] for row in rows] for names in heads]
+            return list(zip(*(self._head_logits(hidden, pooled, inputs, names) for names in assigned), strict=True))
+
+        return [list(one) for one in zip(*_in_parts(sequences, answers), strict=True)]
 
     def _head_logits(
         self, hidden: Tensor, pooled: Tensor | None, inputs: Mapping[str, Tensor], assigned: Sequence[str]
@@ -213,3 +246,11 @@ class DynamicModel:
     def _label(self, head: str, index: int) -> str:
         owner = self.heads[head].network if head in self.heads else self.network.network
         return str(owner.config.id2label[index])
+
+
+def _in_parts(sequences: Sequence[list[int]], work: Callable[[list[int]], Iterable[Found]]) -> list[Found]:
+    """Return what some work finds for each sample; it is given the places of one part of the batch at a time."""
+    found: dict[int, Found] = {}
+    for rows in parts([len(sequence) for sequence in sequences]):
+        found |= zip(rows, work(rows), strict=True)
+    return [found[row] for row in range(len(sequences))]

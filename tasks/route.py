@@ -35,7 +35,7 @@ from tasks.routing import (
     trust,
 )
 
-VERSION = 1
+VERSION = 2
 BATCH_SIZE = 8
 """Samples per forward pass; each is probed up to K + 2 times in it."""
 

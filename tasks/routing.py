@@ -9,6 +9,7 @@ probes: forward passes of the base, of the static merge and of each expert up to
 | shift | d(h_base, h_k), as a z-score of its values on k's calibration set | base, experts |
 | alignment | cosine of h_merged − h_base and h_k − h_base, as such a z-score | base, merge, experts |
 | centroid | − d(h_base, mean h_base of k's calibration set) ÷ mean over experts | base |
+| discriminant | the same, Euclidean, in the space of Fisher's linear discriminants of the calibration sets | base |
 
 λ_k = mass · softmax_k(affinity ÷ temperature). What a rule is worth is seen on the calibration sets, whose tasks are
 known: statistics from one half of them, judged on the other.
@@ -25,12 +26,16 @@ from torch import Tensor
 
 from tasks.datasets import Strict
 
-ScoreName = Literal["nearest", "shift", "alignment", "centroid"]
+ScoreName = Literal["nearest", "shift", "alignment", "centroid", "discriminant"]
 PoolName = Literal["cls", "mean", "last"]
 MetricName = Literal["l2", "cosine"]
 
-SCORES: tuple[ScoreName, ...] = ("centroid", "nearest", "shift", "alignment")
+SCORES: tuple[ScoreName, ...] = ("centroid", "discriminant", "nearest", "shift", "alignment")
 POOLS: tuple[PoolName, ...] = ("cls", "mean", "last")
+LEAST_SHRINKAGE = 1e-6
+"""Of a covariance, so that it can be inverted whatever its points."""
+NEGLIGIBLE = 1e-3
+"""Part of a sample's largest share below which a share counts as 0; ours, for speed."""
 SEARCHED_LAYERS = 6
 """How many layers `layer: auto` looks at, evenly spread: a deep model's neighbouring blocks tell the same."""
 
@@ -39,14 +44,16 @@ class SeApplication(Strict):
     """SE-Merging (arXiv 2506.18135): coefficients for each input sample, from which experts it resembles."""
 
     kind: Literal["se"]
-    score: Literal["auto", "nearest", "shift", "alignment", "centroid"] = Field(
+    score: Literal["auto", "nearest", "shift", "alignment", "centroid", "discriminant"] = Field(
         "auto", description="how a sample's resemblance to an expert is measured; auto: the cheapest of the best"
     )
     layer: Literal["auto"] | int = Field("auto", description="block whose output is compared: 1 to their number")
     pool: Literal["auto", "cls", "mean", "last"] = Field(
         "auto", description="first token, mean over tokens or last token of the block's output"
     )
-    metric: MetricName = Field("l2", description="distance of two pooled hidden states (not for alignment)")
+    metric: MetricName = Field(
+        "l2", description="distance of two pooled hidden states (not for alignment and discriminant)"
+    )
     temperature: FiniteFloat = Field(
         0.05, gt=0, description="T; large values approach the static merge, small ones take one expert"
     )
@@ -70,8 +77,9 @@ class SeApplication(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> "SeApplication":
-        if self.score == "alignment" and "metric" in self.model_fields_set:
-            raise ValueError("metric has no meaning for score alignment, which is a cosine; leave it out")
+        own = {"alignment": "a cosine", "discriminant": "a Euclidean distance"}
+        if self.score in own and "metric" in self.model_fields_set:
+            raise ValueError(f"metric has no meaning for score {self.score}, which is {own[self.score]}; leave it out")
         return self
 
 
@@ -97,7 +105,7 @@ class Rule:
     @property
     def needs_experts(self) -> bool:
         """Whether every expert is probed."""
-        return self.score != "centroid"
+        return self.score not in ("centroid", "discriminant")
 
     def passes(self, experts: int, blocks: int) -> float:
         """Return what the probes of one sample cost, in whole forward passes of the plain model."""
@@ -141,7 +149,9 @@ class Statistics:
     """What a rule learns from the calibration sets; empty for `nearest`."""
 
     centroids: Tensor | None = None
-    """(K, width)"""
+    """(K, width), for `discriminant` (K, D), float64, in the space of the discriminants"""
+    discriminants: Tensor | None = None
+    """(width, D), float64: h @ discriminants lies in their space"""
     mean: Tensor | None = None
     """(K,), of the raw score of each expert on its own calibration set"""
     std: Tensor | None = None
@@ -182,11 +192,62 @@ def fit(rule: Rule, features: Features, owners: Tensor, experts: int) -> Statist
     if rule.score == "centroid":
         assert features.base is not None
         return Statistics(centroids=torch.stack([features.base[rows].mean(0) for rows in own]))
+    if rule.score == "discriminant":
+        assert features.base is not None
+        states = features.base.double()
+        axes = discriminants([states[rows] for rows in own])
+        return Statistics(torch.stack([(states[rows] @ axes).mean(0) for rows in own]), axes)
     raw = _raw(rule, features, Statistics())
     values = [raw[rows, k] for k, rows in enumerate(own)]
     # A single calibration sample has no spread; it then counts as it is.
     spread = [float(value.std(correction=0)) or 1.0 for value in values]
     return Statistics(mean=torch.stack([value.mean() for value in values]), std=raw.new_tensor(spread))
+
+
+def discriminants(sets: Sequence[Tensor]) -> Tensor:
+    """Return Fisher's linear discriminants: the directions in which sets differ most beside their spread.
+
+    In their space a point's nearest mean is the prediction of linear discriminant analysis with equal priors (Hastie,
+    Tibshirani & Friedman, The Elements of Statistical Learning, §4.3).
+
+    Args:
+        sets: K times (samples, width), float64, finite.
+
+    Returns:
+        (width, D), D = min(K − 1, width): within a set, points times it have the covariance 1.
+    """
+    width = sets[0].shape[1]
+    within = torch.zeros(width, width, dtype=sets[0].dtype, device=sets[0].device)
+    for points in sets:
+        within += shrunk_covariance(points) / len(sets)
+    if not within.any():  # a single sample each: all directions count alike
+        within.fill_diagonal_(1.0)
+    factor = torch.linalg.cholesky(within)
+    means = torch.stack([points.mean(0) for points in sets])
+    white = torch.linalg.solve_triangular(factor, (means - means.mean(0)).T, upper=False)
+    axes = torch.linalg.svd(white, full_matrices=False).U[:, : len(sets) - 1]
+    found: Tensor = torch.linalg.solve_triangular(factor.T, axes, upper=True).contiguous()  # safetensors needs it
+    return found
+
+
+def shrunk_covariance(points: Tensor) -> Tensor:
+    """Return the covariance of points (n, width), float64, shrunk as much as their number asks for → (width, width).
+
+    Ledoit & Wolf (2004): (1 − a)·S + a·(trace S ÷ width)·1, a in closed form; on standardised features, which the
+    result then scales back. One or two points, which leave no error to estimate, are shrunk entirely, to the variances
+    alone; points without any spread give 0.
+    """
+    count, width = points.shape
+    centred = points - points.mean(0)
+    scale = centred.square().mean(0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    standard = centred / scale
+    sample = standard.T @ standard / count
+    target = torch.eye(width, dtype=points.dtype, device=points.device) * sample.trace() / width
+    error = (standard.square().sum(1).square().mean() - sample.square().sum()) / count
+    room = (sample - target).square().sum()
+    share = (error / room).clamp(LEAST_SHRINKAGE, 1.0) if count > 2 and room > 0 else 1.0
+    return torch.outer(scale, scale) * ((1 - share) * sample + share * target)
 
 
 def affinities(rule: Rule, features: Features, statistics: Statistics) -> Tensor:
@@ -204,6 +265,12 @@ def _raw(rule: Rule, features: Features, statistics: Statistics) -> Tensor:
         assert base is not None
         assert statistics.centroids is not None
         return distance(base[:, None], statistics.centroids, rule.metric)
+    if rule.score == "discriminant":
+        assert base is not None
+        assert statistics.centroids is not None
+        assert statistics.discriminants is not None
+        projected = base.double() @ statistics.discriminants
+        return distance(projected[:, None], statistics.centroids, "l2").to(base.dtype)
     assert experts is not None
     if rule.score == "nearest":
         assert merged is not None
@@ -216,10 +283,14 @@ def _raw(rule: Rule, features: Features, statistics: Statistics) -> Tensor:
 
 
 def coefficients(affinity: Tensor, settings: RouterSettings) -> Tensor:
-    """Return λ (N, K) = trust · mass · softmax over experts of affinity ÷ T + (1 − trust) · static; affinity (N, K)."""
+    """Return λ (N, K) = trust · mass · softmax over experts of affinity ÷ T + (1 − trust) · static; affinity (N, K).
+
+    Shares below `NEGLIGIBLE` of a sample's largest count as 0: the network skips what a sample takes nothing of.
+    """
     # The largest first becomes 0, and the division is in float64: then no T is too small.
     exponents = (affinity - affinity.amax(1, keepdim=True)).double() / settings.temperature
-    share = torch.softmax(exponents, dim=1).to(affinity.dtype)
+    kept = exponents.masked_fill(exponents < math.log(NEGLIGIBLE), -math.inf)
+    share = torch.softmax(kept, dim=1).to(affinity.dtype)
     return settings.trust * settings.mass * share + (1 - settings.trust) * settings.static
 
 

@@ -2,25 +2,30 @@
 
     python -m tests.benchmarks.dynamic_speed FOLDER DATA.jsonl.gz … [--batch-size 32] [--rounds 10] [--threads 2]
 
-FOLDER is a dynamic model; DATA are rows with a `text` or `prompt`, mixed. Three ways to answer the same batches take
-turns: the plain base, the dynamic model (route and answer), and weights materialised for each sample, timed on the
-first samples of a batch. Prints medians of times and ratios, and what loading and answering take of memory.
+FOLDER is a dynamic model; DATA are rows with a `text` or `prompt`, mixed. Five ways to answer the same batches take
+turns: the plain base, in one forward pass and in the parts of similar length that the dynamic model makes of a batch;
+the dynamic model (route and answer); and weights materialised for each sample in two ways, timed on the first samples
+of a batch. `in place` adds the task vectors to the network's own memory, `new weights` makes
+a state dict and calls the network with it, as FusionBench's WEMoE does. Materialised samples are answered one by one
+and given their coefficients. Prints medians of times and ratios, and what loading and answering take of memory.
 """
 
 import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import datasets
 import torch
+from torch.func import functional_call
 
 from tasks.dynamic_folder import parameter_vectors
-from tasks.dynamic_model import DynamicModel, Routes
+from tasks.dynamic_model import DynamicModel, Routes, parts
 from tasks.models.expert import open_base
 from tasks.models.networks import load_config, load_tokenizer
+from tasks.models.vectors import Vector
 
 MATERIALISED = 4
 """Samples per batch that are answered by weights of their own."""
@@ -55,6 +60,12 @@ def plain(model: DynamicModel, sequences: list[list[int]]) -> None:
         (network.base_model if model.heads else network)(**model.batch(sequences))
 
 
+def plain_in_parts(model: DynamicModel, sequences: list[list[int]]) -> None:
+    """Answer a batch by the base, in parts of similar length."""
+    for rows in parts([len(sequence) for sequence in sequences]):
+        plain(model, [sequences[row] for row in rows])
+
+
 def dynamic(model: DynamicModel, sequences: list[list[int]]) -> Routes:
     """Route and answer a batch."""
     routes = model.route(sequences)
@@ -63,6 +74,47 @@ def dynamic(model: DynamicModel, sequences: list[list[int]]) -> Routes:
     else:
         model.logits(sequences, routes)
     return routes
+
+
+class Materialised:
+    """Two ways to give the network the weights of one sample and answer it by them."""
+
+    def __init__(self, model: DynamicModel, vectors: Mapping[str, Mapping[int, Vector]]) -> None:
+        """Keep the base's weights and the task vectors, multiplied out."""
+        self.model = model
+        self.network = model.network.network
+        self.own = {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}
+        self.deltas: list[dict[str, torch.Tensor]] = [
+            {name: by_expert[expert].dense() for name, by_expert in vectors.items() if expert in by_expert}
+            for expert in range(len(model.experts))
+        ]
+
+    def in_place(self, sequences: list[list[int]], coefficients: torch.Tensor) -> None:
+        """Answer each sample after overwriting the network's weights by its own."""
+        parameters = dict(self.network.named_parameters())
+        with torch.inference_mode():
+            for sequence, row in zip(sequences, coefficients.tolist(), strict=True):
+                for name, parameter in parameters.items():
+                    parameter.data.copy_(self.own[name])
+                for delta, coefficient in zip(self.deltas, row, strict=True):
+                    for name, values in delta.items():
+                        parameters[name].data.add_(values, alpha=coefficient)
+                plain(self.model, [sequence])
+            for name, parameter in parameters.items():
+                parameter.data.copy_(self.own[name])
+
+    def new_weights(self, sequences: list[list[int]], coefficients: torch.Tensor) -> None:
+        """Answer each sample by a state dict of its own."""
+        network = self.network.base_model if self.model.heads else self.network
+        prefix = f"{self.network.base_model_prefix}." if self.model.heads else ""
+        with torch.inference_mode():
+            for sequence, row in zip(sequences, coefficients, strict=True):
+                state = dict(self.own)
+                for delta, weight in zip(self.deltas, row, strict=True):
+                    for name, values in delta.items():
+                        state[name] = state[name] + values * weight
+                own = {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
+                functional_call(network, own, (), self.model.batch([sequence]))
 
 
 def main() -> None:
@@ -98,47 +150,43 @@ def main() -> None:
     (model,) = found
     activations = peak(lambda: plain(model, batch(0)))
 
-    network = model.network.network
-    own = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
-    vectors = parameter_vectors(arguments.folder, open_base(arguments.folder), network, model.experts)
+    vectors = parameter_vectors(arguments.folder, open_base(arguments.folder), model.network.network, model.experts)
+    materialised = Materialised(model, vectors)
 
-    def materialised(sequences: list[list[int]], coefficients: torch.Tensor) -> None:
-        with torch.inference_mode():
-            for sequence, row in zip(sequences, coefficients, strict=True):
-                for name, parameter in network.named_parameters():
-                    parameter.data.copy_(own[name])
-                    for expert, vector in vectors.get(name, {}).items():
-                        parameter.data.add_(vector.dense(), alpha=float(row[expert]))
-                plain(model, [sequence])
-            for name, parameter in network.named_parameters():
-                parameter.data.copy_(own[name])
-
-    times: dict[str, list[float]] = {"plain": [], "dynamic": [], "materialised": []}
+    ways = ("plain", "plain, in parts", "dynamic", "in place", "new weights")
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):  # the first round is for warming up
         sequences = batch(number)
         routes = dynamic(model, sequences)
         few, own_coefficients = sequences[:MATERIALISED], routes.coefficients[:MATERIALISED]
         taken = {
             "plain": seconds(lambda batch=sequences: plain(model, batch)),
+            "plain, in parts": seconds(lambda batch=sequences: plain_in_parts(model, batch)),
             "dynamic": seconds(lambda batch=sequences: dynamic(model, batch)),
-            "materialised": seconds(lambda batch=few, rows=own_coefficients: materialised(batch, rows))
-            * len(sequences)
-            / MATERIALISED,
+            "in place": seconds(lambda batch=few, rows=own_coefficients: materialised.in_place(batch, rows)),
+            "new weights": seconds(lambda batch=few, rows=own_coefficients: materialised.new_weights(batch, rows)),
         }
+        for way in ("in place", "new weights"):
+            taken[way] *= len(sequences) / MATERIALISED
         for way, value in taken.items():
             times[way] += [value] * (number > 0)
     passes, experts = model.passes, len(model.experts)
-    ratio = statistics.median(a / b for a, b in zip(times["dynamic"], times["plain"], strict=True))
-    gain = statistics.median(a / b for a, b in zip(times["materialised"], times["dynamic"], strict=True))
-    weights = sum(tensor.nbytes for tensor in own.values())
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(one / other for one, other in zip(times[a], times[b], strict=True))
+
+    weights = sum(tensor.nbytes for tensor in materialised.own.values())
     compact = sum(vector.nbytes for by_expert in vectors.values() for vector in by_expert.values())
     print(f"{model.router.rule}, K = {experts}, batch {arguments.batch_size}, {arguments.threads} threads")
     print("| | milliseconds per sample (median) |\n| --- | --- |")
     for way, values in times.items():
         print(f"| {way} | {1000 * statistics.median(values) / arguments.batch_size:.2f} |")
-    print(f"\ndynamic ÷ plain: {ratio:.2f} with p = {passes:.2f} probe passes; ", end="")
+    in_parts = ratio("dynamic", "plain, in parts")
+    print(f"\ndynamic ÷ plain: {ratio('dynamic', 'plain'):.2f}, in parts {in_parts:.2f}; ", end="")
+    print(f"with p = {passes:.2f} probe passes; ", end="")
     print(f"1.25 × (2p + K + 2) = {1.25 * (2 * passes + experts + 2):.2f}, 1.5 × (p + 1) = {1.5 * (passes + 1):.2f}")
-    print(f"materialised ÷ dynamic: {gain:.1f}")
+    for way in ("in place", "new weights"):
+        print(f"{way} ÷ dynamic: {ratio(way, 'dynamic'):.1f}")
     print(f"base {_mb(weights)} + vectors {_mb(compact)} + activations of the plain model {_mb(activations)}; ", end="")
     print(f"loading and answering took {_mb(whole)} at most")
 

@@ -259,6 +259,7 @@ def test_se_goes_with_every_method_and_coefficients(settings: dict[str, Any], tm
         ({"application": {"metric": "l1"}}, "merges.x.application.metric: .*'cosine'.*found 'l1'"),
         ({"application": {"layer": "last"}}, "merges.x.application.layer: .*found 'last'"),
         ({"application": {"layer": 1.5}}, "merges.x.application.layer: .*found 1.5"),
+        ({"application": {"score": "discriminant", "metric": "l2"}}, "metric has no meaning for score discriminant, "),
         ({"application": {"kind": "dynamic"}}, "merges.x.application: .*'static', 'se'"),
         ({"application": {"kind": None}}, "merges.x.application"),
     ],

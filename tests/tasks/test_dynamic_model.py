@@ -4,11 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
@@ -25,7 +28,7 @@ from transformers import (
 from tasks.artifacts import canonical, read_json, sha256_file, sha256_text
 from tasks.datasets import ClassificationTask, CompletionTask, Row, RowSet
 from tasks.dynamic_folder import MANIFEST
-from tasks.dynamic_model import DynamicModel, Routes
+from tasks.dynamic_model import PADDING, DynamicModel, Routes, parts
 from tasks.errors import InputError
 from tasks.merge import MergeJob
 from tasks.methods import static_coefficient
@@ -161,7 +164,7 @@ def test_a_large_temperature_is_the_static_merge(
         assert (plain_logits(base, ids) - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("score", ["centroid", "nearest", "shift", "alignment"])
+@pytest.mark.parametrize("score", ["centroid", "discriminant", "nearest", "shift", "alignment"])
 def test_a_small_temperature_with_mass_one_is_the_nearest_expert(
     score: str, causal: Merge, llama_experts: Folders, tmp_path: Path
 ) -> None:
@@ -190,7 +193,7 @@ def test_permuting_experts_permutes_coefficients(causal: Merge, tmp_path: Path) 
     torch.testing.assert_close(one.logits(sequences, first), other.logits(sequences, second), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("score", ["centroid", "nearest", "shift", "alignment"])
+@pytest.mark.parametrize("score", ["centroid", "discriminant", "nearest", "shift", "alignment"])
 def test_a_batch_gives_what_its_samples_give_one_by_one(score: str, causal: Merge, tmp_path: Path) -> None:
     model = causal.routed(tmp_path, temperature=0.3, score=score)
     sequences = tokenised(model, TEXTS)
@@ -199,8 +202,35 @@ def test_a_batch_gives_what_its_samples_give_one_by_one(score: str, causal: Merg
     for row, ids in enumerate(sequences):
         alone = model.route([ids])
         torch.testing.assert_close(alone.coefficients[0], together.coefficients[row], rtol=0, atol=1e-4)
-        torch.testing.assert_close(model.logits([ids], alone)[0], logits[row, : len(ids)], rtol=0, atol=1e-4)
+        torch.testing.assert_close(model.logits([ids], alone)[0], logits[row][: len(ids)], rtol=0, atol=1e-4)
     assert len({tuple(row) for row in together.coefficients.tolist()}) == len(TEXTS)
+
+
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40))
+def test_parts_of_a_batch_hold_every_sample_once_and_little_padding(lengths: list[int]) -> None:
+    found = parts(lengths)
+    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
+    for rows in found:
+        longest = max(lengths[row] for row in rows)
+        assert all(longest - lengths[row] <= PADDING * longest for row in rows)
+    # No fewer parts would do: the longest of each is too long for the one before.
+    assert all(lengths[b[0]] < (1 - PADDING) * lengths[a[0]] for a, b in pairwise(found))
+
+
+def test_answers_come_in_the_order_of_the_samples(encoders: Merge, tmp_path: Path) -> None:
+    model = encoders.routed(tmp_path, temperature=0.2)
+    texts = ["x" * length for length in (3, 90, 1, 40, 3, 41, 12)]
+    sequences = tokenised(model, texts)
+    assert len(parts([len(ids) for ids in sequences])) > 3
+    routes = model.route(sequences)
+    given = ["mood", "topic", "topic", "mood", "topic", "mood", "mood"]
+    routed = [model.experts[i] for i in routes.experts]
+    for names, found in zip((given, routed), model.class_logits(sequences, routes, given, routed), strict=True):
+        for row, ids in enumerate(sequences):
+            alone = Routes(routes.coefficients[[row]], [routes.experts[row]])
+            ((expected,),) = model.class_logits([ids], alone, [names[row]])
+            torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-4)
+    assert [one.expert for one in model.predict(texts)] == routed
 
 
 # Answers --------------------------------------------------------------------------------------------------------------

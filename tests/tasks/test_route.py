@@ -26,7 +26,7 @@ def test_auto_looks_at_all_rules_and_takes_a_cheap_good_one(causal: Merge, tmp_p
     found = causal.run(tmp_path)
     report = read_json(tmp_path / "route.json")
     rules = {tuple(one[key] for key in ("score", "layer", "pool")) for one in report["candidates"]}
-    assert len(rules) == len(report["candidates"]) == 4 * len(searched_layers(2)) * 3
+    assert len(rules) == len(report["candidates"]) == 5 * len(searched_layers(2)) * 3
     samples = sum(len(one.rows) for one in CALIBRATION.values())
     best = max(one["accuracy"] for one in report["candidates"])
     (chosen,) = (one for one in report["candidates"] if found["rule"].items() <= one.items())

@@ -27,12 +27,14 @@ from tasks.routing import (
     affinities,
     candidates,
     choose,
+    discriminants,
     distance,
     fit,
     identified,
     judge,
     pooled,
     searched_layers,
+    shrunk_covariance,
     trust,
 )
 
@@ -147,6 +149,83 @@ def test_centroid_is_minus_the_distance_from_the_mean_of_the_calibration_set() -
     torch.testing.assert_close(found, torch.tensor([[-3 / 4.5, -6 / 4.5]]))
 
 
+def correlated(seed: int, sizes: tuple[int, ...], width: int) -> list[Tensor]:
+    """Sets whose features are correlated, differ in scale, and vary more along than across the way to other sets."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator).double() @ torch.logspace(-1, 1, width).double().diag()
+    offsets = 0.7 * torch.randn(len(sizes), width, generator=generator).double()
+    return [(torch.randn(n, width, generator=generator).double() + offsets[k]) @ mixing for k, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(("sizes", "width"), [((40, 40, 40), 6), ((64, 7, 20), 30), ((5, 5, 5, 5), 50)])
+@pytest.mark.parametrize("solver", ["lsqr", "eigen"])
+def test_discriminant_is_the_linear_discriminant_analysis_of_scikit_learn(
+    sizes: tuple[int, ...], width: int, solver: str
+) -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    sets, others = correlated(0, sizes, width), torch.cat(correlated(1, (50,) * len(sizes), width))
+    owners = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    known = LinearDiscriminantAnalysis(solver=solver, shrinkage="auto", priors=[1 / len(sizes)] * len(sizes))
+    known.fit(torch.cat(sets).numpy(), owners.numpy())
+    statistics = fit(rule("discriminant"), Features(torch.cat(sets), None, None), owners, len(sizes))
+    assert {name: value.shape for name, value in statistics.tensors().items()} == {
+        "centroids": (len(sizes), len(sizes) - 1),
+        "discriminants": (width, len(sizes) - 1),
+    }
+    found = affinities(rule("discriminant"), Features(others, None, None), statistics)
+    assert found.argmax(1).tolist() == known.predict(others.numpy()).tolist()
+    # The distances too: half their squares are the logarithms of its posteriors, up to a constant per sample.
+    assert statistics.discriminants is not None
+    projected = others @ statistics.discriminants
+    half = -distance(projected[:, None], statistics.centroids, "l2").square() / 2
+    posterior = torch.tensor(known.predict_proba(others.numpy()))
+    torch.testing.assert_close(torch.softmax(half, 1), posterior, rtol=1e-6, atol=1e-9)
+
+
+def test_discriminant_does_not_see_the_direction_in_which_all_sets_vary() -> None:
+    # The second feature tells the sets apart, the first is a hundred times as wide.
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(40, 2, generator=generator) * torch.tensor([100.0, 0.1])
+    owners = torch.arange(40) % 2
+    features = Features(noise + torch.stack([torch.zeros(40), owners.float()], 1), None, None)
+    assert torch.equal(identified(rule("discriminant"), features, owners, 2), owners)
+    assert (identified(rule("centroid"), features, owners, 2) == owners).double().mean() < 0.8
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20, 400])
+def test_a_shrunken_covariance_is_that_of_scikit_learn_and_can_be_inverted(count: int) -> None:
+    from sklearn.covariance import ledoit_wolf
+
+    points = correlated(count, (count,), 12)[0]
+    found = shrunk_covariance(points)
+    if count == 1:
+        assert not found.any()
+        return
+    scale = points.std(0, correction=0)
+    known, _ = ledoit_wolf(((points - points.mean(0)) / scale).numpy())
+    expected = torch.outer(scale, scale) * (torch.tensor(known) if count > 2 else torch.eye(12))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert torch.linalg.eigvalsh(found).min() > 0
+
+
+@pytest.mark.parametrize("rows", [[[0.0, 1.0]], [[1.0, 1.0], [-1.0, -1.0]] * 4, [[2.0, 3.0]] * 5])
+def test_discriminants_of_sets_without_much_spread(rows: list[list[float]]) -> None:
+    sets = [torch.tensor(rows).double() + 5 * k for k in range(3)]
+    axes = discriminants(sets)
+    assert axes.shape == (2, 2)
+    assert axes.isfinite().all()
+    means = torch.stack([points.mean(0) @ axes for points in sets])
+    assert torch.cdist(means, means).fill_diagonal_(1).min() > 1e-3
+
+
+def test_a_single_expert_has_no_discriminants() -> None:
+    features, owners = random_features(0, experts=1), torch.zeros(9, dtype=torch.long)
+    statistics = fit(rule("discriminant"), features, owners, 1)
+    found = coefficients(affinities(rule("discriminant"), features, statistics), 0.05, 0.7, 0.3, 1.0)
+    assert torch.equal(found, torch.full((9, 1), 0.7))
+
+
 def test_a_sample_that_is_equally_near_to_all_gets_numbers() -> None:
     same = Features(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1, 3, 2))
     found = affinities(rule("nearest"), same, Statistics())
@@ -190,9 +269,20 @@ AFFINITY = torch.tensor([[-1.2, -0.3, -1.5], [4.0, 2.0, -1.0]])
 
 
 def test_coefficients_are_a_rescaled_softmax() -> None:
-    weights = [[math.exp(value / 0.5) for value in row] for row in AFFINITY.tolist()]
+    weights = [[math.exp(value / 0.8) for value in row] for row in AFFINITY.tolist()]
     expected = torch.tensor([[0.9 * w / sum(row) for w in row] for row in weights])
-    torch.testing.assert_close(coefficients(AFFINITY, 0.5, 0.9, 0.3, 1.0), expected)
+    torch.testing.assert_close(coefficients(AFFINITY, 0.8, 0.9, 0.3, 1.0), expected)
+
+
+def test_negligible_shares_are_nothing_and_the_others_sum_to_the_mass() -> None:
+    # Shares of 1 : 1.1e-3 : 0.9e-3.
+    affinity = torch.tensor([[0.0, math.log(1.1e-3), math.log(0.9e-3)]])
+    expected = torch.tensor([[0.9 / 1.0011, 0.9 * 1.1e-3 / 1.0011, 0.0]])
+    torch.testing.assert_close(coefficients(affinity, 1.0, 0.9, 0.3, 1.0), expected, rtol=1e-5, atol=0)
+
+
+def test_equal_shares_are_not_negligible_however_many() -> None:
+    assert torch.equal(coefficients(torch.zeros(1, 4096), 0.05, 4096.0, 1.0, 1.0), torch.ones(1, 4096))
 
 
 def test_a_large_temperature_is_the_static_merge() -> None:
@@ -280,7 +370,7 @@ def test_an_expert_with_a_single_sample(score: ScoreName) -> None:
     found = identified(rule(score), clustered(owners, 2), owners, 2)
     assert found.shape == owners.shape
     assert set(found.tolist()) <= {0, 1}
-    if score == "centroid":
+    if score in ("centroid", "discriminant"):
         assert found.tolist() == owners.tolist()
 
 
@@ -288,7 +378,7 @@ def test_an_expert_with_a_single_sample(score: ScoreName) -> None:
 
 
 def test_passes_count_the_probes_by_their_share_of_the_blocks() -> None:
-    expected = {"centroid": 1, "nearest": 5, "shift": 5, "alignment": 6}
+    expected = {"centroid": 1, "discriminant": 1, "nearest": 5, "shift": 5, "alignment": 6}
     for score, probes in expected.items():
         assert rule(score, layer=3).passes(4, 12) == pytest.approx(probes / 4)  # type: ignore[arg-type]
 
@@ -324,7 +414,7 @@ def test_searched_layers_of_common_depths() -> None:
 
 
 def test_candidates_are_what_the_settings_leave_open() -> None:
-    assert len(candidates(SeApplication(kind="se"), 6)) == 4 * 6 * 3
+    assert len(candidates(SeApplication(kind="se"), 6)) == 5 * 6 * 3
     fixed = SeApplication(kind="se", score="shift", layer=2, pool="last", metric="cosine")
     assert candidates(fixed, 6) == [Rule("shift", 2, "last", "cosine")]
     some = candidates(SeApplication(kind="se", score="nearest", pool="cls"), 6)

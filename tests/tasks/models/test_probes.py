@@ -77,7 +77,9 @@ def test_features_are_those_of_base_merge_and_experts(name: str, layers: tuple[i
             assert (features.base - features.merged).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("score", "probes"), [("centroid", 1), ("nearest", 4), ("shift", 4), ("alignment", 5)])
+@pytest.mark.parametrize(
+    ("score", "probes"), [("centroid", 1), ("discriminant", 1), ("nearest", 4), ("shift", 4), ("alignment", 5)]
+)
 def test_only_what_a_rule_reads_is_run(score: Any, probes: int) -> None:
     network, vectors = make("llama")
     sizes: dict[int, int] = {}
