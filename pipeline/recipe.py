@@ -123,9 +123,13 @@ class Variant(Strict):
 class Resources(Strict):
     """What one step of a stage needs, and how many of them may be under way at once."""
 
-    num_cpus: float = Field(1, gt=0, description="CPU cores of one step, or of one layer group of a task vector or merge")
+    num_cpus: float = Field(
+        1, gt=0, description="CPU cores of one step, or of one layer group of a task vector or a merge"
+    )
     num_gpus: float = Field(0, ge=0, description="GPUs of one step; with any, its network runs on cuda")
-    max_in_flight: int = Field(64, ge=1, description="how many steps (layer groups of task vectors and merges) are under way at once")
+    max_in_flight: int = Field(
+        64, ge=1, description="how many steps (of task vectors and merges: layer groups) are under way at once"
+    )
 
 
 class ActorPlacement(Strict):
