@@ -3,7 +3,8 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tasks.errors import InputError
 from tasks.methods import Settings, TaskVector, merged_pieces
 from tasks.methods.delta import chunks
 from tasks.models.checkpoint import (
+    Checkpoint,
     CheckpointPlan,
     CheckpointWriter,
     open_checkpoint,
@@ -98,18 +100,19 @@ def merge_group(job: MergeJob, group: int, out: Path) -> bool:
     digests = {}
     with CheckpointWriter(plan, out) as writer:
         for name in (*job.groups[group], *(base.buffers if group == 0 else ())):
-            dtype, digest, end = plan.tensors[name].dtype, hashlib.sha256(), 0
+            dtype, digest, extremes = plan.tensors[name].dtype, hashlib.sha256(), [torch.zeros(2)]
             for where, merged in _merged_pieces(job, weights.get(layer_of(name), {}), name):
                 piece = merged.to(dtype)
-                if not _is_finite(merged, dtype):
-                    raise InputError(
-                        f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite "
-                        "weights: set another out_dtype, or weights that linear can divide by (they sum to 0)"
-                    )
+                extremes.append(torch.stack(merged.aminmax()))
                 digest.update(tensor_bytes(piece))
                 writer.write(name, piece, where.start)
-                end = where.stop
-            assert end == base.info(name).numel, f"{name}: {end} elements merged"
+            # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
+            if not bool(torch.stack(extremes).to(dtype).isfinite().all()):
+                raise InputError(
+                    f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite "
+                    "weights: set another out_dtype, or weights that linear can divide by (they sum to 0)"
+                )
+            writer.begin_flush(name)
             digests[name] = digest.hexdigest()
     write_json(done, digests)
     return True
@@ -122,14 +125,6 @@ def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> It
         return ((where, base[where]) for where in chunks(len(base)))
     vectors = [task_vector(job, key, weights[key], name) for key in job.experts]
     return merged_pieces(base, vectors, job.settings)
-
-
-def _is_finite(values: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether no value is NaN or Inf once it is rounded to a dtype."""
-    if not values.is_floating_point():
-        return True
-    # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
-    return bool(torch.stack(values.aminmax()).to(dtype).isfinite().all())
 
 
 def task_vector(job: MergeJob, key: str, weight: float, name: str) -> TaskVector:
@@ -179,11 +174,9 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     digests = {marker: read_json(marker) for marker in markers}
     assert set().union(*digests.values()) == set(plan.tensors), "every tensor is in a group"
     written = open_checkpoint(out)
+    found = dict(zip(plan.tensors, _digests(written, list(plan.tensors)), strict=True))
     altered = {
-        name: marker
-        for marker, tensors in digests.items()
-        for name, digest in tensors.items()
-        if hashlib.sha256(tensor_bytes(written.read(name))).hexdigest() != digest
+        name: marker for marker, tensors in digests.items() for name, digest in tensors.items() if found[name] != digest
     }
     if altered:
         for marker in set(altered.values()):
@@ -198,6 +191,13 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         for name, digest in tensors.items()
     }
     return {"digest": sha256_text(canonical(contents))}
+
+
+def _digests(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+    """Return the sha256 of tensors' bytes, several at once."""
+    tensors = [checkpoint.read(name) for name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda tensor: hashlib.sha256(tensor_bytes(tensor)).hexdigest(), tensors))
 
 
 def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:

@@ -18,6 +18,9 @@ from tasks.models.weights import ExpertWeights
 VERSION = 2
 HISTOGRAMS = "histograms.safetensors"
 
+_CHUNK = 1 << 18
+"""Elements measured at a time: many beside the bins of a histogram, which every piece passes through."""
+
 Groups = Sequence[Sequence[str]]
 
 
@@ -102,7 +105,7 @@ def _measure(delta: Delta, base: torch.Tensor) -> tuple[dict[str, float], torch.
     sums: list[float] = []
     norms: list[float] = []
     largest: list[torch.Tensor] = []
-    for where in chunks(len(delta)):
+    for where in chunks(len(delta), _CHUNK):
         piece = delta.piece(where, base[where].float())
         histogram += magnitude_histogram(piece)
         magnitude = piece.abs_()
