@@ -16,15 +16,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import yaml
 
+from tests.benchmarks.memory import children, watched
 from tests.benchmarks.synthetic import make_models
 
 MERGEKIT = "mergekit==0.1.5"
@@ -36,7 +35,6 @@ SETTINGS: dict[str, dict[str, float]] = {
     "dare_ties": {"density": 0.3},
 }
 WEIGHT = 0.4
-SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,10 @@ def ours(models: list[Path], method: str, workers: int, work: Path) -> Ours:
     command = [sys.executable, "-m", "pipeline", "run", str(work / "recipe.yaml"), "--store", str(work / "store")]
     begin = time.perf_counter()
     ends = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, peak_anonymous(process.pid) as peaks:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        watched(lambda: ray_workers(process.pid)) as peak,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("["):  # a step has ended
@@ -109,57 +110,15 @@ def ours(models: list[Path], method: str, workers: int, work: Path) -> Ours:
     assert process.returncode == 0, command
     assert " merge merged" in ends[-1][1], ends
     shutil.rmtree(work / "store")
-    return Ours(whole, ends[-1][0] - ends[-2][0], max(peaks, default=0))
+    return Ours(whole, ends[-1][0] - ends[-2][0], peak.largest)
 
 
-@contextmanager
-def peak_anonymous(driver: int) -> Iterator[list[int]]:
-    """Sample the RssAnon of all workers of a driver together, until the block ends."""
-    found: list[int] = []
-    stop = threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(SAMPLE_SECONDS):
-            found.append(sum(map(anonymous, workers_of(driver))))
-
-    thread = threading.Thread(target=sample)
-    thread.start()
+def ray_workers(driver: int) -> list[psutil.Process]:
+    """Return the Ray workers that a driver has started, idle ones too."""
     try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
-
-
-def workers_of(driver: int) -> list[Path]:
-    """Return the folders in /proc of the Ray workers that a driver has started, idle ones too."""
-    parents, workers = {}, []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                parents[folder.name] = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                title = (folder / "cmdline").read_bytes()
-            except OSError:  # it has ended
-                continue
-            if title.startswith(b"ray::") and b"Agent" not in title:
-                workers.append(folder)
-    return [folder for folder in workers if str(driver) in ancestors(folder.name, parents)]
-
-
-def ancestors(process: str, parents: Mapping[str, str]) -> Iterator[str]:
-    """Yield the processes above one."""
-    while process in parents:
-        process = parents[process]
-        yield process
-
-
-def anonymous(process: Path) -> int:
-    """Return the anonymous resident memory of a process in bytes; 0 if it has ended."""
-    try:
-        lines = (process / "status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+        return [one for one in children(psutil.Process(driver), "ray::") if "Agent" not in "".join(one.cmdline())]
+    except psutil.Error:  # it has ended
+        return []
 
 
 def install_mergekit(work: Path) -> Path:

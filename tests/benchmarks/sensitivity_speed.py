@@ -1,6 +1,6 @@
 """What does a sensitivity step take in each placement, in time and memory? Beside a bare forward and backward pass.
 
-    python -m tests.benchmarks.sensitivity_speed [--layers 22] [--hidden 2048] [--samples 8] [--tokens 256]
+    python -m tests.benchmarks.sensitivity_speed [--size 1.1B] [--samples 8] [--tokens 256]
         [--dtype bfloat16] [--threads 2] [--rounds 1] [--only bare,whole,streamed,1,2] [--folder DIR]
 
 Makes a seeded Llama-shaped checkpoint (1.1B parameters in bfloat16, unless the size says otherwise) and runs the same
@@ -18,100 +18,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
 from tasks.models.blocks import Batch
-from tasks.models.networks import skeleton
 from tasks.models.placement import Actors
 from tasks.models.runners import Sensitivity, open_runner
 from tasks.models.source import Source
-
-INTERVAL = 0.02
-"""Seconds between two looks at the memory."""
-
-
-def make_checkpoint(folder: Path, layers: int, hidden: int) -> None:
-    """Write a Llama-shaped checkpoint with random weights, block by block; one that is there already is kept."""
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 512),
-        vocab_size=32_000,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-    )
-    if (folder / "model.safetensors").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.ones(p.shape, dtype=torch.bfloat16)
-        if p.dim() == 1
-        else torch.randn(p.shape, generator=generator).mul_(0.02).bfloat16()
-        for name, p in skeleton(config, "causal_lm", folder).named_parameters()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+from tests.benchmarks.memory import children, watched
+from tests.benchmarks.synthetic import SIZES, make_model
 
 
-def owners() -> list[psutil.Process]:
-    """Return the processes of this process's Ray actors."""
-    children = psutil.Process().children(recursive=True)
-    return [one for one in children if "ray::BlockOwner" in "".join(one.cmdline())]
+def measured(actors: bool) -> list[psutil.Process]:
+    """Return this process, or those of its Ray actors."""
+    own = psutil.Process()
+    return children(own, "ray::BlockOwner") if actors else [own]
 
 
 def cpu_seconds(actors: bool) -> float:
     """Return the CPU time that this process, or all its actors, have taken."""
-    times = [one.cpu_times() for one in (owners() if actors else [psutil.Process()])]
+    times = [one.cpu_times() for one in measured(actors)]
     return sum(one.user + one.system for one in times)
-
-
-def anonymous(process: psutil.Process) -> int:
-    """Return the anonymous resident memory of a process in bytes."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-
-
-@dataclass
-class Peak:
-    """The largest anonymous memory seen, and what it was at first."""
-
-    first: int = 0
-    largest: int = 0
-
-
-@contextmanager
-def watched(actors: bool) -> Iterator[Peak]:
-    """Watch this process, or the sum of its Ray actors."""
-    peak, finished = Peak(), threading.Event()
-
-    def look() -> int:
-        return sum(anonymous(one) for one in (owners() if actors else [psutil.Process()]))
-
-    def keep_looking() -> None:
-        while not finished.wait(INTERVAL):
-            peak.largest = max(peak.largest, look())
-
-    peak.first = look()
-    thread = threading.Thread(target=keep_looking)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        finished.set()
-        thread.join()
 
 
 def samples(count: int, tokens: int) -> list[Batch]:
@@ -126,7 +56,7 @@ def samples(count: int, tokens: int) -> list[Batch]:
 
 def bare(source: Source, batches: list[Batch]) -> dict[str, float]:
     """Run the whole network forward and backward; gradients are dropped between samples."""
-    with watched(actors=False) as peak:
+    with watched(lambda: measured(actors=False)) as peak:
         network = source.network()
         for number, batch in enumerate([batches[0], *batches]):
             if number == 1:
@@ -150,9 +80,9 @@ def step(source: Source, batches: list[Batch], actors: int, streamed: bool) -> d
     found: dict[int, Sensitivity] = {}
     with (
         tempfile.TemporaryDirectory(dir=source.folder) as scratch,
-        watched(actors=False) as own,
+        watched(lambda: measured(actors=False)) as own,
         open_runner(source, placement, Path(scratch)) as runner,
-        watched(actors=bool(actors)) as peak,
+        watched(lambda: measured(actors=bool(actors))) as peak,
     ):
         list(runner.sensitivities(batches[:1], check))
         begin, cpu = time.perf_counter(), cpu_seconds(bool(actors))
@@ -184,8 +114,7 @@ def _mb(size: float) -> str:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--size", default="1.1B", choices=SIZES)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
@@ -195,7 +124,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "sensmerge-benchmarks")
     parser.add_argument("--way", help=argparse.SUPPRESS)  # what one of its processes does
     arguments = parser.parse_args()
-    folder = arguments.folder / f"llama-{arguments.layers}-{arguments.hidden}"
+    folder = arguments.folder / arguments.size / "base"
     source = Source(folder, folder, "experts.synthetic", "causal_lm", getattr(torch, arguments.dtype), "cpu")
     batches = samples(arguments.samples, arguments.tokens)
     if arguments.way:
@@ -208,7 +137,8 @@ def main() -> None:
         )
         print(json.dumps(found))
         return
-    make_checkpoint(folder, arguments.layers, arguments.hidden)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_model(folder, SIZES[arguments.size], expert=None)
     ways = arguments.only.split(",")
     rounds: list[dict[str, dict[str, float]]] = [{} for _ in range(arguments.rounds)]
     for results in rounds:
