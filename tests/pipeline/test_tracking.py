@@ -519,7 +519,7 @@ def test_a_route_has_pictures_and_the_rules_it_was_chosen_from(dynamic_runs, dyn
         {key: pytest.approx(value) if isinstance(value, float) else value for key, value in candidate.items()}
         for candidate in candidates
     ]
-    assert len(candidates) == 4 * 2 * 3  # scores, layers, pools
+    assert len(candidates) == 5 * 2 * 3  # scores, layers, pools
 
 
 TEXTS = [f"{'mood' if i % 3 else 'topic'} {'?!' * (i % 7)} {i}" for i in range(40)]
