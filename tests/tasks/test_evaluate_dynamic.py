@@ -73,7 +73,7 @@ def test_scores_are_those_of_materialised_weights(causal: Merge, tmp_path: Path)
     for name, one in sets().items():
         expected = []
         for row, routes in zip(one.rows, routes_of(one, model), strict=True):
-            set_weights(network, causal.job.base, vectors, by_name(model, routes, 0))
+            set_weights(network, causal.job.base.folder, vectors, by_name(model, routes, 0))
             expected += evaluate_network(network, model.tokenizer, one.task, [row], name)
         assert_close(records[name], expected)
     assert records["math"][0].keys() == {"nll", "correct", "tokens", "exact"}
@@ -146,7 +146,7 @@ def classified() -> dict[str, RowSet]:
 def materialised_class(
     network: PreTrainedModel, model: DynamicModel, one: RowSet, row: Row, routes: Routes, merged: Merge
 ) -> int:
-    set_weights(network, merged.job.base, vectors_of(merged.folder), by_name(model, routes, 0))
+    set_weights(network, merged.job.base.folder, vectors_of(merged.folder), by_name(model, routes, 0))
     network.config.label2id = one.label2id
     return int(evaluate_network(network, model.tokenizer, one.task, [row], "")[0]["prediction"])
 
