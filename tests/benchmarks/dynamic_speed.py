@@ -90,8 +90,9 @@ class Materialised:
         ]
 
     def in_place(self, sequences: list[list[int]], coefficients: torch.Tensor) -> None:
-        """Answer each sample after overwriting the network's weights by its own."""
-        parameters = dict(self.network.named_parameters())
+        """Answer each sample after overwriting what the experts change in the network by its own weights."""
+        changed = {name for delta in self.deltas for name in delta}
+        parameters = {name: parameter for name, parameter in self.network.named_parameters() if name in changed}
         with torch.inference_mode():
             for sequence, row in zip(sequences, coefficients.tolist(), strict=True):
                 for name, parameter in parameters.items():
