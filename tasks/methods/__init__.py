@@ -128,7 +128,7 @@ def keeps_low_rank(settings: Settings, density: float) -> bool:
 def shares(weights: Sequence[float], settings: Settings) -> list[float]:
     """Return the factor that each expert's (sparse) task vector has in a merge without consensus."""
     total, linear = sum(weights), settings.method == "linear"
-    # As in `merge_tensor`: mergekit leaves weights that sum to 0 undivided, but those of linear.
+    # As in `merged_pieces`: mergekit leaves weights that sum to 0 undivided, but those of linear.
     divisor = total if settings.normalize and abs(total) >= 1e-8 else math.nan if linear and settings.normalize else 1.0
     return [weight / divisor * (1.0 if linear else settings.lambda_) for weight in weights]
 
