@@ -11,15 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from tasks.artifacts import read_json, write_json
 from tasks.errors import InputError
-from tasks.methods.delta import BLOCK, Delta, block_sums, chunks
-from tasks.methods.sparsify import BINS, magnitude_histogram
+from tasks.methods.delta import BLOCK, Delta, block_sums, pieces
+from tasks.methods.sparsify import BINS, add_to_histogram
 from tasks.models.weights import ExpertWeights
 
 VERSION = 2
 HISTOGRAMS = "histograms.safetensors"
-
-_CHUNK = 1 << 18
-"""Elements measured at a time: many beside the bins of a histogram, which every piece passes through."""
 
 Groups = Sequence[Sequence[str]]
 
@@ -65,7 +62,7 @@ def finish_task_vector(expert: ExpertWeights, name: str, groups: Groups, out: Pa
     """Put together what `measure_group` found in all groups.
 
     Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude) and `histograms.safetensors`
-    (per changed tensor: the filled bins of its `magnitude_histogram` and their counts, int64 (2, bins), from which TIES
+    (per changed tensor: the filled bins of its magnitude histogram and their counts, int64 (2, bins), from which TIES
     takes exact thresholds for any density).
 
     Returns:
@@ -105,9 +102,8 @@ def _measure(delta: Delta, base: torch.Tensor) -> tuple[dict[str, float], torch.
     sums: list[float] = []
     norms: list[float] = []
     largest: list[torch.Tensor] = []
-    for where in chunks(len(delta), _CHUNK):
-        piece = delta.piece(where, base[where].float())
-        histogram += magnitude_histogram(piece)
+    for _, piece in pieces(delta, base):
+        add_to_histogram(piece, histogram)
         magnitude = piece.abs_()
         sums += block_sums(magnitude)
         norms += [_norm(block) for block in torch.split(magnitude, BLOCK)]
@@ -123,7 +119,7 @@ def _norm(block: torch.Tensor) -> float:
 
 
 def read_histogram(artifact: Path, tensor: str) -> torch.Tensor | None:
-    """Return the `magnitude_histogram` of a tensor's task vector from the stage's artifact; None if nothing changed."""
+    """Return the magnitude histogram of a tensor's task vector from the stage's artifact; None if nothing changed."""
     with safe_open(artifact / HISTOGRAMS, framework="pt") as file:
         if tensor not in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             return None

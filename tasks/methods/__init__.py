@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tasks.methods.consensus import agreeing_magnitude_, agreeing_weight, elected_sign
+from tasks.methods.consensus import agreeing, agreeing_weight, disjoint_sum
 from tasks.methods.delta import Delta, chunks
 from tasks.methods.sparsify import Drop, Rescaled, Sparsifier, Trim, drop_all, histogram_of
 
@@ -34,8 +34,8 @@ class TaskVector:
 class Method:
     """One row of the table; the defaults are mergekit's."""
 
-    sparsify: Callable[[TaskVector, Tensor, bool], Sparsifier] | None
-    """from a task vector, the base's tensor (flat) and `rescale`, what sets elements to zero; None keeps all"""
+    sparsify: Callable[[TaskVector, Tensor], Sparsifier] | None
+    """from a task vector and the base's tensor (flat), what sets elements to zero; None keeps all"""
     consensus: bool
     """keep only elements that agree with the sign of their weighted sum (TIES, arXiv 2306.01708)"""
     normalize: bool
@@ -44,14 +44,14 @@ class Method:
     """default of `rescale`: give each sparse task vector the L1 norm it had before"""
 
 
-def _trim(vector: TaskVector, base: Tensor, rescale: bool) -> Sparsifier:
+def _trim(vector: TaskVector, base: Tensor) -> Sparsifier:
     known = vector.histogram
     histogram = histogram_of(vector.delta, base) if known is None else known
     return Trim.of(vector.delta, base, vector.density, histogram)
 
 
-def _drop(vector: TaskVector, base: Tensor, rescale: bool) -> Sparsifier:
-    return Drop(vector.mask_key, vector.density, remember=rescale)
+def _drop(vector: TaskVector, base: Tensor) -> Sparsifier:
+    return Drop(vector.mask_key, vector.density)
 
 
 METHODS: dict[str, Method] = {
@@ -78,7 +78,7 @@ def merged_pieces(base: Tensor, vectors: Sequence[TaskVector], settings: Setting
 
     Semantics of mergekit 0.1.5 `GeneralizedTaskArithmeticMerge` and `linear_merge`. Before the first piece, trimming
     and rescaling look through each task vector once (trimming once more where it gets no histogram). Memory: some
-    pieces of `CHUNK` elements, what `Trim.of` says, and a byte per element and expert for DARE with rescaling.
+    pieces of `CHUNK` elements, and what `Trim.of` says.
 
     Args:
         base: the base's tensor, flat, in any float dtype.
@@ -93,14 +93,20 @@ def merged_pieces(base: Tensor, vectors: Sequence[TaskVector], settings: Setting
 
 def _sparse_pieces(
     base: Tensor, vectors: Sequence[TaskVector], settings: Settings
-) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-    """Yield which elements, the base's values and every (sparse) task vector's; the tensors are the caller's own."""
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield which elements, the base's values and every (sparse) task vector's (experts × elements), float32.
+
+    The tensors are the caller's own.
+    """
     sparsifiers = [_sparsifier(vector, base, settings) for vector in vectors]
     for where in chunks(len(base)):
         origin = base[where].to(torch.float32, copy=True)
-        parts = [vector.delta.piece(where, origin) for vector in vectors]
-        made_sparse = zip(parts, sparsifiers, strict=True)
-        yield where, origin, [sparsify(part, where) if sparsify else part for part, sparsify in made_sparse]
+        parts = origin.new_empty(len(vectors), len(origin))
+        for part, vector, sparsify in zip(parts, vectors, sparsifiers, strict=True):
+            vector.delta.fill(part, where, origin)
+            if sparsify:
+                sparsify(part, where)
+        yield where, origin, parts
 
 
 def _sparsifier(vector: TaskVector, base: Tensor, settings: Settings) -> Sparsifier | None:
@@ -109,7 +115,7 @@ def _sparsifier(vector: TaskVector, base: Tensor, settings: Settings) -> Sparsif
         return None
     if vector.density <= 0:
         return drop_all
-    sparsify = method.sparsify(vector, base, settings.rescale)
+    sparsify = method.sparsify(vector, base)
     return Rescaled.of(vector.delta, base, sparsify) if settings.rescale else sparsify
 
 
@@ -156,7 +162,7 @@ def agreed_pieces(
     """
     weights = [vector.weight for vector in vectors]
     for where, _, parts in _sparse_pieces(base, vectors, settings):
-        sign, magnitudes = _agreeing(parts, weights)
+        sign, magnitudes = agreeing(parts, weights)
         if settings.normalize:
             sign /= agreeing_weight(magnitudes, weights)
         if settings.lambda_ != 1:
@@ -164,21 +170,10 @@ def agreed_pieces(
         yield where, [magnitude.mul_(sign) for magnitude in magnitudes]
 
 
-def _agreeing(parts: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
-    """Weight (sparse) task vectors, in place; return the sign of their sum, and the magnitudes of what has it."""
-    scaled = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
-    sign = elected_sign(scaled)
-    return sign, [agreeing_magnitude_(part, sign) for part in scaled]
-
-
-def _mixed(origin: Tensor, parts: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
+def _mixed(origin: Tensor, parts: Tensor, weights: Sequence[float], settings: Settings) -> Tensor:
     """Return base + the weighted sum or, under consensus, the disjoint sum of sparse task vectors."""
     if METHODS[settings.method].consensus:
-        sign, scaled = _agreeing(parts, weights)
-        divisor = agreeing_weight(scaled, weights) if settings.normalize else None
-        mixed = _sum(scaled).mul_(sign)
-        if divisor is not None:
-            mixed /= divisor
+        mixed = disjoint_sum(parts, weights, settings.normalize)
     else:
         mixed = _sum([part.mul_(weight) for part, weight in zip(parts, weights, strict=True)])
         if settings.normalize and abs(sum(weights)) >= 1e-8:
@@ -196,7 +191,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _linear(origin: Tensor, parts: Sequence[Tensor], weights: Sequence[float], settings: Settings) -> Tensor:
+def _linear(origin: Tensor, parts: Tensor, weights: Sequence[float], settings: Settings) -> Tensor:
     """Return the weighted mean (normalize) or sum of the experts themselves (model soup, arXiv 2203.05482)."""
     merged = _sum([part.add_(origin).mul_(weight) for part, weight in zip(parts, weights, strict=True)])
     return merged / sum(weights) if settings.normalize else merged

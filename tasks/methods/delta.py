@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 17
+CHUNK = 1 << 16
 """Elements handled at a time: intermediate tensors then stay in the processor's cache."""
 BLOCK = 1 << 16
 """Sums are taken over blocks of this many elements, and then over blocks: so they do not depend on the chunks."""
@@ -19,10 +19,11 @@ class Delta(Protocol):
     def __len__(self) -> int:
         """Return the number of elements."""
 
-    def piece(self, where: slice, origin: Tensor) -> Tensor:
-        """Return some of the elements, float32; the caller may change the tensor that it gets.
+    def fill(self, piece: Tensor, where: slice, origin: Tensor) -> None:
+        """Write some of the elements.
 
         Args:
+            piece: gets them; flat, float32.
             where: which, from start to stop.
             origin: the base's elements there, float32.
         """
@@ -39,9 +40,9 @@ class Difference:
         """See `Delta`."""
         return len(self.expert)
 
-    def piece(self, where: slice, origin: Tensor) -> Tensor:
+    def fill(self, piece: Tensor, where: slice, origin: Tensor) -> None:
         """See `Delta`."""
-        return origin.new_empty(where.stop - where.start).copy_(self.expert[where]).sub_(origin)
+        piece.copy_(self.expert[where]).sub_(origin)
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Whole:
         """See `Delta`."""
         return len(self.values)
 
-    def piece(self, where: slice, origin: Tensor) -> Tensor:
+    def fill(self, piece: Tensor, where: slice, origin: Tensor) -> None:
         """See `Delta`."""
-        return self.values[where].to(origin.device, copy=True)
+        piece.copy_(self.values[where])
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Unchanged:
         """See `Delta`."""
         return self.numel
 
-    def piece(self, where: slice, origin: Tensor) -> Tensor:
+    def fill(self, piece: Tensor, where: slice, origin: Tensor) -> None:
         """See `Delta`."""
-        return origin.new_zeros(where.stop - where.start)
+        piece.zero_()
 
 
 def chunks(numel: int, size: int | None = None) -> Iterator[slice]:
@@ -81,6 +82,20 @@ def chunks(numel: int, size: int | None = None) -> Iterator[slice]:
     assert size % BLOCK == 0, f"chunks of {size} elements would split blocks of {BLOCK}"
     for start in range(0, numel, size):
         yield slice(start, min(start + size, numel))
+
+
+def pieces(delta: Delta, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which elements, and the task vector's values there, flat and float32; the caller may change the tensor.
+
+    Args:
+        delta: the task vector.
+        base: the base's tensor, flat, in any float dtype.
+    """
+    for where in chunks(len(delta)):
+        origin = base[where].float()
+        piece = torch.empty_like(origin)
+        delta.fill(piece, where, origin)
+        yield where, piece
 
 
 def block_sums(values: Tensor) -> list[float]:

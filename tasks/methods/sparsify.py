@@ -3,18 +3,21 @@
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.methods.delta import Delta, block_sums, chunks
+from tasks.methods import kernels
+from tasks.methods.delta import Delta, block_sums, pieces
 
 BINS = 1 << 15
 """Of a magnitude histogram."""
 _LARGEST = (1 << 31) - 1
 """Of torch's int32."""
+_STEP = 0x9E3779B97F4A7C15
+"""Of splitmix64's counter."""
 
 Sparsifier = Callable[[Tensor, slice], Tensor]
 """Gets a piece of a task vector, which it may change, and which elements these are; returns it made sparse."""
@@ -27,20 +30,27 @@ def kept_elements(numel: int, density: float) -> int:
     return numel if density >= 1 else max(1, int(density * numel))
 
 
-def magnitude_histogram(piece: Tensor) -> Tensor:
-    """Count float32 elements by the upper 15 bits of their magnitude (8 of exponent, 7 more), int64 (32768,).
+def add_to_histogram(piece: Tensor, histogram: Tensor) -> None:
+    """Count float32 elements by the upper 15 bits of their magnitude (8 of exponent, 7 more).
 
     The order of the bins is that of the magnitudes, so the bin that holds a threshold is known without sorting.
+
+    Args:
+        piece: the elements, flat.
+        histogram: gets the counts, int64 (32768,).
     """
-    return torch.bincount(_magnitude_bits(piece.flatten()).bitwise_right_shift_(16), minlength=BINS)
+    if piece.is_cpu:
+        kernels.count_bins(piece.numpy(), histogram.numpy())
+    else:
+        histogram += torch.bincount(_magnitude_bits(piece) >> 16, minlength=BINS)
 
 
 def histogram_of(delta: Delta, base: Tensor) -> Tensor:
-    """Return the `magnitude_histogram` of a whole task vector; base flat, in any float dtype."""
-    counts = torch.zeros(BINS, dtype=torch.int64, device=base.device)
-    for where in chunks(len(delta)):
-        counts += magnitude_histogram(delta.piece(where, base[where].float()))
-    return counts
+    """Return the magnitude histogram of a whole task vector, int64 (32768,); base flat, in any float dtype."""
+    histogram = torch.zeros(BINS, dtype=torch.int64, device=base.device)
+    for _, piece in pieces(delta, base):
+        add_to_histogram(piece, histogram)
+    return histogram
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class Trim:
             delta: the task vector.
             base: the base's tensor, flat, in any float dtype.
             density: share of elements to keep, above 0 and below 1.
-            histogram: `magnitude_histogram` of the task vector.
+            histogram: magnitude histogram of the task vector.
         """
         keep = kept_elements(len(delta), density)
         from_top = histogram.flip(0).cumsum(0)
@@ -74,11 +84,10 @@ class Trim:
         boundary = BINS - 1 - rank
         missing = keep - (int(from_top[rank - 1]) if rank else 0)
         places, magnitudes = [], []
-        for where in chunks(len(delta)):
-            bits = _magnitude_bits(delta.piece(where, base[where].float()))
-            inside = _places((bits >> 16).eq_(boundary))
+        for where, piece in pieces(delta, base):
+            inside, bits = _in_bin(piece, boundary)
             places.append(inside + where.start)
-            magnitudes.append(bits[inside])
+            magnitudes.append(bits)
         found, place = torch.cat(magnitudes), torch.cat(places)
         # Bits of magnitudes are in the order of the magnitudes.
         threshold = found.kthvalue(len(found) - missing + 1).values
@@ -90,40 +99,27 @@ class Trim:
         """See `Sparsifier`."""
         until = min(max(self.last + 1 - where.start, 0), len(piece))
         for part, least in ((piece[:until], self.threshold), (piece[until:], self.threshold + 1)):
-            if len(part):
-                _keep_from(part, least)
+            if part.is_cpu:
+                kernels.trim(part.numpy(), least)
+            else:
+                part.masked_fill_(_magnitude_bits(part) < least, 0)
         return piece
 
 
-def _places(mask: Tensor) -> Tensor:
-    """Return the indices of the elements of an int32 mask that are 1, int64."""
-    flags = mask.to(torch.int8).view(torch.bool)
-    # NumPy is several times faster at this where few are set.
-    return torch.from_numpy(np.flatnonzero(flags.numpy())) if flags.is_cpu else flags.nonzero().flatten()
+def _in_bin(piece: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """Return the places of the elements in one bin of the magnitude histogram, int64, and their magnitudes' bits."""
+    if not piece.is_cpu:
+        bits = _magnitude_bits(piece)
+        inside = ((bits >> 16) == wanted).nonzero().flatten()
+        return inside, bits[inside]
+    places, magnitudes = np.empty(len(piece), np.int64), np.empty(len(piece), np.int32)
+    found = kernels.find_bin(piece.numpy(), wanted, places, magnitudes)
+    return torch.from_numpy(places[:found].copy()), torch.from_numpy(magnitudes[:found].copy())
 
 
 def _magnitude_bits(piece: Tensor) -> Tensor:
     """Return the bits of float32 magnitudes, int32: their order is that of the magnitudes. A new tensor."""
     return piece.view(torch.int32) & 0x7FFFFFFF
-
-
-def _keep_from(piece: Tensor, least: int) -> None:
-    """Set float32 elements whose magnitude's bits are less than `least` to zero, in place."""
-    _keep(piece, torch.rsub(_magnitude_bits(piece), least - 1).bitwise_right_shift_(31))
-
-
-def _below(numbers: Tensor, limit: int) -> Tensor:
-    """Return −1 (all bits set) where an int32 number of at least 0 is below a limit and 0 elsewhere, in place.
-
-    By the sign of the difference, for comparisons that give booleans are many times slower on a CPU.
-    """
-    return numbers.sub_(limit).bitwise_right_shift_(31)
-
-
-def _keep(piece: Tensor, mask: Tensor) -> Tensor:
-    """Set float32 elements to zero where a mask is 0 and leave them where it is −1, in place."""
-    piece.view(torch.int32).bitwise_and_(mask)
-    return piece
 
 
 @dataclass(frozen=True)
@@ -136,19 +132,14 @@ class Drop:
     key: str
     """names the stream of random numbers"""
     density: float
-    remember: bool = False
-    """whether masks are kept (a byte per element) for a second pass, as they take longer to make than to read"""
-    _masks: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, piece: Tensor, where: slice) -> Tensor:
         """See `Sparsifier`."""
-        known = self._masks.pop(where.start, None)
-        if known is not None:
-            return _keep(piece, known.to(torch.int32))
-        mask = _below(random_bits(self.key, where, piece.device) & _LARGEST, round(self.density * (_LARGEST + 1)))
-        if self.remember:
-            self._masks[where.start] = mask.to(torch.int8)
-        return _keep(piece, mask)
+        limit = round(self.density * (_LARGEST + 1))
+        if piece.is_cpu:
+            kernels.drop(piece.numpy(), np.uint64(_state(self.key, where)), limit)
+            return piece
+        return piece.masked_fill_((random_bits(self.key, where, piece.device) & _LARGEST) > limit - 1, 0)
 
 
 def drop_all(piece: Tensor, where: slice) -> Tensor:
@@ -167,8 +158,7 @@ class Rescaled:
     def of(cls, delta: Delta, base: Tensor, sparsify: Sparsifier) -> "Rescaled":
         """Measure the norms in one pass; base flat, in any float dtype."""
         before, after = [], []
-        for where in chunks(len(delta)):
-            piece = delta.piece(where, base[where].float())
+        for where, piece in pieces(delta, base):
             before += block_sums(piece.abs())
             after += block_sums(sparsify(piece, where).abs_())
         return cls(sparsify, norm_ratio(math.fsum(before), math.fsum(after)))
@@ -194,15 +184,20 @@ def random_bits(key: str, where: slice, device: torch.device) -> Tensor:
         where: which elements; starts at an even one.
         device: where they are made.
     """
-    assert where.start % 2 == 0, where
-    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
-    first, last = where.start // 2 + 1, (where.stop + 1) // 2 + 1
-    state = torch.arange(first, last, dtype=torch.int64, device=device)
-    state.mul_(_signed(0x9E3779B97F4A7C15)).add_(start)
+    state = torch.arange(1, (where.stop - where.start + 1) // 2 + 1, dtype=torch.int64, device=device)
+    state.mul_(_signed(_STEP)).add_(_signed(_state(key, where)))
     for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state.bitwise_xor_(_shift(state, bits)).mul_(_signed(factor))
     state.bitwise_xor_(_shift(state, 31))
     return state.view(torch.int32)[: where.stop - where.start]
+
+
+def _state(key: str, where: slice) -> int:
+    """Return splitmix64's state, 64 bits, before the output for the first of some elements."""
+    assert where.start % 2 == 0, where
+    start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    outputs: int = where.start // 2
+    return (start + outputs * _STEP) % (1 << 64)
 
 
 def _signed(value: int) -> int:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from tasks.artifacts import read_json
 from tasks.errors import InputError
-from tasks.methods.sparsify import magnitude_histogram
+from tasks.methods.delta import Whole
+from tasks.methods.sparsify import histogram_of
 from tasks.models.expert import open_base, open_expert
 from tasks.models.weights import ExpertWeights, layer_groups
 from tasks.task_vectors import finish_task_vector, measure_group, read_histogram
@@ -61,7 +62,7 @@ def test_norms_and_histograms(llamas: dict[str, Path], tmp_path: Path) -> None:
         histogram = read_histogram(tmp_path, name)
         assert histogram is not None
         assert int(histogram.sum()) == delta.numel()
-        assert torch.equal(histogram, magnitude_histogram(expert[name] - base[name]))
+        assert torch.equal(histogram, histogram_of(Whole((expert[name] - base[name]).flatten()), base[name].flatten()))
     assert found == {"tensors": len(base), "changed": len(base), "l2": pytest.approx(squares**0.5, rel=1e-5)}
 
 

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from tasks.methods import Settings, TaskVector, agreed_pieces, contribution_pieces, merged_pieces
-from tasks.methods.delta import Whole, chunks
+from tasks.methods.delta import Whole, pieces
 from tasks.methods.sparsify import Sparsifier
 
 
-def joined(pieces: Iterable[tuple[slice, torch.Tensor]], shape: torch.Size) -> torch.Tensor:
+def joined(found: Iterable[tuple[slice, torch.Tensor]], shape: torch.Size) -> torch.Tensor:
     """Put pieces together; they must follow each other and make up the shape."""
-    parts = list(pieces)
+    parts = list(found)
     places = [where.start for where, _ in parts] + [shape.numel()]
     assert places == [0, *(where.stop for where, _ in parts)]
     return torch.cat([part for _, part in parts]).view(shape) if parts else torch.empty(shape)
@@ -26,9 +26,9 @@ def contribution(base: torch.Tensor, vector: TaskVector, share: float, settings:
 
 
 def agreed_contributions(base: torch.Tensor, vectors: Sequence[TaskVector], settings: Settings) -> list[torch.Tensor]:
-    pieces = list(agreed_pieces(base.reshape(-1), vectors, settings))
+    found = list(agreed_pieces(base.reshape(-1), vectors, settings))
     columns = range(len(vectors))
-    return [joined(((where, parts[k]) for where, parts in pieces), base.shape) for k in columns]
+    return [joined(((where, parts[k]) for where, parts in found), base.shape) for k in columns]
 
 
 def vector(delta: torch.Tensor, weight: float = 1.0, density: float = 1.0, mask_key: str = "") -> TaskVector:
@@ -39,5 +39,4 @@ def sparse(delta: torch.Tensor, sparsify: Sparsifier) -> torch.Tensor:
     """Make a whole task vector sparse."""
     given = Whole(delta.reshape(-1))
     origin = torch.zeros(len(given))
-    pieces = ((where, sparsify(given.piece(where, origin[where]), where)) for where in chunks(len(given)))
-    return joined(pieces, delta.shape)
+    return joined(((where, sparsify(piece, where)) for where, piece in pieces(given, origin)), delta.shape)

@@ -2,12 +2,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.methods.consensus import agreeing_magnitude_, agreeing_weight, elected_sign
+from tasks.methods.consensus import agreeing, agreeing_weight, elected_sign
 
 
 def agreement(deltas: list[torch.Tensor]) -> list[list[bool]]:
-    sign = elected_sign(deltas)
-    return [(agreeing_magnitude_(delta.clone(), sign) > 0).tolist() for delta in deltas]
+    _, magnitudes = agreeing([delta.clone() for delta in deltas], [1.0] * len(deltas))
+    return [(magnitude > 0).tolist() for magnitude in magnitudes]
 
 
 def test_the_heavier_sign_wins() -> None:
@@ -34,7 +34,7 @@ def test_element_by_element(rows: list[tuple[float, float, float]], weights: tup
     total = deltas[0] + deltas[1] + deltas[2]
     sign = elected_sign(deltas)
     assert torch.equal(sign, torch.where(total >= 0, 1.0, -1.0))
-    agreed = [agreeing_magnitude_(delta.clone(), sign) for delta in deltas]
+    _, agreed = agreeing([delta.clone() for delta in deltas], [1.0] * 3)
     for delta, kept in zip(deltas, agreed, strict=True):
         assert torch.equal(kept * sign, torch.where(delta.sign() == sign, delta, 0.0))
     summed = torch.zeros(len(rows))

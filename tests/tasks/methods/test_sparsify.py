@@ -17,7 +17,6 @@ from tasks.methods.sparsify import (
     Trim,
     histogram_of,
     kept_elements,
-    magnitude_histogram,
     random_bits,
 )
 from tests.tasks.methods.pieces import sparse
@@ -106,14 +105,6 @@ def test_drop_keeps_values_as_they_are_and_is_nested() -> None:
     assert bool((denser[thin != 0] == delta[thin != 0]).all())
     # The index is that of the logical order, whatever the memory's.
     assert torch.equal(sparse(delta.T.contiguous().T, Drop("key", 0.3)), thin)
-
-
-def test_masks_that_are_remembered_are_the_same() -> None:
-    delta = torch.randn(3 * BLOCK, generator=torch.Generator().manual_seed(0))
-    drop = Drop("key", 0.3, remember=True)
-    first = sparse(delta, drop)
-    assert torch.equal(sparse(delta, drop), first)
-    assert torch.equal(sparse(delta, Drop("key", 0.3)), first)
 
 
 def test_rescaled_drop_is_unbiased() -> None:
@@ -206,13 +197,13 @@ def test_trim_of_a_transposed_task_vector() -> None:
 @given(values=arrays("float32", st.integers(0, 60), elements=float32 | few_values))
 def test_histogram_counts_every_element_in_order_of_magnitude(values: np.ndarray) -> None:
     delta = torch.from_numpy(values)
-    histogram = magnitude_histogram(delta)
+    histogram = histogram_of(Whole(delta), torch.zeros_like(delta))
     assert histogram.shape == (BINS,)
     assert histogram.dtype == torch.int64
     assert int(histogram.sum()) == delta.numel()
     # Bin by bin in order of magnitude: the sorted elements, each in its own bin, fill the bins from the left.
     ordered = delta.abs().sort().values
-    bins = [int(magnitude_histogram(one).argmax()) for one in ordered]
+    bins = [int(histogram_of(Whole(one.view(1)), torch.zeros(1)).argmax()) for one in ordered]
     assert torch.repeat_interleave(torch.arange(BINS), histogram).tolist() == bins
 
 

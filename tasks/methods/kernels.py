@@ -1,0 +1,135 @@
+"""Loops over pieces of task vectors on a CPU, compiled by numba.
+
+Each does in one pass through the processor's cache what torch does in many, bit for bit: numba keeps the order of
+operations and rounds after each. On other devices torch's own operations are used, beside the callers. Compiled at
+their first call on a machine (some seconds in all), and then read from numba's cache on disk.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+"""All bits of a float32 but the sign; as integers they are in the order of the magnitudes."""
+_HALF = np.int32(16)
+_BLOCK = 1024
+"""Elements at a time where a loop goes over several arrays: what lies between then stays in the fastest cache."""
+_27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (27, 30, 31, 32, 0x7FFFFFFF))
+_STEP, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _compiled(loop: Loop) -> Loop:
+    compiled: Loop = numba.njit(cache=True, nogil=True)(loop)
+    return compiled
+
+
+@_compiled
+def count_bins(piece: Float32, counts: Int64) -> None:
+    """Add to `counts` (32768,) how many elements have each value of the upper 15 bits of a magnitude."""
+    for element in piece.view(np.int32):
+        counts[(element & _MAGNITUDE) >> _HALF] += 1
+
+
+@_compiled
+def find_bin(piece: Float32, wanted: int, places: Int64, magnitudes: Int32) -> int:
+    """Write where the elements of one bin are, and their magnitudes' bits; return how many there are.
+
+    Args:
+        piece: the elements.
+        wanted: the bin, as in `count_bins`.
+        places: gets their indices in `piece`; as long as `piece`.
+        magnitudes: gets the bits; as long as `piece`.
+    """
+    bits, bin_, found = piece.view(np.int32), np.int32(wanted), 0
+    for start in range(0, len(bits), 32):
+        block, inside = bits[start : start + 32], np.int32(0)
+        for element in block:  # without branches, so many at once; most blocks have none
+            inside |= np.int32(((element & _MAGNITUDE) >> _HALF) == bin_)
+        if inside:
+            for i in range(len(block)):
+                if ((block[i] & _MAGNITUDE) >> _HALF) == bin_:
+                    places[found], magnitudes[found] = start + i, block[i] & _MAGNITUDE
+                    found += 1
+    return found
+
+
+@_compiled
+def trim(piece: Float32, least: int) -> None:
+    """Set elements whose magnitude's bits are less than `least` to zero, in place."""
+    bits = piece.view(np.int32)
+    bound, zero = np.int32(least), np.int32(0)
+    for i in range(len(bits)):
+        element = bits[i]
+        bits[i] = element if (element & _MAGNITUDE) >= bound else zero
+
+
+@_compiled
+def drop(piece: Float32, state: np.uint64, limit: int) -> None:
+    """Set elements whose random number is not below `limit` to zero, in place.
+
+    The numbers are those of `tasks.methods.sparsify.random_bits` without their uppermost bit.
+
+    Args:
+        piece: the elements.
+        state: splitmix64's before the first output.
+        limit: 0 to 2^31.
+    """
+    bits = piece.view(np.int32)
+    bound, zero = np.uint32(limit), np.int32(0)
+    for pair in range(len(bits) // 2):
+        output = _splitmix64(state, pair)
+        first, second = bits[2 * pair], bits[2 * pair + 1]
+        bits[2 * pair] = first if np.uint32(output & _LOWER) < bound else zero
+        bits[2 * pair + 1] = second if np.uint32((output >> _32) & _LOWER) < bound else zero
+    if len(bits) % 2 and np.uint32(_splitmix64(state, len(bits) // 2) & _LOWER) >= bound:
+        bits[-1] = zero
+
+
+@_compiled
+def _splitmix64(state: np.uint64, number: int) -> Any:
+    """Return one output of splitmix64 (Steele, Lea, Flood 2014) after a state, uint64; counted from 0."""
+    mixed = state + np.uint64(number + 1) * _STEP
+    mixed = (mixed ^ (mixed >> _30)) * _FIRST
+    mixed = (mixed ^ (mixed >> _27)) * _SECOND
+    return mixed ^ (mixed >> _31)
+
+
+@_compiled
+def disjoint_sum(parts: Float32, weights: Float32, normalize: bool, mixed: Float32) -> None:
+    """Sum weighted task vectors where they agree with the sign of the sum over all of them (0 counts as positive).
+
+    Args:
+        parts: (sparse) task vectors (experts × elements).
+        weights: of the experts.
+        normalize: whether to divide by the sum of the weights that agree, where it is not 0.
+        mixed: gets the result (elements,).
+    """
+    zero, one = np.float32(0), np.float32(1)
+    experts, numel = parts.shape
+    total, kept = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
+    for start in range(0, numel, _BLOCK):
+        stop = min(start + _BLOCK, numel)
+        agreed = mixed[start:stop]
+        agreed[:], total[:], kept[:] = zero, zero, zero
+        for k in range(experts):
+            part, weight = parts[k, start:stop], weights[k]
+            for i in range(len(part)):
+                total[i] += part[i] * weight
+        for k in range(experts):
+            part, weight = parts[k, start:stop], weights[k]
+            for i in range(len(part)):
+                value = part[i] * weight
+                magnitude = value if total[i] >= zero else -value
+                agreed[i] += magnitude if magnitude > zero else zero
+                kept[i] += weight if magnitude > zero else zero
+        for i in range(len(agreed)):
+            signed = agreed[i] if total[i] >= zero else -agreed[i]
+            agreed[i] = signed / (kept[i] if normalize and kept[i] != zero else one)
