@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tasks.artifacts import read_json, write_json
 from tasks.errors import InputError
-from tasks.methods.delta import BLOCK, Delta, block_sums, pieces
-from tasks.methods.sparsify import BINS, add_to_histogram
+from tasks.methods import kernels
+from tasks.methods.delta import BLOCK, Delta, pieces
+from tasks.methods.sparsify import BINS
 from tasks.models.weights import ExpertWeights
 
 VERSION = 2
@@ -101,14 +103,13 @@ def _measure(delta: Delta, base: torch.Tensor) -> tuple[dict[str, float], torch.
     histogram = torch.zeros(BINS, dtype=torch.int64)
     sums: list[float] = []
     norms: list[float] = []
-    largest: list[torch.Tensor] = []
+    largest = 0
     for _, piece in pieces(delta, base):
-        add_to_histogram(piece, histogram)
-        magnitude = piece.abs_()
-        sums += block_sums(magnitude)
-        norms += [_norm(block) for block in torch.split(magnitude, BLOCK)]
-        largest.append(magnitude.max())
-    entry = {"l1": math.fsum(sums), "l2": math.hypot(*norms), "max": float(torch.stack(largest).max())}
+        largest = max(largest, kernels.count_bins(piece.numpy(), histogram.numpy()))
+        for block in torch.split(piece, BLOCK):
+            sums.append(float(torch.linalg.vector_norm(block, 1)))
+            norms.append(_norm(block))
+    entry = {"l1": math.fsum(sums), "l2": math.hypot(*norms), "max": float(np.int32(largest).view(np.float32))}
     return entry, histogram
 
 

@@ -32,10 +32,18 @@ def _compiled(loop: Loop) -> Loop:
 
 
 @_compiled
-def count_bins(piece: Float32, counts: Int64) -> None:
-    """Add to `counts` (32768,) how many elements have each value of the upper 15 bits of a magnitude."""
+def count_bins(piece: Float32, counts: Int64) -> int:
+    """Add to `counts` (32768,) how many elements have each value of the upper 15 bits of a magnitude.
+
+    Returns:
+        The bits of the largest magnitude; any NaN is larger than all numbers.
+    """
+    largest = np.int32(0)
     for element in piece.view(np.int32):
-        counts[(element & _MAGNITUDE) >> _HALF] += 1
+        magnitude = element & _MAGNITUDE
+        counts[magnitude >> _HALF] += 1
+        largest = max(largest, magnitude)
+    return int(largest)
 
 
 @_compiled
