@@ -8,9 +8,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tasks.methods import kernels
 from tasks.methods.consensus import agreeing, agreeing_weight, disjoint_sum
 from tasks.methods.delta import Delta, chunks
 from tasks.methods.sparsify import Drop, Rescaled, Sparsifier, Trim, drop_all, histogram_of
@@ -175,7 +177,7 @@ def _mixed(origin: Tensor, parts: Tensor, weights: Sequence[float], settings: Se
     if METHODS[settings.method].consensus:
         mixed = disjoint_sum(parts, weights, settings.normalize)
     else:
-        mixed = _sum([part.mul_(weight) for part, weight in zip(parts, weights, strict=True)])
+        mixed = _weighted_sum(parts, weights)
         if settings.normalize and abs(sum(weights)) >= 1e-8:
             mixed /= sum(weights)
     if settings.lambda_ != 1:
@@ -183,15 +185,18 @@ def _mixed(origin: Tensor, parts: Tensor, weights: Sequence[float], settings: Se
     return origin.add_(mixed)
 
 
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum of tensors, in place of the first."""
-    total, *others = parts
-    for other in others:
-        total += other
-    return total
+def _weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the weighted sum of task vectors (experts × elements), flat; on a GPU they are changed."""
+    if parts.is_cpu:
+        mixed = torch.empty_like(parts[0])
+        kernels.weighted_sum(parts.numpy(), np.array(weights, np.float32), mixed.numpy())
+        return mixed
+    for part, weight in zip(parts, weights, strict=True):
+        part.mul_(weight)
+    return sum(parts[1:], start=parts[0])
 
 
 def _linear(origin: Tensor, parts: Tensor, weights: Sequence[float], settings: Settings) -> Tensor:
     """Return the weighted mean (normalize) or sum of the experts themselves (model soup, arXiv 2203.05482)."""
-    merged = _sum([part.add_(origin).mul_(weight) for part, weight in zip(parts, weights, strict=True)])
+    merged = _weighted_sum(parts.add_(origin), weights)
     return merged / sum(weights) if settings.normalize else merged

@@ -111,6 +111,29 @@ def _splitmix64(state: np.uint64, number: int) -> Any:
 
 
 @_compiled
+def weighted_sum(parts: Float32, weights: Float32, mixed: Float32) -> None:
+    """Sum weighted task vectors.
+
+    Args:
+        parts: (sparse) task vectors (experts × elements).
+        weights: of the experts.
+        mixed: gets the sum (elements,).
+    """
+    experts, numel = parts.shape
+    for start in range(0, numel, _BLOCK):
+        stop = min(start + _BLOCK, numel)
+        total = mixed[start:stop]
+        for k in range(experts):
+            part, weight = parts[k, start:stop], weights[k]
+            if k == 0:
+                for i in range(len(part)):
+                    total[i] = part[i] * weight
+            else:
+                for i in range(len(part)):
+                    total[i] += part[i] * weight
+
+
+@_compiled
 def disjoint_sum(parts: Float32, weights: Float32, normalize: bool, mixed: Float32) -> None:
     """Sum weighted task vectors where they agree with the sign of the sum over all of them (0 counts as positive).
 
