@@ -1,4 +1,4 @@
-"""The command line: python -m pipeline plan | run | predict | schema."""
+"""The command line: python -m pipeline plan | run | refresh | predict | schema."""
 
 import atexit
 import gc
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from pipeline.models import list_models
+from pipeline.options import Options
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.store import Store
-from tasks.artifacts import write_json
 from tasks.errors import InputError, StepError
 
 app = typer.Typer(
@@ -55,9 +55,13 @@ def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetO
         # Files are hashed while transformers is imported, which takes seconds as well.
         listings = beside.submit(list_models, loaded, folder, target.hub_cache)
 
+        from pipeline.changes import model_changes
         from pipeline.plan import make_plan, plan_table
 
-    Console().print(plan_table(make_plan(loaded, folder, target, listings.result())))
+    planned, console = make_plan(loaded, folder, target, listings.result()), Console()
+    console.print(plan_table(planned))
+    for line in model_changes(planned):
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -70,45 +74,46 @@ def run(
     report: ReportOption = None,
 ) -> None:
     """Run all stages of a recipe, as far as the store lacks their results, and print the scores."""
-    console = Console()
+    _work("run", _options(recipe, store, overrides, tracking_uri, address, report))
+
+
+@app.command()
+def refresh(
+    recipe: RecipePath,
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+    tracking_uri: TrackingOption = None,
+    address: AddressOption = None,
+    report: ReportOption = None,
+) -> None:
+    """Look at all models again, run what depends on those that changed; where none did, do nothing."""
+    _work("refresh", _options(recipe, store, overrides, tracking_uri, address, report))
+
+
+def _options(
+    recipe: Path,
+    store: Path,
+    overrides: list[str] | None,
+    tracking_uri: str | None,
+    address: str | None,
+    report: Path | None,
+) -> Options:
     loaded = load_recipe(recipe, overrides or ())
     if report is not None and report.is_dir():
         raise InputError(f"--report {report}: is a folder; name a file in it")
     if report is not None and not report.absolute().parent.is_dir():
         raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
-    locked, folder = Store(store.absolute()), recipe.absolute().parent
-    with locked.lock(), ThreadPoolExecutor(1) as beside:
-        # Files are hashed while transformers, MLflow, Ray and matplotlib are imported, which takes seconds as well.
-        listings = beside.submit(list_models, loaded, folder, locked.hub_cache)
-        with _quick_imports():
-            from pipeline import tracking
-            from pipeline.card import write_cards
-            from pipeline.plan import make_plan, plan_summary, plan_table
-            from pipeline.report import route_table, route_warnings, score_table
-            from pipeline.results import collect, data_sets
-            from pipeline.run import execute
+    return Options(loaded, recipe.absolute().parent, Store(store.absolute()), tracking_uri, address, report)
 
-        uri = tracking_uri or tracking.default_uri(locked.root)
-        tracking.check_server(uri)
-        planned = make_plan(loaded, folder, locked, listings.result())
-        console.print(plan_summary(planned), highlight=False)
-        execute(planned, address, console)
-        result = collect(planned)
-        recipe_text = recipe_yaml(loaded)
-        write_cards(planned, result, recipe_text)
-        if report is not None:
-            write_json(report, result.model_dump())
-        if result.tasks:
-            console.print(score_table(result))
-        if result.routes:
-            console.print(route_table(result))
-        for warning in route_warnings(result):
-            console.print(warning, highlight=False, soft_wrap=True)
-        for name in loaded.merges:
-            console.print(f"{name}: {result.models[name]}", highlight=False, soft_wrap=True)
-        where = tracking.record(result, recipe_text, _text(plan_table(planned)), data_sets(planned), uri, locked.root)
-    shown = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-    console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
+
+def _work(command: Literal["run", "refresh"], options: Options) -> None:
+    with options.store.lock(), ThreadPoolExecutor(1) as beside:
+        # Files are hashed while transformers, MLflow, Ray and matplotlib are imported, which takes seconds as well.
+        listings = beside.submit(list_models, options.recipe, options.folder, options.store.hub_cache)
+        with _quick_imports():
+            from pipeline import workflow
+        work = workflow.run if command == "run" else workflow.refresh
+        work(options, listings.result(), Console())
 
 
 @app.command()
@@ -150,19 +155,6 @@ def _quick_imports() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """Return a recipe, overrides applied, as YAML that says no more than was set."""
-    import yaml
-
-    return yaml.safe_dump(recipe.model_dump(by_alias=True, exclude_unset=True), sort_keys=False, allow_unicode=True)
-
-
-def _text(table: object) -> str:
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(table)
-    return console.export_text()
 
 
 def main() -> None:

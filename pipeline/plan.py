@@ -26,6 +26,7 @@ from tasks import (
     sensitivity,
     task_vectors,
 )
+from tasks.artifacts import canonical, sha256_text
 from tasks.coefficients import ExplicitCoefficients, SensCoefficients
 from tasks.datasets import ClassificationTask, LmEvalTask, RowSet, Task, rows_digest
 from tasks.download import Listing
@@ -319,9 +320,14 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     reads = _reads(downloads, "base", *names) | {
         f"calibration {name}": rows_digest(plan.inputs.data[name].calibration) for name in names
     }
+    tokenizer = {"tokenizer": plan.inputs.tokenizer_digest()}
     settings = {"dtype": plan.recipe.dtype} | {
         "tasks": {name: _calibration_settings(plan.inputs.data[name].task) for name in names},
     }
+    pairs = _pairs(plan, downloads, reads | tokenizer)
+    known = cross_task.known_distances(plan.store.artifacts("cross_task"))
+    wanted = {print_ for row in pairs.values() for print_ in row.values()}
+    known = {print_: distance for print_, distance in known.items() if print_ in wanted}
     finish = partial(
         cross_task.cross_task,
         plan.inputs.base.folder,
@@ -331,8 +337,10 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
         plan.recipe.dtype,
         _device(plan, "cross_task"),
         plan.placements["cross_task"].placement,
+        pairs,
+        known,
     )
-    key = _key("cross_task", "all", cross_task.VERSION, settings, reads | {"tokenizer": plan.inputs.tokenizer_digest()})
+    key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
     total = sum(weight_bytes(plan.inputs.listings[name]) for name in ("base", *names))
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
     tokens = sum(one.calibration_tokens for one in plan.inputs.data.values())
@@ -340,6 +348,22 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     needs = _titles(downloads, "base", *names)
     actors = _actors(plan, "cross_task")
     return Step("cross_task", "all", key, needs, finish, reads=total, writes=scratch, actors=actors)
+
+
+def _pairs(plan: Plan, downloads: Mapping[str, Step], reads: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return the fingerprint of every cross-task distance: of expert i against j on j's calibration set."""
+    names = plan.recipe.experts
+
+    def fingerprint(i: str, j: str) -> str:
+        about = {
+            "version": cross_task.VERSION,
+            "dtype": plan.recipe.dtype,
+            "task": _calibration_settings(plan.inputs.data[j].task),
+            "reads": [reads[key] for key in ("base", i, j, f"calibration {j}", "tokenizer")],
+        }
+        return sha256_text(canonical(about))
+
+    return {i: {j: fingerprint(i, j) for j in names if i != j} for i in names}
 
 
 def _merge_step(
@@ -397,10 +421,12 @@ def _merge_step(
         writes = sum(merge.plan_merged(plan.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
         version, part, finish = merge.VERSION, merge.merge_group, merge.finish_merge
+    key = _key("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed})
+    job = replace(job, previous=plan.store.last(key))
     return Step(
         "merge",
         name,
-        _key("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed}),
+        key,
         tuple(step.title for step in needed),
         partial(finish, job, plan.inputs.tokenizer),
         tuple(partial(part, job, group) for group in range(len(job.groups))),

@@ -28,6 +28,8 @@ class StageRecord(BaseModel):
     peak_memory: int = Field(description="largest resident memory of a worker process in the step, in bytes")
     pieces: int = Field(description="how many pieces the step was done in")
     pieces_run: int = Field(description="how many of them its last run did; the others an interrupted run had done")
+    taken_over: int = Field(0, description="merge: how many tensors were taken over from an earlier merge")
+    node: str = Field(description="name of the machine that finished it")
     artifact: str = Field(description="folder of the artifact")
     fingerprint: str = Field(description="sha256 of everything the result depends on")
 

@@ -12,6 +12,9 @@ from tasks.artifacts import read_json
 from tasks.coefficients import alpha
 from tasks.datasets import Task, rows_digest
 
+STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
+"""Of a step's manifest, what its record in the report has too."""
+
 
 def collect(plan: Plan) -> Report:
     """Return the report of a plan whose steps are all in the store."""
@@ -63,7 +66,8 @@ def _stage(plan: Plan, step: Step) -> StageRecord:
         name=step.name,
         status="run" if step.title in plan.todo else "cached",
         artifact=str(plan.store.folder(step.key)),
-        **{key: manifest[key] for key in ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "fingerprint")},
+        taken_over=manifest["result"].get("taken_over", 0),
+        **{key: manifest[key] for key in (*STEP_FIELDS, "fingerprint")},
     )
 
 

@@ -109,13 +109,20 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
             result = _result(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
             schedule.piece_done(state, last, result)
             if last:
-                advance(f"{state.step.title}: {_said(result.spent)}")
+                advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
 
 
-def _said(spent: Spent) -> str:
-    text = f"{spent.seconds:.1f} s, {human_bytes(spent.peak_memory)} peak memory"
+def step_line(step: Step, done: Done) -> str:
+    """Return what is said of a finished step: its name and fingerprint, where it ran and what it took."""
+    spent = done.spent
+    text = (
+        f"{step.title} ({step.key.fingerprint[:8]}) on {done.node}: {spent.seconds:.1f} s, "
+        f"{human_bytes(done.bytes)}, {human_bytes(spent.peak_memory)} peak memory"
+    )
     if spent.pieces_run < spent.pieces:
         text += f", {spent.pieces_run} of {spent.pieces} pieces, the others were done before"
+    if done.result.get("taken_over"):
+        text += f", {done.result['taken_over']} of {done.result['tensors']} tensors taken over"
     return text
 
 

@@ -14,6 +14,8 @@ from tasks.errors import InputError
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
+PARTIAL = ".partial"
+"""Ending of the folder of an artifact under construction."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Store:
     def partial(self, key: Key) -> Path:
         """Return the folder where an artifact is under construction; it lies beside the final one."""
         folder = self.folder(key)
-        return folder.with_name(f"{folder.name}.partial")
+        return folder.with_name(f"{folder.name}{PARTIAL}")
 
     def manifest(self, key: Key) -> dict[str, Any] | None:
         """Return an artifact's manifest; None if it does not exist: without a manifest, or with files gone or cut."""
@@ -77,16 +79,24 @@ class Store:
             return "was interrupted"
         if self.folder(key).exists():
             return "files are gone"
-        stem = f"{key.name.replace('/', '--')}-"
-        earlier = [
-            path
-            for path in self.root.glob(f"{key.stage}/{stem}*/{FINGERPRINT}")
-            if len(path.parent.name) == len(stem) + 8 and path.with_name(MANIFEST).is_file()
-        ]
-        if not earlier:
+        last = self.last(key)
+        if last is None:
             return "new"
-        newest = max(earlier, key=lambda path: path.stat().st_mtime)
-        return "; ".join(_differences(read_json(newest), dict(key.inputs))[:3]) or "changed"
+        return "; ".join(_differences(read_json(last / FINGERPRINT), dict(key.inputs))[:3]) or "changed"
+
+    def last(self, key: Key) -> Path | None:
+        """Return the newest artifact of the same stage and name, whatever its fingerprint; None if there is none."""
+        stem = f"{key.name.replace('/', '--')}-"
+        found = [
+            path for path in self.root.glob(f"{key.stage}/{stem}*/{MANIFEST}") if len(path.parent.name) == len(stem) + 8
+        ]
+        return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+    def artifacts(self, stage: str) -> list[Path]:
+        """Return the folders of all artifacts of a stage."""
+        return [
+            path.parent for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")) if path.parent.suffix != PARTIAL
+        ]
 
     def make(self) -> None:
         """Make the root folder.

@@ -1,5 +1,6 @@
 """What a worker runs of a plan: pieces of steps, measured. Imported by workers, so nothing here may import much."""
 
+import platform
 import shutil
 import sys
 import time
@@ -39,6 +40,10 @@ class Done:
 
     result: dict[str, Any]
     spent: Spent
+    bytes: int = 0
+    """of the artifact"""
+    node: str = ""
+    """name of the machine"""
 
 
 def _measured(work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
@@ -82,12 +87,12 @@ def run_finish(
     published = store.manifest(key)
     if has_parts and not partial.exists() and published is not None:
         # A worker published it and died before it could say so.
-        return Done(published["result"], Spent(**{each.name: published[each.name] for each in fields(Spent)}))
+        spent = Spent(**{each.name: published[each.name] for each in fields(Spent)})
+        return Done(published["result"], spent, published["bytes"], published["node"])
     if not has_parts and partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     result, spent = _measured(lambda: finish(out=partial), threads)
-    done = Done(result, before + spent)
-    size = sum(file_sizes(partial).values())
-    store.publish(key, asdict(done.spent) | {"bytes": size, "result": result})
+    done = Done(result, before + spent, sum(file_sizes(partial).values()), platform.node())
+    store.publish(key, asdict(done.spent) | {"bytes": done.bytes, "node": done.node, "result": result})
     return done

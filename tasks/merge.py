@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,9 +40,11 @@ from tasks.models.checkpoint import (
 from tasks.models.layers import group_by_layer, layer_of
 from tasks.models.tokenizers import copy_tokenizer
 from tasks.models.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
-from tasks.task_vectors import read_histogram
+from tasks.task_vectors import TABLE, read_histogram
 
-VERSION = 2
+VERSION = 3
+TENSORS = "tensors.json"
+"""What every weight was made of (`inputs`) and what came out (`checksum`), for a later merge to take it over."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class MergeJob:
     """bytes"""
     groups: tuple[tuple[str, ...], ...]
     """the base's weights in groups of whole layers; each is merged in one go"""
+    previous: Path | None = None
+    """an earlier merge of the variant: tensors whose inputs are the same are taken over from it, bit for bit"""
 
 
 def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> CheckpointPlan:
@@ -97,25 +102,78 @@ def merge_group(job: MergeJob, group: int, out: Path) -> bool:
     plan = plan_merged(base, job.out_dtype, job.shard_size)
     weights = merge_weights(job, base)["weights"]
     preallocate(plan, out)
-    digests = {}
+    previous = _Previous.of(job)
+    contents = [read_json(folder / TABLE) for folder in job.task_vectors.values()]
+    tensors = {}
     with CheckpointWriter(plan, out) as writer:
         for name in (*job.groups[group], *(base.buffers if group == 0 else ())):
-            dtype, digest, extremes = plan.tensors[name].dtype, hashlib.sha256(), [torch.zeros(2)]
-            for where, merged in _merged_pieces(job, weights.get(layer_of(name), {}), name):
-                piece = merged.to(dtype)
-                extremes.append(torch.stack(merged.aminmax()))
-                digest.update(tensor_bytes(piece))
-                writer.write(name, piece, where.start)
-            # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
-            if not bool(torch.stack(extremes).to(dtype).isfinite().all()):
-                raise InputError(
-                    f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite "
-                    "weights: set another out_dtype, or weights that linear can divide by (they sum to 0)"
-                )
+            dtype, own = plan.tensors[name].dtype, weights.get(layer_of(name), {})
+            inputs = _inputs(job, own, name, dtype, [table[name]["content"] for table in contents if name in table])
+            checksum = previous.take(name, inputs, writer) if previous else None
+            taken = checksum is not None
+            if checksum is None:
+                checksum = _merge_tensor(job, own, name, dtype, writer)
             writer.begin_flush(name)
-            digests[name] = digest.hexdigest()
-    write_json(done, digests)
+            tensors[name] = {"inputs": inputs, "checksum": checksum, "taken": taken}
+    write_json(done, tensors)
     return True
+
+
+def _merge_tensor(
+    job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype, writer: CheckpointWriter
+) -> str:
+    """Merge one tensor, write it and return its checksum."""
+    checksum, extremes = xxhash.xxh3_128(), [torch.zeros(2)]
+    for where, merged in _merged_pieces(job, weights, name):
+        piece = merged.to(dtype)
+        extremes.append(torch.stack(merged.aminmax()))
+        checksum.update(tensor_bytes(piece))
+        writer.write(name, piece, where.start)
+    # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
+    if not bool(torch.stack(extremes).to(dtype).isfinite().all()):
+        raise InputError(
+            f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite "
+            "weights: set another out_dtype, or weights that linear can divide by (they sum to 0)"
+        )
+    return checksum.hexdigest()
+
+
+def _inputs(
+    job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype, contents: Sequence[str]
+) -> str | None:
+    """Return the fingerprint of all that a merged weight depends on; None for a buffer, which is only copied."""
+    if not contents:
+        return None
+    experts = [
+        [key, weights[key], job.densities[key], content] for key, content in zip(job.experts, contents, strict=True)
+    ]
+    return sha256_text(canonical([VERSION, vars(job.settings), job.seed, name, str(dtype), experts]))
+
+
+@dataclass(frozen=True)
+class _Previous:
+    """An earlier merge of the same variant."""
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, Mapping[str, Any]]
+    """its `TENSORS`"""
+
+    @classmethod
+    def of(cls, job: MergeJob) -> "_Previous | None":
+        if job.previous is None or not (job.previous / TENSORS).is_file():
+            return None
+        return cls(open_checkpoint(job.previous), read_json(job.previous / TENSORS))
+
+    def take(self, name: str, inputs: str | None, writer: CheckpointWriter) -> str | None:
+        """Write a tensor as the earlier merge has it and return its checksum; None if it is another, or damaged."""
+        known = self.tensors.get(name)
+        if inputs is None or known is None or known["inputs"] != inputs:
+            return None
+        values = self.checkpoint.read(name).reshape(-1)
+        if xxhash.xxh3_128_hexdigest(tensor_bytes(values)) != known["checksum"]:
+            return None
+        writer.write(name, values)
+        return str(known["checksum"])
 
 
 def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -161,7 +219,8 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         out: the folder; all groups have been written to it.
 
     Returns:
-        `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded.
+        `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors`: how many
+        there are, and `taken_over`: how many of them an earlier merge had.
 
     Raises:
         OSError: a tensor on disk is not what a group wrote; its group is merged anew when the step runs again.
@@ -171,33 +230,39 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     for file in plan.sizes:
         flush(out / file)
     markers = [out / f".group-{group}.json" for group in range(len(job.groups))]
-    digests = {marker: read_json(marker) for marker in markers}
-    assert set().union(*digests.values()) == set(plan.tensors), "every tensor is in a group"
-    written = open_checkpoint(out)
-    found = dict(zip(plan.tensors, _digests(written, list(plan.tensors)), strict=True))
-    altered = {
-        name: marker for marker, tensors in digests.items() for name, digest in tensors.items() if found[name] != digest
-    }
+    written = {marker: read_json(marker) for marker in markers}
+    tensors = {name: entry for entries in written.values() for name, entry in entries.items()}
+    assert set(tensors) == set(plan.tensors), "every tensor is in a group"
+    found = dict(zip(plan.tensors, _digests(open_checkpoint(out), list(plan.tensors)), strict=True))
+    altered = [name for name, entry in tensors.items() if found[name][0] != entry["checksum"]]
     if altered:
-        for marker in set(altered.values()):
-            marker.unlink()
+        for marker, entries in written.items():
+            if not entries.keys().isdisjoint(altered):
+                marker.unlink()
         raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to merge them anew")
     write_companions(job, tokenizer, out)
+    weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
+    write_json(
+        out / TENSORS, {name: {key: entry[key] for key in ("inputs", "checksum")} for name, entry in weights.items()}
+    )
     for marker in markers:
         marker.unlink()
     contents = {
-        name: [str(plan.tensors[name].dtype), plan.tensors[name].shape, digest]
-        for tensors in digests.values()
-        for name, digest in tensors.items()
+        name: [str(plan.tensors[name].dtype), plan.tensors[name].shape, digest] for name, (_, digest) in found.items()
     }
-    return {"digest": sha256_text(canonical(contents))}
+    taken = sum(entry["taken"] for entry in tensors.values())
+    return {"digest": sha256_text(canonical(contents)), "tensors": len(tensors), "taken_over": taken}
 
 
-def _digests(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
-    """Return the sha256 of tensors' bytes, several at once."""
-    tensors = [checkpoint.read(name) for name in names]
+def _digests(checkpoint: Checkpoint, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the checksum and the sha256 of tensors' bytes, several at once."""
+
+    def digests(name: str) -> tuple[str, str]:
+        data = tensor_bytes(checkpoint.read(name))
+        return xxhash.xxh3_128_hexdigest(data), hashlib.sha256(data).hexdigest()
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda tensor: hashlib.sha256(tensor_bytes(tensor)).hexdigest(), tensors))
+        return list(pool.map(digests, names))
 
 
 def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:

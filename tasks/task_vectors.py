@@ -17,7 +17,8 @@ from tasks.methods.delta import BLOCK, Delta, pieces
 from tasks.methods.sparsify import BINS
 from tasks.models.weights import ExpertWeights
 
-VERSION = 2
+VERSION = 3
+TABLE = "task_vector.json"
 HISTOGRAMS = "histograms.safetensors"
 
 Groups = Sequence[Sequence[str]]
@@ -45,14 +46,15 @@ def measure_group(expert: ExpertWeights, name: str, groups: Groups, group: int, 
     tensors: dict[str, dict[str, Any]] = {}
     histograms: dict[str, torch.Tensor] = {}
     for tensor in groups[group]:
-        tensors[tensor] = {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0}
+        content = {"content": expert.content(tensor)}
+        tensors[tensor] = {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0} | content
         if not expert.touches(tensor):
             continue
         entry, histogram = _measure(expert.task_vector(tensor), expert.base.read(tensor).view(-1))
         if not math.isfinite(entry["max"]):
             raise _not_finite(expert.delta(tensor), tensor, expert, name)
         if entry["max"]:
-            tensors[tensor] = {"changed": True} | entry
+            tensors[tensor] = {"changed": True} | entry | content
             bins = histogram.nonzero().flatten()
             histograms[tensor] = torch.stack([bins, histogram[bins]])
     save_file(histograms, out / _histograms(group))
@@ -63,9 +65,9 @@ def measure_group(expert: ExpertWeights, name: str, groups: Groups, group: int, 
 def finish_task_vector(expert: ExpertWeights, name: str, groups: Groups, out: Path) -> dict[str, Any]:
     """Put together what `measure_group` found in all groups.
 
-    Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude) and `histograms.safetensors`
-    (per changed tensor: the filled bins of its magnitude histogram and their counts, int64 (2, bins), from which TIES
-    takes exact thresholds for any density).
+    Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude, and `content`, the digest of what
+    they come from) and `histograms.safetensors` (per changed tensor: the filled bins of its magnitude histogram and
+    their counts, int64 (2, bins), from which TIES takes exact thresholds for any density).
 
     Returns:
         The number of tensors and of changed ones, and the L2 norm of the whole task vector.
@@ -82,7 +84,7 @@ def finish_task_vector(expert: ExpertWeights, name: str, groups: Groups, out: Pa
         tensors |= read_json(out / _measured(group))
         histograms |= load_file(out / _histograms(group))
     save_file(histograms, out / HISTOGRAMS)
-    write_json(out / "task_vector.json", tensors)
+    write_json(out / TABLE, tensors)
     for group in range(len(groups)):
         (out / _measured(group)).unlink()
         (out / _histograms(group)).unlink()

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,12 @@ def ray_address() -> Iterator[str]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     yield cluster.address
     cluster.shutdown()
+
+
+def pair_names(experts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """A name for every cross-task distance, in place of its fingerprint."""
+    names = list(experts)
+    return {i: {j: f"{i} against {j}" for j in names if i != j} for i in names}
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:

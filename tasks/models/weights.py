@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from tasks.methods.delta import Delta, Difference, Unchanged, Whole
-from tasks.models.checkpoint import DTYPES, Checkpoint, TensorInfo
+from tasks.models.checkpoint import DTYPES, Checkpoint, TensorInfo, tensor_bytes
 from tasks.models.layers import group_by_layer
 
 GROUP_BYTES = 64 * 2**20
@@ -89,6 +90,22 @@ class ExpertWeights:
         if name in self.own:
             return Difference(self.source.read(self.own[name]).view(-1))
         return Whole(self.delta(name).view(-1)) if name in self.low_rank else Unchanged(self.base.info(name).numel)
+
+    def content(self, name: str) -> str:
+        """Return a digest of all that a tensor's task vector comes from: what the base and the expert store for it."""
+        digest = xxhash.xxh3_128()
+        stored = [(self.base.checkpoint, name)]
+        if name in self.own:
+            stored.append((self.source, self.own[name]))
+        elif name in self.low_rank:
+            factors = self.low_rank[name]
+            stored += [(self.source, factors.first), (self.source, factors.second)]
+            digest.update(f"{factors.scaling!r} {factors.transpose}".encode())
+        for checkpoint, tensor in stored:
+            info = checkpoint.tensors[tensor]
+            digest.update(f"{info.dtype} {info.shape}".encode())
+            digest.update(tensor_bytes(checkpoint.read(tensor)))
+        return digest.hexdigest()
 
     def delta(self, name: str) -> torch.Tensor:
         """Return the task vector of one tensor, expert − base, in float32 and the tensor's shape.

@@ -19,7 +19,7 @@ from tasks.artifacts import read_json
 from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import ClassificationTask, CompletionTask
 from tasks.errors import InputError
-from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
+from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, pair_names, perturbed
 
 Save = Callable[..., Path]
 Distances = dict[str, dict[str, float]]
@@ -41,13 +41,19 @@ def classes(names: list[str]) -> dict[str, RowSet]:
     return {name: RowSet(task, rows[: i + 1]) for i, name in enumerate(names)}
 
 
-def measure(base: Path, experts: Mapping[str, Path], sets: Mapping[str, RowSet], out: Path) -> Distances:
+def measure(
+    base: Path,
+    experts: Mapping[str, Path],
+    sets: Mapping[str, RowSet],
+    out: Path,
+    known: Mapping[str, float] | None = None,
+) -> Distances:
     out.mkdir(exist_ok=True)
-    extremes = cross_task(base, experts, sets, base, "float32", "cpu", "whole", out)
+    found = cross_task(base, experts, sets, base, "float32", "cpu", "whole", pair_names(experts), known or {}, out)
     distances: Distances = read_json(out / "distances.json")
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
-    assert extremes == {"min": min(apart), "max": max(apart)}
-    assert [path.name for path in out.iterdir()] == ["distances.json"]
+    assert found == {"min": min(apart), "max": max(apart), "measured": len(apart) - len(known or {})}
+    assert sorted(path.name for path in out.iterdir()) == ["distances.json", "pairs.json"]
     return distances
 
 
@@ -174,22 +180,42 @@ def test_identical_experts_lie_nowhere_apart(llamas: dict[str, Path], tmp_path: 
     }
 
 
-def test_each_trunk_runs_once_over_each_sample(
-    save: Save, llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
-    passes = 0
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by an entry with every forward pass of a trunk."""
+    made: list[int] = []
     forward = LlamaModel.forward
 
     def counted(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
-        nonlocal passes
-        passes += 1
+        made.append(1)
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", counted)
+    return made
+
+
+def test_each_trunk_runs_once_over_each_sample(llamas: dict[str, Path], tmp_path: Path, passes: list[int]) -> None:
+    experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
     sets = completions(list(experts))
     measure(llamas["base"], experts, sets, tmp_path / "out")
-    assert passes == len(experts) * sum(len(one.rows) for one in sets.values())
+    assert len(passes) == len(experts) * sum(len(one.rows) for one in sets.values())
+
+
+def test_known_distances_are_taken_over_bit_for_bit(llamas: dict[str, Path], tmp_path: Path, passes: list[int]) -> None:
+    """After a change of one expert of K, the pairs that it is part of are measured, in 3K − 2 passes over sets."""
+    experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
+    sets = completions(list(experts))
+    whole = measure(llamas["base"], experts, sets, tmp_path / "whole")
+    known = module.known_distances([tmp_path / "whole", tmp_path])
+    assert known == {f"{i} against {j}": whole[i][j] for i in experts for j in experts if i != j}
+    kept = {name: value for name, value in known.items() if "code" not in name}
+    passes.clear()
+    assert measure(llamas["base"], experts, sets, tmp_path / "again", kept) == whole
+    rows = {name: len(one.rows) for name, one in sets.items()}
+    assert len(passes) == 3 * rows["code"] + 2 * rows["math"] + 2 * rows["talk"]
+    passes.clear()
+    assert measure(llamas["base"], experts, sets, tmp_path / "all", known) == whole
+    assert not passes
 
 
 def test_logits_exist_for_one_chunk_of_tokens(

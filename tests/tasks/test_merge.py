@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from tasks.methods.delta import Whole
 from tasks.models.expert import load_network, open_base, open_expert
 from tasks.models.weights import layer_groups
 from tasks.sensitivity import sensitivity
-from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed
+from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, pair_names, perturbed
 from tests.tasks.methods.pieces import whole_tensor
 from tests.tasks.test_task_vectors import measured
 
@@ -459,6 +460,64 @@ def test_encoder_heads_lie_beside_the_trunk(kind: str, save: Save, tmp_path: Pat
                 assert torch.equal(stored["classifier.weight"], original.classifier.weight)
 
 
+# What an earlier merge had ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "density"), VARIANTS)
+def test_tensors_whose_inputs_are_the_same_are_taken_over(
+    method: str, density: float, llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    experts = {name: shutil.copytree(llamas[name], tmp_path / name) for name in ("math", "code")}
+    densities = dict.fromkeys(experts, density)
+    first = make_job(tmp_path / "1", llamas["base"], experts, method, densities=densities)
+    assert merged(first, tmp_path / "first")["taken_over"] == 0
+    changed = ["model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+    tensors = load_file(experts["code"] / "model.safetensors")
+    for name in changed:
+        tensors[name][3] *= 1.5
+    save_file(tensors, experts["code"] / "model.safetensors", metadata={"format": "pt"})
+    second = make_job(tmp_path / "2", llamas["base"], experts, method, densities=densities)
+    anew, refreshed = (
+        merged(replace(second, previous=previous, shard_size=shard_size), tmp_path / name)
+        for previous, name, shard_size in ((None, "anew", 10**9), (tmp_path / "first", "refreshed", 30_000))
+    )
+    assert refreshed["digest"] == anew["digest"]
+    assert refreshed["tensors"] - refreshed["taken_over"] == len(changed)
+    assert equal(weights_of(tmp_path / "refreshed"), weights_of(tmp_path / "anew"))
+    for name, tensor in weights_of(tmp_path / "first").items():
+        assert torch.equal(tensor, weights_of(tmp_path / "anew")[name]) == (name not in changed)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight": 0.4},
+        {"seed": 8},
+        {"densities": {"math": 0.6, "code": 0.5}},
+        {"settings": Settings("dare_ties", normalize=True, rescale=True)},
+        {"out_dtype": "bfloat16"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_settings_take_nothing_over(change: dict[str, Any], job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    one = job("dare_ties", densities={"math": 0.5, "code": 0.5})
+    merged(one, tmp_path / "first")
+    assert merged(replace(one, previous=tmp_path / "first"), tmp_path / "same")["taken_over"] == len(one.base.weights)
+    assert merged(replace(one, previous=tmp_path / "first", **change), tmp_path / "other")["taken_over"] == 0
+
+
+def test_a_damaged_tensor_is_merged_anew(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    one = job()
+    merged(one, tmp_path / "first")
+    damaged = tmp_path / "first" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    found = merged(replace(one, previous=tmp_path / "first"), tmp_path / "second")
+    assert found["tensors"] - found["taken_over"] == 1
+    assert found["digest"] == merged(one, tmp_path / "anew")["digest"]
+
+
 # Coefficients -----------------------------------------------------------------------------------------------------
 
 
@@ -470,7 +529,8 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
     for name in names:
         sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", "whole", out / name)
     sets = {name: RowSet(TASK, ROWS) for name in names}
-    cross_task(base, {name: llamas[name] for name in names}, sets, base, "float32", "cpu", "whole", out / "cross")
+    experts = {name: llamas[name] for name in names}
+    cross_task(base, experts, sets, base, "float32", "cpu", "whole", pair_names(names), {}, out / "cross")
     return job(
         coefficients=SensCoefficients(kind="sens", **settings),
         sensitivities={name: out / name for name in names},

@@ -15,7 +15,7 @@ from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import CompletionTask, DataSource, load_rows
 from tasks.models.placement import Placement
 from tasks.sensitivity import sensitivity
-from tests.conftest import SHARED
+from tests.conftest import SHARED, pair_names
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]
 EXPERTS = ("gsm8k", "mbpp", "dolly")
@@ -82,7 +82,8 @@ def test_alpha(
 
 
 def test_tau_and_sigma(base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path) -> None:
-    cross_task(base, {name: expert(name) for name in EXPERTS}, calibration, base, "float32", "cpu", "whole", tmp_path)
+    experts = {name: expert(name) for name in EXPERTS}
+    cross_task(base, experts, calibration, base, "float32", "cpu", "whole", pair_names(experts), {}, tmp_path)
     taus = tau(read_json(tmp_path / "distances.json"), reference["direction"])
     assert taus == pytest.approx(reference["tau"], rel=1e-3)
     sigmas = sigma(reference["alpha"], taus, reference["temperature"], reference["sigma"])

@@ -15,7 +15,7 @@ from tasks.methods.sparsify import histogram_of
 from tasks.models.expert import open_base, open_expert
 from tasks.models.weights import ExpertWeights, layer_groups
 from tasks.task_vectors import finish_task_vector, measure_group, read_histogram
-from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama
+from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed
 
 Save = Callable[..., Path]
 Change = Callable[[torch.Tensor], object]
@@ -40,6 +40,10 @@ def altered(folder: Path, changes: dict[str, Change], file: str = "model.safeten
         change(tensors[name])
     save_file(tensors, folder / file, metadata={"format": "pt"})
     return folder
+
+
+def norms(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("changed", "l1", "l2", "max")}
 
 
 def poison(value: float, count: int = 1) -> Change:
@@ -77,7 +81,7 @@ def test_unchanged_tensors(save: Save, tmp_path: Path) -> None:
     }
     table = read_json(tmp_path / "task_vector.json")
     assert [name for name, entry in table.items() if entry["changed"]] == [one]
-    assert table["model.norm.weight"] == {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0}
+    assert norms(table["model.norm.weight"]) == {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0}
     assert read_histogram(tmp_path, "model.norm.weight") is None
     histogram = read_histogram(tmp_path, one)
     assert histogram is not None
@@ -133,7 +137,26 @@ def test_half_precision_is_measured_in_float32(save: Save, tmp_path: Path) -> No
     one = "model.norm.weight"
     expert = altered(save(make_llama().bfloat16(), "expert", tmp_path), {one: poison(1 + 2**-7)})
     of_folders(base, expert, "expert", tmp_path)
-    assert read_json(tmp_path / "task_vector.json")[one] == {"changed": True, "l1": 2**-7, "l2": 2**-7, "max": 2**-7}
+    entry = read_json(tmp_path / "task_vector.json")[one]
+    assert norms(entry) == {"changed": True, "l1": 2**-7, "l2": 2**-7, "max": 2**-7}
+
+
+def test_content_tells_tensors_apart_and_nothing_else(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    one, other = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    folders = [save(perturbed(make_llama(), 1), name, tmp_path) for name in ("first", "second")]
+    altered(folders[1], {one: lambda tensor: tensor.view(-1)[3].add_(0.5)})
+    adapters = [
+        make_adapter(make_llama(), tmp_path / f"adapter-{alpha}", 1, target_modules=["up_proj"], lora_alpha=alpha)
+        for alpha in (8, 4)
+    ]
+    opened = open_base(base)
+    found = [open_expert(path, opened, "experts.x") for path in (*folders, *adapters)]
+    first, second, lora, weaker = ({name: each.content(name) for name in (one, other)} for each in found)
+    assert first[other] == second[other]
+    assert lora[other] == weaker[other] != first[other]  # an adapter leaves it as the base has it
+    assert len({each[one] for each in (first, second, lora, weaker)}) == 4
+    assert open_expert(folders[0], opened, "experts.y").content(one) == first[one]
 
 
 def test_groups_change_nothing_and_are_not_measured_twice(llamas: dict[str, Path], tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from tasks.models.runners import Journey, PartsRunner, StreamedRunner
 from tasks.models.source import Source
 from tasks.models.streaming import BlockOwner, _Lane, shares
 from tasks.sensitivity import sensitivity
-from tests.conftest import gpt2_config, llama_config, make_adapter, perturbed
+from tests.conftest import gpt2_config, llama_config, make_adapter, pair_names, perturbed
 
 Save = Callable[..., Path]
 ROWS = [{"text": text} for text in ("1+2=3", "a rather longer text than the first", "x")]
@@ -116,7 +116,7 @@ class Numbers:
             sensitivity(base, folder, name, sets[name].task, sets[name].rows, base, dtype, "cpu", placement, out / name)
             self.sensitivity[name] = read_json(out / name / "sensitivity.json")["sensitivity"]
             assert [path.name for path in (out / name).iterdir()] == ["sensitivity.json"]
-        cross_task(base, experts, sets, base, dtype, "cpu", placement, out)
+        cross_task(base, experts, sets, base, dtype, "cpu", placement, pair_names(experts), {}, out)
         self.distances = read_json(out / "distances.json")
 
     def same_as(self, other: "Numbers", rel: float = 1e-5) -> None:

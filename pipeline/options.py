@@ -1,0 +1,23 @@
+"""What a command that runs a recipe was told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.recipe import Recipe
+from pipeline.store import Store
+
+
+@dataclass(frozen=True)
+class Options:
+    """A recipe, and where it runs and is recorded."""
+
+    recipe: Recipe
+    folder: Path
+    """what the recipe's relative paths are relative to"""
+    store: Store
+    tracking_uri: str | None
+    """None: the database in the store"""
+    address: str | None
+    """Ray cluster; None: RAY_ADDRESS, else Ray on this machine"""
+    report: Path | None
+    """file for the result as JSON"""
