@@ -85,6 +85,10 @@ class Plan:
         """Return one step."""
         return next(step for step in self.steps if step.stage == stage and step.name == name)
 
+    def keys(self) -> list[Key]:
+        """Return what names the artifacts of all steps."""
+        return [step.key for step in self.steps]
+
     def artifact(self, stage: Stage, name: str) -> Path:
         """Return the folder of a step's artifact."""
         return self.store.folder(self.step(stage, name).key)

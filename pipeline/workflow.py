@@ -9,6 +9,7 @@ from rich.console import Console
 from pipeline import tracking
 from pipeline.card import write_cards
 from pipeline.changes import model_changes
+from pipeline.history import is_last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
 from pipeline.recipe import Recipe
@@ -52,7 +53,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
     """
     uri = _tracking_uri(options)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
-    if not plan.todo:
+    if not plan.todo and is_last_run(plan.store, plan.recipe.name, plan.keys()):
         console.print(f"{plan.recipe.name}: nothing changed, nothing to do", highlight=False)
         if options.report is not None:
             write_json(options.report, collect(plan).model_dump())
@@ -85,6 +86,7 @@ def _finish(options: Options, plan: Plan, uri: str, console: Console) -> Report:
     for name in plan.recipe.merges:
         console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
     where = tracking.record(report, text, _text(plan_table(plan)), data_sets(plan), uri, plan.store.root)
+    remember(plan.store, plan.recipe.name, plan.keys())
     shown = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
     return report

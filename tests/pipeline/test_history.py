@@ -1,0 +1,31 @@
+from pathlib import Path
+
+from pipeline.history import is_last_run, past_runs, remember
+from pipeline.store import Key, Store
+
+
+def keys(*weights: float) -> list[Key]:
+    return [Key("merge", "ta", {"weight": weight}) for weight in weights]
+
+
+def test_runs_are_remembered_in_order(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert past_runs(store) == []
+    assert not is_last_run(store, "one", keys(1))
+    remember(store, "one", keys(1, 2))
+    remember(store, "two", keys(3))
+    first, second = past_runs(store)
+    assert (first.recipe, second.recipe) == ("one", "two")
+    assert first.artifacts == sorted(f"merge/{store.folder(key).name}" for key in keys(1, 2))
+    assert first.ended <= second.ended
+
+
+def test_the_last_run_is_that_of_the_recipe(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for recipe, used in (("one", keys(1, 2)), ("two", keys(3))):
+        remember(store, recipe, used)
+    assert is_last_run(store, "one", keys(2, 1))
+    assert not is_last_run(store, "one", keys(1))
+    remember(store, "one", keys(1))
+    assert is_last_run(store, "one", keys(1))
+    assert not is_last_run(store, "one", keys(1, 2))
