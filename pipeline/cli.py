@@ -1,4 +1,4 @@
-"""The command line: python -m pipeline plan | run | refresh | predict | schema."""
+"""The command line: python -m pipeline plan | run | refresh | predict | compare | promote | rollback | schema."""
 
 import atexit
 import gc
@@ -86,8 +86,13 @@ def refresh(
     address: AddressOption = None,
     report: ReportOption = None,
 ) -> None:
-    """Look at all models again, run what depends on those that changed; where none did, do nothing."""
-    _work("refresh", _options(recipe, store, overrides, tracking_uri, address, report))
+    """Look at all models again, run what depends on those that changed, and let the best variant pass the gate.
+
+    Where nothing changed, nothing is done. Exit status 3: the best variant stays challenger.
+    """
+    status = _work("refresh", _options(recipe, store, overrides, tracking_uri, address, report))
+    if status:
+        raise typer.Exit(status)
 
 
 def _options(
@@ -106,14 +111,14 @@ def _options(
     return Options(loaded, recipe.absolute().parent, Store(store.absolute()), tracking_uri, address, report)
 
 
-def _work(command: Literal["run", "refresh"], options: Options) -> None:
+def _work(command: Literal["run", "refresh"], options: Options) -> int:
     with options.store.lock(), ThreadPoolExecutor(1) as beside:
         # Files are hashed while transformers, MLflow, Ray and matplotlib are imported, which takes seconds as well.
         listings = beside.submit(list_models, options.recipe, options.folder, options.store.hub_cache)
         with _quick_imports():
             from pipeline import workflow
         work = workflow.run if command == "run" else workflow.refresh
-        work(options, listings.result(), Console())
+        return work(options, listings.result(), Console())
 
 
 @app.command()
@@ -139,6 +144,58 @@ def predict(
         folder, source, target, field, batch_size, max_new_tokens, Workers(workers, num_gpus), address, console
     )
     console.print(f"{target}: {rows} rows", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="RECIPE@ALIAS or RECIPE/NUMBER, as MLflow has it")],
+    second: Annotated[str, typer.Argument(metavar="B", help="as A")],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Print the scores of two versions of a registered model, and their paired differences, task by task."""
+    from pipeline.gate import comparison_table, judge
+    from pipeline.registry import Registry, parse_version
+    from pipeline.tracking import checked_uri
+
+    uri = checked_uri(tracking_uri, store)
+    outcomes = []
+    for text in (first, second):
+        recipe, which = parse_version(text)
+        registry = Registry(uri, recipe)
+        outcomes.append(registry.outcomes(registry.find(which)))
+    Console().print(comparison_table(first, second, judge(outcomes[1], outcomes[0], 0.0)))
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="RECIPE@ALIAS or RECIPE/NUMBER, as MLflow has it")],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Make a version of a registered model champion, whatever the gate says of it."""
+    from pipeline.registry import Registry, parse_version
+    from pipeline.tracking import checked_uri
+
+    recipe, which = parse_version(version)
+    registry = Registry(checked_uri(tracking_uri, store), recipe)
+    found = registry.find(which)
+    registry.promote(found)
+    Console().print(f"{found} is champion", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def rollback(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="name of the recipe, and of its registered model")],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Make the former champion of a registered model champion again."""
+    from pipeline.registry import Registry
+    from pipeline.tracking import checked_uri
+
+    before, now = Registry(checked_uri(tracking_uri, store), recipe).rollback()
+    Console().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -482,7 +482,7 @@ def _route_step(plan: Plan, name: str, variant: Variant, merged: Step) -> Step:
 def _evaluate_dynamic_step(plan: Plan, name: str, routed: Step) -> Step:
     evaluation = {key: one for key, one in _row_sets(plan, "evaluation").items() if one.rows}
     settings = {
-        "tasks": {key: _scoring_settings(one.task) | {"labels": one.label2id} for key, one in evaluation.items()}
+        "tasks": {key: scoring_settings(one.task) | {"labels": one.label2id} for key, one in evaluation.items()}
     }
     reads = {"model": routed.key.fingerprint} | {
         f"evaluation {key}": rows_digest(one.rows) for key, one in evaluation.items()
@@ -508,7 +508,7 @@ def _labels(plan: Plan, name: str, task: Task) -> Mapping[str, int] | None:
     return dict(plan.inputs.experts[name].config.label2id) if isinstance(task, ClassificationTask) else None
 
 
-def _scoring_settings(task: Task) -> dict[str, Any]:
+def scoring_settings(task: Task) -> dict[str, Any]:
     """Return what a task says of how a model is scored: not where rows come from, nor how they are batched."""
     dump: dict[str, Any] = task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
     return dump | (evaluate.lm_eval_settings(task) if isinstance(task, LmEvalTask) else {})
@@ -559,7 +559,7 @@ def _evaluate_step(
             "evaluate",
             f"{model}/{task_name}",
             evaluate.VERSION,
-            {"dtype": plan.recipe.dtype, "task": _scoring_settings(one.task), "labels": labels},
+            {"dtype": plan.recipe.dtype, "task": scoring_settings(one.task), "labels": labels},
             reads,
         ),
         tuple(step.title for step in needed.values()),

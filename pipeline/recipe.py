@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from tasks.datasets import LmEvalTask, Strict, Task
@@ -138,6 +138,27 @@ class ActorPlacement(Strict):
     actors: int = Field(ge=1, description="how many; each has what `resources` gives a step of the stage")
 
 
+MEAN_NORMALISED = "mean_normalised"
+
+
+class Gate(Strict):
+    """Which variant a refresh proposes as champion, and how much worse than the present one it may be."""
+
+    metric: str = Field(
+        MEAN_NORMALISED,
+        description="what the best variant is chosen by: mean_normalised, or TASK/METRIC such as math/exact_match",
+    )
+    variants: list[str] | None = Field(
+        None, min_length=1, description="variants that may become champion; default: all"
+    )
+    tolerance: FiniteFloat = Field(
+        0.02,
+        ge=0,
+        description="share of the champion's score that a challenger may lose on a task: what counts is the worse end "
+        "of the 95 % interval of their difference",
+    )
+
+
 class Recipe(Strict):
     """A base, its experts, the tasks that judge them, and the merges to make."""
 
@@ -156,6 +177,8 @@ class Recipe(Strict):
         description="where networks run in the stages sensitivity and cross_task: whole on one worker; streamed, block "
         "by block, on one worker; with their blocks on N workers, {actors: N}; auto: whole if a worker's memory allows",
     )
+
+    gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")
 
     @field_validator("tasks", "resources", mode="before")
     @classmethod
@@ -199,7 +222,19 @@ class Recipe(Strict):
                 raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
         for name, variant in self.merges.items():
             self._check_variant(f"merges.{name}", variant)
+        self._check_gate()
         return self
+
+    def _check_gate(self) -> None:
+        for name in self.gate.variants or ():
+            if name not in self.merges:
+                raise ValueError(f"gate.variants: found {name}; expected some of {', '.join(self.merges)}")
+        task, _, metric = self.gate.metric.partition("/")
+        if self.gate.metric != MEAN_NORMALISED and not (metric and task in self.tasks):
+            raise ValueError(
+                f"gate.metric: found {self.gate.metric}; expected {MEAN_NORMALISED} or TASK/METRIC with one of the "
+                f"tasks {', '.join(self.tasks) or '(none)'}"
+            )
 
     def _check_variant(self, key: str, variant: Variant) -> None:
         for setting, per_expert in (

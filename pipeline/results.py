@@ -2,13 +2,14 @@
 
 from typing import Any, Literal
 
+from pipeline.gate import Outcomes
 from pipeline.models import model_digest, weight_bytes
-from pipeline.plan import Plan, Step
+from pipeline.plan import Plan, Step, scoring_settings
 from pipeline.recipe import Stage
 from pipeline.report import Report, RouteInfo, Score, StageRecord, VariantInfo
 from pipeline.tracking import TaskData
 from tasks import metrics
-from tasks.artifacts import read_json
+from tasks.artifacts import canonical, read_json, sha256_text
 from tasks.coefficients import alpha
 from tasks.datasets import Task, rows_digest
 
@@ -41,6 +42,25 @@ def collect(plan: Plan) -> Report:
         tau=variants[sens[0]].tau if sens else {},
         sigma=variants[sens[0]].sigma if sens else {},
     )
+
+
+def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
+    """Return what every variant did with each evaluation sample, by task."""
+    _, records = _evaluations(plan)
+    return {
+        name: {
+            task: Outcomes(kind=one.kind, metric=one.metric, samples=_samples(plan, task), records=found)
+            for task, found in records.get(name, {}).items()
+            if (one := plan.inputs.data[task].task)
+        }
+        for name in plan.recipe.merges
+    }
+
+
+def _samples(plan: Plan, task: str) -> str:
+    """Return a digest of a task's evaluation samples and of how they are scored."""
+    one = plan.inputs.data[task]
+    return sha256_text(canonical([scoring_settings(one.task), rows_digest(one.evaluation)]))
 
 
 def _read(plan: Plan, stage: Stage, name: str, file: str) -> Any:

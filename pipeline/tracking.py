@@ -1,4 +1,4 @@
-"""What MLflow is told of one execution; the only module that imports mlflow.
+"""What MLflow is told of one execution; with `pipeline.registry` the only module that imports mlflow.
 
 A recipe is an experiment, an execution a parent run, and every base, expert and variant a child run with the same
 metric keys, so that any of them can be compared. A variant's child run also owns a LoggedModel, registered under the
@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,6 +47,7 @@ from mlflow.utils.mlflow_tags import (
 )
 from mlflow.utils.rest_utils import http_request
 
+from pipeline.gate import Outcomes
 from pipeline.pictures import (
     coefficient_heatmap,
     confusion_heatmap,
@@ -59,6 +60,10 @@ from tasks.datasets import DataSource
 from tasks.errors import InputError, StepError
 
 SQLITE = "sqlite:///"
+OUTCOMES = "outcomes.json"
+"""Artifact of a variant's run: what it did with every evaluation sample, by task."""
+EVALUATED_BY = "evaluated_by"
+"""Tag of a model version: the run that has its outcomes."""
 
 SCORER = '''\
 """Answers texts with a dynamic model of sensmerge. MLflow keeps the path of its folder; the weights stay there."""
@@ -159,6 +164,13 @@ def default_uri(store: Path) -> str:
     return f"{SQLITE}{store.resolve() / 'mlflow.db'}"
 
 
+def checked_uri(uri: str | None, store: Path) -> str:
+    """The tracking URI that the user names, or the default one; InputError unless it can be used."""
+    found = uri or default_uri(store)
+    check_server(found)
+    return found
+
+
 def check_server(uri: str) -> None:
     """Raise InputError unless runs can be recorded at `uri`; nothing is written, and a dead server costs about 5 s.
 
@@ -176,7 +188,13 @@ def check_server(uri: str) -> None:
 
 
 def record(
-    report: Report, recipe_yaml: str, plan_text: str, datasets: Sequence[TaskData], uri: str, store: Path
+    report: Report,
+    outcomes: Mapping[str, Mapping[str, Outcomes]],
+    recipe_yaml: str,
+    plan_text: str,
+    datasets: Sequence[TaskData],
+    uri: str,
+    store: Path,
 ) -> str:
     """Log one execution at the tracking URI `uri`; return the page of its parent run (server) or the run's id (SQLite).
 
@@ -188,7 +206,7 @@ def record(
 
     If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
     """
-    with _quiet(), _explained(uri):
+    with quiet(), explained(uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         experiment = _experiment(client, report.recipe, None if _is_server(uri) else store)
         name = f"{report.recipe} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
@@ -203,7 +221,7 @@ def record(
             if report.distances:
                 client.log_figure(parent, distance_heatmap(report.distances), "distances.png")
             for model in report.models:
-                _record_model(client, experiment, parent, report, model, datasets, uri)
+                _record_model(client, experiment, parent, report, model, outcomes.get(model, {}), datasets, uri)
     return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{parent}" if _is_server(uri) else parent
 
 
@@ -213,6 +231,7 @@ def _record_model(
     parent: str,
     report: Report,
     model: str,
+    outcomes: Mapping[str, Outcomes],
     datasets: Sequence[TaskData],
     uri: str,
 ) -> None:
@@ -236,6 +255,8 @@ def _record_model(
         model_id = None
         if variant is not None:
             client.log_figure(run, coefficient_heatmap(variant.weights, f"{model}: weights"), "coefficients.png")
+            if outcomes:
+                client.log_text(run, json.dumps({task: one.model_dump() for task, one in outcomes.items()}), OUTCOMES)
             model_id = _log_model(client, experiment, run, report, {"variant": model} | where, params, uri)
         if route is not None:
             _log_route(client, run, model, route)
@@ -371,6 +392,7 @@ def _log_model(
         source = f"models:/{model.model_id}" if _is_server(uri) else local
         registered = client.create_model_version(recipe, source, run, tags, model_id=model.model_id)
     link = json.dumps([{"name": recipe, "version": str(registered.version)}])
+    client.set_model_version_tag(recipe, registered.version, EVALUATED_BY, run)
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
     return str(model.model_id)
 
@@ -431,7 +453,7 @@ def _run(client: MlflowClient, experiment: str, name: str, tags: dict[str, str])
 
 
 @contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """Say of a server that failed after the work that nothing is lost."""
     try:
         yield
@@ -442,7 +464,7 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep MLflow's progress lines off the terminal: what it logs below a warning, and the links it prints."""
     logger = logging.getLogger("mlflow")
     level, suppressed = logger.level, os.environ.get(MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.name)

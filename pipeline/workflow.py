@@ -9,18 +9,23 @@ from rich.console import Console
 from pipeline import tracking
 from pipeline.card import write_cards
 from pipeline.changes import model_changes
-from pipeline.history import is_last_run, remember
+from pipeline.gate import best_variant, judge, passes
+from pipeline.history import last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
 from pipeline.recipe import Recipe
+from pipeline.registry import Registry
 from pipeline.report import Report, route_table, route_warnings, score_table
-from pipeline.results import collect, data_sets
+from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
 from tasks.artifacts import write_json
 from tasks.download import Listing
 
+REFUSED = 3
+"""Exit status of a refresh whose challenger is not shown to be as good as the champion."""
 
-def run(options: Options, listings: Mapping[str, Listing], console: Console) -> None:
+
+def run(options: Options, listings: Mapping[str, Listing], console: Console) -> int:
     """Run what the store lacks, print and record the result.
 
     Args:
@@ -28,46 +33,84 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         listings: the recipe's models, from `list_models`.
         console: where progress and results go.
 
+    Returns:
+        The exit status, 0.
+
     Raises:
         InputError: bad input.
         StepError: a step failed.
     """
-    uri = _tracking_uri(options)
+    uri = tracking.checked_uri(options.tracking_uri, options.store.root)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     console.print(plan_summary(plan), highlight=False)
     execute(plan, options.address, console)
     _finish(options, plan, uri, console)
+    remember(plan.store, plan.recipe.name, "run", plan.keys())
+    return 0
 
 
-def refresh(options: Options, listings: Mapping[str, Listing], console: Console) -> None:
-    """Run what changed since the last time; where nothing did, say so and leave everything as it is.
+def refresh(options: Options, listings: Mapping[str, Listing], console: Console) -> int:
+    """Run what changed since the last time, and let the best variant become champion if it is not worse.
+
+    Where nothing changed that is said, and everything left as it is.
 
     Args:
         options: what to run; its store is locked.
         listings: the recipe's models as they are now, from `list_models`.
         console: where progress and results go.
 
+    Returns:
+        The exit status: `REFUSED` if the challenger stays challenger, else 0.
+
     Raises:
         InputError: bad input.
         StepError: a step failed.
     """
-    uri = _tracking_uri(options)
+    uri = tracking.checked_uri(options.tracking_uri, options.store.root)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
-    if not plan.todo and is_last_run(plan.store, plan.recipe.name, plan.keys()):
-        console.print(f"{plan.recipe.name}: nothing changed, nothing to do", highlight=False)
+    last = None if plan.todo else last_run(plan.store, plan.recipe.name, plan.keys())
+    if last is not None:
+        console.print(f"{plan.recipe.name}: nothing changed", highlight=False)
+        report = collect(plan)
         if options.report is not None:
-            write_json(options.report, collect(plan).model_dump())
-        return
+            write_json(options.report, report.model_dump())
+        # What a `run` has made has not passed the gate yet.
+        return 0 if last.command == "refresh" else _pass_gate(plan, report, uri, console)
     for line in (*model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     execute(plan, options.address, console)
-    _finish(options, plan, uri, console)
+    return _pass_gate(plan, _finish(options, plan, uri, console), uri, console)
 
 
-def _tracking_uri(options: Options) -> str:
-    uri = options.tracking_uri or tracking.default_uri(options.store.root)
-    tracking.check_server(uri)
-    return uri
+def _pass_gate(plan: Plan, report: Report, uri: str, console: Console) -> int:
+    """Let the best variant become champion if it may, say what came of it, and return the exit status."""
+    if report.tasks:
+        passed, said = _judged(plan, report, uri)
+    else:
+        passed, said = True, ["no task has evaluation samples, so there is no champion"]
+    for line in said:
+        console.print(line, highlight=False, soft_wrap=True)
+    remember(plan.store, plan.recipe.name, "refresh", plan.keys())
+    return 0 if passed else REFUSED
+
+
+def _judged(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
+    """Propose the best variant and promote it if it passes; return whether it did, and what is to be said of it."""
+    registry = Registry(uri, plan.recipe.name)
+    best = best_variant(report, plan.recipe.gate)
+    version, champion = registry.of_variant(best, report.variants[best].digest), registry.champion()
+    if champion is None:
+        registry.promote(version)
+        return True, [f"{version} is champion, the first"]
+    if champion.number == version.number:
+        return True, [f"{version} stays champion: it is still the best variant"]
+    verdicts = judge(registry.outcomes(version), registry.outcomes(champion), plan.recipe.gate.tolerance)
+    registry.propose(version, champion, verdicts)
+    lines = [f"gate, {verdict.task}: {verdict}" for verdict in verdicts]
+    if not passes(verdicts):
+        return False, [*lines, f"{version} stays challenger, {champion} champion"]
+    registry.promote(version)
+    return True, [*lines, f"{version} is champion, after {champion}"]
 
 
 def _finish(options: Options, plan: Plan, uri: str, console: Console) -> Report:
@@ -85,8 +128,9 @@ def _finish(options: Options, plan: Plan, uri: str, console: Console) -> Report:
         console.print(warning, highlight=False, soft_wrap=True)
     for name in plan.recipe.merges:
         console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
-    where = tracking.record(report, text, _text(plan_table(plan)), data_sets(plan), uri, plan.store.root)
-    remember(plan.store, plan.recipe.name, plan.keys())
+    where = tracking.record(
+        report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), uri, plan.store.root
+    )
     shown = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
     return report

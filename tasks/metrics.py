@@ -187,6 +187,22 @@ def mean_ratio(above: Mapping[str, list[Record]], below: Mapping[str, list[Recor
     return _mean_ratio([(metric, _strata(metric, above[task]), _strata(metric, below[task])) for task in above])
 
 
+def paired_difference(kind: str, metric: str, new: list[Record], old: list[Record]) -> Score:
+    """A metric of one model − that of another on the same rows in the same order.
+
+    The interval is a paired bootstrap, as in `mean_normalised`: models that answer alike differ by exactly 0.
+    """
+    found = _lm_eval_metric(metric, old) if kind == "lm_eval" else METRICS[metric]
+    above, below = _strata(found, new), _strata(found, old)
+    assert [len(rows) for rows in above] == [len(rows) for rows in below], "the models differ in rows"
+
+    def difference(draw: Callable[[int], Any]) -> float:
+        picks = [draw(len(rows)) for rows in below]
+        return float(_value(found, above, picks) - _value(found, below, picks))
+
+    return Score(difference(_everything), sum(map(len, below)), *_bootstrap(difference))
+
+
 def _mean_ratio(comparisons: Sequence[tuple[Metric, list[Columns], list[Columns]]]) -> Score | None:
     if not comparisons or any(_value(metric, below) <= 0 for metric, _, below in comparisons):
         return None

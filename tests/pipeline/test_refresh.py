@@ -72,7 +72,7 @@ def weights(report: dict[str, Any]) -> dict[str, str]:
 
 def test_one_changed_expert(team: Path, ray_address: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = team.parent / "store"
-    first = work("run", team, store, ray_address)
+    first = work("refresh", team, store, ray_address)
     capsys.readouterr()
 
     # Nothing changed: no step and no run, and Ray is not asked.
@@ -80,7 +80,7 @@ def test_one_changed_expert(team: Path, ray_address: str, capsys: pytest.Capture
     experiment = client.get_experiment_by_name("team").experiment_id
     runs = len(client.search_runs([experiment]))
     idle = work("refresh", team, store, "no such cluster")
-    assert "team: nothing changed, nothing to do" in capsys.readouterr().out
+    assert "team: nothing changed" in capsys.readouterr().out
     assert {stage["status"] for stage in idle["stages"]} == {"cached"}
     assert idle["scores"] == first["scores"]
     assert len(client.search_runs([experiment])) == runs

@@ -23,6 +23,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import tracking
+from pipeline.gate import Outcomes
 from pipeline.report import Report, RouteInfo, Score, VariantInfo
 from tasks.artifacts import read_json
 from tasks.datasets import ClassificationTask, CompletionTask, DataSource, RowSet
@@ -37,6 +38,10 @@ MODELS = {"base": "base", "math": "expert", "code": "expert", "ta": "variant", "
 EMPTY = {"models": {}, "tasks": {}, "scores": {}, "mean_normalised": {}, "variants": {}}
 RECIPE = "name: two-skills\n"
 PLAN = "merge ta RUN\n"
+RIGHT = {"label": 1, "prediction": 1}
+OUTCOMES = {
+    "ta": {"math": Outcomes(kind="classification", metric="accuracy", samples="a", records=[RIGHT, RIGHT])},
+}
 
 
 def score(value, n=50):
@@ -109,7 +114,7 @@ def captured():
 
 
 def record(report, store, uri):
-    run = tracking.record(report, RECIPE, PLAN, make_datasets(), uri, store)
+    run = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), uri, store)
     return run.rsplit("/", 1)[-1]
 
 
@@ -278,7 +283,8 @@ def test_only_variants_have_a_picture_of_coefficients(client, parent):
         name: [artifact.path for artifact in client.list_artifacts(run.info.run_id)]
         for name, run in children(client, parent).items()
     }
-    assert paths == {name: ["coefficients.png"] if role == "variant" else [] for name, role in MODELS.items()}
+    picture = {name: ["coefficients.png"] if role == "variant" else [] for name, role in MODELS.items()}
+    assert paths == picture | {"ta": ["coefficients.png", "outcomes.json"]}
 
 
 def test_the_table_of_scores_is_written_once(client, parent, report):
@@ -505,7 +511,7 @@ def test_a_route_has_pictures_and_the_rules_it_was_chosen_from(dynamic_runs, dyn
     assert paths == {
         "base": set(),
         "mood": set(),
-        "ta": {"coefficients.png"},
+        "ta": {"coefficients.png", "outcomes.json"},
         "se-lm": always,
         "se.3": always | {"confusion.png"},
     }
@@ -683,8 +689,8 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
     tracking.check_server(server)
     report = make_report(tmp_path)
     with captured() as text:
-        page = tracking.record(report, RECIPE, PLAN, make_datasets(), server, tmp_path)
-        again = tracking.record(report, RECIPE, PLAN, make_datasets(), f"{server}/", tmp_path)
+        page = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), server, tmp_path)
+        again = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), f"{server}/", tmp_path)
     assert text.getvalue() == ""
     assert again.startswith(f"{server}/#/experiments/")
     client = MlflowClient(server, server)
@@ -699,13 +705,14 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
     assert len(runs["ta-sens.3"].inputs.dataset_inputs) == 4
     assert_models(client, runs, tmp_path, lambda folder, model_id: f"models:/{model_id}")
     assert len(client.list_artifacts(parent)) == 6
-    assert [artifact.path for artifact in client.list_artifacts(runs["ta"].info.run_id)] == ["coefficients.png"]
+    kept = {artifact.path for artifact in client.list_artifacts(runs["ta"].info.run_id)}
+    assert kept == {"coefficients.png", "outcomes.json"}
     assert not list(tmp_path.iterdir())  # a server keeps the artifacts itself
 
 
 def test_a_real_server_serves_dynamic_models(server, dynamic_report, classifier, tmp_path, monkeypatch):
     with captured() as text:
-        page = tracking.record(dynamic_report, RECIPE, PLAN, make_datasets(), server, tmp_path)
+        page = tracking.record(dynamic_report, OUTCOMES, RECIPE, PLAN, make_datasets(), server, tmp_path)
     assert text.getvalue() == ""
     client = MlflowClient(server, server)
     runs = children(client, page.rsplit("/", 1)[-1])

@@ -1,0 +1,130 @@
+"""Whether a challenger may replace the champion: paired differences on the same samples, judged by their intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.table import Table
+
+from pipeline.recipe import MEAN_NORMALISED, Gate
+from pipeline.report import Report, Score
+from tasks import metrics
+from tasks.errors import InputError
+
+
+class Outcomes(BaseModel):
+    """What a model did with each evaluation sample of a task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = Field(description="kind of the task")
+    metric: str = Field(description="main metric of the task")
+    samples: str = Field(description="digest of the samples and of how they are scored")
+    records: list[dict[str, Any]] = Field(description="one per sample, see tasks.metrics")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of one task."""
+
+    task: str
+    metric: str
+    old: Score | None
+    """of the champion; None where it was not scored"""
+    new: Score | None
+    """of the challenger"""
+    difference: Score | None
+    """new − old on the same samples, with its paired interval; None where their samples differ"""
+    passed: bool
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        word = "passed" if self.passed else "failed"
+        if self.difference is None or self.old is None or self.new is None:
+            return f"{self.metric}: {word}, for champion and challenger were not scored on the same samples"
+        d = self.difference
+        return (
+            f"{self.metric} {self.old.value:.4f} → {self.new.value:.4f}, "
+            f"difference {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}], n = {d.n}: {word}"
+        )
+
+
+def best_variant(report: Report, gate: Gate) -> str:
+    """Return the name of the variant that scores best by the gate's metric; of equal ones the first.
+
+    Raises:
+        InputError: no variant has that metric.
+    """
+    task, _, metric = gate.metric.rpartition("/")
+    candidates = gate.variants or list(report.variants)
+    scores = (
+        report.mean_normalised
+        if not task
+        else {name: found[task][metric] for name, found in report.scores.items() if metric in found.get(task, {})}
+    )
+    values = {name: scores[name].value for name in candidates if name in scores}
+    if not values:
+        raise InputError(
+            f"gate.metric: no variant has {gate.metric}; expected {MEAN_NORMALISED} (where every expert scores on its "
+            f"own task) or one of {', '.join(sorted(_keys(report))) or '(none)'}"
+        )
+    sign = 1 if not task or metrics.higher_is_better(metric) else -1
+    return max(values, key=lambda name: sign * values[name])
+
+
+def _keys(report: Report) -> set[str]:
+    return {
+        f"{task}/{metric}"
+        for name in report.variants
+        for task, found in report.scores.get(name, {}).items()
+        for metric in found
+    }
+
+
+def judge(challenger: Mapping[str, Outcomes], champion: Mapping[str, Outcomes], tolerance: float) -> list[Verdict]:
+    """Compare two models on every task that either was scored on, by the challenger's main metric.
+
+    A challenger passes a task if the worse end of the 95 % interval of its difference from the champion is no further
+    on the bad side than `tolerance` · |champion's score|: it is shown not to be worse (non-inferiority), so few
+    samples, which leave the interval wide, ask for a large tolerance. A task on which the two cannot be compared is
+    not passed.
+    """
+    verdicts = []
+    for task in dict.fromkeys((*challenger, *champion)):
+        new, old = challenger.get(task), champion.get(task)
+        metric = (new or champion[task]).metric
+        before, after = _score(old, metric), _score(new, metric)
+        if new is None or old is None or before is None or after is None or new.samples != old.samples:
+            verdicts.append(Verdict(task, metric, before, after, None, False))
+            continue
+        found = Score(**vars(metrics.paired_difference(new.kind, metric, new.records, old.records)))
+        worse = found.low if metrics.higher_is_better(metric) else -found.high
+        verdicts.append(Verdict(task, metric, before, after, found, worse >= -tolerance * abs(before.value)))
+    return verdicts
+
+
+def _score(one: Outcomes | None, metric: str) -> Score | None:
+    found = None if one is None else metrics.score_records(one.kind, one.records).get(metric)
+    return None if found is None else Score(**vars(found))
+
+
+def passes(verdicts: Sequence[Verdict]) -> bool:
+    """Return whether a challenger may become champion."""
+    return all(verdict.passed for verdict in verdicts)
+
+
+def comparison_table(first: str, second: str, verdicts: Sequence[Verdict]) -> Table:
+    """Return the scores of two models and their difference: a row per task, with 95 % intervals."""
+    table = Table(title=f"{first} and {second}", show_lines=True)
+    for column in ("task", "metric", first, second, "difference", "n"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for one in verdicts:
+        d = one.difference
+        difference = "other samples" if d is None else f"{d.value:+.4f}\n{d.low:+.4f} … {d.high:+.4f}"
+        table.add_row(one.task, one.metric, _cell(one.old), _cell(one.new), difference, "–" if d is None else str(d.n))
+    return table
+
+
+def _cell(score: Score | None) -> str:
+    return "–" if score is None else f"{score.value:.4f}\n{score.low:.4f} – {score.high:.4f}"

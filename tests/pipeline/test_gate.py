@@ -1,0 +1,126 @@
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from pipeline.gate import Outcomes, best_variant, comparison_table, judge, passes
+from pipeline.recipe import Gate
+from pipeline.report import Report, Score
+from tasks.errors import InputError
+from tests.pipeline.test_tracking import make_report
+
+Flags = list[bool]
+
+
+def outcomes(right: Flags, samples: str = "s", metric: str = "accuracy") -> Outcomes:
+    """Of a task with two classes: which samples were right."""
+    records = [{"label": 1, "prediction": int(one)} for one in right]
+    return Outcomes(kind="classification", metric=metric, samples=samples, records=records)
+
+
+def completions(nll: list[float], metric: str = "perplexity") -> Outcomes:
+    records: list[dict[str, Any]] = [{"nll": one, "correct": 1, "tokens": 2} for one in nll]
+    return Outcomes(kind="completion", metric=metric, samples="s", records=records)
+
+
+@settings(max_examples=10)  # each takes two bootstraps
+@given(right=st.lists(st.booleans(), min_size=1, max_size=30), tolerance=st.floats(0, 1))
+def test_a_model_that_answers_alike_passes_whatever_the_tolerance(right: Flags, tolerance: float) -> None:
+    (verdict,) = judge({"math": outcomes(right)}, {"math": outcomes(right)}, tolerance)
+    assert verdict.passed
+    assert verdict.difference == Score(value=0, n=len(right), low=0, high=0)
+
+
+def test_the_interval_is_that_of_paired_differences() -> None:
+    """Of n samples b are lost and c won: the difference has the standard error √(b + c − (b − c)²/n) ÷ n."""
+    n, lost, won = 400, 20, 30
+    old = [True] * lost + [False] * won + [True] * (n - lost - won)
+    new = [False] * lost + [True] * won + [True] * (n - lost - won)
+    (verdict,) = judge({"math": outcomes(new)}, {"math": outcomes(old)}, 0.02)
+    error = norm.ppf(0.975) * math.sqrt(lost + won - (won - lost) ** 2 / n) / n
+    assert verdict.difference is not None
+    assert verdict.difference.value == pytest.approx((won - lost) / n)
+    assert verdict.difference.low == pytest.approx((won - lost) / n - error, abs=error / 5)
+    assert verdict.difference.high == pytest.approx((won - lost) / n + error, abs=error / 5)
+    assert verdict.difference.n == n
+
+
+def test_what_counts_is_the_worse_end_of_the_interval() -> None:
+    """Equal scores from different answers: passed only if the tolerance covers the interval."""
+    old, new = [True] * 10 + [False] * 10 + [True] * 80, [False] * 10 + [True] * 10 + [True] * 80
+    low = judge({"math": outcomes(new)}, {"math": outcomes(old)}, 0.0)[0].difference
+    assert low is not None
+    share = -low.low / 0.9  # tolerance is a share of the champion's score
+    for tolerance, passed in ((0.0, False), (share * 0.99, False), (share * 1.01, True)):
+        assert passes(judge({"math": outcomes(new)}, {"math": outcomes(old)}, tolerance)) == passed
+
+
+def test_one_task_that_got_worse_is_enough_to_fail() -> None:
+    good, bad = outcomes([True] * 50), outcomes([False] * 50)
+    verdicts = judge({"math": good, "code": bad}, {"math": bad, "code": good}, 0.1)
+    assert {verdict.task: verdict.passed for verdict in verdicts} == {"math": True, "code": False}
+    assert not passes(verdicts)
+
+
+def test_lower_is_better_for_perplexity() -> None:
+    worse, better = completions([4.0] * 20), completions([1.0] * 20)
+    assert passes(judge({"math": better}, {"math": worse}, 0.0))
+    (verdict,) = judge({"math": worse}, {"math": better}, 0.5)
+    assert not verdict.passed
+    assert verdict.difference is not None
+    assert verdict.difference.value == pytest.approx(math.exp(2) - math.exp(0.5))
+
+
+def test_what_cannot_be_compared_is_not_passed() -> None:
+    right = [True] * 5
+    for new, old in (
+        ({"math": outcomes(right, "new samples")}, {"math": outcomes(right)}),
+        ({"math": outcomes(right), "code": outcomes(right)}, {"math": outcomes(right)}),
+        ({"math": outcomes(right)}, {"math": outcomes(right), "code": outcomes(right)}),
+    ):
+        verdicts = judge(new, old, 1.0)
+        assert not passes(verdicts)
+        (failed,) = (verdict for verdict in verdicts if not verdict.passed)
+        assert "not scored on the same samples" in str(failed)
+    assert passes(judge({"math": outcomes(right)}, {"math": outcomes(right, metric="macro_f1")}, 0.0))
+
+
+def test_a_verdict_in_words() -> None:
+    (verdict,) = judge({"math": outcomes([True, True])}, {"math": outcomes([True, False])}, 0.0)
+    assert str(verdict) == "accuracy 0.5000 → 1.0000, difference +0.5000 [+0.0000, +1.0000], n = 2: passed"
+
+
+@pytest.fixture
+def report(tmp_path: Any) -> Report:
+    return make_report(tmp_path)
+
+
+def gate(**settings: Any) -> Gate:
+    return Gate.model_validate(settings)
+
+
+def test_best_variant(report: Report) -> None:
+    assert best_variant(report, gate()) == "ta-sens.3"
+    assert best_variant(report, gate(variants=["ta"])) == "ta"
+    assert best_variant(report, gate(metric="math/accuracy")) == "ta-sens.3"
+    taken = {
+        name: {"math": {"perplexity": Score(value=value, n=1, low=value, high=value)}}
+        for name, value in (("ta", 2.0), ("ta-sens.3", 3.0))
+    }
+    assert best_variant(report.model_copy(update={"scores": taken}), gate(metric="math/perplexity")) == "ta"
+    with pytest.raises(InputError, match=r"gate.metric: no variant has math/bleu; .*code/accuracy, code/macro_f1"):
+        best_variant(report, gate(metric="math/bleu"))
+    with pytest.raises(InputError, match="no variant has mean_normalised"):
+        best_variant(report.model_copy(update={"mean_normalised": {}}), gate())
+
+
+def test_comparison_table() -> None:
+    verdicts = judge({"math": outcomes([True, True])}, {"math": outcomes([True, False]), "code": outcomes([True])}, 0.0)
+    table = comparison_table("a@champion", "a/2", verdicts)
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == ["math", "code"]
+    assert cells[3][1] == "–"
+    assert cells[4] == ["+0.5000\n+0.0000 … +1.0000", "other samples"]
