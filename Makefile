@@ -20,9 +20,10 @@ lint: install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt infra/install.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	PYTHON=$(BIN)/python infra/install.sh torch
+	PYTHON=$(BIN)/python infra/install.sh project dev --editable
 	touch $@
 
 clean:

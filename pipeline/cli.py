@@ -41,6 +41,9 @@ AddressOption = Annotated[
     str | None,
     typer.Option("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else Ray on this machine"),
 ]
+WaitOption = Annotated[
+    float, typer.Option("--wait", metavar="SECONDS", min=0, help="how long to wait for another run on the same store")
+]
 ReportOption = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="write the result as JSON")]
 
 DEFAULT_STORE = Path("store")
@@ -72,9 +75,10 @@ def run(
     tracking_uri: TrackingOption = None,
     address: AddressOption = None,
     report: ReportOption = None,
+    wait: WaitOption = 0,
 ) -> None:
     """Run all stages of a recipe, as far as the store lacks their results, and print the scores."""
-    _work("run", _options(recipe, store, overrides, tracking_uri, address, report))
+    _work("run", _options(recipe, store, overrides, tracking_uri, address, report, wait))
 
 
 @app.command()
@@ -85,12 +89,13 @@ def refresh(
     tracking_uri: TrackingOption = None,
     address: AddressOption = None,
     report: ReportOption = None,
+    wait: WaitOption = 0,
 ) -> None:
     """Look at all models again, run what depends on those that changed, and let the best variant pass the gate.
 
     Where nothing changed, nothing is done. Exit status 3: the best variant stays challenger.
     """
-    status = _work("refresh", _options(recipe, store, overrides, tracking_uri, address, report))
+    status = _work("refresh", _options(recipe, store, overrides, tracking_uri, address, report, wait))
     if status:
         raise typer.Exit(status)
 
@@ -102,17 +107,18 @@ def _options(
     tracking_uri: str | None,
     address: str | None,
     report: Path | None,
+    wait: float,
 ) -> Options:
     loaded = load_recipe(recipe, overrides or ())
     if report is not None and report.is_dir():
         raise InputError(f"--report {report}: is a folder; name a file in it")
     if report is not None and not report.absolute().parent.is_dir():
         raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
-    return Options(loaded, recipe.absolute().parent, Store(store.absolute()), tracking_uri, address, report)
+    return Options(loaded, recipe.absolute().parent, Store(store.absolute()), tracking_uri, address, report, wait)
 
 
 def _work(command: Literal["run", "refresh"], options: Options) -> int:
-    with options.store.lock(), ThreadPoolExecutor(1) as beside:
+    with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
         # Files are hashed while transformers, MLflow, Ray and matplotlib are imported, which takes seconds as well.
         listings = beside.submit(list_models, options.recipe, options.folder, options.store.hub_cache)
         with _quick_imports():

@@ -21,3 +21,5 @@ class Options:
     """Ray cluster; None: RAY_ADDRESS, else Ray on this machine"""
     report: Path | None
     """file for the result as JSON"""
+    wait: float
+    """seconds to wait for another run on the same store"""

@@ -111,19 +111,23 @@ class Store:
             raise InputError(f"--store {self.root}: cannot be made ({reason}); choose another folder") from error
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, wait: float = 0) -> Iterator[None]:
         """Hold the store for one run.
 
+        Args:
+            wait: seconds to wait for another run to end.
+
         Raises:
-            InputError: another run holds it, or it cannot be made or written.
+            InputError: another run holds it after that time, or it cannot be made or written.
         """
         self.make()
         lock = FileLock(self.root / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=wait, poll_interval=0.2)
         except Timeout as error:
+            waited = f" still, after {wait:g} s" if wait else ""
             raise InputError(
-                f"{self.root}: locked by another run; wait for it to end or pass another --store"
+                f"{self.root}: locked by another run{waited}; wait longer (--wait SECONDS) or pass another --store"
             ) from error
         except OSError as error:
             reason = error.strerror

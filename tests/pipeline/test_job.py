@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -88,3 +90,21 @@ def test_without_the_token_nothing_is_submitted(head: tuple[dict[str, str], str]
     stranger = environment | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     refused = ray(stranger, "job", "submit", "--address", address, "--", "true")
     assert refused.returncode != 0
+
+
+def test_the_nightly_pod_that_is_ended_ends_its_job(head: tuple[dict[str, str], str]) -> None:
+    environment, address = head
+    manifest = yaml.safe_load((PROJECT / "infra" / "kubernetes" / "cronjob.yaml").read_text())
+    (pod,) = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    script, _, rest = pod["args"][0].partition("python -m pipeline")
+    script += "sleep 300 &" + rest.partition("&")[2]  # in place of the refresh
+    path = f"{RAY.parent}:{os.environ['PATH']}"
+    own = environment | {"RAY_ADDRESS": address, "JOB": "nightly-1", "PATH": path}
+    with subprocess.Popen([*pod["command"], script], env=own, stdout=subprocess.DEVNULL) as process:
+        status = ["job", "status", "--address", address, "nightly-1"]
+        deadline = time.monotonic() + 120
+        while "RUNNING" not in (said := ray(environment, *status)).stdout:
+            assert time.monotonic() < deadline, said.stdout + said.stderr
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) != 0
+    assert "STOPPED" in ray(environment, *status).stdout.upper()

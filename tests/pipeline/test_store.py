@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,23 @@ def test_lock_is_held_across_processes_and_released(tmp_path: Path) -> None:
     with Store(tmp_path).lock():
         assert "locked by another run" in other().stderr
     assert other().stdout == "ok\n"
+
+
+def test_a_run_waits_for_another(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from pipeline.store import Store\n"
+        "with Store(Path(sys.argv[1])).lock(): print('mine', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(InputError, match=r"locked by another run still, after 0\.5 s"), Store(tmp_path).lock(0.5):
+            pass
+        threading.Timer(1, other.stdin.close).start()
+        with Store(tmp_path).lock(60):
+            assert other.wait(60) == 0
 
 
 def test_store_in_the_place_of_a_file(tmp_path: Path) -> None:
