@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -214,7 +215,7 @@ def record(
             client.log_text(parent, recipe_yaml, "recipe.yaml")
             client.log_text(parent, plan_text, "plan.txt")
             client.log_text(parent, report.model_dump_json(indent=2), "report.json")
-            client.log_inputs(parent, [_dataset_input(data) for data in datasets])
+            _log_datasets(client, parent, datasets)
             if report.scores:
                 client.log_table(parent, _table(report), "scores.json")  # appends: once per run
                 client.log_figure(parent, score_bars(report), "scores.png")
@@ -251,7 +252,7 @@ def _record_model(
     calibrated = route is not None or (variant is not None and bool(variant.sigma))
     used = [data for data in datasets if calibrated or data.context == "evaluation"]
     with _run(client, experiment, model, tags) as run:
-        client.log_inputs(run, [_dataset_input(data) for data in used])
+        _log_datasets(client, run, used)
         model_id = None
         if variant is not None:
             client.log_figure(run, coefficient_heatmap(variant.weights, f"{model}: weights"), "coefficients.png")
@@ -333,6 +334,22 @@ def _table(report: Report) -> dict[str, list[str | int | float]]:
     return {column: list(values) for column, values in zip(columns, zip(*rows, strict=True), strict=True)}
 
 
+def _log_datasets(client: MlflowClient, run: str, datasets: Sequence[TaskData]) -> None:
+    inputs = [_dataset_input(data) for data in datasets]
+    _once_more(lambda: client.log_inputs(run, inputs))
+
+
+def _once_more(write: Callable[[], object]) -> None:
+    """Write something, once more where another run wrote the same row just then, which MLflow 3.17 fails at."""
+    try:
+        write()
+    except MlflowException as error:
+        # What MLflow passes on is the database's own message: PostgreSQL's, SQLite's or MySQL's.
+        if not re.search("UniqueViolation|UNIQUE constraint|Duplicate entry", str(error)):
+            raise
+        write()
+
+
 def _dataset_input(data: TaskData) -> DatasetInput:
     source = HuggingFaceDatasetSource(
         path=data.source.path,
@@ -392,7 +409,7 @@ def _log_model(
         source = f"models:/{model.model_id}" if _is_server(uri) else local
         registered = client.create_model_version(recipe, source, run, tags, model_id=model.model_id)
     link = json.dumps([{"name": recipe, "version": str(registered.version)}])
-    client.set_model_version_tag(recipe, registered.version, EVALUATED_BY, run)
+    _once_more(lambda: client.set_model_version_tag(recipe, registered.version, EVALUATED_BY, run))
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
     return str(model.model_id)
 
@@ -426,7 +443,8 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        client.create_registered_model(name, description=f"Merges made by the recipe {name}, a version per result")
+        description = f"Merges made by the recipe {name}, a version per result"
+        _unless_there(lambda: client.create_registered_model(name, description=description))
 
 
 def _experiment(client: MlflowClient, name: str, store: Path | None) -> str:
@@ -434,10 +452,20 @@ def _experiment(client: MlflowClient, name: str, store: Path | None) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         location = (store.resolve() / "mlartifacts").as_uri() if store else None
-        return str(client.create_experiment(name, location))
-    if experiment.lifecycle_stage != LifecycleStage.ACTIVE:  # someone deleted it in the UI; its name is still taken
+        _unless_there(lambda: client.create_experiment(name, location))
+        experiment = client.get_experiment_by_name(name)
+    elif experiment.lifecycle_stage != LifecycleStage.ACTIVE:  # someone deleted it in the UI; its name is still taken
         client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)
+
+
+def _unless_there(create: Callable[[], object]) -> None:
+    """Create something, unless another run has done so meanwhile."""
+    try:
+        create()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 @contextmanager
