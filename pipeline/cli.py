@@ -1,4 +1,4 @@
-"""The command line: python -m pipeline plan | run | refresh | predict | compare | promote | rollback | schema."""
+"""The command line: python -m pipeline plan | run | refresh | predict | compare | promote | rollback | verify | gc."""
 
 import atexit
 import gc
@@ -202,6 +202,71 @@ def rollback(
 
     before, now = Registry(checked_uri(tracking_uri, store), recipe).rollback()
     Console().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    store: StoreOption = DEFAULT_STORE,
+    remove: Annotated[bool, typer.Option("--delete", help="delete what is damaged; a run makes it again")] = False,
+    wait: WaitOption = 0,
+) -> None:
+    """Read all artifacts and downloaded models again, and compare them with their digests. Exit status 1: damage."""
+    from pipeline.verify import find_damage
+
+    target, console, count, damaged = existing_store(store), Console(), 0, 0
+    with target.lock(wait):
+        for folder, wrong in find_damage(target):
+            count += 1
+            damaged += bool(wrong)
+            for what in wrong:
+                console.print(f"{folder.relative_to(target.root)}: {what}", highlight=False, soft_wrap=True)
+            if wrong and remove:
+                target.remove(folder)
+    said = f", {damaged} of them damaged" if damaged else ", all as they were written"
+    done = "; deleted, run the recipe again" if remove else "; delete them with --delete, and run the recipe again"
+    console.print(f"{count} artifacts{said}{done if damaged else ''}", highlight=False)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command("gc")
+def collect_garbage(
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+    keep: Annotated[int, typer.Option(min=1, metavar="N", help="keep what the last N runs of each recipe need")] = 3,
+    remove: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
+    wait: WaitOption = 0,
+) -> None:
+    """List the artifacts that no champion, no challenger and none of the last runs needs; delete them with --delete."""
+    from pipeline.garbage import delete, find_garbage, needed_artifacts
+    from pipeline.plan import human_bytes
+    from pipeline.registry import folders_in_use
+    from pipeline.tracking import checked_uri
+
+    target, console = existing_store(store), Console()
+    with target.lock(wait):
+        needed = needed_artifacts(target, keep, folders_in_use(checked_uri(tracking_uri, target.root)))
+        garbage = find_garbage(target, needed)
+        for name, size in garbage.freed.items():
+            console.print(f"{name}: {human_bytes(size)}", highlight=False, soft_wrap=True)
+        if remove:
+            delete(target, garbage)
+    total = human_bytes(sum(garbage.freed.values()))
+    for why in sorted(set(needed.values())):
+        console.print(f"kept: {why}", highlight=False, soft_wrap=True)
+    done = "freed" if remove else "would be freed; free it with --delete"
+    console.print(f"{total} {done}", highlight=False)
+
+
+def existing_store(folder: Path) -> Store:
+    """Return the store of a folder.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--store {folder}: no such folder; name the store of earlier runs")
+    return Store(folder.absolute())
 
 
 @app.command()

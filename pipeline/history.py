@@ -1,27 +1,39 @@
-"""Which runs a store has seen, and the artifacts of each: a small file per run in `runs/`, oldest first by name."""
+"""Which runs a store has seen, and the artifacts of each: a small file per run in `runs/`, oldest first by name.
+
+A run that has begun and not ended yet is in `runs/unfinished/`, a file per recipe.
+"""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 from pipeline.store import Key, Store
 from tasks.artifacts import read_json, write_json
 
 RUNS = "runs"
+UNFINISHED = f"{RUNS}/unfinished"
 
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run that ended well and was recorded in MLflow."""
+    """A run that ended well and was recorded in MLflow; or one that has begun."""
 
     recipe: str
     """its name"""
     command: Literal["run", "refresh"]
-    ended: str
-    """UTC, ISO 8601"""
+    ended: str | None
+    """UTC, ISO 8601; None of a run that has not ended"""
     artifacts: list[str]
     """folders of all its steps, relative to the store"""
+
+
+def begin(store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key]) -> None:
+    """Write down a run that begins now, so that what it has made is kept until one of its recipe has ended."""
+    path = _unfinished(store, recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(PastRun(recipe, command, None, _folders(store, keys))))
 
 
 def remember(store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key]) -> None:
@@ -30,17 +42,27 @@ def remember(store: Store, recipe: str, command: Literal["run", "refresh"], keys
     run = PastRun(recipe, command, now.isoformat(timespec="seconds"), _folders(store, keys))
     (store.root / RUNS).mkdir(exist_ok=True)
     write_json(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
+    _unfinished(store, recipe).unlink(missing_ok=True)
 
 
 def past_runs(store: Store) -> list[PastRun]:
-    """Return all runs, oldest first."""
+    """Return all runs that have ended, oldest first."""
     return [PastRun(**read_json(path)) for path in sorted((store.root / RUNS).glob("*.json"))]
+
+
+def unfinished_runs(store: Store) -> list[PastRun]:
+    """Return the runs that have begun and not ended, by recipe."""
+    return [PastRun(**read_json(path)) for path in sorted((store.root / UNFINISHED).glob("*.json"))]
 
 
 def last_run(store: Store, recipe: str, keys: Iterable[Key]) -> PastRun | None:
     """Return the last run of a recipe if it had these very steps."""
     runs = [run for run in past_runs(store) if run.recipe == recipe]
     return runs[-1] if runs and set(runs[-1].artifacts) == set(_folders(store, keys)) else None
+
+
+def _unfinished(store: Store, recipe: str) -> Path:
+    return store.root / UNFINISHED / f"{recipe}.json"
 
 
 def _folders(store: Store, keys: Iterable[Key]) -> list[str]:

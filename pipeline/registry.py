@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
@@ -142,6 +144,32 @@ class Registry:
     def _client(self) -> Iterator[MlflowClient]:
         with quiet(), explained(self.uri):
             yield MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+
+def folders_in_use(uri: str) -> dict[Path, str]:
+    """Return the folder of every version that has an alias, or had it last and can have it back by `rollback`; and why.
+
+    Versions of all recipes at the tracking URI are looked at; models that sensmerge did not register are left out.
+    """
+    folders = {}
+    with quiet(), explained(uri):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        models, token = [], None
+        while token != "":
+            page = client.search_registered_models(page_token=token)
+            models += page
+            token = page.token or ""
+        for model in models:
+            for alias, number in model.aliases.items():
+                version = client.get_model_version(model.name, str(number))
+                former = version.tags.get(FORMER) if alias == CHAMPION else None
+                stays = [(version, f"{alias} of {model.name}")]
+                if former is not None:
+                    stays.append((client.get_model_version(model.name, former), f"former {alias} of {model.name}"))
+                for found, why in stays:
+                    if "folder" in found.tags:
+                        folders[Path(url2pathname(urlparse(found.tags["folder"]).path))] = why
+    return folders
 
 
 def _version(found: ModelVersion) -> Version:

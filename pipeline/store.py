@@ -1,7 +1,7 @@
 """The artifact store: one folder per step, found by the fingerprint of everything its content depends on."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from tasks.artifacts import canonical, read_json, sha256_text, write_json
+from tasks.artifacts import canonical, checksum_file, read_json, sha256_text, write_json
 from tasks.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -63,15 +63,28 @@ class Store:
         whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
         return manifest if whole and manifest["fingerprint"] == key.fingerprint else None
 
-    def publish(self, key: Key, manifest: Mapping[str, Any]) -> None:
-        """Turn the partial folder into the artifact: fingerprint and manifest written last, then one rename."""
+    def publish(self, key: Key, manifest: Mapping[str, Any], by_tensor: Collection[str] = ()) -> None:
+        """Turn the partial folder into the artifact: fingerprint and manifest written last, then one rename.
+
+        Args:
+            key: the artifact.
+            manifest: what else its manifest says.
+            by_tensor: large files that the stage has read back itself, and of which it has a digest by tensor.
+        """
         partial, folder = self.partial(key), self.folder(key)
         write_json(partial / FINGERPRINT, key.inputs)
         about = {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint}
-        write_json(partial / MANIFEST, about | dict(manifest) | {"files": file_sizes(partial)})
+        files = file_sizes(partial)
+        checksums = {name: checksum_file(partial / name) for name in files if name not in by_tensor}
+        write_json(partial / MANIFEST, about | dict(manifest) | {"files": files, "checksums": checksums})
         if folder.exists():  # an artifact that lost files
             shutil.rmtree(folder)
         partial.rename(folder)
+
+    def remove(self, folder: Path) -> None:
+        """Delete an artifact or what is left of one; the manifest goes first, so that none is left that looks whole."""
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
     def why(self, key: Key) -> str:
         """Say why an artifact has to be made: what differs from the newest artifact of the same stage and name."""

@@ -94,5 +94,6 @@ def run_finish(
     partial.mkdir(parents=True, exist_ok=True)
     result, spent = _measured(lambda: finish(out=partial), threads)
     done = Done(result, before + spent, sum(file_sizes(partial).values()), platform.node())
-    store.publish(key, asdict(done.spent) | {"bytes": done.bytes, "node": done.node, "result": result})
+    manifest = asdict(done.spent) | {"bytes": done.bytes, "node": done.node, "result": result}
+    store.publish(key, manifest, result.get("by_tensor", ()))
     return done

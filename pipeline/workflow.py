@@ -10,7 +10,7 @@ from pipeline import tracking
 from pipeline.card import write_cards
 from pipeline.changes import model_changes
 from pipeline.gate import best_variant, judge, passes
-from pipeline.history import last_run, remember
+from pipeline.history import begin, last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
 from pipeline.recipe import Recipe
@@ -43,6 +43,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
     uri = tracking.checked_uri(options.tracking_uri, options.store.root)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     console.print(plan_summary(plan), highlight=False)
+    begin(plan.store, plan.recipe.name, "run", plan.keys())
     execute(plan, options.address, console)
     _finish(options, plan, uri, console)
     remember(plan.store, plan.recipe.name, "run", plan.keys())
@@ -78,6 +79,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         return 0 if last.command == "refresh" else _pass_gate(plan, report, uri, console)
     for line in (*model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
+    begin(plan.store, plan.recipe.name, "refresh", plan.keys())
     execute(plan, options.address, console)
     return _pass_gate(plan, _finish(options, plan, uri, console), uri, console)
 

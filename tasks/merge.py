@@ -29,6 +29,7 @@ from tasks.errors import InputError
 from tasks.methods import Settings, TaskVector, merged_pieces
 from tasks.methods.delta import chunks
 from tasks.models.checkpoint import (
+    DTYPES,
     Checkpoint,
     CheckpointPlan,
     CheckpointWriter,
@@ -220,7 +221,7 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
 
     Returns:
         `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors`: how many
-        there are, and `taken_over`: how many of them an earlier merge had.
+        there are, and `taken_over`: how many of them an earlier merge had; `by_tensor`: the files that `digest` is of.
 
     Raises:
         OSError: a tensor on disk is not what a group wrote; its group is merged anew when the step runs again.
@@ -247,11 +248,21 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     )
     for marker in markers:
         marker.unlink()
-    contents = {
-        name: [str(plan.tensors[name].dtype), plan.tensors[name].shape, digest] for name, (_, digest) in found.items()
-    }
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in plan.tensors.items()}
+    digest = _digest(shapes, {name: sha256 for name, (_, sha256) in found.items()})
     taken = sum(entry["taken"] for entry in tensors.values())
-    return {"digest": sha256_text(canonical(contents)), "tensors": len(tensors), "taken_over": taken}
+    return {"digest": digest, "tensors": len(tensors), "taken_over": taken, "by_tensor": list(plan.sizes)}
+
+
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """Return the sha256 over dtype, shape and content of all tensors, however they are sharded, as `finish_merge`."""
+    shapes = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    found = _digests(checkpoint, list(shapes))
+    return _digest(shapes, {name: sha256 for name, (_, sha256) in zip(shapes, found, strict=True)})
+
+
+def _digest(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], digests: Mapping[str, str]) -> str:
+    return sha256_text(canonical({name: [str(dtype), shape, digests[name]] for name, (dtype, shape) in shapes.items()}))
 
 
 def _digests(checkpoint: Checkpoint, names: Sequence[str]) -> list[tuple[str, str]]:

@@ -27,9 +27,10 @@ from tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCo
 from tasks.cross_task import RowSet, cross_task
 from tasks.datasets import CompletionTask
 from tasks.errors import InputError
-from tasks.merge import MergeJob, finish_merge, merge_group, merge_weights
+from tasks.merge import MergeJob, finish_merge, merge_group, merge_weights, weights_digest
 from tasks.methods import METHODS, Settings, TaskVector
 from tasks.methods.delta import Whole
+from tasks.models.checkpoint import open_checkpoint
 from tasks.models.expert import load_network, open_base, open_expert
 from tasks.models.weights import layer_groups
 from tasks.sensitivity import sensitivity
@@ -187,7 +188,10 @@ def test_shards_hold_the_same_values(shard_size: int, job: Callable[..., MergeJo
     assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "many"))
     index = read_json(tmp_path / "many" / "model.safetensors.index.json")
     assert set(index["weight_map"]) == set(weights_of(tmp_path / "one"))
+    assert set(found.pop("by_tensor")) == set(index["weight_map"].values())
+    assert expected.pop("by_tensor") == ["model.safetensors"]
     assert found == expected
+    assert weights_digest(open_checkpoint(tmp_path / "many")) == expected["digest"]
     assert len(set(index["weight_map"].values())) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
     assert equal(loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict())

@@ -1,0 +1,59 @@
+"""Reads artifacts again and compares them with what was published."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from pipeline.recipe import Stage
+from pipeline.store import MANIFEST, Store
+from tasks.artifacts import checksum_file, read_json, sha256_file
+from tasks.errors import InputError
+from tasks.merge import weights_digest
+from tasks.models.checkpoint import open_checkpoint
+
+
+def find_damage(store: Store) -> Iterator[tuple[Path, list[str]]]:
+    """Read every artifact, and the hub models that were downloaded; yield each folder with what is wrong in it."""
+    for stage in get_args(Stage):
+        for folder in store.artifacts(stage):
+            yield folder, [*_damaged_files(folder), *(_damaged_model(folder) if stage == "download" else ())]
+
+
+def _damaged_files(folder: Path) -> Iterator[str]:
+    manifest = read_json(folder / MANIFEST)
+    by_tensor = manifest["result"].get("by_tensor", [])
+    is_whole = True
+    for name, size in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            wrong = "is gone"
+        elif path.stat().st_size != size:
+            wrong = f"has {path.stat().st_size} bytes instead of {size}"
+        elif name in manifest["checksums"] and checksum_file(path) != manifest["checksums"][name]:
+            wrong = "has other content"
+        else:
+            continue
+        is_whole = False
+        yield f"{name} {wrong}"
+    if by_tensor and is_whole and not _has_digest(folder, manifest["result"]["digest"]):
+        yield f"{', '.join(by_tensor)}: other weights than were written"
+
+
+def _has_digest(folder: Path, digest: str) -> bool:
+    try:
+        return weights_digest(open_checkpoint(folder)) == digest
+    except InputError:  # a header that cannot be read
+        return False
+
+
+def _damaged_model(folder: Path) -> Iterator[str]:
+    """Compare a model from the hub with its digests; a local one is the user's, who may change it."""
+    model = read_json(folder / "files.json")
+    if model["revision"] is None:
+        return
+    for file in model["files"]:
+        path = Path(model["folder"]) / file["name"]
+        if not path.is_file():
+            yield f"{path} is gone"
+        elif sha256_file(path) != file["sha256"]:
+            yield f"{path} has other content"

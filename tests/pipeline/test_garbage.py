@@ -1,0 +1,128 @@
+"""What a store keeps: for champions, challengers, the last runs, and runs that have not ended."""
+
+import os
+from pathlib import Path
+
+from pipeline.garbage import delete, find_garbage, needed_artifacts
+from pipeline.history import begin, remember
+from pipeline.store import Key, Store
+from tasks.artifacts import write_json
+
+SIZE = 1000
+
+
+def key(number: int, stage: str = "merge") -> Key:
+    return Key(stage, "ta", {"stage": stage, "settings": {"weight": number}, "reads": {}})
+
+
+def publish(store: Store, one: Key) -> Path:
+    store.partial(one).mkdir(parents=True)
+    (store.partial(one) / "data").write_bytes(bytes(SIZE))
+    if one.stage == "download":
+        write_json(store.partial(one) / "files.json", {"revision": None})
+    store.publish(one, {"result": {}})
+    return store.folder(one)
+
+
+def garbage_names(store: Store, last: int = 1, registered: dict[Path, str] | None = None) -> list[str]:
+    found = find_garbage(store, needed_artifacts(store, last, registered or {}))
+    return [folder.name for folder in found.folders]
+
+
+def test_the_last_runs_of_each_recipe_stay(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folders = [publish(store, key(number)) for number in range(4)]
+    for number in range(3):
+        remember(store, "one", "run", [key(number)])
+    remember(store, "two", "refresh", [key(3)])
+    assert garbage_names(store) == sorted(folder.name for folder in folders[:2])
+    assert garbage_names(store, last=2) == [folders[0].name]
+    assert garbage_names(store, last=3) == []
+
+
+def test_what_is_registered_stays_wherever_the_store_is_mounted(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, new = (publish(store, key(number)) for number in range(2))
+    for number in range(2):
+        remember(store, "one", "run", [key(number)])
+    assert garbage_names(store) == [old.name]
+    assert garbage_names(store, registered={Path("/elsewhere/merge") / old.name: "champion of one"}) == []
+    assert garbage_names(store, registered={new: "champion of one"}) == [old.name]
+
+
+def test_an_interrupted_run_can_go_on(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    publish(store, key(0))
+    remember(store, "one", "run", [key(0)])
+    begin(store, "one", "run", [key(1), key(2)])
+    publish(store, key(1))
+    store.partial(key(2)).mkdir()
+    store.partial(key(3)).mkdir()  # of a run that nobody will continue
+    assert garbage_names(store) == [store.partial(key(3)).name]
+    store.partial(key(2)).rmdir()
+    publish(store, key(2))
+    remember(store, "one", "run", [key(1), key(2)])
+    assert set(garbage_names(store)) == {store.folder(key(0)).name, store.partial(key(3)).name}
+
+
+def test_only_what_was_listed_is_deleted(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, new = (publish(store, key(number)) for number in range(2))
+    remember(store, "one", "run", [key(1)])
+    (tmp_path / "mlflow.db").write_text("runs")
+    delete(store, find_garbage(store, needed_artifacts(store, 1, {})))
+    assert not old.exists()
+    assert store.manifest(key(1)) is not None
+    assert new.is_dir()
+    assert (tmp_path / "mlflow.db").exists()
+
+
+def test_bytes_that_links_share_count_where_the_last_goes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first, second, third = (publish(store, key(number)) for number in range(3))
+    for folder in (second, third):
+        (folder / "data").unlink()
+        os.link(first / "data", folder / "data")
+    remember(store, "one", "run", [key(2)])
+    freed = find_garbage(store, needed_artifacts(store, 1, {})).freed
+    assert len(freed) == 2
+    assert sum(freed.values()) < SIZE  # the third keeps the bytes
+    remember(store, "one", "run", [])
+    assert SIZE < sum(find_garbage(store, needed_artifacts(store, 1, {})).freed.values()) < 6 * SIZE
+
+
+def hub_model(store: Store, commit: str, content: bytes, shared: bytes) -> None:
+    """A commit in the cache as huggingface_hub lays it out."""
+    repo = store.hub_cache / "models--team--expert"
+    (repo / "refs").mkdir(parents=True, exist_ok=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "blobs").mkdir(exist_ok=True)
+    for name, data in (("model.safetensors", content), ("config.json", shared)):
+        blob = repo / "blobs" / f"{len(data):040d}"
+        blob.write_bytes(data)
+        link = repo / "snapshots" / commit / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+def test_commits_of_hub_models_go_with_the_runs_that_used_them(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    old, new = "a" * 40, "b" * 40
+    for number, (commit, size) in enumerate(((old, 3000), (new, 4000))):
+        hub_model(store, commit, bytes(size), bytes(10))
+        one = key(number, "download")
+        store.partial(one).mkdir(parents=True)
+        write_json(store.partial(one) / "files.json", {"revision": commit})
+        store.publish(one, {"result": {}})
+        remember(store, "one", "run", [one])
+    garbage = find_garbage(store, needed_artifacts(store, 1, {}))
+    assert garbage.revisions == [old]
+    assert garbage.freed[f"hub:team/expert@{old[:12]}"] == 3000
+    begin(store, "one", "refresh", [key(2, "download")])
+    assert find_garbage(store, needed_artifacts(store, 1, {})).revisions == []
+    remember(store, "one", "refresh", [key(1, "download")])
+    delete(store, find_garbage(store, needed_artifacts(store, 1, {})))
+    snapshots = store.hub_cache / "models--team--expert" / "snapshots"
+    assert [path.name for path in snapshots.iterdir()] == [new]
+    assert (snapshots / new / "model.safetensors").stat().st_size == 4000
+    assert (snapshots / new / "config.json").stat().st_size == 10
