@@ -232,20 +232,21 @@ def verify(
 @app.command("gc")
 def collect_garbage(
     store: StoreOption = DEFAULT_STORE,
-    tracking_uri: TrackingOption = None,
+    tracking_uri: Annotated[
+        str | None,
+        typer.Option("--tracking-uri", metavar="URI", help="MLflow to ask for champions; default: all that runs used"),
+    ] = None,
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="keep what the last N runs of each recipe need")] = 3,
     remove: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
     wait: WaitOption = 0,
 ) -> None:
     """List the artifacts that no champion, no challenger and none of the last runs needs; delete them with --delete."""
-    from pipeline.garbage import delete, find_garbage, needed_artifacts
+    from pipeline.garbage import delete, find_garbage, needed_artifacts, registered_folders
     from pipeline.plan import human_bytes
-    from pipeline.registry import folders_in_use
-    from pipeline.tracking import checked_uri
 
     target, console = existing_store(store), Console()
     with target.lock(wait):
-        needed = needed_artifacts(target, keep, folders_in_use(checked_uri(tracking_uri, target.root)))
+        needed = needed_artifacts(target, keep, registered_folders(target, tracking_uri))
         garbage = find_garbage(target, needed)
         for name, size in garbage.freed.items():
             console.print(f"{name}: {human_bytes(size)}", highlight=False, soft_wrap=True)

@@ -10,8 +10,11 @@ from huggingface_hub import CachedRepoInfo, scan_cache_dir
 
 from pipeline.history import past_runs, unfinished_runs
 from pipeline.recipe import Stage
+from pipeline.registry import folders_in_use
 from pipeline.store import PARTIAL, Store
+from pipeline.tracking import SQLITE, check_server, default_uri
 from tasks.artifacts import read_json
+from tasks.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,27 @@ def needed_artifacts(store: Store, last: int, registered: Mapping[Path, str]) ->
         needed |= dict.fromkeys(run.artifacts, f"unfinished run of {run.recipe}")
     # Another machine may have the store elsewhere; what an artifact is called in it is the same.
     return needed | {f"{path.parent.name}/{path.name}": why for path, why in registered.items()}
+
+
+def registered_folders(store: Store, tracking_uri: str | None) -> dict[Path, str]:
+    """Return the folders of models that have to stay for what MLflow says of them, and why.
+
+    Args:
+        store: the store.
+        tracking_uri: whom to ask; None for every place where runs of the store were recorded.
+
+    Raises:
+        InputError: one of them cannot be asked.
+    """
+    default = default_uri(store.root)
+    uris = {run.tracking_uri or default for run in past_runs(store)} if tracking_uri is None else {tracking_uri}
+    folders: dict[Path, str] = {}
+    for uri in sorted(uris):
+        check_server(uri)
+        if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+            raise InputError(f"--tracking-uri {uri}: no such file; name the MLflow that knows the store's champions")
+        folders |= folders_in_use(uri)
+    return folders
 
 
 def find_garbage(store: Store, needed: Iterable[str]) -> Garbage:

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.store import Key, Store
+from pipeline.tracking import SQLITE
 from tasks.artifacts import read_json, write_json
 
 RUNS = "runs"
@@ -27,19 +29,25 @@ class PastRun:
     """UTC, ISO 8601; None of a run that has not ended"""
     artifacts: list[str]
     """folders of all its steps, relative to the store"""
+    tracking_uri: str | None
+    """where it was recorded, without a password; None: the database in the store"""
 
 
-def begin(store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key]) -> None:
+def begin(
+    store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key], tracking_uri: str | None
+) -> None:
     """Write down a run that begins now, so that what it has made is kept until one of its recipe has ended."""
     path = _unfinished(store, recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(PastRun(recipe, command, None, _folders(store, keys))))
+    write_json(path, asdict(PastRun(recipe, command, None, _folders(store, keys), _public(tracking_uri))))
 
 
-def remember(store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key]) -> None:
+def remember(
+    store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key], tracking_uri: str | None
+) -> None:
     """Write down a run that has just ended."""
     now = datetime.now(UTC)
-    run = PastRun(recipe, command, now.isoformat(timespec="seconds"), _folders(store, keys))
+    run = PastRun(recipe, command, now.isoformat(timespec="seconds"), _folders(store, keys), _public(tracking_uri))
     (store.root / RUNS).mkdir(exist_ok=True)
     write_json(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
     _unfinished(store, recipe).unlink(missing_ok=True)
@@ -59,6 +67,14 @@ def last_run(store: Store, recipe: str, keys: Iterable[Key]) -> PastRun | None:
     """Return the last run of a recipe if it had these very steps."""
     runs = [run for run in past_runs(store) if run.recipe == recipe]
     return runs[-1] if runs and set(runs[-1].artifacts) == set(_folders(store, keys)) else None
+
+
+def _public(uri: str | None) -> str | None:
+    """Return a tracking URI that can be kept: a database's with its whole path, a server's without its password."""
+    if uri is not None and uri.startswith(SQLITE):
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+    parts = urlsplit(uri or "")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 def _unfinished(store: Store, recipe: str) -> Path:

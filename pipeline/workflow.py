@@ -43,10 +43,10 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
     uri = tracking.checked_uri(options.tracking_uri, options.store.root)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     console.print(plan_summary(plan), highlight=False)
-    begin(plan.store, plan.recipe.name, "run", plan.keys())
+    begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     execute(plan, options.address, console)
     _finish(options, plan, uri, console)
-    remember(plan.store, plan.recipe.name, "run", plan.keys())
+    remember(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     return 0
 
 
@@ -76,15 +76,15 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         if options.report is not None:
             write_json(options.report, report.model_dump())
         # What a `run` has made has not passed the gate yet.
-        return 0 if last.command == "refresh" else _pass_gate(plan, report, uri, console)
+        return 0 if last.command == "refresh" else _pass_gate(options, plan, report, uri, console)
     for line in (*model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
-    begin(plan.store, plan.recipe.name, "refresh", plan.keys())
+    begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
     execute(plan, options.address, console)
-    return _pass_gate(plan, _finish(options, plan, uri, console), uri, console)
+    return _pass_gate(options, plan, _finish(options, plan, uri, console), uri, console)
 
 
-def _pass_gate(plan: Plan, report: Report, uri: str, console: Console) -> int:
+def _pass_gate(options: Options, plan: Plan, report: Report, uri: str, console: Console) -> int:
     """Let the best variant become champion if it may, say what came of it, and return the exit status."""
     if report.tasks:
         passed, said = _judged(plan, report, uri)
@@ -92,7 +92,7 @@ def _pass_gate(plan: Plan, report: Report, uri: str, console: Console) -> int:
         passed, said = True, ["no task has evaluation samples, so there is no champion"]
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)
-    remember(plan.store, plan.recipe.name, "refresh", plan.keys())
+    remember(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
     return 0 if passed else REFUSED
 
 

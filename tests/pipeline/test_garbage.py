@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from pipeline.garbage import delete, find_garbage, needed_artifacts
 from pipeline.history import begin, remember
 from pipeline.store import Key, Store
 from tasks.artifacts import write_json
+from tests.conftest import command_line
 
 SIZE = 1000
 
@@ -33,8 +36,8 @@ def test_the_last_runs_of_each_recipe_stay(tmp_path: Path) -> None:
     store = Store(tmp_path)
     folders = [publish(store, key(number)) for number in range(4)]
     for number in range(3):
-        remember(store, "one", "run", [key(number)])
-    remember(store, "two", "refresh", [key(3)])
+        remember(store, "one", "run", [key(number)], None)
+    remember(store, "two", "refresh", [key(3)], None)
     assert garbage_names(store) == sorted(folder.name for folder in folders[:2])
     assert garbage_names(store, last=2) == [folders[0].name]
     assert garbage_names(store, last=3) == []
@@ -44,7 +47,7 @@ def test_what_is_registered_stays_wherever_the_store_is_mounted(tmp_path: Path) 
     store = Store(tmp_path)
     old, new = (publish(store, key(number)) for number in range(2))
     for number in range(2):
-        remember(store, "one", "run", [key(number)])
+        remember(store, "one", "run", [key(number)], None)
     assert garbage_names(store) == [old.name]
     assert garbage_names(store, registered={Path("/elsewhere/merge") / old.name: "champion of one"}) == []
     assert garbage_names(store, registered={new: "champion of one"}) == [old.name]
@@ -53,22 +56,22 @@ def test_what_is_registered_stays_wherever_the_store_is_mounted(tmp_path: Path) 
 def test_an_interrupted_run_can_go_on(tmp_path: Path) -> None:
     store = Store(tmp_path)
     publish(store, key(0))
-    remember(store, "one", "run", [key(0)])
-    begin(store, "one", "run", [key(1), key(2)])
+    remember(store, "one", "run", [key(0)], None)
+    begin(store, "one", "run", [key(1), key(2)], None)
     publish(store, key(1))
     store.partial(key(2)).mkdir()
     store.partial(key(3)).mkdir()  # of a run that nobody will continue
     assert garbage_names(store) == [store.partial(key(3)).name]
     store.partial(key(2)).rmdir()
     publish(store, key(2))
-    remember(store, "one", "run", [key(1), key(2)])
+    remember(store, "one", "run", [key(1), key(2)], None)
     assert set(garbage_names(store)) == {store.folder(key(0)).name, store.partial(key(3)).name}
 
 
 def test_only_what_was_listed_is_deleted(tmp_path: Path) -> None:
     store = Store(tmp_path)
     old, new = (publish(store, key(number)) for number in range(2))
-    remember(store, "one", "run", [key(1)])
+    remember(store, "one", "run", [key(1)], None)
     (tmp_path / "mlflow.db").write_text("runs")
     delete(store, find_garbage(store, needed_artifacts(store, 1, {})))
     assert not old.exists()
@@ -83,11 +86,11 @@ def test_bytes_that_links_share_count_where_the_last_goes(tmp_path: Path) -> Non
     for folder in (second, third):
         (folder / "data").unlink()
         os.link(first / "data", folder / "data")
-    remember(store, "one", "run", [key(2)])
+    remember(store, "one", "run", [key(2)], None)
     freed = find_garbage(store, needed_artifacts(store, 1, {})).freed
     assert len(freed) == 2
     assert sum(freed.values()) < SIZE  # the third keeps the bytes
-    remember(store, "one", "run", [])
+    remember(store, "one", "run", [], None)
     assert SIZE < sum(find_garbage(store, needed_artifacts(store, 1, {})).freed.values()) < 6 * SIZE
 
 
@@ -114,15 +117,29 @@ def test_commits_of_hub_models_go_with_the_runs_that_used_them(tmp_path: Path) -
         store.partial(one).mkdir(parents=True)
         write_json(store.partial(one) / "files.json", {"revision": commit})
         store.publish(one, {"result": {}})
-        remember(store, "one", "run", [one])
+        remember(store, "one", "run", [one], None)
     garbage = find_garbage(store, needed_artifacts(store, 1, {}))
     assert garbage.revisions == [old]
     assert garbage.freed[f"hub:team/expert@{old[:12]}"] == 3000
-    begin(store, "one", "refresh", [key(2, "download")])
+    begin(store, "one", "refresh", [key(2, "download")], None)
     assert find_garbage(store, needed_artifacts(store, 1, {})).revisions == []
-    remember(store, "one", "refresh", [key(1, "download")])
+    remember(store, "one", "refresh", [key(1, "download")], None)
     delete(store, find_garbage(store, needed_artifacts(store, 1, {})))
     snapshots = store.hub_cache / "models--team--expert" / "snapshots"
     assert [path.name for path in snapshots.iterdir()] == [new]
     assert (snapshots / new / "model.safetensors").stat().st_size == 4000
     assert (snapshots / new / "config.json").stat().st_size == 10
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:///{folder}/moved.db"])
+def test_without_the_registry_nothing_is_deleted(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path)
+    champion = publish(store, key(0))
+    where = uri.format(folder=tmp_path)
+    remember(store, "one", "refresh", [key(0)], where)
+    remember(store, "one", "refresh", [key(1)], where)
+    assert command_line("gc", "--store", store.root, "--keep", "1", "--delete") == 2
+    error = capsys.readouterr().err
+    assert where in error
+    assert error.count("\n") == 1
+    assert champion.is_dir()
