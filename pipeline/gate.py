@@ -115,16 +115,17 @@ def passes(verdicts: Sequence[Verdict]) -> bool:
 
 
 def comparison_table(first: str, second: str, verdicts: Sequence[Verdict]) -> Table:
-    """Return the scores of two models and their difference: a row per task, with 95 % intervals."""
-    table = Table(title=f"{first} and {second}", show_lines=True)
-    for column in ("task", "metric", first, second, "difference", "n"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    """Return the scores of two models, A and B, and their difference: a row per task, with 95 % intervals."""
+    table = Table(title=f"A: {first}\nB: {second}", title_justify="left", show_lines=True)
+    table.add_column("task")
+    for column in ("A", "B", "B − A"):
+        table.add_column(column, justify="right")
     for one in verdicts:
         d = one.difference
-        difference = "other samples" if d is None else f"{d.value:+.4f}\n{d.low:+.4f} … {d.high:+.4f}"
-        table.add_row(one.task, one.metric, _cell(one.old), _cell(one.new), difference, "–" if d is None else str(d.n))
+        difference = "other samples" if d is None else f"{d.value:+.3f}\n{d.low:+.3f} … {d.high:+.3f}\nn = {d.n}"
+        table.add_row(f"{one.task}\n{one.metric}", _cell(one.old), _cell(one.new), difference)
     return table
 
 
 def _cell(score: Score | None) -> str:
-    return "–" if score is None else f"{score.value:.4f}\n{score.low:.4f} – {score.high:.4f}"
+    return "–" if score is None else f"{score.value:.3f}\n{score.low:.3f}–{score.high:.3f}\nn = {score.n}"

@@ -330,7 +330,7 @@ def _progress(console: Console, total: int, what: str) -> Iterator[Callable[[str
             nonlocal finished
             finished += 1
             if line is not None:
-                progress.console.print(f"[{finished}/{total}] {line}", highlight=False, markup=False)
+                progress.console.print(f"[{finished}/{total}] {line}", highlight=False, markup=False, soft_wrap=True)
             progress.advance(bar)
 
         yield advance

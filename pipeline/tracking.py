@@ -34,7 +34,7 @@ from mlflow.entities import (
     Metric,
     Param,
 )
-from mlflow.environment_variables import MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
+from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
@@ -493,19 +493,21 @@ def explained(uri: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep MLflow's progress lines off the terminal: what it logs below a warning, and the links it prints."""
+    """Keep MLflow's progress off the terminal: what it logs below a warning, the links it prints, its bars."""
     logger = logging.getLogger("mlflow")
-    level, suppressed = logger.level, os.environ.get(MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.name)
+    settings = {MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.name: "true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.name: "false"}
+    level, before = logger.level, {name: os.environ.get(name) for name in settings}
     logger.setLevel(logging.WARNING)
-    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.set(True)
+    os.environ |= settings
     try:
         yield
     finally:
         logger.setLevel(level)
-        if suppressed is None:
-            MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.unset()
-        else:
-            os.environ[MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.name] = suppressed
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _is_server(uri: str) -> bool:

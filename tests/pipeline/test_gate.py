@@ -121,6 +121,6 @@ def test_comparison_table() -> None:
     verdicts = judge({"math": outcomes([True, True])}, {"math": outcomes([True, False]), "code": outcomes([True])}, 0.0)
     table = comparison_table("a@champion", "a/2", verdicts)
     cells = [list(column.cells) for column in table.columns]
-    assert cells[0] == ["math", "code"]
-    assert cells[3][1] == "–"
-    assert cells[4] == ["+0.5000\n+0.0000 … +1.0000", "other samples"]
+    assert cells[0] == ["math\naccuracy", "code\naccuracy"]
+    assert cells[2][1] == "–"
+    assert cells[3] == ["+0.500\n+0.000 … +1.000\nn = 2", "other samples"]

@@ -97,7 +97,8 @@ def test_only_what_is_not_worse_becomes_champion(
     # By hand.
     assert command_line("compare", "pair@champion", "pair/2", "--store", store) == 0
     shown = capsys.readouterr().out
-    assert "pair@champion and pair/2" in shown
+    assert "A: pair@champion" in shown
+    assert "B: pair/2" in shown
     assert shown.count("perplexity") == len(TEXTS)
     assert command_line("rollback", "pair", "--store", store) == 0
     assert "pair/1 (ta) is champion again, instead of pair/3 (ta)" in capsys.readouterr().out
