@@ -5,7 +5,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 from pipeline.models import list_models
 from pipeline.options import Options
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.stop import Stopped, stoppable
 from pipeline.store import Store
 from tasks.errors import InputError, StepError
 
@@ -43,6 +44,13 @@ AddressOption = Annotated[
 ]
 WaitOption = Annotated[
     float, typer.Option("--wait", metavar="SECONDS", min=0, help="how long to wait for another run on the same store")
+]
+CronOption = Annotated[
+    str | None,
+    typer.Option("--cron", metavar="CRON", help='stay up and refresh at these times: "0 3 * * *" is daily at 3:00'),
+]
+TimezoneOption = Annotated[
+    str | None, typer.Option("--timezone", metavar="ZONE", help="of --cron, such as Europe/Berlin; default: UTC")
 ]
 ReportOption = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="write the result as JSON")]
 
@@ -83,6 +91,7 @@ def run(
 
 @app.command()
 def refresh(
+    context: typer.Context,
     recipe: RecipePath,
     store: StoreOption = DEFAULT_STORE,
     overrides: SetOption = None,
@@ -90,14 +99,40 @@ def refresh(
     address: AddressOption = None,
     report: ReportOption = None,
     wait: WaitOption = 0,
+    cron: CronOption = None,
+    timezone: TimezoneOption = None,
 ) -> None:
     """Look at all models again, run what depends on those that changed, and let the best variant pass the gate.
 
     Where nothing changed, nothing is done. Exit status 3: the best variant stays challenger.
+
+    With --cron: SIGTERM and Ctrl-C end the schedule and a refresh that is under way; exit status 0.
     """
-    status = _work("refresh", _options(recipe, store, overrides, tracking_uri, address, report, wait))
-    if status:
+    options = _options(recipe, store, overrides, tracking_uri, address, report, wait)
+    if cron is not None:
+        from pipeline.schedule import Times, keep
+
+        again = [sys.executable, "-m", "pipeline", *_words(context, leave_out=("cron", "timezone"))]
+        keep(again, Times(cron, timezone or "UTC"), options.store, Console())
+    elif timezone is not None:
+        raise InputError(f"--timezone {timezone}: has no meaning without --cron; give both or neither")
+    elif status := _work("refresh", options):
         raise typer.Exit(status)
+
+
+def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
+    """Return the words of a command line that says what the present one does, but for some options."""
+    options, arguments = [context.command.name or ""], ["--"]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name in leave_out or value is None:
+            continue
+        if parameter.param_type_name == "argument":
+            arguments.append(str(value))
+        else:
+            for each in value if isinstance(value, list | tuple) else (value,):
+                options += [parameter.opts[0], str(each)]
+    return options + arguments
 
 
 def _options(
@@ -124,7 +159,10 @@ def _work(command: Literal["run", "refresh"], options: Options) -> int:
         with _quick_imports():
             from pipeline import workflow
         work = workflow.run if command == "run" else workflow.refresh
-        return work(options, listings.result(), Console())
+        found = listings.result()
+        # Until here there is nothing to close: a signal ends the process at once, though files are being hashed.
+        with stoppable():
+            return work(options, found, Console())
 
 
 @app.command()
@@ -145,10 +183,9 @@ def predict(
     from pipeline.predict import predict_file
     from pipeline.run import Workers
 
-    console = Console()
-    rows = predict_file(
-        folder, source, target, field, batch_size, max_new_tokens, Workers(workers, num_gpus), address, console
-    )
+    console, size = Console(), Workers(workers, num_gpus)
+    with stoppable():
+        rows = predict_file(folder, source, target, field, batch_size, max_new_tokens, size, address, console)
     console.print(f"{target}: {rows} rows", highlight=False, soft_wrap=True)
 
 
@@ -287,7 +324,10 @@ def _quick_imports() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line: bad input is one line on standard error and exit status 2, a failed step exit status 1."""
+    """Run the command line: bad input is one line on standard error and exit status 2, a failed step exit status 1.
+
+    Told to stop by a signal, it says so and exits with status 128 + number of the signal.
+    """
     # Ray 2.60 warns at every task that it will one day leave CUDA_VISIBLE_DEVICES alone; this is the future behaviour.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # On its way out the interpreter would look through all modules for garbage, for more than a second.
@@ -300,3 +340,6 @@ def main() -> None:
     except StepError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except Stopped as stopped:
+        sys.stderr.write(f"error: stopped by {stopped}; start it again to finish\n")
+        sys.exit(stopped.exit_status)

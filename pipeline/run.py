@@ -2,6 +2,8 @@
 
 import math
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -306,12 +308,15 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
 def _cluster(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     here = {"include_dashboard": False} if address == "local" else {}
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, logging_level="ERROR", **here)
     except (ConnectionError, ValueError) as error:
         raise InputError(
             f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
     try:
         yield
     finally:
