@@ -1,5 +1,6 @@
 """What a worker runs of a plan: pieces of steps, measured. Imported by workers, so nothing here may import much."""
 
+import os
 import platform
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.store import Key, Store, file_sizes
+from tasks.errors import noted
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,14 @@ def _measured(work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
     torch.set_num_threads(threads)
     _reset_peak_memory()
     start = time.monotonic()
-    result = work()
+    with noted(f"on {platform.node()}; its log: {_log()}"):
+        result = work()
     return result, Spent(time.monotonic() - start, _peak_memory(), 1, 1)
+
+
+def _log() -> str:
+    """Return the file that this process's errors are written to."""
+    return os.path.realpath("/proc/self/fd/2") if sys.platform == "linux" else "the worker's, among those of Ray"
 
 
 def _reset_peak_memory() -> None:

@@ -25,7 +25,7 @@ from tasks.coefficients import (
     sigma,
     tau,
 )
-from tasks.errors import InputError
+from tasks.errors import InputError, noted
 from tasks.methods import Settings, TaskVector, merged_pieces
 from tasks.methods.delta import chunks
 from tasks.models.checkpoint import (
@@ -110,10 +110,11 @@ def merge_group(job: MergeJob, group: int, out: Path) -> bool:
         for name in (*job.groups[group], *(base.buffers if group == 0 else ())):
             dtype, own = plan.tensors[name].dtype, weights.get(layer_of(name), {})
             inputs = _inputs(job, own, name, dtype, [table[name]["content"] for table in contents if name in table])
-            checksum = previous.take(name, inputs, writer) if previous else None
-            taken = checksum is not None
-            if checksum is None:
-                checksum = _merge_tensor(job, own, name, dtype, writer)
+            with noted(f"tensor {name} of layer {layer_of(name)}"):
+                checksum = previous.take(name, inputs, writer) if previous else None
+                taken = checksum is not None
+                if checksum is None:
+                    checksum = _merge_tensor(job, own, name, dtype, writer)
             writer.begin_flush(name)
             tensors[name] = {"inputs": inputs, "checksum": checksum, "taken": taken}
     write_json(done, tensors)

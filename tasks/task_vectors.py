@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tasks.artifacts import read_json, write_json
-from tasks.errors import InputError
+from tasks.errors import InputError, noted
 from tasks.methods import kernels
 from tasks.methods.delta import BLOCK, Delta, pieces
 from tasks.methods.sparsify import BINS
+from tasks.models.layers import layer_of
 from tasks.models.weights import ExpertWeights
 
 VERSION = 3
@@ -50,7 +51,8 @@ def measure_group(expert: ExpertWeights, name: str, groups: Groups, group: int, 
         tensors[tensor] = {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0} | content
         if not expert.touches(tensor):
             continue
-        entry, histogram = _measure(expert.task_vector(tensor), expert.base.read(tensor).view(-1))
+        with noted(f"tensor {tensor} of layer {layer_of(tensor)}"):
+            entry, histogram = _measure(expert.task_vector(tensor), expert.base.read(tensor).view(-1))
         if not math.isfinite(entry["max"]):
             raise _not_finite(expert.delta(tensor), tensor, expert, name)
         if entry["max"]:

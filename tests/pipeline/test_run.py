@@ -4,6 +4,8 @@ import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -302,7 +304,10 @@ def test_an_exception_is_final_and_leaves_no_artifact(
     llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
 ) -> None:
     plan = one_step(fail, llama_recipe, tmp_path)
-    with pytest.raises(StepError, match=r"download work failed: .*broken on purpose"):
+    with pytest.raises(StepError, match=r"download work failed: .*broken on purpose") as raised:
         execute(plan, ray_address, Console(quiet=True))
+    node, log = re.findall(r"^on (.*); its log: (.*)$", str(raised.value), re.MULTILINE)[0]
+    assert node == platform.node()
+    assert Path(log).is_file()
     assert (tmp_path / "store" / "download" / "calls").read_text() == "x"
     assert plan.store.manifest(plan.steps[0].key) is None
