@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
+from pipeline.plan import human_bytes
+
 
 class Score(BaseModel):
     """One metric of one model on one task."""
@@ -28,7 +30,10 @@ class StageRecord(BaseModel):
     peak_memory: int = Field(description="largest resident memory of a worker process in the step, in bytes")
     pieces: int = Field(description="how many pieces the step was done in")
     pieces_run: int = Field(description="how many of them its last run did; the others an interrupted run had done")
-    taken_over: int = Field(0, description="merge: how many tensors were taken over from an earlier merge")
+    tensors: int = Field(0, description="merge: tensors of the merged model")
+    tensor_bytes: int = Field(0, description="merge: their size")
+    taken_over: int = Field(0, description="merge: how many of them were taken over from an earlier merge")
+    taken_over_bytes: int = Field(0, description="merge: the size of these")
     node: str = Field(description="name of the machine that finished it")
     artifact: str = Field(description="folder of the artifact")
     fingerprint: str = Field(description="sha256 of everything the result depends on")
@@ -87,6 +92,19 @@ class Report(BaseModel):
     distances: dict[str, dict[str, float]] = Field({}, description="distances[i][j]: expert i against j on j's samples")
     tau: dict[str, float] = Field({}, description="tau[expert]")
     sigma: dict[str, dict[str, float]] = Field({}, description="sigma[layer][expert]")
+
+
+def merge_summary(report: Report) -> str | None:
+    """Return in a line how much was merged now and how much taken over; None where no static variant was merged."""
+    merged = [stage for stage in report.stages if stage.stage == "merge" and stage.status == "run" and stage.tensors]
+    if not merged:
+        return None
+    tensors, taken = sum(stage.tensors for stage in merged), sum(stage.taken_over for stage in merged)
+    size, taken_size = sum(stage.tensor_bytes for stage in merged), sum(stage.taken_over_bytes for stage in merged)
+    return (
+        f"{tensors - taken} of {tensors} tensors merged ({human_bytes(size - taken_size)}), "
+        f"{taken} taken over from earlier merges ({human_bytes(taken_size)})"
+    )
 
 
 def score_table(report: Report) -> Table:

@@ -16,6 +16,9 @@ from tasks.datasets import Task, rows_digest
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
 """Of a step's manifest, what its record in the report has too."""
 
+TENSOR_FIELDS = ("tensors", "tensor_bytes", "taken_over", "taken_over_bytes")
+"""Of what a merge returns, what its record has too."""
+
 
 def collect(plan: Plan) -> Report:
     """Return the report of a plan whose steps are all in the store."""
@@ -86,7 +89,7 @@ def _stage(plan: Plan, step: Step) -> StageRecord:
         name=step.name,
         status="run" if step.title in plan.todo else "cached",
         artifact=str(plan.store.folder(step.key)),
-        taken_over=manifest["result"].get("taken_over", 0),
+        **{key: manifest["result"].get(key, 0) for key in TENSOR_FIELDS if step.stage == "merge"},
         **{key: manifest[key] for key in (*STEP_FIELDS, "fingerprint")},
     )
 

@@ -124,7 +124,8 @@ def step_line(step: Step, done: Done) -> str:
     if spent.pieces_run < spent.pieces:
         text += f", {spent.pieces_run} of {spent.pieces} pieces, the others were done before"
     if done.result.get("taken_over"):
-        text += f", {done.result['taken_over']} of {done.result['tensors']} tensors taken over"
+        size, whole = (human_bytes(done.result[key]) for key in ("taken_over_bytes", "tensor_bytes"))
+        text += f", {done.result['taken_over']} of {done.result['tensors']} tensors taken over ({size} of {whole})"
     return text
 
 

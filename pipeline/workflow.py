@@ -15,7 +15,7 @@ from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
 from pipeline.recipe import Recipe
 from pipeline.registry import Registry
-from pipeline.report import Report, route_table, route_warnings, score_table
+from pipeline.report import Report, merge_summary, route_table, route_warnings, score_table
 from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
 from tasks.artifacts import write_json
@@ -128,6 +128,9 @@ def _finish(options: Options, plan: Plan, uri: str, console: Console) -> Report:
         console.print(route_table(report))
     for warning in route_warnings(report):
         console.print(warning, highlight=False, soft_wrap=True)
+    summary = merge_summary(report)
+    if summary is not None:
+        console.print(summary, highlight=False, soft_wrap=True)
     for name in plan.recipe.merges:
         console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
     where = tracking.record(

@@ -1,6 +1,7 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,7 +165,10 @@ class _Previous:
     def of(cls, job: MergeJob) -> "_Previous | None":
         if job.previous is None or not (job.previous / TENSORS).is_file():
             return None
-        return cls(open_checkpoint(job.previous), read_json(job.previous / TENSORS))
+        try:
+            return cls(open_checkpoint(job.previous), read_json(job.previous / TENSORS))
+        except InputError:  # its weights are gone or cut since it was made: all is merged anew
+            return None
 
     def take(self, name: str, inputs: str | None, writer: CheckpointWriter) -> str | None:
         """Write a tensor as the earlier merge has it and return its checksum; None if it is another, or damaged."""
@@ -221,8 +225,9 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         out: the folder; all groups have been written to it.
 
     Returns:
-        `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors`: how many
-        there are, and `taken_over`: how many of them an earlier merge had; `by_tensor`: the files that `digest` is of.
+        `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors` and
+        `tensor_bytes`: how many there are and their size; `taken_over` and `taken_over_bytes`: those of them that an
+        earlier merge had; `by_tensor`: the files that `digest` is of.
 
     Raises:
         OSError: a tensor on disk is not what a group wrote; its group is merged anew when the step runs again.
@@ -251,8 +256,16 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         marker.unlink()
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in plan.tensors.items()}
     digest = _digest(shapes, {name: sha256 for name, (_, sha256) in found.items()})
-    taken = sum(entry["taken"] for entry in tensors.values())
-    return {"digest": digest, "tensors": len(tensors), "taken_over": taken, "by_tensor": list(plan.sizes)}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in shapes.items()}
+    taken = [sizes[name] for name, entry in tensors.items() if entry["taken"]]
+    return {
+        "digest": digest,
+        "tensors": len(sizes),
+        "tensor_bytes": sum(sizes.values()),
+        "taken_over": len(taken),
+        "taken_over_bytes": sum(taken),
+        "by_tensor": list(plan.sizes),
+    }
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:

@@ -100,7 +100,8 @@ def test_one_changed_expert(team: Path, ray_address: str, capsys: pytest.Capture
     tensors = len(load_file(Path(report["models"]["ta"]) / "model.safetensors"))
     assert steps["merge ta"]["taken_over"] == tensors - len(changed) > 0
     assert steps["merge ties-sens"]["taken_over"] == 0  # another σ in every layer
-    assert f"{tensors - len(changed)} of {tensors} tensors taken over" in said
+    assert f"{tensors - len(changed)} of {tensors} tensors taken over (" in said
+    assert f"{tensors + len(changed)} of {2 * tensors} tensors merged (" in said
     assert len(client.search_runs([experiment])) == 2 * runs
 
     distances = json.loads((Path(steps["cross_task all"]["artifact"]) / "manifest.json").read_text())["result"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.report import Report, Score, score_table
+from pipeline.report import Report, Score, StageRecord, merge_summary, score_table
 
 
 def report() -> Report:
@@ -35,3 +35,31 @@ def test_table_has_value_interval_and_n(tmp_path: Path) -> None:
 
 def test_json_round_trip() -> None:
     assert Report.model_validate_json(report().model_dump_json()) == report()
+
+
+def merge_step(name: str, status: str, taken_over: int) -> StageRecord:
+    return StageRecord(
+        stage="merge",
+        name=name,
+        status=status,
+        seconds=1.0,
+        bytes=1_100,
+        peak_memory=1,
+        pieces=1,
+        pieces_run=1,
+        tensors=10,
+        tensor_bytes=1_000,
+        taken_over=taken_over,
+        taken_over_bytes=100 * taken_over,
+        node="n",
+        artifact="a",
+        fingerprint="f",
+    )
+
+
+def test_merge_summary_counts_what_was_merged_now() -> None:
+    stages = [merge_step("ta", "run", 7), merge_step("ties", "run", 0), merge_step("dare", "cached", 9)]
+    assert merge_summary(report().model_copy(update={"stages": stages})) == (
+        "13 of 20 tensors merged (1.3 kB), 7 taken over from earlier merges (700 B)"
+    )
+    assert merge_summary(report().model_copy(update={"stages": stages[2:]})) is None

@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import plan as plan_module
 from pipeline.plan import Plan, Step
-from pipeline.run import execute
+from pipeline.run import execute, step_line
 from pipeline.store import Key
+from pipeline.worker import Done, Spent
 from tasks.errors import StepError
 from tasks.models import weights as weights_module
 from tests.conftest import command_line, plan_of, tiny_recipe, write_recipe
@@ -311,3 +312,13 @@ def test_an_exception_is_final_and_leaves_no_artifact(
     assert Path(log).is_file()
     assert (tmp_path / "store" / "download" / "calls").read_text() == "x"
     assert plan.store.manifest(plan.steps[0].key) is None
+
+
+def test_a_step_is_told_of_in_one_line(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
+    step = plan_of(tmp_path, llama_recipe).step("merge", "ta")
+    spent = Spent(seconds=2.34, peak_memory=1_500_000_000, pieces=4, pieces_run=3)
+    result = {"tensors": 20, "tensor_bytes": 4_000_000, "taken_over": 17, "taken_over_bytes": 3_000_000}
+    assert step_line(step, Done(result, spent, 5_000_000, "worker-1")) == (
+        f"merge ta ({step.key.fingerprint[:8]}) on worker-1: 2.3 s, 5.0 MB, 1.5 GB peak memory, "
+        "3 of 4 pieces, the others were done before, 17 of 20 tensors taken over (3.0 MB of 4.0 MB)"
+    )

@@ -519,7 +519,24 @@ def test_a_damaged_tensor_is_merged_anew(job: Callable[..., MergeJob], tmp_path:
     damaged.write_bytes(content)
     found = merged(replace(one, previous=tmp_path / "first"), tmp_path / "second")
     assert found["tensors"] - found["taken_over"] == 1
+    assert 0 < found["taken_over_bytes"] < found["tensor_bytes"]
     assert found["digest"] == merged(one, tmp_path / "anew")["digest"]
+
+
+@pytest.mark.parametrize("left", [None, 100], ids=["gone", "cut"])
+def test_an_earlier_merge_without_its_weights_is_left_alone(
+    left: int | None, job: Callable[..., MergeJob], tmp_path: Path
+) -> None:
+    one = job()
+    first = merged(one, tmp_path / "first")
+    file = tmp_path / "first" / "model.safetensors"
+    if left is None:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-left])
+    again = merged(replace(one, previous=tmp_path / "first"), tmp_path / "second")
+    assert again["taken_over"] == again["taken_over_bytes"] == 0
+    assert again["digest"] == first["digest"]
 
 
 # Coefficients -----------------------------------------------------------------------------------------------------
