@@ -1,6 +1,7 @@
 """The artifact store: one folder per step, found by the fingerprint of everything its content depends on."""
 
 import shutil
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,12 @@ class Store:
         self.make()
         lock = FileLock(self.root / ".lock")
         try:
-            lock.acquire(timeout=wait, poll_interval=0.2)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if wait:
+                    sys.stderr.write(f"{self.root}: locked by another run; waiting for it, {wait:g} s at most\n")
+                lock.acquire(timeout=wait, poll_interval=0.2)
         except Timeout as error:
             waited = f" still, after {wait:g} s" if wait else ""
             raise InputError(

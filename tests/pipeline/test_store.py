@@ -88,7 +88,7 @@ def test_lock_is_held_across_processes_and_released(tmp_path: Path) -> None:
     assert other().stdout == "ok\n"
 
 
-def test_a_run_waits_for_another(tmp_path: Path) -> None:
+def test_a_run_waits_for_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         "import sys; from pathlib import Path; from pipeline.store import Store\n"
         "with Store(Path(sys.argv[1])).lock(): print('mine', flush=True); sys.stdin.read()"
@@ -103,6 +103,7 @@ def test_a_run_waits_for_another(tmp_path: Path) -> None:
         threading.Timer(1, other.stdin.close).start()
         with Store(tmp_path).lock(60):
             assert other.wait(60) == 0
+    assert "waiting for it, 60 s at most" in capsys.readouterr().err
 
 
 def test_store_in_the_place_of_a_file(tmp_path: Path) -> None:
