@@ -18,7 +18,7 @@ def model_changes(plan: Plan) -> list[str]:
     for name, listing in plan.inputs.listings.items():
         step = plan.step("download", name)
         last = plan.store.last(step.key) if step.title in plan.todo else None
-        if last is None:
+        if last is None or last == plan.store.folder(step.key):  # new, or only to be fetched again
             continue
         following = [one for one in dependents(plan, step) if one.title in plan.todo]
         reads = human_bytes(sum(one.reads for one in following))

@@ -15,6 +15,7 @@ from pipeline.models import model_digest, weight_bytes
 from pipeline.placement import Choice, choose
 from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
+from pipeline.verify import damaged_files
 from tasks import (
     cross_task,
     download,
@@ -329,7 +330,8 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
         "tasks": {name: _calibration_settings(plan.inputs.data[name].task) for name in names},
     }
     pairs = _pairs(plan, downloads, reads | tokenizer)
-    known = cross_task.known_distances(plan.store.artifacts("cross_task"))
+    intact = [folder for folder in plan.store.artifacts("cross_task") if not any(damaged_files(folder))]
+    known = cross_task.known_distances(intact)
     wanted = {print_ for row in pairs.values() for print_ in row.values()}
     known = {print_: distance for print_, distance in known.items() if print_ in wanted}
     finish = partial(

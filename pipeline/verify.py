@@ -16,12 +16,13 @@ def find_damage(store: Store) -> Iterator[tuple[Path, list[str]]]:
     """Read every artifact, and the hub models that were downloaded; yield each folder with what is wrong in it."""
     for stage in get_args(Stage):
         for folder in store.artifacts(stage):
-            yield folder, [*_damaged_files(folder), *(_damaged_model(folder) if stage == "download" else ())]
+            yield folder, [*damaged_files(folder), *(_damaged_model(folder) if stage == "download" else ())]
 
 
-def _damaged_files(folder: Path) -> Iterator[str]:
+def damaged_files(folder: Path) -> Iterator[str]:
+    """Read an artifact again and yield what is wrong in it."""
     manifest = read_json(folder / MANIFEST)
-    by_tensor = manifest["result"].get("by_tensor", [])
+    checksums, by_tensor = manifest.get("checksums", {}), manifest["result"].get("by_tensor", [])
     is_whole = True
     for name, size in manifest["files"].items():
         path = folder / name
@@ -29,7 +30,7 @@ def _damaged_files(folder: Path) -> Iterator[str]:
             wrong = "is gone"
         elif path.stat().st_size != size:
             wrong = f"has {path.stat().st_size} bytes instead of {size}"
-        elif name in manifest["checksums"] and checksum_file(path) != manifest["checksums"][name]:
+        elif name in checksums and checksum_file(path) != checksums[name]:
             wrong = "has other content"
         else:
             continue
