@@ -93,7 +93,7 @@ def test_weights_that_left_the_hub_cache_are_fetched_again(
     plan = plan_of(tmp_path, llama_recipe)
     for step in plan.steps:
         plan.store.partial(step.key).mkdir(parents=True)
-        plan.store.publish(step.key, {})
+        plan.store.publish(step.key, {"result": {}})
     assert set(plan_of(tmp_path, llama_recipe).todo) == {"download math"}
 
 
