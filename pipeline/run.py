@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.plan import Plan, Step, human_bytes
 from pipeline.recipe import Stage
+from pipeline.stop import Stopped
 from pipeline.worker import Done, Spent, run_finish, run_part
 from tasks.errors import InputError, StepError
 
@@ -316,6 +317,9 @@ def _cluster(address: str | None) -> Iterator[None]:
         raise InputError(
             f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"
         ) from error
+    except SystemExit:  # of the handler that Ray has while it starts
+        ray.shutdown()
+        raise Stopped(signal.SIGTERM) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
     try:

@@ -21,14 +21,20 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `Stopped` in the block when a signal says so, that all it has opened is closed. For the main thread."""
+    """Leave the block by `Stopped` when a signal says so, that all it has opened is closed. For the main thread."""
+    told: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        raise Stopped(signum)
+        told.append(signum)
+        raise KeyboardInterrupt  # what compiled code such as Ray's passes on; it loses others
 
     before = {each: signal.signal(each, stop) for each in SIGNALS}
     try:
         yield
+    except BaseException as error:
+        if told:
+            raise Stopped(told[0]) from error
+        raise
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -63,19 +64,21 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, s
         started.wait(60)
 
 
-def test_quickstart_as_a_submitted_job(head: tuple[dict[str, str], str], tmp_path: Path) -> None:
+def test_run_and_refresh_as_submitted_jobs(head: tuple[dict[str, str], str], tmp_path: Path) -> None:
     environment, address = head
     quickstart = PROJECT / "configs" / "quickstart"
     subprocess.run([sys.executable, quickstart / "make_models.py"], check=True)
     report = tmp_path / "report.json"
-    entry = (
-        f"{sys.executable} -m pipeline run {quickstart / 'recipe.yaml'} --store {tmp_path / 'store'} --report {report}"
-    )
-    submit = ["job", "submit", "--address", address, "--working-dir", str(PROJECT), "--", *entry.split()]
-    done = ray(environment, *submit)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
-    found = json.loads(report.read_text())
+
+    def submitted(command: str, *more: str) -> tuple[str, dict[str, Any]]:
+        entry = [command, str(quickstart / "recipe.yaml"), "--store", str(tmp_path / "store"), "--report", str(report)]
+        submit = ["job", "submit", "--address", address, "--working-dir", str(PROJECT), "--"]
+        done = ray(environment, *submit, sys.executable, "-m", "pipeline", *entry, *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "succeeded" in done.stdout
+        return done.stdout, json.loads(report.read_text())
+
+    _, found = submitted("run")
     assert {stage["status"] for stage in found["stages"]} == {"run"}
     normalised = {model: score["value"] for model, score in found["mean_normalised"].items()}
     assert normalised["base"] < 0.5
@@ -83,6 +86,11 @@ def test_quickstart_as_a_submitted_job(head: tuple[dict[str, str], str], tmp_pat
         assert found["scores"][expert][expert]["token_accuracy"]["value"] > 0.9
         for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties", "ta-se"):
             assert normalised[variant] > normalised[expert] + 0.1
+
+    said, refreshed = submitted("refresh", "--set", "merges.ta.weight=0.45")
+    ran = {f"{stage['stage']} {stage['name']}" for stage in refreshed["stages"] if stage["status"] == "run"}
+    assert ran == {"merge ta", *(f"evaluate ta/{task}" for task in ("math", "words", "cipher"))}
+    assert "is champion, the first" in said
 
 
 def test_without_the_token_nothing_is_submitted(head: tuple[dict[str, str], str]) -> None:

@@ -125,21 +125,24 @@ def test_runs_never_overlap_and_what_they_end_with_ends_nothing(tmp_path: Path) 
 
 @pytest.mark.ray
 def test_stopped_in_the_middle_of_a_run(llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str) -> None:
+    for task in llama_recipe["tasks"].values():
+        del task["evaluation"]
     recipe, store = write_recipe(tmp_path, llama_recipe), tmp_path / "store"
     report = tmp_path / "report.json"
     words = [sys.executable, "-m", "pipeline", "refresh", recipe, "--store", store, "--report", report]
-    with subprocess.Popen([*map(str, words), "--cron", EVERY_SECOND], stdout=subprocess.PIPE, text=True) as schedule:
+    schedule = subprocess.Popen([*map(str, words), "--cron", EVERY_SECOND], stdout=subprocess.PIPE, text=True)
+    try:
         deadline = time.monotonic() + 120
-        while not list(store.glob("sensitivity/*.partial")):
+        while not (list(store.glob("sensitivity/*.partial")) and list(store.glob("download/*/manifest.json"))):
             assert schedule.poll() is None, "the schedule ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.01)
         running = json.loads((store / "health.json").read_text())
         family = psutil.Process(schedule.pid).children(recursive=True)
-        assert len(family) > 3, "the run, and its Ray"
         # Another schedule and another run are refused, and disturb nothing.
         assert command_line("refresh", recipe, "--store", store, "--cron", EVERY_SECOND) == 2
         assert command_line("refresh", recipe, "--store", store) == 2
+    finally:
         schedule.send_signal(signal.SIGTERM)
         said, _ = schedule.communicate(timeout=60)
     assert schedule.returncode == 0
@@ -150,13 +153,14 @@ def test_stopped_in_the_middle_of_a_run(llama_recipe: dict[str, Any], tmp_path: 
     stopped = json.loads((store / "health.json").read_text())
     assert (stopped["state"], stopped["last_run"]["exit_status"]) == ("stopped", 143)
     assert "refresh was stopped, the next one continues it (exit status 143)" in said
+    assert len(family) > 3, "the run, and its Ray"
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, "nothing that the run started is left"
     assert not report.exists()
 
     done = {path.parent for path in store.glob("*/*/manifest.json") if path.parent.suffix != ".partial"}
     assert done, "some steps had ended"
-    assert command_line(*words[3:], "--address", ray_address) in (0, 3)
+    assert command_line(*words[3:], "--address", ray_address) == 0
     status = [stage["status"] for stage in json.loads(report.read_text())["stages"]]
     assert status.count("cached") == len(done)
     assert "run" in status
