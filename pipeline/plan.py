@@ -38,7 +38,7 @@ from tasks.models.placement import Actors
 from tasks.models.weights import layer_groups
 from tasks.routing import SeApplication
 
-VERSION = 1
+VERSION = 2
 """Of the download stage's artifact and of what all fingerprints have in common."""
 
 
