@@ -32,7 +32,7 @@ from pipeline.store import Store
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Speed is not what these tests are about, and the machine may be busy.
-hypothesis.settings.register_profile("sensmerge", deadline=None)
+hypothesis.settings.register_profile("sensmerge", deadline=None, max_examples=40)
 hypothesis.settings.load_profile("sensmerge")
 # Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
 torch.set_num_threads(1)
