@@ -1,24 +1,20 @@
 """The registered model of a recipe: which version is champion, which challenger, and why.
 
-Beside `pipeline.tracking`, which registers the versions, the only module that imports mlflow.
+`pipeline.tracking` registers the versions.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
-
 from pipeline.gate import Outcomes, Verdict, passes
-from pipeline.tracking import EVALUATED_BY, OUTCOMES, explained, quiet
+from pipeline.tracking import EVALUATED_BY, OUTCOMES, connected, if_there
 from tasks.errors import InputError
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -53,7 +49,7 @@ class Registry:
 
     def of_variant(self, variant: str, digest: str) -> Version:
         """Return the version of a variant with these weights; `tracking.record` has registered it."""
-        with self._client() as client:
+        with connected(self.uri) as client:
             wanted = f"name = '{self.recipe}' AND tags.variant = '{variant}' AND tags.digest = '{digest}'"
             (found,) = client.search_model_versions(wanted, max_results=1)
             return _version(found)
@@ -73,19 +69,15 @@ class Registry:
             if found is None:
                 raise InputError(f"{self.recipe}@{text}: no version has this alias; see the model in MLflow")
             return found
-        with self._client() as client:
-            try:
-                return _version(client.get_model_version(self.recipe, text))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                raise InputError(
-                    f"{self.recipe}/{text}: no such version; see the registered model in MLflow"
-                ) from error
+        with connected(self.uri) as client:
+            version = if_there(lambda: client.get_model_version(self.recipe, text))
+        if version is None:
+            raise InputError(f"{self.recipe}/{text}: no such version; see the model in MLflow")
+        return _version(version)
 
     def outcomes(self, version: Version) -> dict[str, Outcomes]:
         """Return what a version did with every evaluation sample, by task."""
-        with self._client() as client, TemporaryDirectory() as folder:
+        with connected(self.uri) as client, TemporaryDirectory() as folder:
             path = client.download_artifacts(version.evaluated_by, OUTCOMES, folder)
             found = json.loads(Path(path).read_text())
         return {task: Outcomes.model_validate(one) for task, one in found.items()}
@@ -97,14 +89,14 @@ class Registry:
         tags = {"gate": said if failed else f"passed beside version {champion.number}"}
         tags |= {f"gate/{verdict.task}": str(verdict) for verdict in verdicts}
         assert passes(verdicts) == (not failed)
-        with self._client() as client:
+        with connected(self.uri) as client:
             client.set_registered_model_alias(self.recipe, CHALLENGER, version.number)
             self._tag(client, version, tags)
 
     def promote(self, version: Version) -> None:
         """Make a version champion, and remember the former one; it is no longer challenger."""
         former, challenger = self.champion(), self._alias(CHALLENGER)
-        with self._client() as client:
+        with connected(self.uri) as client:
             if former is not None and former.number != version.number:
                 self._tag(client, version, {FORMER: former.number})
             client.set_registered_model_alias(self.recipe, CHAMPION, version.number)
@@ -122,28 +114,18 @@ class Registry:
             what = "no champion" if champion is None else f"no champion before version {champion.number}"
             raise InputError(f"{self.recipe}: {what} to go back to; choose a version with promote")
         restored = self.find(champion.former)
-        with self._client() as client:
+        with connected(self.uri) as client:
             client.set_registered_model_alias(self.recipe, CHAMPION, restored.number)
         return champion, restored
 
     def _alias(self, alias: str) -> Version | None:
-        with self._client() as client:
-            try:
-                return _version(client.get_model_version_by_alias(self.recipe, alias))
-            except MlflowException as error:
-                # An alias that is not there is an invalid parameter; a model that is not there does not exist.
-                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    return None
-                raise
+        with connected(self.uri) as client:
+            found = if_there(lambda: client.get_model_version_by_alias(self.recipe, alias))
+        return None if found is None else _version(found)
 
-    def _tag(self, client: MlflowClient, version: Version, tags: Mapping[str, str]) -> None:
+    def _tag(self, client: Any, version: Version, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
             client.set_model_version_tag(self.recipe, version.number, key, value)
-
-    @contextmanager
-    def _client(self) -> Iterator[MlflowClient]:
-        with quiet(), explained(self.uri):
-            yield MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
 
 def folders_in_use(uri: str) -> dict[Path, str]:
@@ -152,8 +134,7 @@ def folders_in_use(uri: str) -> dict[Path, str]:
     Versions of all recipes at the tracking URI are looked at; models that sensmerge did not register are left out.
     """
     folders = {}
-    with quiet(), explained(uri):
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with connected(uri) as client:
         models, token = [], None
         while token != "":
             page = client.search_registered_models(page_token=token)
@@ -172,7 +153,7 @@ def folders_in_use(uri: str) -> dict[Path, str]:
     return folders
 
 
-def _version(found: ModelVersion) -> Version:
+def _version(found: Any) -> Version:
     tags = found.tags
     lacking = {"variant", "digest", EVALUATED_BY} - tags.keys()
     if lacking:

@@ -1,4 +1,4 @@
-"""What MLflow is told of one execution; with `pipeline.registry` the only module that imports mlflow.
+"""What MLflow is told of one execution; the only module that imports mlflow.
 
 A recipe is an experiment, an execution a parent run, and every base, expert and variant a child run with the same
 metric keys, so that any of them can be compared. A variant's child run also owns a LoggedModel, registered under the
@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 from mlflow import MlflowClient
 from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
@@ -172,6 +172,24 @@ def checked_uri(uri: str | None, store: Path) -> str:
     return found
 
 
+@contextmanager
+def connected(uri: str) -> Iterator[MlflowClient]:
+    """A client of the tracking URI, which prints nothing; a failure of MLflow is a StepError."""
+    with quiet(), explained(uri):
+        yield MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def if_there(ask: Callable[[], Any]) -> Any:
+    """What MLflow answers; None where the model, version or alias asked for does not exist."""
+    try:
+        return ask()
+    except MlflowException as error:
+        # An alias that is not there is an invalid parameter; a model or version that is not there does not exist.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
 def check_server(uri: str) -> None:
     """Raise InputError unless runs can be recorded at `uri`; nothing is written, and a dead server costs about 5 s.
 
@@ -207,8 +225,7 @@ def record(
 
     If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
     """
-    with quiet(), explained(uri):
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with connected(uri) as client:
         experiment = _experiment(client, report.recipe, None if _is_server(uri) else store)
         name = f"{report.recipe} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         with _run(client, experiment, name, {"role": "recipe"}) as parent:
