@@ -127,6 +127,8 @@ def load_rows(source: DataSource, key: str, folder: Path) -> list[Row]:
     import datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 
+    # Else every file that is read is reported to the hub, and without a network that is waited for.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     path, files = source.path, source.data_files
     what = path
     if path in BUILDERS:

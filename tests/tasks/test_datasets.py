@@ -155,6 +155,19 @@ def test_bad_sources(folder: Path, settings: dict[str, Any], message: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_reading_files_asks_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def no_network(*arguments: Any, **_: Any) -> Any:
+        asked.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    (folder / "own.jsonl").write_text('{"a": 1}\n')
+    assert load_rows(DataSource(path="json", data_files="own.jsonl"), "key", folder) == [{"a": 1}]
+    assert not asked
+
+
 def test_unreachable_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
