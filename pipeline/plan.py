@@ -334,26 +334,33 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     known = cross_task.known_distances(intact)
     wanted = {print_ for row in pairs.values() for print_ in row.values()}
     known = {print_: distance for print_, distance in known.items() if print_ in wanted}
-    finish = partial(
-        cross_task.cross_task,
-        plan.inputs.base.folder,
-        {name: plan.inputs.experts[name].folder for name in names},
-        _row_sets(plan, "calibration"),
-        plan.inputs.tokenizer,
-        plan.recipe.dtype,
-        _device(plan, "cross_task"),
-        plan.placements["cross_task"].placement,
-        pairs,
-        known,
+    job = cross_task.CrossTaskJob(
+        base=plan.inputs.base.folder,
+        experts={name: plan.inputs.experts[name].folder for name in names},
+        calibration=_row_sets(plan, "calibration"),
+        tokenizer=plan.inputs.tokenizer,
+        dtype=plan.recipe.dtype,
+        device=_device(plan, "cross_task"),
+        placement=plan.placements["cross_task"].placement,
+        pairs=pairs,
+        known=known,
     )
     key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
     total = sum(weight_bytes(plan.inputs.listings[name]) for name in ("base", *names))
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
     tokens = sum(one.calibration_tokens for one in plan.inputs.data.values())
     scratch = len(names) * _state_bytes(plan, tokens) + _kept_bytes(plan, "cross_task", tokens)
-    needs = _titles(downloads, "base", *names)
-    actors = _actors(plan, "cross_task")
-    return Step("cross_task", "all", key, needs, finish, reads=total, writes=scratch, actors=actors)
+    return Step(
+        "cross_task",
+        "all",
+        key,
+        _titles(downloads, "base", *names),
+        partial(cross_task.finish_distances, job),
+        tuple(partial(cross_task.run_trunk, job, name) for name in names if job.looked_at(name)),
+        reads=total,
+        writes=scratch,
+        actors=_actors(plan, "cross_task"),
+    )
 
 
 def _pairs(plan: Plan, downloads: Mapping[str, Step], reads: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -1,8 +1,9 @@
 """Stage cross_task: how far the experts' logits lie apart on each other's calibration sets, pair by pair."""
 
 import math
-import tempfile
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tasks.artifacts import read_json, write_json
 from tasks.datasets import ClassificationTask, Row, RowSet, calibration_batch
 from tasks.errors import InputError
-from tasks.models.blocks import to_device
+from tasks.models.blocks import Batch, to_device
 from tasks.models.heads import DetachedHead
 from tasks.models.networks import Head, load_tokenizer
-from tasks.models.placement import Placement
+from tasks.models.placement import Actors, Placement
 from tasks.models.runners import open_runner
 from tasks.models.source import Source
 
@@ -23,46 +24,115 @@ VERSION = 1
 PAIRS = "pairs.json"
 CHUNK_TOKENS = 256
 """Logits exist for this many tokens of one sample at a time."""
+_TRUNKS = "trunks"
+"""Folder for what trunks gave, until all distances are known."""
 
 Pairs = Mapping[str, Mapping[str, str]]
 """pairs[i][j]: fingerprint of all that the distance g[i][j] depends on, for i ≠ j"""
 Distances = dict[str, dict[str, float]]
 
 
-def cross_task(
-    base: Path,
-    experts: Mapping[str, Path],
-    calibration: Mapping[str, RowSet],
-    tokenizer: Path,
-    dtype: str,
-    device: str,
-    placement: Placement,
-    pairs: Pairs,
-    known: Mapping[str, float],
-    out: Path,
-) -> dict[str, Any]:
-    """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂ (DESIGN §5).
+@dataclass(frozen=True)
+class CrossTaskJob:
+    """What distances are measured of, and where. Distances that are known are taken over.
 
-    Every expert's trunk runs once over every calibration set (K² passes); what it hands to its head is kept on disk.
-    Distances that are known are taken over, and passes that only they need are left out: after a change of one expert
-    3K − 2 are made.
-    Then the heads run over that, side by side, `CHUNK_TOKENS` tokens at a time. On a classification task every trunk is
-    followed by the head of the task's own expert, whole samples at a time.
+    Passes that only known distances need are left out: after a change of one expert of K, 3K − 2 of K² are made.
+    """
 
-    Memory of this process: one network, or what its placement takes of it (see `StreamedRunner`), and later K heads
-    with two chunks of logits: K · vocabulary · width + 2 · CHUNK_TOKENS · vocabulary numbers, whatever the samples are.
+    base: Path
+    """folder of the base"""
+    experts: Mapping[str, Path]
+    """folder of each expert"""
+    calibration: Mapping[str, RowSet]
+    """calibration set of each expert"""
+    tokenizer: Path
+    """folder of the tokenizer that all models share"""
+    dtype: str
+    """torch name of the networks' dtype"""
+    device: str
+    """torch device"""
+    placement: Placement
+    """where the networks run; it changes no number"""
+    pairs: Pairs
+    """fingerprint of every distance"""
+    known: Mapping[str, float]
+    """distances of earlier artifacts by fingerprint, from `known_distances`"""
+
+    def wanted(self, j: str) -> list[str]:
+        """Return the experts whose distance from expert j, on its calibration set, is to be measured."""
+        return [i for i in self.experts if i != j and self.pairs[i][j] not in self.known]
+
+    def looked_at(self, i: str) -> list[str]:
+        """Return the tasks over whose calibration sets the trunk of expert i runs."""
+        return [j for j in self.experts if (wanted := self.wanted(j)) and i in (j, *wanted)]
+
+    def source(self, i: str) -> Source:
+        """Return where the network of expert i comes from."""
+        ending: Head = "classification" if self.is_classification(i) else "causal_lm"
+        return Source(self.base, self.experts[i], f"experts.{i}", ending, getattr(torch, self.dtype), self.device)
+
+    def head(self, i: str) -> DetachedHead:
+        """Return the head of expert i; on the CPU where networks run on actors, for they have the GPUs."""
+        source = self.source(i)
+        return DetachedHead.read(replace(source, device="cpu") if isinstance(self.placement, Actors) else source)
+
+    def is_classification(self, j: str) -> bool:
+        """Return whether task j has classes, and its expert a head of its own for them."""
+        return isinstance(self.calibration[j].task, ClassificationTask)
+
+    def batches(self, j: str) -> list[Batch]:
+        """Return the inputs of task j's calibration set, sample by sample."""
+        one, labels = self.calibration[j], self.source(j).expert.config.label2id
+        reader = load_tokenizer(self.tokenizer)
+        return [
+            _inputs(one, row, reader, f"row {number} of tasks.{j}.calibration", labels)
+            for number, row in enumerate(one.rows)
+        ]
+
+
+def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
+    """Run the trunk of expert i over the calibration sets it is looked at on, and keep what it hands to its head.
+
+    Memory: one network, or what its placement takes of it (see `StreamedRunner`).
 
     Args:
-        base: folder of the base.
-        experts: folder of each expert.
-        calibration: the calibration set of each expert.
-        tokenizer: folder of the tokenizer that all models share.
-        dtype: torch name of the networks' dtype.
-        device: torch device.
-        placement: where the networks run; it changes no number.
-        pairs: a fingerprint of every distance.
-        known: distances of earlier artifacts by fingerprint, from `known_distances`.
-        out: folder for `distances.json` and `pairs.json` (the fingerprints).
+        job: see there.
+        i: the expert.
+        out: folder of the step; what was kept there before is not made again.
+
+    Returns:
+        Whether there was something left to do.
+    """
+    left = [j for j in job.looked_at(i) if not _kept(out, i, j).exists()]
+    if not left:
+        return False
+    batches = {j: job.batches(j) for j in left}
+    samples = [(j, number) for j in left for number in range(len(batches[j]))]
+    begun = {j: _kept(out, i, j).with_suffix(".partial") for j in left}
+    for folder in begun.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), open_runner(job.source(i), job.placement, out / _TRUNKS / i) as runner:
+        for place, output in runner.trunk_outputs([batches[j][number] for j, number in samples]):
+            j, number = samples[place]
+            kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
+            save_file(kept, _sample(begun[j], number))
+    for j, folder in begun.items():
+        folder.rename(_kept(out, i, j))
+    return True
+
+
+def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
+    """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂ (DESIGN §5).
+
+    The heads run over what `run_trunk` kept, side by side, `CHUNK_TOKENS` tokens at a time. On a classification task
+    every trunk is followed by the head of the task's own expert, whole samples at a time.
+
+    Memory: K heads with two chunks of logits, K · vocabulary · width + 2 · CHUNK_TOKENS · vocabulary numbers, whatever
+    the samples are.
+
+    Args:
+        job: see there.
+        out: folder for `distances.json` and `pairs.json` (the fingerprints); what trunks gave is removed from it.
 
     Returns:
         The largest and smallest distance (`distances.json` in `out` has them all), and how many were measured.
@@ -70,47 +140,24 @@ def cross_task(
     Raises:
         InputError: logits that are not finite.
     """
-    sources = {
-        name: Source(base, folder, f"experts.{name}", _ending(calibration[name]), getattr(torch, dtype), device)
-        for name, folder in experts.items()
+    names = list(job.experts)
+    distances: Distances = {
+        i: {j: 0.0 if i == j else job.known.get(job.pairs[i][j], math.nan) for j in names} for i in names
     }
-    reader = load_tokenizer(tokenizer)
-    batches: dict[str, list[dict[str, torch.Tensor]]] = {
-        name: [
-            _inputs(one, row, reader, f"row {i} of tasks.{name}.calibration", sources[name])
-            for i, row in enumerate(one.rows)
-        ]
-        for name, one in calibration.items()
-    }
-    names = list(sources)
-    distances: Distances = {i: {j: 0.0 if i == j else known.get(pairs[i][j], math.nan) for j in names} for i in names}
-    wanted = {j: [i for i in names if i != j and pairs[i][j] not in known] for j in names}
-    heads: dict[str, DetachedHead] = {}
-    with tempfile.TemporaryDirectory(dir=out) as scratch, torch.no_grad():
-        for i, source in sources.items():
-            looked_at = [j for j in names if i in wanted[j] or (i == j and wanted[j])]
-            samples = [(j, number) for j in looked_at for number in range(len(batches[j]))]
-            if not samples:
-                continue
-            with open_runner(source, placement, out) as runner:
-                for place, output in runner.trunk_outputs([batches[j][number] for j, number in samples]):
-                    kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
-                    save_file(kept, _kept(scratch, i, *samples[place]))
-                heads[i] = runner.head()
-        for j in names:
-            own_head = isinstance(calibration[j].task, ClassificationTask)
-            sums = _compare(j, {i: heads[i] for i in wanted[j]}, heads.get(j), own_head, batches[j], scratch)
-            for i in wanted[j]:
-                distances[i][j] = sums[i] / len(batches[j])
-                if not math.isfinite(distances[i][j]):
-                    raise InputError(
-                        f"tasks.{j}.calibration: the distance of experts.{i} from experts.{j} is {distances[i][j]}; "
-                        "expected a finite number (try dtype: float32)"
-                    )
+    try:
+        for i, j, distance in _measured(job, out):
+            if not math.isfinite(distance):
+                raise InputError(
+                    f"tasks.{j}.calibration: the distance of experts.{i} from experts.{j} is {distance}; "
+                    "expected a finite number (try dtype: float32)"
+                )
+            distances[i][j] = distance
+    finally:
+        shutil.rmtree(out / _TRUNKS, ignore_errors=True)
     write_json(out / "distances.json", distances)
-    write_json(out / PAIRS, pairs)
+    write_json(out / PAIRS, job.pairs)
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
-    return {"min": min(apart), "max": max(apart), "measured": sum(map(len, wanted.values()))}
+    return {"min": min(apart), "max": max(apart), "measured": sum(len(job.wanted(j)) for j in names)}
 
 
 def known_distances(artifacts: Iterable[Path]) -> dict[str, float]:
@@ -123,53 +170,69 @@ def known_distances(artifacts: Iterable[Path]) -> dict[str, float]:
     return found
 
 
-def _ending(one: RowSet) -> Head:
-    return "classification" if isinstance(one.task, ClassificationTask) else "causal_lm"
+def _kept(out: Path, i: str, j: str) -> Path:
+    return out / _TRUNKS / i / j
 
 
-def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, source: Source) -> dict[str, torch.Tensor]:
-    batch = calibration_batch(one.task, row, tokenizer, where, source.expert.config.label2id)
+def _sample(folder: Path, number: int) -> Path:
+    return folder / f"{number}.safetensors"
+
+
+def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, labels: Mapping[str, int]) -> Batch:
+    batch = calibration_batch(one.task, row, tokenizer, where, labels)
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
-def _kept(scratch: str, i: str, j: str, number: int) -> Path:
-    return Path(scratch) / f"{i}-on-{j}-{number}.safetensors"
+def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
+    """Yield i, j and g[i][j] of all distances that are not known."""
+    heads: dict[str, DetachedHead] = {}
+    for j in job.experts:
+        wanted = job.wanted(j)
+        if not wanted:
+            continue
+        # On a classification task the head of its own expert follows every trunk.
+        follows = {i: j if job.is_classification(j) else i for i in (j, *wanted)}
+        heads |= {name: job.head(name) for name in dict.fromkeys(follows.values()) if name not in heads}
+        batches = job.batches(j)
+        sums = dict.fromkeys(wanted, 0.0)
+        for number, batch in enumerate(batches):
+            kept = {i: _sample(_kept(out, i, j), number) for i in follows}
+            norms = _norms(j, {i: heads[name] for i, name in follows.items()}, kept, batch, job.is_classification(j))
+            for i, norm in norms.items():
+                sums[i] += norm
+        for i, total in sums.items():
+            yield i, j, total / len(batches)
 
 
-def _compare(
-    j: str,
-    heads: Mapping[str, DetachedHead],
-    reference_head: DetachedHead | None,
-    own_head: bool,
-    batches: list[dict[str, torch.Tensor]],
-    scratch: str,
+def _norms(
+    j: str, heads: Mapping[str, DetachedHead], kept: Mapping[str, Path], batch: Batch, at_once: bool
 ) -> dict[str, float]:
-    """Return, for each expert i of `heads`, the sum over D_j of the mean over tokens of ‖logits_i − logits_j‖₂."""
-    sums = dict.fromkeys(heads, 0.0)
-    if reference_head is None or not heads:
-        return sums
-    device = str(reference_head.network.device)
-    for number, batch in enumerate(batches):
-        batch = to_device(batch, device)
-        kept = {i: load_file(_kept(scratch, i, j, number), device=device) for i in (j, *heads)}
-        length = kept[j]["hidden"].shape[1]
-        step = length if own_head else CHUNK_TOKENS
-        norms: dict[str, list[torch.Tensor]] = {i: [] for i in heads}
+    """Return, for every expert i but j, the mean over a sample's tokens of ‖logits_i − logits_j‖₂.
+
+    Args:
+        j: the expert that the others are compared with.
+        heads: of each expert.
+        kept: what each expert's trunk gave for the sample.
+        batch: the sample.
+        at_once: whether the heads need the sample whole.
+    """
+    device = str(heads[j].network.device)
+    batch = to_device(batch, device)
+    trunks = {i: load_file(path, device=device) for i, path in kept.items()}
+    length = trunks[j]["hidden"].shape[1]
+    step = length if at_once else CHUNK_TOKENS
+    norms: dict[str, list[torch.Tensor]] = {i: [] for i in heads if i != j}
+    with torch.no_grad():
         for start in range(0, length, step):
             chunk = slice(start, start + step)
-            reference = _logits(reference_head, kept[j], chunk, batch)
-            for i, head in heads.items():
-                logits = _logits(reference_head if own_head else head, kept[i], chunk, batch)
-                norms[i].append((logits - reference).norm(dim=-1).double().flatten())
-        for i, parts in norms.items():
-            sums[i] += float(torch.cat(parts).mean())
-    return sums
+            reference = _logits(heads[j], trunks[j], chunk, batch)
+            for i, found in norms.items():
+                found.append((_logits(heads[i], trunks[i], chunk, batch) - reference).norm(dim=-1).double().flatten())
+    return {i: float(torch.cat(found).mean()) for i, found in norms.items()}
 
 
-def _logits(
-    head: DetachedHead, kept: Mapping[str, torch.Tensor], chunk: slice, batch: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
+def _logits(head: DetachedHead, trunk: Mapping[str, torch.Tensor], chunk: slice, batch: Batch) -> torch.Tensor:
     """Return the head's logits, float32, for a chunk of what the trunk gave."""
     return head.logits(
-        kept["hidden"][:, chunk], kept.get("pooled"), {key: value[:, chunk] for key, value in batch.items()}
+        trunk["hidden"][:, chunk], trunk.get("pooled"), {key: value[:, chunk] for key, value in batch.items()}
     )

@@ -28,6 +28,7 @@ from pipeline.models import list_models
 from pipeline.plan import Plan, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
+from tasks.cross_task import CrossTaskJob, finish_distances, run_trunk
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -38,9 +39,11 @@ hypothesis.settings.load_profile("sensmerge")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs the data beside the project, or a GPU, where there is none."""
+    """Skip what needs the data beside the project, or a GPU, where there is none; of two processes, one has Ray."""
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if "ray" in item.keywords else item.path.name))
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -221,6 +224,13 @@ def pair_names(experts: Iterable[str]) -> dict[str, dict[str, str]]:
     """A name for every cross-task distance, in place of its fingerprint."""
     names = list(experts)
     return {i: {j: f"{i} against {j}" for j in names if i != j} for i in names}
+
+
+def measure_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
+    """Do all pieces of the stage cross_task and return its result."""
+    for name in job.experts:
+        run_trunk(job, name, out)
+    return finish_distances(job, out)
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:

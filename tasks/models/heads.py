@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from tasks.errors import InputError
 from tasks.models.networks import load_config, skeleton
+from tasks.models.source import Source
 from tasks.models.weights import HEAD_WEIGHTS
 
 
@@ -64,6 +65,20 @@ class DetachedHead:
             raise InputError(f"{saved.folder}: no fitting weights for {', '.join(sorted(missing))}; merge again")
         network.load_state_dict(tensors, assign=True)
         network.eval()
+        return head
+
+    @classmethod
+    def read(cls, source: Source) -> "DetachedHead":
+        """Load the head of an expert's network from its checkpoint, without the trunk.
+
+        Raises:
+            InputError: parameters are left without weights.
+        """
+        network = source.hollow()
+        # Of names of one parameter the first counts: checkpoints have a tied one in the trunk.
+        names = {id(one): name for name, one in reversed(network.state_dict(keep_vars=True).items())}
+        head = cls(network)
+        source.load(network, "", names)
         return head
 
     def logits(

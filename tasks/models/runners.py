@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from tasks.models.blocks import Batch, Part, Shell, Sums, TrunkOutput, blocks_of, to_device, trunk_output, watch
-from tasks.models.heads import DetachedHead
 from tasks.models.placement import Actors, Placement
 from tasks.models.products import GradientProducts
 from tasks.models.source import Source
@@ -109,10 +108,6 @@ class Runner(ABC):
     def trunk_outputs(self, batches: Sequence[Batch]) -> Iterator[tuple[int, TrunkOutput]]:
         """Yield number and trunk output (`Shell.trunk`) of every sample, in any order."""
 
-    @abstractmethod
-    def head(self) -> DetachedHead:
-        """Return the network's head; nothing else of the runner is used after that."""
-
 
 @contextmanager
 def open_runner(source: Source, placement: Placement, scratch: Path) -> Iterator[Runner]:
@@ -164,10 +159,6 @@ class WholeRunner(Runner):
             for number, batch in enumerate(batches):
                 output = self._network.base_model(**to_device(batch, self._source.device))
                 yield number, trunk_output(output)
-
-    def head(self) -> DetachedHead:
-        """See `Runner`."""
-        return DetachedHead(self._network)
 
 
 class PartsRunner(Runner):
@@ -225,10 +216,6 @@ class StreamedRunner(PartsRunner):
         self._loading: dict[int, Future[Part]] = {}
         self._scratch = scratch
         self._file = torch.empty(0, dtype=torch.uint8)
-
-    def head(self) -> DetachedHead:
-        """See `Runner`."""
-        return DetachedHead(self._shell.network)
 
     def _travel(self, journeys: Sequence[Journey[Result]]) -> Iterator[tuple[int, Result]]:
         works = [next(journey) for journey in journeys]

@@ -62,12 +62,13 @@ class Source:
         tensors = self._tensors.get(self.expert.base.network_name(parameter))
         return layer_of(tensors[0]) if tensors else None
 
-    def load(self, module: nn.Module, prefix: str) -> None:
+    def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None) -> None:
         """Give a module its weights, copied, in their dtype and on their device.
 
         Args:
             module: hollow; parameters that are tied get one tensor.
             prefix: its name in the network with a dot behind, empty for the network itself.
+            names: by `id`, the names in the network of parameters that are tied to others outside the module.
 
         Raises:
             InputError: a parameter is left without a value of its shape.
@@ -78,7 +79,7 @@ class Source:
         for name, hollow in module.state_dict(keep_vars=True).items():
             tensor = read.get(id(hollow))  # of a parameter that is tied to this one
             if tensor is None:
-                tensor = self._read(prefix + name)
+                tensor = self._read((names or {}).get(id(hollow), prefix + name))
                 if tensor is None or tensor.shape != hollow.shape:
                     if isinstance(hollow, nn.Parameter):
                         lacking.append(prefix + name)

@@ -7,7 +7,7 @@ So an actor that dies takes nothing with it: it is replaced, and what it was at 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
 from typing import Any, TypeVar
@@ -19,7 +19,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from tasks.models.blocks import Part, Shell, blocks_of, to_device
-from tasks.models.heads import DetachedHead
 from tasks.models.placement import Actors
 from tasks.models.runners import SHELL, Journey, PartsRunner, Work
 from tasks.models.source import Source
@@ -70,7 +69,6 @@ class ShardedRunner(PartsRunner):
         network = source.hollow()
         sizes = [sum(one.numel() for one in block.parameters()) for block in blocks_of(network).values()]
         assert actors.count <= len(sizes), f"{actors.count} actors for {len(sizes)} blocks"
-        self._source = source
         self._parts = shares(network.num_parameters() - sum(sizes), sizes, actors.count)
         self._lanes = [_Lane(source, actors, group, place, part) for place, part in enumerate(self._parts)]
 
@@ -93,11 +91,6 @@ class ShardedRunner(PartsRunner):
             yield cls(source, actors, group)
         finally:
             remove_placement_group(group)  # ends the actors in it
-
-    def head(self) -> DetachedHead:
-        """See `Runner`. The head is loaded into this process, which has no GPU."""
-        network = self._source.hollow()
-        return DetachedHead(Shell(replace(self._source, device="cpu"), network, blocks_of(network)).network)
 
     def _keep(self, hidden: Tensor) -> Tensor:
         return hidden

@@ -16,10 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline.plan import Plan, human_bytes, plan_summary, plan_table
+from pipeline.plan import Plan, Step, human_bytes, plan_summary, plan_table
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
 from tasks.artifacts import write_json
+from tasks.cross_task import CrossTaskJob
 from tasks.errors import InputError
 from tests.conftest import (
     bert_config,
@@ -438,9 +439,14 @@ def test_a_dynamic_variant_of_classifiers(berts: dict[str, Path], tmp_path: Path
 
 @pytest.mark.parametrize("damage", ["gone", "other content"])
 def test_only_distances_as_they_were_written_are_taken_over(damage: str, llama_recipe: Recipe, tmp_path: Path) -> None:
-    step = plan_of(tmp_path, llama_recipe).step("cross_task", "all")
-    pairs, known = step.finish.args[-2:]
-    assert known == {}
+    def planned() -> tuple[Step, CrossTaskJob]:
+        step = plan_of(tmp_path, llama_recipe).step("cross_task", "all")
+        return step, step.finish.args[0]
+
+    step, job = planned()
+    assert job.known == {}
+    assert len(step.parts) == len(job.experts)
+    pairs = job.pairs
     store = Store(tmp_path / "store")
     store.partial(step.key).mkdir(parents=True)
     write_json(store.partial(step.key) / "pairs.json", pairs)
@@ -448,10 +454,12 @@ def test_only_distances_as_they_were_written_are_taken_over(damage: str, llama_r
     write_json(store.partial(step.key) / "distances.json", distances)
     store.publish(step.key, {"result": {}})
     every = {fingerprint for row in pairs.values() for fingerprint in row.values()}
-    assert plan_of(tmp_path, llama_recipe).step("cross_task", "all").finish.args[-1] == dict.fromkeys(every, 1.25)
+    step, job = planned()
+    assert job.known == dict.fromkeys(every, 1.25)
+    assert not step.parts
     file = store.folder(step.key) / "distances.json"
     if damage == "gone":
         file.unlink()
     else:
         file.write_text(file.read_text().replace("1.25", "1.75"))
-    assert plan_of(tmp_path, llama_recipe).step("cross_task", "all").finish.args[-1] == {}
+    assert planned()[1].known == {}

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,19 @@ from transformers import (
 
 from tasks import cross_task as module
 from tasks.artifacts import read_json
-from tasks.cross_task import RowSet, cross_task
+from tasks.cross_task import CrossTaskJob, RowSet, run_trunk
 from tasks.datasets import ClassificationTask, CompletionTask
 from tasks.errors import InputError
-from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, pair_names, perturbed
+from tests.conftest import (
+    make_adapter,
+    make_bert_expert,
+    make_bert_trunk,
+    make_gpt2,
+    make_llama,
+    measure_distances,
+    pair_names,
+    perturbed,
+)
 
 Save = Callable[..., Path]
 Distances = dict[str, dict[str, float]]
@@ -49,7 +59,8 @@ def measure(
     known: Mapping[str, float] | None = None,
 ) -> Distances:
     out.mkdir(exist_ok=True)
-    found = cross_task(base, experts, sets, base, "float32", "cpu", "whole", pair_names(experts), known or {}, out)
+    job = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", pair_names(experts), known or {})
+    found = measure_distances(job, out)
     distances: Distances = read_json(out / "distances.json")
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     assert found == {"min": min(apart), "max": max(apart), "measured": len(apart) - len(known or {})}
@@ -216,6 +227,29 @@ def test_known_distances_are_taken_over_bit_for_bit(llamas: dict[str, Path], tmp
     passes.clear()
     assert measure(llamas["base"], experts, sets, tmp_path / "all", known) == whole
     assert not passes
+
+
+def test_a_trunk_that_was_stopped_goes_on_where_it_was(
+    llamas: dict[str, Path], tmp_path: Path, passes: list[int]
+) -> None:
+    experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
+    sets = completions(list(experts))
+    whole = measure(llamas["base"], experts, sets, tmp_path / "whole")
+    names = pair_names(experts)
+    job = CrossTaskJob(llamas["base"], experts, sets, llamas["base"], "float32", "cpu", "whole", names, {})
+    out = tmp_path / "out"
+    # The first time only what `talk` and `code` have to do with each other is wanted.
+    some = {name: 0.0 for row in names.values() for name in row.values() if "math" in name}
+    passes.clear()
+    assert run_trunk(replace(job, known=some), "code", out)
+    assert len(passes) == len(TEXTS["code"]) + len(TEXTS["talk"])
+    (out / "trunks" / "code" / "math.partial").mkdir()  # as one that was killed leaves it
+    passes.clear()
+    assert run_trunk(job, "code", out)
+    assert len(passes) == len(TEXTS["math"])
+    assert not run_trunk(job, "code", out)
+    measure_distances(job, out)
+    assert read_json(out / "distances.json") == whole
 
 
 def test_logits_exist_for_one_chunk_of_tokens(

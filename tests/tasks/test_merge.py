@@ -24,7 +24,7 @@ from pipeline import card
 from tasks import merge
 from tasks.artifacts import read_json
 from tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCoefficients
-from tasks.cross_task import RowSet, cross_task
+from tasks.cross_task import CrossTaskJob, RowSet
 from tasks.datasets import CompletionTask
 from tasks.errors import InputError
 from tasks.merge import MergeJob, finish_merge, merge_group, merge_weights, weights_digest
@@ -34,7 +34,15 @@ from tasks.models.checkpoint import open_checkpoint
 from tasks.models.expert import load_network, open_base, open_expert
 from tasks.models.weights import layer_groups
 from tasks.sensitivity import sensitivity
-from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, pair_names, perturbed
+from tests.conftest import (
+    make_adapter,
+    make_bert_expert,
+    make_bert_trunk,
+    make_llama,
+    measure_distances,
+    pair_names,
+    perturbed,
+)
 from tests.tasks.methods.pieces import whole_tensor
 from tests.tasks.test_task_vectors import measured
 
@@ -551,7 +559,8 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
         sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", "whole", out / name)
     sets = {name: RowSet(TASK, ROWS) for name in names}
     experts = {name: llamas[name] for name in names}
-    cross_task(base, experts, sets, base, "float32", "cpu", "whole", pair_names(names), {}, out / "cross")
+    distances = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", pair_names(names), {})
+    measure_distances(distances, out / "cross")
     return job(
         coefficients=SensCoefficients(kind="sens", **settings),
         sensitivities={name: out / name for name in names},

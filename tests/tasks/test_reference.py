@@ -11,11 +11,11 @@ import torch
 
 from tasks.artifacts import read_json
 from tasks.coefficients import alpha, sigma, tau
-from tasks.cross_task import RowSet, cross_task
+from tasks.cross_task import CrossTaskJob, RowSet
 from tasks.datasets import CompletionTask, DataSource, load_rows
 from tasks.models.placement import Placement
 from tasks.sensitivity import sensitivity
-from tests.conftest import SHARED, pair_names
+from tests.conftest import SHARED, measure_distances, pair_names
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]
 EXPERTS = ("gsm8k", "mbpp", "dolly")
@@ -83,7 +83,8 @@ def test_alpha(
 
 def test_tau_and_sigma(base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path) -> None:
     experts = {name: expert(name) for name in EXPERTS}
-    cross_task(base, experts, calibration, base, "float32", "cpu", "whole", pair_names(experts), {}, tmp_path)
+    job = CrossTaskJob(base, experts, calibration, base, "float32", "cpu", "whole", pair_names(experts), {})
+    measure_distances(job, tmp_path)
     taus = tau(read_json(tmp_path / "distances.json"), reference["direction"])
     assert taus == pytest.approx(reference["tau"], rel=1e-3)
     sigmas = sigma(reference["alpha"], taus, reference["temperature"], reference["sigma"])

@@ -4,7 +4,6 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -35,17 +34,16 @@ from transformers import (
 
 from tasks.artifacts import read_json
 from tasks.coefficients import alpha
-from tasks.cross_task import cross_task
+from tasks.cross_task import CrossTaskJob
 from tasks.datasets import ClassificationTask, CompletionTask, RowSet
 from tasks.errors import InputError
 from tasks.models.blocks import blocks_of
-from tasks.models.heads import DetachedHead
 from tasks.models.placement import Actors, Placement
-from tasks.models.runners import Journey, PartsRunner, StreamedRunner
+from tasks.models.runners import Journey, PartsRunner, Runner, open_runner
 from tasks.models.source import Source
 from tasks.models.streaming import BlockOwner, _Lane, shares
 from tasks.sensitivity import sensitivity
-from tests.conftest import gpt2_config, llama_config, make_adapter, pair_names, perturbed
+from tests.conftest import gpt2_config, llama_config, make_adapter, measure_distances, pair_names, perturbed
 
 Save = Callable[..., Path]
 ROWS = [{"text": text} for text in ("1+2=3", "a rather longer text than the first", "x")]
@@ -98,35 +96,66 @@ def classes(names: list[str]) -> dict[str, RowSet]:
     return {name: RowSet(ClassificationTask(kind="classification"), rows[: 2 + i]) for i, name in enumerate(names)}
 
 
-class Numbers:
-    """α of each expert and g of a set of experts, found in some placement."""
+def sensitivity_of(
+    name: str,
+    base: Path,
+    experts: dict[str, Path],
+    sets: dict[str, RowSet],
+    placement: Placement,
+    out: Path,
+    dtype: str = "float32",
+) -> dict[str, float]:
+    """Return the sensitivity of an expert's layers, found in some placement."""
+    folder, one = out / name, sets[name]
+    folder.mkdir(parents=True)
+    sensitivity(base, experts[name], name, one.task, one.rows, base, dtype, "cpu", placement, folder)
+    assert [path.name for path in folder.iterdir()] == ["sensitivity.json"]
+    found: dict[str, float] = read_json(folder / "sensitivity.json")["sensitivity"]
+    return found
 
-    def __init__(
-        self,
-        base: Path,
-        experts: dict[str, Path],
-        sets: dict[str, RowSet],
-        placement: Placement,
-        out: Path,
-        dtype: str = "float32",
-    ) -> None:
-        self.sensitivity = {}
-        for name, folder in experts.items():
-            (out / name).mkdir(parents=True)
-            sensitivity(base, folder, name, sets[name].task, sets[name].rows, base, dtype, "cpu", placement, out / name)
-            self.sensitivity[name] = read_json(out / name / "sensitivity.json")["sensitivity"]
-            assert [path.name for path in (out / name).iterdir()] == ["sensitivity.json"]
-        cross_task(base, experts, sets, base, dtype, "cpu", placement, pair_names(experts), {}, out)
-        self.distances = read_json(out / "distances.json")
 
-    def same_as(self, other: "Numbers", rel: float = 1e-5) -> None:
-        assert list(self.sensitivity) == list(other.sensitivity)
-        for name, found in self.sensitivity.items():
-            assert list(found) == list(other.sensitivity[name])
-            assert alpha(found) == pytest.approx(alpha(other.sensitivity[name]), rel=rel)
-            assert found == pytest.approx(other.sensitivity[name], rel=rel)
-        for name, row in self.distances.items():
-            assert row == pytest.approx(other.distances[name], rel=rel)
+def distances_of(
+    base: Path,
+    experts: dict[str, Path],
+    sets: dict[str, RowSet],
+    placement: Placement,
+    out: Path,
+    dtype: str = "float32",
+) -> dict[str, dict[str, float]]:
+    """Return all cross-task distances, found in some placement."""
+    folder = out / "distances"
+    measure_distances(CrossTaskJob(base, experts, sets, base, dtype, "cpu", placement, pair_names(experts), {}), folder)
+    found: dict[str, dict[str, float]] = read_json(folder / "distances.json")
+    return found
+
+
+def same_sensitivity(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert list(found) == list(expected)
+    assert alpha(found) == pytest.approx(alpha(expected), rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def same_distances(found: dict[str, dict[str, float]], expected: dict[str, dict[str, float]]) -> None:
+    for name, row in found.items():
+        assert row == pytest.approx(expected[name], rel=1e-5)
+
+
+def same_as_whole(
+    base: Path,
+    experts: dict[str, Path],
+    sets: dict[str, RowSet],
+    placements: dict[str, Placement],
+    out: Path,
+    dtype: str = "float32",
+) -> None:
+    """Check that α of each expert and g of all of them are the same in every placement as they are whole."""
+    for name in experts:
+        whole = sensitivity_of(name, base, experts, sets, "whole", out / "whole", dtype)
+        for label, placement in placements.items():
+            same_sensitivity(sensitivity_of(name, base, experts, sets, placement, out / label, dtype), whole)
+    distances = distances_of(base, experts, sets, "whole", out / "whole", dtype)
+    for label, placement in placements.items():
+        same_distances(distances_of(base, experts, sets, placement, out / label, dtype), distances)
 
 
 def language_models(architecture: str, tied: bool, save: Save, folder: Path) -> tuple[Path, dict[str, Path]]:
@@ -143,15 +172,13 @@ ARCHITECTURES = ["llama", "qwen2", "mistral", "gemma", "gpt2", "bloom", "mixtral
 def test_streamed_language_models(architecture: str, tied: bool, save: Save, tmp_path: Path) -> None:
     base, experts = language_models(architecture, tied, save, tmp_path)
     sets = completions(list(experts))
-    whole = Numbers(base, experts, sets, "whole", tmp_path / "whole")
-    Numbers(base, experts, sets, "streamed", tmp_path / "streamed").same_as(whole)
+    same_as_whole(base, experts, sets, {"streamed": "streamed"}, tmp_path)
 
 
 def test_streamed_classifiers(berts: dict[str, Path], tmp_path: Path) -> None:
     experts = {name: berts[name] for name in ("mood", "topic")}
     sets = classes(list(experts))
-    whole = Numbers(berts["base"], experts, sets, "whole", tmp_path / "whole")
-    Numbers(berts["base"], experts, sets, "streamed", tmp_path / "streamed").same_as(whole)
+    same_as_whole(berts["base"], experts, sets, {"streamed": "streamed"}, tmp_path)
 
 
 def test_streamed_adapters_in_bfloat16(save: Save, tmp_path: Path) -> None:
@@ -162,8 +189,7 @@ def test_streamed_adapters_in_bfloat16(save: Save, tmp_path: Path) -> None:
         for seed, name in enumerate(("math", "code"), 1)
     }
     sets = completions(list(experts))
-    whole = Numbers(base, experts, sets, "whole", tmp_path / "whole", "bfloat16")
-    Numbers(base, experts, sets, "streamed", tmp_path / "streamed", "bfloat16").same_as(whole)
+    same_as_whole(base, experts, sets, {"streamed": "streamed"}, tmp_path, "bfloat16")
 
 
 class OwnersHere(PartsRunner):
@@ -173,10 +199,6 @@ class OwnersHere(PartsRunner):
         network = source.hollow()
         self._parts = shares(0, [1] * len(blocks_of(network)), count)
         self._owners = [BlockOwner(source, blocks, place == 0, 1) for place, blocks in enumerate(self._parts)]
-        self._source = source
-
-    def head(self) -> DetachedHead:
-        return StreamedRunner(self._source, Path(), ThreadPoolExecutor(1)).head()
 
     def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
@@ -193,17 +215,33 @@ class OwnersHere(PartsRunner):
                 yield number, end.value
 
 
+@pytest.fixture
+def owners_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let networks on actors be run by `OwnersHere`."""
+
+    @contextmanager
+    def opened(source: Source, placement: Placement, scratch: Path) -> Iterator[Runner]:
+        if isinstance(placement, Actors):
+            yield OwnersHere(source, placement.count)
+        else:
+            with open_runner(source, placement, scratch) as runner:
+                yield runner
+
+    monkeypatch.setattr("tasks.sensitivity.open_runner", opened)
+    monkeypatch.setattr("tasks.cross_task.open_runner", opened)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_shared_out(architecture: str, tied: bool, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_out(architecture: str, tied: bool, save: Save, tmp_path: Path, owners_here: None) -> None:
     base, experts = language_models(architecture, tied, save, tmp_path)
-    sets = completions(list(experts))
-    whole = Numbers(base, experts, sets, "whole", tmp_path / "whole")
-    for count in (2, 4):
-        opened = contextmanager(lambda source, *_, count=count: iter([OwnersHere(source, count)]))
-        monkeypatch.setattr("tasks.sensitivity.open_runner", opened)
-        monkeypatch.setattr("tasks.cross_task.open_runner", opened)
-        Numbers(base, experts, sets, Actors(count, 1, 0), tmp_path / f"{count}").same_as(whole)
+    actors: dict[str, Placement] = {f"{count}": Actors(count, 1, 0) for count in (2, 4)}
+    same_as_whole(base, experts, completions(list(experts)), actors, tmp_path)
+
+
+def test_classifiers_shared_out(berts: dict[str, Path], tmp_path: Path, owners_here: None) -> None:
+    experts = {name: berts[name] for name in ("mood", "topic")}
+    same_as_whole(berts["base"], experts, classes(list(experts)), {"2": Actors(2, 1, 0)}, tmp_path)
 
 
 @pytest.fixture
@@ -213,21 +251,27 @@ def ray_here(ray_address: str) -> Iterator[None]:
     ray.shutdown()
 
 
+# Every network starts its actors anew, which takes seconds: these few show that they do what `OwnersHere` does.
+
+
 @pytest.mark.ray
 def test_sharded_language_models(save: Save, tmp_path: Path, ray_here: None) -> None:
     base, experts = language_models("llama", True, save, tmp_path)
     sets = completions(list(experts))
-    whole = Numbers(base, experts, sets, "whole", tmp_path / "whole")
-    for count in (2, 4):
-        Numbers(base, experts, sets, Actors(count, 0.5, 0), tmp_path / f"{count}").same_as(whole)
+    four, two = Actors(4, 0.5, 0), Actors(2, 0.5, 0)
+    whole = sensitivity_of("math", base, experts, sets, "whole", tmp_path / "whole")
+    same_sensitivity(sensitivity_of("math", base, experts, sets, four, tmp_path / "4"), whole)
+    distances = distances_of(base, experts, sets, "whole", tmp_path / "whole")
+    same_distances(distances_of(base, experts, sets, two, tmp_path / "2"), distances)
 
 
 @pytest.mark.ray
 def test_sharded_classifiers(berts: dict[str, Path], tmp_path: Path, ray_here: None) -> None:
     experts = {name: berts[name] for name in ("mood", "topic")}
     sets = classes(list(experts))
-    whole = Numbers(berts["base"], experts, sets, "whole", tmp_path / "whole")
-    Numbers(berts["base"], experts, sets, Actors(2, 0.5, 0), tmp_path / "2").same_as(whole)
+    whole = sensitivity_of("topic", berts["base"], experts, sets, "whole", tmp_path / "whole")
+    actors = Actors(2, 0.5, 0)
+    same_sensitivity(sensitivity_of("topic", berts["base"], experts, sets, actors, tmp_path / "2"), whole)
 
 
 def own_actors() -> list[psutil.Process]:
