@@ -30,6 +30,7 @@ def write_cards(plan: Plan, report: Report, recipe_text: str) -> None:
         partial = folder / f".README.md.{os.getpid()}"
         partial.write_text(card_text(plan, report, name, recipe_text))
         partial.replace(folder / "README.md")
+        plan.store.upload(folder, "README.md")
 
 
 def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,7 +30,12 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see `schema` for its keys")]
-StoreOption = Annotated[Path, typer.Option("--store", metavar="DIR", help="folder of all artifacts")]
+StoreOption = Annotated[
+    Store,
+    typer.Option(
+        "--store", metavar="DIR", parser=Store.open, help="folder of all artifacts, or a URL such as s3://bucket/team"
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override one value of the recipe; repeatable")
 ]
@@ -45,6 +50,12 @@ AddressOption = Annotated[
 WaitOption = Annotated[
     float, typer.Option("--wait", metavar="SECONDS", min=0, help="how long to wait for another run on the same store")
 ]
+MetricsOption = Annotated[
+    bool,
+    typer.Option(
+        "--metrics", help="count steps in Ray's metrics (Prometheus), and record this machine's load in MLflow"
+    ),
+]
 CronOption = Annotated[
     str | None,
     typer.Option("--cron", metavar="CRON", help='stay up and refresh at these times: "0 3 * * *" is daily at 3:00'),
@@ -54,22 +65,23 @@ TimezoneOption = Annotated[
 ]
 ReportOption = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="write the result as JSON")]
 
-DEFAULT_STORE = Path("store")
+DEFAULT_STORE: Any = "store"  # parsed as what the user gives
 
 
 @app.command()
 def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetOption = None) -> None:
     """Print every step, RUN or SKIP and why, and the bytes to read and write. Finds bad input; does no work."""
-    loaded, target, folder = load_recipe(recipe, overrides or ()), Store(store.absolute()), recipe.absolute().parent
-    target.make()
+    loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
+    store.make()
+    store.look()
     with ThreadPoolExecutor(1) as beside, _quick_imports():
         # Files are hashed while transformers is imported, which takes seconds as well.
-        listings = beside.submit(list_models, loaded, folder, target.hub_cache)
+        listings = beside.submit(list_models, loaded, folder, store.hub_cache)
 
         from pipeline.changes import model_changes
         from pipeline.plan import make_plan, plan_table
 
-    planned, console = make_plan(loaded, folder, target, listings.result()), Console()
+    planned, console = make_plan(loaded, folder, store, listings.result()), Console()
     console.print(plan_table(planned))
     for line in model_changes(planned):
         console.print(line, highlight=False, soft_wrap=True)
@@ -84,9 +96,10 @@ def run(
     address: AddressOption = None,
     report: ReportOption = None,
     wait: WaitOption = 0,
+    metrics: MetricsOption = False,
 ) -> None:
     """Run all stages of a recipe, as far as the store lacks their results, and print the scores."""
-    _work("run", _options(recipe, store, overrides, tracking_uri, address, report, wait))
+    _work("run", _options(recipe, store, overrides, tracking_uri, address, report, wait, metrics))
 
 
 @app.command()
@@ -99,6 +112,7 @@ def refresh(
     address: AddressOption = None,
     report: ReportOption = None,
     wait: WaitOption = 0,
+    metrics: MetricsOption = False,
     cron: CronOption = None,
     timezone: TimezoneOption = None,
 ) -> None:
@@ -108,7 +122,7 @@ def refresh(
 
     With --cron: SIGTERM and Ctrl-C end the schedule and a refresh that is under way; exit status 0.
     """
-    options = _options(recipe, store, overrides, tracking_uri, address, report, wait)
+    options = _options(recipe, store, overrides, tracking_uri, address, report, wait, metrics)
     if cron is not None:
         from pipeline.schedule import Times, keep
 
@@ -125,9 +139,11 @@ def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
     options, arguments = [context.command.name or ""], ["--"]
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if parameter.name in leave_out or value is None:
+        if parameter.name in leave_out or value is None or value is False:
             continue
-        if parameter.param_type_name == "argument":
+        if value is True:
+            options.append(parameter.opts[0])
+        elif parameter.param_type_name == "argument":
             arguments.append(str(value))
         else:
             for each in value if isinstance(value, list | tuple) else (value,):
@@ -137,19 +153,20 @@ def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
 
 def _options(
     recipe: Path,
-    store: Path,
+    store: Store,
     overrides: list[str] | None,
     tracking_uri: str | None,
     address: str | None,
     report: Path | None,
     wait: float,
+    metrics: bool,
 ) -> Options:
     loaded = load_recipe(recipe, overrides or ())
     if report is not None and report.is_dir():
         raise InputError(f"--report {report}: is a folder; name a file in it")
     if report is not None and not report.absolute().parent.is_dir():
         raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
-    return Options(loaded, recipe.absolute().parent, Store(store.absolute()), tracking_uri, address, report, wait)
+    return Options(loaded, recipe.absolute().parent, store, tracking_uri, address, report, wait, metrics)
 
 
 def _work(command: Literal["run", "refresh"], options: Options) -> int:
@@ -250,15 +267,16 @@ def verify(
     """Read all artifacts and downloaded models again, and compare them with their digests. Exit status 1: damage."""
     from pipeline.verify import find_damage
 
-    target, console, count, damaged = existing_store(store), Console(), 0, 0
-    with target.lock(wait):
-        for folder, wrong in find_damage(target):
+    check_exists(store)
+    console, count, damaged = Console(), 0, 0
+    with store.lock(wait):
+        for folder, wrong in find_damage(store):
             count += 1
             damaged += bool(wrong)
             for what in wrong:
-                console.print(f"{folder.relative_to(target.root)}: {what}", highlight=False, soft_wrap=True)
+                console.print(f"{folder.relative_to(store.root)}: {what}", highlight=False, soft_wrap=True)
             if wrong and remove:
-                target.remove(folder)
+                store.remove(folder)
     said = f", {damaged} of them damaged" if damaged else ", all as they were written"
     done = "; deleted, run the recipe again" if remove else "; delete them with --delete, and run the recipe again"
     console.print(f"{count} artifacts{said}{done if damaged else ''}", highlight=False)
@@ -281,14 +299,15 @@ def collect_garbage(
     from pipeline.garbage import delete, find_garbage, needed_artifacts, registered_folders
     from pipeline.plan import human_bytes
 
-    target, console = existing_store(store), Console()
-    with target.lock(wait):
-        needed = needed_artifacts(target, keep, registered_folders(target, tracking_uri))
-        garbage = find_garbage(target, needed)
+    check_exists(store)
+    console = Console()
+    with store.lock(wait):
+        needed = needed_artifacts(store, keep, registered_folders(store, tracking_uri))
+        garbage = find_garbage(store, needed)
         for name, size in garbage.freed.items():
             console.print(f"{name}: {human_bytes(size)}", highlight=False, soft_wrap=True)
         if remove:
-            delete(target, garbage)
+            delete(store, garbage)
     total = human_bytes(sum(garbage.freed.values()))
     for why in sorted(set(needed.values())):
         console.print(f"kept: {why}", highlight=False, soft_wrap=True)
@@ -296,15 +315,14 @@ def collect_garbage(
     console.print(f"{total} {done}", highlight=False)
 
 
-def existing_store(folder: Path) -> Store:
-    """Return the store of a folder.
+def check_exists(store: Store) -> None:
+    """Refuse a store in a folder that is not there.
 
     Raises:
         InputError: there is no such folder.
     """
-    if not folder.is_dir():
-        raise InputError(f"--store {folder}: no such folder; name the store of earlier runs")
-    return Store(folder.absolute())
+    if store.remote is None and not store.root.is_dir():
+        raise InputError(f"--store {store}: no such folder; name the store of earlier runs")
 
 
 @app.command()

@@ -59,8 +59,8 @@ def registered_folders(store: Store, tracking_uri: str | None) -> dict[Path, str
     Raises:
         InputError: one of them cannot be asked.
     """
-    default = default_uri(store.root)
-    uris = {run.tracking_uri or default for run in past_runs(store)} if tracking_uri is None else {tracking_uri}
+    asked = {run.tracking_uri for run in past_runs(store)} if tracking_uri is None else {tracking_uri}
+    uris = {uri or default_uri(store) for uri in asked}
     folders: dict[Path, str] = {}
     for uri in sorted(uris):
         check_server(uri)
@@ -80,7 +80,7 @@ def find_garbage(store: Store, needed: Iterable[str]) -> Garbage:
         for folder in sorted((store.root / stage).glob("*/"))
         if f"{stage}/{folder.name}" not in keep
     ]
-    freed = dict(zip((f"{one.parent.name}/{one.name}" for one in folders), _freed_bytes(folders), strict=True))
+    freed = dict(zip((f"{one.parent.name}/{one.name}" for one in folders), _freed_bytes(store, folders), strict=True))
     revisions: list[str] = []
     used = _used_revisions(store, keep)
     if used is not None and store.hub_cache.is_dir():
@@ -115,7 +115,9 @@ def _size(repo: CachedRepoInfo, commit: str) -> int:
     return sum(file.size_on_disk for file in revision.files if file.blob_path not in others)
 
 
-def _freed_bytes(folders: Iterable[Path]) -> list[int]:
+def _freed_bytes(store: Store, folders: Iterable[Path]) -> list[int]:
+    if store.remote is not None:
+        return [store.remote_bytes(folder) for folder in folders]
     removed: Counter[tuple[int, int]] = Counter()
     freed = []
     for folder in folders:

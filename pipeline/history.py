@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pipeline.store import Key, Store
+from pipeline.store import RUNS, Key, Store
 from pipeline.tracking import SQLITE
-from tasks.artifacts import read_json, write_json
+from tasks.artifacts import read_json
 
-RUNS = "runs"
 UNFINISHED = f"{RUNS}/unfinished"
 
 
@@ -37,9 +36,8 @@ def begin(
     store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key], tracking_uri: str | None
 ) -> None:
     """Write down a run that begins now, so that what it has made is kept until one of its recipe has ended."""
-    path = _unfinished(store, recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, asdict(PastRun(recipe, command, None, _folders(store, keys), _public(tracking_uri))))
+    run = PastRun(recipe, command, None, _folders(store, keys), _public(tracking_uri))
+    store.write_run(_unfinished(store, recipe), asdict(run))
 
 
 def remember(
@@ -48,9 +46,8 @@ def remember(
     """Write down a run that has just ended."""
     now = datetime.now(UTC)
     run = PastRun(recipe, command, now.isoformat(timespec="seconds"), _folders(store, keys), _public(tracking_uri))
-    (store.root / RUNS).mkdir(exist_ok=True)
-    write_json(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
-    _unfinished(store, recipe).unlink(missing_ok=True)
+    store.write_run(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
+    store.remove_run(_unfinished(store, recipe))
 
 
 def past_runs(store: Store) -> list[PastRun]:

@@ -23,3 +23,5 @@ class Options:
     """file for the result as JSON"""
     wait: float
     """seconds to wait for another run on the same store"""
+    metrics: bool
+    """whether Ray counts the steps, and MLflow gets system metrics"""

@@ -118,8 +118,11 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     inputs = gather_inputs(recipe, listings, folder, store.hub_cache)
     plan = Plan(recipe, store, inputs, (), placements=_placements(recipe, inputs))
     steps = tuple(_steps(plan))
+    todo = {step.title: store.why(step.key) for step in steps if store.manifest(step.key) is None}
+    # A model whose files are gone from this machine is fetched again if a step that runs reads it.
+    read = {title for step in steps if step.title in todo for title in step.needs}
     lost = {f"download {name}" for name, listing in plan.inputs.listings.items() if listing.missing()}
-    todo = {step.title: store.why(step.key) for step in steps if store.manifest(step.key) is None or step.title in lost}
+    todo |= dict.fromkeys(lost & read - todo.keys(), "files are gone")
     planned = replace(plan, steps=steps, todo=todo)
     _check_room(planned)
     return planned

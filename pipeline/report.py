@@ -81,6 +81,7 @@ class Report(BaseModel):
     recipe: str = Field(description="name of the recipe")
     stages: list[StageRecord] = Field(description="every step, in order")
     models: dict[str, str] = Field(description="folder of base, experts and variants by name")
+    uris: dict[str, str] = Field(description="where these folders are for all who may read the store")
     roles: dict[str, Literal["base", "expert", "variant"]] = Field(description="what each model is")
     digests: dict[str, str] = Field(description="content digest of base and experts by name")
     tasks: dict[str, str] = Field(description="main metric of each task")

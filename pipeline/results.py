@@ -1,5 +1,6 @@
 """Reads the artifacts of a finished plan into a report."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.gate import Outcomes
@@ -33,6 +34,7 @@ def collect(plan: Plan) -> Report:
         recipe=recipe.name,
         stages=[_stage(plan, step) for step in plan.steps],
         models={name: str(folder) for name, folder in models.items()},
+        uris={name: _uri(plan, name, folder) for name, folder in models.items()},
         roles={name: _role(plan, name) for name in models},
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
@@ -45,6 +47,10 @@ def collect(plan: Plan) -> Report:
         tau=variants[sens[0]].tau if sens else {},
         sigma=variants[sens[0]].sigma if sens else {},
     )
+
+
+def _uri(plan: Plan, name: str, folder: Path) -> str:
+    return plan.store.uri(folder) if name in plan.recipe.merges else folder.resolve().as_uri()
 
 
 def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:

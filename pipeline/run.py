@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.plan import Plan, Step, human_bytes
 from pipeline.recipe import Stage
+from pipeline.step_metrics import StepMetrics
 from pipeline.stop import Stopped
 from pipeline.worker import Done, Spent, run_finish, run_part
 from tasks.errors import InputError, StepError
@@ -83,13 +84,14 @@ class _Schedule:
         self.in_flight[stage] = self.in_flight.get(stage, 0) + change
 
 
-def execute(plan: Plan, address: str | None, console: Console) -> None:
+def execute(plan: Plan, address: str | None, console: Console, count_steps: bool = False) -> None:
     """Run the steps that the store lacks.
 
     Args:
         plan: the plan.
         address: Ray cluster to use; None takes RAY_ADDRESS (as a Ray job has it) or starts Ray on this machine.
         console: where progress goes.
+        count_steps: whether Ray's metrics count finished steps.
 
     Raises:
         InputError: bad input that a step found.
@@ -98,8 +100,13 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
     steps = [step for step in plan.steps if step.title in plan.todo]
     if not steps:
         return
+    read = {title for step in steps for title in step.needs} - set(plan.todo)
+    for step in plan.steps:
+        if step.title in read:
+            plan.store.fetch(step.key)
     with _cluster(address), _progress(console, len(steps), "steps") as advance:
         _check_resources(plan, steps)
+        metrics = StepMetrics(plan.recipe.name) if count_steps else None
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
         done = {step.title for step in plan.steps} - set(plan.todo)
         schedule = _Schedule(steps, done, limits)
@@ -113,6 +120,8 @@ def execute(plan: Plan, address: str | None, console: Console) -> None:
             schedule.piece_done(state, last, result)
             if last:
                 advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
+                if metrics is not None:
+                    metrics.count(state.step, result)
 
 
 def step_line(step: Step, done: Done) -> str:

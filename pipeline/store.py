@@ -1,22 +1,39 @@
-"""The artifact store: one folder per step, found by the fingerprint of everything its content depends on."""
+"""The artifact store: one folder per step, found by the fingerprint of everything its content depends on.
 
+A store at a URL has a folder on this machine as well, where artifacts are made and read. What is made is uploaded at
+once; what others made is downloaded when it is needed, its small files as soon as the store is opened.
+"""
+
+import os
 import shutil
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipeline.remote import SYNCED, Remote, RemoteFile
 from tasks.artifacts import canonical, checksum_file, read_json, sha256_text, write_json
 from tasks.errors import InputError
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
+RUNS = "runs"
+"""Folder of what `pipeline.history` writes."""
 PARTIAL = ".partial"
 """Ending of the folder of an artifact under construction."""
+CACHE = "SENSMERGE_CACHE"
+"""Environment variable: where the local folders of stores at URLs are."""
+LOOKS = 16
+"""How many folders at a URL are looked at side by side."""
+SMALL = 2**23
+"""Files of up to so many bytes are downloaded as soon as a store at a URL is opened."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,37 @@ class Store:
     """Artifacts under one root folder: `stage/name-hash8/`, manifest written last, then renamed into place."""
 
     root: Path
+    """on this machine"""
+    remote: Remote | None = None
+    """of a store at a URL"""
+    _listed: dict[str, RemoteFile] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """files of the remote store when it was last looked at, by their path"""
+
+    @classmethod
+    def open(cls, place: str) -> "Store":
+        """Return the store at a URL that fsspec knows, or in a folder; neither need exist."""
+        if "://" not in place:
+            return cls(Path(place).absolute())
+        url = place.rstrip("/")
+        cache = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sensmerge")
+        return cls(cache.absolute() / f"{url.rpartition('/')[2]}-{sha256_text(url)[:8]}", Remote(url))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was listed behind when travelling to a worker, which reads and writes the local folder only."""
+        return {"root": self.root, "remote": self.remote, "_listed": {}}
+
+    def __str__(self) -> str:
+        """Return what `open` takes."""
+        return str(self.root) if self.remote is None else self.remote.url
+
+    def uri(self, folder: Path) -> str:
+        """Return the URI of an artifact for all who may read the store."""
+        if self.remote is None:
+            return folder.resolve().as_uri()
+        return f"{self.remote.url}/{self._path(folder)}"
+
+    def _path(self, folder: Path) -> str:
+        return folder.relative_to(self.root).as_posix()
 
     @property
     def hub_cache(self) -> Path:
@@ -55,13 +103,28 @@ class Store:
         return folder.with_name(f"{folder.name}{PARTIAL}")
 
     def manifest(self, key: Key) -> dict[str, Any] | None:
-        """Return an artifact's manifest; None if it does not exist: without a manifest, or with files gone or cut."""
+        """Return an artifact's manifest; None if it does not exist: without a manifest, or with files gone or cut.
+
+        At a URL, what was there when it was last looked at counts, not what is in the local folder.
+        """
+        if self.remote is None:
+            return self.local_manifest(key)
+        return self._manifest(key, {path: file.size for path, file in self._listed.items()})
+
+    def local_manifest(self, key: Key) -> dict[str, Any] | None:
+        """Return the manifest of an artifact that is whole on this machine; None if it is not."""
         folder = self.folder(key)
         if not (folder / MANIFEST).is_file():
             return None
+        return self._manifest(key, {f"{self._path(folder)}/{name}": size for name, size in file_sizes(folder).items()})
+
+    def _manifest(self, key: Key, sizes: Mapping[str, int]) -> dict[str, Any] | None:
+        folder = self.folder(key)
+        path = self._path(folder)
+        if f"{path}/{MANIFEST}" not in sizes:
+            return None
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        files = ((folder / name, size) for name, size in manifest["files"].items())
-        whole = all(path.is_file() and path.stat().st_size == size for path, size in files)
+        whole = all(sizes.get(f"{path}/{name}") == size for name, size in manifest["files"].items())
         return manifest if whole and manifest["fingerprint"] == key.fingerprint else None
 
     def publish(self, key: Key, manifest: Mapping[str, Any], by_tensor: Collection[str] = ()) -> None:
@@ -81,11 +144,79 @@ class Store:
         if folder.exists():  # an artifact that lost files
             shutil.rmtree(folder)
         partial.rename(folder)
+        self.upload(folder)
+
+    def upload(self, folder: Path, *names: str) -> None:
+        """Write an artifact, or some files of it, to where all see it; nothing to do for a store in a folder."""
+        if self.remote is None:
+            return
+        if names:
+            self.remote.upload(folder, self._path(folder), names)
+        else:
+            files = [name for name in file_sizes(folder) if name != SYNCED]
+            self.remote.upload(folder, self._path(folder), files, last=MANIFEST)
+
+    def look(self) -> None:
+        """See what is at the URL by now, and download the small files of it; nothing to do for a store in a folder."""
+        if self.remote is None:
+            return
+        found = self.remote.files()
+        self._listed.clear()
+        self._listed.update(found)
+        folders: dict[str, dict[str, RemoteFile]] = {}
+        for path, file in found.items():
+            stage, _, rest = path.partition("/")
+            if rest and file.size <= SMALL:
+                folders.setdefault(RUNS if stage == RUNS else "/".join(path.split("/")[:2]), {})[path] = file
+        download = self.remote.download
+        with ThreadPoolExecutor(LOOKS) as pool:
+            for done in [pool.submit(download, files, one, self.root / one) for one, files in folders.items()]:
+                done.result()
+        for local in (self.root / RUNS).rglob("*.json"):
+            if self._path(local) not in found:
+                local.unlink()
+
+    def fetch(self, key: Key) -> None:
+        """Have an artifact whole on this machine; nothing to do for a store in a folder."""
+        if self.remote is not None:
+            folder = self._path(self.folder(key))
+            files = {path: file for path, file in self._listed.items() if path.startswith(f"{folder}/")}
+            self.remote.download(files, folder, self.folder(key))
+
+    @contextmanager
+    def copy(self, folder: Path) -> Iterator[Path]:
+        """Give an artifact as it is where all see it: the folder itself, or what is at the URL downloaded anew."""
+        if self.remote is None:
+            yield folder
+            return
+        path = self._path(folder)
+        with TemporaryDirectory(dir=self.root) as temporary:
+            self.remote.download(self.remote.files(path), path, Path(temporary))
+            yield Path(temporary)
+
+    def remote_bytes(self, folder: Path) -> int:
+        """Return the bytes that an artifact takes at the URL."""
+        return sum(file.size for path, file in self._listed.items() if path.startswith(f"{self._path(folder)}/"))
 
     def remove(self, folder: Path) -> None:
         """Delete an artifact or what is left of one; the manifest goes first, so that none is left that looks whole."""
+        if self.remote is not None:
+            self.remote.remove(self._path(folder), first=MANIFEST)
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+    def write_run(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Write a JSON file below `runs`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
+        if self.remote is not None:
+            self.remote.upload(self.root / RUNS, RUNS, [path.relative_to(self.root / RUNS).as_posix()])
+
+    def remove_run(self, path: Path) -> None:
+        """Delete a file below `runs`, if it is there."""
+        path.unlink(missing_ok=True)
+        if self.remote is not None:
+            self.remote.remove(self._path(path))
 
     def why(self, key: Key) -> str:
         """Say why an artifact has to be made: what differs from the newest artifact of the same stage and name."""
@@ -136,6 +267,7 @@ class Store:
         """
         self.make()
         lock = FileLock(self.root / ".lock")
+        begin = time.monotonic()
         try:
             try:
                 lock.acquire(timeout=0)
@@ -152,7 +284,12 @@ class Store:
             reason = error.strerror
             raise InputError(f"--store {self.root}: cannot be written ({reason}); choose another folder") from error
         try:
-            yield
+            if self.remote is None:
+                yield
+            else:
+                with self.remote.lock(max(0.0, begin + wait - time.monotonic())):
+                    self.look()
+                    yield
         finally:
             lock.release()
 

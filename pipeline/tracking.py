@@ -1,4 +1,4 @@
-"""What MLflow is told of one execution; the only module that imports mlflow.
+"""What MLflow is told of one execution; the only module that imports mlflow, but for `pipeline.system_metrics`.
 
 A recipe is an experiment, an execution a parent run, and every base, expert and variant a child run with the same
 metric keys, so that any of them can be compared. A variant's child run also owns a LoggedModel, registered under the
@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
@@ -47,6 +49,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_PARENT_RUN_ID,
 )
 from mlflow.utils.rest_utils import http_request
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pipeline.gate import Outcomes
 from pipeline.pictures import (
@@ -57,6 +60,8 @@ from pipeline.pictures import (
     score_bars,
 )
 from pipeline.report import Report, RouteInfo, Score, VariantInfo
+from pipeline.store import Store
+from pipeline.system_metrics import Sample
 from tasks.datasets import DataSource
 from tasks.errors import InputError, StepError
 
@@ -67,10 +72,12 @@ EVALUATED_BY = "evaluated_by"
 """Tag of a model version: the run that has its outcomes."""
 
 SCORER = '''\
-"""Answers texts with a dynamic model of sensmerge. MLflow keeps the path of its folder; the weights stay there."""
+"""Answers texts with a dynamic model of sensmerge. MLflow keeps where its folder is; the weights stay there."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import fsspec
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
@@ -98,8 +105,13 @@ def texts_of(given):
 
 class Scorer(PythonModel):
     def load_context(self, context):
-        settings = context.model_config
-        self.model = DynamicModel.load(Path(settings["folder"]), settings["device"])
+        settings, self.files = context.model_config, TemporaryDirectory()
+        folder = settings["folder"]
+        if "://" in folder:
+            files, path = fsspec.url_to_fs(folder)
+            files.get(f"{path}/", f"{self.files.name}/", recursive=True)
+            folder = self.files.name
+        self.model = DynamicModel.load(Path(folder), settings["device"])
 
     # MLflow warns of a missing type hint, and takes this one without restricting the input to it.
     def predict(self, context, model_input: pd.DataFrame, params=None):
@@ -125,6 +137,7 @@ set_model(Scorer())
 
 SCORER_NEEDS = (
     "datasets",
+    "fsspec",
     "huggingface_hub",
     "numpy",
     "peft",
@@ -160,12 +173,18 @@ class TaskData:
     rows: int  # how many were used
 
 
-def default_uri(store: Path) -> str:
-    """The tracking URI if the user names none: the SQLite database `mlflow.db` in the artifact store."""
-    return f"{SQLITE}{store.resolve() / 'mlflow.db'}"
+def default_uri(store: Store) -> str:
+    """The tracking URI if the user names none: the SQLite database `mlflow.db` in the artifact store.
+
+    Raises:
+        InputError: the store is at a URL, where no database can be.
+    """
+    if store.remote is not None:
+        raise InputError(f"--store {store}: runs cannot be recorded in a store at a URL; name an MLflow --tracking-uri")
+    return f"{SQLITE}{store.root.resolve() / 'mlflow.db'}"
 
 
-def checked_uri(uri: str | None, store: Path) -> str:
+def checked_uri(uri: str | None, store: Store) -> str:
     """The tracking URI that the user names, or the default one; InputError unless it can be used."""
     found = uri or default_uri(store)
     check_server(found)
@@ -212,6 +231,7 @@ def record(
     recipe_yaml: str,
     plan_text: str,
     datasets: Sequence[TaskData],
+    load: Sequence[Sample],
     uri: str,
     store: Path,
 ) -> str:
@@ -221,7 +241,8 @@ def record(
     under `low/`, `high/` (95 % interval) and `n/` (samples); a score that was not taken is NaN. Where a variant has a
     route, `route/identification` (evaluation samples), `route/held_out` (calibration samples),
     `route/right_coefficient` and `route/routed_normalised` with their intervals, and the costs of `ROUTE_COSTS`. With
-    SQLite, pictures and tables go into `mlartifacts` in `store`; a server keeps them where it was told to.
+    SQLite, pictures and tables go into `mlartifacts` in `store`; a server keeps them where it was told to. The load of
+    this machine meanwhile, where it was sampled, is `system/…` of the parent run.
 
     If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
     """
@@ -233,6 +254,7 @@ def record(
             client.log_text(parent, plan_text, "plan.txt")
             client.log_text(parent, report.model_dump_json(indent=2), "report.json")
             _log_datasets(client, parent, datasets)
+            _log_load(client, parent, load)
             if report.scores:
                 client.log_table(parent, _table(report), "scores.json")  # appends: once per run
                 client.log_figure(parent, score_bars(report), "scores.png")
@@ -257,7 +279,7 @@ def _record_model(
     variant, route = report.variants.get(model), report.routes.get(model)
     # Where a model lies and what its bytes are tells nothing when runs are compared: tags, not params.
     where = {
-        "folder": Path(report.models[model]).resolve().as_uri(),
+        "folder": report.uris[model],
         "digest": report.digests[model] if variant is None else variant.digest,
     }
     params = {"role": report.roles[model]} | ({} if variant is None else _variant_params(variant))
@@ -339,6 +361,17 @@ def _log_route(client: MlflowClient, run: str, model: str, route: RouteInfo) -> 
         client.log_figure(run, confusion_heatmap(route.confusion, f"{model}: task identification"), "confusion.png")
 
 
+def _log_load(client: MlflowClient, run: str, load: Sequence[Sample]) -> None:
+    """The samples under the names that MLflow's page of system metrics shows."""
+    metrics = [
+        Metric(f"system/{name}", value, sample.time, step)
+        for step, sample in enumerate(load)
+        for name, value in sample.values.items()
+    ]
+    for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
+        client.log_batch(run, metrics[start : start + MAX_METRICS_PER_BATCH])
+
+
 def _table(report: Report) -> dict[str, list[str | int | float]]:
     """All scores in long form, by column: a row per model, task and metric."""
     rows = [
@@ -408,7 +441,7 @@ def _log_model(
     try:
         if is_dynamic:
             experts = next(iter(report.variants[variant].weights.values()))
-            _log_scorer(client, model, Path(report.models[variant]).resolve(), list(experts))
+            _log_scorer(client, model, tags["folder"], list(experts))
     except BaseException:
         client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
         raise
@@ -431,9 +464,10 @@ def _log_model(
     return str(model.model_id)
 
 
-def _log_scorer(client: MlflowClient, model: LoggedModel, folder: Path, experts: Sequence[str]) -> None:
+def _log_scorer(client: MlflowClient, model: LoggedModel, uri: str, experts: Sequence[str]) -> None:
     """Make a LoggedModel the pyfunc that answers texts with the dynamic model in a folder."""
     # An input schema would allow a table or a list, not both; the code checks the input itself.
+    folder = url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
     outputs = [ColSpec("string", "prediction"), ColSpec("string", "expert")]
     outputs += [ColSpec("double", f"coefficient.{expert}") for expert in experts]
     params = ParamSchema([ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS)])
@@ -444,7 +478,7 @@ def _log_scorer(client: MlflowClient, model: LoggedModel, folder: Path, experts:
         save_model(
             files,
             python_model=code,
-            model_config={"folder": str(folder), "device": "cpu"},
+            model_config={"folder": folder, "device": "cpu"},
             mlflow_model=Model(model.artifact_location, model.source_run_id, model_id=model.model_id),
             signature=ModelSignature(outputs=Schema(outputs), params=params),
             input_example=["What is 3 plus 4?"],

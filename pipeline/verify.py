@@ -16,7 +16,9 @@ def find_damage(store: Store) -> Iterator[tuple[Path, list[str]]]:
     """Read every artifact, and the hub models that were downloaded; yield each folder with what is wrong in it."""
     for stage in get_args(Stage):
         for folder in store.artifacts(stage):
-            yield folder, [*damaged_files(folder), *(_damaged_model(folder) if stage == "download" else ())]
+            with store.copy(folder) as copy:
+                wrong = [*damaged_files(copy), *(_damaged_model(copy) if stage == "download" else ())]
+            yield folder, wrong
 
 
 def damaged_files(folder: Path) -> Iterator[str]:

@@ -92,9 +92,10 @@ def run_finish(
 ) -> Done:
     """Run a step's last piece and publish its artifact, in one go on the worker."""
     partial = store.partial(key)
-    published = store.manifest(key)
+    published = store.local_manifest(key)
     if has_parts and not partial.exists() and published is not None:
         # A worker published it and died before it could say so.
+        store.upload(store.folder(key))
         spent = Spent(**{each.name: published[each.name] for each in fields(Spent)})
         return Done(published["result"], spent, published["bytes"], published["node"])
     if not has_parts and partial.exists():

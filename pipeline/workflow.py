@@ -1,7 +1,7 @@
 """A recipe from its listed models to scores, MLflow and model cards: what `run` and `refresh` have in common."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import yaml
 from rich.console import Console
@@ -18,6 +18,7 @@ from pipeline.registry import Registry
 from pipeline.report import Report, merge_summary, route_table, route_warnings, score_table
 from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
+from pipeline.system_metrics import Sample, sampled
 from tasks.artifacts import write_json
 from tasks.download import Listing
 
@@ -40,12 +41,11 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         InputError: bad input.
         StepError: a step failed.
     """
-    uri = tracking.checked_uri(options.tracking_uri, options.store.root)
+    uri = tracking.checked_uri(options.tracking_uri, options.store)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     console.print(plan_summary(plan), highlight=False)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
-    execute(plan, options.address, console)
-    _finish(options, plan, uri, console)
+    _finish(options, plan, uri, _execute(options, plan, console), console)
     remember(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     return 0
 
@@ -67,7 +67,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         InputError: bad input.
         StepError: a step failed.
     """
-    uri = tracking.checked_uri(options.tracking_uri, options.store.root)
+    uri = tracking.checked_uri(options.tracking_uri, options.store)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     last = None if plan.todo else last_run(plan.store, plan.recipe.name, plan.keys())
     if last is not None:
@@ -80,8 +80,8 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
     for line in (*model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
-    execute(plan, options.address, console)
-    return _pass_gate(options, plan, _finish(options, plan, uri, console), uri, console)
+    report = _finish(options, plan, uri, _execute(options, plan, console), console)
+    return _pass_gate(options, plan, report, uri, console)
 
 
 def _pass_gate(options: Options, plan: Plan, report: Report, uri: str, console: Console) -> int:
@@ -115,8 +115,19 @@ def _judged(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
     return True, [*lines, f"{version} is champion, after {champion}"]
 
 
-def _finish(options: Options, plan: Plan, uri: str, console: Console) -> Report:
+def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]:
+    """Run the steps, and return the load of this machine meanwhile if it is wanted."""
+    if not options.metrics:
+        execute(plan, options.address, console)
+        return ()
+    with sampled() as samples:
+        execute(plan, options.address, console, count_steps=True)
+    return samples
+
+
+def _finish(options: Options, plan: Plan, uri: str, load: Sequence[Sample], console: Console) -> Report:
     """Write cards and report, print the tables, and record the run."""
+    plan.store.look()
     report = collect(plan)
     text = recipe_yaml(plan.recipe)
     write_cards(plan, report, text)
@@ -134,7 +145,7 @@ def _finish(options: Options, plan: Plan, uri: str, console: Console) -> Report:
     for name in plan.recipe.merges:
         console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
     where = tracking.record(
-        report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), uri, plan.store.root
+        report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load, uri, plan.store.root
     )
     shown = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)

@@ -149,6 +149,7 @@ def report(tasks, scores):
         recipe="r",
         stages=[],
         models={name: name for name in scores},
+        uris={name: f"file:///{name}" for name in scores},
         roles=roles,
         digests={},
         tasks=tasks,

@@ -86,7 +86,7 @@ def test_right_choices_are_part_of_a_calibration(llama_recipe: Recipe, tmp_path:
     assert {"sensitivity math", "cross_task all", "evaluate base/math"} <= touched
 
 
-def test_weights_that_left_the_hub_cache_are_fetched_again(
+def test_weights_that_left_the_hub_cache_are_fetched_again_when_they_are_read(
     hub: HubServer, llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path
 ) -> None:
     on_hub(hub, "team/math", llamas["math"])
@@ -95,7 +95,10 @@ def test_weights_that_left_the_hub_cache_are_fetched_again(
     for step in plan.steps:
         plan.store.partial(step.key).mkdir(parents=True)
         plan.store.publish(step.key, {"result": {}})
-    assert set(plan_of(tmp_path, llama_recipe).todo) == {"download math"}
+    assert plan_of(tmp_path, llama_recipe).todo == {}
+    changed = plan_of(tmp_path, llama_recipe, "merges.ta.weight=0.4").todo
+    assert changed["download math"] == "files are gone"
+    assert set(changed) == {"download math", "merge ta", "evaluate ta/math", "evaluate ta/code"}
 
 
 def test_without_sens_coefficients_nothing_is_estimated(llama_recipe: Recipe, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ def report() -> Report:
         recipe="r",
         stages=[],
         models={"base": "b", "ta": "t"},
+        uris={"base": "file:///b", "ta": "file:///t"},
         roles={"base": "base", "ta": "variant"},
         digests={},
         tasks={"math": "accuracy"},

@@ -16,7 +16,9 @@ import time
 import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
+import fsspec
 import mlflow
 import pandas as pd
 import pytest
@@ -25,6 +27,8 @@ from mlflow import MlflowClient
 from pipeline import tracking
 from pipeline.gate import Outcomes
 from pipeline.report import Report, RouteInfo, Score, VariantInfo
+from pipeline.store import Store
+from pipeline.system_metrics import Sample
 from tasks.artifacts import read_json
 from tasks.datasets import ClassificationTask, CompletionTask, DataSource, RowSet
 from tasks.dynamic_model import DynamicModel
@@ -65,6 +69,7 @@ def make_report(folder, recipe="two-skills", **changes):
         "recipe": recipe,
         "stages": [],
         "models": {name: str(folder / name) for name in MODELS},
+        "uris": {name: (folder / name).resolve().as_uri() for name in MODELS},
         "roles": MODELS,
         "digests": {name: hashlib.sha256(name.encode()).hexdigest() for name in ("base", "math", "code")},
         "tasks": {"math": "accuracy", "code": "accuracy"},
@@ -113,8 +118,8 @@ def captured():
         yield text
 
 
-def record(report, store, uri):
-    run = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), uri, store)
+def record(report, store, uri, load=()):
+    run = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), load, uri, store)
     return run.rsplit("/", 1)[-1]
 
 
@@ -131,7 +136,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uri(store):
-    return tracking.default_uri(store)
+    return tracking.default_uri(Store(store))
 
 
 @pytest.fixture(scope="module")
@@ -434,6 +439,7 @@ def make_dynamic_report(classifier, writer):
         recipe="dynamic",
         stages=[],
         models=models,
+        uris={name: Path(folder).resolve().as_uri() for name, folder in models.items()},
         roles=roles,
         digests={"base": "b" * 64, "mood": "c" * 64},
         tasks={"math": "accuracy"},
@@ -563,6 +569,27 @@ def test_the_registered_version_of_a_dynamic_model_answers_texts(scorer, classif
     pd.testing.assert_frame_equal(scorer.predict(pd.DataFrame({"text": TEXTS}, index=range(100, 140))), table)
 
 
+def test_the_load_of_the_machine_is_system_metrics_of_the_execution(client, store, uri):
+    load = [Sample(time, {"cpu_utilization_percentage": 10.0 * time, "disk_usage": 1.0}) for time in range(1, 602)]
+    parent = record(make_report(store, "busy"), store, uri, load)
+    history = client.get_metric_history(parent, "system/cpu_utilization_percentage")
+    assert [(one.timestamp, one.step, one.value) for one in history] == [(i + 1, i, 10.0 * (i + 1)) for i in range(601)]
+    assert not any("system/" in key for run in children(client, parent).values() for key in run.data.metrics)
+
+
+def test_a_dynamic_model_at_a_url_answers_from_anywhere(dynamic_report, classifier, client, store, uri, monkeypatch):
+    fsspec.filesystem("memory").put(f"{classifier[0]}/", "/models/", recursive=True)
+    uris = dynamic_report.uris | {"se.3": "memory://models"}
+    report = dynamic_report.model_copy(update={"recipe": "at-url", "uris": uris})
+    (output,) = children(client, record(report, store, uri))["se.3"].outputs.model_outputs
+    (version,) = client.search_model_versions("name = 'at-url' AND tags.variant = 'se.3'")
+    assert version.tags["folder"] == "memory://models"
+    answers = load(uri, monkeypatch, f"models:/{output.model_id}").predict(TEXTS[:3])
+    assert_answers(
+        answers, [answer for text in TEXTS[:3] for answer in DynamicModel.load(classifier[0]).predict([text])]
+    )
+
+
 def test_a_dynamic_language_model_answers_with_as_many_tokens_as_asked(dynamic_runs, writer, client, uri, monkeypatch):
     (output,) = dynamic_runs["se-lm"].outputs.model_outputs
     loaded = load(uri, monkeypatch, f"models:/{output.model_id}")
@@ -689,8 +716,8 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
     tracking.check_server(server)
     report = make_report(tmp_path)
     with captured() as text:
-        page = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), server, tmp_path)
-        again = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), f"{server}/", tmp_path)
+        page = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), (), server, tmp_path)
+        again = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), (), f"{server}/", tmp_path)
     assert text.getvalue() == ""
     assert again.startswith(f"{server}/#/experiments/")
     client = MlflowClient(server, server)
@@ -712,7 +739,7 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
 
 def test_a_real_server_serves_dynamic_models(server, dynamic_report, classifier, tmp_path, monkeypatch):
     with captured() as text:
-        page = tracking.record(dynamic_report, OUTCOMES, RECIPE, PLAN, make_datasets(), server, tmp_path)
+        page = tracking.record(dynamic_report, OUTCOMES, RECIPE, PLAN, make_datasets(), (), server, tmp_path)
     assert text.getvalue() == ""
     client = MlflowClient(server, server)
     runs = children(client, page.rsplit("/", 1)[-1])
@@ -749,7 +776,7 @@ def test_other_places_for_runs_are_refused_with_the_remedy(uri):
 
 
 def test_sqlite_needs_a_folder_that_is_there_or_can_be_made(tmp_path):
-    tracking.check_server(tracking.default_uri(tmp_path / "new" / "store"))
+    tracking.check_server(tracking.default_uri(Store(tmp_path / "new" / "store")))
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is not a folder"):
