@@ -131,9 +131,9 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
 def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
     if not recipe.sens_variants():
         return {}
-    tokens = max(one.longest_calibration for one in inputs.data.values())
-    stages: tuple[Stage, ...] = ("sensitivity", "cross_task")
-    return {stage: choose(recipe, stage, inputs.base, tokens, human_bytes) for stage in stages}
+    longest = max(one.longest_calibration for one in inputs.data.values())
+    tokens: dict[Stage, int] = {"sensitivity": longest, "cross_task": max(longest, cross_task.CHUNK_TOKENS)}
+    return {stage: choose(recipe, stage, inputs.base, count, human_bytes) for stage, count in tokens.items()}
 
 
 def _check_room(plan: Plan) -> None:

@@ -20,10 +20,10 @@ from tasks.models.placement import Actors, Placement
 from tasks.models.runners import open_runner
 from tasks.models.source import Source
 
-VERSION = 1
+VERSION = 2
 PAIRS = "pairs.json"
 CHUNK_TOKENS = 256
-"""Logits exist for this many tokens of one sample at a time."""
+"""Logits exist for this many tokens at a time, and short samples of one length are run together up to as many."""
 _TRUNKS = "trunks"
 """Folder for what trunks gave, until all distances are known."""
 
@@ -37,6 +37,7 @@ class CrossTaskJob:
     """What distances are measured of, and where. Distances that are known are taken over.
 
     Passes that only known distances need are left out: after a change of one expert of K, 3K − 2 of K² are made.
+    A pass is that of one trunk over one calibration set.
     """
 
     base: Path
@@ -81,13 +82,20 @@ class CrossTaskJob:
         return isinstance(self.calibration[j].task, ClassificationTask)
 
     def batches(self, j: str) -> list[Batch]:
-        """Return the inputs of task j's calibration set, sample by sample."""
+        """Return the inputs of task j's calibration set, in batches without padding: no number depends on others."""
         one, labels = self.calibration[j], self.source(j).expert.config.label2id
         reader = load_tokenizer(self.tokenizer)
-        return [
-            _inputs(one, row, reader, f"row {number} of tasks.{j}.calibration", labels)
-            for number, row in enumerate(one.rows)
-        ]
+        by_length: dict[int, list[Batch]] = {}
+        for number, row in enumerate(one.rows):
+            sample = _inputs(one, row, reader, f"row {number} of tasks.{j}.calibration", labels)
+            by_length.setdefault(sample["input_ids"].shape[1], []).append(sample)
+        batches: list[Batch] = []
+        for length, samples in by_length.items():
+            size = max(1, CHUNK_TOKENS // length)
+            for start in range(0, len(samples), size):
+                some = samples[start : start + size]
+                batches.append({key: torch.cat([sample[key] for sample in some]) for key in some[0]})
+        return batches
 
 
 def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
@@ -107,15 +115,15 @@ def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
     if not left:
         return False
     batches = {j: job.batches(j) for j in left}
-    samples = [(j, number) for j in left for number in range(len(batches[j]))]
+    places = [(j, number) for j in left for number in range(len(batches[j]))]
     begun = {j: _kept(out, i, j).with_suffix(".partial") for j in left}
     for folder in begun.values():
         folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), open_runner(job.source(i), job.placement, out / _TRUNKS / i) as runner:
-        for place, output in runner.trunk_outputs([batches[j][number] for j, number in samples]):
-            j, number = samples[place]
+        for place, output in runner.trunk_outputs([batches[j][number] for j, number in places]):
+            j, number = places[place]
             kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
-            save_file(kept, _sample(begun[j], number))
+            save_file(kept, _file(begun[j], number))
     for j, folder in begun.items():
         folder.rename(_kept(out, i, j))
     return True
@@ -174,7 +182,7 @@ def _kept(out: Path, i: str, j: str) -> Path:
     return out / _TRUNKS / i / j
 
 
-def _sample(folder: Path, number: int) -> Path:
+def _file(folder: Path, number: int) -> Path:
     return folder / f"{number}.safetensors"
 
 
@@ -193,42 +201,42 @@ def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
         # On a classification task the head of its own expert follows every trunk.
         follows = {i: j if job.is_classification(j) else i for i in (j, *wanted)}
         heads |= {name: job.head(name) for name in dict.fromkeys(follows.values()) if name not in heads}
-        batches = job.batches(j)
         sums = dict.fromkeys(wanted, 0.0)
-        for number, batch in enumerate(batches):
-            kept = {i: _sample(_kept(out, i, j), number) for i in follows}
+        for number, batch in enumerate(job.batches(j)):
+            kept = {i: _file(_kept(out, i, j), number) for i in follows}
             norms = _norms(j, {i: heads[name] for i, name in follows.items()}, kept, batch, job.is_classification(j))
             for i, norm in norms.items():
                 sums[i] += norm
         for i, total in sums.items():
-            yield i, j, total / len(batches)
+            yield i, j, total / len(job.calibration[j].rows)
 
 
 def _norms(
     j: str, heads: Mapping[str, DetachedHead], kept: Mapping[str, Path], batch: Batch, at_once: bool
 ) -> dict[str, float]:
-    """Return, for every expert i but j, the mean over a sample's tokens of ‖logits_i − logits_j‖₂.
+    """Return, for every expert i but j, the sum over samples of the mean over tokens of ‖logits_i − logits_j‖₂.
 
     Args:
         j: the expert that the others are compared with.
         heads: of each expert.
-        kept: what each expert's trunk gave for the sample.
-        batch: the sample.
-        at_once: whether the heads need the sample whole.
+        kept: what each expert's trunk gave for the samples.
+        batch: samples of one length.
+        at_once: whether the heads need the samples whole.
     """
     device = str(heads[j].network.device)
     batch = to_device(batch, device)
     trunks = {i: load_file(path, device=device) for i, path in kept.items()}
-    length = trunks[j]["hidden"].shape[1]
-    step = length if at_once else CHUNK_TOKENS
+    samples, length, _ = trunks[j]["hidden"].shape
+    step = length if at_once else max(1, CHUNK_TOKENS // samples)
     norms: dict[str, list[torch.Tensor]] = {i: [] for i in heads if i != j}
     with torch.no_grad():
         for start in range(0, length, step):
             chunk = slice(start, start + step)
             reference = _logits(heads[j], trunks[j], chunk, batch)
             for i, found in norms.items():
-                found.append((_logits(heads[i], trunks[i], chunk, batch) - reference).norm(dim=-1).double().flatten())
-    return {i: float(torch.cat(found).mean()) for i, found in norms.items()}
+                apart = (_logits(heads[i], trunks[i], chunk, batch) - reference).norm(dim=-1)
+                found.append(apart.double().view(samples, -1))
+    return {i: float(torch.cat(found, dim=1).mean(dim=1).sum()) for i, found in norms.items()}
 
 
 def _logits(head: DetachedHead, trunk: Mapping[str, torch.Tensor], chunk: slice, batch: Batch) -> torch.Tensor:

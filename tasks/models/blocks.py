@@ -20,11 +20,11 @@ from tasks.models.products import GradientProducts
 from tasks.models.source import Source
 
 Batch = Mapping[str, Tensor]
-"""Inputs of a network for one sample, as `calibration_batch` gives them."""
+"""Inputs of a network for one sample, as `calibration_batch` gives them, or for B of one length."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is given beside the hidden states: positional arguments and those with names."""
 TrunkOutput = dict[str, Tensor]
-"""`hidden`, (1, T, width), and `pooled`, (1, width), where the trunk has a pooler."""
+"""`hidden`, (B, T, width), and `pooled`, (B, width), where the trunk has a pooler."""
 Sums = dict[str, float]
 """Σ |p · ∂L/∂p| by layer."""
 
@@ -69,7 +69,7 @@ class Part:
             self._blocks.append(block)
 
     def forward(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
-        """Return the hidden states behind the blocks, (1, T, width), from those before them."""
+        """Return the hidden states behind the blocks, (B, T, width), from those before them."""
         with torch.no_grad():
             return self._run(hidden, calls)
 
@@ -77,7 +77,7 @@ class Part:
         """Run the blocks again and then backward.
 
         Args:
-            hidden: hidden states before the blocks, (1, T, width).
+            hidden: hidden states before the blocks, (B, T, width).
             calls: as in `forward`.
             gradient: ∂L/∂ hidden states behind them.
 
@@ -126,7 +126,7 @@ class Shell:
         watch(self._products, source, network, "")
 
     def enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
-        """Return the hidden states before the first block, (1, T, width), and what each block is given beside them.
+        """Return the hidden states before the first block, (B, T, width), and what each block is given beside them.
 
         Raises:
             InputError: the network does more than hand the output of each block to the next.

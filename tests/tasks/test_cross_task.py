@@ -34,7 +34,7 @@ from tests.conftest import (
 Save = Callable[..., Path]
 Distances = dict[str, dict[str, float]]
 TEXTS = {
-    "math": ["1+2=3", "7*6=42"],
+    "math": ["1+2=3", "7*6=42", "2+2=4"],
     "code": ["def f(x): return x + 1", "print('a rather long line of text, longer than one chunk')", "x"],
     "talk": ["hello"],
 }
@@ -193,23 +193,29 @@ def test_identical_experts_lie_nowhere_apart(llamas: dict[str, Path], tmp_path: 
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by an entry with every forward pass of a trunk."""
+    """Grows by an entry with every forward pass of a trunk: the number of samples."""
     made: list[int] = []
     forward = LlamaModel.forward
 
     def counted(self: LlamaModel, *args: Any, **kwargs: Any) -> Any:
-        made.append(1)
+        made.append(len(kwargs["input_ids"]))
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaModel, "forward", counted)
     return made
 
 
+def batches(task: str) -> int:
+    """Return in how many batches a task's samples are run: those of one length together."""
+    return len({len(text) for text in TEXTS[task]})
+
+
 def test_each_trunk_runs_once_over_each_sample(llamas: dict[str, Path], tmp_path: Path, passes: list[int]) -> None:
     experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
     sets = completions(list(experts))
     measure(llamas["base"], experts, sets, tmp_path / "out")
-    assert len(passes) == len(experts) * sum(len(one.rows) for one in sets.values())
+    assert sum(passes) == len(experts) * sum(len(one.rows) for one in sets.values())
+    assert len(passes) == len(experts) * sum(map(batches, experts))
 
 
 def test_known_distances_are_taken_over_bit_for_bit(llamas: dict[str, Path], tmp_path: Path, passes: list[int]) -> None:
@@ -222,8 +228,7 @@ def test_known_distances_are_taken_over_bit_for_bit(llamas: dict[str, Path], tmp
     kept = {name: value for name, value in known.items() if "code" not in name}
     passes.clear()
     assert measure(llamas["base"], experts, sets, tmp_path / "again", kept) == whole
-    rows = {name: len(one.rows) for name, one in sets.items()}
-    assert len(passes) == 3 * rows["code"] + 2 * rows["math"] + 2 * rows["talk"]
+    assert len(passes) == 3 * batches("code") + 2 * batches("math") + 2 * batches("talk")
     passes.clear()
     assert measure(llamas["base"], experts, sets, tmp_path / "all", known) == whole
     assert not passes
@@ -242,11 +247,11 @@ def test_a_trunk_that_was_stopped_goes_on_where_it_was(
     some = {name: 0.0 for row in names.values() for name in row.values() if "math" in name}
     passes.clear()
     assert run_trunk(replace(job, known=some), "code", out)
-    assert len(passes) == len(TEXTS["code"]) + len(TEXTS["talk"])
+    assert len(passes) == batches("code") + batches("talk")
     (out / "trunks" / "code" / "math.partial").mkdir()  # as one that was killed leaves it
     passes.clear()
     assert run_trunk(job, "code", out)
-    assert len(passes) == len(TEXTS["math"])
+    assert len(passes) == batches("math")
     assert not run_trunk(job, "code", out)
     measure_distances(job, out)
     assert read_json(out / "distances.json") == whole
