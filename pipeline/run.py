@@ -26,6 +26,8 @@ Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
 SYSTEM_RETRIES = 2
 """How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
+# One remote function for all steps: Ray takes calls of one function in their order, those of several in any.
+_RUN_PART, _RUN_FINISH = ray.remote(run_part), ray.remote(run_finish)
 BATCHES_AHEAD = 4
 """How many batches for each worker may be sent before the first of them is taken."""
 
@@ -160,11 +162,9 @@ def _submit(plan: Plan, state: _Running, part: Callable[..., bool] | None) -> "r
         "name": step.title,
     }
     if part is not None:
-        return ray.remote(run_part).options(**options).remote(part, plan.store.partial(step.key), threads)
-    return (
-        ray.remote(run_finish)
-        .options(**options)
-        .remote(step.finish, plan.store, step.key, bool(step.parts), state.spent, threads)
+        return _RUN_PART.options(**options).remote(part, plan.store.partial(step.key), threads)
+    return _RUN_FINISH.options(**options).remote(
+        step.finish, plan.store, step.key, bool(step.parts), state.spent, threads
     )
 
 
