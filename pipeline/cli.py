@@ -216,7 +216,7 @@ def compare(
     """Print the scores of two versions of a registered model, and their paired differences, task by task."""
     from pipeline.gate import comparison_table, judge
     from pipeline.registry import Registry, parse_version
-    from pipeline.tracking import checked_uri
+    from pipeline.tracking_uri import checked_uri
 
     uri = checked_uri(tracking_uri, store)
     outcomes = []
@@ -235,7 +235,7 @@ def promote(
 ) -> None:
     """Make a version of a registered model champion, whatever the gate says of it."""
     from pipeline.registry import Registry, parse_version
-    from pipeline.tracking import checked_uri
+    from pipeline.tracking_uri import checked_uri
 
     recipe, which = parse_version(version)
     registry = Registry(checked_uri(tracking_uri, store), recipe)
@@ -252,7 +252,7 @@ def rollback(
 ) -> None:
     """Make the former champion of a registered model champion again."""
     from pipeline.registry import Registry
-    from pipeline.tracking import checked_uri
+    from pipeline.tracking_uri import checked_uri
 
     before, now = Registry(checked_uri(tracking_uri, store), recipe).rollback()
     Console().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from pipeline.history import past_runs, unfinished_runs
 from pipeline.recipe import Stage
 from pipeline.registry import folders_in_use
 from pipeline.store import PARTIAL, Store
-from pipeline.tracking import SQLITE, check_server, default_uri
+from pipeline.tracking_uri import SQLITE, check_server, default_uri
 from tasks.artifacts import read_json
 from tasks.errors import InputError
 

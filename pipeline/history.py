@@ -11,7 +11,7 @@ from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.store import RUNS, Key, Store
-from pipeline.tracking import SQLITE
+from pipeline.tracking_uri import SQLITE
 from tasks.artifacts import read_json
 
 UNFINISHED = f"{RUNS}/unfinished"

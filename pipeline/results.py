@@ -1,5 +1,6 @@
 """Reads the artifacts of a finished plan into a report."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,17 +9,27 @@ from pipeline.models import model_digest, weight_bytes
 from pipeline.plan import Plan, Step, scoring_settings
 from pipeline.recipe import Stage
 from pipeline.report import Report, RouteInfo, Score, StageRecord, VariantInfo
-from pipeline.tracking import TaskData
 from tasks import metrics
 from tasks.artifacts import canonical, read_json, sha256_text
 from tasks.coefficients import alpha
-from tasks.datasets import Task, rows_digest
+from tasks.datasets import DataSource, Task, rows_digest
 
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
 """Of a step's manifest, what its record in the report has too."""
 
 TENSOR_FIELDS = ("tensors", "tensor_bytes", "taken_over", "taken_over_bytes")
 """Of what a merge returns, what its record has too."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows that a task's calibration or evaluation used."""
+
+    task: str  # name of the task
+    context: Literal["calibration", "evaluation"]
+    source: DataSource  # where the rows come from, as the recipe says it
+    digest: str  # sha256 over the rows that were used
+    rows: int  # how many were used
 
 
 def collect(plan: Plan) -> Report:

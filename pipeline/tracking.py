@@ -1,4 +1,4 @@
-"""What MLflow is told of one execution; the only module that imports mlflow, but for `pipeline.system_metrics`.
+"""What MLflow is told of one execution. Imported when it is needed: MLflow takes a second.
 
 A recipe is an experiment, an execution a parent run, and every base, expert and variant a child run with the same
 metric keys, so that any of them can be compared. A variant's child run also owns a LoggedModel, registered under the
@@ -14,12 +14,11 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -41,14 +40,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
     MLFLOW_MODEL_IS_EXTERNAL,
     MLFLOW_MODEL_VERSIONS,
     MLFLOW_PARENT_RUN_ID,
 )
-from mlflow.utils.rest_utils import http_request
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pipeline.gate import Outcomes
@@ -60,12 +57,11 @@ from pipeline.pictures import (
     score_bars,
 )
 from pipeline.report import Report, RouteInfo, Score, VariantInfo
-from pipeline.store import Store
+from pipeline.results import TaskData
 from pipeline.system_metrics import Sample
-from tasks.datasets import DataSource
-from tasks.errors import InputError, StepError
+from pipeline.tracking_uri import is_server
+from tasks.errors import StepError
 
-SQLITE = "sqlite:///"
 OUTCOMES = "outcomes.json"
 """Artifact of a variant's run: what it did with every evaluation sample, by task."""
 EVALUATED_BY = "evaluated_by"
@@ -162,35 +158,6 @@ ROUTE_SCORES = {
 ROUTE_COSTS = ("passes", "milliseconds", "peak_memory", "bytes", "source_bytes")
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """The rows that a task's calibration or evaluation used."""
-
-    task: str  # name of the task
-    context: Literal["calibration", "evaluation"]
-    source: DataSource  # where the rows come from, as the recipe says it
-    digest: str  # sha256 over the rows that were used
-    rows: int  # how many were used
-
-
-def default_uri(store: Store) -> str:
-    """The tracking URI if the user names none: the SQLite database `mlflow.db` in the artifact store.
-
-    Raises:
-        InputError: the store is at a URL, where no database can be.
-    """
-    if store.remote is not None:
-        raise InputError(f"--store {store}: runs cannot be recorded in a store at a URL; name an MLflow --tracking-uri")
-    return f"{SQLITE}{store.root.resolve() / 'mlflow.db'}"
-
-
-def checked_uri(uri: str | None, store: Store) -> str:
-    """The tracking URI that the user names, or the default one; InputError unless it can be used."""
-    found = uri or default_uri(store)
-    check_server(found)
-    return found
-
-
 @contextmanager
 def connected(uri: str) -> Iterator[MlflowClient]:
     """A client of the tracking URI, which prints nothing; a failure of MLflow is a StepError."""
@@ -207,22 +174,6 @@ def if_there(ask: Callable[[], Any]) -> Any:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-
-
-def check_server(uri: str) -> None:
-    """Raise InputError unless runs can be recorded at `uri`; nothing is written, and a dead server costs about 5 s.
-
-    A server is asked for one experiment, as `record` will do: so wrong credentials are found here too.
-    """
-    if _is_server(uri):
-        _check_http(uri)
-    elif uri.startswith(SQLITE) and uri != SQLITE:
-        _check_sqlite(Path(uri.removeprefix(SQLITE)))
-    else:
-        raise InputError(
-            f"--tracking-uri {uri}: expected a server (http://… or https://…) or a database file "
-            "(sqlite:///FOLDER/mlflow.db); MLflow 3 no longer writes runs into plain folders such as ./mlruns"
-        )
 
 
 def record(
@@ -247,7 +198,7 @@ def record(
     If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
     """
     with connected(uri) as client:
-        experiment = _experiment(client, report.recipe, None if _is_server(uri) else store)
+        experiment = _experiment(client, report.recipe, None if is_server(uri) else store)
         name = f"{report.recipe} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
         with _run(client, experiment, name, {"role": "recipe"}) as parent:
             client.log_text(parent, recipe_yaml, "recipe.yaml")
@@ -262,7 +213,7 @@ def record(
                 client.log_figure(parent, distance_heatmap(report.distances), "distances.png")
             for model in report.models:
                 _record_model(client, experiment, parent, report, model, outcomes.get(model, {}), datasets, uri)
-    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{parent}" if _is_server(uri) else parent
+    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{parent}" if is_server(uri) else parent
 
 
 def _record_model(
@@ -456,7 +407,7 @@ def _log_model(
         _ensure_registered_model(client, recipe)
         # A server takes no local folder as source, but it takes a LoggedModel, whose tags name the folder.
         local = model.artifact_location if is_dynamic else tags["folder"]
-        source = f"models:/{model.model_id}" if _is_server(uri) else local
+        source = f"models:/{model.model_id}" if is_server(uri) else local
         registered = client.create_model_version(recipe, source, run, tags, model_id=model.model_id)
     link = json.dumps([{"name": recipe, "version": str(registered.version)}])
     _once_more(lambda: client.set_model_version_tag(recipe, registered.version, EVALUATED_BY, run))
@@ -559,39 +510,3 @@ def quiet() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _is_server(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
-
-
-def _check_http(uri: str) -> None:
-    remedy = "start it (mlflow server …) or pass --tracking-uri"
-    try:
-        response = http_request(
-            get_default_host_creds(uri),
-            "/api/2.0/mlflow/experiments/search",
-            "GET",
-            max_retries=0,
-            timeout=5,
-            raise_on_status=False,
-            params={"max_results": 1},
-        )
-    except MlflowException as error:
-        raise InputError(f"MLflow server unreachable at {uri}: {remedy}") from error
-    if response.status_code != 200:
-        raise InputError(
-            f"MLflow server unreachable at {uri}: it answered {response.status_code} {response.reason}; "
-            f"check the address and MLFLOW_TRACKING_USERNAME, or {remedy}"
-        )
-
-
-def _check_sqlite(database: Path) -> None:
-    if database.is_dir():
-        raise InputError(
-            f"--tracking-uri: {database} is a folder: name the database file, {SQLITE}{database}/mlflow.db"
-        )
-    # MLflow makes missing folders, so the nearest existing one decides.
-    nearest = next(folder for folder in database.resolve().parents if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--tracking-uri: {database} cannot be made: {nearest} is not a folder that can be written to")

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import yaml
 from rich.console import Console
 
-from pipeline import tracking
 from pipeline.card import write_cards
 from pipeline.changes import model_changes
 from pipeline.gate import best_variant, judge, passes
@@ -14,11 +15,11 @@ from pipeline.history import begin, last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
 from pipeline.recipe import Recipe
-from pipeline.registry import Registry
 from pipeline.report import Report, merge_summary, route_table, route_warnings, score_table
 from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
 from pipeline.system_metrics import Sample, sampled
+from pipeline.tracking_uri import checked_uri, is_server
 from tasks.artifacts import write_json
 from tasks.download import Listing
 
@@ -41,7 +42,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         InputError: bad input.
         StepError: a step failed.
     """
-    uri = tracking.checked_uri(options.tracking_uri, options.store)
+    uri = checked_uri(options.tracking_uri, options.store)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     console.print(plan_summary(plan), highlight=False)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
@@ -67,7 +68,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         InputError: bad input.
         StepError: a step failed.
     """
-    uri = tracking.checked_uri(options.tracking_uri, options.store)
+    uri = checked_uri(options.tracking_uri, options.store)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     last = None if plan.todo else last_run(plan.store, plan.recipe.name, plan.keys())
     if last is not None:
@@ -98,6 +99,8 @@ def _pass_gate(options: Options, plan: Plan, report: Report, uri: str, console: 
 
 def _judged(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
     """Propose the best variant and promote it if it passes; return whether it did, and what is to be said of it."""
+    from pipeline.registry import Registry
+
     registry = Registry(uri, plan.recipe.name)
     best = best_variant(report, plan.recipe.gate)
     version, champion = registry.of_variant(best, report.variants[best].digest), registry.champion()
@@ -117,16 +120,20 @@ def _judged(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
 
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]:
     """Run the steps, and return the load of this machine meanwhile if it is wanted."""
-    if not options.metrics:
-        execute(plan, options.address, console)
-        return ()
-    with sampled() as samples:
-        execute(plan, options.address, console, count_steps=True)
-    return samples
+    with ThreadPoolExecutor(1) as beside:
+        beside.submit(import_module, "pipeline.tracking")  # a second that is not waited for
+        if not options.metrics:
+            execute(plan, options.address, console)
+            return ()
+        with sampled() as samples:
+            execute(plan, options.address, console, count_steps=True)
+        return samples
 
 
 def _finish(options: Options, plan: Plan, uri: str, load: Sequence[Sample], console: Console) -> Report:
     """Write cards and report, print the tables, and record the run."""
+    from pipeline import tracking
+
     plan.store.look()
     report = collect(plan)
     text = recipe_yaml(plan.recipe)
@@ -147,7 +154,7 @@ def _finish(options: Options, plan: Plan, uri: str, load: Sequence[Sample], cons
     where = tracking.record(
         report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load, uri, plan.store.root
     )
-    shown = where if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    shown = where if is_server(uri) else f"mlflow ui --backend-store-uri {uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
     return report
 

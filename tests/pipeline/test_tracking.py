@@ -11,11 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import fsspec
@@ -27,8 +25,10 @@ from mlflow import MlflowClient
 from pipeline import tracking
 from pipeline.gate import Outcomes
 from pipeline.report import Report, RouteInfo, Score, VariantInfo
+from pipeline.results import TaskData
 from pipeline.store import Store
 from pipeline.system_metrics import Sample
+from pipeline.tracking_uri import check_server, default_uri
 from tasks.artifacts import read_json
 from tasks.datasets import ClassificationTask, CompletionTask, DataSource, RowSet
 from tasks.dynamic_model import DynamicModel
@@ -98,7 +98,7 @@ def make_report(folder, recipe="two-skills", **changes):
 
 def make_datasets():
     return [
-        tracking.TaskData(
+        TaskData(
             task=task,
             context=context,
             source=DataSource(path="json", data_files=f"{task}/{context}.jsonl", split="train"),
@@ -136,7 +136,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uri(store):
-    return tracking.default_uri(Store(store))
+    return default_uri(Store(store))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def chatter():
 
 @pytest.fixture(scope="module")
 def parent(report, store, uri, chatter):
-    tracking.check_server(uri)
+    check_server(uri)
     with captured() as text:
         run = record(report, store, uri)
     chatter.append(text.getvalue())
@@ -713,7 +713,7 @@ def _healthy(port):
 
 
 def test_a_real_server_takes_everything_too(server, tmp_path):
-    tracking.check_server(server)
+    check_server(server)
     report = make_report(tmp_path)
     with captured() as text:
         page = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), (), server, tmp_path)
@@ -748,38 +748,3 @@ def test_a_real_server_serves_dynamic_models(server, dynamic_report, classifier,
     loaded = load(server, monkeypatch, f"models:/dynamic/{version.version}")
     assert_answers(loaded.predict(TEXTS[:3]), DynamicModel.load(classifier[0]).predict(TEXTS[:3]))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_server_that_is_not_there_is_an_input_error():
-    uri = f"http://127.0.0.1:{free_port()}"
-    remedy = f"MLflow server unreachable at {uri}: start it .mlflow server .*pass --tracking-uri"
-    with pytest.raises(InputError, match=remedy) as caught:
-        tracking.check_server(uri)
-    assert "\n" not in str(caught.value)
-
-
-def test_something_else_behind_the_address_is_an_input_error():
-    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers every request with 501
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        with pytest.raises(InputError, match="it answered 501"):
-            tracking.check_server(f"http://127.0.0.1:{server.server_port}")
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.mark.parametrize("uri", ["./mlruns", "mlruns", "file:mlruns", "sqlite://", "sqlite:///", "databricks", ""])
-def test_other_places_for_runs_are_refused_with_the_remedy(uri):
-    with pytest.raises(InputError, match=r"expected a server .* or a database file .*sqlite:///"):
-        tracking.check_server(uri)
-
-
-def test_sqlite_needs_a_folder_that_is_there_or_can_be_made(tmp_path):
-    tracking.check_server(tracking.default_uri(Store(tmp_path / "new" / "store")))
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file is not a folder"):
-        tracking.check_server(f"sqlite:///{tmp_path}/file/mlflow.db")
-    with pytest.raises(InputError, match="is a folder: name the database file"):
-        tracking.check_server(f"sqlite:///{tmp_path}")
