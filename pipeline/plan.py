@@ -334,6 +334,7 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     known = cross_task.known_distances(intact)
     wanted = {print_ for row in pairs.values() for print_ in row.values()}
     known = {print_: distance for print_, distance in known.items() if print_ in wanted}
+    logits = {print_: path for print_, path in cross_task.known_logits(intact).items() if print_ in wanted}
     job = cross_task.CrossTaskJob(
         base=plan.inputs.base.folder,
         experts={name: plan.inputs.experts[name].folder for name in names},
@@ -344,6 +345,7 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
         placement=plan.placements["cross_task"].placement,
         pairs=pairs,
         known=known,
+        logits=logits,
     )
     key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
     total = sum(weight_bytes(plan.inputs.listings[name]) for name in ("base", *names))
@@ -364,7 +366,7 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
 
 
 def _pairs(plan: Plan, downloads: Mapping[str, Step], reads: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return the fingerprint of every cross-task distance: of expert i against j on j's calibration set."""
+    """Return what every cross-task distance depends on: of expert i against j on j's calibration set; see `Pairs`."""
     names = plan.recipe.experts
 
     def fingerprint(i: str, j: str) -> str:
@@ -376,7 +378,7 @@ def _pairs(plan: Plan, downloads: Mapping[str, Step], reads: Mapping[str, str]) 
         }
         return sha256_text(canonical(about))
 
-    return {i: {j: fingerprint(i, j) for j in names if i != j} for i in names}
+    return {i: {j: fingerprint(i, j) for j in names} for i in names}
 
 
 def _merge_step(

@@ -28,7 +28,7 @@ _TRUNKS = "trunks"
 """Folder for what trunks gave, until all distances are known."""
 
 Pairs = Mapping[str, Mapping[str, str]]
-"""pairs[i][j]: fingerprint of all that the distance g[i][j] depends on, for i ≠ j"""
+"""pairs[i][j]: fingerprint of all that the distance g[i][j] depends on; for i = j, of what expert i's own logits do"""
 Distances = dict[str, dict[str, float]]
 
 
@@ -36,8 +36,9 @@ Distances = dict[str, dict[str, float]]
 class CrossTaskJob:
     """What distances are measured of, and where. Distances that are known are taken over.
 
-    Passes that only known distances need are left out: after a change of one expert of K, 3K − 2 of K² are made.
-    A pass is that of one trunk over one calibration set.
+    Passes that only known distances need are left out: after a change of one expert of K, 2K − 1 of K² are made on
+    classification tasks, whose logits are kept, and 3K − 2 on others. A pass is that of one trunk over one calibration
+    set.
     """
 
     base: Path
@@ -58,6 +59,8 @@ class CrossTaskJob:
     """fingerprint of every distance"""
     known: Mapping[str, float]
     """distances of earlier artifacts by fingerprint, from `known_distances`"""
+    logits: Mapping[str, Path]
+    """files of earlier artifacts with the logits of an expert on its own task, from `known_logits`"""
 
     def wanted(self, j: str) -> list[str]:
         """Return the experts whose distance from expert j, on its calibration set, is to be measured."""
@@ -65,7 +68,8 @@ class CrossTaskJob:
 
     def looked_at(self, i: str) -> list[str]:
         """Return the tasks over whose calibration sets the trunk of expert i runs."""
-        return [j for j in self.experts if (wanted := self.wanted(j)) and i in (j, *wanted)]
+        own = [i] if self.pairs[i][i] not in self.logits else []
+        return [j for j in self.experts if (wanted := self.wanted(j)) and (i in wanted or j in own)]
 
     def source(self, i: str) -> Source:
         """Return where the network of expert i comes from."""
@@ -140,7 +144,8 @@ def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
 
     Args:
         job: see there.
-        out: folder for `distances.json` and `pairs.json` (the fingerprints); what trunks gave is removed from it.
+        out: folder for `distances.json`, `pairs.json` (the fingerprints) and the logits that are kept; what trunks gave
+            is removed from it.
 
     Returns:
         The largest and smallest distance (`distances.json` in `out` has them all), and how many were measured.
@@ -174,8 +179,22 @@ def known_distances(artifacts: Iterable[Path]) -> dict[str, float]:
     for folder in artifacts:
         if (folder / PAIRS).is_file():
             pairs, distances = read_json(folder / PAIRS), read_json(folder / "distances.json")
-            found |= {print_: distances[i][j] for i, row in pairs.items() for j, print_ in row.items()}
+            found |= {print_: distances[i][j] for i, row in pairs.items() for j, print_ in row.items() if i != j}
     return found
+
+
+def known_logits(artifacts: Iterable[Path]) -> dict[str, Path]:
+    """Return all files of artifacts of this stage with logits of an expert on its own task, by their fingerprint."""
+    found: dict[str, Path] = {}
+    for folder in artifacts:
+        if (folder / PAIRS).is_file():
+            pairs: dict[str, dict[str, str]] = read_json(folder / PAIRS)
+            found |= {pairs[j][j]: _own_logits(folder, j) for j in pairs if _own_logits(folder, j).is_file()}
+    return found
+
+
+def _own_logits(folder: Path, j: str) -> Path:
+    return folder / f"logits-{j}.safetensors"
 
 
 def _kept(out: Path, i: str, j: str) -> Path:
@@ -192,28 +211,43 @@ def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, labels: Mapping[s
 
 
 def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
-    """Yield i, j and g[i][j] of all distances that are not known."""
+    """Yield i, j and g[i][j] of all distances that are not known, and save the logits that another run can use."""
     heads: dict[str, DetachedHead] = {}
     for j in job.experts:
         wanted = job.wanted(j)
-        if not wanted:
-            continue
-        # On a classification task the head of its own expert follows every trunk.
-        follows = {i: j if job.is_classification(j) else i for i in (j, *wanted)}
-        heads |= {name: job.head(name) for name in dict.fromkeys(follows.values()) if name not in heads}
         sums = dict.fromkeys(wanted, 0.0)
-        for number, batch in enumerate(job.batches(j)):
-            kept = {i: _file(_kept(out, i, j), number) for i in follows}
-            norms = _norms(j, {i: heads[name] for i, name in follows.items()}, kept, batch, job.is_classification(j))
-            for i, norm in norms.items():
-                sums[i] += norm
+        if job.is_classification(j):
+            known = job.logits.get(job.pairs[j][j])
+            logits: dict[str, torch.Tensor] = {} if known is None else load_file(known)
+            if wanted:
+                head = job.head(j)
+                for number, batch in enumerate(job.batches(j)):
+                    kept = {i: _file(_kept(out, i, j), number) for i in (j, *wanted)}
+                    if str(number) not in logits:
+                        logits[str(number)] = _class_logits(head, kept[j], batch)
+                    for i in wanted:
+                        apart = _class_logits(head, kept[i], batch) - logits[str(number)]
+                        sums[i] += float(apart.norm(dim=-1).double().sum())
+            if logits:
+                save_file(logits, _own_logits(out, j))
+        elif wanted:
+            heads |= {i: job.head(i) for i in (j, *wanted) if i not in heads}
+            for number, batch in enumerate(job.batches(j)):
+                kept = {i: _file(_kept(out, i, j), number) for i in (j, *wanted)}
+                for i, norm in _token_norms(j, heads, kept, batch).items():
+                    sums[i] += norm
         for i, total in sums.items():
             yield i, j, total / len(job.calibration[j].rows)
 
 
-def _norms(
-    j: str, heads: Mapping[str, DetachedHead], kept: Mapping[str, Path], batch: Batch, at_once: bool
-) -> dict[str, float]:
+def _class_logits(head: DetachedHead, kept: Path, batch: Batch) -> torch.Tensor:
+    """Return the logits, float32, (B, classes), of a head behind what a trunk gave."""
+    device = str(head.network.device)
+    with torch.no_grad():
+        return _logits(head, load_file(kept, device=device), slice(None), to_device(batch, device)).cpu().contiguous()
+
+
+def _token_norms(j: str, heads: Mapping[str, DetachedHead], kept: Mapping[str, Path], batch: Batch) -> dict[str, float]:
     """Return, for every expert i but j, the sum over samples of the mean over tokens of ‖logits_i − logits_j‖₂.
 
     Args:
@@ -221,21 +255,19 @@ def _norms(
         heads: of each expert.
         kept: what each expert's trunk gave for the samples.
         batch: samples of one length.
-        at_once: whether the heads need the samples whole.
     """
     device = str(heads[j].network.device)
     batch = to_device(batch, device)
     trunks = {i: load_file(path, device=device) for i, path in kept.items()}
     samples, length, _ = trunks[j]["hidden"].shape
-    step = length if at_once else max(1, CHUNK_TOKENS // samples)
-    norms: dict[str, list[torch.Tensor]] = {i: [] for i in heads if i != j}
+    step = max(1, CHUNK_TOKENS // samples)
+    norms: dict[str, list[torch.Tensor]] = {i: [] for i in kept if i != j}
     with torch.no_grad():
         for start in range(0, length, step):
             chunk = slice(start, start + step)
             reference = _logits(heads[j], trunks[j], chunk, batch)
             for i, found in norms.items():
-                apart = (_logits(heads[i], trunks[i], chunk, batch) - reference).norm(dim=-1)
-                found.append(apart.double().view(samples, -1))
+                found.append((_logits(heads[i], trunks[i], chunk, batch) - reference).norm(dim=-1).double())
     return {i: float(torch.cat(found, dim=1).mean(dim=1).sum()) for i, found in norms.items()}
 
 

@@ -223,7 +223,7 @@ def ray_address() -> Iterator[str]:
 def pair_names(experts: Iterable[str]) -> dict[str, dict[str, str]]:
     """A name for every cross-task distance, in place of its fingerprint."""
     names = list(experts)
-    return {i: {j: f"{i} against {j}" for j in names if i != j} for i in names}
+    return {i: {j: f"{i} against {j}" for j in names} for i in names}
 
 
 def measure_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:

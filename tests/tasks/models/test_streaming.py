@@ -124,7 +124,9 @@ def distances_of(
 ) -> dict[str, dict[str, float]]:
     """Return all cross-task distances, found in some placement."""
     folder = out / "distances"
-    measure_distances(CrossTaskJob(base, experts, sets, base, dtype, "cpu", placement, pair_names(experts), {}), folder)
+    measure_distances(
+        CrossTaskJob(base, experts, sets, base, dtype, "cpu", placement, pair_names(experts), {}, {}), folder
+    )
     found: dict[str, dict[str, float]] = read_json(folder / "distances.json")
     return found
 
