@@ -121,7 +121,8 @@ def _judged(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]:
     """Run the steps, and return the load of this machine meanwhile if it is wanted."""
     with ThreadPoolExecutor(1) as beside:
-        beside.submit(import_module, "pipeline.tracking")  # a second that is not waited for
+        for name in ("pipeline.tracking", "mlflow.store.tracking.sqlalchemy_store"):  # seconds that are not waited for
+            beside.submit(import_module, name)
         if not options.metrics:
             execute(plan, options.address, console)
             return ()
