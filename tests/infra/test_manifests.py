@@ -128,7 +128,7 @@ def test_commands_are_the_command_lines(name: str) -> None:
     refresh = group.get_command(context, command)  # type: ignore[attr-defined]
     parsed = refresh.make_context(command, arguments, parent=context).params
     mounts = cluster_specs()["cluster"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
-    for path in (parsed["recipe"], parsed["store"]):
+    for path in (parsed["recipe"], parsed["store"].root):
         assert path.is_relative_to(mounts[0]["mountPath"])
     assert parsed == refresh.make_context(command, refreshes()["rayjob"][4:], parent=context).params
 
