@@ -14,12 +14,11 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from pipeline.models import download_key, list_models
+from pipeline.models import list_models
 from pipeline.options import Options
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stop import Stopped, stoppable
 from pipeline.store import Store
-from tasks.download import Listing
 from tasks.errors import InputError, StepError
 
 app = typer.Typer(
@@ -172,26 +171,15 @@ def _options(
 
 def _work(command: Literal["run", "refresh"], options: Options) -> int:
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
-        # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
-        listings = beside.submit(_list_models, options)
+        # Files are hashed while transformers, MLflow, Ray and matplotlib are imported, which takes seconds as well.
+        listings = beside.submit(list_models, options.recipe, options.folder, options.store.hub_cache)
         with _quick_imports():
             from pipeline import workflow
-            from pipeline.cluster import closed
         work = workflow.run if command == "run" else workflow.refresh
         found = listings.result()
-        # Until here a signal ends the process at once, and with it the Ray that it may have started.
-        with stoppable(), closed():
+        # Until here there is nothing to close: a signal ends the process at once, though files are being hashed.
+        with stoppable():
             return work(options, found, Console())
-
-
-def _list_models(options: Options) -> dict[str, Listing]:
-    """List the models; if any is new, there will be work, and Ray starts."""
-    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
-    if any(options.store.manifest(download_key(name, listing)) is None for name, listing in listings.items()):
-        from pipeline.cluster import connect
-
-        connect(options.address)
-    return listings
 
 
 @app.command()
