@@ -12,12 +12,12 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import ray
+from ray.util.metrics import Counter, Histogram
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.plan import Plan, Step, human_bytes
 from pipeline.recipe import Stage
-from pipeline.step_metrics import StepMetrics
 from pipeline.stop import Stopped
 from pipeline.worker import Done, Spent, run_finish, run_part
 from tasks.errors import InputError, StepError
@@ -28,6 +28,10 @@ SYSTEM_RETRIES = 2
 """How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
 # One remote function for all steps: Ray takes calls of one function in their order, those of several in any.
 _RUN_PART, _RUN_FINISH = ray.remote(run_part), ray.remote(run_finish)
+SECONDS_BOUNDS = [1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
+"""Of the histogram of steps' times."""
+TAGS = ("recipe", "stage")
+"""Of Ray's metrics."""
 BATCHES_AHEAD = 4
 """How many batches for each worker may be sent before the first of them is taken."""
 
@@ -84,6 +88,28 @@ class _Schedule:
 
     def _count(self, stage: str, change: int) -> None:
         self.in_flight[stage] = self.in_flight.get(stage, 0) + change
+
+
+class StepMetrics:
+    """`ray_sensmerge_steps_total`, `ray_sensmerge_bytes_total` and `ray_sensmerge_step_seconds`, by recipe and stage.
+
+    Ray collects them every 10 seconds.
+    """
+
+    def __init__(self, recipe: str) -> None:
+        """Begin to count; Ray is connected."""
+        self._recipe = recipe
+        self._steps = Counter("sensmerge_steps", "Steps that have ended well.", TAGS)
+        self._bytes = Counter("sensmerge_bytes", "Bytes of their artifacts.", TAGS)
+        self._seconds = Histogram("sensmerge_step_seconds", "Time of a step on the workers.", SECONDS_BOUNDS, TAGS)
+
+    def count(self, step: Step, done: Done) -> None:
+        """Count a step that has ended well."""
+        tags = {"recipe": self._recipe, "stage": step.stage}
+        self._steps.inc(1, tags)
+        if done.bytes:
+            self._bytes.inc(done.bytes, tags)
+        self._seconds.observe(max(done.spent.seconds, 1e-3), tags)
 
 
 def execute(plan: Plan, address: str | None, console: Console, count_steps: bool = False) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,22 +109,19 @@ class Store:
         """
         if self.remote is None:
             return self.local_manifest(key)
-        return self._manifest(key, {path: file.size for path, file in self._listed.items()})
+        listed = self._listed
+        return self._manifest(key, lambda path: listed[self._path(path)].size if self._path(path) in listed else None)
 
     def local_manifest(self, key: Key) -> dict[str, Any] | None:
         """Return the manifest of an artifact that is whole on this machine; None if it is not."""
-        folder = self.folder(key)
-        if not (folder / MANIFEST).is_file():
-            return None
-        return self._manifest(key, {f"{self._path(folder)}/{name}": size for name, size in file_sizes(folder).items()})
+        return self._manifest(key, lambda path: path.stat().st_size if path.is_file() else None)
 
-    def _manifest(self, key: Key, sizes: Mapping[str, int]) -> dict[str, Any] | None:
+    def _manifest(self, key: Key, size_of: Callable[[Path], int | None]) -> dict[str, Any] | None:
         folder = self.folder(key)
-        path = self._path(folder)
-        if f"{path}/{MANIFEST}" not in sizes:
+        if size_of(folder / MANIFEST) is None:
             return None
         manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        whole = all(sizes.get(f"{path}/{name}") == size for name, size in manifest["files"].items())
+        whole = all(size_of(folder / name) == size for name, size in manifest["files"].items())
         return manifest if whole and manifest["fingerprint"] == key.fingerprint else None
 
     def publish(self, key: Key, manifest: Mapping[str, Any], by_tensor: Collection[str] = ()) -> None:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 INTERVAL = 10.0
@@ -30,14 +30,9 @@ def sampled(interval: float = INTERVAL) -> Iterator[list[Sample]]:
     Yields:
         The samples, complete once the block is left.
     """
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+    from pipeline.tracking import load_monitors  # MLflow takes a second
 
-    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with suppress(ImportError, RuntimeError):  # how it says that there is no GPU, or no package to ask it with
-        monitors.append(GPUMonitor())
+    monitors = load_monitors()
     samples: list[Sample] = []
     ended = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What MLflow is told of one execution. Imported when it is needed: MLflow takes a second.
+"""What MLflow is told of one execution; the only module that imports mlflow, itself imported when it is needed.
 
 A recipe is an experiment, an execution a parent run, and every base, expert and variant a child run with the same
 metric keys, so that any of them can be compared. A variant's child run also owns a LoggedModel, registered under the
@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,13 +39,20 @@ from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, M
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
     MLFLOW_MODEL_IS_EXTERNAL,
     MLFLOW_MODEL_VERSIONS,
     MLFLOW_PARENT_RUN_ID,
 )
+from mlflow.utils.rest_utils import http_request
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from pipeline.gate import Outcomes
@@ -60,7 +67,7 @@ from pipeline.report import Report, RouteInfo, Score, VariantInfo
 from pipeline.results import TaskData
 from pipeline.system_metrics import Sample
 from pipeline.tracking_uri import is_server
-from tasks.errors import StepError
+from tasks.errors import InputError, StepError
 
 OUTCOMES = "outcomes.json"
 """Artifact of a variant's run: what it did with every evaluation sample, by task."""
@@ -174,6 +181,36 @@ def if_there(ask: Callable[[], Any]) -> Any:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def check_http(uri: str) -> None:
+    """Raise InputError unless an MLflow server answers at `uri`; see `pipeline.tracking_uri.check_server`."""
+    remedy = "start it (mlflow server …) or pass --tracking-uri"
+    try:
+        response = http_request(
+            get_default_host_creds(uri),
+            "/api/2.0/mlflow/experiments/search",
+            "GET",
+            max_retries=0,
+            timeout=5,
+            raise_on_status=False,
+            params={"max_results": 1},
+        )
+    except MlflowException as error:
+        raise InputError(f"MLflow server unreachable at {uri}: {remedy}") from error
+    if response.status_code != 200:
+        raise InputError(
+            f"MLflow server unreachable at {uri}: it answered {response.status_code} {response.reason}; "
+            f"check the address and MLFLOW_TRACKING_USERNAME, or {remedy}"
+        )
+
+
+def load_monitors() -> list[BaseMetricsMonitor]:
+    """What MLflow looks at a machine with: processor, memory, disk, network, and NVIDIA GPUs if there are any."""
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(ImportError, RuntimeError):  # how it says that there is no GPU, or no package to ask it with
+        monitors.append(GPUMonitor())
+    return monitors
 
 
 def record(

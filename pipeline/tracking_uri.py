@@ -34,7 +34,9 @@ def check_server(uri: str) -> None:
     here too.
     """
     if is_server(uri):
-        _check_http(uri)
+        from pipeline.tracking import check_http  # MLflow takes a second
+
+        check_http(uri)
     elif uri.startswith(SQLITE) and uri != SQLITE:
         _check_sqlite(Path(uri.removeprefix(SQLITE)))
     else:
@@ -47,31 +49,6 @@ def check_server(uri: str) -> None:
 def is_server(uri: str) -> bool:
     """Return whether a tracking URI is that of a server."""
     return uri.startswith(("http://", "https://"))
-
-
-def _check_http(uri: str) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
-
-    remedy = "start it (mlflow server …) or pass --tracking-uri"
-    try:
-        response = http_request(
-            get_default_host_creds(uri),
-            "/api/2.0/mlflow/experiments/search",
-            "GET",
-            max_retries=0,
-            timeout=5,
-            raise_on_status=False,
-            params={"max_results": 1},
-        )
-    except MlflowException as error:
-        raise InputError(f"MLflow server unreachable at {uri}: {remedy}") from error
-    if response.status_code != 200:
-        raise InputError(
-            f"MLflow server unreachable at {uri}: it answered {response.status_code} {response.reason}; "
-            f"check the address and MLFLOW_TRACKING_USERNAME, or {remedy}"
-        )
 
 
 def _check_sqlite(database: Path) -> None:

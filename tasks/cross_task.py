@@ -120,7 +120,7 @@ def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
         return False
     batches = {j: job.batches(j) for j in left}
     places = [(j, number) for j in left for number in range(len(batches[j]))]
-    begun = {j: _kept(out, i, j).with_suffix(".partial") for j in left}
+    begun = {j: _kept(out, i, f"{j}.partial") for j in left}
     for folder in begun.values():
         folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), open_runner(job.source(i), job.placement, out / _TRUNKS / i) as runner:

@@ -9,7 +9,7 @@ from urllib.request import urlopen
 import pytest
 import ray
 
-from pipeline.step_metrics import StepMetrics
+from pipeline.run import StepMetrics
 from pipeline.worker import Done, Spent
 from tests.conftest import plan_of
 
