@@ -11,7 +11,7 @@ quickstart: install
 	$(BIN)/python -m pipeline run configs/quickstart/recipe.yaml
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .

@@ -39,9 +39,11 @@ hypothesis.settings.load_profile("sensmerge")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs the data beside the project, or a GPU, where there is none."""
+    """Skip what needs the data beside the project, or a GPU, where there is none; of two processes, one has Ray."""
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if "ray" in item.keywords else item.path.name))
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
