@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from pipeline.models import list_models
+from pipeline.models import download_key, list_models
 from pipeline.options import Options
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stop import Stopped, stoppable
 from pipeline.store import Store
+from pipeline.tracking_uri import check_server, checked_uri
+from tasks.download import Listing
 from tasks.errors import InputError, StepError
 
 app = typer.Typer(
@@ -171,15 +173,27 @@ def _options(
 
 def _work(command: Literal["run", "refresh"], options: Options) -> int:
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
-        # Files are hashed while transformers, MLflow, Ray and matplotlib are imported, which takes seconds as well.
-        listings = beside.submit(list_models, options.recipe, options.folder, options.store.hub_cache)
+        # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
+        listings = beside.submit(_begin, options)
         with _quick_imports():
             from pipeline import workflow
+            from pipeline.cluster import closed
         work = workflow.run if command == "run" else workflow.refresh
         found = listings.result()
-        # Until here there is nothing to close: a signal ends the process at once, though files are being hashed.
-        with stoppable():
+        # Until here a signal ends the process at once, and with it the Ray that it may have started.
+        with stoppable(), closed():
             return work(options, found, Console())
+
+
+def _begin(options: Options) -> dict[str, Listing]:
+    """List the models; if any is new there will be work, and Ray starts."""
+    check_server(options.uri)
+    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
+    if any(options.store.manifest(download_key(name, listing)) is None for name, listing in listings.items()):
+        from pipeline.cluster import connect
+
+        connect(options.address)
+    return listings
 
 
 @app.command()
@@ -216,7 +230,6 @@ def compare(
     """Print the scores of two versions of a registered model, and their paired differences, task by task."""
     from pipeline.gate import comparison_table, judge
     from pipeline.registry import Registry, parse_version
-    from pipeline.tracking_uri import checked_uri
 
     uri = checked_uri(tracking_uri, store)
     outcomes = []
@@ -235,7 +248,6 @@ def promote(
 ) -> None:
     """Make a version of a registered model champion, whatever the gate says of it."""
     from pipeline.registry import Registry, parse_version
-    from pipeline.tracking_uri import checked_uri
 
     recipe, which = parse_version(version)
     registry = Registry(checked_uri(tracking_uri, store), recipe)
@@ -252,7 +264,6 @@ def rollback(
 ) -> None:
     """Make the former champion of a registered model champion again."""
     from pipeline.registry import Registry
-    from pipeline.tracking_uri import checked_uri
 
     before, now = Registry(checked_uri(tracking_uri, store), recipe).rollback()
     Console().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)

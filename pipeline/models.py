@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.recipe import Recipe
+from pipeline.store import Key
 from tasks.artifacts import canonical, sha256_text
 from tasks.download import Listing, parse_model_id, resolve
 from tasks.errors import InputError
+
+VERSION = 2
+"""Of the download stage's artifact and of what all fingerprints have in common."""
 
 
 def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]:
@@ -33,6 +37,12 @@ def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]
         listings = dict(zip(texts, pool.map(listing, texts), strict=True))
     _check_distinct(listings)
     return listings
+
+
+def download_key(name: str, listing: Listing) -> Key:
+    """Return what names the artifact of a model's download."""
+    inputs = {"stage": "download", "version": VERSION, "settings": {}, "reads": {"files": model_digest(listing)}}
+    return Key("download", name, inputs)
 
 
 def model_digest(listing: Listing) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.recipe import Recipe
 from pipeline.store import Store
+from pipeline.tracking_uri import default_uri
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,12 @@ class Options:
     """seconds to wait for another run on the same store"""
     metrics: bool
     """whether Ray counts the steps, and MLflow gets system metrics"""
+
+    @property
+    def uri(self) -> str:
+        """Where runs are recorded.
+
+        Raises:
+            InputError: as `default_uri`.
+        """
+        return self.tracking_uri or default_uri(self.store)

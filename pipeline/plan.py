@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from pipeline.inputs import Inputs, TaskRows, gather_inputs
-from pipeline.models import model_digest, weight_bytes
+from pipeline.models import download_key, weight_bytes
 from pipeline.placement import Choice, choose
 from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
@@ -37,9 +37,6 @@ from tasks.models.layers import block_names
 from tasks.models.placement import Actors
 from tasks.models.weights import layer_groups
 from tasks.routing import SeApplication
-
-VERSION = 2
-"""Of the download stage's artifact and of what all fingerprints have in common."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +226,7 @@ def _steps(plan: Plan) -> list[Step]:
 
 
 def _download_step(name: str, listing: Listing, store: Store) -> Step:
-    key = _key("download", name, VERSION, {}, {"files": model_digest(listing)})
+    key = download_key(name, listing)
     missing = sum(file.size for file in listing.missing())
     finish = partial(download.download, listing, store.hub_cache)
     return Step("download", name, key, (), finish, reads=sum(file.size for file in listing.files), writes=missing)

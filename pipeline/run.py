@@ -1,9 +1,6 @@
 """Executes plans and work in batches on Ray: bounded fan-out, resources, retries of system failures, progress."""
 
 import math
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +13,9 @@ from ray.util.metrics import Counter, Histogram
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pipeline.cluster import cluster
 from pipeline.plan import Plan, Step, human_bytes
 from pipeline.recipe import Stage
-from pipeline.stop import Stopped
 from pipeline.worker import Done, Spent, run_finish, run_part
 from tasks.errors import InputError, StepError
 
@@ -132,7 +129,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
     for step in plan.steps:
         if step.title in read:
             plan.store.fetch(step.key)
-    with _cluster(address), _progress(console, len(steps), "steps") as advance:
+    with cluster(address), _progress(console, len(steps), "steps") as advance:
         _check_resources(plan, steps)
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
@@ -273,7 +270,7 @@ def work_in_batches(
         InputError: bad input that the work found, or more workers than the cluster has room for.
         StepError: the work failed otherwise, or a batch's worker died `SYSTEM_RETRIES` + 1 times.
     """
-    with _cluster(address), _progress(console, total, "batches") as advance:
+    with cluster(address), _progress(console, total, "batches") as advance:
         count = min(_count(workers), total)
         # Workers are replaced without limit: what is counted is how often a batch is tried.
         options = {"num_gpus": workers.num_gpus, "max_restarts": -1, "max_task_retries": SYSTEM_RETRIES}
@@ -339,28 +336,6 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
                 f"resources.{stage}: a step asks for {wanted.num_cpus:g} CPUs and {wanted.num_gpus:g} GPUs, "
                 f"the largest node has {largest[0]:.0f} and {largest[1]:.0f}; lower them or use another --address"
             )
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    here = {"include_dashboard": False} if address == "local" else {}
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address, logging_level="ERROR", **here)
-    except (ConnectionError, ValueError) as error:
-        raise InputError(
-            f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"
-        ) from error
-    except SystemExit:  # of the handler that Ray has while it starts
-        ray.shutdown()
-        raise Stopped(signal.SIGTERM) from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pipeline.report import Report, merge_summary, route_table, route_warnings, 
 from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
 from pipeline.system_metrics import Sample, sampled
-from pipeline.tracking_uri import checked_uri, is_server
+from pipeline.tracking_uri import is_server
 from tasks.artifacts import write_json
 from tasks.download import Listing
 
@@ -31,7 +31,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
     """Run what the store lacks, print and record the result.
 
     Args:
-        options: what to run; its store is locked.
+        options: what to run; its store is locked, and runs can be recorded.
         listings: the recipe's models, from `list_models`.
         console: where progress and results go.
 
@@ -42,11 +42,10 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         InputError: bad input.
         StepError: a step failed.
     """
-    uri = checked_uri(options.tracking_uri, options.store)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     console.print(plan_summary(plan), highlight=False)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
-    _finish(options, plan, uri, _execute(options, plan, console), console)
+    _finish(options, plan, _execute(options, plan, console), console)
     remember(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     return 0
 
@@ -57,7 +56,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
     Where nothing changed that is said, and everything left as it is.
 
     Args:
-        options: what to run; its store is locked.
+        options: what to run; its store is locked, and runs can be recorded.
         listings: the recipe's models as they are now, from `list_models`.
         console: where progress and results go.
 
@@ -68,7 +67,6 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         InputError: bad input.
         StepError: a step failed.
     """
-    uri = checked_uri(options.tracking_uri, options.store)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     last = None if plan.todo else last_run(plan.store, plan.recipe.name, plan.keys())
     if last is not None:
@@ -77,18 +75,18 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         if options.report is not None:
             write_json(options.report, report.model_dump())
         # What a `run` has made has not passed the gate yet.
-        return 0 if last.command == "refresh" else _pass_gate(options, plan, report, uri, console)
+        return 0 if last.command == "refresh" else _pass_gate(options, plan, report, console)
     for line in (*model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
-    report = _finish(options, plan, uri, _execute(options, plan, console), console)
-    return _pass_gate(options, plan, report, uri, console)
+    report = _finish(options, plan, _execute(options, plan, console), console)
+    return _pass_gate(options, plan, report, console)
 
 
-def _pass_gate(options: Options, plan: Plan, report: Report, uri: str, console: Console) -> int:
+def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -> int:
     """Let the best variant become champion if it may, say what came of it, and return the exit status."""
     if report.tasks:
-        passed, said = _judged(plan, report, uri)
+        passed, said = _judged(plan, report, options.uri)
     else:
         passed, said = True, ["no task has evaluation samples, so there is no champion"]
     for line in said:
@@ -131,7 +129,7 @@ def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]
         return samples
 
 
-def _finish(options: Options, plan: Plan, uri: str, load: Sequence[Sample], console: Console) -> Report:
+def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Console) -> Report:
     """Write cards and report, print the tables, and record the run."""
     from pipeline import tracking
 
@@ -153,9 +151,9 @@ def _finish(options: Options, plan: Plan, uri: str, load: Sequence[Sample], cons
     for name in plan.recipe.merges:
         console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
     where = tracking.record(
-        report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load, uri, plan.store.root
+        report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load, options.uri, plan.store.root
     )
-    shown = where if is_server(uri) else f"mlflow ui --backend-store-uri {uri}"
+    shown = where if is_server(options.uri) else f"mlflow ui --backend-store-uri {options.uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
     return report
 

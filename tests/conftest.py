@@ -247,7 +247,11 @@ def plan_of(folder: Path, recipe: dict[str, Any], *overrides: str, store: str = 
 
 
 def command_line(*arguments: object) -> int:
-    """Run `python -m pipeline` with these arguments in this process and return its exit status."""
+    """Run `python -m pipeline` with these arguments in this process and return its exit status.
+
+    What may get as far as Ray needs the `--address` of the tests' cluster: a process that has started a cluster of its
+    own loses its actors in that one.
+    """
     from pipeline.cli import main
 
     before = sys.argv
