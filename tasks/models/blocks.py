@@ -219,6 +219,9 @@ def watch(products: GradientProducts, source: Source, module: nn.Module, prefix:
         module: with its weights.
         prefix: its name in the network with a dot behind, empty for the network itself.
     """
+    for child in module.modules():
+        if isinstance(child, nn.Embedding):
+            child.sparse = True  # of a vocabulary, a sample has few rows; the others' gradients are zero
     for name, parameter in module.named_parameters():
         layer = source.layer(prefix + name)
         if layer is None:

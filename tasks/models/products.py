@@ -48,8 +48,11 @@ def sum_of_products(parameter: Tensor, gradient: Tensor) -> Tensor:
 
     Args:
         parameter: any shape and float dtype.
-        gradient: of the parameter's shape and dtype.
+        gradient: of the parameter's shape and dtype; may be sparse in its rows.
     """
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()
+        parameter, gradient = parameter[gradient.indices()[0]], gradient.values()
     chunk = CPU_CHUNK if parameter.device.type == "cpu" else GPU_CHUNK
     pairs = zip(torch.split(parameter.reshape(-1), chunk), torch.split(gradient.reshape(-1), chunk), strict=True)
     products = torch.empty(min(chunk, parameter.numel()), dtype=torch.float32, device=parameter.device)

@@ -35,3 +35,20 @@ def test_sums_by_layer_start_again() -> None:
     assert found.take() == {"first": 14.0 + 12.0, "second": 0.0}
     (c * a).sum().backward()
     assert found.take() == {"first": 10.0, "second": 10.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gradient_that_is_sparse(dtype: torch.dtype, tied: bool) -> None:
+    ids = torch.tensor([[3, 5, 3, 0]])
+    totals = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(7, 4, padding_idx=0, sparse=sparse, dtype=dtype)
+        found = GradientProducts()
+        found.watch(embedding.weight, "embedding")
+        hidden = embedding(ids)
+        (hidden @ embedding.weight.T if tied else hidden).square().sum().backward()
+        totals.append(found.take()["embedding"])
+    # Gradients are added up in the weights' dtype, in another order.
+    assert totals[1] == pytest.approx(totals[0], rel=max(1e-6, torch.finfo(dtype).eps)) != 0.0
