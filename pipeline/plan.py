@@ -329,12 +329,13 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     settings = {"dtype": plan.recipe.dtype} | {
         "tasks": {name: _calibration_settings(plan.inputs.data[name].task) for name in names},
     }
-    pairs = _pairs(plan, downloads, reads | tokenizer)
+    # What a trunk gives for a calibration set depends on no other expert; a distance also on the set's own.
+    trunks = _pair_prints(plan, reads | tokenizer, lambda i, j: ("base", i, f"calibration {j}", "tokenizer"))
+    pairs = _pair_prints(plan, reads | tokenizer, lambda i, j: ("base", i, j, f"calibration {j}", "tokenizer"))
     intact = [folder for folder in plan.store.artifacts("cross_task") if not any(damaged_files(folder))]
-    known = cross_task.known_distances(intact)
-    wanted = {print_ for row in pairs.values() for print_ in row.values()}
-    known = {print_: distance for print_, distance in known.items() if print_ in wanted}
-    logits = {print_: path for print_, path in cross_task.known_logits(intact).items() if print_ in wanted}
+    wanted = {print_ for prints in (pairs, trunks) for row in prints.values() for print_ in row.values()}
+    known = {one: distance for one, distance in cross_task.known_distances(intact).items() if one in wanted}
+    kept = {one: file for one, file in cross_task.kept_trunks(intact).items() if one in wanted}
     job = cross_task.CrossTaskJob(
         base=plan.inputs.base.folder,
         experts={name: plan.inputs.experts[name].folder for name in names},
@@ -344,8 +345,9 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
         device=_device(plan, "cross_task"),
         placement=plan.placements["cross_task"].placement,
         pairs=pairs,
+        trunks=trunks,
         known=known,
-        logits=logits,
+        kept=kept,
     )
     key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
     total = sum(weight_bytes(plan.inputs.listings[name]) for name in ("base", *names))
@@ -365,19 +367,21 @@ def _cross_task_step(plan: Plan, downloads: Mapping[str, Step]) -> Step:
     )
 
 
-def _pairs(plan: Plan, downloads: Mapping[str, Step], reads: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Return what every cross-task distance depends on: of expert i against j on j's calibration set; see `Pairs`."""
-    names = plan.recipe.experts
+def _pair_prints(
+    plan: Plan, reads: Mapping[str, str], keys: Callable[[str, str], tuple[str, ...]]
+) -> dict[str, dict[str, str]]:
+    """Return fingerprints of something of expert i and task j, which depends on what `keys(i, j)` of `reads` names."""
 
     def fingerprint(i: str, j: str) -> str:
         about = {
             "version": cross_task.VERSION,
             "dtype": plan.recipe.dtype,
             "task": _calibration_settings(plan.inputs.data[j].task),
-            "reads": [reads[key] for key in ("base", i, j, f"calibration {j}", "tokenizer")],
+            "reads": [reads[key] for key in keys(i, j)],
         }
         return sha256_text(canonical(about))
 
+    names = plan.recipe.experts
     return {i: {j: fingerprint(i, j) for j in names} for i in names}
 
 

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,24 @@ from tasks.artifacts import read_json, write_json
 from tasks.datasets import ClassificationTask, Row, RowSet, calibration_batch
 from tasks.errors import InputError
 from tasks.models.blocks import Batch, to_device
+from tasks.models.head_inputs import head_input, logits_of
 from tasks.models.heads import DetachedHead
 from tasks.models.networks import Head, load_tokenizer
 from tasks.models.placement import Actors, Placement
 from tasks.models.runners import open_runner
 from tasks.models.source import Source
 
-VERSION = 2
+VERSION = 3
 PAIRS = "pairs.json"
+TRUNKS = "trunks.json"
+_HEAD_INPUTS = "head_inputs.safetensors"
 CHUNK_TOKENS = 256
 """Logits exist for this many tokens at a time, and short samples of one length are run together up to as many."""
 _TRUNKS = "trunks"
-"""Folder for what trunks gave, until all distances are known."""
+"""Folder for what trunks gave: of completions until all distances are known, of classifiers for good."""
 
 Pairs = Mapping[str, Mapping[str, str]]
-"""pairs[i][j]: fingerprint of all that the distance g[i][j] depends on; for i = j, of what expert i's own logits do"""
+"""pairs[i][j]: fingerprint of all that something of expert i and task j depends on"""
 Distances = dict[str, dict[str, float]]
 
 
@@ -36,9 +40,9 @@ Distances = dict[str, dict[str, float]]
 class CrossTaskJob:
     """What distances are measured of, and where. Distances that are known are taken over.
 
-    Passes that only known distances need are left out: after a change of one expert of K, 2K − 1 of K² are made on
-    classification tasks, whose logits are kept, and 3K − 2 on others. A pass is that of one trunk over one calibration
-    set.
+    Passes that only known distances need are left out: after a change of one expert of K, K of K² are made on
+    classification tasks, where what heads read of trunks is kept, and 3K − 2 on others. A pass is that of one trunk
+    over one calibration set.
     """
 
     base: Path
@@ -57,10 +61,12 @@ class CrossTaskJob:
     """where the networks run; it changes no number"""
     pairs: Pairs
     """fingerprint of every distance"""
+    trunks: Pairs
+    """fingerprint of what every trunk gives for every calibration set"""
     known: Mapping[str, float]
     """distances of earlier artifacts by fingerprint, from `known_distances`"""
-    logits: Mapping[str, Path]
-    """files of earlier artifacts with the logits of an expert on its own task, from `known_logits`"""
+    kept: Mapping[str, Path]
+    """what heads read of trunks: files of earlier artifacts by fingerprint, from `kept_trunks`"""
 
     def wanted(self, j: str) -> list[str]:
         """Return the experts whose distance from expert j, on its calibration set, is to be measured."""
@@ -68,8 +74,8 @@ class CrossTaskJob:
 
     def looked_at(self, i: str) -> list[str]:
         """Return the tasks over whose calibration sets the trunk of expert i runs."""
-        own = [i] if self.pairs[i][i] not in self.logits else []
-        return [j for j in self.experts if (wanted := self.wanted(j)) and (i in wanted or j in own)]
+        needed = [j for j in self.experts if (wanted := self.wanted(j)) and i in (j, *wanted)]
+        return [j for j in needed if self.trunks[i][j] not in self.kept]
 
     def source(self, i: str) -> Source:
         """Return where the network of expert i comes from."""
@@ -123,11 +129,20 @@ def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
     begun = {j: _kept(out, i, f"{j}.partial") for j in left}
     for folder in begun.values():
         folder.mkdir(parents=True, exist_ok=True)
+    classes = [j for j in left if job.is_classification(j)]
+    head = job.head(classes[0]) if classes else None
+    read: dict[str, dict[str, torch.Tensor]] = {j: {} for j in classes}
     with torch.no_grad(), open_runner(job.source(i), job.placement, out / _TRUNKS / i) as runner:
         for place, output in runner.trunk_outputs([batches[j][number] for j, number in places]):
             j, number = places[place]
-            kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
-            save_file(kept, _file(begun[j], number))
+            if head is not None and j in read:
+                found = head_input(head, output, batches[j][number])
+                read[j] |= {f"{number}.{key}": tensor for key, tensor in found.items()}
+            else:
+                kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
+                save_file(kept, begun[j] / f"{number}.safetensors")
+    for j, tensors in read.items():
+        save_file(tensors, begun[j] / _HEAD_INPUTS)
     for j, folder in begun.items():
         folder.rename(_kept(out, i, j))
     return True
@@ -144,8 +159,7 @@ def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
 
     Args:
         job: see there.
-        out: folder for `distances.json`, `pairs.json` (the fingerprints) and the logits that are kept; what trunks gave
-            is removed from it.
+        out: folder for `distances.json`, `pairs.json` and `trunks.json` (the fingerprints) and what is kept of trunks.
 
     Returns:
         The largest and smallest distance (`distances.json` in `out` has them all), and how many were measured.
@@ -165,10 +179,13 @@ def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
                     "expected a finite number (try dtype: float32)"
                 )
             distances[i][j] = distance
-    finally:
-        shutil.rmtree(out / _TRUNKS, ignore_errors=True)
+    except InputError:
+        shutil.rmtree(out / _TRUNKS)
+        raise
+    _keep_head_inputs(job, out)
     write_json(out / "distances.json", distances)
     write_json(out / PAIRS, job.pairs)
+    write_json(out / TRUNKS, job.trunks)
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     return {"min": min(apart), "max": max(apart), "measured": sum(len(job.wanted(j)) for j in names)}
 
@@ -183,26 +200,21 @@ def known_distances(artifacts: Iterable[Path]) -> dict[str, float]:
     return found
 
 
-def known_logits(artifacts: Iterable[Path]) -> dict[str, Path]:
-    """Return all files of artifacts of this stage with logits of an expert on its own task, by their fingerprint."""
+def kept_trunks(artifacts: Iterable[Path]) -> dict[str, Path]:
+    """Return all files of artifacts of this stage with what heads read of a trunk, by their fingerprint."""
     found: dict[str, Path] = {}
     for folder in artifacts:
-        if (folder / PAIRS).is_file():
-            pairs: dict[str, dict[str, str]] = read_json(folder / PAIRS)
-            found |= {pairs[j][j]: _own_logits(folder, j) for j in pairs if _own_logits(folder, j).is_file()}
+        if (folder / TRUNKS).is_file():
+            prints: dict[str, dict[str, str]] = read_json(folder / TRUNKS)
+            files = {
+                print_: _kept(folder, i, j) / _HEAD_INPUTS for i, row in prints.items() for j, print_ in row.items()
+            }
+            found |= {print_: file for print_, file in files.items() if file.is_file()}
     return found
-
-
-def _own_logits(folder: Path, j: str) -> Path:
-    return folder / f"logits-{j}.safetensors"
 
 
 def _kept(out: Path, i: str, j: str) -> Path:
     return out / _TRUNKS / i / j
-
-
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"{number}.safetensors"
 
 
 def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, labels: Mapping[str, int]) -> Batch:
@@ -211,40 +223,52 @@ def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, labels: Mapping[s
 
 
 def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
-    """Yield i, j and g[i][j] of all distances that are not known, and save the logits that another run can use."""
+    """Yield i, j and g[i][j] of all distances that are not known."""
     heads: dict[str, DetachedHead] = {}
     for j in job.experts:
         wanted = job.wanted(j)
+        if not wanted:
+            continue
         sums = dict.fromkeys(wanted, 0.0)
         if job.is_classification(j):
-            known = job.logits.get(job.pairs[j][j])
-            logits: dict[str, torch.Tensor] = {} if known is None else load_file(known)
-            if wanted:
-                head = job.head(j)
-                for number, batch in enumerate(job.batches(j)):
-                    kept = {i: _file(_kept(out, i, j), number) for i in (j, *wanted)}
-                    if str(number) not in logits:
-                        logits[str(number)] = _class_logits(head, kept[j], batch)
-                    for i in wanted:
-                        apart = _class_logits(head, kept[i], batch) - logits[str(number)]
-                        sums[i] += float(apart.norm(dim=-1).double().sum())
-            if logits:
-                save_file(logits, _own_logits(out, j))
-        elif wanted:
+            head, reads = job.head(j), {i: _head_inputs(job, out, i, j) for i in (j, *wanted)}
+            for number, batch in enumerate(job.batches(j)):
+                own = logits_of(head, reads[j][number], batch)
+                for i in wanted:
+                    apart = logits_of(head, reads[i][number], batch) - own
+                    sums[i] += float(apart.norm(dim=-1).double().sum())
+        else:
             heads |= {i: job.head(i) for i in (j, *wanted) if i not in heads}
             for number, batch in enumerate(job.batches(j)):
-                kept = {i: _file(_kept(out, i, j), number) for i in (j, *wanted)}
+                kept = {i: _kept(out, i, j) / f"{number}.safetensors" for i in (j, *wanted)}
                 for i, norm in _token_norms(j, heads, kept, batch).items():
                     sums[i] += norm
         for i, total in sums.items():
             yield i, j, total / len(job.calibration[j].rows)
 
 
-def _class_logits(head: DetachedHead, kept: Path, batch: Batch) -> torch.Tensor:
-    """Return the logits, float32, (B, classes), of a head behind what a trunk gave."""
-    device = str(head.network.device)
-    with torch.no_grad():
-        return _logits(head, load_file(kept, device=device), slice(None), to_device(batch, device)).cpu().contiguous()
+def _keep_head_inputs(job: CrossTaskJob, out: Path) -> None:
+    """Remove what trunks gave, but what heads of classifiers read of it; that of earlier artifacts stays known."""
+    classes = [j for j in job.experts if job.is_classification(j)]
+    for i, j in product(job.experts, job.experts):
+        kept = _kept(out, i, j)
+        if j not in classes:
+            shutil.rmtree(kept, ignore_errors=True)
+        elif not kept.exists() and job.trunks[i][j] in job.kept:
+            kept.mkdir(parents=True)
+            shutil.copyfile(job.kept[job.trunks[i][j]], kept / _HEAD_INPUTS)
+    if not classes:
+        shutil.rmtree(out / _TRUNKS, ignore_errors=True)
+
+
+def _head_inputs(job: CrossTaskJob, out: Path, i: str, j: str) -> dict[int, dict[str, torch.Tensor]]:
+    """Return what heads read of what expert i's trunk gives for task j, by the number of the batch."""
+    file = _kept(out, i, j) / _HEAD_INPUTS
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(file if file.exists() else job.kept[job.trunks[i][j]]).items():
+        number, key = name.split(".")
+        found.setdefault(int(number), {})[key] = tensor
+    return found
 
 
 def _token_norms(j: str, heads: Mapping[str, DetachedHead], kept: Mapping[str, Path], batch: Batch) -> dict[str, float]:

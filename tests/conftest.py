@@ -221,7 +221,7 @@ def ray_address() -> Iterator[str]:
 
 
 def pair_names(experts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A name for every cross-task distance, in place of its fingerprint."""
+    """A name for every cross-task distance, or what a trunk gives, in place of its fingerprint."""
     names = list(experts)
     return {i: {j: f"{i} against {j}" for j in names} for i in names}
 

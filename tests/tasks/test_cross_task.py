@@ -58,17 +58,19 @@ def measure(
     sets: Mapping[str, RowSet],
     out: Path,
     known: Mapping[str, float] | None = None,
-    logits: Mapping[str, Path] | None = None,
+    kept: Mapping[str, Path] | None = None,
 ) -> Distances:
     out.mkdir(exist_ok=True)
     names = pair_names(experts)
-    job = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", names, known or {}, logits or {})
+    job = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", names, names, known or {}, kept or {})
     found = measure_distances(job, out)
     distances: Distances = read_json(out / "distances.json")
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     assert found == {"min": min(apart), "max": max(apart), "measured": len(apart) - len(known or {})}
-    kept = {f"logits-{name}.safetensors" for name, one in sets.items() if isinstance(one.task, ClassificationTask)}
-    assert {path.name for path in out.iterdir()} == {"distances.json", "pairs.json", *kept}
+    trunks = {f"trunks/{i}/{j}" for i in sets for j, one in sets.items() if isinstance(one.task, ClassificationTask)}
+    files = {"distances.json", "pairs.json", "trunks.json", *(f"{one}/head_inputs.safetensors" for one in trunks)}
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == files
+    assert (out / "trunks").exists() == bool(trunks)
     return distances
 
 
@@ -238,30 +240,29 @@ def test_known_distances_are_taken_over_bit_for_bit(llamas: dict[str, Path], tmp
     assert not passes
 
 
-def test_logits_that_were_kept_save_passes(save: Save, tmp_path: Path) -> None:
-    """After a change of one of K classifiers, all trunks run over its calibration set, and its own over the others."""
+def test_trunks_that_were_kept_save_passes(save: Save, tmp_path: Path) -> None:
+    """After a change of one of K classifiers only its own trunk runs, over all calibration sets."""
     trunk = make_bert_trunk()
     labels = {"mood": 2, "topic": 5, "noun": 2}
     base = save(trunk, "base", tmp_path)
     experts = {n: save(make_bert_expert(trunk, seed, k), n, tmp_path) for seed, (n, k) in enumerate(labels.items(), 1)}
     sets = classes(list(labels))
+    measure(base, experts, sets, tmp_path / "before")
+    experts["topic"] = save(make_bert_expert(trunk, 9, 5), "other", tmp_path)
     whole = measure(base, experts, sets, tmp_path / "whole")
-    known = {name: g for name, g in module.known_distances([tmp_path / "whole"]).items() if "topic" not in name}
-    logits = module.known_logits([tmp_path / "whole", tmp_path])
-    assert set(logits) == {f"{name} against {name}" for name in labels}
-    del logits["topic against topic"]
+    known = {name: g for name, g in module.known_distances([tmp_path / "before"]).items() if "topic" not in name}
+    kept = module.kept_trunks([tmp_path / "before", tmp_path])
     names = pair_names(experts)
-    job = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", names, known, logits)
-    assert {name: job.looked_at(name) for name in labels} == {
-        "mood": ["topic"],
-        "topic": ["mood", "topic", "noun"],
-        "noun": ["topic"],
-    }
-    assert measure(base, experts, sets, tmp_path / "again", known, logits) == whole
-    again = module.known_logits([tmp_path / "again"])
-    assert {name: load_file(path).keys() for name, path in again.items()} == {
-        f"{name} against {name}": load_file(tmp_path / "whole" / f"logits-{name}.safetensors").keys() for name in labels
-    }
+    assert set(kept) == {name for row in names.values() for name in row.values()}
+    kept = {name: file for name, file in kept.items() if not name.startswith("topic")}
+    job = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", names, names, known, kept)
+    assert {name: job.looked_at(name) for name in labels} == {"mood": [], "topic": list(labels), "noun": []}
+    assert measure(base, experts, sets, tmp_path / "again", known, kept) == whole
+    for file in (tmp_path / "whole").rglob("*.safetensors"):
+        again = load_file(tmp_path / "again" / file.relative_to(tmp_path / "whole"))
+        assert {key: tensor.tolist() for key, tensor in load_file(file).items()} == {
+            key: tensor.tolist() for key, tensor in again.items()
+        }
 
 
 def test_a_trunk_that_was_stopped_goes_on_where_it_was(
@@ -271,7 +272,7 @@ def test_a_trunk_that_was_stopped_goes_on_where_it_was(
     sets = completions(list(experts))
     whole = measure(llamas["base"], experts, sets, tmp_path / "whole")
     names = pair_names(experts)
-    job = CrossTaskJob(llamas["base"], experts, sets, llamas["base"], "float32", "cpu", "whole", names, {}, {})
+    job = CrossTaskJob(llamas["base"], experts, sets, llamas["base"], "float32", "cpu", "whole", names, names, {}, {})
     out = tmp_path / "out"
     # The first time only what `talk` and `code` have to do with each other is wanted.
     some = {name: 0.0 for row in names.values() for name in row.values() if "math" in name}

@@ -559,7 +559,7 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
         sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", "whole", out / name)
     sets = {name: RowSet(TASK, ROWS) for name in names}
     experts = {name: llamas[name] for name in names}
-    distances = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", pair_names(names), {}, {})
+    distances = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", *(pair_names(names),) * 2, {}, {})
     measure_distances(distances, out / "cross")
     return job(
         coefficients=SensCoefficients(kind="sens", **settings),

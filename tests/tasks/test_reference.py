@@ -83,7 +83,7 @@ def test_alpha(
 
 def test_tau_and_sigma(base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path) -> None:
     experts = {name: expert(name) for name in EXPERTS}
-    job = CrossTaskJob(base, experts, calibration, base, "float32", "cpu", "whole", pair_names(experts), {}, {})
+    job = CrossTaskJob(base, experts, calibration, base, "float32", "cpu", "whole", *(pair_names(experts),) * 2, {}, {})
     measure_distances(job, tmp_path)
     taus = tau(read_json(tmp_path / "distances.json"), reference["direction"])
     assert taus == pytest.approx(reference["tau"], rel=1e-3)

@@ -125,7 +125,7 @@ def distances_of(
     """Return all cross-task distances, found in some placement."""
     folder = out / "distances"
     measure_distances(
-        CrossTaskJob(base, experts, sets, base, dtype, "cpu", placement, pair_names(experts), {}, {}), folder
+        CrossTaskJob(base, experts, sets, base, dtype, "cpu", placement, *(pair_names(experts),) * 2, {}, {}), folder
     )
     found: dict[str, dict[str, float]] = read_json(folder / "distances.json")
     return found

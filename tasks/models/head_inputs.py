@@ -1,0 +1,53 @@
+"""What a classifier's head reads of what its trunk gives: so little that it is kept, for a trunk outlasts heads."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tasks.models.blocks import Batch, TrunkOutput, to_device
+from tasks.models.heads import DetachedHead
+
+HeadInput = Mapping[str, Tensor]
+"""`places` (n, 2): sample and position of the hidden states that are read; `hidden` (n, width): these; `pooled`
+(B, width) of a trunk with a pooler. On the CPU."""
+
+
+def head_input(head: DetachedHead, output: TrunkOutput, batch: Batch) -> HeadInput:
+    """Return what a head reads of a trunk's output: the hidden states on which its logits have a gradient.
+
+    All heads of an architecture read the same: one position, or none beside the pooled output. Of a sample on which no
+    logit depends (all units of the head are off) everything is kept.
+
+    Args:
+        head: any of the architecture.
+        output: what the trunk gave for the batch, see `trunk_output`.
+        batch: what the trunk was given.
+    """
+    device = str(head.network.device)
+    output, batch = to_device(output, device), to_device(batch, device)
+    with torch.enable_grad():
+        hidden = output["hidden"].detach().requires_grad_()
+        logits = head.logits(hidden, output.get("pooled"), batch)
+        # Different weights, lest the gradients of two classes cancel out.
+        weighted = logits @ torch.linspace(1, 2, logits.shape[-1], device=device)
+        (gradient,) = torch.autograd.grad(weighted.sum(), hidden, allow_unused=True)
+    read = (
+        torch.zeros(hidden.shape[:2], dtype=torch.bool, device=device) if gradient is None else gradient.ne(0).any(-1)
+    )
+    if "pooled" not in output:
+        read |= ~read.any(1, keepdim=True)
+    kept = {"places": read.nonzero(), "hidden": output["hidden"][read]}
+    if "pooled" in output:
+        kept["pooled"] = output["pooled"]
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in kept.items()}
+
+
+def logits_of(head: DetachedHead, kept: HeadInput, batch: Batch) -> Tensor:
+    """Return the logits, float32, (B, classes), of a head that is given what `head_input` kept for the batch."""
+    device = str(head.network.device)
+    kept, batch = to_device(dict(kept), device), to_device(batch, device)
+    hidden = kept["hidden"].new_zeros(*batch["input_ids"].shape, kept["hidden"].shape[-1])
+    hidden[kept["places"][:, 0], kept["places"][:, 1]] = kept["hidden"]
+    with torch.no_grad():
+        return head.logits(hidden, kept.get("pooled"), batch).cpu()

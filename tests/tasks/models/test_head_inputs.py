@@ -1,0 +1,37 @@
+import pytest
+import torch
+from transformers import RobertaForSequenceClassification
+
+from tasks.models.blocks import trunk_output
+from tasks.models.head_inputs import head_input, logits_of
+from tasks.models.heads import DetachedHead
+from tests.conftest import perturbed
+from tests.tasks.models.test_heads import CLASSIFIERS, batch, make
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_another_head_gives_the_same_logits_of_what_one_reads(name: str) -> None:
+    whole, inputs = make(name), batch()
+    with torch.no_grad():
+        output = trunk_output(whole.base_model(**inputs))
+    kept = head_input(DetachedHead(make(name)), output, inputs)
+    assert len(kept["hidden"]) == len(kept["places"]) == (0 if name == "bert" else 3)
+    changed = DetachedHead(perturbed(make(name), 7, scale=0.5))
+    with torch.no_grad():
+        expected = changed.logits(output["hidden"], output.get("pooled"), inputs)
+    assert torch.equal(logits_of(changed, kept, inputs), expected)
+    assert not torch.allclose(expected, logits_of(DetachedHead(make(name)), kept, inputs))
+
+
+def test_a_head_whose_units_are_all_off() -> None:
+    network, inputs = make("roberta"), batch()
+    assert isinstance(network, RobertaForSequenceClassification)
+    with torch.no_grad():
+        network.classifier.out_proj.weight.zero_()
+        output = trunk_output(network.base_model(**inputs))
+    kept = head_input(DetachedHead(network), output, inputs)
+    assert len(kept["places"]) == inputs["input_ids"].numel()
+    other = DetachedHead(make("roberta"))
+    with torch.no_grad():
+        expected = other.logits(output["hidden"], None, inputs)
+    assert torch.equal(logits_of(other, kept, inputs), expected)
