@@ -550,6 +550,10 @@ def _evaluate_step(
     }
     labels = _labels(plan, task_name, one.task)
     folder = plan.inputs.listings[model].folder if model in plan.inputs.listings else plan.store.folder(model_step.key)
+    settings = {"dtype": plan.recipe.dtype, "task": scoring_settings(one.task), "labels": labels}
+    key = _key("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
+    trunk = {key: value for key, value in reads.items() if key != "head"} | {"batch_size": one.task.batch_size}
+    earlier = None if plan.store.manifest(key) or not head else plan.store.last(key)
     finish = partial(
         evaluate.evaluate,
         evaluate.Subject(
@@ -558,6 +562,8 @@ def _evaluate_step(
             is_expert=model in plan.inputs.experts,
             head_of=plan.inputs.experts[head].folder if head else None,
             label2id=labels,
+            trunk=sha256_text(canonical(settings | trunk)),
+            earlier=None if earlier is None or any(damaged_files(earlier)) else earlier,
         ),
         task_name,
         one.task,
@@ -570,13 +576,7 @@ def _evaluate_step(
     return Step(
         "evaluate",
         f"{model}/{task_name}",
-        _key(
-            "evaluate",
-            f"{model}/{task_name}",
-            evaluate.VERSION,
-            {"dtype": plan.recipe.dtype, "task": scoring_settings(one.task), "labels": labels},
-            reads,
-        ),
+        key,
         tuple(step.title for step in needed.values()),
         finish,
         reads=size + (weight_bytes(plan.inputs.listings[model]) if adapter else 0),

@@ -15,7 +15,14 @@ from tasks.artifacts import read_json, write_json
 from tasks.datasets import ClassificationTask, Row, RowSet, calibration_batch
 from tasks.errors import InputError
 from tasks.models.blocks import Batch, to_device
-from tasks.models.head_inputs import head_input, logits_of
+from tasks.models.head_inputs import (
+    HeadInput,
+    fingerprint_of,
+    head_input,
+    load_head_inputs,
+    logits_of,
+    save_head_inputs,
+)
 from tasks.models.heads import DetachedHead
 from tasks.models.networks import Head, load_tokenizer
 from tasks.models.placement import Actors, Placement
@@ -24,7 +31,6 @@ from tasks.models.source import Source
 
 VERSION = 3
 PAIRS = "pairs.json"
-TRUNKS = "trunks.json"
 _HEAD_INPUTS = "head_inputs.safetensors"
 CHUNK_TOKENS = 256
 """Logits exist for this many tokens at a time, and short samples of one length are run together up to as many."""
@@ -131,18 +137,17 @@ def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
     classes = [j for j in left if job.is_classification(j)]
     head = job.head(classes[0]) if classes else None
-    read: dict[str, dict[str, torch.Tensor]] = {j: {} for j in classes}
+    read: dict[str, dict[int, HeadInput]] = {j: {} for j in classes}
     with torch.no_grad(), open_runner(job.source(i), job.placement, out / _TRUNKS / i) as runner:
         for place, output in runner.trunk_outputs([batches[j][number] for j, number in places]):
             j, number = places[place]
             if head is not None and j in read:
-                found = head_input(head, output, batches[j][number])
-                read[j] |= {f"{number}.{key}": tensor for key, tensor in found.items()}
+                read[j][number] = head_input(head, output, batches[j][number])
             else:
                 kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
                 save_file(kept, begun[j] / f"{number}.safetensors")
-    for j, tensors in read.items():
-        save_file(tensors, begun[j] / _HEAD_INPUTS)
+    for j, inputs in read.items():
+        save_head_inputs(inputs, job.trunks[i][j], begun[j] / _HEAD_INPUTS)
     for j, folder in begun.items():
         folder.rename(_kept(out, i, j))
     return True
@@ -159,7 +164,7 @@ def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
 
     Args:
         job: see there.
-        out: folder for `distances.json`, `pairs.json` and `trunks.json` (the fingerprints) and what is kept of trunks.
+        out: folder for `distances.json`, `pairs.json` (their fingerprints) and what is kept of trunks.
 
     Returns:
         The largest and smallest distance (`distances.json` in `out` has them all), and how many were measured.
@@ -185,7 +190,6 @@ def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
     _keep_head_inputs(job, out)
     write_json(out / "distances.json", distances)
     write_json(out / PAIRS, job.pairs)
-    write_json(out / TRUNKS, job.trunks)
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     return {"min": min(apart), "max": max(apart), "measured": sum(len(job.wanted(j)) for j in names)}
 
@@ -202,15 +206,7 @@ def known_distances(artifacts: Iterable[Path]) -> dict[str, float]:
 
 def kept_trunks(artifacts: Iterable[Path]) -> dict[str, Path]:
     """Return all files of artifacts of this stage with what heads read of a trunk, by their fingerprint."""
-    found: dict[str, Path] = {}
-    for folder in artifacts:
-        if (folder / TRUNKS).is_file():
-            prints: dict[str, dict[str, str]] = read_json(folder / TRUNKS)
-            files = {
-                print_: _kept(folder, i, j) / _HEAD_INPUTS for i, row in prints.items() for j, print_ in row.items()
-            }
-            found |= {print_: file for print_, file in files.items() if file.is_file()}
-    return found
+    return {fingerprint_of(file): file for one in artifacts for file in one.glob(f"{_TRUNKS}/*/*/{_HEAD_INPUTS}")}
 
 
 def _kept(out: Path, i: str, j: str) -> Path:
@@ -261,14 +257,10 @@ def _keep_head_inputs(job: CrossTaskJob, out: Path) -> None:
         shutil.rmtree(out / _TRUNKS, ignore_errors=True)
 
 
-def _head_inputs(job: CrossTaskJob, out: Path, i: str, j: str) -> dict[int, dict[str, torch.Tensor]]:
+def _head_inputs(job: CrossTaskJob, out: Path, i: str, j: str) -> dict[int, HeadInput]:
     """Return what heads read of what expert i's trunk gives for task j, by the number of the batch."""
     file = _kept(out, i, j) / _HEAD_INPUTS
-    found: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(file if file.exists() else job.kept[job.trunks[i][j]]).items():
-        number, key = name.split(".")
-        found.setdefault(int(number), {})[key] = tensor
-    return found
+    return load_head_inputs(file if file.exists() else job.kept[job.trunks[i][j]])
 
 
 def _token_norms(j: str, heads: Mapping[str, DetachedHead], kept: Mapping[str, Path], batch: Batch) -> dict[str, float]:

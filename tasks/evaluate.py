@@ -30,10 +30,22 @@ from tasks.datasets import (
 )
 from tasks.errors import InputError
 from tasks.metrics import Record, lm_eval_value, score_records
+from tasks.models.blocks import trunk_output
 from tasks.models.expert import load_network, open_base, open_expert
+from tasks.models.head_inputs import (
+    HeadInput,
+    fingerprint_of,
+    head_input,
+    load_head_inputs,
+    logits_of,
+    save_head_inputs,
+)
+from tasks.models.heads import DetachedHead
 from tasks.models.networks import load_tokenizer
+from tasks.models.source import Source
 
 VERSION = 1
+_HEAD_INPUTS = "head_inputs.safetensors"
 
 
 def evaluate_network(
@@ -67,7 +79,7 @@ def evaluate_network(
                 samples = [
                     encode(task, row, tokenizer, where, classes) for row, where in zip(rows, places, strict=True)
                 ]
-                return _classify(network, samples, task.batch_size, pad_id, device)
+                return _classify(network, samples, _batch_size(network, task), pad_id, device)
             case MultipleChoiceTask():
                 choices = [encode_choices(task, row, tokenizer, where) for row, where in zip(rows, places, strict=True)]
                 likelihoods = _likelihoods(network, list(chain(*choices)), task.batch_size, pad_id, device)
@@ -135,13 +147,16 @@ def choose(task: MultipleChoiceTask, rows: list[Row], likelihoods: list[Record])
 def _classify(
     network: PreTrainedModel, samples: Sequence[Sample], batch_size: int, pad_id: int, device: torch.device | str
 ) -> list[Record]:
-    # A decoder with a classification head finds the last token by the padding id of its config; without one it takes
-    # the last of the batch, which is right for a single sample only.
-    batch_size = batch_size if getattr(network.config, "pad_token_id", None) is not None else 1
     records: list[Record] = [{}] * len(samples)
     for i, logits in _logits(network, samples, batch_size, pad_id, device):
         records[i] = {"prediction": int(finite(logits).argmax()), "label": samples[i].label}
     return records
+
+
+def _batch_size(network: PreTrainedModel, task: ClassificationTask) -> int:
+    # A decoder with a classification head finds the last token by the padding id of its config; without one it takes
+    # the last of the batch, which is right for a single sample only.
+    return task.batch_size if getattr(network.config, "pad_token_id", None) is not None else 1
 
 
 def finite(tensor: torch.Tensor) -> torch.Tensor:
@@ -328,12 +343,19 @@ class Subject:
     """expert whose head follows the trunk (classification)"""
     label2id: Mapping[str, int] | None = None
     """classes of the task's own expert (classification): rows may name them"""
+    trunk: str = ""
+    """fingerprint of what its trunk gives for the evaluation set (classification)"""
+    earlier: Path | None = None
+    """an earlier artifact of the same step"""
 
 
 def evaluate(
     subject: Subject, name: str, task: Task, rows: list[Row], tokenizer: Path, dtype: str, device: str, out: Path
 ) -> dict[str, Any]:
     """Score one model on one task.
+
+    Where the head of an expert follows the trunk, what it reads of the trunk is kept: a changed head is scored without
+    running the trunk again, to the same bits.
 
     Args:
         subject: the model.
@@ -348,6 +370,19 @@ def evaluate(
     Returns:
         The scores.
     """
+    reader, key = load_tokenizer(tokenizer), f"tasks.{name}.evaluation"
+    if isinstance(task, ClassificationTask) and subject.head_of is not None:
+        records = _through_head(subject, name, task, rows, reader, dtype, device, out)
+        return write_evaluation(task.kind, records, out)
+    network = _network(subject, name, task, dtype, device)
+    if isinstance(task, LmEvalTask):
+        records = evaluate_lm_eval(network, reader, task, f"tasks.{name}")
+    else:
+        records = evaluate_network(network, reader, task, rows, key, device)
+    return write_evaluation(task.kind, records, out)
+
+
+def _network(subject: Subject, name: str, task: Task, dtype: str, device: str) -> PreTrainedModel:
     base = open_base(subject.base)
     model = open_expert(subject.model, base, name) if subject.is_expert else open_base(subject.model)
     head_of = open_expert(subject.head_of, base, name) if subject.head_of else None
@@ -355,9 +390,48 @@ def evaluate(
     network = load_network(model, head, getattr(torch, dtype), device, head_of)
     if subject.label2id is not None:
         network.config.label2id = dict(subject.label2id)
-    reader = load_tokenizer(tokenizer)
-    if isinstance(task, LmEvalTask):
-        records = evaluate_lm_eval(network, reader, task, f"tasks.{name}")
+    return network
+
+
+def _through_head(
+    subject: Subject,
+    name: str,
+    task: ClassificationTask,
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    device: str,
+    out: Path,
+) -> list[Record]:
+    """Return records of classes as `evaluate_network` does, and keep in `out` what the head reads of the trunk."""
+    trunk, inputs = None, _kept(subject)
+    if inputs:
+        assert subject.head_of is not None
+        source = Source(subject.base, subject.head_of, name, "classification", getattr(torch, dtype), device)
+        head = DetachedHead.read(source)
     else:
-        records = evaluate_network(network, reader, task, rows, f"tasks.{name}.evaluation", device)
-    return write_evaluation(task.kind, records, out)
+        network = _network(subject, name, task, dtype, device)
+        trunk, head = network.base_model, DetachedHead(network)
+    classes = subject.label2id or head.network.config.label2id
+    where = f"of tasks.{name}.evaluation"
+    samples = [encode(task, row, tokenizer, f"row {i} {where}", classes) for i, row in enumerate(rows)]
+    pad_id, batch_size = pad_token(head.network, tokenizer), _batch_size(head.network, task)
+    records: list[Record] = [{}] * len(samples)
+    for number, chosen in enumerate(_batches([len(sample.input_ids) for sample in samples], batch_size)):
+        batch = pad([samples[i].input_ids for i in chosen], pad_id)
+        if trunk is not None:
+            with torch.no_grad():
+                output = trunk_output(trunk(**_to(batch, device)))
+            inputs[number] = head_input(head, output, batch)
+        for i, logits in zip(chosen, logits_of(head, inputs[number], batch), strict=True):
+            records[i] = {"prediction": int(finite(logits).argmax()), "label": samples[i].label}
+    save_head_inputs(inputs, subject.trunk, out / _HEAD_INPUTS)
+    return records
+
+
+def _kept(subject: Subject) -> dict[int, HeadInput]:
+    """Return what an earlier artifact has kept of the same trunk; nothing if there is none."""
+    file = None if subject.earlier is None else subject.earlier / _HEAD_INPUTS
+    if file is None or not file.is_file() or fingerprint_of(file) != subject.trunk:
+        return {}
+    return load_head_inputs(file)

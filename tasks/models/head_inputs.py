@@ -1,8 +1,11 @@
 """What a classifier's head reads of what its trunk gives: so little that it is kept, for a trunk outlasts heads."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tasks.models.blocks import Batch, TrunkOutput, to_device
@@ -51,3 +54,24 @@ def logits_of(head: DetachedHead, kept: HeadInput, batch: Batch) -> Tensor:
     hidden[kept["places"][:, 0], kept["places"][:, 1]] = kept["hidden"]
     with torch.no_grad():
         return head.logits(hidden, kept.get("pooled"), batch).cpu()
+
+
+def save_head_inputs(inputs: Mapping[int, HeadInput], fingerprint: str, file: Path) -> None:
+    """Write what a head reads, by the number of the batch; `fingerprint` says of which trunk and samples."""
+    tensors = {f"{number}.{key}": tensor for number, one in inputs.items() for key, tensor in one.items()}
+    save_file(tensors, file, metadata={"fingerprint": fingerprint})
+
+
+def load_head_inputs(file: Path) -> dict[int, HeadInput]:
+    """Read what `save_head_inputs` wrote."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        number, key = name.split(".")
+        found.setdefault(int(number), {})[key] = tensor
+    return dict(found)
+
+
+def fingerprint_of(file: Path) -> str:
+    """Return the fingerprint that `save_head_inputs` wrote into a file."""
+    with safe_open(file, "pt") as opened:
+        return str(opened.metadata()["fingerprint"])

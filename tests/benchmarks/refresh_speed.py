@@ -81,6 +81,7 @@ def main() -> None:
         again, refreshed = refresh("store")
         last, anew = refresh("anew")
         assert weights(refreshed, chosen.variants) == weights(anew, chosen.variants), "not the bytes of a full run"
+        assert refreshed["scores"] == anew["scores"], "not the scores of a full run"
         ran = sum(stage["status"] == "run" for stage in refreshed["stages"])
         assert 0 < ran < len(refreshed["stages"]), ran
         print("| variants | steps | full, before / after | nothing changed | one expert changed | ÷ mean full |")

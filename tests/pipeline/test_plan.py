@@ -1,6 +1,6 @@
 """Plans: what they find from headers alone, and what makes a step run again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import (
     BertForMaskedLM,
+    BertForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -22,6 +23,7 @@ from pipeline.store import Store
 from tasks.artifacts import write_json
 from tasks.cross_task import CrossTaskJob
 from tasks.errors import InputError
+from tasks.evaluate import Subject
 from tests.conftest import (
     bert_config,
     command_line,
@@ -438,6 +440,44 @@ def test_a_dynamic_variant_of_classifiers(berts: dict[str, Path], tmp_path: Path
         f"LABEL_{i}": i for i in range(3)
     }
     assert "evaluate base/mood" in {step.title for step in plan.steps}
+
+
+@pytest.mark.parametrize("damage", ["none", "gone", "other content"])
+def test_what_heads_read_is_looked_for_in_the_last_evaluation(
+    damage: str, berts: dict[str, Path], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"text": "abc", "label": 0}, {"text": "xyz", "label": 1}])
+    data = {"path": "json", "data_files": "rows.jsonl"}
+    recipe: Recipe = {
+        "name": "encoders",
+        "base": str(berts["base"]),
+        "experts": {name: {"model": str(berts[name])} for name in ("mood", "topic")},
+        "tasks": {"mood": {"kind": "classification", "calibration": data, "evaluation": data}},
+        "merges": {"ta": {"method": "task_arithmetic"}},
+    }
+
+    def planned() -> tuple[Step, Subject]:
+        step = plan_of(tmp_path, recipe).step("evaluate", "base/mood")
+        return step, step.finish.args[0]
+
+    step, subject = planned()
+    assert subject.earlier is None
+    store = Store(tmp_path / "store")
+    store.partial(step.key).mkdir(parents=True)
+    (store.partial(step.key) / "records.json").write_text("[]")
+    store.publish(step.key, {"result": {}})
+    # Another head for the task: the base's trunk gives what it gave before.
+    network = BertForSequenceClassification.from_pretrained(berts["mood"])
+    recipe["experts"]["mood"]["model"] = str(save(perturbed(network, 7), "other", tmp_path))
+    file = store.folder(step.key) / "records.json"
+    if damage == "gone":
+        file.unlink()
+    elif damage != "none":
+        file.write_text("{}")
+    again, changed = planned()
+    assert again.key.fingerprint != step.key.fingerprint
+    assert changed.earlier == (store.folder(step.key) if damage == "none" else None)
+    assert changed.trunk == subject.trunk
 
 
 @pytest.mark.parametrize("damage", ["gone", "other content"])

@@ -68,7 +68,7 @@ def measure(
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     assert found == {"min": min(apart), "max": max(apart), "measured": len(apart) - len(known or {})}
     trunks = {f"trunks/{i}/{j}" for i in sets for j, one in sets.items() if isinstance(one.task, ClassificationTask)}
-    files = {"distances.json", "pairs.json", "trunks.json", *(f"{one}/head_inputs.safetensors" for one in trunks)}
+    files = {"distances.json", "pairs.json", *(f"{one}/head_inputs.safetensors" for one in trunks)}
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == files
     assert (out / "trunks").exists() == bool(trunks)
     return distances

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,8 +21,9 @@ from transformers import (
 
 from tasks.datasets import ClassificationTask, CompletionTask, LmEvalTask, MultipleChoiceTask, Row
 from tasks.errors import InputError
-from tasks.evaluate import evaluate_lm_eval, evaluate_network, write_evaluation
+from tasks.evaluate import Subject, evaluate, evaluate_lm_eval, evaluate_network, write_evaluation
 from tasks.metrics import Record
+from tests.conftest import make_bert_expert, make_bert_trunk, perturbed
 
 KEY = "tasks.math.evaluation"
 WORDS = [f"w{i}" for i in range(90)] + ["elephant", "zebra"]
@@ -259,6 +261,50 @@ def test_a_class_the_expert_lacks(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 # Files and lm-eval
+
+
+def test_a_changed_head_is_scored_without_the_trunk(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = []
+    forward = BertModel.forward
+
+    def counted(self: BertModel, *args: Any, **kwargs: Any) -> Any:
+        passes.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(BertModel, "forward", counted)
+    trunk, base = perturbed(make_bert_trunk(), 0, scale=0.5), tmp_path / "base"
+    trunk.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    heads = {name: tmp_path / f"{name} expert" for name in ("old", "new")}
+    for seed, folder in enumerate(heads.values()):
+        perturbed(make_bert_expert(trunk, seed, 3), seed, scale=0.5).save_pretrained(folder)
+    task = ClassificationTask(kind="classification", batch_size=4)
+    rows: list[Row] = [{"text": words(i, 1 + i % 5), "label": i % 3} for i in range(10)]
+
+    def records(name: str, head: str, trunk: str, earlier: str | None) -> tuple[list[Record], int]:
+        (tmp_path / name).mkdir()
+        before = len(passes)
+        subject = Subject(base, base, False, heads[head], None, trunk, None if earlier is None else tmp_path / earlier)
+        evaluate(subject, "mood", task, rows, base, "float32", "cpu", tmp_path / name)
+        return json.loads((tmp_path / name / "records.json").read_text()), len(passes) - before
+
+    old, new = records("before", "old", "one", None), records("anew", "new", "one", None)
+    assert old[1] == new[1] == 3
+    assert old[0] != new[0]
+    assert len({record["prediction"] for record in new[0]}) > 1
+    assert records("again", "new", "one", "before") == (new[0], 0)
+    kept = [(tmp_path / name / "head_inputs.safetensors").read_bytes() for name in ("before", "anew", "again")]
+    assert kept[0] == kept[1] == kept[2]
+    assert records("of another trunk", "new", "two", "before") == new
+    assert records("with nothing kept", "new", "one", "nowhere") == new
+    # What is kept serves heads to come as well.
+    assert records("back", "old", "one", "again") == (old[0], 0)
+
+    network = BertForSequenceClassification.from_pretrained(heads["new"])
+    network.bert.load_state_dict(trunk.state_dict())
+    assert evaluate_network(network, tokenizer, task, rows, KEY) == new[0]
 
 
 def test_written_evaluation(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
