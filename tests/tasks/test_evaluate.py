@@ -274,12 +274,12 @@ def test_a_changed_head_is_scored_without_the_trunk(
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(BertModel, "forward", counted)
-    trunk, base = perturbed(make_bert_trunk(), 0, scale=0.5), tmp_path / "base"
+    trunk, base = perturbed(make_bert_trunk(), 0, scale=0.2), tmp_path / "base"
     trunk.save_pretrained(base)
     tokenizer.save_pretrained(base)
     heads = {name: tmp_path / f"{name} expert" for name in ("old", "new")}
     for seed, folder in enumerate(heads.values()):
-        perturbed(make_bert_expert(trunk, seed, 3), seed, scale=0.5).save_pretrained(folder)
+        perturbed(make_bert_expert(trunk, seed, 20), seed, scale=0.2).save_pretrained(folder)
     task = ClassificationTask(kind="classification", batch_size=4)
     rows: list[Row] = [{"text": words(i, 1 + i % 5), "label": i % 3} for i in range(10)]
 
