@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from pipeline.plan import Plan, Step, human_bytes
+from pipeline.plan import Plan
+from pipeline.steps import Step
+from pipeline.units import human_bytes
 from tasks.artifacts import read_json
 from tasks.download import HubModel, Listing
 

@@ -308,7 +308,7 @@ def collect_garbage(
 ) -> None:
     """List the artifacts that no champion, no challenger and none of the last runs needs; delete them with --delete."""
     from pipeline.garbage import delete, find_garbage, needed_artifacts, registered_folders
-    from pipeline.plan import human_bytes
+    from pipeline.units import human_bytes
 
     check_exists(store)
     console = Console()

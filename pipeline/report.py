@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from pipeline.plan import human_bytes
+from pipeline.units import human_bytes
 
 
 class Score(BaseModel):

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 from pipeline.gate import Outcomes
 from pipeline.models import model_digest, weight_bytes
-from pipeline.plan import Plan, Step, scoring_settings
+from pipeline.plan import Plan
 from pipeline.recipe import Stage
 from pipeline.report import Report, RouteInfo, Score, StageRecord, VariantInfo
+from pipeline.steps import Step, scoring_settings
 from tasks import metrics
 from tasks.artifacts import canonical, read_json, sha256_text
 from tasks.coefficients import alpha

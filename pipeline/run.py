@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.cluster import cluster
-from pipeline.plan import Plan, Step, human_bytes
+from pipeline.plan import Plan
 from pipeline.recipe import Stage
+from pipeline.steps import Step
+from pipeline.units import human_bytes
 from pipeline.worker import Done, Spent, run_finish, run_part
 from tasks.errors import InputError, StepError
 

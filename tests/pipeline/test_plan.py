@@ -17,9 +17,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pipeline.plan import Plan, Step, human_bytes, plan_summary, plan_table
+from pipeline.plan import Plan, plan_summary, plan_table
 from pipeline.recipe import load_recipe
+from pipeline.steps import Step
 from pipeline.store import Store
+from pipeline.units import human_bytes
 from tasks.artifacts import write_json
 from tasks.cross_task import CrossTaskJob
 from tasks.errors import InputError

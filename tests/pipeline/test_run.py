@@ -22,9 +22,10 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import plan as plan_module
-from pipeline.plan import Plan, Step
+from pipeline import steps as steps_module
+from pipeline.plan import Plan
 from pipeline.run import execute, step_line
+from pipeline.steps import Step
 from pipeline.store import Key
 from pipeline.worker import Done, Spent
 from tasks.errors import StepError
@@ -132,7 +133,7 @@ def test_weights_do_not_depend_on_the_number_of_workers(
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan_module, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
     recipe, store, _ = finished
     stages = ("sensitivity", "task_vectors", "merge")
     limits = [f"resources.{stage}.max_in_flight={workers}" for stage in stages]
@@ -147,8 +148,8 @@ def test_killed_while_merging_and_started_again(
     store = tmp_path / "store"
     driver = (
         "import functools, sys\n"
-        "from pipeline import plan\n"
-        "plan.layer_groups = functools.partial(plan.layer_groups, group_bytes=1)\n"
+        "from pipeline import steps\n"
+        "steps.layer_groups = functools.partial(steps.layer_groups, group_bytes=1)\n"
         "from pipeline.cli import main\n"
         "main()\n"
     )
@@ -169,7 +170,7 @@ def test_killed_while_merging_and_started_again(
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not list(store.glob("merge/*/manifest.json")) or list(store.glob("merge/*.partial"))
-    monkeypatch.setattr(plan_module, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
     report = run(recipe, store, ray_address, *one_by_one)
     status = {f"{stage['stage']} {stage['name']}": stage["status"] for stage in report["stages"]}
     assert status["sensitivity math"] == "cached"
@@ -185,7 +186,7 @@ def test_a_node_lost_while_merging(
 ) -> None:
     recipe, _, undisturbed = finished
     store = tmp_path / "store"
-    monkeypatch.setattr(plan_module, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         first, _ = (cluster.add_node(num_cpus=1) for _ in range(2))

@@ -12,7 +12,7 @@ import pytest
 DRIVER = """
 import sys
 import ray
-from pipeline.plan import Step
+from pipeline.steps import Step
 from pipeline.run import StepMetrics
 from pipeline.store import Key
 from pipeline.worker import Done, Spent

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.plan import Step
 from pipeline.run import execute
+from pipeline.steps import Step
 from pipeline.stop import SIGNALS, Stopped, stoppable
 from pipeline.store import Key
 from tests.conftest import plan_of
