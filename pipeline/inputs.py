@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.models import about
 from pipeline.recipe import Recipe
-from tasks import evaluate
+from tasks import evaluate_lm_eval
 from tasks.artifacts import canonical, sha256_text
 from tasks.coefficients import ExplicitCoefficients, matches
 from tasks.datasets import (
@@ -187,7 +187,7 @@ def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Pa
                 "expected a base with a language-model head"
             )
     if isinstance(task, LmEvalTask):
-        evaluate.check_lm_eval(task, f"tasks.{name}")
+        evaluate_lm_eval.check_lm_eval(task, f"tasks.{name}")
         return TaskRows(task, [], [])
     if isinstance(task, ClassificationTask) and not _classifies(expert):
         raise InputError(

@@ -19,6 +19,7 @@ from tasks import (
     download,
     evaluate,
     evaluate_dynamic,
+    evaluate_lm_eval,
     merge,
     merge_vectors,
     route,
@@ -412,7 +413,7 @@ def _labels(resolved: Resolved, name: str, task: Task) -> Mapping[str, int] | No
 def scoring_settings(task: Task) -> dict[str, Any]:
     """Return what a task says of how a model is scored: not where rows come from, nor how they are batched."""
     dump: dict[str, Any] = task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
-    return dump | (evaluate.lm_eval_settings(task) if isinstance(task, LmEvalTask) else {})
+    return dump | (evaluate_lm_eval.lm_eval_settings(task) if isinstance(task, LmEvalTask) else {})
 
 
 def _coefficient_settings(variant: Variant) -> dict[str, Any]:

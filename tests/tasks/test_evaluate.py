@@ -21,7 +21,8 @@ from transformers import (
 
 from tasks.datasets import ClassificationTask, CompletionTask, LmEvalTask, MultipleChoiceTask, Row
 from tasks.errors import InputError
-from tasks.evaluate import Subject, evaluate, evaluate_lm_eval, evaluate_network, write_evaluation
+from tasks.evaluate import Subject, evaluate, evaluate_network, write_evaluation
+from tasks.evaluate_lm_eval import evaluate_lm_eval
 from tasks.metrics import Record
 from tests.conftest import make_bert_expert, make_bert_trunk, perturbed
 
