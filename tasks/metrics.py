@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from tasks.datasets import Task
 
@@ -234,6 +233,8 @@ def _bootstrap(statistic: Callable[[Callable[[int], Any]], float]) -> tuple[floa
 def _score(metric: Metric, strata: list[Columns]) -> Score:
     value, n = _value(metric, strata), sum(map(len, strata))
     if metric.is_proportion and len(strata) == 1:
+        from scipy.stats import binomtest  # takes half a second, which those who only plan save
+
         interval = binomtest(round(value * n), n).proportion_ci(LEVEL, method="wilson")
         return Score(float(value), n, float(interval.low), float(interval.high))
     low, high = _bootstrap(lambda draw: float(_value(metric, strata, [draw(len(rows)) for rows in strata])))
