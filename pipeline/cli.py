@@ -180,7 +180,8 @@ def _work(command: Literal["run", "refresh"], options: Options) -> int:
             from pipeline.cluster import closed
         work = workflow.run if command == "run" else workflow.refresh
         found = listings.result()
-        # Until here a signal ends the process at once, and with it the Ray that it may have started.
+        # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
+        # the thread beside has ended.
         with stoppable(), closed():
             return work(options, found, Console())
 

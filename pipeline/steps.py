@@ -13,7 +13,7 @@ from pipeline.models import download_key, weight_bytes
 from pipeline.placement import Choice
 from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
-from pipeline.verify import damaged_files
+from pipeline.verify import damaged_files, is_intact
 from tasks import (
     cross_task,
     download,
@@ -32,6 +32,7 @@ from tasks.datasets import ClassificationTask, LmEvalTask, RowSet, Task, rows_di
 from tasks.download import Listing
 from tasks.methods import keeps_low_rank, static_coefficient
 from tasks.models.layers import block_names
+from tasks.models.networks import computation_digest
 from tasks.models.placement import Actors
 from tasks.models.weights import layer_groups
 from tasks.routing import SeApplication
@@ -216,13 +217,22 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     settings = {"dtype": resolved.recipe.dtype} | {
         "tasks": {name: _calibration_settings(resolved.inputs.data[name].task) for name in names},
     }
-    # What a trunk gives for a calibration set depends on no other expert; a distance also on the set's own.
-    trunks = _pair_prints(resolved, reads | tokenizer, lambda i, j: ("base", i, f"calibration {j}", "tokenizer"))
-    pairs = _pair_prints(resolved, reads | tokenizer, lambda i, j: ("base", i, j, f"calibration {j}", "tokenizer"))
-    intact = [folder for folder in resolved.store.artifacts("cross_task") if not any(damaged_files(folder))]
+    about = reads | tokenizer | {f"head {name}": _reading(resolved, name) for name in names}
+    # What the head of task j reads of a trunk depends on the head's config, a distance on all of expert j.
+    trunks = _pair_prints(resolved, about, lambda i, j: ("base", i, f"head {j}", f"calibration {j}", "tokenizer"))
+    pairs = _pair_prints(resolved, about, lambda i, j: ("base", i, j, f"calibration {j}", "tokenizer"))
+    key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
+    known: dict[str, float] = {}
+    kept: dict[str, Path] = {}
+    for folder in () if resolved.store.manifest(key) else resolved.store.artifacts("cross_task"):
+        if all(is_intact(folder, name) for name in (cross_task.PAIRS, cross_task.DISTANCES)):
+            known |= cross_task.known_distances(folder)
+        for print_, file in cross_task.kept_trunks(folder, trunks).items():
+            if is_intact(folder, str(file.relative_to(folder))):
+                kept[print_] = file
     wanted = {print_ for prints in (pairs, trunks) for row in prints.values() for print_ in row.values()}
-    known = {one: distance for one, distance in cross_task.known_distances(intact).items() if one in wanted}
-    kept = {one: file for one, file in cross_task.kept_trunks(intact).items() if one in wanted}
+    known = {print_: distance for print_, distance in known.items() if print_ in wanted}
+    kept = {print_: file for print_, file in kept.items() if print_ in wanted}
     job = cross_task.CrossTaskJob(
         base=resolved.inputs.base.folder,
         experts={name: resolved.inputs.experts[name].folder for name in names},
@@ -236,7 +246,6 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
         known=known,
         kept=kept,
     )
-    key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
     total = sum(weight_bytes(resolved.inputs.listings[name]) for name in ("base", *names))
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
     tokens = sum(one.calibration_tokens for one in resolved.inputs.data.values())
@@ -270,6 +279,11 @@ def _pair_prints(
 
     names = resolved.recipe.experts
     return {i: {j: fingerprint(i, j) for j in names} for i in names}
+
+
+def _reading(resolved: Resolved, name: str) -> str:
+    """Return the fingerprint of all but weights that decides what the head of an expert reads of a trunk, and how."""
+    return computation_digest(resolved.inputs.experts[name].config)
 
 
 def _merge_step(
@@ -439,7 +453,9 @@ def _evaluate_step(
     listing = resolved.inputs.listings.get(model)
     settings = {"dtype": resolved.recipe.dtype, "task": scoring_settings(one.task), "labels": labels}
     key = _key("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
-    trunk = {role: print_ for role, print_ in reads.items() if role != "head"} | {"batch_size": one.task.batch_size}
+    trunk: dict[str, Any] = {"version": evaluate.VERSION, "batch_size": one.task.batch_size, **settings, **reads}
+    if head and not resolved.inputs.experts[head].has_trunk_in_head():
+        trunk["head"] = _reading(resolved, head)
     finish = partial(
         evaluate.evaluate,
         evaluate.Subject(
@@ -448,7 +464,7 @@ def _evaluate_step(
             is_expert=model in resolved.inputs.experts,
             head_of=resolved.inputs.experts[head].folder if head else None,
             label2id=labels,
-            trunk=sha256_text(canonical(settings | trunk)),
+            trunk=sha256_text(canonical(trunk)),
             earlier=_earlier(resolved.store, key) if head else None,
         ),
         task_name,

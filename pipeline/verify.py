@@ -27,19 +27,29 @@ def damaged_files(folder: Path) -> Iterator[str]:
     checksums, by_tensor = manifest.get("checksums", {}), manifest["result"].get("by_tensor", [])
     is_whole = True
     for name, size in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            wrong = "is gone"
-        elif path.stat().st_size != size:
-            wrong = f"has {path.stat().st_size} bytes instead of {size}"
-        elif name in checksums and checksum_file(path) != checksums[name]:
-            wrong = "has other content"
-        else:
-            continue
-        is_whole = False
-        yield f"{name} {wrong}"
+        wrong = _damage(folder / name, size, checksums.get(name))
+        if wrong is not None:
+            is_whole = False
+            yield f"{name} {wrong}"
     if by_tensor and is_whole and not _has_digest(folder, manifest["result"]["digest"]):
         yield f"{', '.join(by_tensor)}: other weights than were written"
+
+
+def is_intact(folder: Path, name: str) -> bool:
+    """Return whether one file of an artifact, which has a checksum, is as it was written."""
+    manifest = read_json(folder / MANIFEST)
+    size, checksum = manifest["files"].get(name), manifest.get("checksums", {}).get(name)
+    return size is not None and checksum is not None and _damage(folder / name, size, checksum) is None
+
+
+def _damage(path: Path, size: int, checksum: str | None) -> str | None:
+    if not path.is_file():
+        return "is gone"
+    if path.stat().st_size != size:
+        return f"has {path.stat().st_size} bytes instead of {size}"
+    if checksum is not None and checksum_file(path) != checksum:
+        return "has other content"
+    return None
 
 
 def _has_digest(folder: Path, digest: str) -> bool:

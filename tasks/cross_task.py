@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ from tasks.models.head_inputs import (
     HeadInput,
     fingerprint_of,
     head_input,
+    is_little,
     load_head_inputs,
     logits_of,
     save_head_inputs,
@@ -29,7 +30,8 @@ from tasks.models.placement import Actors, Placement
 from tasks.models.runners import open_runner
 from tasks.models.source import Source
 
-VERSION = 3
+VERSION = 4
+DISTANCES = "distances.json"
 PAIRS = "pairs.json"
 _HEAD_INPUTS = "head_inputs.safetensors"
 CHUNK_TOKENS = 256
@@ -99,15 +101,17 @@ class CrossTaskJob:
 
     def batches(self, j: str) -> list[Batch]:
         """Return the inputs of task j's calibration set, in batches without padding: no number depends on others."""
-        one, labels = self.calibration[j], self.source(j).expert.config.label2id
-        reader = load_tokenizer(self.tokenizer)
+        one, config = self.calibration[j], self.source(j).expert.config
+        reader, labels = load_tokenizer(self.tokenizer), config.label2id
+        # Without a padding token, some heads do not find the last token of more than one sample.
+        alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
         by_length: dict[int, list[Batch]] = {}
         for number, row in enumerate(one.rows):
             sample = _inputs(one, row, reader, f"row {number} of tasks.{j}.calibration", labels)
             by_length.setdefault(sample["input_ids"].shape[1], []).append(sample)
         batches: list[Batch] = []
         for length, samples in by_length.items():
-            size = max(1, CHUNK_TOKENS // length)
+            size = 1 if alone else max(1, CHUNK_TOKENS // length)
             for start in range(0, len(samples), size):
                 some = samples[start : start + size]
                 batches.append({key: torch.cat([sample[key] for sample in some]) for key in some[0]})
@@ -135,19 +139,25 @@ def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
     begun = {j: _kept(out, i, f"{j}.partial") for j in left}
     for folder in begun.values():
         folder.mkdir(parents=True, exist_ok=True)
-    classes = [j for j in left if job.is_classification(j)]
-    head = job.head(classes[0]) if classes else None
-    read: dict[str, dict[int, HeadInput]] = {j: {} for j in classes}
+    heads = {j: job.head(j) for j in left if job.is_classification(j)}
+    little: dict[str, dict[int, HeadInput]] = {j: {} for j in heads}
     with torch.no_grad(), open_runner(job.source(i), job.placement, out / _TRUNKS / i) as runner:
         for place, output in runner.trunk_outputs([batches[j][number] for j, number in places]):
             j, number = places[place]
-            if head is not None and j in read:
-                read[j][number] = head_input(head, output, batches[j][number])
+            if j in heads:
+                kept = head_input(heads[j], output, batches[j][number])
             else:
                 kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
-                save_file(kept, begun[j] / f"{number}.safetensors")
-    for j, inputs in read.items():
-        save_head_inputs(inputs, job.trunks[i][j], begun[j] / _HEAD_INPUTS)
+            if j in heads and is_little(kept, batches[j][number]):
+                little[j][number] = kept
+            else:
+                save_file(dict(kept), _file(begun[j], number))
+    for j, inputs in little.items():
+        if len(inputs) == len(batches[j]):
+            save_head_inputs(inputs, job.trunks[i][j], begun[j] / _HEAD_INPUTS)
+        else:
+            for number, kept in inputs.items():
+                save_file(dict(kept), _file(begun[j], number))
     for j, folder in begun.items():
         folder.rename(_kept(out, i, j))
     return True
@@ -185,28 +195,30 @@ def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
                 )
             distances[i][j] = distance
     except InputError:
-        shutil.rmtree(out / _TRUNKS)
+        shutil.rmtree(out / _TRUNKS, ignore_errors=True)
         raise
     _keep_head_inputs(job, out)
-    write_json(out / "distances.json", distances)
+    write_json(out / DISTANCES, distances)
     write_json(out / PAIRS, job.pairs)
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     return {"min": min(apart), "max": max(apart), "measured": sum(len(job.wanted(j)) for j in names)}
 
 
-def known_distances(artifacts: Iterable[Path]) -> dict[str, float]:
-    """Return all distances of artifacts of this stage by their fingerprint."""
-    found: dict[str, float] = {}
-    for folder in artifacts:
-        if (folder / PAIRS).is_file():
-            pairs, distances = read_json(folder / PAIRS), read_json(folder / "distances.json")
-            found |= {print_: distances[i][j] for i, row in pairs.items() for j, print_ in row.items() if i != j}
-    return found
+def known_distances(folder: Path) -> dict[str, float]:
+    """Return all distances of an artifact of this stage by their fingerprint."""
+    pairs, distances = read_json(folder / PAIRS), read_json(folder / DISTANCES)
+    return {print_: distances[i][j] for i, row in pairs.items() for j, print_ in row.items() if i != j}
 
 
-def kept_trunks(artifacts: Iterable[Path]) -> dict[str, Path]:
-    """Return all files of artifacts of this stage with what heads read of a trunk, by their fingerprint."""
-    return {fingerprint_of(file): file for one in artifacts for file in one.glob(f"{_TRUNKS}/*/*/{_HEAD_INPUTS}")}
+def kept_trunks(folder: Path, trunks: Pairs) -> dict[str, Path]:
+    """Return the files of an artifact of this stage with what heads read of trunks, by their fingerprint.
+
+    Args:
+        folder: of the artifact.
+        trunks: any of the same experts.
+    """
+    files = [_kept(folder, i, j) / _HEAD_INPUTS for i, row in trunks.items() for j in row]
+    return {fingerprint_of(file): file for file in files if file.is_file()}
 
 
 def _kept(out: Path, i: str, j: str) -> Path:
@@ -229,14 +241,14 @@ def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
         if job.is_classification(j):
             head, reads = job.head(j), {i: _head_inputs(job, out, i, j) for i in (j, *wanted)}
             for number, batch in enumerate(job.batches(j)):
-                own = logits_of(head, reads[j][number], batch)
+                own = logits_of(head, reads[j](number), batch)
                 for i in wanted:
-                    apart = logits_of(head, reads[i][number], batch) - own
+                    apart = logits_of(head, reads[i](number), batch) - own
                     sums[i] += float(apart.norm(dim=-1).double().sum())
         else:
             heads |= {i: job.head(i) for i in (j, *wanted) if i not in heads}
             for number, batch in enumerate(job.batches(j)):
-                kept = {i: _kept(out, i, j) / f"{number}.safetensors" for i in (j, *wanted)}
+                kept = {i: _file(_kept(out, i, j), number) for i in (j, *wanted)}
                 for i, norm in _token_norms(j, heads, kept, batch).items():
                     sums[i] += norm
         for i, total in sums.items():
@@ -244,23 +256,31 @@ def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def _keep_head_inputs(job: CrossTaskJob, out: Path) -> None:
-    """Remove what trunks gave, but what heads of classifiers read of it; that of earlier artifacts stays known."""
-    classes = [j for j in job.experts if job.is_classification(j)]
-    for i, j in product(job.experts, job.experts):
-        kept = _kept(out, i, j)
-        if j not in classes:
-            shutil.rmtree(kept, ignore_errors=True)
-        elif not kept.exists() and job.trunks[i][j] in job.kept:
-            kept.mkdir(parents=True)
-            shutil.copyfile(job.kept[job.trunks[i][j]], kept / _HEAD_INPUTS)
-    if not classes:
+    """Leave of what trunks gave what is little; that of earlier artifacts stays known."""
+    kept = {_kept(out, i, j) / _HEAD_INPUTS: job.trunks[i][j] for i, j in product(job.experts, job.experts)}
+    for file in (out / _TRUNKS).rglob("*"):
+        if file.is_file() and file not in kept:
+            file.unlink()
+    for file, print_ in kept.items():
+        if not file.is_file() and print_ in job.kept:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(job.kept[print_], file.with_suffix(".partial"))
+            file.with_suffix(".partial").rename(file)
+    if not any(file.is_file() for file in kept):
         shutil.rmtree(out / _TRUNKS, ignore_errors=True)
 
 
-def _head_inputs(job: CrossTaskJob, out: Path, i: str, j: str) -> dict[int, HeadInput]:
-    """Return what heads read of what expert i's trunk gives for task j, by the number of the batch."""
-    file = _kept(out, i, j) / _HEAD_INPUTS
-    return load_head_inputs(file if file.exists() else job.kept[job.trunks[i][j]])
+def _head_inputs(job: CrossTaskJob, out: Path, i: str, j: str) -> Callable[[int], HeadInput]:
+    """Return what gives what the head of task j reads of expert i's trunk, by the number of the batch."""
+    folder = _kept(out, i, j)
+    file = folder / _HEAD_INPUTS if folder.exists() else job.kept[job.trunks[i][j]]
+    if file.is_file():
+        return load_head_inputs(file).__getitem__
+    return lambda number: load_file(_file(folder, number))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number}.safetensors"
 
 
 def _token_norms(j: str, heads: Mapping[str, DetachedHead], kept: Mapping[str, Path], batch: Batch) -> dict[str, float]:

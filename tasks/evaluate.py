@@ -34,6 +34,7 @@ from tasks.models.head_inputs import (
     HeadInput,
     fingerprint_of,
     head_input,
+    is_little,
     load_head_inputs,
     logits_of,
     save_head_inputs,
@@ -260,7 +261,7 @@ class Subject:
     label2id: Mapping[str, int] | None = None
     """classes of the task's own expert (classification): rows may name them"""
     trunk: str = ""
-    """fingerprint of what its trunk gives for the evaluation set (classification)"""
+    """fingerprint of what the head reads of its trunk for the evaluation set (classification)"""
     earlier: Path | None = None
     """an earlier artifact of the same step"""
 
@@ -270,8 +271,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score one model on one task.
 
-    Where the head of an expert follows the trunk, what it reads of the trunk is kept: a changed head is scored without
-    running the trunk again, to the same bits.
+    Where the head of an expert follows the trunk of another model, what it reads is kept, if it is little: a changed
+    head on the same trunk is scored without running that again, to the same bits.
 
     Args:
         subject: the model.
@@ -333,15 +334,21 @@ def _through_head(
     samples = [encode(task, row, tokenizer, f"row {i} {where}", classes) for i, row in enumerate(rows)]
     pad_id, batch_size = pad_token(head.network, tokenizer), _batch_size(head.network, task)
     records: list[Record] = [{}] * len(samples)
-    for number, chosen in enumerate(_batches([len(sample.input_ids) for sample in samples], batch_size)):
+    batches = _batches([len(sample.input_ids) for sample in samples], batch_size)
+    for number, chosen in enumerate(batches):
         batch = pad([samples[i].input_ids for i in chosen], pad_id)
         if trunk is not None:
             with torch.no_grad():
                 output = trunk_output(trunk(**_to(batch, device)))
-            inputs[number] = head_input(head, output, batch)
-        for i, logits in zip(chosen, logits_of(head, inputs[number], batch), strict=True):
+            found = head_input(head, output, batch)
+            if is_little(found, batch):
+                inputs[number] = found
+        else:
+            found = inputs[number]
+        for i, logits in zip(chosen, logits_of(head, found, batch), strict=True):
             records[i] = {"prediction": int(finite(logits).argmax()), "label": samples[i].label}
-    save_head_inputs(inputs, subject.trunk, out / _HEAD_INPUTS)
+    if len(inputs) == len(batches):
+        save_head_inputs(inputs, subject.trunk, out / _HEAD_INPUTS)
     return records
 
 

@@ -14,7 +14,7 @@ from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter,
 from tasks.models.checkpoint import Checkpoint, open_checkpoint, read_header
 from tasks.models.layers import in_block
 from tasks.models.names import Names, names_of, parameter_names
-from tasks.models.networks import Head, describe, fill_network, load_config, skeleton
+from tasks.models.networks import Head, describe, fill_network, load_config, network_class, skeleton
 from tasks.models.weights import BaseWeights, ExpertWeights
 
 
@@ -46,6 +46,11 @@ class Expert(ExpertWeights):
     def is_adapter(self) -> bool:
         """Whether the expert is a LoRA adapter and no whole checkpoint."""
         return (self.folder / ADAPTER_CONFIG).is_file()
+
+    def has_trunk_in_head(self) -> bool:
+        """Return whether a part of a classifier's head lies in its trunk: a pooler that the base lacks, say."""
+        prefix = network_class(self.config, "classification", self.folder).base_model_prefix
+        return any(name.startswith(f"{prefix}.") for name in self.head)
 
     def only_weights(self, base: BaseWeights) -> ExpertWeights:
         """Return what merging needs to know, without open files; `base` is its base's `only_weights`."""

@@ -1,4 +1,4 @@
-"""What a classifier's head reads of what its trunk gives: so little that it is kept, for a trunk outlasts heads."""
+"""What a classifier's head reads of what a trunk gives: mostly so little that it is kept, for trunks outlast heads."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,11 +19,12 @@ HeadInput = Mapping[str, Tensor]
 def head_input(head: DetachedHead, output: TrunkOutput, batch: Batch) -> HeadInput:
     """Return what a head reads of a trunk's output: the hidden states on which its logits have a gradient.
 
-    All heads of an architecture read the same: one position, or none beside the pooled output. Of a sample on which no
-    logit depends (all units of the head are off) everything is kept.
+    That is one position of a sample, or none beside the pooled output, or all where the head takes their mean: the
+    same for all weights, but not for all configs (`computation_digest`). Of a sample on which no logit depends (all
+    units of the head are off) everything is kept.
 
     Args:
-        head: any of the architecture.
+        head: of the task.
         output: what the trunk gave for the batch, see `trunk_output`.
         batch: what the trunk was given.
     """
@@ -35,15 +36,20 @@ def head_input(head: DetachedHead, output: TrunkOutput, batch: Batch) -> HeadInp
         # Different weights, lest the gradients of two classes cancel out.
         weighted = logits @ torch.linspace(1, 2, logits.shape[-1], device=device)
         (gradient,) = torch.autograd.grad(weighted.sum(), hidden, allow_unused=True)
-    read = (
-        torch.zeros(hidden.shape[:2], dtype=torch.bool, device=device) if gradient is None else gradient.ne(0).any(-1)
-    )
-    if "pooled" not in output:
+    if gradient is None:  # the pooled output is all that is read
+        read = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=device)
+    else:
+        read = gradient.ne(0).any(-1)
         read |= ~read.any(1, keepdim=True)
     kept = {"places": read.nonzero(), "hidden": output["hidden"][read]}
     if "pooled" in output:
         kept["pooled"] = output["pooled"]
     return {key: tensor.detach().cpu().contiguous() for key, tensor in kept.items()}
+
+
+def is_little(kept: HeadInput, batch: Batch) -> bool:
+    """Return whether a head reads so little, one position of each sample, that it is kept."""
+    return len(kept["places"]) <= len(batch["input_ids"])
 
 
 def logits_of(head: DetachedHead, kept: HeadInput, batch: Batch) -> Tensor:

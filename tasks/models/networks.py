@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
+from tasks.artifacts import canonical, sha256_text
 from tasks.errors import InputError
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
@@ -163,3 +164,10 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     text = config.get_text_config()
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads")
     return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads", "tie_word_embeddings")}
+
+
+def computation_digest(config: PretrainedConfig) -> str:
+    """Return a digest of what a config says of the computation: all but classes and where it comes from."""
+    about = {"id2label", "label2id", "problem_type", "architectures", "transformers_version", "_name_or_path"}
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return sha256_text(canonical({key: value for key, value in settings.items() if key not in about}))

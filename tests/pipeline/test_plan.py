@@ -1,6 +1,7 @@
 """Plans: what they find from headers alone, and what makes a step run again."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -482,6 +483,53 @@ def test_what_heads_read_is_looked_for_in_the_last_evaluation(
     assert changed.trunk == subject.trunk
 
 
+@pytest.mark.parametrize("change", ["weights", "classes", "padding", "pooler"])
+def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
+    change: str, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A changed head gets what was kept of a trunk only where it would read the same of it."""
+    write_rows(tmp_path / "rows.jsonl", [{"text": "abc", "label": 0}, {"text": "xyz", "label": 1}])
+    data = {"path": "json", "data_files": "rows.jsonl"}
+    trunk = make_bert_trunk()
+    # A masked language model has no pooler, so that each classifier brings its own.
+    base = BertForMaskedLM(bert_config()) if change == "pooler" else trunk
+    experts = {name: make_bert_expert(trunk, seed, 2) for seed, name in enumerate(("mood", "topic", "other"), 1)}
+    if change == "padding":
+        experts["other"].config.pad_token_id = 1
+    elif change == "classes":
+        experts["other"].config.id2label = {0: "bad", 1: "good"}
+        experts["other"].config.label2id = {"bad": 0, "good": 1}
+    folders = {name: save(network, name, tmp_path) for name, network in experts.items()}
+    recipe: Recipe = {
+        "name": "encoders",
+        "base": str(save(base, "base", tmp_path)),
+        "experts": {name: {"model": str(folders[name])} for name in ("mood", "topic")},
+        "tasks": {
+            name: {"kind": "classification", "calibration": data, "evaluation": data} for name in ("mood", "topic")
+        },
+        "merges": {"ta": {"method": "task_arithmetic", "coefficients": {"kind": "sens"}}},
+    }
+
+    def prints() -> tuple[str, str, str]:
+        plan = plan_of(tmp_path, recipe)
+        job: CrossTaskJob = plan.step("cross_task", "all").finish.args[0]
+        return (
+            plan.step("evaluate", "base/mood").finish.args[0].trunk,
+            job.trunks["topic"]["mood"],
+            job.pairs["topic"]["mood"],
+        )
+
+    before = prints()
+    recipe["experts"]["mood"]["model"] = str(folders["other"])
+    after = prints()
+    assert [one == other for one, other in zip(before, after, strict=True)] == {
+        "weights": [True, True, False],
+        "classes": [False, True, False],  # rows may name classes
+        "padding": [False, False, False],
+        "pooler": [False, True, False],  # in cross_task every trunk has its own
+    }[change]
+
+
 @pytest.mark.parametrize("damage", ["gone", "other content"])
 def test_only_distances_as_they_were_written_are_taken_over(damage: str, llama_recipe: Recipe, tmp_path: Path) -> None:
     def planned() -> tuple[Step, CrossTaskJob]:
@@ -492,17 +540,17 @@ def test_only_distances_as_they_were_written_are_taken_over(damage: str, llama_r
     assert job.known == {}
     assert len(step.parts) == len(job.experts)
     pairs = job.pairs
-    store = Store(tmp_path / "store")
-    store.partial(step.key).mkdir(parents=True)
-    write_json(store.partial(step.key) / "pairs.json", pairs)
+    store, earlier = Store(tmp_path / "store"), replace(step.key, inputs={"of": "other experts too"})
+    store.partial(earlier).mkdir(parents=True)
+    write_json(store.partial(earlier) / "pairs.json", pairs)
     distances = {i: dict.fromkeys(row, 1.25) for i, row in pairs.items()}
-    write_json(store.partial(step.key) / "distances.json", distances)
-    store.publish(step.key, {"result": {}})
+    write_json(store.partial(earlier) / "distances.json", distances)
+    store.publish(earlier, {"result": {}})
     every = {fingerprint for i, row in pairs.items() for j, fingerprint in row.items() if i != j}
-    step, job = planned()
+    job = planned()[1]
     assert job.known == dict.fromkeys(every, 1.25)
-    assert not step.parts
-    file = store.folder(step.key) / "distances.json"
+    assert not planned()[0].parts
+    file = store.folder(earlier) / "distances.json"
     if damage == "gone":
         file.unlink()
     else:

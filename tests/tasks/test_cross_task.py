@@ -12,6 +12,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -165,6 +168,36 @@ def test_classifiers_compare_through_the_head_of_the_task(
     same(found, naive(own_head_logits(trunks, heads, tokenizer), texts))
 
 
+def test_classifiers_whose_heads_read_differently(
+    chunk: int, save: Save, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def config(pooling: str) -> ModernBertConfig:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        tokens = {"cls_token_id": 0, "sep_token_id": 1, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+        return ModernBertConfig(vocab_size=259, classifier_pooling=pooling, num_labels=3, **sizes, **tokens)
+
+    torch.manual_seed(0)
+    trunk = ModernBertModel(config("cls"))
+    poolings = {"mood": "cls", "topic": "mean", "noun": "mean"}
+    folders = {}
+    for seed, (name, pooling) in enumerate(poolings.items(), 1):
+        network = ModernBertForSequenceClassification(config(pooling))
+        network.model.load_state_dict(trunk.state_dict())
+        folders[name] = save(perturbed(network, seed), name, tmp_path)
+    sets = classes(list(poolings))
+    base, out = save(trunk, "base", tmp_path), tmp_path / "out"
+    names = pair_names(folders)
+    job = CrossTaskJob(base, folders, sets, base, "float32", "cpu", "whole", names, names, {}, {})
+    measure_distances(job, out)
+    heads = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]) for name in poolings}
+    trunks = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]).model for name in poolings}
+    texts = {name: [row["text"] for row in one.rows] for name, one in sets.items()}
+    same(read_json(out / "distances.json"), naive(own_head_logits(trunks, heads, tokenizer), texts))
+    # Means are taken over all tokens, which are not kept.
+    kept = {file.relative_to(out).as_posix() for file in (out / "trunks").rglob("*") if file.is_file()}
+    assert kept == {f"trunks/{name}/mood/head_inputs.safetensors" for name in poolings}
+
+
 def test_classifiers_with_decoder_trunks(
     chunk: int, save: Save, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -229,7 +262,7 @@ def test_known_distances_are_taken_over_bit_for_bit(llamas: dict[str, Path], tmp
     experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
     sets = completions(list(experts))
     whole = measure(llamas["base"], experts, sets, tmp_path / "whole")
-    known = module.known_distances([tmp_path / "whole", tmp_path])
+    known = module.known_distances(tmp_path / "whole")
     assert known == {f"{i} against {j}": whole[i][j] for i in experts for j in experts if i != j}
     kept = {name: value for name, value in known.items() if "code" not in name}
     passes.clear()
@@ -250,10 +283,11 @@ def test_trunks_that_were_kept_save_passes(save: Save, tmp_path: Path) -> None:
     measure(base, experts, sets, tmp_path / "before")
     experts["topic"] = save(make_bert_expert(trunk, 9, 5), "other", tmp_path)
     whole = measure(base, experts, sets, tmp_path / "whole")
-    known = {name: g for name, g in module.known_distances([tmp_path / "before"]).items() if "topic" not in name}
-    kept = module.kept_trunks([tmp_path / "before", tmp_path])
+    known = {name: g for name, g in module.known_distances(tmp_path / "before").items() if "topic" not in name}
     names = pair_names(experts)
+    kept = module.kept_trunks(tmp_path / "before", names)
     assert set(kept) == {name for row in names.values() for name in row.values()}
+    assert module.kept_trunks(tmp_path, names) == {}
     kept = {name: file for name, file in kept.items() if not name.startswith("topic")}
     job = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", names, names, known, kept)
     assert {name: job.looked_at(name) for name in labels} == {"mood": [], "topic": list(labels), "noun": []}
