@@ -453,9 +453,11 @@ def _evaluate_step(
     listing = resolved.inputs.listings.get(model)
     settings = {"dtype": resolved.recipe.dtype, "task": scoring_settings(one.task), "labels": labels}
     key = _key("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
-    trunk: dict[str, Any] = {"version": evaluate.VERSION, "batch_size": one.task.batch_size, **settings, **reads}
-    if head and not resolved.inputs.experts[head].has_trunk_in_head():
-        trunk["head"] = _reading(resolved, head)
+    trunk = None
+    if head and listing and model != head and not resolved.inputs.experts[head].has_trunk_in_head():
+        # This model stays what it is when the task's expert changes, of which it only takes the head.
+        version = {"version": evaluate.VERSION, "batch_size": one.task.batch_size}
+        trunk = sha256_text(canonical(settings | reads | version | {"head": _reading(resolved, head)}))
     finish = partial(
         evaluate.evaluate,
         evaluate.Subject(
@@ -464,8 +466,8 @@ def _evaluate_step(
             is_expert=model in resolved.inputs.experts,
             head_of=resolved.inputs.experts[head].folder if head else None,
             label2id=labels,
-            trunk=sha256_text(canonical(trunk)),
-            earlier=_earlier(resolved.store, key) if head else None,
+            trunk=trunk,
+            earlier=_earlier(resolved.store, key) if trunk else None,
         ),
         task_name,
         one.task,

@@ -260,8 +260,8 @@ class Subject:
     """expert whose head follows the trunk (classification)"""
     label2id: Mapping[str, int] | None = None
     """classes of the task's own expert (classification): rows may name them"""
-    trunk: str = ""
-    """fingerprint of what the head reads of its trunk for the evaluation set (classification)"""
+    trunk: str | None = None
+    """fingerprint of what the head reads of its trunk for the evaluation set; None where nothing is to be kept"""
     earlier: Path | None = None
     """an earlier artifact of the same step"""
 
@@ -271,8 +271,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score one model on one task.
 
-    Where the head of an expert follows the trunk of another model, what it reads is kept, if it is little: a changed
-    head on the same trunk is scored without running that again, to the same bits.
+    Where the head of an expert follows the trunk of another model, what it reads may be kept, if it is little: a
+    changed head on the same trunk is scored without running that again, to the same bits.
 
     Args:
         subject: the model.
@@ -288,7 +288,7 @@ def evaluate(
         The scores.
     """
     reader, key = load_tokenizer(tokenizer), f"tasks.{name}.evaluation"
-    if isinstance(task, ClassificationTask) and subject.head_of is not None:
+    if isinstance(task, ClassificationTask) and subject.trunk is not None:
         records = _through_head(subject, name, task, rows, reader, dtype, device, out)
         return write_evaluation(task.kind, records, out)
     network = _network(subject, name, task, dtype, device)
@@ -321,9 +321,10 @@ def _through_head(
     out: Path,
 ) -> list[Record]:
     """Return records of classes as `evaluate_network` does, and keep in `out` what the head reads of the trunk."""
+    assert subject.head_of is not None
+    assert subject.trunk is not None
     trunk, inputs = None, _kept(subject)
     if inputs:
-        assert subject.head_of is not None
         source = Source(subject.base, subject.head_of, name, "classification", getattr(torch, dtype), device)
         head = DetachedHead.read(source)
     else:

@@ -510,9 +510,11 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
         "merges": {"ta": {"method": "task_arithmetic", "coefficients": {"kind": "sens"}}},
     }
 
-    def prints() -> tuple[str, str, str]:
+    def prints() -> tuple[str | None, str, str]:
         plan = plan_of(tmp_path, recipe)
         job: CrossTaskJob = plan.step("cross_task", "all").finish.args[0]
+        for model in ("mood", "ta"):  # which change with the expert
+            assert plan.step("evaluate", f"{model}/mood").finish.args[0].trunk is None
         return (
             plan.step("evaluate", "base/mood").finish.args[0].trunk,
             job.trunks["topic"]["mood"],
@@ -520,13 +522,14 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
         )
 
     before = prints()
+    assert (before[0] is None) == (change == "pooler")
     recipe["experts"]["mood"]["model"] = str(folders["other"])
     after = prints()
     assert [one == other for one, other in zip(before, after, strict=True)] == {
         "weights": [True, True, False],
         "classes": [False, True, False],  # rows may name classes
         "padding": [False, False, False],
-        "pooler": [False, True, False],  # in cross_task every trunk has its own
+        "pooler": [True, True, False],  # in cross_task every trunk has its own
     }[change]
 
 
