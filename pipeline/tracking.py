@@ -290,7 +290,8 @@ def _record_model(
             _log_route(client, run, model, route)
         now = time.time_ns() // 1_000_000
         metrics = [Metric(key, value, now, 0, model_id) for key, value in _metrics(report, model).items()]
-        client.log_batch(run, metrics, [Param(key, value) for key, value in params.items()])
+        parameters = [Param(key, value) for key, value in params.items()]
+        _once_more(lambda: client.log_batch(run, metrics, parameters))
 
 
 def _variant_params(variant: VariantInfo) -> dict[str, str]:
@@ -378,12 +379,16 @@ def _log_datasets(client: MlflowClient, run: str, datasets: Sequence[TaskData]) 
 
 
 def _once_more(write: Callable[[], object]) -> None:
-    """Write something, once more where another run wrote the same row just then, which MLflow 3.17 fails at."""
+    """Write something, once more where MLflow 3.17 fails and need not; doing so twice is harmless.
+
+    That is where another run wrote the same row just then, and where the server stopped in the middle of its answer:
+    MLflow asks again by itself only where there was none.
+    """
     try:
         write()
     except MlflowException as error:
-        # What MLflow passes on is the database's own message: PostgreSQL's, SQLite's or MySQL's.
-        if not re.search("UniqueViolation|UNIQUE constraint|Duplicate entry", str(error)):
+        # What MLflow passes on is the database's own message: PostgreSQL's, SQLite's or MySQL's; or urllib3's.
+        if not re.search("UniqueViolation|UNIQUE constraint|Duplicate entry|Connection broken", str(error)):
             raise
         write()
 
