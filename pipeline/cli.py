@@ -177,7 +177,7 @@ def _work(command: Literal["run", "refresh"], options: Options) -> int:
         listings = beside.submit(_begin, options)
         with _quick_imports():
             from pipeline import workflow
-            from pipeline.cluster import closed
+            from pipeline.run import closed
         work = workflow.run if command == "run" else workflow.refresh
         found = listings.result()
         # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
@@ -191,7 +191,7 @@ def _begin(options: Options) -> dict[str, Listing]:
     check_server(options.uri)
     listings = list_models(options.recipe, options.folder, options.store.hub_cache)
     if any(options.store.manifest(download_key(name, listing)) is None for name, listing in listings.items()):
-        from pipeline.cluster import connect
+        from pipeline.run import connect
 
         connect(options.address)
     return listings

@@ -1,25 +1,32 @@
 """Executes plans and work in batches on Ray: bounded fan-out, resources, retries of system failures, progress."""
 
+from __future__ import annotations
+
 import math
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import ray
 from ray.util.metrics import Counter, Histogram
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.cluster import cluster
-from pipeline.plan import Plan
 from pipeline.recipe import Stage
-from pipeline.steps import Step
+from pipeline.stop import Stopped
 from pipeline.units import human_bytes
 from pipeline.worker import Done, Spent, run_finish, run_part
 from tasks.errors import InputError, StepError
+
+if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does not wait for
+    from pipeline.plan import Plan
+    from pipeline.steps import Step
 
 Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
@@ -174,7 +181,7 @@ def _advice(plan: Plan, stage: Stage) -> str:
     return fewer
 
 
-def _submit(plan: Plan, state: _Running, part: Callable[..., bool] | None) -> "ray.ObjectRef[Done]":
+def _submit(plan: Plan, state: _Running, part: Callable[..., bool] | None) -> ray.ObjectRef[Done]:
     step = state.step
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
@@ -193,7 +200,7 @@ def _submit(plan: Plan, state: _Running, part: Callable[..., bool] | None) -> "r
     )
 
 
-def _result(ready: "ray.ObjectRef[Any]", title: str, advice: str, others: Iterable["ray.ObjectRef[Any]"]) -> Any:
+def _result(ready: ray.ObjectRef[Any], title: str, advice: str, others: Iterable[ray.ObjectRef[Any]]) -> Any:
     try:
         return ray.get(ready)
     except ray.exceptions.RayTaskError as error:
@@ -338,6 +345,56 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
                 f"resources.{stage}: a step asks for {wanted.num_cpus:g} CPUs and {wanted.num_gpus:g} GPUs, "
                 f"the largest node has {largest[0]:.0f} and {largest[1]:.0f}; lower them or use another --address"
             )
+
+
+def connect(address: str | None) -> None:
+    """Connect to a cluster, or start one. It ends with the thread that does so.
+
+    Args:
+        address: of the cluster; None takes RAY_ADDRESS (as a Ray job has it) or starts Ray on this machine.
+
+    Raises:
+        InputError: no cluster answers.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    here = {"include_dashboard": False} if address == "local" else {}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, logging_level="ERROR", **here)
+    except (ConnectionError, ValueError) as error:
+        raise InputError(
+            f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"
+        ) from error
+    except SystemExit:  # of the handler that Ray has while it starts
+        ray.shutdown()
+        raise Stopped(signal.SIGTERM) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
+
+
+@contextmanager
+def closed() -> Iterator[None]:
+    """Leave no connection behind when the block is left."""
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Be connected to a cluster within the block; a connection that there is already is used, and closed too.
+
+    Args:
+        address: as in `connect`.
+
+    Raises:
+        InputError: no cluster answers.
+    """
+    with closed():
+        if not ray.is_initialized():
+            connect(address)
+        yield
 
 
 @contextmanager

@@ -217,7 +217,9 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     settings = {"dtype": resolved.recipe.dtype} | {
         "tasks": {name: _calibration_settings(resolved.inputs.data[name].task) for name in names},
     }
-    about = reads | tokenizer | {f"head {name}": _reading(resolved, name) for name in names}
+    about = (
+        reads | tokenizer | {f"head {name}": computation_digest(resolved.inputs.experts[name].config) for name in names}
+    )
     # What the head of task j reads of a trunk depends on the head's config, a distance on all of expert j.
     trunks = _pair_prints(resolved, about, lambda i, j: ("base", i, f"head {j}", f"calibration {j}", "tokenizer"))
     pairs = _pair_prints(resolved, about, lambda i, j: ("base", i, j, f"calibration {j}", "tokenizer"))
@@ -279,11 +281,6 @@ def _pair_prints(
 
     names = resolved.recipe.experts
     return {i: {j: fingerprint(i, j) for j in names} for i in names}
-
-
-def _reading(resolved: Resolved, name: str) -> str:
-    """Return the fingerprint of all but weights that decides what the head of an expert reads of a trunk, and how."""
-    return computation_digest(resolved.inputs.experts[name].config)
 
 
 def _merge_step(
@@ -457,7 +454,9 @@ def _evaluate_step(
     if head and listing and model != head and not resolved.inputs.experts[head].has_trunk_in_head():
         # This model stays what it is when the task's expert changes, of which it only takes the head.
         version = {"version": evaluate.VERSION, "batch_size": one.task.batch_size}
-        trunk = sha256_text(canonical(settings | reads | version | {"head": _reading(resolved, head)}))
+        trunk = sha256_text(
+            canonical(settings | reads | version | {"head": computation_digest(resolved.inputs.experts[head].config)})
+        )
     finish = partial(
         evaluate.evaluate,
         evaluate.Subject(
