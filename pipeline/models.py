@@ -41,8 +41,7 @@ def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]
 
 def download_key(name: str, listing: Listing) -> Key:
     """Return what names the artifact of a model's download."""
-    inputs = {"stage": "download", "version": VERSION, "settings": {}, "reads": {"files": model_digest(listing)}}
-    return Key("download", name, inputs)
+    return Key.of("download", name, VERSION, {}, {"files": model_digest(listing)})
 
 
 def model_digest(listing: Listing) -> str:

@@ -76,10 +76,6 @@ class Step:
         return f"{self.stage} {self.name}"
 
 
-def _key(stage: Stage, name: str, version: int, settings: Mapping[str, Any], reads: Mapping[str, str]) -> Key:
-    return Key(stage, name, {"stage": stage, "version": version, "settings": dict(settings), "reads": dict(reads)})
-
-
 def lay_out(resolved: Resolved) -> list[Step]:
     """Return all steps of a recipe, each after those it needs."""
     recipe = resolved.recipe
@@ -133,7 +129,7 @@ def _device(resolved: Resolved, stage: Stage) -> str:
 
 
 def _task_vectors_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
-    key = _key("task_vectors", name, task_vectors.VERSION, {}, _reads(downloads, "base", name))
+    key = Key.of("task_vectors", name, task_vectors.VERSION, {}, _reads(downloads, "base", name))
     base, experts = resolved.inputs.only_weights()
     groups = layer_groups(base)
     finish = partial(task_vectors.finish_task_vector, experts[name], name, groups)
@@ -180,7 +176,7 @@ def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Ste
     return Step(
         "sensitivity",
         name,
-        _key("sensitivity", name, sensitivity.VERSION, settings, reads),
+        Key.of("sensitivity", name, sensitivity.VERSION, settings, reads),
         _titles(downloads, "base", name),
         finish,
         reads=weight_bytes(resolved.inputs.listings["base"]) + weight_bytes(resolved.inputs.listings[name]),
@@ -223,7 +219,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     # What the head of task j reads of a trunk depends on the head's config, a distance on all of expert j.
     trunks = _pair_prints(resolved, about, lambda i, j: ("base", i, f"head {j}", f"calibration {j}", "tokenizer"))
     pairs = _pair_prints(resolved, about, lambda i, j: ("base", i, j, f"calibration {j}", "tokenizer"))
-    key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
+    key = Key.of("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
     known: dict[str, float] = {}
     kept: dict[str, Path] = {}
     for folder in () if resolved.store.manifest(key) else resolved.store.artifacts("cross_task"):
@@ -338,7 +334,7 @@ def _merge_step(
         writes = sum(merge.plan_merged(resolved.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
         version, part, finish = merge.VERSION, merge.merge_group, merge.finish_merge
-    key = _key("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed})
+    key = Key.of("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed})
     job = replace(job, previous=resolved.store.last(key))
     return Step(
         "merge",
@@ -388,7 +384,7 @@ def _route_step(resolved: Resolved, name: str, variant: Variant, merged: Step) -
         device,
     )
     # The model's files are linked, not written again.
-    key = _key("route", name, route.VERSION, settings, reads)
+    key = Key.of("route", name, route.VERSION, settings, reads)
     return Step("route", name, key, (merged.title,), finish, reads=merged.writes)
 
 
@@ -402,7 +398,7 @@ def _evaluate_dynamic_step(resolved: Resolved, name: str, routed: Step) -> Step:
     }
     device = _device(resolved, "evaluate")
     finish = partial(evaluate_dynamic.evaluate_dynamic, resolved.store.folder(routed.key), evaluation, device)
-    key = _key("evaluate", name, evaluate_dynamic.VERSION, settings, reads)
+    key = Key.of("evaluate", name, evaluate_dynamic.VERSION, settings, reads)
     return Step("evaluate", name, key, (routed.title,), finish, reads=routed.reads)
 
 
@@ -449,7 +445,7 @@ def _evaluate_step(
     labels = _labels(resolved, task_name, one.task)
     listing = resolved.inputs.listings.get(model)
     settings = {"dtype": resolved.recipe.dtype, "task": scoring_settings(one.task), "labels": labels}
-    key = _key("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
+    key = Key.of("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
     trunk = None
     if head and listing and model != head and not resolved.inputs.experts[head].has_trunk_in_head():
         # This model stays what it is when the task's expert changes, of which it only takes the head.

@@ -45,6 +45,11 @@ class Key:
     inputs: Mapping[str, Any]
     """stage, version of the stage, semantic settings, digests of what is read"""
 
+    @classmethod
+    def of(cls, stage: str, name: str, version: int, settings: Mapping[str, Any], reads: Mapping[str, str]) -> "Key":
+        """Return the key of a step's artifact."""
+        return cls(stage, name, {"stage": stage, "version": version, "settings": dict(settings), "reads": dict(reads)})
+
     @property
     def fingerprint(self) -> str:
         """sha256 over the canonical JSON of the inputs."""
