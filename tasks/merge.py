@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,9 @@ from tasks.models.tokenizers import copy_tokenizer
 from tasks.models.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
 from tasks.task_vectors import TABLE, read_histogram
 
-VERSION = 3
+VERSION = 4
 TENSORS = "tensors.json"
-"""What every weight was made of (`inputs`) and what came out (`checksum`), for a later merge to take it over."""
+"""What every weight was made of (`inputs`) and what came out (its digests), for a later merge to take it over."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +112,27 @@ def merge_group(job: MergeJob, group: int, out: Path) -> bool:
             dtype, own = plan.tensors[name].dtype, weights.get(layer_of(name), {})
             inputs = _inputs(job, own, name, dtype, [table[name]["content"] for table in contents if name in table])
             with noted(f"tensor {name} of layer {layer_of(name)}"):
-                checksum = previous.take(name, inputs, writer) if previous else None
-                taken = checksum is not None
-                if checksum is None:
-                    checksum = _merge_tensor(job, own, name, dtype, writer)
+                digests = previous.take(name, inputs, writer) if previous else None
+                taken = digests is not None
+                if digests is None:
+                    digests = _merge_tensor(job, own, name, dtype, writer)
             writer.begin_flush(name)
-            tensors[name] = {"inputs": inputs, "checksum": checksum, "taken": taken}
+            tensors[name] = {"inputs": inputs, **digests, "taken": taken}
     write_json(done, tensors)
     return True
 
 
 def _merge_tensor(
     job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype, writer: CheckpointWriter
-) -> str:
-    """Merge one tensor, write it and return its checksum."""
-    checksum, extremes = xxhash.xxh3_128(), [torch.zeros(2)]
+) -> dict[str, str]:
+    """Merge one tensor, write it and return its digests: `checksum` (fast, to read it back by) and `sha256`."""
+    checksum, sha256, extremes = xxhash.xxh3_128(), hashlib.sha256(), [torch.zeros(2)]
     for where, merged in _merged_pieces(job, weights, name):
         piece = merged.to(dtype)
         extremes.append(torch.stack(merged.aminmax()))
-        checksum.update(tensor_bytes(piece))
+        content = tensor_bytes(piece)
+        checksum.update(content)
+        sha256.update(content)
         writer.write(name, piece, where.start)
     # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
     if not bool(torch.stack(extremes).to(dtype).isfinite().all()):
@@ -138,7 +140,7 @@ def _merge_tensor(
             f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite "
             "weights: set another out_dtype, or weights that linear can divide by (they sum to 0)"
         )
-    return checksum.hexdigest()
+    return {"checksum": checksum.hexdigest(), "sha256": sha256.hexdigest()}
 
 
 def _inputs(
@@ -170,8 +172,8 @@ class _Previous:
         except InputError:  # its weights are gone or cut since it was made: all is merged anew
             return None
 
-    def take(self, name: str, inputs: str | None, writer: CheckpointWriter) -> str | None:
-        """Write a tensor as the earlier merge has it and return its checksum; None if it is another, or damaged."""
+    def take(self, name: str, inputs: str | None, writer: CheckpointWriter) -> dict[str, str] | None:
+        """Write a tensor as the earlier merge has it and return its digests; None if it is another, or damaged."""
         known = self.tensors.get(name)
         if inputs is None or known is None or known["inputs"] != inputs:
             return None
@@ -179,7 +181,7 @@ class _Previous:
         if xxhash.xxh3_128_hexdigest(tensor_bytes(values)) != known["checksum"]:
             return None
         writer.write(name, values)
-        return str(known["checksum"])
+        return {"checksum": known["checksum"], "sha256": known["sha256"]}
 
 
 def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -240,8 +242,8 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     written = {marker: read_json(marker) for marker in markers}
     tensors = {name: entry for entries in written.values() for name, entry in entries.items()}
     assert set(tensors) == set(plan.tensors), "every tensor is in a group"
-    found = dict(zip(plan.tensors, _digests(open_checkpoint(out), list(plan.tensors)), strict=True))
-    altered = [name for name, entry in tensors.items() if found[name][0] != entry["checksum"]]
+    found = _of_tensors(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
+    altered = [name for name, entry in tensors.items() if found[name] != entry["checksum"]]
     if altered:
         for marker, entries in written.items():
             if not entries.keys().isdisjoint(altered):
@@ -250,12 +252,13 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     write_companions(job, tokenizer, out)
     weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
     write_json(
-        out / TENSORS, {name: {key: entry[key] for key in ("inputs", "checksum")} for name, entry in weights.items()}
+        out / TENSORS,
+        {name: {key: entry[key] for key in ("inputs", "checksum", "sha256")} for name, entry in weights.items()},
     )
     for marker in markers:
         marker.unlink()
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in plan.tensors.items()}
-    digest = _digest(shapes, {name: sha256 for name, (_, sha256) in found.items()})
+    digest = _digest(shapes, {name: entry["sha256"] for name, entry in tensors.items()})
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in shapes.items()}
     taken = [sizes[name] for name, entry in tensors.items() if entry["taken"]]
     return {
@@ -271,23 +274,18 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
 def weights_digest(checkpoint: Checkpoint) -> str:
     """Return the sha256 over dtype, shape and content of all tensors, however they are sharded, as `finish_merge`."""
     shapes = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    found = _digests(checkpoint, list(shapes))
-    return _digest(shapes, {name: sha256 for name, (_, sha256) in zip(shapes, found, strict=True)})
+    return _digest(shapes, _of_tensors(checkpoint, lambda content: hashlib.sha256(content).hexdigest()))
 
 
 def _digest(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], digests: Mapping[str, str]) -> str:
     return sha256_text(canonical({name: [str(dtype), shape, digests[name]] for name, (dtype, shape) in shapes.items()}))
 
 
-def _digests(checkpoint: Checkpoint, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the checksum and the sha256 of tensors' bytes, several at once."""
-
-    def digests(name: str) -> tuple[str, str]:
-        data = tensor_bytes(checkpoint.read(name))
-        return xxhash.xxh3_128_hexdigest(data), hashlib.sha256(data).hexdigest()
-
+def _of_tensors(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) -> dict[str, str]:
+    """Return a digest of every tensor's bytes, worked out for several at once."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(digests, names))
+        digests = pool.map(lambda name: digest(tensor_bytes(checkpoint.read(name))), checkpoint.tensors)
+        return dict(zip(checkpoint.tensors, digests, strict=True))
 
 
 def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:

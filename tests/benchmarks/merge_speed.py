@@ -6,7 +6,8 @@
 Makes seeded Llama-shaped checkpoints and a virtual environment with mergekit below WORK, as far as they are not there,
 and lets the ways take turns. Prints a table of medians: the whole process, the merge stage alone, the floor
 (`cat` of all inputs to nowhere and `cp` of one), ratios, and the peak anonymous memory (RssAnon, page cache apart) of
-all worker processes together. Every run starts from an empty store.
+all worker processes together. Every run starts from an empty store, and every way after a pause: a virtual machine may
+give memory that is free back to its host, and who uses it next waits for it. Without the pause some would and some not.
 """
 
 import argparse
@@ -35,6 +36,8 @@ SETTINGS: dict[str, dict[str, float]] = {
     "dare_ties": {"density": 0.3},
 }
 WEIGHT = 0.4
+PAUSE = 20
+"""seconds; memory that is free this long is with the host again"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Ours:
 
 def seconds(command: list[str]) -> float:
     """Return how long a command takes."""
+    time.sleep(PAUSE)
     begin = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - begin
@@ -58,6 +62,7 @@ def seconds(command: list[str]) -> float:
 
 def floor(models: list[Path], out: Path) -> float:
     """Return how long it takes to read all models and to write one."""
+    time.sleep(PAUSE)
     files = [str(path) for model in models for path in sorted(model.glob("*.safetensors"))]
     begin = time.perf_counter()
     subprocess.run(["cat", *files], check=True, stdout=subprocess.DEVNULL)
@@ -96,6 +101,7 @@ def ours(models: list[Path], method: str, workers: int, work: Path) -> Ours:
     }
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "pipeline", "run", str(work / "recipe.yaml"), "--store", str(work / "store")]
+    time.sleep(PAUSE)
     begin = time.perf_counter()
     ends = []
     with (
