@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does
 
 Batch = TypeVar("Batch")
 Answer = TypeVar("Answer")
-SYSTEM_RETRIES = 2
+SYSTEM_RETRIES = 1
 """How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
 # One remote function for all steps: Ray takes calls of one function in their order, those of several in any.
 _RUN_PART, _RUN_FINISH = ray.remote(run_part), ray.remote(run_finish)
@@ -211,6 +211,11 @@ def _result(ready: ray.ObjectRef[Any], title: str, advice: str, others: Iterable
         if _is_out_of_memory(error.cause):
             raise StepError(f"{title}: its worker ran out of memory; {advice}. It says: {error.cause}") from None
         raise StepError(f"{title} failed: {error.cause!r}\n{error}") from None  # Ray's text has process and node
+    except ray.exceptions.OutOfMemoryError as error:  # Ray's memory monitor killed the worker
+        what = str(error).partition("\n")[0]
+        raise StepError(
+            f"{title}: its worker ran out of memory {SYSTEM_RETRIES + 1} times; {advice}. Ray says: {what}"
+        ) from None
     except ray.exceptions.RayError as error:
         raise StepError(
             f"{title}: its worker died {SYSTEM_RETRIES + 1} times; if it ran out of memory, {advice}. Ray says: {error}"
@@ -357,6 +362,8 @@ def connect(address: str | None) -> None:
         InputError: no cluster answers.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # Left to itself Ray tries a task that its memory monitor killed again without end.
+    os.environ.setdefault("RAY_task_oom_retries", str(SYSTEM_RETRIES))
     here = {"include_dashboard": False} if address == "local" else {}
     handler = signal.getsignal(signal.SIGTERM)
     try:

@@ -300,7 +300,7 @@ def test_the_batch_of_a_worker_that_dies_is_done_again(tmp_path: Path, ray_addre
 
 
 def test_a_batch_that_keeps_killing_workers_stops_the_work(ray_address: str) -> None:
-    with pytest.raises(StepError, match="a batch: its worker died 3 times"):
+    with pytest.raises(StepError, match="a batch: its worker died 2 times"):
         work(killer, 8, 1, ray_address)
 
 

@@ -298,8 +298,25 @@ def test_a_worker_that_keeps_dying_stops_the_run(
     llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
 ) -> None:
     plan = one_step(die, llama_recipe, tmp_path)
-    with pytest.raises(StepError, match="download work: its worker died 3 times"):
+    with pytest.raises(StepError, match="download work: its worker died 2 times"):
         execute(plan, ray_address, Console(quiet=True))
+
+
+def test_a_worker_that_runs_out_of_memory_again_stops_the_run(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, llama_recipe))
+    command = [sys.executable, "-m", "pipeline", "run", recipe, "--store", str(tmp_path / "store")]
+    # Ray's memory monitor takes this machine for full, whatever runs.
+    full = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "50"}
+    done = subprocess.run(
+        [*command, "--address", "local"],
+        env=os.environ | full,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert re.search(r"download \w+: its worker ran out of memory 2 times; raise resources\.download\.", done.stderr)
 
 
 def test_an_exception_is_final_and_leaves_no_artifact(
