@@ -223,6 +223,24 @@ def test_classifiers_with_decoder_trunks(
     same(found, naive(own_head_logits(trunks, full, tokenizer), texts))
 
 
+def test_classifiers_with_decoder_trunks_and_no_padding_token(
+    save: Save, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    base = make_llama()
+    base.config.pad_token_id = None
+    folder, networks = save(base, "base", tmp_path), {}
+    for seed, name in enumerate(("mood", "topic"), 1):
+        network = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=seed + 1)
+        networks[name] = perturbed(network, seed)
+    folders = {name: save(network, name, tmp_path) for name, network in networks.items()}
+    rows = [{"text": text, "label": 0} for text in ("good", "evil")]  # of one length, so that they could be one batch
+    sets = {name: RowSet(ClassificationTask(kind="classification"), rows) for name in networks}
+    found = measure(folder, folders, sets, tmp_path / "out")
+    trunks = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]).model for name in networks}
+    texts = {name: ["good", "evil"] for name in networks}
+    same(found, naive(own_head_logits(trunks, networks, tokenizer), texts))
+
+
 def test_identical_experts_lie_nowhere_apart(llamas: dict[str, Path], tmp_path: Path) -> None:
     experts = {"math": llamas["math"], "code": llamas["math"]}
     assert measure(llamas["base"], experts, completions(["math", "code"]), tmp_path / "out") == {
