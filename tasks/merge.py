@@ -46,7 +46,7 @@ from tasks.task_vectors import TABLE, read_histogram
 
 VERSION = 4
 TENSORS = "tensors.json"
-"""What every weight was made of (`inputs`) and what came out (its digests), for a later merge to take it over."""
+"""What every weight was made of (`inputs`) and what came out (`checksum`), for a later merge to take it over."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,11 @@ class _Previous:
         if inputs is None or known is None or known["inputs"] != inputs:
             return None
         values = self.checkpoint.read(name).reshape(-1)
-        if xxhash.xxh3_128_hexdigest(tensor_bytes(values)) != known["checksum"]:
+        content = tensor_bytes(values)
+        if xxhash.xxh3_128_hexdigest(content) != known["checksum"]:
             return None
         writer.write(name, values)
-        return {"checksum": known["checksum"], "sha256": known["sha256"]}
+        return {"checksum": known["checksum"], "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -252,8 +253,7 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     write_companions(job, tokenizer, out)
     weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
     write_json(
-        out / TENSORS,
-        {name: {key: entry[key] for key in ("inputs", "checksum", "sha256")} for name, entry in weights.items()},
+        out / TENSORS, {name: {key: entry[key] for key in ("inputs", "checksum")} for name, entry in weights.items()}
     )
     for marker in markers:
         marker.unlink()
