@@ -28,7 +28,7 @@ from tasks.coefficients import (
 )
 from tasks.errors import InputError, noted
 from tasks.methods import Settings, TaskVector, merged_pieces
-from tasks.methods.delta import chunks
+from tasks.methods.delta import chunks, rounded
 from tasks.models.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -126,16 +126,15 @@ def _merge_tensor(
     job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype, writer: CheckpointWriter
 ) -> dict[str, str]:
     """Merge one tensor, write it and return its digests: `checksum` (fast, to read it back by) and `sha256`."""
-    checksum, sha256, extremes = xxhash.xxh3_128(), hashlib.sha256(), [torch.zeros(2)]
+    checksum, sha256, finite = xxhash.xxh3_128(), hashlib.sha256(), True
     for where, merged in _merged_pieces(job, weights, name):
-        piece = merged.to(dtype)
-        extremes.append(torch.stack(merged.aminmax()))
+        piece, piece_is_finite = rounded(merged, dtype)
+        finite = finite and piece_is_finite
         content = tensor_bytes(piece)
         checksum.update(content)
         sha256.update(content)
         writer.write(name, piece, where.start)
-    # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
-    if not bool(torch.stack(extremes).to(dtype).isfinite().all()):
+    if not finite:
         raise InputError(
             f"tensor {name} merged by {job.settings.method} has NaN or Inf as {dtype}; expected finite "
             "weights: set another out_dtype, or weights that linear can divide by (they sum to 0)"

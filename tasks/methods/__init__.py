@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tasks.methods import kernels
 from tasks.methods.consensus import agreeing, agreeing_weight, disjoint_sum
-from tasks.methods.delta import Delta, chunks
+from tasks.methods.delta import Delta, added, chunks
 from tasks.methods.sparsify import Drop, Rescaled, Sparsifier, Trim, drop_all, histogram_of
 
 
@@ -89,26 +89,20 @@ def merged_pieces(base: Tensor, vectors: Sequence[TaskVector], settings: Setting
     """
     mix = _linear if settings.method == "linear" else _mixed
     weights = [vector.weight for vector in vectors]
-    for where, origin, parts in _sparse_pieces(base, vectors, settings):
-        yield where, mix(origin, parts, weights, settings)
+    for where, parts in _sparse_pieces(base, vectors, settings):
+        yield where, mix(base[where], parts, weights, settings)
 
 
-def _sparse_pieces(
-    base: Tensor, vectors: Sequence[TaskVector], settings: Settings
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield which elements, the base's values and every (sparse) task vector's (experts × elements), float32.
-
-    The tensors are the caller's own.
-    """
+def _sparse_pieces(base: Tensor, vectors: Sequence[TaskVector], settings: Settings) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which elements, and every (sparse) task vector's (experts × elements), float32; the caller's own."""
     sparsifiers = [_sparsifier(vector, base, settings) for vector in vectors]
     for where in chunks(len(base)):
-        origin = base[where].to(torch.float32, copy=True)
-        parts = origin.new_empty(len(vectors), len(origin))
+        parts = torch.empty(len(vectors), where.stop - where.start, device=base.device)
         for part, vector, sparsify in zip(parts, vectors, sparsifiers, strict=True):
-            vector.delta.fill(part, where, origin)
+            vector.delta.fill(part, where, base[where])
             if sparsify:
                 sparsify(part, where)
-        yield where, origin, parts
+        yield where, parts
 
 
 def _sparsifier(vector: TaskVector, base: Tensor, settings: Settings) -> Sparsifier | None:
@@ -150,7 +144,7 @@ def contribution_pieces(
     base: Tensor, vector: TaskVector, share: float, settings: Settings
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield what one expert adds to one tensor in a merge without consensus, float32; `share` is from `shares`."""
-    for where, _, (part,) in _sparse_pieces(base, [vector], settings):
+    for where, (part,) in _sparse_pieces(base, [vector], settings):
         yield where, part.mul_(share)
 
 
@@ -163,7 +157,7 @@ def agreed_pieces(
     rounding, for the sum is divided part by part.
     """
     weights = [vector.weight for vector in vectors]
-    for where, _, parts in _sparse_pieces(base, vectors, settings):
+    for where, parts in _sparse_pieces(base, vectors, settings):
         sign, magnitudes = agreeing(parts, weights)
         if settings.normalize:
             sign /= agreeing_weight(magnitudes, weights)
@@ -172,7 +166,7 @@ def agreed_pieces(
         yield where, [magnitude.mul_(sign) for magnitude in magnitudes]
 
 
-def _mixed(origin: Tensor, parts: Tensor, weights: Sequence[float], settings: Settings) -> Tensor:
+def _mixed(base: Tensor, parts: Tensor, weights: Sequence[float], settings: Settings) -> Tensor:
     """Return base + the weighted sum or, under consensus, the disjoint sum of sparse task vectors."""
     if METHODS[settings.method].consensus:
         mixed = disjoint_sum(parts, weights, settings.normalize)
@@ -182,7 +176,7 @@ def _mixed(origin: Tensor, parts: Tensor, weights: Sequence[float], settings: Se
             mixed /= sum(weights)
     if settings.lambda_ != 1:
         mixed *= settings.lambda_
-    return origin.add_(mixed)
+    return added(mixed, base)
 
 
 def _weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
@@ -196,7 +190,7 @@ def _weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
     return sum(parts[1:], start=parts[0])
 
 
-def _linear(origin: Tensor, parts: Tensor, weights: Sequence[float], settings: Settings) -> Tensor:
+def _linear(base: Tensor, parts: Tensor, weights: Sequence[float], settings: Settings) -> Tensor:
     """Return the weighted mean (normalize) or sum of the experts themselves (model soup, arXiv 2203.05482)."""
-    merged = _weighted_sum(parts.add_(origin), weights)
+    merged = _weighted_sum(parts.add_(base.float()), weights)
     return merged / sum(weights) if settings.normalize else merged

@@ -3,6 +3,8 @@
 Each does in one pass through the processor's cache what torch does in many, bit for bit: numba keeps the order of
 operations and rounds after each. On other devices torch's own operations are used, beside the callers. Compiled at
 their first call on a machine (some seconds in all), and then read from numba's cache on disk.
+
+Inner loops count slices from 0: where an index is a sum, it might be negative, and numba does one element at a time.
 """
 
 from collections.abc import Callable
@@ -14,12 +16,16 @@ import numpy.typing as npt
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 Float32 = npt.NDArray[np.float32]
+UInt16 = npt.NDArray[np.uint16]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 """All bits of a float32 but the sign; as integers they are in the order of the magnitudes."""
 _HALF = np.int32(16)
+_SHIFT, _ODD, _ALMOST_HALF = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+_LARGEST_BFLOAT16 = np.int32(0x7F7F7FFF)
+"""Bits of the largest float32 that is rounded to a finite bfloat16."""
 _BLOCK = 1024
 """Elements at a time where a loop goes over several arrays: what lies between then stays in the fastest cache."""
 _27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (27, 30, 31, 32, 0x7FFFFFFF))
@@ -29,6 +35,62 @@ _STEP, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1
 def _compiled(loop: Loop) -> Loop:
     compiled: Loop = numba.njit(cache=True, nogil=True)(loop)
     return compiled
+
+
+@_compiled
+def subtract_bfloat16(left: UInt16, right: UInt16, difference: Float32) -> None:
+    """Subtract in float32.
+
+    Args:
+        left: bits of bfloat16.
+        right: likewise, as long.
+        difference: gets left − right; as long.
+    """
+    second = np.empty(_BLOCK, np.float32)
+    for start in range(0, len(left), _BLOCK):
+        found = difference[start : start + _BLOCK]
+        _widen(left[start : start + _BLOCK], found)
+        _widen(right[start : start + _BLOCK], second)
+        for i in range(len(found)):
+            found[i] -= second[i]
+
+
+@_compiled
+def add_bfloat16(total: Float32, summand: UInt16) -> None:
+    """Add bfloat16 numbers, given as bits, to float32 ones of the same count, in place."""
+    second = np.empty(_BLOCK, np.float32)
+    for start in range(0, len(total), _BLOCK):
+        first = total[start : start + _BLOCK]
+        _widen(summand[start : start + _BLOCK], second)
+        for i in range(len(first)):
+            first[i] += second[i]
+
+
+@_compiled
+def _widen(bits: UInt16, values: Float32) -> None:
+    """Write the first of `values`, as many as there are bits of bfloat16."""
+    wide = values.view(np.uint32)
+    for i in range(len(bits)):
+        wide[i] = np.uint32(bits[i]) << _SHIFT
+
+
+@_compiled
+def round_bfloat16(values: Float32, rounded: UInt16) -> bool:
+    """Round to the nearest bfloat16, of two equally near ones to the even one.
+
+    Args:
+        values: the numbers.
+        rounded: gets the bits of bfloat16; as long.
+
+    Returns:
+        Whether all of these are finite; otherwise they have no meaning.
+    """
+    bits, magnitudes = values.view(np.uint32), values.view(np.int32)
+    largest = np.int32(0)
+    for i in range(len(bits)):
+        largest = max(largest, magnitudes[i] & _MAGNITUDE)
+        rounded[i] = (bits[i] + _ALMOST_HALF + ((bits[i] >> _SHIFT) & _ODD)) >> _SHIFT
+    return bool(largest <= _LARGEST_BFLOAT16)
 
 
 @_compiled
