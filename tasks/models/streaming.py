@@ -24,7 +24,7 @@ from tasks.models.runners import SHELL, Journey, PartsRunner, Work
 from tasks.models.source import Source
 
 Result = TypeVar("Result")
-SAMPLES_PER_ACTOR = 2
+SAMPLES_PER_ACTOR = 3
 """How many samples for each actor are under way at once, so that it has work while others have theirs."""
 SENT_AHEAD = 2
 """How many pieces of work an actor has at once: the next one travels while it is busy."""
