@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tasks.methods import kernels
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Elements handled at a time: intermediate tensors then stay in the processor's cache."""
 BLOCK = 1 << 16
 """Sums are taken over blocks of this many elements, and then over blocks: so they do not depend on the chunks."""
