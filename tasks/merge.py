@@ -28,7 +28,8 @@ from tasks.coefficients import (
 )
 from tasks.errors import InputError, noted
 from tasks.methods import Settings, TaskVector, merged_pieces
-from tasks.methods.delta import chunks, rounded
+from tasks.methods.delta import chunks
+from tasks.methods.stored import rounded
 from tasks.models.checkpoint import (
     DTYPES,
     Checkpoint,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tasks.methods import kernels
 from tasks.methods.consensus import agreeing, agreeing_weight, disjoint_sum
-from tasks.methods.delta import Delta, added, chunks
+from tasks.methods.delta import Delta, chunks
 from tasks.methods.sparsify import Drop, Rescaled, Sparsifier, Trim, drop_all, histogram_of
+from tasks.methods.stored import add
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _mixed(base: Tensor, parts: Tensor, weights: Sequence[float], settings: Sett
             mixed /= sum(weights)
     if settings.lambda_ != 1:
         mixed *= settings.lambda_
-    return added(mixed, base)
+    return add(mixed, base)
 
 
 def _weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:

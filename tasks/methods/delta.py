@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tasks.methods import kernels
+from tasks.methods.stored import subtract
 
 CHUNK = 1 << 17
 """Elements handled at a time: intermediate tensors then stay in the processor's cache."""
@@ -44,11 +44,7 @@ class Difference:
 
     def fill(self, piece: Tensor, where: slice, base: Tensor) -> None:
         """See `Delta`."""
-        expert = self.expert[where]
-        if is_plain_bfloat16(expert) and is_plain_bfloat16(base):
-            kernels.subtract_bfloat16(bits_of(expert), bits_of(base), piece.numpy())
-        else:
-            piece.copy_(expert).sub_(base.float())
+        subtract(self.expert[where], base, piece)
 
 
 @dataclass(frozen=True)
@@ -106,32 +102,3 @@ def pieces(delta: Delta, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def block_sums(values: Tensor) -> list[float]:
     """Return the sum of every `BLOCK` elements of a flat tensor that starts with a block; of few, of those."""
     return [float(block.sum()) for block in torch.split(values, BLOCK)]
-
-
-def added(values: Tensor, base: Tensor) -> Tensor:
-    """Add the base's elements, in any float dtype, to float32 values, in place."""
-    if is_plain_bfloat16(base):
-        kernels.add_bfloat16(values.numpy(), bits_of(base))
-        return values
-    return values.add_(base.float())
-
-
-def rounded(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """Return flat values in another dtype, and whether all are finite in it; NaN and Inf may become others."""
-    if values.is_cpu and values.dtype == torch.float32 and dtype == torch.bfloat16:
-        narrow = torch.empty(len(values), dtype=dtype)
-        return narrow, bool(kernels.round_bfloat16(values.numpy(), bits_of(narrow)))
-    # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
-    extremes = torch.stack(values.aminmax())
-    return values.to(dtype), bool(extremes.to(dtype).isfinite().all())
-
-
-def is_plain_bfloat16(values: Tensor) -> bool:
-    """Return whether the compiled loops for bfloat16 can read a tensor."""
-    return values.is_cpu and values.dtype == torch.bfloat16
-
-
-def bits_of(values: Tensor) -> kernels.UInt16:
-    """Return the bits of bfloat16 values, in the same memory."""
-    bits: kernels.UInt16 = values.view(torch.uint16).numpy()
-    return bits

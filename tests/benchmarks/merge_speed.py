@@ -1,13 +1,14 @@
 """How fast is a merge? Side by side with mergekit 0.1.5, and with reading all inputs and writing one output.
 
     python -m tests.benchmarks.merge_speed WORK [--size 1.1B] [--experts 3] [--methods task_arithmetic ties dare_ties]
-        [--workers 2] [--rounds 3] [--no-mergekit]
+        [--workers 2 …] [--rounds 3] [--no-mergekit]
 
 Makes seeded Llama-shaped checkpoints and a virtual environment with mergekit below WORK, as far as they are not there,
 and lets the ways take turns. Prints a table of medians: the whole process, the merge stage alone, the floor
 (`cat` of all inputs to nowhere and `cp` of one), ratios, and the peak anonymous memory (RssAnon, page cache apart) of
-all worker processes together. Every run starts from an empty store, and every way after a pause: a virtual machine may
-give memory that is free back to its host, and who uses it next waits for it. Without the pause some would and some not.
+all worker processes together; for each number of workers that may merge at once, with one thread each. Every run starts
+from an empty store, and every way after a pause: a virtual machine may give memory that is free back to its host, and
+who uses it next waits for it. Without the pause some would and some not.
 """
 
 import argparse
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--size", default="1.1B")
     parser.add_argument("--experts", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "ties", "dare_ties"])
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-mergekit", action="store_true")
     arguments = parser.parse_args()
@@ -154,26 +155,28 @@ def main() -> None:
     size = sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
     program = None if arguments.no_mergekit else install_mergekit(work)
     floor(models, work / "copied")  # the page cache is warm from here on
-    print(f"{arguments.size}, K = {arguments.experts}, {size / 1e9:.1f} GB of input, {arguments.workers} workers\n")
+    print(f"{arguments.size}, K = {arguments.experts}, {size / 1e9:.1f} GB of input\n")
     print(
-        "| method | mergekit, s | whole process, s | faster | merge stage, s | floor, s | stage ÷ floor "
-        "| stage, ns per byte | peak anonymous memory |\n" + "| --- " * 9 + "|"
+        "| method | workers | mergekit, s | whole process, s | faster | merge stage, s | floor, s | stage ÷ floor "
+        "| stage, ns per byte | peak anonymous memory |\n" + "| --- " * 10 + "|"
     )
     for method in arguments.methods:
-        rows = []
+        rounds = []
         for _ in range(arguments.rounds):
             theirs = mergekit(program, models, method, work) if program else float("nan")
-            rows.append((theirs, ours(models, method, arguments.workers, work), floor(models, work / "copied")))
-            print(json.dumps([theirs, vars(rows[-1][1]), rows[-1][2]]), file=sys.stderr)
-        theirs, whole, stage, low = (
-            statistics.median(values) for values in zip(*((t, o.whole, o.stage, f) for t, o, f in rows), strict=True)
-        )
-        memory = max(one.memory for _, one, _ in rows)
-        print(
-            f"| {method} | {theirs:.1f} | {whole:.1f} | {theirs / whole:.1f} × | {stage:.1f} | {low:.1f} "
-            f"| {stage / low:.2f} | {1e9 * stage / size:.2f} | {memory / 1e9:.2f} GB |",
-            flush=True,
-        )
+            runs = {workers: ours(models, method, workers, work) for workers in arguments.workers}
+            rounds.append((theirs, runs, floor(models, work / "copied")))
+            print(json.dumps([theirs, {key: vars(run) for key, run in runs.items()}, rounds[-1][2]]), file=sys.stderr)
+        theirs, low = (statistics.median(values) for values in ([t for t, _, _ in rounds], [f for _, _, f in rounds]))
+        for workers in arguments.workers:
+            runs_of = [runs[workers] for _, runs, _ in rounds]
+            whole, stage = (statistics.median(getattr(run, key) for run in runs_of) for key in ("whole", "stage"))
+            print(
+                f"| {method} | {workers} | {theirs:.1f} | {whole:.1f} | {theirs / whole:.1f} × | {stage:.1f} "
+                f"| {low:.1f} | {stage / low:.2f} | {1e9 * stage / size:.2f} "
+                f"| {max(run.memory for run in runs_of) / 1e9:.2f} GB |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 
 from tasks.methods import METHODS, Settings, TaskVector, merged_pieces
 from tasks.methods.consensus import agreeing, agreeing_weight, disjoint_sum
-from tasks.methods.delta import BLOCK, Difference, added, rounded
+from tasks.methods.delta import BLOCK, Difference
 from tasks.methods.sparsify import BINS, Drop, Trim, add_to_histogram, random_bits
 from tests.tasks.methods.pieces import joined
 
@@ -39,49 +39,6 @@ def test_disjoint_sum(parts: np.ndarray, given_weights: list[float], normalize: 
     if normalize:
         expected /= agreeing_weight(magnitudes, weights)
     assert torch.equal(found, expected)
-
-
-any_bits = arrays("uint16", st.integers(0, 1100), elements=st.integers(0, 0xFFFF))
-
-
-def of_bits(numbers: np.ndarray) -> torch.Tensor:
-    """Return any bfloat16 numbers; the largest are left out, with which sums overflow."""
-    values = torch.from_numpy(numbers.copy()).view(torch.bfloat16)
-    return values.masked_fill((values.abs() < 2.0**126).logical_not(), 1.5)
-
-
-@given(numbers=any_bits, seed=st.integers(0, 9))
-def test_difference_and_sum_of_bfloat16(numbers: np.ndarray, seed: int) -> None:
-    base = of_bits(numbers)
-    expert = base[torch.randperm(len(base), generator=torch.Generator().manual_seed(seed))]
-    piece = torch.empty(len(base))
-    Difference(expert).fill(piece, slice(0, len(base)), base)
-    assert torch.equal(bits(piece), bits(expert.float() - base.float()))
-    assert torch.equal(bits(added(piece.clone(), base)), bits(piece + base.float()))
-
-
-@given(numbers=arrays("uint32", st.integers(1, 1100), elements=st.integers(0, 0xFFFFFFFF)))
-def test_rounding_to_bfloat16(numbers: np.ndarray) -> None:
-    values = torch.from_numpy(numbers).view(torch.float32)
-    expected = values.to(torch.bfloat16)
-    found, finite = rounded(values, torch.bfloat16)
-    assert finite == bool(expected.isfinite().all())
-    kept = expected.isfinite()
-    assert torch.equal(found[kept].view(torch.int16), expected[kept].view(torch.int16))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_is_finite_when_rounded(dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
-    step = largest - float(torch.nextafter(torch.tensor(largest, dtype=dtype), torch.tensor(0, dtype=dtype)))
-    for sign in (1, -1):
-        half_way = torch.tensor(largest + step / 2)
-        for value, expected in ((half_way, False), (torch.nextafter(half_way, torch.tensor(0.0)), True)):
-            found, finite = rounded(torch.tensor([0.0, sign * float(value)]), dtype)
-            assert finite == expected
-            assert not finite or found[1] == sign * largest
-    for value in (float("nan"), float("inf"), float("-inf")):
-        assert not rounded(torch.tensor([1.0, value, 2.0]), dtype)[1]
 
 
 @given(piece=pieces)
