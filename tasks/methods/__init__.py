@@ -98,9 +98,10 @@ def _sparse_pieces(base: Tensor, vectors: Sequence[TaskVector], settings: Settin
     """Yield which elements, and every (sparse) task vector's (experts × elements), float32; the caller's own."""
     sparsifiers = [_sparsifier(vector, base, settings) for vector in vectors]
     for where in chunks(len(base)):
-        parts = torch.empty(len(vectors), where.stop - where.start, device=base.device)
+        origin = base[where]
+        parts = torch.empty(len(vectors), len(origin), device=base.device)
         for part, vector, sparsify in zip(parts, vectors, sparsifiers, strict=True):
-            vector.delta.fill(part, where, base[where])
+            vector.delta.fill(part, where, origin)
             if sparsify:
                 sparsify(part, where)
         yield where, parts

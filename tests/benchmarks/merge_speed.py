@@ -167,7 +167,8 @@ def main() -> None:
             runs = {workers: ours(models, method, workers, work) for workers in arguments.workers}
             rounds.append((theirs, runs, floor(models, work / "copied")))
             print(json.dumps([theirs, {key: vars(run) for key, run in runs.items()}, rounds[-1][2]]), file=sys.stderr)
-        theirs, low = (statistics.median(values) for values in ([t for t, _, _ in rounds], [f for _, _, f in rounds]))
+        theirs = statistics.median(theirs for theirs, _, _ in rounds)
+        low = statistics.median(low for _, _, low in rounds)
         for workers in arguments.workers:
             runs_of = [runs[workers] for _, runs, _ in rounds]
             whole, stage = (statistics.median(getattr(run, key) for run in runs_of) for key in ("whole", "stage"))
