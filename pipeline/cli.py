@@ -85,7 +85,7 @@ def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetO
 
     planned, console = make_plan(loaded, folder, store, listings.result()), Console()
     console.print(plan_table(planned))
-    for line in model_changes(planned):
+    for line in (*planned.inputs.notes, *model_changes(planned)):
         console.print(line, highlight=False, soft_wrap=True)
 
 

@@ -59,6 +59,8 @@ class Inputs:
     data: Mapping[str, TaskRows]
     tokenizer: Path
     """folder of the model whose tokenizer all models use"""
+    notes: tuple[str, ...] = ()
+    """what a user should know of the models and data that are accepted: a line each"""
 
     def only_weights(self) -> tuple[BaseWeights, dict[str, ExpertWeights]]:
         """Return base and experts as far as merging needs to know them: small, and read without transformers."""

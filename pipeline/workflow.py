@@ -43,7 +43,8 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         StepError: a step failed.
     """
     plan = make_plan(options.recipe, options.folder, options.store, listings)
-    console.print(plan_summary(plan), highlight=False)
+    for line in (*plan.inputs.notes, plan_summary(plan)):
+        console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     _finish(options, plan, _execute(options, plan, console), console)
     remember(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
@@ -76,7 +77,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
             write_json(options.report, report.model_dump())
         # What a `run` has made has not passed the gate yet.
         return 0 if last.command == "refresh" else _pass_gate(options, plan, report, console)
-    for line in (*model_changes(plan), plan_summary(plan)):
+    for line in (*plan.inputs.notes, *model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
     report = _finish(options, plan, _execute(options, plan, console), console)
