@@ -149,6 +149,8 @@ def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Conso
     summary = merge_summary(report)
     if summary is not None:
         console.print(summary, highlight=False, soft_wrap=True)
+    for note in report.notes[len(plan.inputs.notes) :]:
+        console.print(note, highlight=False, soft_wrap=True)
     for name in plan.recipe.merges:
         console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
     where = tracking.record(

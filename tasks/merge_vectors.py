@@ -46,7 +46,8 @@ def merge_group_vectors(job: MergeJob, group: int, out: Path) -> bool:
         return False
     torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
     weights = merge_weights(job, job.base)["weights"]
-    found = {name: _vectors(job, weights[layer_of(name)], name) for name in job.groups[group]}
+    mixed = [name for name in job.groups[group] if name not in job.base.statistics]
+    found = {name: _vectors(job, weights[layer_of(name)], name) for name in mixed}
     target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f".{target.name}")
     save_vectors({name: vectors for name, vectors in found.items() if vectors}, partial)
