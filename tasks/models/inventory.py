@@ -98,7 +98,7 @@ def check_complete(
         if not found:
             if parameter not in names.optional:
                 raise InputError(
-                    f"{where}: has no tensor for {names.spelled(parameter)} of {names.network}; expected all its weights: "
+                    f"{where}: has no tensor for {names.spelled(parameter)} of {names.network}; all are needed: "
                     "save the whole model again, or correct architectures and tie_word_embeddings in its config.json"
                 )
         elif set(found) == {parameter}:
