@@ -18,6 +18,7 @@ from tasks.datasets import pad, tokens
 from tasks.dynamic_folder import STATISTICS, check_files, load_network_with_heads, read_manifest
 from tasks.errors import InputError
 from tasks.evaluate import finite, generate, pad_token
+from tasks.merge_vectors import BASE
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.heads import DetachedHead
 from tasks.models.networks import load_tokenizer, positions
@@ -117,7 +118,7 @@ class DynamicModel:
         found = load_network_with_heads(folder, manifest.experts, manifest.head, dtype or manifest.dtype, device)
         values = {name: tensor.to(device) for name, tensor in load_file(folder / STATISTICS).items()}
         router = Router(manifest.rule, Statistics(**values), manifest.router)
-        return cls(*found, manifest.experts, load_tokenizer(folder), router, manifest.head == "classification")
+        return cls(*found, manifest.experts, load_tokenizer(folder / BASE), router, manifest.head == "classification")
 
     def route(self, sequences: Sequence[list[int]]) -> Routes:
         """Return the routes of token sequences: probes up to the rule's block, then the router's mathematics."""
