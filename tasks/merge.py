@@ -266,6 +266,7 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
                 marker.unlink()
         raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to merge them anew")
     write_companions(job, tokenizer, out)
+    write_heads(job, out)
     weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
     write_json(
         out / TENSORS, {name: {key: entry[key] for key in ("inputs", "checksum")} for name, entry in weights.items()}
@@ -304,12 +305,12 @@ def _of_tensors(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) -> 
 
 
 def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
-    """Write what lies beside the weights: config, tokenizer, generation config, per-task heads, `coefficients.json`.
+    """Write what makes a folder of weights a Hugging Face model: config, tokenizer, generation config.
 
     Args:
         job: the variant.
         tokenizer: folder of the model whose tokenizer, chat template and generation config the merged model gets.
-        out: the merged model's folder.
+        out: the folder of the weights.
     """
     config = read_json(job.base.folder / "config.json")
     if job.base.untied:
@@ -325,6 +326,10 @@ def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
     if source is not None:
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
     copy_tokenizer(tokenizer, experts, out)
+
+
+def write_heads(job: MergeJob, out: Path) -> None:
+    """Write the heads that belong to one expert each, and `coefficients.json`, into the merged model's folder."""
     for name, head_config in job.head_configs.items():
         folder = out / HEADS / name
         folder.mkdir(parents=True, exist_ok=True)
