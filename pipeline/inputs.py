@@ -99,8 +99,13 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     reader = load_tokenizer(tokenizer) if recipe.tasks else None
     routed = bool(recipe.se_variants())
     data = {name: _task_rows(name, task, experts[name], reader, folder, routed) for name, task in recipe.tasks.items()}
-    notes = (*base.notes, *(note for expert in experts.values() for note in expert.notes))
-    return Inputs(base, experts, listings, data, tokenizer, notes)
+    notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
+    if base.statistics:
+        notes.append(
+            f"base: of {len(base.statistics)} buffers with statistics, such as {min(base.statistics)}, merged models "
+            "have the experts' mean, whatever the method"
+        )
+    return Inputs(base, experts, listings, data, tokenizer, tuple(notes))
 
 
 def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> tuple[Base, dict[str, Expert]]:

@@ -263,3 +263,13 @@ def command_line(*arguments: object) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def do_steps(plan: Plan) -> None:
+    """Do all steps of a plan in this process, one after the other, and publish their artifacts."""
+    for step in plan.steps:
+        out = plan.store.partial(step.key)
+        out.mkdir(parents=True, exist_ok=True)
+        for part in step.parts:
+            part(out=out)
+        plan.store.publish(step.key, {"result": step.finish(out=out)})
