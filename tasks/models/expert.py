@@ -333,7 +333,6 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         adapter = parse_adapter(source, adapter_config, network, names, base, base.by_key())
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    notes: tuple[str, ...] = ()
     if adapter.unties:
         untied = base.untie()
         opened = _open_adapter(folder, untied, key, source)
@@ -341,10 +340,13 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
     placed = _place(f"{key}: {folder}", stored, source, base, names, network)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
-    config = base.config
-    if head:
+    config, ends_in = base.config, names.network
+    if head and has_network(base.config, "classification"):
+        classifier = skeleton(base.config, "classification", base.folder)
+        if adapter_config["task_type"] is None and set(head) <= set(parameter_names(classifier)):
+            ends_in = type(classifier).__name__
         # An adapter has no config of its own: the last layer of its head says how many classes there are.
-        last = parameter_names(skeleton(base.config, "classification", base.folder))[-1]
+        last = parameter_names(classifier)[-1]
         if last in head:
             config = copy.deepcopy(base.config)
             config.num_labels = source.tensors[head[last]].shape[0]
@@ -356,8 +358,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         head,
         adapter.pieces,
         config=config,
-        network=names.network,
-        notes=notes,
+        network=ends_in,
     )
 
 

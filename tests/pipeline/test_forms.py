@@ -5,12 +5,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
+from pipeline.results import unchanged
 from tasks.dynamic_model import DynamicModel
-from tests.conftest import do_steps, make_llama, perturbed, plan_of
+from tasks.errors import InputError
+from tests.conftest import bert_config, do_steps, make_llama, perturbed, plan_of, write_rows
 
 Save = Callable[..., Path]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -86,3 +97,43 @@ def test_statistics_are_the_experts_mean_and_stay_valid(tmp_path: Path) -> None:
         variances = [buffer for key, buffer in network.named_buffers() if key.endswith("running_var")]
         assert variances
         assert all(torch.allclose(variance, torch.tensor(0.15)) for variance in variances)
+
+
+def test_an_expert_that_changes_nothing_is_named(
+    llama_recipe: dict[str, Any], llamas: dict[str, Path], save: Save, tmp_path: Path
+) -> None:
+    """A copy of the base, and an adapter that was never trained."""
+    llama_recipe["tasks"], llama_recipe["merges"] = {}, {"ta": {"method": "task_arithmetic", "weight": 0.5}}
+    save(make_llama(), "copy", tmp_path, max_shard_size="40KB")
+    get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "untrained")
+    models = {"copy": tmp_path / "copy", "untrained": tmp_path / "untrained", "math": llamas["math"]}
+    llama_recipe["experts"] = {name: {"model": str(folder)} for name, folder in models.items()}
+    plan = plan_of(tmp_path, llama_recipe)
+    do_steps(plan)
+    assert unchanged(plan) == [
+        f"experts.{name} changes nothing: all its weights are the base's" for name in ("copy", "untrained")
+    ]
+
+
+@pytest.mark.parametrize("network", [BertForTokenClassification, BertForQuestionAnswering])
+def test_a_task_that_the_experts_head_cannot_do(
+    network: type[PreTrainedModel], berts: dict[str, Path], save: Save, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    folder = save(network(bert_config()), "a", tmp_path)
+    recipe = {
+        "name": "heads",
+        "base": str(berts["base"]),
+        "experts": {
+            "a": {"model": str(save(network(bert_config()), "a", tmp_path))},
+            "mood": {"model": str(berts["mood"])},
+        },
+        "tasks": {"a": {"kind": "classification", "evaluation": {"path": "json", "data_files": rows.name}}},
+        "merges": {"ta": {"method": "task_arithmetic"}},
+    }
+    with pytest.raises(InputError, match=rf"tasks.a.kind: classification, but .* is a {network.__name__}"):
+        plan_of(tmp_path, recipe)
+    recipe["tasks"] = {}
+    plan = plan_of(tmp_path, recipe)
+    do_steps(plan)
+    assert (plan.artifact("merge", "ta") / "heads" / "a" / "head.safetensors").is_file()
