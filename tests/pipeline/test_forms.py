@@ -124,10 +124,7 @@ def test_a_task_that_the_experts_head_cannot_do(
     recipe = {
         "name": "heads",
         "base": str(berts["base"]),
-        "experts": {
-            "a": {"model": str(save(network(bert_config()), "a", tmp_path))},
-            "mood": {"model": str(berts["mood"])},
-        },
+        "experts": {name: {"model": str(one)} for name, one in {"a": folder, "mood": berts["mood"]}.items()},
         "tasks": {"a": {"kind": "classification", "evaluation": {"path": "json", "data_files": rows.name}}},
         "merges": {"ta": {"method": "task_arithmetic"}},
     }

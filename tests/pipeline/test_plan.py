@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -206,6 +207,21 @@ def test_hub_models_are_checked_before_their_weights_are_fetched(
     on_hub(hub, "team/code", save(make_llama(intermediate_size=64), "wide"))
     with pytest.raises(InputError, match=r"experts.code: .* has intermediate_size 64, the base has 48"):
         plan_of(tmp_path, recipe)
+
+
+def test_hub_weights_that_must_be_compared_are_fetched_for_the_plan(
+    hub: HubServer, llama_recipe: Recipe, llamas: dict[str, Path], save: Any, tmp_path: Path
+) -> None:
+    """Two tensors stand for what the config ties: only their values tell whether it is one parameter or two."""
+    folder = save(make_llama(5), "apart", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    on_hub(hub, "team/apart", folder)
+    llama_recipe["experts"]["math"]["model"] = "hub:team/apart"
+    plan = plan_of(tmp_path, llama_recipe)
+    assert plan.inputs.base.untied
+    assert any("experts.math has its own values for both" in note for note in plan.inputs.notes)
 
 
 def test_sharded_hub_model_is_checked_by_its_headers(
