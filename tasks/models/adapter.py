@@ -139,8 +139,16 @@ def parse_adapter(
     found = {module: _module_key(names.key(module), modules, names) for module in pairs}
     if all(key == names.key(module) and key in modules for module, key in found.items()):
         _check_whole(path, set(stored), config, network, names)
+    tied = {*names.tied, *names.tied.values()}
+    # peft may store embedding and head as they are, without having been told to train them.
+    saved = {
+        parameter: name
+        for parameter, name in saved.items()
+        if names.key(parameter) not in tied
+        or _changes_base(checkpoint, name, names.key(parameter), names, base, weights)
+    }
     changed = {names.key(f"{module}.weight") for module in pairs} | {names.key(parameter) for parameter in saved}
-    if not config["ensure_weight_tying"] and changed & {*names.tied, *names.tied.values()}:
+    if not config["ensure_weight_tying"] and changed & tied:
         return Adapter({}, {}, {}, unties=True)
     saved = {parameter: name for parameter, name in saved.items() if names.key(parameter) not in names.tied}
     low_rank: dict[str, LowRank] = {}

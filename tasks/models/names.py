@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tasks.models.layers import in_block
 
+_ROTARY = re.compile(r"rotary_emb\.inv_freq")
 _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+|(?<=\.)_orig_mod\.")
 
 
@@ -94,7 +95,9 @@ class Names:
 
     def is_unread(self, name: str) -> bool:
         """Return whether transformers has no use for a tensor any more (causal masks, rotary frequencies)."""
-        return in_block(name) and self.parameter(name) not in self.parameters and bool(self.unread.search(name))
+        # Outside the blocks, what is passed over in silence may be a pooler, or a head that the base is meant to keep.
+        computed = in_block(name) or bool(_ROTARY.search(name))
+        return computed and self.parameter(name) not in self.parameters and bool(self.unread.search(name))
 
 
 def plain(name: str) -> str:
@@ -127,9 +130,7 @@ def names_of(network: PreTrainedModel) -> Names:
         renamings=tuple(each for each in transforms if isinstance(each, WeightRenaming)),
         converters=tuple(each for each in transforms if isinstance(each, WeightConverter)),
         # What `from_pretrained` passes over in silence.
-        unread=re.compile(
-            "|".join([*sorted(network._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"])
-        ),
+        unread=re.compile("|".join([*sorted(network._keys_to_ignore_on_load_unexpected or ()), _ROTARY.pattern])),
     )
 
 

@@ -150,6 +150,15 @@ def test_an_adapter_that_brings_another_base_layer(llamas: dict[str, Path], save
     assert expert.factors(EMBEDDING) is None
 
 
+def test_an_adapter_that_stores_embedding_and_head_untrained(llamas: dict[str, Path], tmp_path: Path) -> None:
+    adapted = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / "lora" / ADAPTER_WEIGHTS))
+    expert = open_expert(tmp_path / "lora", open_base(llamas["base"]), "experts.x")
+    assert not expert.own
+    assert not expert.base.untied
+
+
 @pytest.mark.parametrize("change", ["_orig_mod.{}", "module.{}", "default"])
 def test_names_that_training_left_in_an_adapter(change: str, llamas: dict[str, Path], tmp_path: Path) -> None:
     make_adapter(make_llama(), tmp_path / "lora", 3, target_modules=["q_proj"], task_type="CAUSAL_LM")
