@@ -73,7 +73,7 @@ def make_case(name: str, folder: Path, lora: bool = True) -> Case:
         Exception: transformers or peft cannot.
     """
     case = Case(name, folder)
-    network = perturbed(tiny_network(name), 0, 0.05)
+    network = tiny_network(name)
     tokenizer = make_tokenizer()
     network.save_pretrained(case.base)
     tokenizer.save_pretrained(case.base)
