@@ -26,7 +26,7 @@ from tasks.download import Listing, LocalModel, safetensors_header, small_files
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, check_index, index_files
-from tasks.models.dynamic import check_dynamic
+from tasks.models.dynamic import trunk_blocks
 from tasks.models.expert import Base, Expert, missing_parameters, open_base, open_expert
 from tasks.models.layers import block_names, group_by_layer
 from tasks.models.networks import load_tokenizer, positions, skeleton
