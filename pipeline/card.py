@@ -94,7 +94,7 @@ def _route_text(route: RouteInfo, params: Mapping[str, str]) -> str:
     return f"""## Use
 
 The folder is a dynamic model (SE-Merging): the base, and beside it what each expert adds to it. Every input gets
-coefficients of its own. Read with transformers, the folder is the base alone; with sensmerge installed:
+coefficients of its own. transformers cannot load it (the base alone is in `base/`); with sensmerge installed:
 
 ```python
 from pathlib import Path

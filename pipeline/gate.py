@@ -50,24 +50,32 @@ class Verdict:
         )
 
 
+def candidates(report: Report, gate: Gate) -> list[str]:
+    """Return the variants that may become champion: those that the gate names, else the static ones.
+
+    A static variant is a checkpoint, which any server loads. What serves a dynamic one has to be made for it, so the
+    recipe has to name it.
+    """
+    return gate.variants or [name for name in report.variants if name not in report.routes]
+
+
 def best_variant(report: Report, gate: Gate) -> str:
-    """Return the name of the variant that scores best by the gate's metric; of equal ones the first.
+    """Return the name of the candidate that scores best by the gate's metric; of equal ones the first.
 
     Raises:
-        InputError: no variant has that metric.
+        InputError: no candidate has that metric.
     """
     task, _, metric = gate.metric.rpartition("/")
-    candidates = gate.variants or list(report.variants)
     scores = (
         report.mean_normalised
         if not task
         else {name: found[task][metric] for name, found in report.scores.items() if metric in found.get(task, {})}
     )
-    values = {name: scores[name].value for name in candidates if name in scores}
+    values = {name: scores[name].value for name in candidates(report, gate) if name in scores}
     if not values:
         raise InputError(
-            f"gate.metric: no variant has {gate.metric}; expected {MEAN_NORMALISED} (where every expert scores on its "
-            f"own task) or one of {', '.join(sorted(_keys(report))) or '(none)'}"
+            f"gate.metric: no variant that may become champion has {gate.metric}; expected {MEAN_NORMALISED} (where "
+            f"every expert scores on its own task) or one of {', '.join(sorted(_keys(report))) or '(none)'}"
         )
     sign = 1 if not task or metrics.higher_is_better(metric) else -1
     return max(values, key=lambda name: sign * values[name])

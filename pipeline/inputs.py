@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
 from pipeline.models import about
 from pipeline.recipe import Recipe
 from tasks import evaluate_lm_eval
@@ -22,10 +24,10 @@ from tasks.datasets import (
     encode,
     load_rows,
 )
-from tasks.download import Listing, LocalModel, safetensors_header, small_files
+from tasks.download import Listing, LocalModel, fetch_files, safetensors_header, small_files
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
-from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, check_index, index_files
+from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
 from tasks.models.dynamic import trunk_blocks
 from tasks.models.expert import Base, Expert, missing_parameters, open_base, open_expert
 from tasks.models.layers import block_names, group_by_layer
@@ -87,9 +89,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     Raises:
         InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
     """
-    with about("base"):
-        base = open_base(small_files(listings["base"], cache), _remote_headers(listings["base"], cache))
-    experts = {name: _open_expert(f"experts.{name}", listings[name], base, cache) for name in recipe.experts}
+    base, experts = _open_models(recipe, listings, cache)
     _check_layers(recipe, base)
     for name, variant in recipe.merges.items():
         if isinstance(variant.application, SeApplication):
@@ -99,12 +99,28 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     reader = load_tokenizer(tokenizer) if recipe.tasks else None
     routed = bool(recipe.se_variants())
     data = {name: _task_rows(name, task, experts[name], reader, folder, routed) for name, task in recipe.tasks.items()}
-    return Inputs(base, experts, listings, data, tokenizer)
+    notes = (*base.notes, *(note for expert in experts.values() for note in expert.notes))
+    return Inputs(base, experts, listings, data, tokenizer, notes)
 
 
-def _open_expert(key: str, listing: Listing, base: Base, cache: Path) -> Expert:
-    with about(key):
-        return open_expert(small_files(listing, cache), base, key, _remote_headers(listing, cache))
+def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> tuple[Base, dict[str, Expert]]:
+    """Open base and experts; where one expert holds apart what the base ties, all are seen so."""
+    folders = {name: small_files(listing, cache) for name, listing in listings.items()}
+    headers = {name: _remote_headers(listing, cache) for name, listing in listings.items()}
+    while True:
+        try:
+            with about("base"):
+                base = open_base(folders["base"], headers["base"])
+            experts = {}
+            for name in recipe.experts:
+                with about(f"experts.{name}"):
+                    experts[name] = open_expert(folders[name], base, f"experts.{name}", headers[name])
+            break
+        except FilesNeeded as needed:
+            name = next(name for name, folder in folders.items() if folder == needed.folder)
+            fetch_files(listings[name], needed.files, cache)
+    base = next((one.base for one in experts.values() if one.base.untied), base)
+    return base, {name: expert.on(base) for name, expert in experts.items()}
 
 
 def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:
@@ -115,11 +131,7 @@ def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:
     if ADAPTER_WEIGHTS in names or WEIGHTS in names:
         file = ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else WEIGHTS
         return Checkpoint(listing.folder, safetensors_header(listing, file, cache))
-    index = listing.folder / INDEX
-    tensors: dict[str, TensorInfo] = {}
-    for file in index_files(index):
-        tensors |= safetensors_header(listing, file, cache)
-    check_index(index, tensors)
+    tensors = indexed_tensors(listing.folder / INDEX, lambda file: safetensors_header(listing, file, cache))
     return Checkpoint(listing.folder, tensors)
 
 
@@ -193,8 +205,8 @@ def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Pa
         return TaskRows(task, [], [])
     if isinstance(task, ClassificationTask) and not _classifies(expert):
         raise InputError(
-            f"tasks.{name}.kind: classification, but {expert.folder} has no classification head; "
-            "expected an expert with one (its own classifier, or modules_to_save)"
+            f"tasks.{name}.kind: classification, but {expert.folder} is a {expert.network}; expected a classifier of "
+            "texts (its own, or a LoRA adapter with task_type SEQ_CLS and its head in modules_to_save)"
         )
     label2id = expert.config.label2id
     rows, tokens, longest = {}, {}, {}
@@ -234,5 +246,4 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
 
 
 def _classifies(expert: Expert) -> bool:
-    architectures = expert.config.architectures or []
-    return bool(expert.head) or any("SequenceClassification" in name for name in architectures)
+    return expert.network in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()

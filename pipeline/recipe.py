@@ -149,7 +149,10 @@ class Gate(Strict):
         description="what the best variant is chosen by: mean_normalised, or TASK/METRIC such as math/exact_match",
     )
     variants: list[str] | None = Field(
-        None, min_length=1, description="variants that may become champion; default: all"
+        None,
+        min_length=1,
+        description="variants that may become champion; default: the static ones. A dynamic one (application se) "
+        "has to be named, for servers of checkpoints cannot load it",
     )
     tolerance: FiniteFloat = Field(
         0.02,

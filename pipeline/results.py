@@ -50,6 +50,7 @@ def collect(plan: Plan) -> Report:
         roles={name: _role(plan, name) for name in models},
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
+        notes=[*plan.inputs.notes, *_unchanged(plan)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
         variants=variants,
@@ -59,6 +60,15 @@ def collect(plan: Plan) -> Report:
         tau=variants[sens[0]].tau if sens else {},
         sigma=variants[sens[0]].sigma if sens else {},
     )
+
+
+def _unchanged(plan: Plan) -> list[str]:
+    """Return a line for every expert that is the base itself."""
+    return [
+        f"experts.{name} changes nothing: all its weights are the base's"
+        for name, expert in plan.inputs.experts.items()
+        if not expert.head and not _manifest(plan, "task_vectors", name)["result"]["changed"]
+    ]
 
 
 def _uri(plan: Plan, name: str, folder: Path) -> str:

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from pipeline.card import write_cards
 from pipeline.changes import model_changes
-from pipeline.gate import best_variant, judge, passes
+from pipeline.gate import best_variant, candidates, judge, passes
 from pipeline.history import begin, last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
-from pipeline.recipe import Recipe
+from pipeline.recipe import Gate, Recipe
 from pipeline.report import Report, merge_summary, route_table, route_warnings, score_table
 from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
@@ -86,10 +86,15 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
 
 def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -> int:
     """Let the best variant become champion if it may, say what came of it, and return the exit status."""
-    if report.tasks:
-        passed, said = _judged(plan, report, options.uri)
-    else:
+    if not report.tasks:
         passed, said = True, ["no task has evaluation samples, so there is no champion"]
+    elif not candidates(report, plan.recipe.gate):
+        passed, said = (
+            True,
+            [f"no static variant; name them in gate.variants ({', '.join(report.routes)}): no new champion"],
+        )
+    else:
+        passed, said = _judged(plan, report, options.uri)
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)
     remember(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
@@ -103,18 +108,30 @@ def _judged(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
     registry = Registry(uri, plan.recipe.name)
     best = best_variant(report, plan.recipe.gate)
     version, champion = registry.of_variant(best, report.variants[best].digest), registry.champion()
+    left_out = _better_ones(report, plan.recipe.gate, best)
     if champion is None:
         registry.promote(version)
-        return True, [f"{version} is champion, the first"]
+        return True, [*left_out, f"{version} is champion, the first"]
     if champion.number == version.number:
-        return True, [f"{version} stays champion: it is still the best variant"]
+        return True, [*left_out, f"{version} stays champion: it is still the best variant"]
     verdicts = judge(registry.outcomes(version), registry.outcomes(champion), plan.recipe.gate.tolerance)
     registry.propose(version, champion, verdicts)
-    lines = [f"gate, {verdict.task}: {verdict}" for verdict in verdicts]
+    lines = [*left_out, *(f"gate, {verdict.task}: {verdict}" for verdict in verdicts)]
     if not passes(verdicts):
         return False, [*lines, f"{version} stays challenger, {champion} champion"]
     registry.promote(version)
     return True, [*lines, f"{version} is champion, after {champion}"]
+
+
+def _better_ones(report: Report, gate: Gate, best: str) -> list[str]:
+    """Say which dynamic variant scores better than the best of those that may become champion."""
+    best_of_all = best_variant(report, gate.model_copy(update={"variants": list(report.variants)}))
+    if gate.variants or best_of_all == best:
+        return []
+    return [
+        f"{best_of_all} scores better than {best}; it is dynamic and becomes champion only if the recipe names it in "
+        "gate.variants"
+    ]
 
 
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]:
@@ -149,6 +166,8 @@ def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Conso
     summary = merge_summary(report)
     if summary is not None:
         console.print(summary, highlight=False, soft_wrap=True)
+    for note in report.notes[len(plan.inputs.notes) :]:
+        console.print(note, highlight=False, soft_wrap=True)
     for name in plan.recipe.merges:
         console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
     where = tracking.record(

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -226,12 +226,21 @@ def small_files(listing: Listing, cache: Path) -> Path:
     Raises:
         InputError: as `download`.
     """
+    fetch_files(listing, [file.name for file in listing.files if not fnmatch(file.name, WEIGHTS)], cache)
+    return listing.folder
+
+
+def fetch_files(listing: Listing, names: Collection[str], cache: Path) -> None:
+    """Fetch and verify some files of a model.
+
+    Raises:
+        InputError: as `download`.
+    """
     if isinstance(listing.source, HubModel):
         with _hub(listing.source, cache) as api:
             for file in listing.files:
-                if not fnmatch(file.name, WEIGHTS):
+                if file.name in names:
                     _fetch(api, listing, file, cache)
-    return listing.folder
 
 
 def safetensors_header(listing: Listing, name: str, cache: Path) -> dict[str, TensorInfo]:

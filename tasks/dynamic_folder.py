@@ -1,4 +1,8 @@
-"""The folder of a dynamic model: base, compact task vectors, heads, route, and the digests of it all."""
+"""The folder of a dynamic model: base, compact task vectors, heads, route, and the digests of it all.
+
+The base is a checkpoint in a folder of its own. The folder itself looks like none, so what loads checkpoints refuses it
+instead of taking the base for the merge.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
 from tasks.errors import InputError
-from tasks.merge_vectors import VECTORS
+from tasks.merge_vectors import BASE, VECTORS
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.expert import Base, load_network, open_base
 from tasks.models.heads import DetachedHead, SavedHead
@@ -22,7 +26,7 @@ from tasks.routing import RouterSettings, Rule
 MANIFEST = "dynamic.json"
 """A folder without it is no dynamic model."""
 STATISTICS = "statistics.safetensors"
-FORMAT = 1
+FORMAT = 2
 """Version of the folder."""
 
 
@@ -105,7 +109,7 @@ def load_network_with_heads(
         dtype: torch name of the dtype.
         device: torch device.
     """
-    base = open_base(folder)
+    base = open_base(folder / BASE)
     torch_dtype = getattr(torch, dtype)
     saved = {name: SavedHead(folder / HEADS / name) for name in experts if (folder / HEADS / name).is_dir()}
     first = next(iter(saved.values()), None)

@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tasks.datasets import pad, tokens
+from tasks.datasets import pad
 from tasks.dynamic_folder import STATISTICS, check_files, load_network_with_heads, read_manifest
 from tasks.errors import InputError
 from tasks.evaluate import finite, generate, pad_token
+from tasks.merge_vectors import BASE
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.heads import DetachedHead
-from tasks.models.networks import load_tokenizer, positions
+from tasks.models.networks import load_tokenizer
 from tasks.models.probes import probe
 from tasks.routing import RouterSettings, Rule, Statistics, affinities, coefficients
+from tasks.texts import text_tokens
 
 PADDING = 0.25
 """Share of a part of a batch that is padding, at most."""
@@ -117,7 +119,7 @@ class DynamicModel:
         found = load_network_with_heads(folder, manifest.experts, manifest.head, dtype or manifest.dtype, device)
         values = {name: tensor.to(device) for name, tensor in load_file(folder / STATISTICS).items()}
         router = Router(manifest.rule, Statistics(**values), manifest.router)
-        return cls(*found, manifest.experts, load_tokenizer(folder), router, manifest.head == "classification")
+        return cls(*found, manifest.experts, load_tokenizer(folder / BASE), router, manifest.head == "classification")
 
     def route(self, sequences: Sequence[list[int]]) -> Routes:
         """Return the routes of token sequences: probes up to the rule's block, then the router's mathematics."""
@@ -212,7 +214,10 @@ class DynamicModel:
         if not texts:
             return []
         places = places or [f"text {number}" for number in range(len(texts))]
-        sequences = [self._tokens(text, place, max_new_tokens) for text, place in zip(texts, places, strict=True)]
+        config, new = self.network.network.config, None if self.classifies else max_new_tokens
+        sequences = [
+            text_tokens(text, self.tokenizer, config, new, place) for text, place in zip(texts, places, strict=True)
+        ]
         routes = self.route(sequences)
         finite(routes.coefficients)
         names = [self.experts[expert] for expert in routes.experts]
@@ -228,20 +233,6 @@ class DynamicModel:
             Prediction(answer, name, dict(zip(self.experts, row, strict=True)))
             for answer, name, row in zip(answers, names, table, strict=True)
         ]
-
-    def _tokens(self, text: str, where: str, max_new_tokens: int) -> list[int]:
-        ids: list[int] = (
-            self.tokenizer(text, verbose=False)["input_ids"]
-            if self.classifies
-            else tokens(text, self.tokenizer, front=True)
-        )
-        new = 0 if self.classifies else max_new_tokens
-        room = (positions(self.network.network.config) or len(ids) + new) - new
-        if room < 1:
-            raise InputError(f"max_new_tokens is {new}; the model takes {room + new} tokens, prompt included: lower it")
-        if not 0 < len(ids) <= room:
-            raise InputError(f"{where} has {len(ids)} tokens; the model takes 1 to {room}: shorten it")
-        return ids
 
     def _label(self, head: str, index: int) -> str:
         owner = self.heads[head].network if head in self.heads else self.network.network

@@ -45,7 +45,9 @@ from tasks.models.tokenizers import copy_tokenizer
 from tasks.models.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
 from tasks.task_vectors import TABLE, read_histogram
 
-VERSION = 4
+VERSION = 5
+MEAN = Settings("task_arithmetic", normalize=False, rescale=False, lambda_=1.0)
+"""How statistics (`BaseWeights.statistics`) are merged, with weights 1 / experts."""
 TENSORS = "tensors.json"
 """What every weight was made of (`inputs`) and what came out (`checksum`), for a later merge to take it over."""
 
@@ -110,7 +112,10 @@ def merge_group(job: MergeJob, group: int, out: Path) -> bool:
     tensors = {}
     with CheckpointWriter(plan, out) as writer:
         for name in (*job.groups[group], *(base.buffers if group == 0 else ())):
-            dtype, own = plan.tensors[name].dtype, weights.get(layer_of(name), {})
+            dtype = plan.tensors[name].dtype
+            # Statistics: any other weights may leave what no network can use, such as a negative variance.
+            is_mean = name in base.statistics
+            own = dict.fromkeys(job.experts, 1 / len(job.experts)) if is_mean else weights.get(layer_of(name), {})
             inputs = _inputs(job, own, name, dtype, [table[name]["content"] for table in contents if name in table])
             with noted(f"tensor {name} of layer {layer_of(name)}"):
                 digests = previous.take(name, inputs, writer) if previous else None
@@ -188,6 +193,9 @@ class _Previous:
 def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> Iterator[tuple[slice, Tensor]]:
     base = job.base.read(name).reshape(-1)
     touched = any(expert.touches(name) for expert in job.experts.values())
+    if name in job.base.statistics:
+        deltas = [TaskVector(expert.task_vector(name), weights[key]) for key, expert in job.experts.items()]
+        return merged_pieces(base, deltas, MEAN)
     if not job.base.info(name).is_floating_point or not (touched or job.settings.method == "linear"):
         return ((where, base[where]) for where in chunks(len(base)))
     vectors = [task_vector(job, key, weights[key], name) for key in job.experts]
@@ -207,16 +215,23 @@ def task_vector(job: MergeJob, key: str, weight: float, name: str) -> TaskVector
 
 def merge_weights(job: MergeJob, base: BaseWeights) -> dict[str, Any]:
     """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from."""
-    layers = list(group_by_layer(base.weights))
+    layers = list(group_by_layer(name for name in base.weights if name not in base.statistics))
     if not isinstance(job.coefficients, SensCoefficients):
         return {"weights": plain_weights(job.coefficients, job.weight, layers, job.experts)}
     assert job.distances is not None
     alphas = {
-        name: alpha(read_json(path / "sensitivity.json")["sensitivity"]) for name, path in job.sensitivities.items()
+        name: _with_tied_layers(alpha(read_json(path / "sensitivity.json")["sensitivity"]), base)
+        for name, path in job.sensitivities.items()
     }
     taus = tau(read_json(job.distances / "distances.json"), job.coefficients.direction)
     sigmas = sigma(alphas, taus, job.coefficients.temperature, layers)
     return {"weights": sens_weights(sigmas, job.weight), "tau": taus, "sigma": sigmas}
+
+
+def _with_tied_layers(values: Mapping[str, float], base: BaseWeights) -> dict[str, float]:
+    """Return values by layer where an expert's embedding that is its head too stands for both layers."""
+    tied = {layer_of(name): layer_of(stored) for name, stored in base.stored.items() if stored in base.weights}
+    return {**{layer: values[one] for layer, one in tied.items() if one in values}, **values}
 
 
 def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
@@ -251,6 +266,7 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
                 marker.unlink()
         raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to merge them anew")
     write_companions(job, tokenizer, out)
+    write_heads(job, out)
     weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
     write_json(
         out / TENSORS, {name: {key: entry[key] for key in ("inputs", "checksum")} for name, entry in weights.items()}
@@ -289,14 +305,17 @@ def _of_tensors(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) -> 
 
 
 def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
-    """Write what lies beside the weights: config, tokenizer, generation config, per-task heads, `coefficients.json`.
+    """Write what makes a folder of weights a Hugging Face model: config, tokenizer, generation config.
 
     Args:
         job: the variant.
         tokenizer: folder of the model whose tokenizer, chat template and generation config the merged model gets.
-        out: the merged model's folder.
+        out: the folder of the weights.
     """
     config = read_json(job.base.folder / "config.json")
+    if job.base.untied:
+        for part in (one for one in (config, config.get("text_config")) if one is not None):
+            part["tie_word_embeddings"] = False
     if job.out_dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = job.out_dtype
@@ -307,6 +326,10 @@ def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
     if source is not None:
         shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
     copy_tokenizer(tokenizer, experts, out)
+
+
+def write_heads(job: MergeJob, out: Path) -> None:
+    """Write the heads that belong to one expert each, and `coefficients.json`, into the merged model's folder."""
     for name, head_config in job.head_configs.items():
         folder = out / HEADS / name
         folder.mkdir(parents=True, exist_ok=True)

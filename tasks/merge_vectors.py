@@ -11,13 +11,16 @@ import torch
 
 from tasks.artifacts import sha256_file, write_json
 from tasks.errors import InputError
-from tasks.merge import MergeJob, flush, merge_weights, task_vector, write_companions
+from tasks.merge import MergeJob, flush, merge_weights, task_vector, write_companions, write_heads
 from tasks.methods import agreed_pieces, contribution_pieces, has_consensus, keeps_low_rank, shares, static_coefficient
 from tasks.models.checkpoint import INDEX, WEIGHTS
 from tasks.models.layers import layer_of
 from tasks.models.vectors import LowRank, Vector, compact, save_vectors
 
-VERSION = 2
+VERSION = 3
+BASE = "base"
+"""Folder of the base as a checkpoint. The merge's own folder has no `config.json`, so that no loader of checkpoints
+takes the base for the merge."""
 VECTORS = "vectors"
 """Folder of the compact task vectors: a file per group of layers."""
 FILES = "files.json"
@@ -46,7 +49,8 @@ def merge_group_vectors(job: MergeJob, group: int, out: Path) -> bool:
         return False
     torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
     weights = merge_weights(job, job.base)["weights"]
-    found = {name: _vectors(job, weights[layer_of(name)], name) for name in job.groups[group]}
+    mixed = [name for name in job.groups[group] if name not in job.base.statistics]
+    found = {name: _vectors(job, weights[layer_of(name)], name) for name in mixed}
     target.parent.mkdir(exist_ok=True)
     partial = target.with_name(f".{target.name}")
     save_vectors({name: vectors for name, vectors in found.items() if vectors}, partial)
@@ -98,7 +102,7 @@ def _finite(values: torch.Tensor, dtype: torch.dtype, expert: str, name: str) ->
 
 
 def finish_vectors(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
-    """Complete the folder: the base's weights, config, tokenizer, per-task heads, and the digests of all files.
+    """Complete the folder: the base as a checkpoint in `BASE`, per-task heads, and the digests of all files.
 
     Args:
         job: the variant.
@@ -113,13 +117,15 @@ def finish_vectors(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     """
     weights = sorted({info.file for info in job.base.checkpoint.tensors.values()})
     files = weights if weights == [WEIGHTS] else [*weights, INDEX]
+    (out / BASE).mkdir(exist_ok=True)
     for file in files:
-        source = job.base.folder / file
-        shutil.copyfile(source, out / file)
-        if sha256_file(out / file) != sha256_file(source):
-            raise OSError(f"{out / file}: reads back otherwise than {source}; run again to copy it anew")
-    write_companions(job, tokenizer, out)
-    paths = sorted(path for path in out.rglob("*") if path.is_file() and path.name not in _LATER)
+        source, target = job.base.folder / file, out / BASE / file
+        shutil.copyfile(source, target)
+        if sha256_file(target) != sha256_file(source):
+            raise OSError(f"{target}: reads back otherwise than {source}; run again to copy it anew")
+    write_companions(job, tokenizer, out / BASE)
+    write_heads(job, out)
+    paths = sorted(path for path in out.rglob("*") if path.is_file() and str(path.relative_to(out)) not in _LATER)
     digests = {str(path.relative_to(out)): sha256_file(path) for path in paths}
     write_json(out / FILES, digests)
     size = sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")

@@ -16,7 +16,7 @@ from tasks.datasets import ClassificationTask, RowSet, encode, pad
 from tasks.dynamic_folder import FORMAT, STATISTICS, Manifest, load_network_with_heads, write_manifest
 from tasks.errors import InputError
 from tasks.evaluate import pad_token
-from tasks.merge_vectors import FILES
+from tasks.merge_vectors import BASE, FILES
 from tasks.metrics import mean_score
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.networks import load_tokenizer
@@ -35,7 +35,7 @@ from tasks.routing import (
     trust,
 )
 
-VERSION = 2
+VERSION = 3
 BATCH_SIZE = 8
 """Samples per forward pass; each is probed up to K + 2 times in it."""
 
@@ -122,7 +122,7 @@ def _features(
     device: str,
 ) -> tuple[dict[tuple[int, PoolName], Features], Tensor]:
     """Return the features of all calibration samples by layer and pool, on the CPU, and whose each sample is (N,)."""
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model / BASE)
     prompts: list[list[int]] = []
     owners: list[int] = []
     for number, (name, one) in enumerate(calibration.items()):

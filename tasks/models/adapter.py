@@ -1,14 +1,16 @@
 """PEFT LoRA adapters: which tensors their factors belong to, scaled exactly as peft scales them."""
 
+import copy
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,12 +18,15 @@ from transformers.pytorch_utils import Conv1D
 
 from tasks.errors import InputError
 from tasks.models.checkpoint import Checkpoint, TensorInfo
-from tasks.models.names import Names
-from tasks.models.weights import LowRank
+from tasks.models.names import Names, plain
+from tasks.models.regions import regions
+from tasks.models.weights import BaseWeights, LowRank, Piece, View
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer.weight"
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B))\.default\b")
 
 # Settings that change the applied weights in no way, or in the way this module implements.
 _UNDERSTOOD = {
@@ -45,12 +50,16 @@ _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter by the parameter names of the network it was trained on."""
+    """A LoRA adapter, matched with its base."""
 
     low_rank: Mapping[str, LowRank]
-    """key (`Names.key`) of each adapted parameter → its task vector"""
+    """base's name of each adapted tensor → its task vector"""
+    pieces: Mapping[str, tuple[Piece, ...]]
+    """base's name → task vectors of its parts, where the base holds stacked what was adapted one by one"""
     saved: Mapping[str, str]
-    """name of each parameter stored whole (modules_to_save) → its name in the adapter"""
+    """name of each parameter stored whole (modules_to_save, changed base layers) → its name in the adapter"""
+    unties: bool
+    """whether it changes one of two tied parameters, or each in its own way; then nothing else is told"""
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -83,49 +92,168 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def parse_adapter(checkpoint: Checkpoint, config: Mapping[str, Any], network: PreTrainedModel, names: Names) -> Adapter:
-    """Match an adapter's tensors with the parameters of the network it was trained on.
+def parse_adapter(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    network: PreTrainedModel,
+    names: Names,
+    base: BaseWeights,
+    weights: Mapping[str, str],
+) -> Adapter:
+    """Match an adapter's tensors with the parameters of the network it was trained on, and with the base's tensors.
 
     Args:
         checkpoint: the adapter's headers.
         config: as `read_adapter_config` returns it.
         network: the network on the meta device; module types and shapes are read from it.
         names: of the network.
+        base: the base.
+        weights: name of each of its weights by key.
 
     Raises:
         InputError: a tensor that belongs to no module of the network or does not fit it: another base's adapter; one
-            that unties tied parameters.
+            that lacks tensors which its config asks for.
+        FilesNeeded: tensors must be compared whose files are not here yet.
     """
     path = checkpoint.folder / ADAPTER_WEIGHTS
     modules = {names.key(name): module for name, module in network.named_modules()}
+    stored = {_peft_name(name, path): name for name in checkpoint.tensors}
     pairs: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        if not name.startswith(_PREFIX):
-            raise InputError(f"{path}: tensor {name} does not start with {_PREFIX}; expected a PEFT adapter")
-        stripped = name.removeprefix(_PREFIX)
-        if stripped.endswith(".base_layer.weight"):
-            continue  # peft's copy of the base's own embedding
+    for stripped, name in stored.items():
         module, kind = _split_lora_name(stripped)
-        if _is_tied(path, config, names, stripped if kind is None else f"{module}.weight"):
-            continue
         if kind is not None:
             pairs.setdefault(module, {})[kind] = name
-        elif _is_saved(stripped, config["modules_to_save"] or ()):
+        elif stripped.endswith(_BASE_LAYER):
+            parameter = f"{stripped.removesuffix(_BASE_LAYER)}.weight"
+            if _changes_base(checkpoint, name, names.key(parameter), names, base, weights):
+                saved[parameter] = name
+        elif names.parameter(stripped) in names.parameters or _is_saved(stripped, config["modules_to_save"] or ()):
             saved[stripped] = name
         else:
             raise InputError(
-                f"{path}: tensor {name} is neither a LoRA factor nor in modules_to_save; it cannot be handled"
+                f"{path}: tensor {name} is neither a LoRA factor nor a parameter of {names.network}; it cannot be "
+                "handled: merge the adapter into its base with peft first"
             )
-    low_rank = {}
+    found = {module: _module_key(names.key(module), modules, names) for module in pairs}
+    if all(key == names.key(module) and key in modules for module, key in found.items()):
+        _check_whole(path, set(stored), config, network, names)
+    changed = {names.key(f"{module}.weight") for module in pairs} | {names.key(parameter) for parameter in saved}
+    if not config["ensure_weight_tying"] and changed & {*names.tied, *names.tied.values()}:
+        return Adapter({}, {}, {}, unties=True)
+    saved = {parameter: name for parameter, name in saved.items() if names.key(parameter) not in names.tied}
+    low_rank: dict[str, LowRank] = {}
+    pieces: dict[str, tuple[Piece, ...]] = {}
     for module, pair in pairs.items():
-        key = names.key(module)
-        if key not in modules:
-            raise InputError(
-                f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
-            )
-        low_rank[f"{key}.weight"] = _low_rank(path, checkpoint.tensors, config, module, modules[key], pair)
-    return Adapter(low_rank, saved)
+        key = found[module]
+        if f"{key}.weight" in names.tied:
+            continue
+        target = weights.get(f"{key}.weight")
+        if target is not None:
+            shape = base.info(target).shape
+            low_rank[target] = _low_rank(path, checkpoint.tensors, config, module, modules.get(key), shape, pair)
+            continue
+        stacked, view = _stacked_weight(path, f"{key}.weight", module, weights, network, names)
+        factors = _low_rank(path, checkpoint.tensors, config, module, None, view.shape, pair)
+        pieces[stacked] = (*pieces.get(stacked, ()), Piece(factors, inside=view))
+    return Adapter(low_rank, pieces, saved, unties=False)
+
+
+def _peft_name(name: str, path: Path) -> str:
+    """Return a stored name without what peft, torch.compile and data parallelism put there.
+
+    Raises:
+        InputError: it is no name that peft gives.
+    """
+    found = plain(name)
+    if not found.startswith(_PREFIX):
+        raise InputError(f"{path}: tensor {name} does not start with {_PREFIX}; expected a PEFT adapter")
+    # The adapter's own name, which peft leaves out when it saves.
+    return _ADAPTER_NAME.sub(r"\1", plain(found.removeprefix(_PREFIX)))
+
+
+def _changes_base(
+    checkpoint: Checkpoint, name: str, key: str, names: Names, base: BaseWeights, weights: Mapping[str, str]
+) -> bool:
+    """Return whether peft's copy of a layer that it adapts is another than the base's."""
+    match = weights.get(names.tied.get(key, key))
+    if match is None or checkpoint.tensors[name].shape != base.info(match).shape:
+        return True
+    checkpoint.require(checkpoint.tensors[name].file)
+    base.checkpoint.require(base.info(match).file)
+    return not torch.equal(checkpoint.read(name).to(base.dtype(match)), base.read(match))
+
+
+def _module_key(key: str, modules: Mapping[str, nn.Module], names: Names) -> str:
+    """Return the key of a module that an adapter names, which may have been trained in another wrapper of the network.
+
+    The base may be the language model inside the network that was adapted, or the other way round.
+    """
+    if key in modules:
+        return key
+    if names.tower and names.tower + key in modules:
+        return names.tower + key
+    for wrapper in ("language_model.", "text_model."):
+        _, found, inner = key.partition(wrapper)
+        if found and inner in modules:
+            return inner
+    return key
+
+
+def _check_whole(
+    path: Path, stored: set[str], config: Mapping[str, Any], network: PreTrainedModel, names: Names
+) -> None:
+    """Check that an adapter has all tensors that peft makes of its config for the network.
+
+    Args:
+        path: of the adapter.
+        stored: its tensors, as `_peft_name` returns them.
+        config: its config.
+        network: the network on the meta device.
+        names: of the network.
+
+    Raises:
+        InputError: a tensor is missing; peft finds nothing in the network that the config names.
+    """
+    known = LoraConfig().to_dict().keys()
+    settings = {key: value for key, value in config.items() if key in known} | {"init_lora_weights": False}
+    try:
+        adapted = get_peft_model(copy.deepcopy(network), LoraConfig(**settings), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise InputError(
+            f"{path.parent / ADAPTER_CONFIG}: peft cannot apply it to {type(network).__name__} "
+            f"({' '.join(str(error).split())}); the adapter was made for another base"
+        ) from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = {_factor(_peft_name(name, path), names): name for name in expected}
+    lacking = [name for factor, name in wanted.items() if factor not in {_factor(name, names) for name in stored}]
+    if lacking:
+        raise InputError(
+            f"{path}: has no tensor {lacking[0]}, which its config asks for ({len(wanted) - len(lacking)} of "
+            f"{len(wanted)} are there); save the whole adapter again (with ZeRO-3, gather the weights first)"
+        )
+
+
+def _factor(name: str, names: Names) -> tuple[str, str | None]:
+    module, kind = _split_lora_name(name)
+    return names.key(module), kind
+
+
+def _stacked_weight(
+    path: Path, key: str, module: str, weights: Mapping[str, str], network: PreTrainedModel, names: Names
+) -> tuple[str, View]:
+    """Return the base's tensor that holds the weight of an adapted module stacked with others, and where in it.
+
+    Raises:
+        InputError: there is none.
+    """
+    parameter = names.parameter(key)
+    views = regions(network, names, parameter) if parameter in names.parameters else None
+    if views is None or key not in views or parameter not in weights:
+        raise InputError(
+            f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
+        )
+    return weights[parameter], views[key]
 
 
 def _is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
@@ -133,21 +261,6 @@ def _is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
     parts = name.split(".")
     modules = [".".join(parts[:length]) for length in range(1, len(parts))]
     return any(module.endswith(saved) for module in modules for saved in modules_to_save)
-
-
-def _is_tied(path: Path, config: Mapping[str, Any], names: Names, parameter: str) -> bool:
-    """Return whether a parameter is only the second name of another, which the adapter changes in the same way.
-
-    Raises:
-        InputError: the adapter changes one of two tied parameters, or each in its own way.
-    """
-    key = names.key(parameter)
-    if key in {*names.tied, *names.tied.values()} and not config["ensure_weight_tying"]:
-        raise InputError(
-            f"{path}: changes {parameter}, which the base ties to another parameter, without ensure_weight_tying; "
-            "train without it, or with ensure_weight_tying"
-        )
-    return key in names.tied
 
 
 def _split_lora_name(name: str) -> tuple[str, str | None]:
@@ -168,25 +281,38 @@ def _low_rank(
     tensors: Mapping[str, TensorInfo],
     config: Mapping[str, Any],
     name: str,
-    module: nn.Module,
+    module: nn.Module | None,
+    shape: tuple[int, ...],
     pair: Mapping[str, str],
 ) -> LowRank:
+    """Return the task vector of an adapted module's weight.
+
+    Args:
+        path: of the adapter, for messages.
+        tensors: its headers.
+        config: its config.
+        name: of the module.
+        module: hollow; None for a linear layer that the network holds stacked with others.
+        shape: of the weight.
+        pair: factor → name of its tensor.
+
+    Raises:
+        InputError: another kind of module; a factor is missing, or has another shape.
+    """
     embedding = isinstance(module, nn.Embedding)
-    if not (embedding or isinstance(module, nn.Linear | Conv1D)):
+    if not (module is None or embedding or isinstance(module, nn.Linear | Conv1D)):
         raise InputError(
             f"{path}: adapts {name}, a {type(module).__name__}; only linear layers and embeddings are handled"
         )
     try:
         first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
     except KeyError as missing:
-        raise InputError(f"{path}: {name} has no factor {missing}; get the adapter again") from missing
+        raise InputError(f"{path}: {name} has no factor {missing}; save the whole adapter again") from missing
     rank_pattern, alpha_pattern = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
     rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config["r"])
     alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), config["lora_alpha"])
     transpose = embedding or isinstance(module, Conv1D)
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    rows, columns = reversed(weight.shape) if transpose else weight.shape
+    rows, columns = reversed(shape) if transpose else shape
     found, expected = (tensors[first].shape, tensors[second].shape), ((rank, columns), (rows, rank))
     if found != expected:
         raise InputError(

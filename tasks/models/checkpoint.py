@@ -4,7 +4,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from tasks.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -65,6 +66,8 @@ class Checkpoint:
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...] = ()
+    """what a user should know of the files: a line each"""
 
     @cached_property
     def _open_files(self) -> dict[str, Any]:
@@ -82,6 +85,37 @@ class Checkpoint:
         tensor: torch.Tensor = self._open_files[file].get_tensor(name)
         return tensor
 
+    def require(self, *files: str) -> None:
+        """Check that some files of the checkpoint are here.
+
+        Raises:
+            FilesNeeded: one is not.
+        """
+        lacking = sorted({file for file in files if not (self.folder / file).exists()})
+        if lacking:
+            raise FilesNeeded(self.folder, lacking)
+
+    def holds_equal(self, first: str, second: str) -> bool:
+        """Return whether two tensors have the same dtype, shape and bytes.
+
+        Raises:
+            FilesNeeded: their files are not here yet.
+        """
+        one, other = self.tensors[first], self.tensors[second]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        self.require(one.file, other.file)
+        return tensor_bytes(self.read(first)) == tensor_bytes(self.read(second))
+
+
+class FilesNeeded(Exception):
+    """Headers alone do not tell what a model is: some files must be here first."""
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        """Name a model's folder and the files of it."""
+        super().__init__(f"{folder}: {', '.join(files)}")
+        self.folder, self.files = folder, files
+
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of a folder with one `model.safetensors` or a sharded one with an index.
@@ -90,16 +124,46 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         InputError: no weights; an index that names files outside the folder or tensors they lack; a corrupt file.
     """
     if (folder / WEIGHTS).is_file():
-        return Checkpoint(folder, read_header(folder / WEIGHTS))
+        notes: tuple[str, ...] = ()
+        if (folder / INDEX).is_file() and index_files(folder / INDEX) != [WEIGHTS]:
+            notes = (f"{folder} has both {WEIGHTS} and {INDEX}: {WEIGHTS} is read, as transformers does",)
+        return Checkpoint(folder, read_header(folder / WEIGHTS), notes)
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} in it; expected a checkpoint saved as safetensors")
-    tensors: dict[str, TensorInfo] = {}
     for file in index_files(folder / INDEX):
         if not (folder / file).is_file():
-            raise InputError(f"{folder / INDEX}: names {file}, which is not in the folder; download the shard again")
-        tensors |= read_header(folder / file)
-    check_index(folder / INDEX, tensors)
-    return Checkpoint(folder, tensors)
+            raise InputError(f"{folder / INDEX}: names {file}, which is not in the folder; put the file there")
+    return Checkpoint(folder, indexed_tensors(folder / INDEX, lambda file: read_header(folder / file)))
+
+
+def indexed_tensors(index: Path, header: Callable[[str], Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Return the tensors of a sharded checkpoint: where two shards hold one, the index says which counts.
+
+    Args:
+        index: the index file.
+        header: reads the header of a shard.
+
+    Raises:
+        InputError: as `index_files`; a tensor is not where the index says, or in two shards without being in the index.
+    """
+    places = _weight_map(index)
+    tensors: dict[str, TensorInfo] = {}
+    for file in index_files(index):
+        for name, info in header(file).items():
+            if name not in places and name in tensors:
+                raise InputError(
+                    f"{index}: {tensors[name].file} and {file} both hold tensor {name}, which the index does not name; "
+                    "remove one of the files, or name the tensor in the index"
+                )
+            if places.get(name, file) == file:
+                tensors[name] = info
+    for name, file in places.items():
+        if name not in tensors:
+            raise InputError(
+                f"{index}: says that tensor {name} is in {file}, which does not hold it; the index was made for other "
+                "files: take index and shards from one place"
+            )
+    return tensors
 
 
 def index_files(index: Path) -> list[str]:
@@ -113,17 +177,6 @@ def index_files(index: Path) -> list[str]:
         if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
             raise InputError(f"{index}: names {file!r}, which lies outside the folder; only files beside it are read")
     return files
-
-
-def check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """Check that the shards hold the tensors that the index promises.
-
-    Raises:
-        InputError: a tensor is missing from its shard.
-    """
-    for name, file in _weight_map(index).items():
-        if name not in tensors or tensors[name].file != file:
-            raise InputError(f"{index}: tensor {name} should be in {file} but is not; download the model again")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -156,7 +209,8 @@ def tensor_info(name: str, dtype: str, shape: Iterable[int], path: Path) -> Tens
     """
     if dtype not in DTYPES:
         raise InputError(
-            f"{path}: tensor {name} has dtype {dtype}; expected one of {', '.join(DTYPES)} (not quantised)"
+            f"{path}: tensor {name} has dtype {dtype}, which is quantised or unknown; expected one of "
+            f"{', '.join(DTYPES)}: merge a copy of the model that is saved in bfloat16 or float32"
         )
     return TensorInfo(dtype, tuple(shape), path.name)
 
@@ -167,6 +221,11 @@ def _open(path: Path) -> Any:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise InputError(
+                    f"{path}: is a Git LFS pointer and not the file itself; run `git lfs pull` where it was cloned"
+                ) from error
         raise InputError(f"{path}: truncated or corrupt safetensors file ({error}); get the file again") from error
 
 

@@ -2,37 +2,76 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
-from tasks.models.checkpoint import Checkpoint, open_checkpoint, read_header
+from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
+from tasks.models.inventory import Inventory, check_complete, take_inventory
 from tasks.models.layers import in_block
-from tasks.models.names import Names, names_of, parameter_names
-from tasks.models.networks import Head, describe, fill_network, load_config, network_class, skeleton
-from tasks.models.weights import BaseWeights, ExpertWeights
+from tasks.models.names import Names, names_of, parameter_names, plain
+from tasks.models.networks import (
+    Head,
+    describe,
+    fill_network,
+    has_network,
+    load_config,
+    network_class,
+    skeleton,
+    untied_config,
+)
+from tasks.models.regions import regions
+from tasks.models.weights import BaseWeights, ExpertWeights, Piece
 
 
 @dataclass(frozen=True)
 class Base(BaseWeights):
     """The model that all experts were fine-tuned from; merged models have the same form."""
 
-    config: PretrainedConfig
-    names: Names
+    config: PretrainedConfig = field(kw_only=True)
+    names: Names = field(kw_only=True)
     """of the network that the base was saved as"""
+    notes: tuple[str, ...] = field(kw_only=True, default=())
+    """what a user should know of it: a line each"""
 
     def network_name(self, name: str) -> str:
         """Return the key of the parameter that a tensor, or another network's parameter of some name, is or is in."""
         return self.names.parameter(name)
 
+    def by_key(self) -> dict[str, str]:
+        """Return the name of every weight by its key."""
+        keys = {name: self.names.key(name) for name in self.weights}
+        return {self.names.tied.get(key, key): name for name, key in keys.items()}
+
     def only_weights(self) -> BaseWeights:
         """Return what merging needs to know, without open files."""
-        return BaseWeights(replace(self.checkpoint), self.weights, self.buffers)
+        return BaseWeights(
+            replace(self.checkpoint), self.weights, self.buffers, self.statistics, self.stored, self.untied
+        )
+
+    def untie(self) -> "Base":
+        """Return the base with a tensor of its own for every parameter that its config ties to another.
+
+        Raises:
+            InputError: transformers ties them whatever the config says.
+        """
+        stored = {self.names.key(name): self.stored_name(name) for name in (*self.weights, *self.buffers)}
+        stored = {self.names.tied.get(key, key): name for key, name in stored.items()}
+        stored |= {alias: stored[original] for alias, original in self.names.tied.items() if original in stored}
+        config = untied_config(self.config)
+        network = skeleton(config, None, self.folder)
+        names = names_of(network)
+        if names.tied:
+            raise InputError(
+                f"{self.folder}: {names.network} always ties {', '.join(names.tied)} to another parameter; "
+                "expected experts that change both alike"
+            )
+        return _lay_out(self.checkpoint, config, network, names, stored, True, self.notes)
 
 
 @dataclass(frozen=True)
@@ -40,12 +79,16 @@ class Expert(ExpertWeights):
     """One expert, by the base's tensor names."""
 
     base: Base
-    config: PretrainedConfig
+    config: PretrainedConfig = field(kw_only=True)
+    network: str = field(kw_only=True)
+    """name of the class of its network"""
+    notes: tuple[str, ...] = field(kw_only=True, default=())
+    """what a user should know of it: a line each"""
 
     @property
     def is_adapter(self) -> bool:
         """Whether the expert is a LoRA adapter and no whole checkpoint."""
-        return (self.folder / ADAPTER_CONFIG).is_file()
+        return any(info.file == ADAPTER_WEIGHTS for info in self.source.tensors.values())
 
     def has_trunk_in_head(self) -> bool:
         """Return whether a part of a classifier's head lies in its trunk: a pooler that the base lacks, say."""
@@ -54,34 +97,111 @@ class Expert(ExpertWeights):
 
     def only_weights(self, base: BaseWeights) -> ExpertWeights:
         """Return what merging needs to know, without open files; `base` is its base's `only_weights`."""
-        return ExpertWeights(base, replace(self.source), self.own, self.low_rank, self.head)
+        return ExpertWeights(base, replace(self.source), self.own, self.low_rank, self.head, self.pieces)
+
+    def on(self, base: Base) -> "Expert":
+        """Return the expert on its base untied (`Base.untie`): of tied parameters, both names are changed alike."""
+        if self.base.untied or not base.untied:
+            return self
+        aliases = {name: base.stored[name] for name in base.weights if base.stored.get(name) in base.weights}
+
+        def both(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {**values, **{alias: values[name] for alias, name in aliases.items() if name in values}}
+
+        return replace(self, base=base, own=both(self.own), low_rank=both(self.low_rank), pieces=both(self.pieces))
 
 
 def open_base(folder: Path, checkpoint: Checkpoint | None = None) -> Base:
     """Read the headers and config of a base, or of a merged model.
+
+    Parameters that the config ties but the files hold with different values are untied, as transformers loads them.
 
     Args:
         folder: the model's folder; its JSON files are read from here.
         checkpoint: the headers, where the weights are not in the folder yet.
 
     Raises:
-        InputError: what `open_checkpoint` and `load_config` raise.
+        InputError: what `open_checkpoint`, `load_config`, `take_inventory` and `check_complete` raise.
+        FilesNeeded: tensors must be compared whose files are not here yet.
     """
     config = load_config(folder)
     checkpoint = checkpoint or open_checkpoint(folder)
-    names = names_of(skeleton(config, None, folder))
+    network, names, inventory, config = _examine(config, checkpoint, folder, str(folder))
+    untied = bool(inventory.apart)
+    notes = checkpoint.notes
+    if untied:
+        notes += (
+            f"{folder}: its config ties {min(inventory.apart)} to another parameter, but its files hold both; "
+            "they are kept apart",
+        )
+    check_complete(inventory, checkpoint, network, names, str(folder))
+    return _lay_out(checkpoint, config, network, names, inventory.stored, untied, notes)
+
+
+def _examine(
+    config: PretrainedConfig, checkpoint: Checkpoint, folder: Path, where: str
+) -> tuple[PreTrainedModel, Names, Inventory, PretrainedConfig]:
+    """Return network, names, inventory and config of a checkpoint, untied if its files hold tied parameters apart."""
+    network = skeleton(config, None, folder)
+    names = names_of(network)
+    inventory = take_inventory(checkpoint, names, where)
+    if not inventory.apart:
+        return network, names, inventory, config
+    config = untied_config(config)
+    network = skeleton(config, None, folder)
+    names = names_of(network)
+    stuck = inventory.apart & names.tied.keys()
+    if stuck:
+        raise InputError(
+            f"{where}: holds {min(stuck)} and what {names.network} always ties it to with different values; "
+            "remove the one that is not meant"
+        )
+    found = take_inventory(checkpoint, names, where)
+    return network, names, Inventory(found.stored, inventory.apart), config
+
+
+def _lay_out(
+    checkpoint: Checkpoint,
+    config: PretrainedConfig,
+    network: PreTrainedModel,
+    names: Names,
+    by_key: Mapping[str, str],
+    untied: bool,
+    notes: tuple[str, ...],
+) -> Base:
+    """Return a base whose tensors, by key, have some names in the checkpoint."""
+    full = {names.key(name): name for name in parameter_names(network)}
+    first = {stored: key for key, stored in reversed(list(by_key.items()))}
+    # A second name of one tensor, as an untied parameter has at first, is written as transformers spells it.
+    written = {key: plain(name) if first[name] == key else full[key] for key, name in by_key.items()}
     last = len(names.parameters)
-    kept = sorted(
-        names.by_key(checkpoint.tensors).values(),
-        key=lambda name: (names.parameters.get(names.parameter(name), last), name),
+
+    def place(key: str) -> tuple[int, str]:
+        return names.parameters.get(names.parameter(written[key]), last), written[key]
+
+    weights: list[str] = []
+    buffers: list[str] = []
+    for key in sorted(written, key=place):
+        merged = checkpoint.tensors[by_key[key]].is_floating_point and not names.is_unread(written[key])
+        (weights if merged else buffers).append(written[key])
+    statistics = frozenset(written[key] for key in written if key in names.statistics and written[key] in weights)
+    return Base(
+        checkpoint,
+        tuple(weights),
+        tuple(buffers),
+        statistics,
+        {written[key]: name for key, name in by_key.items() if written[key] != name},
+        untied,
+        config=config,
+        names=names,
+        notes=notes,
     )
-    merged = {name: checkpoint.tensors[name].is_floating_point and not names.is_unread(name) for name in kept}
-    weights = tuple(name for name in kept if merged[name])
-    return Base(checkpoint, weights, tuple(name for name in kept if not merged[name]), config, names)
 
 
 def open_expert(folder: Path, base: Base, key: str, checkpoint: Checkpoint | None = None) -> Expert:
     """Read the headers of an expert (checkpoint or LoRA adapter) and match them with the base's.
+
+    An expert that changed only one of two parameters which the base ties, or each in its own way, has the base untied.
 
     Args:
         folder: the expert's folder; its JSON files are read from here.
@@ -91,56 +211,136 @@ def open_expert(folder: Path, base: Base, key: str, checkpoint: Checkpoint | Non
 
     Raises:
         InputError: another architecture, size or vocabulary, missing or extra tensors, an adapter for another base.
+        FilesNeeded: tensors must be compared whose files are not here yet.
     """
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_adapter(folder, checkpoint, key):
         weights = folder / ADAPTER_WEIGHTS
         return _open_adapter(folder, base, key, checkpoint or Checkpoint(folder, read_header(weights)))
     return _open_full(folder, base, key, checkpoint or open_checkpoint(folder))
 
 
+def is_adapter(folder: Path, checkpoint: Checkpoint | None, key: str) -> bool:
+    """Return whether an expert is an adapter; an adapter's config without its weights, beside whole ones, is left over.
+
+    Raises:
+        InputError: there are both an adapter and a whole checkpoint.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    if checkpoint is not None:
+        return any(info.file == ADAPTER_WEIGHTS for info in checkpoint.tensors.values())
+    whole = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    if whole and (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError(
+            f"{key}: {folder} holds an adapter and a whole checkpoint; remove {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG} "
+            f"to merge the checkpoint, or the other weights to merge the adapter"
+        )
+    return not whole
+
+
 def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert:
+    where = f"{key}: {folder}"
     config = load_config(folder)
     ours, theirs = describe(base.config), describe(config)
     for setting, expected in ours.items():
         if theirs[setting] != expected:
             raise InputError(
-                f"{key}: {folder} has {setting} {theirs[setting]!r}, the base has {expected!r}; "
+                f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; "
                 "expected a fine-tune of the base"
             )
-    names = names_of(skeleton(config, None, folder))
+    network, names, inventory, config = _examine(config, source, folder, where)
+    check_complete(inventory, source, network, names, where)
+    notes = [f"{key}: {note}" for note in source.notes]
+    if (folder / ADAPTER_CONFIG).is_file():
+        notes.append(f"{where} holds a whole checkpoint; its {ADAPTER_CONFIG} is left over and not read")
+    stored = dict(inventory.stored)
+    # Parameters that this expert ties and the base does not are changed alike.
+    known = base.by_key()
+    stored |= {alias: stored[one] for alias, one in names.tied.items() if one in stored and alias in known}
+    for alias, original in base.names.tied.items():
+        if alias in stored and original in stored and source.holds_equal(stored[alias], stored[original]):
+            del stored[alias]
+    if base.names.tied.keys() & stored.keys():
+        base = base.untie()
+        notes.append(_untied_note(key, base, "has its own values for both"))
     stored = {
-        key: name
-        for key, name in names.by_key(source.tensors).items()
+        name_key: name
+        for name_key, name in stored.items()
         if source.tensors[name].is_floating_point and not names.is_unread(name)
     }
-    own, heads = _place(f"{key}: {folder}", stored, source, base, names)
-    for tensor_key, name in base.names.by_key(base.weights).items():
+    stored, left = _in_tower(stored, names, base)
+    if left:
+        towers = sorted({one.partition(".")[0] for one in left})
+        notes.append(f"{where}: {len(left)} tensors of {', '.join(towers)} are left out: the base has no such part")
+    placed = _place(where, stored, source, base, names, network)
+    for tensor_key, name in base.by_key().items():
         # What this expert's network does not have (a pooler, a language-model head) stays the base's.
-        if tensor_key not in stored and (names.parameter(name) in names.parameters or in_block(name)):
-            raise InputError(f"{key}: {folder} lacks tensor {name}, which the base has; expected a whole fine-tune")
-    return Expert(base, source, own, {}, {name: name for name in heads}, config)
+        expected = names.parameter(name) in names.parameters or in_block(name)
+        expected = expected and names.tower == base.names.tower and tensor_key not in names.optional | names.statistics
+        if expected and not placed.touches(name) and stored.get(tensor_key) not in placed.heads:
+            raise InputError(f"{where} lacks tensor {name}, which the base has; expected a whole fine-tune")
+    if names.tower != base.names.tower:
+        config = base.config
+    head = {name: name for name in placed.heads}
+    return Expert(
+        base,
+        source,
+        placed.own,
+        {},
+        head,
+        placed.pieces,
+        config=config,
+        network=names.network,
+        notes=tuple(notes),
+    )
+
+
+def _untied_note(key: str, base: Base, why: str) -> str:
+    aliases = [name for name in base.weights if base.stored.get(name) in base.weights]
+    return (
+        f"{key} {why} where the base ties {', '.join(aliases)} to {', '.join(base.stored[name] for name in aliases)}: "
+        "merged models hold them apart (tie_word_embeddings: false)"
+    )
+
+
+def _in_tower(stored: Mapping[str, str], names: Names, base: Base) -> tuple[dict[str, str], list[str]]:
+    """Return an expert's tensors by the base's keys, where one of them is the language model inside the other.
+
+    Returns:
+        Key → name; and the keys that the base has no part for.
+    """
+    if names.tower == base.names.tower or (names.tower and base.names.tower):
+        return dict(stored), []
+    known = base.by_key()
+    inside = {
+        base.names.tower + key.removeprefix(names.tower) if key.startswith(names.tower) else key: name
+        for key, name in stored.items()
+    }
+    if base.names.tower:
+        return {key if key in known else key.removeprefix(base.names.tower): name for key, name in inside.items()}, []
+    return {key: name for key, name in inside.items() if key in known}, [key for key in inside if key not in known]
 
 
 def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert:
     try:
         adapter_config = read_adapter_config(folder)
         # A network ends in what peft's model class for the task type puts there.
-        ending = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}.get(adapter_config["task_type"])
+        ending: Head | None = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}.get(adapter_config["task_type"])
+        if ending == "causal_lm" and not has_network(base.config, ending):
+            ending = None  # a language model with other towers: its own class
         network = skeleton(base.config, ending, base.folder)
         names = names_of(network)
-        adapter = parse_adapter(source, adapter_config, network, names)
+        adapter = parse_adapter(source, adapter_config, network, names, base, base.by_key())
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    weights = base.names.by_key(base.weights)
-    for parameter in adapter.low_rank:
-        if parameter not in weights:
-            raise InputError(
-                f"{key}: {folder} adapts {parameter}, which the base lacks; the adapter was made for another base"
-            )
-    low_rank = {weights[parameter]: factors for parameter, factors in adapter.low_rank.items()}
+    notes: tuple[str, ...] = ()
+    if adapter.unties:
+        untied = base.untie()
+        opened = _open_adapter(folder, untied, key, source)
+        return replace(opened, notes=(*opened.notes, _untied_note(key, untied, "changes one without the other")))
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
-    own, heads = _place(f"{key}: {folder}", stored, source, base, names)
-    head = {parameter: name for parameter, name in adapter.saved.items() if name in heads}
+    placed = _place(f"{key}: {folder}", stored, source, base, names, network)
+    head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
     config = base.config
     if head:
         # An adapter has no config of its own: the last layer of its head says how many classes there are.
@@ -148,12 +348,37 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         if last in head:
             config = copy.deepcopy(base.config)
             config.num_labels = source.tensors[head[last]].shape[0]
-    return Expert(base, source, own, low_rank, head, config)
+    return Expert(
+        base,
+        source,
+        placed.own,
+        adapter.low_rank,
+        head,
+        adapter.pieces,
+        config=config,
+        network=names.network,
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where an expert's tensors belong."""
+
+    own: dict[str, str]
+    """base's name → name in the expert's checkpoint"""
+    pieces: dict[str, tuple[Piece, ...]]
+    """base's name → what stands for its parts"""
+    heads: list[str]
+    """names in the expert's checkpoint of its head's tensors"""
+
+    def touches(self, name: str) -> bool:
+        return name in self.own or name in self.pieces
 
 
 def _place(
-    where: str, stored: Mapping[str, str], source: Checkpoint, base: Base, names: Names
-) -> tuple[dict[str, str], list[str]]:
+    where: str, stored: Mapping[str, str], source: Checkpoint, base: Base, names: Names, network: PreTrainedModel
+) -> _Placed:
     """Split tensors that an expert stores whole into those that the base has too and those of the expert's head.
 
     Args:
@@ -162,29 +387,55 @@ def _place(
         source: the expert's headers.
         base: the base.
         names: of the expert's network.
-
-    Returns:
-        Base's name → name in `source` of those that the base has; names in `source` of the head's.
+        network: the expert's, on the meta device.
 
     Raises:
         InputError: a tensor that is no head's is not in the base, or has another shape there.
     """
-    weights = base.names.by_key(base.weights)
-    own: dict[str, str] = {}
-    heads: list[str] = []
+    weights = base.by_key()
+    kin = names.network == base.names.network or not names.has_task_head
+    placed = _Placed({}, {}, [])
     for key, name in stored.items():
         match = weights.get(key)
         shape = source.tensors[name].shape
-        if match is not None and base.info(match).shape == shape:
-            own[match] = name
-        elif names.has_task_head and not in_block(key) and (match is None or key not in names.trunk):
-            heads.append(name)
+        # A head is another task's, even where its names and shapes are those of the base's own.
+        if match is not None and base.info(match).shape == shape and (kin or key in names.trunk or in_block(key)):
+            placed.own[match] = name
+        elif names.has_task_head and _may_be_head(key, names, match is None):
+            placed.heads.append(name)
+        elif match is None and (pieces := _stacked(key, name, base, weights, names, network)):
+            for target, piece in pieces.items():
+                placed.pieces[target] = (*placed.pieces.get(target, ()), piece)
         else:
             other = "lacks it" if match is None else f"has {base.info(match).shape}"
             raise InputError(
                 f"{where}: tensor {name} has shape {shape}, the base {other}; expected a fine-tune of the base"
             )
-    return own, heads
+    return placed
+
+
+def _may_be_head(key: str, names: Names, is_new: bool) -> bool:
+    """Return whether a tensor is of a task's head: outside the trunk, or a pooler in it that the base lacks."""
+    if in_block(key):
+        return key in names.parameters and key not in names.trunk
+    return key not in names.trunk or is_new
+
+
+def _stacked(
+    key: str, name: str, base: Base, weights: Mapping[str, str], names: Names, network: PreTrainedModel
+) -> dict[str, Piece]:
+    """Return, by the base's names, what an expert's tensor stands for that the base stacks differently."""
+    parameter = names.parameter(name)
+    if parameter not in names.parameters:
+        return {}
+    views = regions(network, names, parameter)
+    if views is None:
+        return {}
+    if key == parameter:
+        return {weights[one]: Piece(name, taken=view) for one, view in views.items() if one in weights}
+    if parameter in weights and key in views:
+        return {weights[parameter]: Piece(name, inside=views[key])}
+    return {}
 
 
 def missing_parameters(base: Base, head: Head) -> list[str]:

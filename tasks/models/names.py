@@ -1,11 +1,13 @@
 """One name for each tensor, though checkpoints of one architecture spell it in several ways."""
 
 import copy
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,6 +22,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tasks.models.layers import in_block
 
+_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+|(?<=\.)_orig_mod\.")
+
 
 @dataclass(frozen=True)
 class Names:
@@ -29,12 +33,22 @@ class Names:
     names: the same for the base and all its experts, whatever transformers version or head they were saved with.
     """
 
+    network: str
+    """name of the network's class"""
     prefix: str
     """what heads put before the trunk's names, e.g. `bert.`"""
+    has_prefix: bool
+    """whether the network's own names have it: it is no bare trunk"""
     parameters: Mapping[str, int]
     """key of each parameter → its place in the order of modules; tied parameters once"""
+    optional: frozenset[str]
+    """keys of parameters that a checkpoint may lack: a pooler's, and what transformers computes"""
+    statistics: frozenset[str]
+    """keys of the floating-point buffers that checkpoints hold (running means, corrections of routers)"""
     trunk: frozenset[str]
     """keys of the parameters below the head"""
+    tower: str
+    """what a network of several towers puts before the keys of its language model, e.g. `language_model.`"""
     has_task_head: bool
     """whether what follows the trunk is made for one task (a classifier) and is no language model's"""
     tied: Mapping[str, str]
@@ -48,16 +62,20 @@ class Names:
 
     def key(self, name: str) -> str:
         """Return the key of a tensor in a checkpoint."""
-        return apply_renamings(name, self.renamings).removeprefix(self.prefix)  # type: ignore[no-any-return]
+        return apply_renamings(plain(name), self.renamings).removeprefix(self.prefix)  # type: ignore[no-any-return]
+
+    def spelled(self, key: str) -> str:
+        """Return the name of a parameter in the network by its key."""
+        return self.prefix + key if self.has_prefix and key in self.trunk else key
 
     def parameter(self, name: str) -> str:
         """Return the key of the parameter that holds a checkpoint's tensor: several share a stacked one."""
-        renamed = rename_source_key(name, self.renamings, self.converters)[0].removeprefix(self.prefix)
+        renamed = rename_source_key(plain(name), self.renamings, self.converters)[0].removeprefix(self.prefix)
         return self.tied.get(renamed, renamed)
 
     def is_converted(self, name: str) -> bool:
         """Return whether the network holds a checkpoint's tensor in another form: stacked with others, for one."""
-        return rename_source_key(name, self.renamings, self.converters)[1] is not None
+        return rename_source_key(plain(name), self.renamings, self.converters)[1] is not None
 
     def convert(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the parameter that holds some tensors of a checkpoint in another form.
@@ -68,23 +86,20 @@ class Names:
         converters = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
         collected: Any = None
         for name in sorted(tensors, key=dot_natural_key):
-            renamed, pattern = rename_source_key(name, self.renamings, self.converters)
+            renamed, pattern = rename_source_key(plain(name), self.renamings, self.converters)
             collected = collected or copy.deepcopy(converters[pattern])
             collected.add_tensor(renamed, name, pattern, tensors[name])
         converted: Tensor = collected.convert(renamed)[renamed]
         return converted
 
-    def by_key(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the tensors of a checkpoint by key, of tied ones only the first that it holds."""
-        found = {self.key(name): name for name in names}
-        for alias, original in self.tied.items():
-            if alias in found:
-                found.setdefault(original, found.pop(alias))
-        return found
-
     def is_unread(self, name: str) -> bool:
         """Return whether transformers has no use for a tensor any more (causal masks, rotary frequencies)."""
         return in_block(name) and self.parameter(name) not in self.parameters and bool(self.unread.search(name))
+
+
+def plain(name: str) -> str:
+    """Return a tensor's name without what torch.compile (`_orig_mod.`) and data parallelism (`module.`) put there."""
+    return _WRAPPERS.sub("", name)
 
 
 def names_of(network: PreTrainedModel) -> Names:
@@ -92,12 +107,19 @@ def names_of(network: PreTrainedModel) -> Names:
     prefix = f"{network.base_model_prefix}." if network.base_model_prefix else ""
     transforms = get_model_conversion_mapping(network)
     full = parameter_names(network)
-    inside = [name for name in full if name.startswith(prefix)]
+    inside = [name for name in full if prefix and name.startswith(prefix)]
     return Names(
+        network=type(network).__name__,
         prefix=prefix,
+        has_prefix=bool(inside),
         parameters={name.removeprefix(prefix): place for place, name in enumerate(full)},
+        optional=frozenset(name.removeprefix(prefix) for name in _optional(network, full)),
+        statistics=frozenset(name.removeprefix(prefix) for name in _statistics(network)),
         trunk=frozenset(name.removeprefix(prefix) for name in inside or full),
-        has_task_head=type(network).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        tower=_tower(network, prefix),
+        has_task_head=not (
+            type(network).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or network.can_generate()
+        ),
         tied={
             alias.removeprefix(prefix): name.removeprefix(prefix)
             for alias, name in network.all_tied_weights_keys.items()
@@ -114,3 +136,29 @@ def names_of(network: PreTrainedModel) -> Names:
 def parameter_names(network: nn.Module) -> list[str]:
     """Return the names of a network's parameters in the order of its modules, each tied one once."""
     return [name for name, _ in network.named_parameters()]
+
+
+def _optional(network: PreTrainedModel, full: list[str]) -> list[str]:
+    computed = re.compile("|".join(sorted(network._keys_to_ignore_on_load_missing or ())) or r"(?!)")
+    found = {name for name in full if computed.search(name)}
+    if "add_pooling_layer" in inspect.signature(type(network).__init__).parameters:
+        # Trunks are often saved without the pooler that only some heads read.
+        with torch.device("meta"):
+            lean = type(network)(network.config, add_pooling_layer=False)
+        found |= set(full) - set(parameter_names(lean))
+    return sorted(found)
+
+
+def _statistics(network: PreTrainedModel) -> list[str]:
+    persistent = network.state_dict(keep_vars=True)
+    buffers = dict(network.named_buffers())
+    return [name for name, buffer in buffers.items() if name in persistent and buffer.is_floating_point()]
+
+
+def _tower(network: PreTrainedModel, prefix: str) -> str:
+    if network.config.get_text_config() is network.config:
+        return ""
+    decoder = network.get_decoder()
+    names = (name for name, module in network.named_modules() if module is decoder)
+    name = next(names, "")
+    return f"{name.removeprefix(prefix)}." if name and f"{name}." != prefix else ""

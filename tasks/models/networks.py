@@ -48,9 +48,24 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise InputError(
             f"{path}: not the config of a model that transformers has; code of a model is never run ({reason})"
         ) from error
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"{path}: the weights are quantised (quantization_config); expected float weights")
+    quantised = _quantisation(json.loads(path.read_text()), "")
+    if quantised:
+        raise InputError(
+            f"{path}: the weights are quantised ({quantised}); expected float weights: merge a copy of the model that "
+            "is saved in bfloat16 or float32, without that key"
+        )
     return config
+
+
+def _quantisation(value: Any, path: str) -> str | None:
+    """Return where a config says, at any depth, that weights are quantised."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        here = f"{path}{key}"
+        if key in ("quantization_config", "compression_config") and inner:
+            return here
+        if found := _quantisation(inner, f"{here}."):
+            return found
+    return None
 
 
 def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> type[PreTrainedModel]:
@@ -74,6 +89,19 @@ def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> 
         f"{folder / 'config.json'}: architectures = {config.architectures!r} names no network that transformers has "
         f'for model_type {config.model_type!r}; expected one such as ["LlamaForCausalLM"]'
     )
+
+
+def has_network(config: PretrainedConfig, head: Head) -> bool:
+    """Return whether transformers has a network that ends in `head` for a config."""
+    return type(config) in _AUTO_MAPPINGS[head]
+
+
+def untied_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a config that ties no parameters, in no part of the network."""
+    untied = copy.deepcopy(config)
+    for part in {id(one): one for one in (untied, untied.get_text_config())}.values():
+        part.tie_word_embeddings = False
+    return untied
 
 
 def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTrainedModel:
@@ -163,7 +191,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     """Return the settings that a base and its experts must share for their weights to be added."""
     text = config.get_text_config()
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads")
-    return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads", "tie_word_embeddings")}
+    return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads")}
 
 
 def computation_digest(config: PretrainedConfig) -> str:

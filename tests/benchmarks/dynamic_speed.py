@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from tasks.dynamic_folder import parameter_vectors
 from tasks.dynamic_model import DynamicModel, Routes, parts
+from tasks.merge_vectors import BASE
 from tasks.models.expert import open_base
 from tasks.models.networks import load_config, load_tokenizer
 from tasks.models.vectors import Vector
@@ -134,7 +135,7 @@ def main() -> None:
         for row in datasets.load_dataset("json", data_files=path, split="train").to_list()
     ]
     random.Random(0).shuffle(rows)
-    tokenizer = load_tokenizer(arguments.folder)
+    tokenizer = load_tokenizer(arguments.folder / BASE)
 
     def batch(number: int) -> list[list[int]]:
         texts = rows[number * arguments.batch_size : (number + 1) * arguments.batch_size]
@@ -146,12 +147,14 @@ def main() -> None:
         found.append(DynamicModel.load(arguments.folder, verify=False))
         dynamic(found[0], batch(0))
 
-    load_config(arguments.folder)  # what is imported at first use is no part of the model
+    load_config(arguments.folder / BASE)  # what is imported at first use is no part of the model
     whole = peak(load_and_answer)
     (model,) = found
     activations = peak(lambda: plain(model, batch(0)))
 
-    vectors = parameter_vectors(arguments.folder, open_base(arguments.folder), model.network.network, model.experts)
+    vectors = parameter_vectors(
+        arguments.folder, open_base(arguments.folder / BASE), model.network.network, model.experts
+    )
     materialised = Materialised(model, vectors)
 
     ways = ("plain", "plain, in parts", "dynamic", "in place", "new weights")

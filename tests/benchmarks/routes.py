@@ -24,6 +24,7 @@ from pipeline.recipe import Recipe, load_recipe
 from tasks.datasets import ClassificationTask, Row, RowTask, load_rows, pad, render, tokens
 from tasks.dynamic_folder import load_network_with_heads, read_manifest
 from tasks.evaluate import pad_token
+from tasks.merge_vectors import BASE
 from tasks.metrics import mean_score
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.networks import load_tokenizer
@@ -87,7 +88,7 @@ def main() -> None:
     names = arguments.experts or list(recipe.experts)
     model = dynamic_folder(recipe, names, folder, arguments.store)
     network, _ = load_network_with_heads(model, names, read_manifest(model).head, "float32", "cpu")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model / BASE)
     pad_id = pad_token(network.network, tokenizer)
     layers = range(1, network.blocks + 1)
     rules = [Rule(score, layer, pool, METRIC) for score in SCORES for layer in layers for pool in POOLS]

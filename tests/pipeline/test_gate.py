@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from pipeline.gate import Outcomes, best_variant, comparison_table, judge, passes
+from pipeline.gate import Outcomes, best_variant, candidates, comparison_table, judge, passes
 from pipeline.recipe import Gate
-from pipeline.report import Report, Score
+from pipeline.report import Report, RouteInfo, Score
 from tasks.errors import InputError
 from tests.pipeline.test_tracking import make_report
 
@@ -111,10 +111,33 @@ def test_best_variant(report: Report) -> None:
         for name, value in (("ta", 2.0), ("ta-sens.3", 3.0))
     }
     assert best_variant(report.model_copy(update={"scores": taken}), gate(metric="math/perplexity")) == "ta"
-    with pytest.raises(InputError, match=r"gate.metric: no variant has math/bleu; .*code/accuracy, code/macro_f1"):
+    with pytest.raises(
+        InputError,
+        match=r"gate.metric: no variant that may become champion has math/bleu; .*code/accuracy, code/macro_f1",
+    ):
         best_variant(report, gate(metric="math/bleu"))
-    with pytest.raises(InputError, match="no variant has mean_normalised"):
+    with pytest.raises(InputError, match="no variant that may become champion has mean_normalised"):
         best_variant(report.model_copy(update={"mean_normalised": {}}), gate())
+
+
+ROUTE = RouteInfo(
+    rule={"score": "centroid", "layer": 1, "pool": "mean", "metric": "l2"},
+    trust=1.0,
+    calibration=Score(value=1.0, n=9, low=0.8, high=1.0),
+    candidates=[],
+    projection={},
+    bytes=1,
+    source_bytes=2,
+)
+
+
+def test_a_dynamic_variant_has_to_be_named(report: Report) -> None:
+    dynamic = report.model_copy(update={"routes": {"ta-sens.3": ROUTE}})
+    assert candidates(dynamic, gate()) == ["ta"]
+    assert best_variant(dynamic, gate()) == "ta"
+    assert best_variant(dynamic, gate(variants=["ta", "ta-sens.3"])) == "ta-sens.3"
+    only = dynamic.model_copy(update={"routes": {"ta": ROUTE, "ta-sens.3": ROUTE}})
+    assert candidates(only, gate()) == []
 
 
 def test_comparison_table() -> None:

@@ -15,14 +15,19 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
     RobertaModel,
+    pipeline,
 )
 
 from tasks.artifacts import canonical, read_json, sha256_file, sha256_text
@@ -31,6 +36,7 @@ from tasks.dynamic_folder import MANIFEST
 from tasks.dynamic_model import PADDING, DynamicModel, Routes, parts
 from tasks.errors import InputError
 from tasks.merge import MergeJob
+from tasks.merge_vectors import BASE
 from tasks.methods import static_coefficient
 from tasks.route import route
 from tasks.routing import SeApplication
@@ -398,7 +404,13 @@ def test_another_dtype(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["model.safetensors", "statistics.safetensors", "route.json", "tokenizer.json", "vectors/group-00001.safetensors"],
+    [
+        "base/model.safetensors",
+        "base/tokenizer.json",
+        "statistics.safetensors",
+        "route.json",
+        "vectors/group-00001.safetensors",
+    ],
 )
 def test_missing_and_altered_files_are_named(name: str, copied: Path) -> None:
     content = bytearray((copied / name).read_bytes())
@@ -429,9 +441,10 @@ def test_names_outside_the_folder(name: str, copied: Path) -> None:
 def test_manifests_that_are_none(copied: Path, llamas: Folders) -> None:
     with pytest.raises(InputError, match=rf"no {MANIFEST} in it; expected the folder of a variant with application"):
         DynamicModel.load(llamas["base"])
-    edit(copied, version=99)
-    with pytest.raises(InputError, match="version 99, this sensmerge reads 1; run the recipe again"):
-        DynamicModel.load(copied)
+    for version in (1, 99):
+        edit(copied, version=version)
+        with pytest.raises(InputError, match=f"version {version}, this sensmerge reads 2; run the recipe again"):
+            DynamicModel.load(copied)
     for text in ("{", "[]", "{}", "\udcff"):
         (copied / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(InputError, match="not the manifest of a dynamic model"):
@@ -458,6 +471,28 @@ def test_an_altered_manifest(copied: Path) -> None:
 def test_verification_can_be_left_out(copied: Path) -> None:
     (copied / "route.json").unlink()
     assert DynamicModel.load(copied, verify=False).experts == ("math", "code", "lora")
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        LlamaForCausalLM,
+    ],
+)
+def test_no_loader_of_checkpoints_takes_the_base_for_the_merge(
+    loader: Any, folder: Path, causal: Merge, encoders: Merge
+) -> None:
+    for one in (folder, causal.folder, encoders.folder):
+        with pytest.raises((OSError, ValueError)):
+            loader.from_pretrained(one)
+        with pytest.raises((OSError, ValueError)):
+            pipeline(model=str(one), task="text-generation")
+    assert AutoModelForCausalLM.from_pretrained(folder / BASE).config.model_type == "llama"
 
 
 def test_the_tokenizer_is_that_of_the_base(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:

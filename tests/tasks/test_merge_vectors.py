@@ -14,7 +14,7 @@ from tasks.artifacts import read_json, sha256_file
 from tasks.coefficients import ExplicitCoefficients, SensCoefficients
 from tasks.errors import InputError
 from tasks.merge import MergeJob
-from tasks.merge_vectors import FILES, VECTORS, finish_vectors, merge_group_vectors
+from tasks.merge_vectors import BASE, FILES, VECTORS, finish_vectors, merge_group_vectors
 from tasks.methods import Settings, static_coefficient
 from tasks.models.checkpoint import INDEX
 from tasks.models.expert import open_base
@@ -69,7 +69,7 @@ def materialised(job: MergeJob, folder: Path) -> dict[str, torch.Tensor]:
     vectors = vectors_of(folder)
     return {
         name: tensor.double() + common * sum(one.dense().double() for one in vectors.get(name, {}).values())
-        for name, tensor in weights_of(folder).items()
+        for name, tensor in weights_of(folder / BASE).items()
     }
 
 
@@ -227,7 +227,7 @@ def test_the_base_is_copied_bit_for_bit(save: Save, tmp_path: Path) -> None:
     weights = [path.name for path in base.glob("*.safetensors")]
     assert len(weights) > 1
     for name in (*weights, INDEX, "config.json"):
-        assert read_or_bytes(tmp_path / "out" / name) == read_or_bytes(base / name)
+        assert read_or_bytes(tmp_path / "out" / BASE / name) == read_or_bytes(base / name)
 
 
 def read_or_bytes(path: Path) -> Any:
@@ -240,7 +240,9 @@ def test_files_are_listed_with_their_digests(models: dict[str, tuple[Path, Folde
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     listed = read_json(tmp_path / "out" / FILES)
     assert set(listed) == files - {FILES}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "heads/topic/head.safetensors"} <= set(listed)
+    assert {"base/model.safetensors", "base/config.json", "base/tokenizer.json", "heads/topic/head.safetensors"} <= set(
+        listed
+    )
     assert all(sha256_file(tmp_path / "out" / name) == digest for name, digest in listed.items())
     sizes = [(tmp_path / "out" / name).stat().st_size for name in listed if name.endswith(".safetensors")]
     assert found["bytes"] == sum(sizes)
@@ -318,5 +320,5 @@ def test_integers_are_no_task_vectors(save: Save, tmp_path: Path, berts: Folders
     tensors["embeddings.position_ids"] = torch.arange(128)[None]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     dynamic(make_job(tmp_path, base, {name: berts[name] for name in ("mood", "topic")}), tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / BASE / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert "embeddings.position_ids" not in vectors_of(tmp_path / "out")

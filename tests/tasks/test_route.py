@@ -132,8 +132,8 @@ def test_files_are_copied_where_there_are_no_links(
     linked = encoders.run(tmp_path / "linked")
     monkeypatch.setattr("os.link", refuse)
     copied = encoders.run(tmp_path / "copied")
-    assert (tmp_path / "linked/model.safetensors").stat().st_nlink > 1
-    assert (tmp_path / "copied/model.safetensors").stat().st_nlink == 1
+    assert (tmp_path / "linked/base/model.safetensors").stat().st_nlink > 1
+    assert (tmp_path / "copied/base/model.safetensors").stat().st_nlink == 1
     assert copied == linked
     DynamicModel.load(tmp_path / "copied")
 

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tasks.models.names import Names, names_of, parameter_names
+from tasks.models.names import Names, names_of, parameter_names, plain
 from tests.conftest import bert_config, gpt2_config, llama_config
 
 
@@ -70,12 +70,12 @@ def test_tied_parameters_have_one_key(masked: Names) -> None:
     assert names(LlamaForSequenceClassification, llama_config()).tied == {}
 
 
-def test_by_key_takes_a_tied_tensor_once() -> None:
+@pytest.mark.parametrize("wrapped", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_what_compilation_and_data_parallelism_put_before_names(wrapped: str) -> None:
     llama = names(LlamaForCausalLM, llama_config())
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    for stored in ([head, embedding], [embedding, head], [embedding]):
-        assert llama.by_key(stored) == {"embed_tokens.weight": embedding}
-    assert llama.by_key([head]) == {"embed_tokens.weight": head}
+    assert llama.key(f"{wrapped}model.norm.weight") == llama.parameter(f"{wrapped}model.norm.weight") == "norm.weight"
+    assert plain("model._orig_mod.layers.0._orig_mod.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
+    assert plain("model.my_module.weight") == "model.my_module.weight"
 
 
 def test_experts_of_a_mixture_have_keys_of_their_own_and_share_a_parameter() -> None:
@@ -84,7 +84,7 @@ def test_experts_of_a_mixture_have_keys_of_their_own_and_share_a_parameter() -> 
     )
     mixtral = names(MixtralForCausalLM, config)
     stored = [f"model.layers.0.block_sparse_moe.experts.{i}.{w}.weight" for i in (0, 1) for w in ("w1", "w3")]
-    assert len(mixtral.by_key(stored)) == 4
+    assert len({mixtral.key(name) for name in stored}) == 4
     assert {mixtral.parameter(name) for name in stored} == {"layers.0.mlp.experts.gate_up_proj"}
     assert "layers.0.mlp.experts.gate_up_proj" in mixtral.parameters
 

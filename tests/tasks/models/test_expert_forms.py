@@ -1,0 +1,314 @@
+"""Experts that are saved in another form than their base: tied or not, stacked or not, inside another network."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    PreTrainedModel,
+)
+
+from tasks.errors import InputError
+from tasks.models.adapter import ADAPTER_WEIGHTS
+from tasks.models.checkpoint import WEIGHTS
+from tasks.models.expert import Expert, load_network, open_base, open_expert
+from tests.conftest import make_adapter, make_llama, perturbed
+
+Save = Callable[..., Path]
+IDS = torch.arange(3, 20)[None]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def untied(seed: int, scale: float = 0.02) -> LlamaForCausalLM:
+    """A fine-tune of the tied Llama that trained embedding and head apart."""
+    network = make_llama(tie_word_embeddings=False)
+    network.load_state_dict(make_llama().state_dict())
+    return perturbed(network, seed, scale)
+
+
+def with_head(folder: Path, head: torch.Tensor) -> Path:
+    """Store a head beside the embedding that the config ties it to."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {HEAD: head.clone()}, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def assert_is(expert: Expert, network: PreTrainedModel) -> None:
+    """Assert that an expert's tensors, by the base's names, and its network are those of a network."""
+    state = network.state_dict()
+    for name in expert.base.weights:
+        torch.testing.assert_close(expert.read(name), state[name], rtol=0, atol=1e-6)
+    found = load_network(expert, "causal_lm", torch.float32, "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(found(IDS).logits, network.eval()(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_an_untied_expert_of_a_tied_base(llamas: dict[str, Path], save: Save, tmp_path: Path) -> None:
+    network = untied(1)
+    expert = open_expert(save(network, "a", tmp_path), open_base(llamas["base"]), "experts.a")
+    assert expert.base.untied
+    assert HEAD in expert.base.weights
+    assert torch.equal(expert.base.read(HEAD), expert.base.read(EMBEDDING))
+    assert_is(expert, network)
+    assert "experts.a has its own values for both" in expert.notes[0]
+
+
+def test_a_tied_expert_on_an_untied_base(llamas: dict[str, Path], save: Save, tmp_path: Path) -> None:
+    """Its embedding is its head too, whether another expert or the base itself keeps them apart."""
+    tied = open_expert(llamas["math"], open_base(llamas["base"]), "experts.math")
+    base = open_expert(save(untied(1), "a", tmp_path), open_base(llamas["base"]), "experts.a").base
+    other = open_base(save(untied(2), "base", tmp_path))
+    for expert in (tied.on(base), open_expert(llamas["math"], other, "experts.math")):
+        assert torch.equal(expert.read(HEAD), expert.read(EMBEDDING))
+        assert torch.equal(expert.read(HEAD), load_file(llamas["math"] / WEIGHTS)[EMBEDDING])
+
+
+@pytest.mark.parametrize("of", ["base", "expert"])
+def test_files_that_hold_apart_what_the_config_ties(
+    of: str, llamas: dict[str, Path], save: Save, tmp_path: Path
+) -> None:
+    head = torch.randn(259, 32, generator=torch.Generator().manual_seed(3))
+    folder = with_head(save(make_llama(5), "model", tmp_path), head)
+    reference = LlamaForCausalLM.from_pretrained(folder)
+    assert torch.equal(reference.lm_head.weight, head), "transformers keeps them apart"
+    base = open_base(folder if of == "base" else llamas["base"])
+    expert = open_expert(llamas["math"] if of == "base" else folder, base, "experts.a")
+    assert expert.base.untied
+    assert torch.equal((base if of == "base" else expert).read(HEAD), head)
+    if of == "base":
+        assert "are kept apart" in base.notes[0]
+        network = load_network(base, "causal_lm", torch.float32, "cpu")
+        assert torch.equal(network.lm_head.weight, head)
+
+
+def test_a_head_stored_twice_is_one(llamas: dict[str, Path], save: Save, tmp_path: Path) -> None:
+    folder = save(make_llama(5), "a", tmp_path)
+    expert = open_expert(with_head(folder, load_file(folder / WEIGHTS)[EMBEDDING]), open_base(llamas["base"]), "a")
+    assert not expert.base.untied
+    same = make_llama(tie_word_embeddings=False)
+    same.load_state_dict(make_llama(5).state_dict())
+    assert not open_expert(save(same, "b", tmp_path), open_base(llamas["base"]), "b").base.untied
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ],
+    ids=str,
+)
+def test_adapters_that_change_one_of_two_tied_parameters(
+    settings: dict[str, object], llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    """The right network is the one that was trained: peft's, with the adapter beside the weights."""
+    make_adapter(make_llama(), tmp_path / "lora", 3, task_type="CAUSAL_LM", **settings)
+    expert = open_expert(tmp_path / "lora", open_base(llamas["base"]), "experts.x")
+    assert expert.base.untied
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llamas["base"]), tmp_path / "lora")
+    network = load_network(expert, "causal_lm", torch.float32, "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(network(IDS).logits, reference(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_brings_another_base_layer(llamas: dict[str, Path], save: Save, tmp_path: Path) -> None:
+    """peft loads what it finds; a copy that equals the base's counts for nothing."""
+    base = save(make_llama(tie_word_embeddings=False), "base", tmp_path)
+    lora = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), lora)
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    stored = load_file(tmp_path / "lora" / ADAPTER_WEIGHTS)
+    name = f"base_model.model.{EMBEDDING.removesuffix('.weight')}.base_layer.weight"
+    assert name in stored
+    same = open_expert(tmp_path / "lora", open_base(base), "experts.x")
+    assert not same.own
+    save_file(stored | {name: stored[name] + 1}, tmp_path / "lora" / ADAPTER_WEIGHTS)
+    expert = open_expert(tmp_path / "lora", open_base(base), "experts.x")
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "lora")
+    merged = reference.merge_and_unload().state_dict()
+    torch.testing.assert_close(expert.read(EMBEDDING), merged[EMBEDDING], rtol=1e-6, atol=1e-6)
+    assert expert.factors(EMBEDDING) is None
+
+
+@pytest.mark.parametrize("change", ["_orig_mod.{}", "module.{}", "default"])
+def test_names_that_training_left_in_an_adapter(change: str, llamas: dict[str, Path], tmp_path: Path) -> None:
+    make_adapter(make_llama(), tmp_path / "lora", 3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    base = open_base(llamas["base"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    right = open_expert(tmp_path / "lora", base, "experts.x").delta(name)
+    assert right.any()
+    path = tmp_path / "lora" / ADAPTER_WEIGHTS
+    tensors = load_file(path)
+    for old in list(tensors):
+        new = old.replace("_A.", "_A.default.").replace("_B.", "_B.default.") if change == "default" else None
+        tensors[new or change.format(old)] = tensors.pop(old)
+    save_file(tensors, path)
+    assert torch.equal(open_expert(tmp_path / "lora", base, "experts.x").delta(name), right)
+
+
+def test_names_that_training_left_in_a_checkpoint(llamas: dict[str, Path], save: Save, tmp_path: Path) -> None:
+    folder = save(perturbed(make_llama(), 4), "a", tmp_path)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    found = open_expert(folder, open_base(llamas["base"]), "experts.a")
+    assert all(torch.equal(found.read(name), tensors[name]) for name in found.base.weights)
+    base = open_base(folder)
+    assert set(base.weights) == set(open_base(llamas["base"]).weights), "merged models have the plain names"
+    assert torch.equal(base.read("model.norm.weight"), tensors["model.norm.weight"])
+
+
+def mixtral() -> MixtralForCausalLM:
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(vocab_size=259, num_key_value_heads=2, num_local_experts=3, **size))
+
+
+@pytest.mark.parametrize("stacked_base", [False, True])
+def test_a_mixture_stacked_in_one_and_not_in_the_other(stacked_base: bool, tmp_path: Path) -> None:
+    network = perturbed(mixtral(), 1)
+    mixtral().save_pretrained(tmp_path / "base", save_original_format=not stacked_base)
+    network.save_pretrained(tmp_path / "a", save_original_format=stacked_base)
+    network.save_pretrained(tmp_path / "same", save_original_format=not stacked_base)
+    base = open_base(tmp_path / "base")
+    expert = open_expert(tmp_path / "a", base, "experts.a")
+    same = open_expert(tmp_path / "same", base, "experts.a")
+    assert expert.pieces
+    assert not same.pieces
+    for name in base.weights:
+        assert torch.equal(expert.read(name), same.read(name))
+        assert torch.equal(expert.delta(name), same.delta(name))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_an_adapter_with_the_names_of_older_mixtures(stacked: bool, tmp_path: Path) -> None:
+    """transformers 4 held a mixture's experts one by one, so adapters did too; peft loads them."""
+    mixtral().save_pretrained(tmp_path / "base", save_original_format=not stacked)
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for expert in range(3):
+        for name, (rows, columns) in {"w1": (24, 16), "w2": (16, 24), "w3": (24, 16)}.items():
+            module = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM")
+    config.base_model_name_or_path = str(tmp_path / "base")
+    config.save_pretrained(tmp_path / "lora")
+    save_file(tensors, tmp_path / "lora" / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    reference = PeftModel.from_pretrained(MixtralForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    merged = reference.merge_and_unload().state_dict()
+    found = open_expert(tmp_path / "lora", open_base(tmp_path / "base"), "experts.x")
+    network = load_network(found, "causal_lm", torch.float32, "cpu").state_dict()
+    assert all(torch.allclose(network[name], merged[name], rtol=0, atol=1e-6) for name in merged)
+    changed = {name for name, tensor in mixtral().state_dict().items() if not torch.equal(tensor, network[name])}
+    assert {name.rpartition(".")[2] for name in changed} == {"gate_up_proj", "down_proj"}
+
+
+def gemma_config() -> Gemma3Config:
+    text = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Gemma3Config(
+        text_config=text | heads,
+        vision_config=vision | {"image_size": 16, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=258,
+        boi_token_index=257,
+        eoi_token_index=256,
+    )
+
+
+def test_a_text_model_of_a_multimodal_base_and_the_other_way_round(tmp_path: Path) -> None:
+    config = gemma_config()
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(config)
+    text = Gemma3ForCausalLM(config.text_config)
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    tuned = perturbed(copy.deepcopy(text), 1)
+    wrapped = copy.deepcopy(whole)
+    wrapped.model.language_model.load_state_dict(tuned.model.state_dict())
+    for name, network in {"whole": whole, "text": text, "tuned": tuned, "wrapped": wrapped}.items():
+        network.save_pretrained(tmp_path / name)
+    inside = open_expert(tmp_path / "tuned", open_base(tmp_path / "whole"), "experts.a")
+    same = open_expert(tmp_path / "wrapped", open_base(tmp_path / "whole"), "experts.a")
+    assert all(torch.equal(inside.read(name), same.read(name)) for name in same.base.weights)
+    outside = open_expert(tmp_path / "wrapped", open_base(tmp_path / "text"), "experts.a")
+    same = open_expert(tmp_path / "tuned", open_base(tmp_path / "text"), "experts.a")
+    assert all(torch.equal(outside.read(name), same.read(name)) for name in same.base.weights)
+    assert "tensors of multi_modal_projector, vision_tower are left out" in outside.notes[0]
+
+
+@pytest.mark.parametrize("trained_on", ["text", "whole"])
+def test_adapters_across_towers(trained_on: str, tmp_path: Path) -> None:
+    config = gemma_config()
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(config)
+    text = Gemma3ForCausalLM(config.text_config)
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    text.save_pretrained(tmp_path / "text")
+    targets = r".*language_model.*\.q_proj" if trained_on == "whole" else ["q_proj"]
+    network = whole if trained_on == "whole" else text
+    make_adapter(network, tmp_path / "lora", 1, target_modules=targets, task_type="CAUSAL_LM")
+    found = {}
+    for name in ("text", "whole"):
+        base = open_base(tmp_path / name)
+        expert = open_expert(tmp_path / "lora", base, "experts.x")
+        found[name] = {key.rpartition("layers.")[2]: expert.delta(key) for key in base.weights if expert.touches(key)}
+    assert len(found["text"]) == 2
+    assert found["text"].keys() == found["whole"].keys()
+    assert all(torch.equal(found["text"][key], found["whole"][key]) for key in found["text"])
+
+
+def test_a_head_of_the_task_is_not_the_base_head_of_the_same_name(tmp_path: Path) -> None:
+    """ModernBERT's classifiers and its masked language model both have a `head.dense`."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ModernBertConfig(vocab_size=259, pad_token_id=2, **size)
+    ModernBertForMaskedLM(config).save_pretrained(tmp_path / "base")
+    ModernBertForSequenceClassification(config).save_pretrained(tmp_path / "a")
+    expert = open_expert(tmp_path / "a", open_base(tmp_path / "base"), "experts.a")
+    assert {"head.dense.weight", "head.norm.weight", "classifier.weight"} <= set(expert.head)
+    assert not any(expert.touches(name) for name in expert.base.weights if name.startswith(("head.", "decoder.")))
+
+
+def test_a_left_over_adapter_config(llamas: dict[str, Path], save: Save, tmp_path: Path) -> None:
+    folder = save(perturbed(make_llama(), 4), "a", tmp_path)
+    make_adapter(make_llama(), tmp_path / "lora", 3, target_modules=["q_proj"])
+    (folder / "adapter_config.json").write_text((tmp_path / "lora" / "adapter_config.json").read_text())
+    expert = open_expert(folder, open_base(llamas["base"]), "experts.a")
+    assert not expert.is_adapter
+    assert "adapter_config.json is left over" in expert.notes[0]
+    (folder / ADAPTER_WEIGHTS).write_bytes((tmp_path / "lora" / ADAPTER_WEIGHTS).read_bytes())
+    with pytest.raises(
+        InputError, match=r"experts.a: .* holds an adapter and a whole checkpoint; remove adapter_model"
+    ):
+        open_expert(folder, open_base(llamas["base"]), "experts.a")
+
+
+def test_a_wrapper_that_contradicts_its_text_config(tmp_path: Path) -> None:
+    """What the files hold decides, and both places of the config say so afterwards."""
+    config = gemma_config()
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    stored = json.loads(path.read_text())
+    stored["text_config"]["tie_word_embeddings"] = False
+    path.write_text(json.dumps(stored))
+    reference = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    base = open_base(tmp_path / "base")
+    assert base.untied == (reference.lm_head.weight is not reference.get_input_embeddings().weight)
