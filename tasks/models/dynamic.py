@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from tasks.errors import InputError
 from tasks.models.layers import block_names
-from tasks.models.materialised import Materialised, state
+from tasks.models.materialised import Materialised
 from tasks.models.terms import Change, Mix, Term, kind_of
 from tasks.models.vectors import Vector
 
@@ -39,8 +39,8 @@ class DynamicNetwork:
 
         Args:
             network: the base's network.
-            vectors: name of a parameter or buffer (tied ones once) → index of the expert → its task vector, on the
-                network's device and in its dtype.
+            vectors: parameter name (as in `named_parameters`, tied ones once) → index of the expert → its task vector,
+                on the network's device and in its dtype.
             experts: number of experts, K.
             written: names of those that must be written out for each row of coefficients, among them all that
                 `unlinear` finds; `tasks.models.trial` finds the others.
@@ -49,11 +49,11 @@ class DynamicNetwork:
         self._experts = experts
         self._mixing = False
         self._terms: list[Term] = []
-        tensors = state(network)
+        parameters = dict(network.named_parameters(remove_duplicate=False))
         vectors = {name: by_expert for name, by_expert in vectors.items() if by_expert}
         apart = {name: by_expert for name, by_expert in vectors.items() if name in written}
-        self._materialised = Materialised(tensors, apart)
-        changes = {id(tensors[name]): Change.of(by) for name, by in vectors.items() if name not in apart}
+        self._materialised = Materialised(parameters, apart)
+        changes = {id(parameters[name]): Change.of(by) for name, by in vectors.items() if name not in apart}
         for name, module in network.named_modules():
             own = {
                 attribute: changes[id(parameter)]
@@ -173,23 +173,20 @@ def trunk_blocks(network: PreTrainedModel) -> list[str]:
 
 
 def unlinear(network: nn.Module, changed: Collection[str]) -> set[str]:
-    """Return the names of the parameters and buffers, of those that some expert changes, that have no linear form here.
+    """Return the names of the parameters, of those that some expert changes, that have no linear form here.
 
     Args:
         network: it may lie on the meta device.
         changed: their names.
     """
-    wanted: dict[int, str] = {}
-    tensors = state(network)
-    for name in changed:
-        wanted[id(tensors[name])] = name
-    parameters = {id(parameter) for parameter in network.parameters()}
-    found = {name for key, name in wanted.items() if key not in parameters}
-    for name, module in network.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if id(parameter) in wanted and kind_of(network, name, attribute) is None:
-                found.add(wanted[id(parameter)])
-    return found
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    wanted = {id(parameters[name]): name for name in changed}
+    return {
+        wanted[id(parameter)]
+        for name, module in network.named_modules()
+        for attribute, parameter in module._parameters.items()
+        if id(parameter) in wanted and kind_of(network, name, attribute) is None
+    }
 
 
 def _measure(mix: Mix) -> Any:

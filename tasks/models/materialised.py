@@ -4,22 +4,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.models.vectors import Vector
 
 
 class Materialised:
-    """The parameters and buffers of a network that samples can share only where their coefficients are the same."""
+    """The parameters of a network that samples can share only where their coefficients are the same."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], vectors: Mapping[str, Mapping[int, Vector]]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], vectors: Mapping[str, Mapping[int, Vector]]) -> None:
         """Write nothing yet.
 
         Args:
-            tensors: the network's own parameters and buffers by name; tied ones under one name.
-            vectors: name → index of the expert → its task vector, on the tensor's device.
+            parameters: the network's own, by name.
+            vectors: name (of tied ones one) → index of the expert → its task vector.
         """
-        self._changes = [(tensors[name], by_expert) for name, by_expert in vectors.items()]
+        self._changes = [(parameters[name], by_expert) for name, by_expert in vectors.items()]
         self.experts = sorted({expert for by_expert in vectors.values() for expert in by_expert})
 
     def together(self, coefficients: Tensor) -> list[list[int]]:
@@ -43,24 +43,16 @@ class Materialised:
         try:
             # What is made in inference mode could not be a parameter's storage outside it.
             with torch.inference_mode(False), torch.no_grad():
-                for tensor, by_expert in self._changes:
+                for parameter, by_expert in self._changes:
                     taken = {expert: vector for expert, vector in by_expert.items() if coefficients[expert]}
                     if taken:
-                        before.append((tensor, tensor.data))
-                        tensor.data = _sum(tensor.data, taken, coefficients)
+                        before.append((parameter, parameter.data))
+                        parameter.data = _sum(parameter.data, taken, coefficients)
             yield
         finally:
             with torch.inference_mode(False):
-                for tensor, data in before:
-                    tensor.data = data
-
-
-def state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a network by every name that they have."""
-    return {
-        **dict(network.named_buffers(remove_duplicate=False)),
-        **dict(network.named_parameters(remove_duplicate=False)),
-    }
+                for parameter, data in before:
+                    parameter.data = data
 
 
 def _sum(base: Tensor, vectors: Mapping[int, Vector], coefficients: list[float]) -> Tensor:

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tasks.models.layers import block_names
-from tasks.models.materialised import state
 
 LARGEST = 12_000_000
 """Parameters of a stand-in at most."""
@@ -69,16 +68,16 @@ def _filled(cls: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedM
 
 
 def _kinds(network: nn.Module) -> set[tuple[str, int]]:
-    """Return the patterns and the numbers of dimensions of a network's parameters and buffers."""
-    return {(pattern(name), tensor.dim()) for name, tensor in state(network).items()}
+    """Return the patterns and the numbers of dimensions of a network's parameters."""
+    return {(pattern(name), one.dim()) for name, one in network.named_parameters(remove_duplicate=False)}
 
 
 def _layers(network: PreTrainedModel) -> int:
-    """Return how many of the first blocks have all kinds of parameters that the blocks of a network have; at least 2."""
+    """Return how many of the first blocks have all kinds of parameters that a network's blocks have; at least 2."""
     seen: set[str] = set()
     needed = 1
     for number, block in enumerate(block_names(name for name, _ in network.base_model.named_parameters()), 1):
-        kinds = {pattern(name) for name in state(network.base_model.get_submodule(block))}
+        kinds = {pattern(name) for name, _ in network.base_model.get_submodule(block).named_parameters()}
         if not kinds <= seen:
             seen, needed = seen | kinds, number
     return max(2, needed)

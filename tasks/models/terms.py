@@ -92,6 +92,7 @@ class Change:
 
     @classmethod
     def of(cls, vectors: Mapping[int, Vector]) -> "Change":
+        """Return the task vectors of one parameter by expert in the form that terms need."""
         low = {expert: vector for expert, vector in vectors.items() if isinstance(vector, LowRank)}
         factors = None
         if low:
@@ -116,6 +117,7 @@ class Stack:
     """The task vectors of a small parameter, as the rows of one matrix."""
 
     def __init__(self, change: Change) -> None:
+        """Stack what the experts change in one parameter."""
         assert change.factors is None, "vectors, norms and positions have no low-rank task vectors"
         self._values = torch.stack([vector.dense() for vector in change.whole.values()])
         self._experts = torch.tensor(list(change.whole), device=self._values.device)
@@ -131,6 +133,13 @@ class Term(ABC):
     """What the experts' changes to one module do to its output."""
 
     def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
+        """Prepare a module.
+
+        Args:
+            name: its name in the network, for messages.
+            module: the module.
+            changes: what the experts change, by the name of its parameter.
+        """
         self.name = name
         self.module: Any = module
         self.experts = frozenset[int]().union(*(change.experts for change in changes.values()))

@@ -28,9 +28,28 @@ class Trial:
     """What a trial found."""
 
     written: frozenset[str]
-    """parameters and buffers that must be written out for each row of coefficients"""
+    """parameters that must be written out for each row of coefficients"""
     is_checked: bool
     """whether a small network of the kind could be made; if not, all that experts change is written out"""
+
+    def notes(self, network: PreTrainedModel, key: str) -> list[str]:
+        """Return what a user should know of what is written out and what it costs: no line or one.
+
+        Args:
+            network: the whole network; it may lie on the meta device.
+            key: recipe key, for messages.
+        """
+        if not self.written:
+            return []
+        kinds = sorted({pattern(name) for name in self.written})
+        named = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more" if len(kinds) > 3 else "")
+        sizes = {name: one.numel() for name, one in network.named_parameters()}
+        share = sum(sizes[name] for name in self.written) / sum(sizes.values())
+        why = "have no linear form" if self.is_checked else "could not be tried on a small network of this kind"
+        return [
+            f"{key}: of {type(network).__name__}, {named} {why} and are written out for every distinct row of "
+            f"coefficients: a batch takes a pass for each, and memory for {share:.0%} of the weights once more"
+        ]
 
 
 def try_network(config: PretrainedConfig, network: PreTrainedModel, changed: Collection[str], key: str) -> Trial:
@@ -39,7 +58,7 @@ def try_network(config: PretrainedConfig, network: PreTrainedModel, changed: Col
     Args:
         config: of the network.
         network: the whole network; it may lie on the meta device.
-        changed: names of its parameters and buffers that some expert changes.
+        changed: names of its parameters that some expert changes.
         key: recipe key, for messages.
 
     Raises:
@@ -68,10 +87,9 @@ class _Run:
 
     def __init__(self, network: PreTrainedModel, kinds: Collection[str]) -> None:
         generator = torch.Generator().manual_seed(1)
-        tensors = {**dict(network.named_buffers()), **dict(network.named_parameters())}
         self.vectors: dict[str, dict[int, Vector]] = {
             name: {k: Dense(0.1 * torch.randn(one.shape, generator=generator)) for k in range(_EXPERTS)}
-            for name, one in tensors.items()
+            for name, one in network.named_parameters()
             if pattern(name) in kinds
         }
         self._network = network
