@@ -1,0 +1,91 @@
+"""What the census looks at: of one architecture a base with two full fine-tunes and two LoRA adapters, on disk."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.plan import Plan
+from tests.census.zoo import tiny_network
+from tests.conftest import make_adapter, make_tokenizer, perturbed, plan_of, write_rows
+
+EXPERTS = ("first", "second")
+ROWS: Mapping[str, list[dict[str, object]]] = {
+    "first": [{"prompt": "1+2=", "completion": "3"}, {"prompt": "a longer prompt: ", "completion": "yes or no"}],
+    "second": [{"prompt": "def f(x):", "completion": " return x"}, {"prompt": "xyz", "completion": "abc"}],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture."""
+
+    name: str
+    """of the class of its networks"""
+    folder: Path
+
+    @property
+    def base(self) -> Path:
+        """The base with its tokenizer."""
+        return self.folder / "base"
+
+    def experts(self, kind: str) -> dict[str, Path]:
+        """Folders by name; `kind` is `full` or `lora`."""
+        return {name: self.folder / kind / name for name in EXPERTS}
+
+    def network(self, folder: Path) -> PreTrainedModel:
+        """A full fine-tune or the base, as transformers loads it."""
+        import transformers
+
+        return getattr(transformers, self.name).from_pretrained(folder).eval()
+
+    def recipe(self, kind: str, merge: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+        """A recipe that merges the experts."""
+        sets = {name: {"path": "json", "data_files": str(self.folder / f"{name}.jsonl")} for name in EXPERTS}
+        return {
+            "name": "census",
+            "base": str(self.base),
+            "experts": {name: {"model": str(folder)} for name, folder in self.experts(kind).items()},
+            "tasks": {
+                name: {"kind": "completion", "calibration": one, "evaluation": one} for name, one in sets.items()
+            },
+            "merges": {"merged": dict(merge)},
+            "dtype": "float32",
+            **settings,
+        }
+
+    def plan(self, recipe: dict[str, Any], name: str) -> Plan:
+        """Plan a recipe in a folder of its own."""
+        folder = self.folder / f"plan-{name}"
+        folder.mkdir()
+        return plan_of(folder, recipe)
+
+
+def make_case(name: str, folder: Path, lora: bool = True) -> Case:
+    """Make base and experts of a class of networks.
+
+    Raises:
+        Exception: transformers or peft cannot.
+    """
+    case = Case(name, folder)
+    network = perturbed(tiny_network(name), 0, 0.05)
+    tokenizer = make_tokenizer()
+    network.save_pretrained(case.base)
+    tokenizer.save_pretrained(case.base)
+    for seed, expert in enumerate(EXPERTS, start=1):
+        write_rows(folder / f"{expert}.jsonl", ROWS[expert])
+        full = case.experts("full")[expert]
+        perturbed(case.network(case.base), seed, 0.05).save_pretrained(full)
+        tokenizer.save_pretrained(full)
+        if lora:
+            make_adapter(case.network(case.base), case.experts("lora")[expert], seed, target_modules="all-linear")
+    return case
+
+
+Column = Callable[[Case], str]
+"""Tries one thing with a case; returns `right`, or `wrong`, `refused` or `failed` with a reason behind a colon."""

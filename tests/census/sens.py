@@ -1,0 +1,122 @@
+"""Sensitivities and distances of the census, against plain autograd and plain logits."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from tasks.artifacts import read_json
+from tasks.cross_task import CrossTaskJob, RowSet
+from tasks.datasets import CompletionTask
+from tasks.errors import InputError
+from tasks.models.layers import layer_of
+from tasks.models.placement import Placement
+from tasks.sensitivity import sensitivity
+from tests.census.cases import EXPERTS, ROWS, Case
+from tests.conftest import make_tokenizer, measure_distances, pair_names
+
+TOLERANCE = 2e-4
+"""Of float32 numbers that are summed up in another order, relative."""
+TASK = CompletionTask(kind="completion")
+SENS = {"method": "task_arithmetic", "weight": 0.5, "coefficients": {"kind": "sens"}}
+
+
+def whole(case: Case) -> str:
+    """Sensitivities of a network that runs whole."""
+    return _accepted(case, "whole", lambda: _sensitivities(case, "whole"))
+
+
+def streamed(case: Case) -> str:
+    """Sensitivities of a network that runs block by block."""
+    return _accepted(case, "streamed", lambda: _sensitivities(case, "streamed"))
+
+
+def distances(case: Case) -> str:
+    """Distances of the experts' logits."""
+    return _accepted(case, "whole", lambda: _distances(case))
+
+
+def _accepted(case: Case, placement: str, tried: Callable[[], str]) -> str:
+    try:
+        case.plan(
+            case.recipe("full", SENS, placement=placement),
+            tried.__qualname__.replace("<", "").replace(">", "") + placement,
+        )
+    except InputError as error:
+        return f"refused: {error}"
+    try:
+        return tried()
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {error}"
+
+
+def _batch(row: Mapping[str, object], labels: bool) -> dict[str, torch.Tensor]:
+    tokenizer = make_tokenizer()
+    prompt, completion = (tokenizer(str(row[key]))["input_ids"] for key in ("prompt", "completion"))
+    ids = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if labels:
+        batch["labels"] = ids.clone()
+        batch["labels"][:, : len(prompt)] = -100
+    return batch
+
+
+def _plain(network: PreTrainedModel, rows: list[dict[str, object]]) -> dict[str, float]:
+    """Σ |p · ∂L/∂p| by layer, mean over rows; L is what transformers has labels for, without what a router adds."""
+    network.config.use_cache = False
+    if hasattr(network.config.get_text_config(), "output_router_logits"):
+        network.config.get_text_config().output_router_logits = False
+    totals: dict[str, float] = {}
+    for row in rows:
+        network.zero_grad()
+        network(**_batch(row, labels=True)).loss.backward()
+        for name, parameter in network.named_parameters():
+            if parameter.grad is not None:
+                products = (parameter.detach().double() * parameter.grad.double()).abs().sum()
+                totals[layer_of(name)] = totals.get(layer_of(name), 0.0) + float(products) / len(rows)
+    return totals
+
+
+def _sensitivities(case: Case, placement: Placement) -> str:
+    name = EXPERTS[0]
+    expert, out = case.experts("full")[name], case.folder / f"sensitivity-{placement}"
+    out.mkdir()
+    sensitivity(case.base, expert, name, TASK, ROWS[name], case.base, "float32", "cpu", placement, out)
+    found: dict[str, float] = read_json(out / "sensitivity.json")["sensitivity"]
+    return _compare(found, _plain(case.network(expert), ROWS[name]))
+
+
+def _compare(found: Mapping[str, float], expected: Mapping[str, float]) -> str:
+    """Compare layer by layer, by value alone where checkpoints spell the names of layers in another way."""
+    ours, theirs = ({key: value for key, value in one.items() if value} for one in (found, expected))
+    if len(ours) != len(theirs):
+        return f"wrong: {len(ours)} layers for {len(theirs)}: {sorted(ours.keys() ^ theirs.keys())[:4]}"
+    pairs = (
+        [(ours[key], theirs[key]) for key in theirs]
+        if ours.keys() == theirs.keys()
+        else list(zip(sorted(ours.values()), sorted(theirs.values()), strict=True))
+    )
+    worst = max(abs(a - b) / b for a, b in pairs)
+    return "right" if worst < TOLERANCE else f"wrong: off by {worst:.1e}"
+
+
+def _distances(case: Case) -> str:
+    out, names = case.folder / "distances", pair_names(EXPERTS)
+    out.mkdir()
+    sets = {name: RowSet(TASK, ROWS[name]) for name in EXPERTS}
+    experts = case.experts("full")
+    job = CrossTaskJob(case.base, experts, sets, case.base, "float32", "cpu", "whole", names, names, {}, {})
+    measure_distances(job, out)
+    found = read_json(out / "distances.json")
+    first, second = (case.network(folder) for folder in experts.values())
+    worst = 0.0
+    for i, j in (EXPERTS, reversed(EXPERTS)):
+        norms = []
+        for row in ROWS[j]:
+            with torch.no_grad():
+                apart = first(**_batch(row, labels=False)).logits - second(**_batch(row, labels=False)).logits
+            norms.append(apart[0].double().norm(dim=-1).mean())
+        expected = float(torch.stack(norms).mean())
+        worst = max(worst, abs(found[i][j] - expected) / expected)
+    return "right" if worst < TOLERANCE else f"wrong: off by {worst:.1e}"
