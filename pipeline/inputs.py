@@ -28,11 +28,13 @@ from tasks.download import Listing, LocalModel, fetch_files, safetensors_header,
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
-from tasks.models.dynamic import check_dynamic
+from tasks.models.dynamic import trunk_blocks
 from tasks.models.expert import Base, Expert, missing_parameters, open_base, open_expert
-from tasks.models.layers import block_names, group_by_layer
+from tasks.models.layers import group_by_layer
 from tasks.models.networks import load_tokenizer, positions, skeleton
+from tasks.models.parameters import holdings
 from tasks.models.tokenizers import has_tokenizer
+from tasks.models.trial import try_network
 from tasks.models.weights import BaseWeights, ExpertWeights
 from tasks.routing import SeApplication
 
@@ -91,20 +93,20 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     """
     base, experts = _open_models(recipe, listings, cache)
     _check_layers(recipe, base)
-    for name, variant in recipe.merges.items():
-        if isinstance(variant.application, SeApplication):
-            _check_application(f"merges.{name}.application", variant.application, recipe, base, experts)
-    folders = [listing.folder for listing in listings.values()]
-    tokenizer = next((one for one in folders if has_tokenizer(one)), folders[0])
-    reader = load_tokenizer(tokenizer) if recipe.tasks else None
-    routed = bool(recipe.se_variants())
-    data = {name: _task_rows(name, task, experts[name], reader, folder, routed) for name, task in recipe.tasks.items()}
     notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
     if base.statistics:
         notes.append(
             f"base: of {len(base.statistics)} buffers with statistics, such as {min(base.statistics)}, merged models "
             "have the experts' mean, whatever the method"
         )
+    for name, variant in recipe.merges.items():
+        if isinstance(variant.application, SeApplication):
+            notes += _check_application(f"merges.{name}.application", variant.application, recipe, base, experts)
+    folders = [listing.folder for listing in listings.values()]
+    tokenizer = next((one for one in folders if has_tokenizer(one)), folders[0])
+    reader = load_tokenizer(tokenizer) if recipe.tasks else None
+    routed = bool(recipe.se_variants())
+    data = {name: _task_rows(name, task, experts[name], reader, folder, routed) for name, task in recipe.tasks.items()}
     return Inputs(base, experts, listings, data, tokenizer, tuple(notes))
 
 
@@ -162,22 +164,27 @@ def _check_layers(recipe: Recipe, base: Base) -> None:
 
 def _check_application(
     key: str, application: SeApplication, recipe: Recipe, base: Base, experts: Mapping[str, Expert]
-) -> None:
-    """Check that the network can be run with coefficients per sample, and has the layer that the route looks at."""
+) -> list[str]:
+    """Check that the network can be run with coefficients per sample, and has the layer that the route looks at.
+
+    Returns:
+        What a user should know of it.
+    """
     classifies = any(isinstance(task, ClassificationTask) for task in recipe.tasks.values())
     config = next((expert.config for expert in experts.values() if expert.head), base.config)
     network = skeleton(config, "classification" if classifies else "causal_lm", base.folder)
-    tensors = {base.network_name(name): name for name in base.weights}
     changed = [
         name
-        for name, _ in network.named_parameters()
-        if (tensor := tensors.get(base.network_name(name))) and any(one.touches(tensor) for one in experts.values())
+        for holding in holdings(base, network)
+        if any(one.touches(tensor) for one in experts.values() for tensor in holding.tensors)
+        for name in holding.parameters.values()
     ]
-    check_dynamic(network, changed, key)
     _check_heads(key, network.base_model_prefix, experts)
-    blocks = len(block_names(name for name, _ in network.base_model.named_parameters()))
+    trial = try_network(config, network, changed, key)
+    blocks = len(trunk_blocks(network))
     if application.layer != "auto" and not 1 <= application.layer <= blocks:
         raise InputError(f"{key}.layer is {application.layer}; the model has {blocks} blocks, 1 to {blocks}")
+    return trial.notes(network, key)
 
 
 def _check_heads(key: str, trunk: str, experts: Mapping[str, Expert]) -> None:

@@ -19,6 +19,8 @@ from tasks.models.dynamic import DynamicNetwork
 from tasks.models.expert import Base, load_network, open_base
 from tasks.models.heads import DetachedHead, SavedHead
 from tasks.models.networks import Head
+from tasks.models.parameters import by_parameter
+from tasks.models.trial import try_network
 from tasks.models.vectors import Vector, load_vectors
 from tasks.models.weights import HEADS
 from tasks.routing import RouterSettings, Rule
@@ -115,19 +117,16 @@ def load_network_with_heads(
     first = next(iter(saved.values()), None)
     network = load_network(base, head, torch_dtype, device, first)
     heads = {name: DetachedHead.load(one, torch_dtype, device) for name, one in saved.items()}
-    return DynamicNetwork(network, parameter_vectors(folder, base, network, experts), len(experts)), heads
+    vectors = parameter_vectors(folder, base, network, experts)
+    trial = try_network(network.config, network, vectors, str(folder))
+    return DynamicNetwork(network, vectors, len(experts), trial.written), heads
 
 
 def parameter_vectors(
     folder: Path, base: Base, network: PreTrainedModel, experts: Sequence[str]
 ) -> dict[str, dict[int, Vector]]:
     """Return a folder's task vectors by the network's parameter names and the experts' indices, in its dtype."""
-    tensors = {base.network_name(name): name for name in base.weights}
-    parameters = {tensors.get(base.network_name(name)): name for name, _ in network.named_parameters()}
-    found: dict[str, dict[int, Vector]] = {}
+    vectors: dict[str, dict[str, Vector]] = {}
     for path in sorted((folder / VECTORS).glob("*.safetensors")):
-        for tensor, vectors in load_vectors(path).items():
-            if tensor in parameters:  # not a pooler or a head that this network does without
-                own = {experts.index(name): one.to(network.device, network.dtype) for name, one in vectors.items()}
-                found[parameters[tensor]] = own
-    return found
+        vectors |= load_vectors(path)
+    return by_parameter(base, network, vectors, experts)

@@ -131,7 +131,7 @@ class DynamicModel:
             return affinities(rule, features[rule.layer, rule.pool], router.statistics)
 
         with torch.inference_mode():
-            affinity = torch.stack(_in_parts(sequences, resemblance))
+            affinity = torch.stack(_in_parts(sequences, resemblance, [list(range(len(sequences)))]))
             chosen = coefficients(affinity, router.settings)
         return Routes(chosen, affinity.argmax(1).tolist())
 
@@ -152,7 +152,7 @@ class DynamicModel:
                 found: Tensor = network(**self.batch([sequences[row] for row in rows]), use_cache=False).logits
                 return found
 
-        return _in_parts(sequences, answers)
+        return _in_parts(sequences, answers, self.network.together(routes.coefficients))
 
     def class_logits(self, sequences: Sequence[list[int]], routes: Routes, *heads: Sequence[str]) -> list[list[Tensor]]:
         """Return, for each assignment of heads (expert names) to the samples, the logits of every sample, float32.
@@ -171,7 +171,8 @@ class DynamicModel:
             assigned = [[names[row] for row in rows] for names in heads]
             return list(zip(*(self._head_logits(hidden, pooled, inputs, names) for names in assigned), strict=True))
 
-        return [list(one) for one in zip(*_in_parts(sequences, answers), strict=True)]
+        found = _in_parts(sequences, answers, self.network.together(routes.coefficients))
+        return [list(one) for one in zip(*found, strict=True)]
 
     def _head_logits(
         self, hidden: Tensor, pooled: Tensor | None, inputs: Mapping[str, Tensor], assigned: Sequence[str]
@@ -193,8 +194,13 @@ class DynamicModel:
 
         The route, taken on the prompt, stays for the whole continuation, so the KV cache holds.
         """
-        with torch.inference_mode(), self.network.mixed(routes.coefficients) as network:
-            return generate(network, self.tokenizer, prompts, max_new_tokens, self._pad_id, self.device)
+        found: dict[int, list[int]] = {}
+        for rows in self.network.together(routes.coefficients):
+            own = [prompts[row] for row in rows]
+            with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
+                answers = generate(network, self.tokenizer, own, max_new_tokens, self._pad_id, self.device)
+            found |= zip(rows, answers, strict=True)
+        return [found[row] for row in range(len(prompts))]
 
     def predict(
         self, texts: Sequence[str], max_new_tokens: int = 64, places: Sequence[str] | None = None
@@ -239,9 +245,13 @@ class DynamicModel:
         return str(owner.config.id2label[index])
 
 
-def _in_parts(sequences: Sequence[list[int]], work: Callable[[list[int]], Iterable[Found]]) -> list[Found]:
-    """Return what some work finds for each sample; it is given the places of one part of the batch at a time."""
+def _in_parts(
+    sequences: Sequence[list[int]], work: Callable[[list[int]], Iterable[Found]], groups: Sequence[list[int]]
+) -> list[Found]:
+    """Return what some work finds for each sample; it is given the places of one part of a group at a time."""
     found: dict[int, Found] = {}
-    for rows in parts([len(sequence) for sequence in sequences]):
-        found |= zip(rows, work(rows), strict=True)
+    for group in groups:
+        for places in parts([len(sequences[row]) for row in group]):
+            rows = [group[place] for place in places]
+            found |= zip(rows, work(rows), strict=True)
     return [found[row] for row in range(len(sequences))]

@@ -84,14 +84,22 @@ class Names:
         Args:
             tensors: all tensors of that parameter, by name.
         """
+        return self.conversion(tensors)[self.parameter(next(iter(tensors)))]
+
+    def conversion(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return, by key, the parameters that hold some tensors of a checkpoint in another form.
+
+        Args:
+            tensors: by name: all that are stacked in one parameter, or one that is split into several.
+        """
         converters = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
         collected: Any = None
         for name in sorted(tensors, key=dot_natural_key):
             renamed, pattern = rename_source_key(plain(name), self.renamings, self.converters)
             collected = collected or copy.deepcopy(converters[pattern])
             collected.add_tensor(renamed, name, pattern, tensors[name])
-        converted: Tensor = collected.convert(renamed)[renamed]
-        return converted
+        found = {name.removeprefix(self.prefix): tensor for name, tensor in collected.convert(renamed).items()}
+        return {self.tied.get(key, key): tensor for key, tensor in found.items()}
 
     def is_unread(self, name: str) -> bool:
         """Return whether transformers has no use for a tensor any more (causal masks, rotary frequencies)."""

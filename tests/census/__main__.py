@@ -12,7 +12,7 @@ from queue import Empty
 import torch
 import transformers
 
-from tests.census import sens
+from tests.census import se, sens
 from tests.census.cases import Column, make_case
 from tests.census.zoo import class_names
 
@@ -20,6 +20,8 @@ COLUMNS: Mapping[str, Column] = {
     "sens whole": sens.whole,
     "sens streamed": sens.streamed,
     "distances": sens.distances,
+    "SE full": se.full,
+    "SE LoRA": se.lora,
 }
 STATUSES = ("right", "refused", "failed", "wrong")
 LIMIT = 300

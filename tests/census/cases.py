@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.plan import Plan
 from tests.census.zoo import tiny_network
@@ -83,8 +85,20 @@ def make_case(name: str, folder: Path, lora: bool = True) -> Case:
         perturbed(case.network(case.base), seed, 0.05).save_pretrained(full)
         tokenizer.save_pretrained(full)
         if lora:
-            make_adapter(case.network(case.base), case.experts("lora")[expert], seed, target_modules="all-linear")
+            network = case.network(case.base)
+            make_adapter(network, case.experts("lora")[expert], seed, target_modules=_linear(network))
     return case
+
+
+def _linear(network: PreTrainedModel) -> list[str]:
+    """Return the linear layers that adapters are made for: all, but for the head and what peft refuses in Mambas."""
+    head = network.get_output_embeddings()
+    refused = ("out_proj",) if "mamba" in str(network.config.get_text_config().model_type) else ()
+    return [
+        name
+        for name, module in network.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not head and not name.endswith(refused)
+    ]
 
 
 Column = Callable[[Case], str]

@@ -1,0 +1,364 @@
+"""What the experts' changes to one module do to its output, for every sample of a batch by coefficients of its own.
+
+What is linear in its weights needs no weights per sample: f(x; θ₀ + Σ cₖ·δₖ) = f(x; θ₀) + Σ cₖ·f(x; δₖ) (DESIGN §5).
+Forward hooks add the second term to the outputs of linear layers, embeddings, convolutions and norms; a few small
+parameters are replaced by one value per sample. The modules stay as they are.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tasks.errors import InputError
+from tasks.models.vectors import Dense, LowRank, Sparse, Vector
+
+
+@dataclass(frozen=True)
+class Share:
+    """The samples of a batch that take some of one expert."""
+
+    rows: slice | Tensor
+    """a slice where they follow each other: then their inputs and outputs are views"""
+    scale: Tensor
+    """(samples,): their coefficients"""
+
+
+@dataclass
+class Mix:
+    """The coefficients of one batch."""
+
+    coefficients: Tensor
+    """(B, K), on the network's device and in its dtype"""
+    shares: Mapping[int, Share]
+    """by expert, of the experts that any sample takes"""
+    length: int | None = None
+    """tokens of every sample of the forward pass under way"""
+
+    @classmethod
+    def of(cls, coefficients: Tensor, network: PreTrainedModel) -> "Mix":
+        """Return the coefficients (B, K) as a network needs them."""
+        # Which rows are zero decides what is computed: looked up once, as a GPU has to wait for the answer.
+        taken = coefficients.cpu() != 0
+        coefficients = coefficients.to(network.device, network.dtype)
+        shares = {}
+        for expert, column in enumerate(taken.unbind(1)):
+            indices = column.nonzero().flatten()
+            if len(indices):
+                first, end = int(indices[0]), int(indices[-1]) + 1
+                rows = slice(first, end) if end - first == len(indices) else indices.to(network.device)
+                shares[expert] = Share(rows, coefficients[rows, expert])
+        return cls(coefficients, shares)
+
+    @property
+    def size(self) -> int:
+        """Number of samples, B."""
+        return len(self.coefficients)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank task vectors of all experts on one weight, one below the other."""
+
+    first: Tensor
+    """(R, columns), R the sum of the ranks"""
+    second: Tensor
+    """(rows, R)"""
+    owner: Tensor
+    """(R,): index of the expert"""
+
+    def scale(self, mix: Mix) -> Tensor:
+        """Return each sample's coefficient of each rank, (B, 1, R)."""
+        return mix.coefficients.index_select(1, self.owner).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the experts change in one parameter."""
+
+    whole: Mapping[int, Dense | Sparse]
+    """by expert, task vectors that are not low-rank"""
+    factors: Factors | None
+    """those that are"""
+    experts: frozenset[int]
+
+    @classmethod
+    def of(cls, vectors: Mapping[int, Vector]) -> "Change":
+        """Return the task vectors of one parameter by expert in the form that terms need."""
+        low = {expert: vector for expert, vector in vectors.items() if isinstance(vector, LowRank)}
+        factors = None
+        if low:
+            first = torch.cat([vector.first for vector in low.values()])
+            owner = [expert for expert, vector in low.items() for _ in range(len(vector.first))]
+            factors = Factors(
+                first,
+                torch.cat([vector.second for vector in low.values()], dim=1),
+                torch.tensor(owner, device=first.device),
+            )
+        whole = {expert: vector for expert, vector in vectors.items() if not isinstance(vector, LowRank)}
+        return cls(whole, factors, frozenset(vectors))
+
+    def shared(self, mix: Mix) -> Iterator[tuple[Share, Dense | Sparse]]:
+        """Yield share and task vector, if not low-rank, of each expert that has both."""
+        for expert, vector in self.whole.items():
+            if expert in mix.shares:
+                yield mix.shares[expert], vector
+
+
+class Stack:
+    """The task vectors of a small parameter, as the rows of one matrix."""
+
+    def __init__(self, change: Change) -> None:
+        """Stack what the experts change in one parameter."""
+        assert change.factors is None, "vectors, norms and positions have no low-rank task vectors"
+        self._values = torch.stack([vector.dense() for vector in change.whole.values()])
+        self._experts = torch.tensor(list(change.whole), device=self._values.device)
+
+    def per_sample(self, mix: Mix, dimensions: int) -> Tensor:
+        """Return Σₖ cₖ·δₖ of every sample, (B, 1, …, 1, *shape) with as many dimensions as asked for."""
+        mixed = mix.coefficients.index_select(1, self._experts) @ self._values.flatten(1)
+        shape = self._values.shape[1:]
+        return mixed.view(mix.size, *[1] * (dimensions - 1 - len(shape)), *shape)
+
+
+class Term(ABC):
+    """What the experts' changes to one module do to its output."""
+
+    def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
+        """Prepare a module.
+
+        Args:
+            name: its name in the network, for messages.
+            module: the module.
+            changes: what the experts change, by the name of its parameter.
+        """
+        self.name = name
+        self.module: Any = module
+        self.experts = frozenset[int]().union(*(change.experts for change in changes.values()))
+
+    @abstractmethod
+    def attach(self, mix: Mix, stack: ExitStack) -> None:
+        """Let the module answer by the coefficients until the stack is closed."""
+
+    def samples(self, mix: Mix, tensor: Tensor, dimensions: int = 2) -> Tensor:
+        """Return a tensor, or a view of it, whose leading dimension is the samples.
+
+        The rows of a matrix may be all tokens of all samples, one sample after the other: (B · T, width).
+
+        Raises:
+            InputError: the samples cannot be told apart.
+        """
+        if tensor.dim() >= dimensions and len(tensor) == mix.size:
+            return tensor
+        if tensor.dim() == 2 and mix.length is not None and len(tensor) == mix.size * mix.length:
+            return tensor.reshape(mix.size, mix.length, -1)
+        raise self.lost(mix, tensor)
+
+    def lost(self, mix: Mix, tensor: Tensor) -> InputError:
+        """Return the error that the samples of a tensor cannot be told apart."""
+        return InputError(
+            f"{self.name} ({type(self.module).__name__}) got a tensor of shape {tuple(tensor.shape)} for "
+            f"{mix.size} samples and cannot tell them apart; use application: {{kind: static}}"
+        )
+
+
+class _Sum(Term):
+    """A module that is linear in its parameters: the experts' part is added to its output."""
+
+    def attach(self, mix: Mix, stack: ExitStack) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return self.add(mix, args[0], output)
+
+        stack.enter_context(self.module.register_forward_hook(hook))
+
+    @abstractmethod
+    def add(self, mix: Mix, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return the module's output with the experts' part added, in place where the shape allows."""
+
+
+class _Matrix(_Sum):
+    """nn.Linear, whose weight is (out, in), and GPT-2's Conv1D, whose weight is (in, out)."""
+
+    def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
+        super().__init__(name, module, changes)
+        self.weight = changes.get("weight")
+        self.bias = Stack(changes["bias"]) if "bias" in changes else None
+        self.transposed = isinstance(module, nn.Linear)
+
+    def add(self, mix: Mix, inputs: Tensor, output: Tensor) -> Tensor:
+        output = output.contiguous()
+        inputs, rows = self.samples(mix, inputs), self.samples(mix, output)
+        if self.weight is not None:
+            for share, vector in self.weight.shared(mix):
+                weight = vector.dense()
+                self._add_whole(share, inputs, weight.T if self.transposed else weight, rows)
+            if self.weight.factors is not None:
+                self._add_factors(mix, self.weight.factors, inputs, rows)
+        if self.bias is not None:
+            rows += self.bias.per_sample(mix, rows.dim())
+        return output
+
+    def _add_whole(self, share: Share, inputs: Tensor, weight: Tensor, output: Tensor) -> None:
+        scale = _column(share.scale, inputs.dim())
+        inputs = inputs[share.rows]
+        if not isinstance(share.rows, slice):
+            output.index_add_(0, share.rows, (inputs * scale) @ weight)
+        elif inputs.shape[-1] <= output.shape[-1]:
+            output[share.rows].view(-1, output.shape[-1]).addmm_((inputs * scale).flatten(0, -2), weight)
+        else:
+            output[share.rows].addcmul_(inputs @ weight, scale)
+
+    def _add_factors(self, mix: Mix, factors: Factors, inputs: Tensor, output: Tensor) -> None:
+        down, up = (factors.first.T, factors.second.T) if self.transposed else (factors.second, factors.first)
+        hidden = inputs.flatten(0, -2) @ down
+        hidden.view(mix.size, -1, hidden.shape[-1]).mul_(factors.scale(mix))
+        output.view(-1, output.shape[-1]).addmm_(hidden, up)
+
+
+class _Lookup(_Sum):
+    """nn.Embedding, also with a leading dimension of 1 where all samples share their indices (positions)."""
+
+    def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
+        super().__init__(name, module, changes)
+        self.weight = changes["weight"]
+
+    def add(self, mix: Mix, inputs: Tensor, output: Tensor) -> Tensor:
+        if inputs.dim() == 2 and len(inputs) == 1:
+            inputs, output = inputs.expand(mix.size, -1), output.repeat(mix.size, 1, 1)
+        if output.dim() != 3 or len(output) != mix.size:
+            raise self.lost(mix, inputs)
+        factor = self._factor(output.dtype)
+        for share, vector in self.weight.shared(mix):
+            output[share.rows] += vector.rows(inputs[share.rows]) * _column(share.scale * factor, 3)
+        factors = self.weight.factors
+        if factors is not None:
+            output += (F.embedding(inputs, factors.second) * (factors.scale(mix) * factor)) @ factors.first
+        return output
+
+    def _factor(self, dtype: torch.dtype) -> Any:
+        """Return what the module multiplies what it finds by."""
+        factor = getattr(self.module, "embed_scale", 1)
+        return factor.to(dtype) if isinstance(factor, Tensor) else factor
+
+
+class _Convolution(_Sum):
+    """nn.Conv2d."""
+
+    def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
+        super().__init__(name, module, changes)
+        self.weight = changes.get("weight")
+        self.bias = Stack(changes["bias"]) if "bias" in changes else None
+        assert self.weight is None or self.weight.factors is None, f"{name}: low-rank task vector of a convolution"
+
+    def add(self, mix: Mix, inputs: Tensor, output: Tensor) -> Tensor:
+        if inputs.dim() != 4 or len(inputs) != mix.size:
+            raise self.lost(mix, inputs)
+        if self.weight is not None:
+            for share, vector in self.weight.shared(mix):
+                scaled = inputs[share.rows] * _column(share.scale, inputs.dim())
+                output[share.rows] += self.module._conv_forward(scaled, vector.dense(), None)
+        if self.bias is not None:
+            output += self.bias.per_sample(mix, 2)[..., None, None]
+        return output
+
+
+class _Norm(_Sum):
+    """nn.LayerNorm and nn.RMSNorm: linear in their weight and bias."""
+
+    def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
+        super().__init__(name, module, changes)
+        self.weight = Stack(changes["weight"]) if "weight" in changes else None
+        self.bias = Stack(changes["bias"]) if "bias" in changes else None
+
+    def add(self, mix: Mix, inputs: Tensor, output: Tensor) -> Tensor:
+        output = output.contiguous()
+        inputs, rows = self.samples(mix, inputs), self.samples(mix, output)
+        if self.weight is not None:
+            norm = F.layer_norm if isinstance(self.module, nn.LayerNorm) else F.rms_norm
+            normed = norm(inputs, self.module.normalized_shape, eps=self.module.eps)
+            rows.addcmul_(normed, self.weight.per_sample(mix, rows.dim()))
+        if self.bias is not None:
+            rows += self.bias.per_sample(mix, rows.dim())
+        return output
+
+
+class _Values(Term):
+    """Small parameters that broadcast against the samples: replaced by one value per sample, whatever the formula.
+
+    These are the weights of transformers' own norms, of shape (width,), and what embeddings hold themselves
+    (class token, positions), of shape (1, …).
+    """
+
+    def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
+        super().__init__(name, module, changes)
+        self.own = {attribute: module._parameters[attribute] for attribute in changes}
+        self.stacks = {attribute: Stack(change) for attribute, change in changes.items()}
+
+    def attach(self, mix: Mix, stack: ExitStack) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs: Tensor = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+            rows = self.samples(mix, inputs)
+            for attribute, parameter in self.own.items():
+                assert parameter is not None
+                if parameter.dim() == 1:
+                    values = self.stacks[attribute].per_sample(mix, rows.dim())
+                    if rows.dim() != inputs.dim():  # a row of values for every token
+                        values = values.expand(-1, rows.shape[1], -1).flatten(0, 1)
+                else:  # the leading 1 is the place of the samples
+                    values = self.stacks[attribute].per_sample(mix, parameter.dim() + 1).squeeze(1)
+                module._parameters[attribute] = parameter + values  # type: ignore[assignment]
+
+        stack.callback(self.module._parameters.update, self.own)
+        stack.enter_context(self.module.register_forward_pre_hook(hook, with_kwargs=True))
+
+
+def _column(values: Tensor, dimensions: int) -> Tensor:
+    """Return (samples,) as (samples, 1, …, 1)."""
+    return values.view(-1, *[1] * (dimensions - 1))
+
+
+_PRODUCTS: Mapping[type[nn.Module], type[Term]] = {nn.Linear: _Matrix, Conv1D: _Matrix, nn.Conv2d: _Convolution}
+# Tables of distances are looked up by pairs of positions, or read as a whole: not by sample.
+_RELATIVE = re.compile(r"(^|[._])(rel|relative|distance)_")
+
+
+def kind_of(network: nn.Module, name: str, attribute: str) -> type[Term] | None:
+    """Return how a change to a parameter is likely to be computed per sample, None if not at all.
+
+    Exact classes, because a subclass may compute something else. Whether it is so, only a run can tell
+    (`tasks.models.trial`).
+    """
+    module = network.get_submodule(name)
+    parameter = module._parameters[attribute]
+    assert parameter is not None
+    cls = type(module)
+    if cls in _PRODUCTS:
+        # Modules with parameters of their own (Mamba's mixers, nn.MultiheadAttention) also read their children's
+        # weights without calling the children, where no hook can see it.
+        parent = _parent(network, name)
+        hidden = any(True for _ in parent.parameters(recurse=False)) and not type(parent).__name__.endswith(
+            "Embeddings"
+        )
+        return None if hidden else _PRODUCTS[cls]
+    if cls is nn.Embedding or cls.__name__.endswith("ScaledWordEmbedding"):
+        return None if _RELATIVE.search(name) else _Lookup
+    if cls in (nn.LayerNorm, nn.RMSNorm):
+        return _Norm
+    if "Norm" in cls.__name__ and parameter.dim() == 1:
+        return _Values
+    if cls.__name__.endswith("Embeddings") and parameter.dim() > 1 and len(parameter) == 1:
+        return _Values
+    return None
+
+
+def _parent(network: nn.Module, name: str) -> nn.Module:
+    """Return the module that holds a module."""
+    return network.get_submodule(name.rpartition(".")[0])
