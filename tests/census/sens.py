@@ -1,7 +1,6 @@
 """Sensitivities and distances of the census, against plain autograd and plain logits."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
