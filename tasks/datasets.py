@@ -302,8 +302,9 @@ def encode(
     """A row as the tokens that models are scored on, at most `task.max_length` of them.
 
     completion: prompt and completion are tokenised apart and joined, so the boundary is the same whatever follows. The
-    tokenizer's begin tokens stand in front only, its end token stands at the end if `end_token`. Of a text that is too
-    long, the prompt loses its beginning, down to half of `max_length`, before the completion loses its end.
+    tokenizer's begin tokens stand in front only, its end token stands at the end if `end_token`; a text that has them
+    gets no second ones. Of a text that is too long, the prompt loses its beginning, down to half of `max_length`,
+    before the completion loses its end.
     multiple_choice: the same with the right choice and no end token (see `encode_choices`).
     classification: the text with the tokenizer's special tokens, cut from the right but for the special tokens.
 
@@ -314,14 +315,14 @@ def encode(
     match task:
         case ClassificationTask():
             assert label2id is not None
-            ids = tokenizer(render(task.prompt, row), truncation=True, max_length=task.max_length)["input_ids"]
+            ids = class_tokens(render(task.prompt, row), tokenizer, task.max_length)
             if not ids:
                 raise InputError(f"{where}: the text to classify has no token; leave the row out")
             return Sample(ids, len(ids), class_index(row[task.label], label2id, where))
         case MultipleChoiceTask():
             return encode_choices(task, row, tokenizer, where)[int(row[task.answer])]
     prompt = tokens(render(task.prompt, row), tokenizer, front=True)
-    completion = tokens(render(task.completion, row), tokenizer, front=False) + _end(task, tokenizer)
+    completion = _ended(tokens(render(task.completion, row), tokenizer, front=False), task, tokenizer)
     prompt = prompt[-max(task.max_length - len(completion), task.max_length // 2) :]
     sample = Sample((prompt + completion)[: task.max_length], len(prompt))
     if len(sample.input_ids) <= sample.scored_from:
@@ -388,27 +389,52 @@ def _whole_text(task: CompletionTask | MultipleChoiceTask, row: Row, tokenizer: 
     """Prompt and completion (or right choice) tokenised as one text; cut on the side that `encode` cuts."""
     if isinstance(task, CompletionTask):
         text = render(task.prompt, row) + render(task.completion, row)
-        return (tokens(text, tokenizer, front=True) + _end(task, tokenizer))[: task.max_length]
+        return _ended(tokens(text, tokenizer, front=True), task, tokenizer)[: task.max_length]
     choice = {"choice": row[task.choices][int(row[task.answer])]}
     text = render(task.prompt, row) + render(task.completion, row | choice)
     return tokens(text, tokenizer, front=True)[-task.max_length :]
 
 
 def tokens(text: str, tokenizer: "PreTrainedTokenizerBase", front: bool) -> list[int]:
-    """Token ids of a text, with the tokenizer's begin tokens if `front`; never with an end token of its own."""
+    """Token ids of a text, with the tokenizer's begin tokens if `front`; never with an end token of its own.
+
+    A text that begins with the begin token gets no second one.
+    """
     ids: list[int] = tokenizer(text, add_special_tokens=front, verbose=False)["input_ids"]
     # Some tokenizers close every text with their end token; here only `end_token` says so.
-    if front and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
-    return ids
+    if front and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        plain = tokens(text, tokenizer, front=False)
+        if ids[-1 - len(plain) : -1] == plain:
+            ids = ids[:-1]
+    return ids[1:] if front and _begins_twice(text, tokenizer) else ids
 
 
-def _end(task: CompletionTask, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def class_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None) -> list[int]:
+    """Token ids of a text to classify with the tokenizer's special tokens, the begin token once, cut from the right."""
+    twice = int(_begins_twice(text, tokenizer))
+    longest = None if max_length is None else max_length + twice
+    ids: list[int] = tokenizer(text, truncation=longest is not None, max_length=longest, verbose=False)["input_ids"]
+    return ids[twice:]
+
+
+def _begins_twice(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a text begins with the begin token, and the tokenizer sets another one before it."""
+    begins = [token for token in (tokenizer.bos_token, tokenizer.cls_token) if token]
+    if not text.lstrip().startswith(tuple(begins)):
+        return False
+    plain = tokens(text, tokenizer, front=False)
+    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ids = tokenizer.convert_tokens_to_ids(begins)
+    return whole[0] in ids and whole[0] == plain[0] and whole[1 : 1 + len(plain)] == plain
+
+
+def _ended(ids: list[int], task: CompletionTask, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids with the end token once, if the task wants it."""
     if not task.end_token:
-        return []
+        return ids
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end token: set end_token: false in the task")
-    return [tokenizer.eos_token_id]
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
 def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "right"] = "right") -> "dict[str, Tensor]":

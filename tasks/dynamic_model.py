@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tasks.datasets import pad, tokens
+from tasks.datasets import class_tokens, pad, tokens
 from tasks.dynamic_folder import STATISTICS, check_files, load_network_with_heads, read_manifest
 from tasks.errors import InputError
-from tasks.evaluate import finite, generate, pad_token
+from tasks.evaluate import finite, pad_token
+from tasks.generation import generate, set_end_tokens
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.heads import DetachedHead
 from tasks.models.networks import load_tokenizer, positions
@@ -114,10 +115,14 @@ class DynamicModel:
         manifest = read_manifest(folder)
         if verify:
             check_files(folder, manifest)
-        found = load_network_with_heads(folder, manifest.experts, manifest.head, dtype or manifest.dtype, device)
+        network, heads = load_network_with_heads(
+            folder, manifest.experts, manifest.head, dtype or manifest.dtype, device
+        )
+        if manifest.head == "causal_lm":
+            set_end_tokens(network.network, folder, folder)
         values = {name: tensor.to(device) for name, tensor in load_file(folder / STATISTICS).items()}
         router = Router(manifest.rule, Statistics(**values), manifest.router)
-        return cls(*found, manifest.experts, load_tokenizer(folder), router, manifest.head == "classification")
+        return cls(network, heads, manifest.experts, load_tokenizer(folder), router, manifest.head == "classification")
 
     def route(self, sequences: Sequence[list[int]]) -> Routes:
         """Return the routes of token sequences: probes up to the rule's block, then the router's mathematics."""
@@ -187,7 +192,7 @@ class DynamicModel:
         return [logits[row] for row in range(len(assigned))]
 
     def generate(self, prompts: Sequence[list[int]], routes: Routes, max_new_tokens: int) -> list[list[int]]:
-        """Return greedy continuations in tokens, up to the end token (left out).
+        """Return greedy continuations in tokens, up to an end token (left out).
 
         The route, taken on the prompt, stays for the whole continuation, so the KV cache holds.
         """
@@ -231,9 +236,7 @@ class DynamicModel:
 
     def _tokens(self, text: str, where: str, max_new_tokens: int) -> list[int]:
         ids: list[int] = (
-            self.tokenizer(text, verbose=False)["input_ids"]
-            if self.classifies
-            else tokens(text, self.tokenizer, front=True)
+            class_tokens(text, self.tokenizer) if self.classifies else tokens(text, self.tokenizer, front=True)
         )
         new = 0 if self.classifies else max_new_tokens
         room = (positions(self.network.network.config) or len(ids) + new) - new

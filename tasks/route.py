@@ -35,7 +35,7 @@ from tasks.routing import (
     trust,
 )
 
-VERSION = 2
+VERSION = 3
 BATCH_SIZE = 8
 """Samples per forward pass; each is probed up to K + 2 times in it."""
 

@@ -25,6 +25,7 @@ from tasks.datasets import (
     render,
     rows_digest,
     template_fields,
+    tokens,
 )
 from tasks.errors import InputError
 
@@ -216,6 +217,41 @@ def test_a_tokenizer_that_closes_every_text(tokenizer: PreTrainedTokenizerFast) 
         assert encode(task, ROW, closing, "row 0") == encode(task, ROW, tokenizer, "row 0")
         batches = [calibration_batch(task, ROW, each, "row 0")["input_ids"] for each in (closing, tokenizer)]
         assert torch.equal(*batches)
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A"])
+def test_begin_and_end_that_a_text_has_itself_stand_there_once(template: str) -> None:
+    """As after a chat template, whose text is tokenised without further special tokens."""
+    tokenizer = bpe_tokenizer(template)
+    row = {"prompt": "<s>how many", "completion": " fifteen</s>"}
+    whole = tokenizer("<s>how many fifteen</s>", add_special_tokens=False)["input_ids"]
+    assert encode(completion_task(), row, tokenizer, "row 0").input_ids == whole
+    batch = calibration_batch(completion_task(loss_on="all"), row, tokenizer, "row 0")
+    assert batch["input_ids"][0].tolist() == whole
+    choice = {"prompt": "<s>how many", "choices": ["fifteen"], "answer": 0}
+    assert encode(MultipleChoiceTask(**CHOICE), choice, tokenizer, "row 0").input_ids == whole[:-1]
+    # Two that the text has itself are its own.
+    assert tokens("<s><s>a", tokenizer, front=True)[:2] == [0, 0] != tokens("<s><s>a", tokenizer, front=True)[1:3]
+    assert tokens("a</s></s>", tokenizer, front=True)[-3:] == [
+        *tokenizer("a", add_special_tokens=False).input_ids,
+        1,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("name", ["bos_token", "cls_token"])
+def test_a_text_to_classify_begins_once(name: str) -> None:
+    both = bpe_tokenizer("<s> $A </s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=both.backend_tokenizer, eos_token="</s>", **{name: "<s>"})
+    task = ClassificationTask(kind="classification")
+    for max_length in (512, 5):
+        settings = {"max_length": max_length}
+        plain, own = (
+            encode(task.model_copy(update=settings), {"text": text, "label": 0}, tokenizer, "row 0", {"a": 0})
+            for text in ("how many are seven", "<s>how many are seven")
+        )
+        assert plain == own
+        assert len(own.input_ids) <= max_length
 
 
 def test_a_long_prompt_loses_its_beginning_then_the_completion_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
