@@ -186,13 +186,14 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 def tiny_recipe(llamas: dict[str, Path], folder: Path) -> dict[str, Any]:
     """A recipe for the tiny Llamas; its data sets are written to the folder."""
     for task, sign in (("math", "+"), ("code", "-")):
-        rows: list[dict[str, object]] = [{"prompt": f"{a}{sign}{a + 1}=", "completion": str(a)} for a in range(12)]
-        write_rows(folder / f"{task}.jsonl", rows)
+        for file, first in ((f"{task}.jsonl", 0), (f"{task}-test.jsonl", 12)):
+            numbers = range(first, first + 12)
+            write_rows(folder / file, [{"prompt": f"{a}{sign}{a + 1}=", "completion": str(a)} for a in numbers])
     data = {
         task: {
             "kind": "completion",
             "calibration": {"path": "json", "data_files": f"{task}.jsonl", "samples": 3},
-            "evaluation": {"path": "json", "data_files": f"{task}.jsonl", "samples": 6},
+            "evaluation": {"path": "json", "data_files": f"{task}-test.jsonl", "samples": 6},
         }
         for task in ("math", "code")
     }

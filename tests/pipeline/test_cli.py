@@ -255,7 +255,9 @@ def test_task_of_a_kind_the_expert_is_not_for(llama_recipe: Recipe, refused: Cal
 
 def test_sample_longer_than_the_model_takes(llama_recipe: Recipe, tmp_path: Path, refused: Callable[..., str]) -> None:
     write_rows(tmp_path / "math.jsonl", [{"prompt": "x" * 300, "completion": "y"} for _ in range(6)])
-    assert "tasks.math.max_length: row 0" in refused(llama_recipe)
+    error = refused(llama_recipe)
+    assert f"tasks.math.calibration: line 3 of {tmp_path}/math.jsonl takes 302 tokens" in error
+    assert "set tasks.math.max_length lower" in error
 
 
 def test_layer_pattern_that_matches_nothing(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
