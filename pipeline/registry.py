@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from pipeline.gate import Outcomes, Verdict, passes
-from pipeline.tracking import EVALUATED_BY, OUTCOMES, connected, if_there
+from pipeline.tracking import EVALUATED_BY, OUTCOMES, connected, if_there, same_version
 from tasks.errors import InputError
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -29,6 +29,8 @@ class Version:
     recipe: str
     number: str
     variant: str
+    kind: str | None
+    """static or dynamic; None of a version that was registered before this was kept"""
     digest: str
     evaluated_by: str
     """id of the MLflow run that has its outcomes"""
@@ -37,7 +39,8 @@ class Version:
 
     def __str__(self) -> str:
         """Name it as `compare` takes it."""
-        return f"{self.recipe}/{self.number} ({self.variant})"
+        kind = ", dynamic" if self.kind == "dynamic" else ""
+        return f"{self.recipe}/{self.number} ({self.variant}{kind})"
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ class Registry:
     uri: str
     recipe: str
 
-    def of_variant(self, variant: str, digest: str) -> Version:
+    def of_variant(self, variant: str, kind: str, digest: str) -> Version:
         """Return the version of a variant with these weights; `tracking.record` has registered it."""
         with connected(self.uri) as client:
-            wanted = f"name = '{self.recipe}' AND tags.variant = '{variant}' AND tags.digest = '{digest}'"
+            wanted = same_version(self.recipe, {"variant": variant, "kind": kind, "digest": digest})
             (found,) = client.search_model_versions(wanted, max_results=1)
             return _version(found)
 
@@ -159,7 +162,13 @@ def _version(found: Any) -> Version:
     if lacking:
         raise InputError(f"{found.name}/{found.version}: has no tag {min(lacking)}; it was not registered by sensmerge")
     return Version(
-        found.name, str(found.version), tags["variant"], tags["digest"], tags[EVALUATED_BY], tags.get(FORMER)
+        found.name,
+        str(found.version),
+        tags["variant"],
+        tags.get("kind"),
+        tags["digest"],
+        tags[EVALUATED_BY],
+        tags.get(FORMER),
     )
 
 

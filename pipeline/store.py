@@ -8,10 +8,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -178,11 +179,16 @@ class Store:
             if self._path(local) not in found:
                 local.unlink()
 
-    def fetch(self, key: Key) -> None:
-        """Have an artifact whole on this machine; nothing to do for a store in a folder."""
+    def fetch(self, key: Key, patterns: Sequence[str] = ("*",)) -> None:
+        """Have an artifact, or those files that a pattern matches, on this machine; a store in a folder has them."""
         if self.remote is not None:
             folder = self._path(self.folder(key))
-            files = {path: file for path, file in self._listed.items() if path.startswith(f"{folder}/")}
+            listed = {path: file for path, file in self._listed.items() if path.startswith(f"{folder}/")}
+            files = {
+                path: file
+                for path, file in listed.items()
+                if any(fnmatch(path.removeprefix(f"{folder}/"), pattern) for pattern in patterns)
+            }
             self.remote.download(files, folder, self.folder(key))
 
     @contextmanager

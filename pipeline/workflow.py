@@ -14,7 +14,7 @@ from pipeline.gate import best_variant, candidates, judge, passes
 from pipeline.history import begin, last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
-from pipeline.recipe import Gate, Recipe
+from pipeline.recipe import Gate, Recipe, Stage
 from pipeline.report import Report, merge_summary, route_table, route_warnings, score_table
 from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
@@ -107,7 +107,8 @@ def _judged(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
 
     registry = Registry(uri, plan.recipe.name)
     best = best_variant(report, plan.recipe.gate)
-    version, champion = registry.of_variant(best, report.variants[best].digest), registry.champion()
+    kind = "dynamic" if best in report.routes else "static"
+    version, champion = registry.of_variant(best, kind, report.variants[best].digest), registry.champion()
     left_out = _better_ones(report, plan.recipe.gate, best)
     if champion is None:
         registry.promote(version)
@@ -155,6 +156,7 @@ def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Conso
     report = collect(plan)
     text = recipe_yaml(plan.recipe)
     write_cards(plan, report, text)
+    _write_mlflow_files(plan, report)
     if options.report is not None:
         write_json(options.report, report.model_dump())
     if report.tasks:
@@ -174,6 +176,20 @@ def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Conso
     shown = where if is_server(options.uri) else f"mlflow ui --backend-store-uri {options.uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
     return report
+
+
+def _write_mlflow_files(plan: Plan, report: Report) -> None:
+    """Write what MLflow loads a model by beside its weights, where these are at a URL that MLflow reads."""
+    if plan.store.remote is None:
+        return
+    from pipeline.tracking_model import MLMODEL, NEEDED, Merged, write_beside
+
+    for name in plan.recipe.merges:
+        merged = Merged.of(report, name)
+        if merged.answers and merged.is_read_by_mlflow and not (merged.folder / MLMODEL).is_file():
+            stage: Stage = "route" if merged.kind == "dynamic" else "merge"
+            plan.store.fetch(plan.step(stage, name).key, NEEDED)
+            plan.store.upload(merged.folder, *write_beside(merged))
 
 
 def recipe_yaml(recipe: Recipe) -> str:
