@@ -60,10 +60,13 @@ from pipeline.system_metrics import Sample
 from pipeline.tracking_uri import is_server
 from tasks.errors import InputError, StepError
 
+WEIGHTS_GONE = "Its weights were freed by gc"
 OUTCOMES = "outcomes.json"
 """Artifact of a variant's run: what it did with every evaluation sample, by task."""
 EVALUATED_BY = "evaluated_by"
 """Tag of a model version: the run that has its outcomes."""
+FREED = "weights"
+"""Tag of a model version whose weights are no more in the store: when they were freed."""
 
 # Metrics of a route by the field of RouteInfo that they come from.
 ROUTE_SCORES = {
@@ -334,8 +337,8 @@ def _log_model(
     """The merged folder as the run's output: a LoggedModel whose weights stay outside MLflow; return its id.
 
     All variants of a recipe are versions of one registered model, so that an alias of it (`champion`) can name the best
-    merge of the recipe. A variant whose digest is registered already gets no second version. `tags` name the variant,
-    its kind, its folder and its digest. MLflow has files of it by which it loads the model from where it is.
+    merge of the recipe. A variant that is registered already, of this folder and digest, gets no second version. `tags`
+    name the variant, its kind, its folder and its digest. MLflow has files by which it loads the model from there.
     """
     from pipeline.tracking_model import Merged, description, log_files  # with it comes torch
 
@@ -355,6 +358,8 @@ def _log_model(
     versions = client.search_model_versions(same_version(recipe, tags), max_results=1)
     if versions:
         registered = versions[0]
+        if FREED in registered.tags:
+            mark_weights(client, recipe, str(registered.version), tags["folder"], None)
     else:
         _ensure_registered_model(client, recipe)
         # A server takes no local folder as source, but it takes a LoggedModel, whose tags name the folder.
@@ -370,9 +375,34 @@ def _log_model(
 
 
 def same_version(recipe: str, tags: Mapping[str, str]) -> str:
-    """Return the search for the version of a variant: its weights and its kind are those that the tags name."""
-    wanted = " AND ".join(f"tags.{key} = '{tags[key]}'" for key in ("variant", "kind", "digest"))
+    """Return the search for the version of a variant with the weights, the kind and the folder that the tags name."""
+    wanted = " AND ".join(f"tags.{key} = '{tags[key]}'" for key in ("variant", "kind", "digest", "folder"))
     return f"name = '{recipe}' AND {wanted}"
+
+
+def mark_weights(client: MlflowClient, recipe: str, number: str, folder: str, freed: str | None) -> None:
+    """Say of a version, and of the LoggedModels of its folder, that its weights were freed, or are there again.
+
+    Args:
+        client: of the tracking server and the registry.
+        recipe: name of the registered model.
+        number: of the version.
+        folder: its tag `folder`.
+        freed: when; None if the weights are there again.
+    """
+    if freed is None:
+        client.delete_model_version_tag(recipe, number, FREED)
+    else:
+        client.set_model_version_tag(recipe, number, FREED, f"freed {freed}")
+    said = client.get_model_version(recipe, number).description or ""
+    kept = [line for line in said.split("\n\n") if not line.startswith(WEIGHTS_GONE)]
+    first = [] if freed is None else [f"{WEIGHTS_GONE} on {freed}. A run of the recipe as it was makes them anew."]
+    client.update_model_version(recipe, number, "\n\n".join([*first, *kept]))
+    experiment = client.get_experiment_by_name(recipe)
+    if experiment is not None:
+        status = LoggedModelStatus.READY if freed is None else LoggedModelStatus.FAILED
+        for model in client.search_logged_models([experiment.experiment_id], f"tags.folder = '{folder}'"):
+            client.finalize_logged_model(model.model_id, status)
 
 
 def _ensure_registered_model(client: MlflowClient, name: str) -> None:
