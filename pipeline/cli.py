@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -230,14 +231,16 @@ def compare(
 ) -> None:
     """Print the scores of two versions of a registered model, and their paired differences, task by task."""
     from pipeline.gate import comparison_table, judge
-    from pipeline.registry import Registry, parse_version
+    from pipeline.registry import Registry, check_whole, parse_version
 
     uri = checked_uri(tracking_uri, store)
     outcomes = []
     for text in (first, second):
         recipe, which = parse_version(text)
         registry = Registry(uri, recipe)
-        outcomes.append(registry.outcomes(registry.find(which)))
+        version = registry.find(which)
+        check_whole(version, store)
+        outcomes.append(registry.outcomes(version))
     Console().print(comparison_table(first, second, judge(outcomes[1], outcomes[0], 0.0)))
 
 
@@ -248,11 +251,12 @@ def promote(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make a version of a registered model champion, whatever the gate says of it."""
-    from pipeline.registry import Registry, parse_version
+    from pipeline.registry import Registry, check_whole, parse_version
 
     recipe, which = parse_version(version)
     registry = Registry(checked_uri(tracking_uri, store), recipe)
     found = registry.find(which)
+    check_whole(found, store)
     registry.promote(found)
     Console().print(f"{found} is champion", highlight=False, soft_wrap=True)
 
@@ -264,9 +268,12 @@ def rollback(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make the former champion of a registered model champion again."""
-    from pipeline.registry import Registry
+    from pipeline.registry import Registry, check_whole
 
-    before, now = Registry(checked_uri(tracking_uri, store), recipe).rollback()
+    registry = Registry(checked_uri(tracking_uri, store), recipe)
+    before, now = registry.former()
+    check_whole(now, store)
+    registry.restore(now)
     Console().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)
 
 
@@ -307,19 +314,21 @@ def collect_garbage(
     remove: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
     wait: WaitOption = 0,
 ) -> None:
-    """List the artifacts that no champion, no challenger and none of the last runs needs; delete them with --delete."""
-    from pipeline.garbage import delete, find_garbage, needed_artifacts, registered_folders
+    """List the artifacts that no alias, no pinned version and none of the last runs needs; delete with --delete."""
+    from pipeline.garbage import delete, find_garbage, known_versions, needed_artifacts
     from pipeline.units import human_bytes
 
     check_exists(store)
     console = Console()
     with store.lock(wait):
-        needed = needed_artifacts(store, keep, registered_folders(store, tracking_uri))
+        versions = known_versions(store, tracking_uri)
+        needed = needed_artifacts(store, keep, chain.from_iterable(versions.values()))
         garbage = find_garbage(store, needed)
         for name, size in garbage.freed.items():
             console.print(f"{name}: {human_bytes(size)}", highlight=False, soft_wrap=True)
-        if remove:
-            delete(store, garbage)
+        marked = delete(store, garbage, versions) if remove else []
+    for one in marked:
+        console.print(f"{one.recipe}/{one.number}: has no weights any more", highlight=False, soft_wrap=True)
     total = human_bytes(sum(garbage.freed.values()))
     for why in sorted(set(needed.values())):
         console.print(f"kept: {why}", highlight=False, soft_wrap=True)

@@ -44,6 +44,7 @@ def collect(plan: Plan) -> Report:
     evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
     return Report(
         recipe=recipe.name,
+        dtype=recipe.dtype,
         stages=[_stage(plan, step) for step in plan.steps],
         models={name: str(folder) for name, folder in models.items()},
         uris={name: _uri(plan, name, folder) for name, folder in models.items()},
