@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tasks.errors import InputError
 from tasks.models.layers import block_names
+from tasks.models.networks import trunk_of
 from tasks.models.products import GradientProducts
 from tasks.models.source import Source
 
@@ -188,7 +189,7 @@ class Shell:
         """Return what the trunk hands to the head, from the hidden states behind the last block."""
         hidden = hidden.to(self._source.device)
         with torch.no_grad():
-            return trunk_output(self._forward(self.network.base_model, batch, self._replay(lambda _: hidden)))
+            return trunk_output(self._forward(trunk_of(self.network), batch, self._replay(lambda _: hidden)))
 
     def _replay(self, output: Callable[[Tensor], Tensor]) -> Callable[[int, Tensor, Call], Tensor]:
         return lambda index, hidden, _: output(hidden) if index == self._blocks - 1 else hidden

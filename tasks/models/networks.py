@@ -11,6 +11,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
@@ -95,8 +96,25 @@ def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, fol
     with init_empty_weights():
         network: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype)
     network.tie_weights()  # each was registered on the meta device anew
-    network.config.use_cache = False
+    return for_one_pass(network)
+
+
+def for_one_pass(network: PreTrainedModel) -> PreTrainedModel:
+    """Return a network in evaluation mode that caches nothing for generation and adds nothing to the loss of a sample.
+
+    What routers of mixtures add (`output_router_logits`) depends on all blocks at once, so a network in parts has none.
+    """
+    for config in (network.config, network.config.get_text_config()):
+        config.use_cache = False
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
     return network.eval()
+
+
+def trunk_of(network: PreTrainedModel) -> nn.Module:
+    """Return what gives the hidden states that the head of a network takes."""
+    trunk: nn.Module = network.base_model
+    return network.get_decoder() if trunk is network else trunk
 
 
 def fill_network(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tasks.models.blocks import Batch, Part, Shell, Sums, TrunkOutput, blocks_of, to_device, trunk_output, watch
+from tasks.models.networks import trunk_of
 from tasks.models.placement import Actors, Placement
 from tasks.models.products import GradientProducts
 from tasks.models.source import Source
@@ -157,7 +158,7 @@ class WholeRunner(Runner):
         """See `Runner`."""
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                output = self._network.base_model(**to_device(batch, self._source.device))
+                output = trunk_of(self._network)(**to_device(batch, self._source.device))
                 yield number, trunk_output(output)
 
 
