@@ -84,9 +84,13 @@ def sensitivity_journey(
     sums: Sums = {}
     for place, blocks in reversed(list(enumerate(parts))):
         gradient, found = yield Work(place, "backward", (states.pop(), calls[blocks], keep(gradient)))
-        sums |= found
+        sums = _added(sums, found)
     found = yield Work(SHELL, "backward", (batch, end, keep(gradient)))
-    return Sensitivity(loss, sums | found)
+    return Sensitivity(loss, _added(sums, found))
+
+
+def _added(sums: Sums, others: Sums) -> Sums:
+    return {layer: sums.get(layer, 0.0) + others.get(layer, 0.0) for layer in {**sums, **others}}
 
 
 def trunk_journey(batch: Batch, parts: Sequence[slice], keep: Keep) -> Journey[TrunkOutput]:
