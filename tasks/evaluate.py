@@ -40,7 +40,7 @@ from tasks.models.head_inputs import (
     save_head_inputs,
 )
 from tasks.models.heads import DetachedHead
-from tasks.models.networks import load_tokenizer
+from tasks.models.networks import load_tokenizer, trunk_of
 from tasks.models.source import Source
 
 VERSION = 2
@@ -301,7 +301,7 @@ def _through_head(
         head = DetachedHead.read(source)
     else:
         network = _network(subject, name, task, dtype, device)
-        trunk, head = network.base_model, DetachedHead(network)
+        trunk, head = trunk_of(network), DetachedHead(network)
     classes = subject.label2id or head.network.config.label2id
     where = f"of tasks.{name}.evaluation"
     samples = [encode(task, row, tokenizer, f"row {i} {where}", classes) for i, row in enumerate(rows)]
