@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.companions import Tokenizer, choose_tokenizer
 from pipeline.models import about
 from pipeline.recipe import Recipe
 from pipeline.task_rows import TaskRows, gather_rows
-from tasks.artifacts import canonical, sha256_text
 from tasks.coefficients import ExplicitCoefficients, matches
 from tasks.datasets import ClassificationTask
 from tasks.download import Listing, LocalModel, fetch_files, safetensors_header, small_files
@@ -19,7 +19,6 @@ from tasks.models.expert import Base, Expert, open_base, open_expert
 from tasks.models.layers import group_by_layer
 from tasks.models.networks import load_tokenizer, skeleton
 from tasks.models.parameters import holdings
-from tasks.models.tokenizers import has_tokenizer
 from tasks.models.trial import try_network
 from tasks.models.weights import BaseWeights, ExpertWeights
 from tasks.routing import SeApplication
@@ -34,8 +33,8 @@ class Inputs:
     listings: Mapping[str, Listing]
     """of base and experts by name"""
     data: Mapping[str, TaskRows]
-    tokenizer: Path
-    """folder of the model whose tokenizer all models use"""
+    tokenizer: Tokenizer
+    """which all models use"""
     notes: tuple[str, ...] = ()
     """what a user should know of the models and data that are accepted: a line each"""
 
@@ -43,13 +42,6 @@ class Inputs:
         """Return base and experts as far as merging needs to know them: small, and read without transformers."""
         base = self.base.only_weights()
         return base, {name: expert.only_weights(base) for name, expert in self.experts.items()}
-
-    def tokenizer_digest(self) -> str:
-        """Return the content digest of the tokenizer's files."""
-        listing = next(listing for listing in self.listings.values() if listing.folder == self.tokenizer)
-        others = (".safetensors", ".safetensors.index.json", "adapter_config.json", "generation_config.json")
-        files = [file for file in listing.files if file.name != "config.json" and not file.name.endswith(others)]
-        return sha256_text(canonical([[file.name, file.digest] for file in files]))
 
 
 def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path, cache: Path) -> Inputs:
@@ -75,9 +67,9 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     for name, variant in recipe.merges.items():
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant.application, recipe, base, experts)
-    folders = [listing.folder for listing in listings.values()]
-    tokenizer = next((one for one in folders if has_tokenizer(one)), folders[0])
-    reader = load_tokenizer(tokenizer) if recipe.tasks else None
+    tokenizer, said = choose_tokenizer(recipe.tokenizer.source, base, experts, listings, cache)
+    notes += said
+    reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
     routed = bool(recipe.se_variants())
     data, said = gather_rows(recipe.tasks, experts, reader, folder, routed)
     notes += said

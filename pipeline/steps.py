@@ -159,7 +159,7 @@ def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Ste
     assert not isinstance(one.task, LmEvalTask), "the recipe's schema refuses sens coefficients for it"
     reads = _reads(downloads, "base", name) | {
         "calibration": rows_digest(one.calibration),
-        "tokenizer": resolved.inputs.tokenizer_digest(),
+        "tokenizer": resolved.inputs.tokenizer.digest,
     }
     settings = {"dtype": resolved.recipe.dtype} | {"task": _calibration_settings(one.task)}
     finish = partial(
@@ -169,7 +169,7 @@ def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Ste
         name,
         one.task,
         one.calibration,
-        resolved.inputs.tokenizer,
+        resolved.inputs.tokenizer.folder,
         resolved.recipe.dtype,
         _device(resolved, "sensitivity"),
         resolved.placements["sensitivity"].placement,
@@ -210,7 +210,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     reads = _reads(downloads, "base", *names) | {
         f"calibration {name}": rows_digest(resolved.inputs.data[name].calibration) for name in names
     }
-    tokenizer = {"tokenizer": resolved.inputs.tokenizer_digest()}
+    tokenizer = {"tokenizer": resolved.inputs.tokenizer.digest}
     settings = {"dtype": resolved.recipe.dtype} | {
         "tasks": {name: _calibration_settings(resolved.inputs.data[name].task) for name in names},
     }
@@ -236,7 +236,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
         base=resolved.inputs.base.folder,
         experts={name: resolved.inputs.experts[name].folder for name in names},
         calibration=_row_sets(resolved, "calibration"),
-        tokenizer=resolved.inputs.tokenizer,
+        tokenizer=resolved.inputs.tokenizer.folder,
         dtype=resolved.recipe.dtype,
         device=_device(resolved, "cross_task"),
         placement=resolved.placements["cross_task"].placement,
@@ -311,6 +311,7 @@ def _merge_step(
         out_dtype=variant.out_dtype,
         shard_size=variant.shard_size,
         groups=layer_groups(base),
+        token_ids=resolved.inputs.tokenizer.token_ids,
     )
     semantic: dict[str, Any] = {
         "method": variant.method,
@@ -324,6 +325,7 @@ def _merge_step(
         "out_dtype": variant.out_dtype,
         "shard_size": variant.shard_size,
         "experts": experts,
+        "companions": resolved.inputs.tokenizer.companions_digest,
     }
     reads = sum(weight_bytes(listing) for listing in resolved.inputs.listings.values())
     if isinstance(variant.application, SeApplication):
@@ -342,7 +344,7 @@ def _merge_step(
         name,
         key,
         tuple(step.title for step in needed),
-        partial(finish, job, resolved.inputs.tokenizer),
+        partial(finish, job, resolved.inputs.tokenizer.folder),
         tuple(partial(part, job, group) for group in range(len(job.groups))),
         reads=reads,
         writes=writes,
@@ -441,7 +443,7 @@ def _evaluate_step(
     needed = {"model": model_step, "base": downloads["base"]} | ({"head": downloads[head]} if head else {})
     reads = {role: step.key.fingerprint for role, step in needed.items()} | {
         "evaluation": rows_digest(one.evaluation),
-        "tokenizer": resolved.inputs.tokenizer_digest(),
+        "tokenizer": resolved.inputs.tokenizer.digest,
     }
     labels = _labels(resolved, task_name, one.task)
     listing = resolved.inputs.listings.get(model)
@@ -468,7 +470,7 @@ def _evaluate_step(
         task_name,
         one.task,
         one.evaluation,
-        resolved.inputs.tokenizer,
+        resolved.inputs.tokenizer.folder,
         resolved.recipe.dtype,
         _device(resolved, "evaluate"),
     )

@@ -27,13 +27,13 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from pipeline.report import Report
 from pipeline.requirements import project_source, requirements
-from tasks.models.tokenizers import FILES
+from tasks.models.companions import CONFIG, TOKENIZER
 from tasks.serving import MAX_NEW_TOKENS
 from tasks.static_model import Form, form_of, head_names
 
 LOADER = "tasks.serving"
 MLMODEL = "MLmodel"
-NEEDED = (*FILES, "config.json")
+NEEDED = (*TOKENIZER, CONFIG)
 """Patterns of the files of a merged model that are read here."""
 COMPONENTS = "components"
 """Folder in which mlflow.transformers looks for tokenizers."""
@@ -131,7 +131,7 @@ def _write(target: Path, merged: Merged, mlmodel: Model, beside: bool) -> None:
     if pipeline and (beside or merged.is_local):
         mlmodel.add_flavor("transformers", **_transformers_flavor(pipeline, merged, beside))
         for path in {path for pattern in NEEDED for path in merged.folder.glob(pattern)}:
-            component = target / COMPONENTS / FlavorKey.TOKENIZER / path.name
+            component = target / COMPONENTS / FlavorKey.TOKENIZER / path.relative_to(merged.folder)
             component.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, component)
     implementations: list[str] = []
