@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.garbage import delete, find_garbage, needed_artifacts, known_versions
+from pipeline.garbage import delete, find_garbage, known_versions, needed_artifacts
 from pipeline.history import begin, remember
 from pipeline.registry import Registered
 from pipeline.store import Key, Store
