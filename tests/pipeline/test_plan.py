@@ -31,6 +31,7 @@ from tasks.artifacts import write_json
 from tasks.cross_task import CrossTaskJob
 from tasks.errors import InputError
 from tasks.evaluate import Subject
+from tasks.models.compare import Difference
 from tests.conftest import (
     bert_config,
     command_line,
@@ -169,6 +170,24 @@ def test_a_changed_expert_changes_only_what_reads_it(llama_recipe: Recipe, save:
     touched = changed(before, plan_of(tmp_path, llama_recipe))
     assert {"download math", "task_vectors math", "sensitivity math", "cross_task all", "merge ta"} <= touched
     assert not {"download code", "task_vectors code", "sensitivity code", "evaluate base/math"} & touched
+
+
+def test_whose_settings_an_expert_runs_with_changes_what_runs_it(
+    llama_recipe: Recipe, llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The files are the same: a later version may tell apart more settings than the one that filled the store."""
+    base = "experts.code.config=base"
+    before = plan_of(tmp_path, llama_recipe, base)
+    assert changed(before, plan_of(tmp_path, llama_recipe)) == set()
+    unlike = [Difference("rope_parameters.rope_theta", 1e6, 1e4)]
+    monkeypatch.setattr("tasks.models.expert.differences", lambda *_: unlike)
+    assert changed(before, plan_of(tmp_path, llama_recipe, base, "experts.math.config=base")) == {
+        "sensitivity math",
+        "sensitivity code",
+        "cross_task all",
+        "merge ties-sens",
+        *(f"evaluate {one}/{task}" for one in ("math", "code", "ties-sens") for task in ("math", "code")),
+    }
 
 
 def test_table_says_run_and_why(llama_recipe: Recipe, tmp_path: Path) -> None:
