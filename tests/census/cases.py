@@ -1,13 +1,10 @@
 """What the census looks at: of one architecture a base with two full fine-tunes and two LoRA adapters, on disk."""
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from pipeline.plan import Plan
