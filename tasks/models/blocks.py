@@ -167,7 +167,7 @@ class Shell:
                 entry = self._enter(batch)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:
+            except Exception:  # what a network makes of the wrong form may be anything
                 continue
             if entry is not None:
                 self._visits = sum(len(several) for several in entry[1])
@@ -294,8 +294,6 @@ _ANSWERS: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: (hidden,),
     lambda hidden: (hidden, _BESIDE),
     lambda hidden: (hidden, _BESIDE, _BESIDE),
-    lambda hidden: (hidden, None),
-    lambda hidden: (hidden, None, None),
 )
 """Forms in which networks expect what blocks give."""
 
