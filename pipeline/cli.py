@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from pipeline.options import Options
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stop import Stopped, stoppable
 from pipeline.store import Store
-from pipeline.tracking_uri import check_server, checked_uri
+from pipeline.tracking_uri import TRACKING_URI, check_server, checked_uri
 from tasks.download import Listing
 from tasks.errors import InputError, StepError
 
@@ -43,7 +44,13 @@ SetOption = Annotated[
 ]
 TrackingOption = Annotated[
     str | None,
-    typer.Option("--tracking-uri", metavar="URI", help="MLflow server or database; default: mlflow.db in the store"),
+    typer.Option(
+        "--tracking-uri",
+        metavar="URI",
+        envvar=TRACKING_URI,
+        show_envvar=False,
+        help=f"MLflow server or database; default: {TRACKING_URI}, else mlflow.db in the store",
+    ),
 ]
 AddressOption = Annotated[
     str | None,
@@ -143,6 +150,9 @@ def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
         value = context.params.get(parameter.name or "")
         if parameter.name in leave_out or value is None or value is False:
             continue
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "ENVIRONMENT":  # inherited; in a command line all could read it
+            continue
         if value is True:
             options.append(parameter.opts[0])
         elif parameter.param_type_name == "argument":
@@ -230,14 +240,16 @@ def compare(
 ) -> None:
     """Print the scores of two versions of a registered model, and their paired differences, task by task."""
     from pipeline.gate import comparison_table, judge
-    from pipeline.registry import Registry, parse_version
+    from pipeline.registry import Registry, check_whole, parse_version
 
     uri = checked_uri(tracking_uri, store)
     outcomes = []
     for text in (first, second):
         recipe, which = parse_version(text)
         registry = Registry(uri, recipe)
-        outcomes.append(registry.outcomes(registry.find(which)))
+        version = registry.find(which)
+        check_whole(version, store)
+        outcomes.append(registry.outcomes(version))
     Console().print(comparison_table(first, second, judge(outcomes[1], outcomes[0], 0.0)))
 
 
@@ -248,11 +260,12 @@ def promote(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make a version of a registered model champion, whatever the gate says of it."""
-    from pipeline.registry import Registry, parse_version
+    from pipeline.registry import Registry, check_whole, parse_version
 
     recipe, which = parse_version(version)
     registry = Registry(checked_uri(tracking_uri, store), recipe)
     found = registry.find(which)
+    check_whole(found, store)
     registry.promote(found)
     Console().print(f"{found} is champion", highlight=False, soft_wrap=True)
 
@@ -264,9 +277,12 @@ def rollback(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make the former champion of a registered model champion again."""
-    from pipeline.registry import Registry
+    from pipeline.registry import Registry, check_whole
 
-    before, now = Registry(checked_uri(tracking_uri, store), recipe).rollback()
+    registry = Registry(checked_uri(tracking_uri, store), recipe)
+    before, now = registry.former()
+    check_whole(now, store)
+    registry.restore(now)
     Console().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)
 
 
@@ -301,25 +317,31 @@ def collect_garbage(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: Annotated[
         str | None,
-        typer.Option("--tracking-uri", metavar="URI", help="MLflow to ask for champions; default: all that runs used"),
+        typer.Option(
+            "--tracking-uri",
+            metavar="URI",
+            help=f"MLflow to ask for champions; default: all that runs used, and {TRACKING_URI}",
+        ),
     ] = None,
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="keep what the last N runs of each recipe need")] = 3,
     remove: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
     wait: WaitOption = 0,
 ) -> None:
-    """List the artifacts that no champion, no challenger and none of the last runs needs; delete them with --delete."""
-    from pipeline.garbage import delete, find_garbage, needed_artifacts, registered_folders
+    """List the artifacts that no alias, no pinned version and none of the last runs needs; delete with --delete."""
+    from pipeline.garbage import delete, find_garbage, known_versions, needed_artifacts
     from pipeline.units import human_bytes
 
     check_exists(store)
     console = Console()
     with store.lock(wait):
-        needed = needed_artifacts(store, keep, registered_folders(store, tracking_uri))
+        versions = known_versions(store, tracking_uri)
+        needed = needed_artifacts(store, keep, chain.from_iterable(versions.values()))
         garbage = find_garbage(store, needed)
         for name, size in garbage.freed.items():
             console.print(f"{name}: {human_bytes(size)}", highlight=False, soft_wrap=True)
-        if remove:
-            delete(store, garbage)
+        marked = delete(store, garbage, versions) if remove else []
+    for one in marked:
+        console.print(f"{one.recipe}/{one.number}: has no weights any more", highlight=False, soft_wrap=True)
     total = human_bytes(sum(garbage.freed.values()))
     for why in sorted(set(needed.values())):
         console.print(f"kept: {why}", highlight=False, soft_wrap=True)

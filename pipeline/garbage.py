@@ -1,18 +1,19 @@
 """What a store could do without: artifacts that no champion, no challenger and none of the last runs needs."""
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from huggingface_hub import CachedRepoInfo, scan_cache_dir
 
-from pipeline.history import past_runs, unfinished_runs
+from pipeline.history import past_runs, public, unfinished_runs
 from pipeline.recipe import Stage
-from pipeline.registry import folders_in_use
+from pipeline.registry import Registered, mark_freed, registered_versions
 from pipeline.store import PARTIAL, Store
-from pipeline.tracking_uri import SQLITE, check_server, default_uri
+from pipeline.tracking_uri import SQLITE, TRACKING_URI, check_server, default_uri
 from tasks.artifacts import read_json
 from tasks.errors import InputError
 
@@ -29,13 +30,13 @@ class Garbage:
     """bytes, by each of both; what hard links share counts where its last link goes"""
 
 
-def needed_artifacts(store: Store, last: int, registered: Mapping[Path, str]) -> dict[str, str]:
+def needed_artifacts(store: Store, last: int, registered: Iterable[Registered]) -> dict[str, str]:
     """Return by `stage/name-hash8` what has to stay, and why.
 
     Args:
         store: the store.
         last: how many runs of each recipe to keep.
-        registered: folders of models in the registry that have to stay, and why.
+        registered: versions of models in the registry.
     """
     needed: dict[str, str] = {}
     seen: Counter[str] = Counter()
@@ -46,28 +47,35 @@ def needed_artifacts(store: Store, last: int, registered: Mapping[Path, str]) ->
     for run in unfinished_runs(store):
         needed |= dict.fromkeys(run.artifacts, f"unfinished run of {run.recipe}")
     # Another machine may have the store elsewhere; what an artifact is called in it is the same.
-    return needed | {f"{path.parent.name}/{path.name}": why for path, why in registered.items()}
+    return needed | {version.artifact: version.stays for version in registered if version.stays is not None}
 
 
-def registered_folders(store: Store, tracking_uri: str | None) -> dict[Path, str]:
-    """Return the folders of models that have to stay for what MLflow says of them, and why.
+def known_versions(store: Store, tracking_uri: str | None) -> dict[str, list[Registered]]:
+    """Return the versions of models that MLflow knows, by tracking URI.
 
     Args:
         store: the store.
-        tracking_uri: whom to ask; None for every place where runs of the store were recorded.
+        tracking_uri: whom to ask; None for every place where runs of the store were recorded, and that which
+            `MLFLOW_TRACKING_URI` names.
 
     Raises:
         InputError: one of them cannot be asked.
     """
     asked = {run.tracking_uri for run in past_runs(store)} if tracking_uri is None else {tracking_uri}
+    named = os.environ.get(TRACKING_URI) if tracking_uri is None else None
+    if named:  # with the password that the history leaves out
+        asked = asked - {public(named)} | {named}
     uris = {uri or default_uri(store) for uri in asked}
-    folders: dict[Path, str] = {}
+    versions = {}
     for uri in sorted(uris):
         check_server(uri)
         if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
-            raise InputError(f"--tracking-uri {uri}: no such file; name the MLflow that knows the store's champions")
-        folders |= folders_in_use(uri)
-    return folders
+            raise InputError(
+                f"--tracking-uri, or {TRACKING_URI}, is {uri}: no such file; name the MLflow that knows the store's "
+                "champions"
+            )
+        versions[uri] = registered_versions(uri)
+    return versions
 
 
 def find_garbage(store: Store, needed: Iterable[str]) -> Garbage:
@@ -91,12 +99,26 @@ def find_garbage(store: Store, needed: Iterable[str]) -> Garbage:
     return Garbage(folders, revisions, freed)
 
 
-def delete(store: Store, garbage: Garbage) -> None:
-    """Delete what was found."""
+def delete(store: Store, garbage: Garbage, versions: Mapping[str, Sequence[Registered]]) -> list[Registered]:
+    """Delete what was found, and mark the versions in MLflow that lose their weights by it; return these.
+
+    Args:
+        store: the store.
+        garbage: what to delete.
+        versions: by tracking URI, as `known_versions` returns them.
+    """
     for folder in garbage.folders:
         store.remove(folder)
     if garbage.revisions:
         scan_cache_dir(store.hub_cache).delete_revisions(*garbage.revisions).execute()
+    deleted = {f"{folder.parent.name}/{folder.name}" for folder in garbage.folders}
+    marked: list[Registered] = []
+    for uri, some in versions.items():
+        # Another store may have an artifact of the same name, which is as good.
+        freed = [one for one in some if one.artifact in deleted and not one.is_marked and store.lacking(one.folder)]
+        mark_freed(uri, freed)
+        marked += freed
+    return marked
 
 
 def _used_revisions(store: Store, keep: set[str]) -> set[str] | None:

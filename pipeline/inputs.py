@@ -3,53 +3,26 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from pipeline.models import about
 from pipeline.recipe import Recipe
-from tasks import evaluate_lm_eval
+from pipeline.task_rows import TaskRows, gather_rows
 from tasks.artifacts import canonical, sha256_text
 from tasks.coefficients import ExplicitCoefficients, matches
-from tasks.datasets import (
-    ClassificationTask,
-    CompletionTask,
-    LmEvalTask,
-    Row,
-    RowTask,
-    Sample,
-    Task,
-    check_rows,
-    encode,
-    load_rows,
-)
+from tasks.datasets import ClassificationTask
 from tasks.download import Listing, LocalModel, fetch_files, safetensors_header, small_files
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
 from tasks.models.dynamic import trunk_blocks
-from tasks.models.expert import Base, Expert, missing_parameters, open_base, open_expert
+from tasks.models.expert import Base, Expert, open_base, open_expert
 from tasks.models.layers import group_by_layer
-from tasks.models.networks import load_tokenizer, positions, skeleton
+from tasks.models.networks import load_tokenizer, skeleton
 from tasks.models.parameters import holdings
 from tasks.models.tokenizers import has_tokenizer
 from tasks.models.trial import try_network
 from tasks.models.weights import BaseWeights, ExpertWeights
 from tasks.routing import SeApplication
-
-
-@dataclass(frozen=True)
-class TaskRows:
-    """A task with the rows that the recipe chose for it."""
-
-    task: Task
-    calibration: list[Row]
-    evaluation: list[Row]
-    calibration_tokens: int = 0
-    """of all calibration rows"""
-    longest_calibration: int = 0
-    """tokens of the longest calibration row"""
 
 
 @dataclass(frozen=True)
@@ -94,6 +67,11 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     base, experts = _open_models(recipe, listings, cache)
     _check_layers(recipe, base)
     notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
+    if base.statistics:
+        notes.append(
+            f"base: of {len(base.statistics)} buffers with statistics, such as {min(base.statistics)}, merged models "
+            "have the experts' mean, whatever the method"
+        )
     for name, variant in recipe.merges.items():
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant.application, recipe, base, experts)
@@ -101,7 +79,8 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     tokenizer = next((one for one in folders if has_tokenizer(one)), folders[0])
     reader = load_tokenizer(tokenizer) if recipe.tasks else None
     routed = bool(recipe.se_variants())
-    data = {name: _task_rows(name, task, experts[name], reader, folder, routed) for name, task in recipe.tasks.items()}
+    data, said = gather_rows(recipe.tasks, experts, reader, folder, routed)
+    notes += said
     return Inputs(base, experts, listings, data, tokenizer, tuple(notes))
 
 
@@ -197,60 +176,3 @@ def _check_heads(key: str, trunk: str, experts: Mapping[str, Expert]) -> None:
                 f"{key}: experts.{name} has a head of its own, the head of experts.{lacking[0]} is merged; "
                 "use application: {kind: static}"
             )
-
-
-def _task_rows(name: str, task: Task, expert: Expert, tokenizer: Any, folder: Path, routed: bool) -> TaskRows:
-    if not isinstance(task, ClassificationTask):
-        lacking = missing_parameters(expert.base, "causal_lm")
-        if lacking:
-            raise InputError(
-                f"tasks.{name}.kind: {task.kind} needs a language model, but the base lacks {lacking[0]}; "
-                "expected a base with a language-model head"
-            )
-    if isinstance(task, LmEvalTask):
-        evaluate_lm_eval.check_lm_eval(task, f"tasks.{name}")
-        return TaskRows(task, [], [])
-    if isinstance(task, ClassificationTask) and not _classifies(expert):
-        raise InputError(
-            f"tasks.{name}.kind: classification, but {expert.folder} is a {expert.network}; expected a classifier of "
-            "texts (its own, or a LoRA adapter with task_type SEQ_CLS and its head in modules_to_save)"
-        )
-    label2id = expert.config.label2id
-    rows, tokens, longest = {}, {}, {}
-    for split in ("calibration", "evaluation"):
-        source, key = getattr(task, split), f"tasks.{name}.{split}"
-        rows[split] = [] if source is None else load_rows(source, key, folder)
-        if source is not None:
-            check_rows(task, rows[split], key, label2id if isinstance(task, ClassificationTask) else None)
-        tokens[split] = longest[split] = 0
-        for number, row in enumerate(rows[split]):
-            where = f"row {number} of {key}"
-            sample = encode(task, row, tokenizer, where, label2id)
-            _check_sample(f"tasks.{name}", where, task, sample, expert)
-            if routed and not sample.prompt_tokens:
-                raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
-            tokens[split] += len(sample.input_ids)
-            longest[split] = max(longest[split], len(sample.input_ids))
-    return TaskRows(task, rows["calibration"], rows["evaluation"], tokens["calibration"], longest["calibration"])
-
-
-def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: Expert) -> None:
-    """Check that the network takes a sample: its tokens, its length, and a generation where one is asked for."""
-    config = expert.config.get_text_config()
-    unknown = [token for token in sample.input_ids if token >= config.vocab_size]
-    if unknown:
-        raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {config.vocab_size}")
-    generate = task.generate if isinstance(task, CompletionTask) else 0
-    if generate and not sample.prompt_tokens:
-        raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
-    length = max(len(sample.input_ids), sample.prompt_tokens + generate)
-    limit = positions(expert.config) or length
-    if length > limit:
-        raise InputError(
-            f"{key}.max_length: {where} takes {length} tokens, generation included; the model takes {limit}; "
-            "set max_length lower"
-        )
-
-
-def _classifies(expert: Expert) -> bool:
-    return expert.network in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()

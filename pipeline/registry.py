@@ -5,8 +5,10 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,12 +16,16 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from pipeline.gate import Outcomes, Verdict, passes
-from pipeline.tracking import EVALUATED_BY, OUTCOMES, connected, if_there
+from pipeline.report import Report
+from pipeline.store import Store
+from pipeline.tracking import EVALUATED_BY, FREED, OUTCOMES, connected, if_there, mark_weights, same_version
 from tasks.errors import InputError
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 FORMER = "former_champion"
 """Tag of a version that became champion: the version that was it before."""
+PINNED = "pinned"
+"""Tag that users set on a version whose weights have to stay; any value but `false`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,11 @@ class Version:
     recipe: str
     number: str
     variant: str
+    kind: str | None
+    """static or dynamic; None of a version that was registered before this was kept"""
     digest: str
+    folder: str
+    """URI of its folder"""
     evaluated_by: str
     """id of the MLflow run that has its outcomes"""
     former: str | None
@@ -37,7 +47,8 @@ class Version:
 
     def __str__(self) -> str:
         """Name it as `compare` takes it."""
-        return f"{self.recipe}/{self.number} ({self.variant})"
+        kind = ", dynamic" if self.kind == "dynamic" else ""
+        return f"{self.recipe}/{self.number} ({self.variant}{kind})"
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,12 @@ class Registry:
     uri: str
     recipe: str
 
-    def of_variant(self, variant: str, digest: str) -> Version:
-        """Return the version of a variant with these weights; `tracking.record` has registered it."""
+    def of_variant(self, report: Report, variant: str) -> Version:
+        """Return the version of a variant of a report; `tracking.record` has registered it."""
+        kind = "dynamic" if variant in report.routes else "static"
+        tags = {"variant": variant, "kind": kind, "digest": report.variants[variant].digest}
         with connected(self.uri) as client:
-            wanted = f"name = '{self.recipe}' AND tags.variant = '{variant}' AND tags.digest = '{digest}'"
+            wanted = same_version(self.recipe, tags | {"folder": report.uris[variant]})
             (found,) = client.search_model_versions(wanted, max_results=1)
             return _version(found)
 
@@ -103,8 +116,8 @@ class Registry:
             if challenger is not None and challenger.number == version.number:
                 client.delete_registered_model_alias(self.recipe, CHALLENGER)
 
-    def rollback(self) -> tuple[Version, Version]:
-        """Make the former champion champion again; return the one that was and the one that is now.
+    def former(self) -> tuple[Version, Version]:
+        """Return the champion, and the one before it.
 
         Raises:
             InputError: there is no champion, or none before it.
@@ -113,10 +126,12 @@ class Registry:
         if champion is None or champion.former is None:
             what = "no champion" if champion is None else f"no champion before version {champion.number}"
             raise InputError(f"{self.recipe}: {what} to go back to; choose a version with promote")
-        restored = self.find(champion.former)
+        return champion, self.find(champion.former)
+
+    def restore(self, version: Version) -> None:
+        """Make a former champion champion again; what was champion before it stays in mind."""
         with connected(self.uri) as client:
-            client.set_registered_model_alias(self.recipe, CHAMPION, restored.number)
-        return champion, restored
+            client.set_registered_model_alias(self.recipe, CHAMPION, version.number)
 
     def _alias(self, alias: str) -> Version | None:
         with connected(self.uri) as client:
@@ -128,38 +143,101 @@ class Registry:
             client.set_model_version_tag(self.recipe, version.number, key, value)
 
 
-def folders_in_use(uri: str) -> dict[Path, str]:
-    """Return the folder of every version that has an alias, or had it last and can have it back by `rollback`; and why.
+def check_whole(version: Version, store: Store) -> None:
+    """Check that a version's model can be loaded: that its files are there, whole.
 
-    Versions of all recipes at the tracking URI are looked at; models that sensmerge did not register are left out.
+    Raises:
+        InputError: they are not; names the version and the file.
     """
-    folders = {}
+    gone = store.lacking(version.folder)
+    if gone is not None:
+        raise InputError(
+            f"{version}: {gone}; a run of the recipe as it was makes it anew, or choose another version with promote"
+        )
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model, as garbage collection sees it."""
+
+    recipe: str
+    number: str
+    folder: str
+    """URI of its folder"""
+    stays: str | None
+    """why its weights have to stay; None if nothing asks for it"""
+    is_marked: bool
+    """whether it is said already that its weights were freed"""
+
+    @property
+    def artifact(self) -> str:
+        """What its folder is called in its store, wherever that is: `stage/name-hash8`."""
+        return "/".join(url2pathname(urlparse(self.folder).path).rstrip("/").split("/")[-2:])
+
+
+def registered_versions(uri: str) -> list[Registered]:
+    """Return the versions of all recipes at a tracking URI; models that sensmerge did not register are left out.
+
+    What has an alias stays, what has the tag `pinned`, and what was champion last and can be it again by `rollback`.
+    """
+    found = []
     with connected(uri) as client:
-        models, token = [], None
-        while token != "":
-            page = client.search_registered_models(page_token=token)
-            models += page
-            token = page.token or ""
-        for model in models:
+        for model in _pages(lambda token: client.search_registered_models(page_token=token)):
+            aliases: dict[str, list[str]] = {}
             for alias, number in model.aliases.items():
-                version = client.get_model_version(model.name, str(number))
-                former = version.tags.get(FORMER) if alias == CHAMPION else None
-                stays = [(version, f"{alias} of {model.name}")]
-                if former is not None:
-                    stays.append((client.get_model_version(model.name, former), f"former {alias} of {model.name}"))
-                for found, why in stays:
-                    if "folder" in found.tags:
-                        folders[Path(url2pathname(urlparse(found.tags["folder"]).path))] = why
-    return folders
+                aliases.setdefault(str(number), []).append(f"{alias} of {model.name}")
+            versions = _pages(partial(_versions_page, client, model.name))
+            for version in versions:
+                former = version.tags.get(FORMER)
+                if former is not None and f"{CHAMPION} of {model.name}" in aliases.get(str(version.version), []):
+                    aliases.setdefault(former, []).append(f"former {CHAMPION} of {model.name}")
+            for version in versions:
+                tags, number = version.tags, str(version.version)
+                pinned = [f"pinned version {number} of {model.name}"] * (tags.get(PINNED, "false") != "false")
+                why = [*aliases.get(number, []), *pinned]
+                if "folder" in tags:
+                    stays = why[0] if why else None
+                    found.append(Registered(model.name, number, tags["folder"], stays, FREED in tags))
+    return found
+
+
+def mark_freed(uri: str, versions: Sequence[Registered]) -> None:
+    """Say of versions that their weights were freed now: tag, description, and status of their LoggedModels."""
+    now = datetime.now(UTC).strftime("%Y-%m-%d")
+    with connected(uri) as client:
+        for version in versions:
+            mark_weights(client, version.recipe, version.number, version.folder, now)
+
+
+def _versions_page(client: Any, recipe: str, token: str | None) -> Any:
+    return client.search_model_versions(f"name = '{recipe}'", page_token=token)
+
+
+def _pages(ask: Callable[[str | None], Any]) -> list[Any]:
+    """Return what a search finds, on all its pages."""
+    found: list[Any] = []
+    token: str | None = None
+    while token != "":
+        page = ask(token)
+        found += page
+        token = page.token or ""
+    return found
 
 
 def _version(found: Any) -> Version:
     tags = found.tags
-    lacking = {"variant", "digest", EVALUATED_BY} - tags.keys()
-    if lacking:
-        raise InputError(f"{found.name}/{found.version}: has no tag {min(lacking)}; it was not registered by sensmerge")
+    missing = {"variant", "digest", "folder", EVALUATED_BY} - tags.keys()
+    if missing:
+        raise InputError(f"{found.name}/{found.version}: has no tag {min(missing)}; it was not registered by sensmerge")
     return Version(
-        found.name, str(found.version), tags["variant"], tags["digest"], tags[EVALUATED_BY], tags.get(FORMER)
+        found.name,
+        str(found.version),
+        tags["variant"],
+        tags.get("kind"),
+        tags["digest"],
+        tags["folder"],
+        tags[EVALUATED_BY],
+        tags.get(FORMER),
     )
 
 

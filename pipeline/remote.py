@@ -68,6 +68,13 @@ class Remote:
             for path, info in found.items()
         }
 
+    def read(self, path: str) -> bytes:
+        """Return the content of a file."""
+        fs, root = self._place
+        with self._explained():
+            content: bytes = fs.cat_file(f"{root}/{path}")
+            return content
+
     def download(self, files: Mapping[str, RemoteFile], folder: str, target: Path) -> None:
         """Bring files of a remote folder to a local one, each whole or not at all; those it has already stay.
 

@@ -79,6 +79,7 @@ class Report(BaseModel):
     """Everything `run` found; `tau` and `sigma` are those of the first variant with sens coefficients."""
 
     recipe: str = Field(description="name of the recipe")
+    dtype: str = Field("float32", description="torch name of the dtype in which models were scored")
     stages: list[StageRecord] = Field(description="every step, in order")
     models: dict[str, str] = Field(description="folder of base, experts and variants by name")
     uris: dict[str, str] = Field(description="where these folders are for all who may read the store")

@@ -44,13 +44,14 @@ def collect(plan: Plan) -> Report:
     evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
     return Report(
         recipe=recipe.name,
+        dtype=recipe.dtype,
         stages=[_stage(plan, step) for step in plan.steps],
         models={name: str(folder) for name, folder in models.items()},
         uris={name: _uri(plan, name, folder) for name, folder in models.items()},
         roles={name: _role(plan, name) for name in models},
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
-        notes=[*plan.inputs.notes, *_unchanged(plan)],
+        notes=[*plan.inputs.notes, *unchanged(plan)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
         variants=variants,
@@ -62,7 +63,7 @@ def collect(plan: Plan) -> Report:
     )
 
 
-def _unchanged(plan: Plan) -> list[str]:
+def unchanged(plan: Plan) -> list[str]:
     """Return a line for every expert that is the base itself."""
     return [
         f"experts.{name} changes nothing: all its weights are the base's"

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.inputs import Inputs, TaskRows
+from pipeline.inputs import Inputs
 from pipeline.models import download_key, weight_bytes
 from pipeline.placement import Choice
 from pipeline.recipe import Recipe, Stage, Variant
 from pipeline.store import Key, Store
+from pipeline.task_rows import TaskRows
 from pipeline.verify import damaged_files, is_intact
 from tasks import (
     cross_task,

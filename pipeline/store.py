@@ -4,17 +4,21 @@ A store at a URL has a folder on this machine as well, where artifacts are made 
 once; what others made is downloaded when it is needed, its small files as soon as the store is opened.
 """
 
+import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 
@@ -89,6 +93,19 @@ class Store:
         if self.remote is None:
             return folder.resolve().as_uri()
         return f"{self.remote.url}/{self._path(folder)}"
+
+    def lacking(self, uri: str) -> str | None:
+        """Say what an artifact lacks, by its manifest and the sizes of its files; None if it is whole.
+
+        Another machine may have the store elsewhere: what is whole under the same name in this one is whole.
+
+        Args:
+            uri: of the artifact's folder, as `uri` gives it.
+        """
+        gone = _lacking_at(uri)
+        stage, name = uri.rstrip("/").split("/")[-2:]
+        here = self.uri(self.root / stage / name)
+        return gone if gone is None or here == uri or _lacking_at(here) else None
 
     def _path(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix()
@@ -178,11 +195,16 @@ class Store:
             if self._path(local) not in found:
                 local.unlink()
 
-    def fetch(self, key: Key) -> None:
-        """Have an artifact whole on this machine; nothing to do for a store in a folder."""
+    def fetch(self, key: Key, patterns: Sequence[str] = ("*",)) -> None:
+        """Have an artifact, or those files that a pattern matches, on this machine; a store in a folder has them."""
         if self.remote is not None:
             folder = self._path(self.folder(key))
-            files = {path: file for path, file in self._listed.items() if path.startswith(f"{folder}/")}
+            listed = {path: file for path, file in self._listed.items() if path.startswith(f"{folder}/")}
+            files = {
+                path: file
+                for path, file in listed.items()
+                if any(fnmatch(path.removeprefix(f"{folder}/"), pattern) for pattern in patterns)
+            }
             self.remote.download(files, folder, self.folder(key))
 
     @contextmanager
@@ -299,6 +321,25 @@ class Store:
 def file_sizes(folder: Path) -> dict[str, int]:
     """Return the size in bytes of every file below a folder, by its path there."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _lacking_at(uri: str) -> str | None:
+    if uri.startswith("file:"):
+        folder = Path(url2pathname(urlparse(uri).path))
+        place, sizes = str(folder), file_sizes(folder) if folder.is_dir() else {}
+        manifest: Any = read_json(folder / MANIFEST) if MANIFEST in sizes else None
+    else:
+        remote = Remote(uri)
+        place, sizes = uri, {name: file.size for name, file in remote.files().items()}
+        manifest = json.loads(remote.read(MANIFEST)) if MANIFEST in sizes else None
+    if manifest is None:
+        return f"{place} is gone"
+    for name, size in manifest["files"].items():
+        if name not in sizes:
+            return f"{place}/{name} is gone"
+        if sizes[name] != size:
+            return f"{place}/{name} has {sizes[name]} bytes instead of {size}"
+    return None
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -2,8 +2,7 @@
 
 A recipe is an experiment, an execution a parent run, and every base, expert and variant a child run with the same
 metric keys, so that any of them can be compared. A variant's child run also owns a LoggedModel, registered under the
-recipe's name; both point at the merged folder, whose weights stay where they are. That of a dynamic model is a pyfunc,
-which loads the folder where it is served.
+recipe's name; both point at the merged folder, whose weights stay where they are, and load it from there.
 """
 
 import json
@@ -15,12 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
@@ -29,7 +24,6 @@ from mlflow.entities import (
     DatasetInput,
     InputTag,
     LifecycleStage,
-    LoggedModel,
     LoggedModelOutput,
     LoggedModelStatus,
     Metric,
@@ -37,14 +31,11 @@ from mlflow.entities import (
 )
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.pyfunc import save_model
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import (
     MLFLOW_DATASET_CONTEXT,
@@ -69,91 +60,13 @@ from pipeline.system_metrics import Sample
 from pipeline.tracking_uri import is_server
 from tasks.errors import InputError, StepError
 
+WEIGHTS_GONE = "Its weights were freed by gc"
 OUTCOMES = "outcomes.json"
 """Artifact of a variant's run: what it did with every evaluation sample, by task."""
 EVALUATED_BY = "evaluated_by"
 """Tag of a model version: the run that has its outcomes."""
-
-SCORER = '''\
-"""Answers texts with a dynamic model of sensmerge. MLflow keeps where its folder is; the weights stay there."""
-
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import fsspec
-import pandas as pd
-from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
-
-from tasks.dynamic_model import DynamicModel
-from tasks.errors import InputError
-
-BATCH_SIZE = 32
-
-
-def texts_of(given):
-    """Return the texts of a table with a column `text`, or of a list."""
-    if isinstance(given, (pd.DataFrame, dict)):
-        if "text" not in given:
-            raise InputError(f"found the columns {', '.join(map(str, given)) or '(none)'}; expected a column text")
-        given = given["text"]
-    if isinstance(given, str):
-        raise InputError("found a single text; expected a DataFrame with a column text, or a list of texts")
-    texts = list(given)
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"row {row}: found {text!r}, expected a text")
-    return texts
-
-
-class Scorer(PythonModel):
-    def load_context(self, context):
-        settings, self.files = context.model_config, TemporaryDirectory()
-        folder = settings["folder"]
-        if "://" in folder:
-            files, path = fsspec.url_to_fs(folder)
-            files.get(f"{path}/", f"{self.files.name}/", recursive=True)
-            folder = self.files.name
-        self.model = DynamicModel.load(Path(folder), settings["device"])
-
-    # MLflow warns of a missing type hint, and takes this one without restricting the input to it.
-    def predict(self, context, model_input: pd.DataFrame, params=None):
-        texts, answers = texts_of(model_input), []
-        for start in range(0, len(texts), BATCH_SIZE):
-            try:
-                answers += self.model.predict(texts[start : start + BATCH_SIZE], params["max_new_tokens"])
-            except InputError as error:
-                raise InputError(f"counting from row {start}: {error}") from None
-        table = {
-            "prediction": pd.Series([answer.prediction for answer in answers], dtype=object),
-            "expert": pd.Series([answer.expert for answer in answers], dtype=object),
-        }
-        for expert in self.model.experts:
-            values = [answer.coefficients[expert] for answer in answers]
-            table[f"coefficient.{expert}"] = pd.Series(values, dtype=float)
-        return pd.DataFrame(table)
-
-
-set_model(Scorer())
-'''
-"""The pyfunc of a dynamic model as MLflow stores it: it runs where the model is served, and needs sensmerge there."""
-
-SCORER_NEEDS = (
-    "datasets",
-    "fsspec",
-    "huggingface_hub",
-    "numpy",
-    "peft",
-    "pydantic",
-    "safetensors",
-    "scipy",
-    "torch",
-    "transformers",
-)
-"""What loading a dynamic model imports, without sensmerge itself, which has to be installed where it is served."""
-
-MAX_NEW_TOKENS = 64
-"""Length of a language model's answer, if `params` of the pyfunc's `predict` does not say otherwise."""
+FREED = "weights"
+"""Tag of a model version whose weights are no more in the store: when they were freed."""
 
 # Metrics of a route by the field of RouteInfo that they come from.
 ROUTE_SCORES = {
@@ -285,7 +198,8 @@ def _record_model(
             client.log_figure(run, coefficient_heatmap(variant.weights, f"{model}: weights"), "coefficients.png")
             if outcomes:
                 client.log_text(run, json.dumps({task: one.model_dump() for task, one in outcomes.items()}), OUTCOMES)
-            model_id = _log_model(client, experiment, run, report, {"variant": model} | where, params, uri)
+            named = {"variant": model, "kind": "static" if route is None else "dynamic"}
+            model_id = _log_model(client, experiment, run, report, named | where, params, uri)
         if route is not None:
             _log_route(client, run, model, route)
         now = time.time_ns() // 1_000_000
@@ -423,62 +337,72 @@ def _log_model(
     """The merged folder as the run's output: a LoggedModel whose weights stay outside MLflow; return its id.
 
     All variants of a recipe are versions of one registered model, so that an alias of it (`champion`) can name the best
-    merge of the recipe. A variant whose digest is registered already gets no second version. `tags` name the variant,
-    its folder and its digest. A dynamic model is a pyfunc, so MLflow has files of it; of others it has none.
+    merge of the recipe. A variant that is registered already, of this folder and digest, gets no second version. `tags`
+    name the variant, its kind, its folder and its digest. MLflow has files by which it loads the model from there.
     """
-    variant, recipe = tags["variant"], report.recipe
-    is_dynamic = variant in report.routes
-    name = variant.replace(".", "_")  # MLflow allows no dot here
-    kind = {} if is_dynamic else {MLFLOW_MODEL_IS_EXTERNAL: "true"}
-    model = client.create_logged_model(experiment, name, run, tags | kind, params)
+    from pipeline.tracking_model import Merged, description, log_files  # with it comes torch
+
+    recipe, merged = report.recipe, Merged.of(report, tags["variant"])
+    name = merged.variant.replace(".", "_")  # MLflow allows no dot here
+    external = {} if merged.answers else {MLFLOW_MODEL_IS_EXTERNAL: "true"}
+    model = client.create_logged_model(experiment, name, run, tags | external, params)
     try:
-        if is_dynamic:
-            experts = next(iter(report.variants[variant].weights.values()))
-            _log_scorer(client, model, tags["folder"], list(experts))
+        if merged.answers:
+            log_files(client, model, merged)
     except BaseException:
         client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
         raise
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     client.log_outputs(run, [LoggedModelOutput(model.model_id, step=0)])
 
-    same = f"name = '{recipe}' AND tags.variant = '{variant}' AND tags.digest = '{tags['digest']}'"
-    versions = client.search_model_versions(same, max_results=1)
+    versions = client.search_model_versions(same_version(recipe, tags), max_results=1)
     if versions:
         registered = versions[0]
+        if FREED in registered.tags:
+            mark_weights(client, recipe, str(registered.version), tags["folder"], None)
     else:
         _ensure_registered_model(client, recipe)
         # A server takes no local folder as source, but it takes a LoggedModel, whose tags name the folder.
-        local = model.artifact_location if is_dynamic else tags["folder"]
-        source = f"models:/{model.model_id}" if is_server(uri) else local
+        local = model.artifact_location if merged.answers else merged.uri
+        inside = f"models:/{model.model_id}" if is_server(uri) else local
+        source = merged.uri if merged.is_read_by_mlflow else inside
         registered = client.create_model_version(recipe, source, run, tags, model_id=model.model_id)
+        client.update_model_version(recipe, registered.version, description(merged, str(registered.version)))
     link = json.dumps([{"name": recipe, "version": str(registered.version)}])
     _once_more(lambda: client.set_model_version_tag(recipe, registered.version, EVALUATED_BY, run))
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
     return str(model.model_id)
 
 
-def _log_scorer(client: MlflowClient, model: LoggedModel, uri: str, experts: Sequence[str]) -> None:
-    """Make a LoggedModel the pyfunc that answers texts with the dynamic model in a folder."""
-    # An input schema would allow a table or a list, not both; the code checks the input itself.
-    folder = url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
-    outputs = [ColSpec("string", "prediction"), ColSpec("string", "expert")]
-    outputs += [ColSpec("double", f"coefficient.{expert}") for expert in experts]
-    params = ParamSchema([ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS)])
-    with TemporaryDirectory() as temporary:
-        code, files = Path(temporary) / "scorer.py", Path(temporary) / "model"
-        code.write_text(SCORER)
-        # log_model of mlflow.pyfunc would take the tracking URI from the process.
-        save_model(
-            files,
-            python_model=code,
-            model_config={"folder": folder, "device": "cpu"},
-            mlflow_model=Model(model.artifact_location, model.source_run_id, model_id=model.model_id),
-            signature=ModelSignature(outputs=Schema(outputs), params=params),
-            input_example=["What is 3 plus 4?"],
-            # Given, for MLflow would load the model in another process to find them out.
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in SCORER_NEEDS],
-        )
-        client.log_model_artifacts(model.model_id, str(files))
+def same_version(recipe: str, tags: Mapping[str, str]) -> str:
+    """Return the search for the version of a variant with the weights, the kind and the folder that the tags name."""
+    wanted = " AND ".join(f"tags.{key} = '{tags[key]}'" for key in ("variant", "kind", "digest", "folder"))
+    return f"name = '{recipe}' AND {wanted}"
+
+
+def mark_weights(client: MlflowClient, recipe: str, number: str, folder: str, freed: str | None) -> None:
+    """Say of a version, and of the LoggedModels of its folder, that its weights were freed, or are there again.
+
+    Args:
+        client: of the tracking server and the registry.
+        recipe: name of the registered model.
+        number: of the version.
+        folder: its tag `folder`.
+        freed: when; None if the weights are there again.
+    """
+    if freed is None:
+        client.delete_model_version_tag(recipe, number, FREED)
+    else:
+        client.set_model_version_tag(recipe, number, FREED, f"freed {freed}")
+    said = client.get_model_version(recipe, number).description or ""
+    kept = [line for line in said.split("\n\n") if not line.startswith(WEIGHTS_GONE)]
+    first = [] if freed is None else [f"{WEIGHTS_GONE} on {freed}. A run of the recipe as it was makes them anew."]
+    client.update_model_version(recipe, number, "\n\n".join([*first, *kept]))
+    experiment = client.get_experiment_by_name(recipe)
+    if experiment is not None:
+        status = LoggedModelStatus.READY if freed is None else LoggedModelStatus.FAILED
+        for model in client.search_logged_models([experiment.experiment_id], f"tags.folder = '{folder}'"):
+            client.finalize_logged_model(model.model_id, status)
 
 
 def _ensure_registered_model(client: MlflowClient, name: str) -> None:

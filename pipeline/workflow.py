@@ -10,11 +10,10 @@ from rich.console import Console
 
 from pipeline.card import write_cards
 from pipeline.changes import model_changes
-from pipeline.gate import best_variant, candidates, judge, passes
 from pipeline.history import begin, last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
-from pipeline.recipe import Gate, Recipe
+from pipeline.recipe import Recipe, Stage
 from pipeline.report import Report, merge_summary, route_table, route_warnings, score_table
 from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
@@ -54,7 +53,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
 def refresh(options: Options, listings: Mapping[str, Listing], console: Console) -> int:
     """Run what changed since the last time, and let the best variant become champion if it is not worse.
 
-    Where nothing changed that is said, and everything left as it is.
+    Where nothing changed that is said, and everything left as it is, unless the champion's weights are gone.
 
     Args:
         options: what to run; its store is locked, and runs can be recorded.
@@ -75,8 +74,11 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         report = collect(plan)
         if options.report is not None:
             write_json(options.report, report.model_dump())
-        # What a `run` has made has not passed the gate yet.
-        return 0 if last.command == "refresh" else _pass_gate(options, plan, report, console)
+        from pipeline.champion import loss_of_champion
+
+        # What a `run` has made has not passed the gate yet; and a champion that is lost has to be replaced.
+        is_settled = last.command == "refresh" and loss_of_champion(plan, options.uri) is None
+        return 0 if is_settled else _pass_gate(options, plan, report, console)
     for line in (*plan.inputs.notes, *model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
@@ -86,52 +88,13 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
 
 def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -> int:
     """Let the best variant become champion if it may, say what came of it, and return the exit status."""
-    if not report.tasks:
-        passed, said = True, ["no task has evaluation samples, so there is no champion"]
-    elif not candidates(report, plan.recipe.gate):
-        passed, said = (
-            True,
-            [f"no static variant; name them in gate.variants ({', '.join(report.routes)}): no new champion"],
-        )
-    else:
-        passed, said = _judged(plan, report, options.uri)
+    from pipeline.champion import choose_champion
+
+    passed, said = choose_champion(plan, report, options.uri)
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)
     remember(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
     return 0 if passed else REFUSED
-
-
-def _judged(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
-    """Propose the best variant and promote it if it passes; return whether it did, and what is to be said of it."""
-    from pipeline.registry import Registry
-
-    registry = Registry(uri, plan.recipe.name)
-    best = best_variant(report, plan.recipe.gate)
-    version, champion = registry.of_variant(best, report.variants[best].digest), registry.champion()
-    left_out = _better_ones(report, plan.recipe.gate, best)
-    if champion is None:
-        registry.promote(version)
-        return True, [*left_out, f"{version} is champion, the first"]
-    if champion.number == version.number:
-        return True, [*left_out, f"{version} stays champion: it is still the best variant"]
-    verdicts = judge(registry.outcomes(version), registry.outcomes(champion), plan.recipe.gate.tolerance)
-    registry.propose(version, champion, verdicts)
-    lines = [*left_out, *(f"gate, {verdict.task}: {verdict}" for verdict in verdicts)]
-    if not passes(verdicts):
-        return False, [*lines, f"{version} stays challenger, {champion} champion"]
-    registry.promote(version)
-    return True, [*lines, f"{version} is champion, after {champion}"]
-
-
-def _better_ones(report: Report, gate: Gate, best: str) -> list[str]:
-    """Say which dynamic variant scores better than the best of those that may become champion."""
-    best_of_all = best_variant(report, gate.model_copy(update={"variants": list(report.variants)}))
-    if gate.variants or best_of_all == best:
-        return []
-    return [
-        f"{best_of_all} scores better than {best}; it is dynamic and becomes champion only if the recipe names it in "
-        "gate.variants"
-    ]
 
 
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]:
@@ -155,6 +118,7 @@ def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Conso
     report = collect(plan)
     text = recipe_yaml(plan.recipe)
     write_cards(plan, report, text)
+    _write_mlflow_files(plan, report)
     if options.report is not None:
         write_json(options.report, report.model_dump())
     if report.tasks:
@@ -176,6 +140,20 @@ def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Conso
     shown = where if is_server(options.uri) else f"mlflow ui --backend-store-uri {options.uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
     return report
+
+
+def _write_mlflow_files(plan: Plan, report: Report) -> None:
+    """Write what MLflow loads a model by beside its weights, where these are at a URL that MLflow reads."""
+    if plan.store.remote is None:
+        return
+    from pipeline.tracking_model import MLMODEL, NEEDED, Merged, write_beside
+
+    for name in plan.recipe.merges:
+        merged = Merged.of(report, name)
+        if merged.answers and merged.is_read_by_mlflow and not (merged.folder / MLMODEL).is_file():
+            stage: Stage = "route" if merged.kind == "dynamic" else "merge"
+            plan.store.fetch(plan.step(stage, name).key, NEEDED)
+            plan.store.upload(merged.folder, *write_beside(merged))
 
 
 def recipe_yaml(recipe: Recipe) -> str:

@@ -30,7 +30,7 @@ from tasks.models.placement import Actors, Placement
 from tasks.models.runners import open_runner
 from tasks.models.source import Source
 
-VERSION = 4
+VERSION = 5
 DISTANCES = "distances.json"
 PAIRS = "pairs.json"
 _HEAD_INPUTS = "head_inputs.safetensors"

@@ -1,16 +1,12 @@
-"""Calibration and evaluation data: what a recipe says of a task, the rows it names, and rows as tokens.
+"""Calibration and evaluation data: what a recipe says of a task, what its rows must hold, and rows as tokens.
 
-torch and `datasets` are imported where they are used, so that reading a recipe does not wait for them.
+torch is imported where it is used, so that reading a recipe does not wait for it.
 """
 
-import glob
 import json
-import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -73,7 +69,7 @@ class ClassificationTask(Prompted):
 
     kind: Literal["classification"]
     prompt: str = Field("{text}", description="template of the text to classify")
-    label: str = Field("label", description="field with the class: its number, or its name in the expert's config")
+    label: str = Field("label", description="field with the class: its name in the expert's config, or its number")
     metric: Literal["accuracy", "macro_f1", "matthews"] = Field("accuracy", description="main metric")
 
 
@@ -111,98 +107,6 @@ Task = Annotated[
 # Rows ----------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(source: DataSource, key: str, folder: Path) -> list[Row]:
-    """Read the rows that a recipe names, in the order of the data set.
-
-    With `samples` and a seed, the rows taken are those with the smallest draws of `random.Random(seed).random()`, one
-    draw per row: Python guarantees that sequence on every machine and version. A larger `samples` adds rows and keeps
-    the others. With a null seed the first rows are taken.
-
-    `data_files` of a builder (json, csv, …) and a local `path` are relative to `folder`, the recipe's; `data_files` of
-    a hub data set or a local folder are relative to it, as in `datasets.load_dataset`. No code of a data set is run.
-
-    Raises InputError, which names `key`: missing or unreadable file, unknown or unreachable data set, no rows, or fewer
-    than `samples`.
-    """
-    import datasets
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
-
-    # Else every file that is read is reported to the hub, and without a network that is waited for.
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    path, files = source.path, source.data_files
-    what = path
-    if path in BUILDERS:
-        if not files:
-            raise InputError(f"{key}: path '{path}' is a file format; name the files to read in data_files")
-        files = [_located(file, folder, key) for file in ([files] if isinstance(files, str) else files)]
-        what = ", ".join(files)
-    elif (folder / path).exists():
-        path = str(folder / path)
-    elif path.startswith((".", "/")):
-        raise InputError(f"{key}.path: no such folder: {folder / path}")
-
-    try:
-        with _quiet():
-            data = datasets.load_dataset(
-                path, source.name, data_files=files, split=source.split, revision=source.revision
-            )
-    except StopIteration:  # what the json builder makes of an empty file
-        raise InputError(f"{key}: {what} has no rows") from None
-    except ConnectionError as error:
-        raise InputError(f"{key}: {_line(error)}; it is not in the local cache either") from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{key}: cannot read {what}: {_line(error.__cause__ or error)}") from error
-
-    total, samples = len(data), source.samples
-    if total == 0:
-        raise InputError(f"{key}: {what} has no rows")
-    if samples is None:
-        chosen: Sequence[int] = range(total)
-    elif samples > total:
-        raise InputError(f"{key}.samples is {samples}, but {what} has {total} rows; ask for at most {total}")
-    else:
-        chosen = _choice(total, samples, source.seed)
-    rows: list[Row] = data.select(chosen).to_list()
-    return rows
-
-
-def _located(file: str, folder: Path, key: str) -> str:
-    if "://" in file:
-        return file
-    if not glob.glob(file, root_dir=folder, recursive=True):
-        raise InputError(f"{key}.data_files: no such file: {folder / file}")
-    return str(folder / file)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no log lines of `datasets`: what goes wrong is raised."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
-
-    shown, level = not are_progress_bars_disabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            enable_progress_bars()
-
-
-def _choice(total: int, samples: int, seed: int | None) -> Sequence[int]:
-    """Indices of the rows to take, ascending; the rule is that of `load_rows`."""
-    if seed is None:
-        return range(samples)
-    draw = random.Random(seed).random
-    draws = [draw() for _ in range(total)]
-    return sorted(sorted(range(total), key=draws.__getitem__)[:samples])
-
-
 def rows_digest(rows: list[Row]) -> str:
     """Sha256 of the rows as canonical JSON: sorted keys, no spaces, dates as text. The order of rows counts."""
     return sha256_text(json.dumps(rows, sort_keys=True, separators=(",", ":"), default=str))
@@ -231,7 +135,7 @@ def template_fields(template: str) -> list[str]:
 
 
 def render(template: str, row: Mapping[str, Any]) -> str:
-    """The template with its fields replaced by the row's values. The fields must be there (see `check_rows`)."""
+    """The template with its fields replaced by the row's texts and whole numbers (see `check_rows`)."""
     return "".join(text + ("" if field is None else str(row[field])) for text, field in _parts(template))
 
 
@@ -249,23 +153,36 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
-def check_rows(task: Task, rows: list[Row], key: str, label2id: Mapping[str, int] | None = None) -> None:
+def check_rows(
+    task: Task,
+    rows: list[Row],
+    key: str,
+    label2id: Mapping[str, int] | None = None,
+    places: Sequence[str] | None = None,
+) -> None:
     """Check a task's settings against its rows, so that encoding and scoring cannot fail on a field later.
 
     `key` is where the recipe names the rows (`tasks.math.calibration`). `label2id` is that of the expert's config;
-    without it classes are not checked. Raises InputError, which names setting, row and field.
+    without it classes are not checked. `places` says where each row stands; None for its number. Raises InputError,
+    which names setting, row and field.
     """
     if isinstance(task, LmEvalTask):
         return
     settings = key.rpartition(".")[0]
     fields = _named_fields(task, settings)
     for i, row in enumerate(rows):
+        where = places[i] if places else f"row {i} of {key}"
         for field, setting in fields:
-            # A field that only some rows have is null in the others: `datasets` gives every row the same fields.
-            if row.get(field) is None:
-                found = ", ".join(repr(name) for name, value in row.items() if value is not None) or "no field"
-                raise InputError(f"{settings}.{setting} names field {field!r}, row {i} of {key} has {found}")
-        where = f"row {i} of {key}"
+            named = f"{settings}.{setting} names field {field!r}"
+            if field not in row:
+                raise InputError(f"{named}, {where} has {', '.join(map(repr, row)) or 'no field'}")
+            if row[field] is None:
+                raise InputError(f"{named}, which is null in {where}; leave the row out, or write a text")
+            if setting in ("prompt", "completion") and not _is_text(row[field]):
+                raise InputError(
+                    f"{named}, which is {_kind_of(row[field])} in {where}; expected a text or a whole number: "
+                    "write it into the row as the text that the model is to read"
+                )
         match task:
             case CompletionTask(answer=str(pattern)):
                 try:
@@ -307,22 +224,42 @@ def _named_fields(
     return [named for named in fields if named != ("choice", "completion")]
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a value has one text that a model can read: JSON's `true` is not Python's `True`."""
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    names = {dict: "an object", list: "a list", float: f"the number {value!r} without a text of its own"}
+    return names.get(type(value), f"a {type(value).__name__} ({value})")
+
+
 def _check_choices(choices: Any, answer: Any, where: str) -> None:
-    if not isinstance(choices, list) or not choices or any(choice is None or str(choice) == "" for choice in choices):
+    if not isinstance(choices, list) or not choices or not all(_is_text(one) and str(one) for one in choices):
         raise InputError(f"{where}: choices are {choices!r}, expected a list of texts that are not empty")
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+    if whole_number(answer) not in range(len(choices)):
         raise InputError(f"{where}: answer is {answer!r}, expected the index of a choice, 0 to {len(choices) - 1}")
 
 
+def whole_number(value: Any) -> int | None:
+    """A number of a class or a choice, given as such or as its decimal text (all that a CSV file has); else None."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 10 and str(int(value)) == value:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def class_index(label: Any, label2id: Mapping[str, int], where: str) -> int:
-    """The number of a row's class: its number as it is, its name by the expert's `label2id`.
+    """The number of a row's class: by its name in the expert's `label2id`, else by its number, also as decimal text.
 
     Raises InputError for a number or a name that no class has.
     """
-    if isinstance(label, int) and not isinstance(label, bool) and label in label2id.values():
-        return int(label)
     if isinstance(label, str) and label in label2id:
         return label2id[label]
+    index = whole_number(label)
+    if index is not None and index in label2id.values():
+        return index
     names = ", ".join(f"{index} {name}" for name, index in sorted(label2id.items(), key=lambda item: item[1])[:20])
     raise InputError(f"{where}: label is {label!r}, expected one of the expert's {len(label2id)} classes: {names}")
 
@@ -365,8 +302,9 @@ def encode(
     """A row as the tokens that models are scored on, at most `task.max_length` of them.
 
     completion: prompt and completion are tokenised apart and joined, so the boundary is the same whatever follows. The
-    tokenizer's begin tokens stand in front only, its end token stands at the end if `end_token`. Of a text that is too
-    long, the prompt loses its beginning, down to half of `max_length`, before the completion loses its end.
+    tokenizer's begin tokens stand in front only, its end token stands at the end if `end_token`; a text that has them
+    gets no second ones. Of a text that is too long, the prompt loses its beginning, down to half of `max_length`,
+    before the completion loses its end.
     multiple_choice: the same with the right choice and no end token (see `encode_choices`).
     classification: the text with the tokenizer's special tokens, cut from the right but for the special tokens.
 
@@ -377,14 +315,14 @@ def encode(
     match task:
         case ClassificationTask():
             assert label2id is not None
-            ids = tokenizer(render(task.prompt, row), truncation=True, max_length=task.max_length)["input_ids"]
+            ids = class_tokens(render(task.prompt, row), tokenizer, task.max_length)
             if not ids:
                 raise InputError(f"{where}: the text to classify has no token; leave the row out")
             return Sample(ids, len(ids), class_index(row[task.label], label2id, where))
         case MultipleChoiceTask():
-            return encode_choices(task, row, tokenizer, where)[row[task.answer]]
+            return encode_choices(task, row, tokenizer, where)[int(row[task.answer])]
     prompt = tokens(render(task.prompt, row), tokenizer, front=True)
-    completion = tokens(render(task.completion, row), tokenizer, front=False) + _end(task, tokenizer)
+    completion = _ended(tokens(render(task.completion, row), tokenizer, front=False), task, tokenizer)
     prompt = prompt[-max(task.max_length - len(completion), task.max_length // 2) :]
     sample = Sample((prompt + completion)[: task.max_length], len(prompt))
     if len(sample.input_ids) <= sample.scored_from:
@@ -451,27 +389,52 @@ def _whole_text(task: CompletionTask | MultipleChoiceTask, row: Row, tokenizer: 
     """Prompt and completion (or right choice) tokenised as one text; cut on the side that `encode` cuts."""
     if isinstance(task, CompletionTask):
         text = render(task.prompt, row) + render(task.completion, row)
-        return (tokens(text, tokenizer, front=True) + _end(task, tokenizer))[: task.max_length]
-    choice = {"choice": row[task.choices][row[task.answer]]}
+        return _ended(tokens(text, tokenizer, front=True), task, tokenizer)[: task.max_length]
+    choice = {"choice": row[task.choices][int(row[task.answer])]}
     text = render(task.prompt, row) + render(task.completion, row | choice)
     return tokens(text, tokenizer, front=True)[-task.max_length :]
 
 
 def tokens(text: str, tokenizer: "PreTrainedTokenizerBase", front: bool) -> list[int]:
-    """Token ids of a text, with the tokenizer's begin tokens if `front`; never with an end token of its own."""
+    """Token ids of a text, with the tokenizer's begin tokens if `front`; never with an end token of its own.
+
+    A text that begins with the begin token gets no second one.
+    """
     ids: list[int] = tokenizer(text, add_special_tokens=front, verbose=False)["input_ids"]
     # Some tokenizers close every text with their end token; here only `end_token` says so.
-    if front and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
-    return ids
+    if front and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        plain = tokens(text, tokenizer, front=False)
+        if ids[-1 - len(plain) : -1] == plain:
+            ids = ids[:-1]
+    return ids[1:] if front and _begins_twice(text, tokenizer) else ids
 
 
-def _end(task: CompletionTask, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def class_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None) -> list[int]:
+    """Token ids of a text to classify with the tokenizer's special tokens, the begin token once, cut from the right."""
+    twice = int(_begins_twice(text, tokenizer))
+    longest = None if max_length is None else max_length + twice
+    ids: list[int] = tokenizer(text, truncation=longest is not None, max_length=longest, verbose=False)["input_ids"]
+    return ids[twice:]
+
+
+def _begins_twice(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a text begins with the begin token, and the tokenizer sets another one before it."""
+    begins = [token for token in (tokenizer.bos_token, tokenizer.cls_token) if token]
+    if not text.lstrip().startswith(tuple(begins)):
+        return False
+    plain = tokens(text, tokenizer, front=False)
+    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ids = tokenizer.convert_tokens_to_ids(begins)
+    return whole[0] in ids and whole[0] == plain[0] and whole[1 : 1 + len(plain)] == plain
+
+
+def _ended(ids: list[int], task: CompletionTask, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids with the end token once, if the task wants it."""
     if not task.end_token:
-        return []
+        return ids
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end token: set end_token: false in the task")
-    return [tokenizer.eos_token_id]
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
 def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "right"] = "right") -> "dict[str, Tensor]":

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from tasks.datasets import pad
 from tasks.dynamic_folder import STATISTICS, check_files, load_network_with_heads, read_manifest
 from tasks.errors import InputError
-from tasks.evaluate import finite, generate, pad_token
+from tasks.evaluate import finite, pad_token
+from tasks.generation import generate, set_end_tokens
 from tasks.merge_vectors import BASE
 from tasks.models.dynamic import DynamicNetwork
 from tasks.models.heads import DetachedHead
@@ -116,10 +117,15 @@ class DynamicModel:
         manifest = read_manifest(folder)
         if verify:
             check_files(folder, manifest)
-        found = load_network_with_heads(folder, manifest.experts, manifest.head, dtype or manifest.dtype, device)
+        network, heads = load_network_with_heads(
+            folder, manifest.experts, manifest.head, dtype or manifest.dtype, device
+        )
+        if manifest.head == "causal_lm":
+            set_end_tokens(network.network, folder / BASE, folder / BASE)
         values = {name: tensor.to(device) for name, tensor in load_file(folder / STATISTICS).items()}
         router = Router(manifest.rule, Statistics(**values), manifest.router)
-        return cls(*found, manifest.experts, load_tokenizer(folder / BASE), router, manifest.head == "classification")
+        reader = load_tokenizer(folder / BASE)
+        return cls(network, heads, manifest.experts, reader, router, manifest.head == "classification")
 
     def route(self, sequences: Sequence[list[int]]) -> Routes:
         """Return the routes of token sequences: probes up to the rule's block, then the router's mathematics."""
@@ -190,7 +196,7 @@ class DynamicModel:
         return [logits[row] for row in range(len(assigned))]
 
     def generate(self, prompts: Sequence[list[int]], routes: Routes, max_new_tokens: int) -> list[list[int]]:
-        """Return greedy continuations in tokens, up to the end token (left out).
+        """Return greedy continuations in tokens, up to an end token (left out).
 
         The route, taken on the prompt, stays for the whole continuation, so the KV cache holds.
         """

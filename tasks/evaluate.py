@@ -1,14 +1,13 @@
 """Scores of one model on one task: one record per row (see `tasks.metrics`), then every metric with its interval."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.artifacts import write_json
 from tasks.datasets import (
@@ -27,6 +26,7 @@ from tasks.datasets import (
 )
 from tasks.errors import InputError
 from tasks.evaluate_lm_eval import evaluate_lm_eval
+from tasks.generation import generate, set_end_tokens
 from tasks.metrics import Record, score_records
 from tasks.models.blocks import trunk_output
 from tasks.models.expert import load_network, open_base, open_expert
@@ -40,10 +40,10 @@ from tasks.models.head_inputs import (
     save_head_inputs,
 )
 from tasks.models.heads import DetachedHead
-from tasks.models.networks import load_tokenizer
+from tasks.models.networks import load_tokenizer, trunk_of
 from tasks.models.source import Source
 
-VERSION = 1
+VERSION = 2
 _HEAD_INPUTS = "head_inputs.safetensors"
 
 
@@ -173,43 +173,13 @@ def _generate(
     pad_id: int,
     device: torch.device | str,
 ) -> list[str]:
-    """Greedy continuations as text, each up to the tokenizer's end token (left out) or `task.generate` tokens."""
+    """Greedy continuations as text, each up to an end token of the network (left out) or `task.generate` tokens."""
     texts = [""] * len(prompts)
     for chosen in _batches([len(prompt) for prompt in prompts], task.batch_size):
         batch = [prompts[i] for i in chosen]
         for i, ids in zip(chosen, generate(network, tokenizer, batch, task.generate, pad_id, device), strict=True):
             texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
     return texts
-
-
-def generate(
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    pad_id: int,
-    device: torch.device | str,
-) -> list[list[int]]:
-    """Return the greedy continuations of one batch of prompts in tokens, each up to the end token (left out)."""
-    end = tokenizer.eos_token_id
-    greedy = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad_id
-    )
-    batch = pad(prompts, pad_id, side="left")
-    with _generation_config(network, greedy):
-        generated = network.generate(**_to(batch, device))[:, batch["input_ids"].shape[1] :].tolist()
-    return [ids[: ids.index(end)] if end in ids else ids for ids in generated]
-
-
-@contextmanager
-def _generation_config(network: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replace the checkpoint's generation settings: `generate` would fill gaps from them, a repetition penalty say."""
-    own = network.generation_config
-    network.generation_config = config
-    try:
-        yield
-    finally:
-        network.generation_config = own
 
 
 def is_exact(task: CompletionTask, text: str, row: Row) -> bool:
@@ -307,6 +277,8 @@ def _network(subject: Subject, name: str, task: Task, dtype: str, device: str) -
     network = load_network(model, head, getattr(torch, dtype), device, head_of)
     if subject.label2id is not None:
         network.config.label2id = dict(subject.label2id)
+    if head == "causal_lm":
+        set_end_tokens(network, subject.model, subject.base)
     return network
 
 
@@ -329,7 +301,7 @@ def _through_head(
         head = DetachedHead.read(source)
     else:
         network = _network(subject, name, task, dtype, device)
-        trunk, head = network.base_model, DetachedHead(network)
+        trunk, head = trunk_of(network), DetachedHead(network)
     classes = subject.label2id or head.network.config.label2id
     where = f"of tasks.{name}.evaluation"
     samples = [encode(task, row, tokenizer, f"row {i} {where}", classes) for i, row in enumerate(rows)]

@@ -22,7 +22,7 @@ from tasks.dynamic_model import DynamicModel, Routes
 from tasks.evaluate import choose, finite, is_exact, likelihood
 from tasks.metrics import Record, mean_score, score_records
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,13 @@ def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> It
     return merged_pieces(base, vectors, job.settings)
 
 
+def mean_statistics(job: MergeJob, name: str) -> Tensor:
+    """Return the experts' mean of a buffer with statistics, flat, in the base's dtype."""
+    share = dict.fromkeys(job.experts, 1 / len(job.experts))
+    dtype = job.base.dtype(name)
+    return torch.cat([rounded(piece, dtype)[0].clone() for _, piece in _merged_pieces(job, share, name)])
+
+
 def task_vector(job: MergeJob, key: str, weight: float, name: str) -> TaskVector:
     """Return the task vector of one tensor of the expert called `key`, with all that its method asks for."""
     return TaskVector(
@@ -258,7 +265,7 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     written = {marker: read_json(marker) for marker in markers}
     tensors = {name: entry for entries in written.values() for name, entry in entries.items()}
     assert set(tensors) == set(plan.tensors), "every tensor is in a group"
-    found = _of_tensors(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
+    found = tensor_digests(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
     altered = [name for name, entry in tensors.items() if found[name] != entry["checksum"]]
     if altered:
         for marker, entries in written.items():
@@ -290,14 +297,14 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
 def weights_digest(checkpoint: Checkpoint) -> str:
     """Return the sha256 over dtype, shape and content of all tensors, however they are sharded, as `finish_merge`."""
     shapes = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    return _digest(shapes, _of_tensors(checkpoint, lambda content: hashlib.sha256(content).hexdigest()))
+    return _digest(shapes, tensor_digests(checkpoint, lambda content: hashlib.sha256(content).hexdigest()))
 
 
 def _digest(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], digests: Mapping[str, str]) -> str:
     return sha256_text(canonical({name: [str(dtype), shape, digests[name]] for name, (dtype, shape) in shapes.items()}))
 
 
-def _of_tensors(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) -> dict[str, str]:
+def tensor_digests(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) -> dict[str, str]:
     """Return a digest of every tensor's bytes, worked out for several at once."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda name: digest(tensor_bytes(checkpoint.read(name))), checkpoint.tensors)

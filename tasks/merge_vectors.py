@@ -2,18 +2,28 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from tasks.artifacts import sha256_file, write_json
 from tasks.errors import InputError
-from tasks.merge import MergeJob, flush, merge_weights, task_vector, write_companions, write_heads
+from tasks.merge import (
+    MergeJob,
+    flush,
+    mean_statistics,
+    merge_weights,
+    plan_merged,
+    task_vector,
+    tensor_digests,
+    write_companions,
+    write_heads,
+)
 from tasks.methods import agreed_pieces, contribution_pieces, has_consensus, keeps_low_rank, shares, static_coefficient
-from tasks.models.checkpoint import INDEX, WEIGHTS
+from tasks.models.checkpoint import CheckpointWriter, open_checkpoint, preallocate, tensor_bytes
 from tasks.models.layers import layer_of
 from tasks.models.vectors import LowRank, Vector, compact, save_vectors
 
@@ -113,16 +123,10 @@ def finish_vectors(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         `digest`: sha256 over the names and digests of the files; `bytes`: size of all weights, heads included.
 
     Raises:
-        OSError: a copied file reads back otherwise than the base's.
+        OSError: a tensor reads back otherwise than it was written.
     """
-    weights = sorted({info.file for info in job.base.checkpoint.tensors.values()})
-    files = weights if weights == [WEIGHTS] else [*weights, INDEX]
     (out / BASE).mkdir(exist_ok=True)
-    for file in files:
-        source, target = job.base.folder / file, out / BASE / file
-        shutil.copyfile(source, target)
-        if sha256_file(target) != sha256_file(source):
-            raise OSError(f"{target}: reads back otherwise than {source}; run again to copy it anew")
+    _write_base(job, out / BASE)
     write_companions(job, tokenizer, out / BASE)
     write_heads(job, out)
     paths = sorted(path for path in out.rglob("*") if path.is_file() and str(path.relative_to(out)) not in _LATER)
@@ -130,3 +134,21 @@ def finish_vectors(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
     write_json(out / FILES, digests)
     size = sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")
     return {"digest": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(), "bytes": size}
+
+
+def _write_base(job: MergeJob, out: Path) -> None:
+    """Write the base as merged models have it: parameters that an expert unties apart, statistics as the mean."""
+    plan = plan_merged(job.base, None, job.shard_size)
+    preallocate(plan, out)
+    written = {}
+    with CheckpointWriter(plan, out) as writer:
+        for name in plan.tensors:
+            values = mean_statistics(job, name) if name in job.base.statistics else job.base.read(name).reshape(-1)
+            writer.write(name, values)
+            written[name] = xxhash.xxh3_128_hexdigest(tensor_bytes(values))
+    for file in plan.sizes:
+        flush(out / file)
+    found = tensor_digests(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
+    altered = [name for name, checksum in written.items() if found[name] != checksum]
+    if altered:
+        raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to write them anew")

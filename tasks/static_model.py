@@ -14,7 +14,8 @@ from transformers.models.auto import modeling_auto
 
 from tasks.datasets import pad
 from tasks.errors import InputError
-from tasks.evaluate import finite, generate, pad_token
+from tasks.evaluate import finite, pad_token
+from tasks.generation import generate, set_end_tokens
 from tasks.models.expert import load_network, open_base
 from tasks.models.heads import SavedHead
 from tasks.models.networks import load_config, load_tokenizer, network_class
@@ -87,6 +88,8 @@ class StaticModel:
         else:
             head_kind = "causal_lm" if form == "language_model" else "classification"
             networks = {WHOLE: load_network(base, head_kind, torch_dtype, device)}
+            if form == "language_model":
+                set_end_tokens(networks[WHOLE], folder, folder)
         return cls(networks, load_tokenizer(folder), form)
 
     def network(self, task: str | None = None) -> PreTrainedModel:

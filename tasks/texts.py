@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from tasks.datasets import tokens
+from tasks.datasets import class_tokens, tokens
 from tasks.errors import InputError
 from tasks.models.networks import positions
 
@@ -26,10 +26,7 @@ def text_tokens(
     Raises:
         InputError: a text without a token, or longer than the network takes.
     """
-    if max_new_tokens is None:
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    else:
-        ids = tokens(text, tokenizer, front=True)
+    ids = class_tokens(text, tokenizer) if max_new_tokens is None else tokens(text, tokenizer, front=True)
     new = max_new_tokens or 0
     room = (positions(config) or len(ids) + new) - new
     if room < 1:

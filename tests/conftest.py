@@ -1,6 +1,7 @@
 """Tiny real models, a real tokenizer and one Ray cluster for all tests."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ hypothesis.settings.register_profile("sensmerge", deadline=None, max_examples=40
 hypothesis.settings.load_profile("sensmerge")
 # Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
 torch.set_num_threads(1)
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # the tests record nothing where their user does
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -186,13 +188,14 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 def tiny_recipe(llamas: dict[str, Path], folder: Path) -> dict[str, Any]:
     """A recipe for the tiny Llamas; its data sets are written to the folder."""
     for task, sign in (("math", "+"), ("code", "-")):
-        rows: list[dict[str, object]] = [{"prompt": f"{a}{sign}{a + 1}=", "completion": str(a)} for a in range(12)]
-        write_rows(folder / f"{task}.jsonl", rows)
+        for file, first in ((f"{task}.jsonl", 0), (f"{task}-test.jsonl", 12)):
+            numbers = range(first, first + 12)
+            write_rows(folder / file, [{"prompt": f"{a}{sign}{a + 1}=", "completion": str(a)} for a in numbers])
     data = {
         task: {
             "kind": "completion",
             "calibration": {"path": "json", "data_files": f"{task}.jsonl", "samples": 3},
-            "evaluation": {"path": "json", "data_files": f"{task}.jsonl", "samples": 6},
+            "evaluation": {"path": "json", "data_files": f"{task}-test.jsonl", "samples": 6},
         }
         for task in ("math", "code")
     }
@@ -267,3 +270,13 @@ def command_line(*arguments: object) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def do_steps(plan: Plan) -> None:
+    """Do all steps of a plan in this process, one after the other, and publish their artifacts."""
+    for step in plan.steps:
+        out = plan.store.partial(step.key)
+        out.mkdir(parents=True, exist_ok=True)
+        for part in step.parts:
+            part(out=out)
+        plan.store.publish(step.key, {"result": step.finish(out=out)})

@@ -4,8 +4,9 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,21 @@ def parse_adapter(
     found = {module: _module_key(names.key(module), modules, names) for module in pairs}
     if all(key == names.key(module) and key in modules for module, key in found.items()):
         _check_whole(path, set(stored), config, network, names)
+    tied = {*names.tied, *names.tied.values()}
+    # peft may store embedding and head as they are, without having been told to train them.
+    saved = {
+        parameter: name
+        for parameter, name in saved.items()
+        if names.key(parameter) not in tied
+        or _changes_base(checkpoint, name, names.key(parameter), names, base, weights)
+    }
     changed = {names.key(f"{module}.weight") for module in pairs} | {names.key(parameter) for parameter in saved}
-    if not config["ensure_weight_tying"] and changed & {*names.tied, *names.tied.values()}:
+    if not config["ensure_weight_tying"] and changed & tied:
         return Adapter({}, {}, {}, unties=True)
     saved = {parameter: name for parameter, name in saved.items() if names.key(parameter) not in names.tied}
     low_rank: dict[str, LowRank] = {}
     pieces: dict[str, tuple[Piece, ...]] = {}
+    views = cache(partial(regions, network, names))
     for module, pair in pairs.items():
         key = found[module]
         if f"{key}.weight" in names.tied:
@@ -153,7 +163,7 @@ def parse_adapter(
             shape = base.info(target).shape
             low_rank[target] = _low_rank(path, checkpoint.tensors, config, module, modules.get(key), shape, pair)
             continue
-        stacked, view = _stacked_weight(path, f"{key}.weight", module, weights, network, names)
+        stacked, view = _stacked_weight(path, f"{key}.weight", module, weights, names, views)
         factors = _low_rank(path, checkpoint.tensors, config, module, None, view.shape, pair)
         pieces[stacked] = (*pieces.get(stacked, ()), Piece(factors, inside=view))
     return Adapter(low_rank, pieces, saved, unties=False)
@@ -240,7 +250,12 @@ def _factor(name: str, names: Names) -> tuple[str, str | None]:
 
 
 def _stacked_weight(
-    path: Path, key: str, module: str, weights: Mapping[str, str], network: PreTrainedModel, names: Names
+    path: Path,
+    key: str,
+    module: str,
+    weights: Mapping[str, str],
+    names: Names,
+    views: Callable[[str], dict[str, View] | None],
 ) -> tuple[str, View]:
     """Return the base's tensor that holds the weight of an adapted module stacked with others, and where in it.
 
@@ -248,12 +263,12 @@ def _stacked_weight(
         InputError: there is none.
     """
     parameter = names.parameter(key)
-    views = regions(network, names, parameter) if parameter in names.parameters else None
-    if views is None or key not in views or parameter not in weights:
+    found = views(parameter) if parameter in names.parameters else None
+    if found is None or key not in found or parameter not in weights:
         raise InputError(
             f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
         )
-    return weights[parameter], views[key]
+    return weights[parameter], found[key]
 
 
 def _is_saved(name: str, modules_to_save: Iterable[str]) -> bool:

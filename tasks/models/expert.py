@@ -1,8 +1,9 @@
 """A base and its experts by one set of tensor names: full fine-tunes and LoRA adapters alike."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from tasks.models.networks import (
     untied_config,
 )
 from tasks.models.regions import regions
-from tasks.models.weights import BaseWeights, ExpertWeights, Piece
+from tasks.models.weights import BaseWeights, ExpertWeights, Piece, View
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,6 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         adapter = parse_adapter(source, adapter_config, network, names, base, base.by_key())
     except InputError as error:
         raise InputError(f"{key}: {error}") from error
-    notes: tuple[str, ...] = ()
     if adapter.unties:
         untied = base.untie()
         opened = _open_adapter(folder, untied, key, source)
@@ -341,10 +341,13 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
     placed = _place(f"{key}: {folder}", stored, source, base, names, network)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
-    config = base.config
-    if head:
+    config, ends_in = base.config, names.network
+    if head and has_network(base.config, "classification"):
+        classifier = skeleton(base.config, "classification", base.folder)
+        if adapter_config["task_type"] is None and set(head) <= set(parameter_names(classifier)):
+            ends_in = type(classifier).__name__
         # An adapter has no config of its own: the last layer of its head says how many classes there are.
-        last = parameter_names(skeleton(base.config, "classification", base.folder))[-1]
+        last = parameter_names(classifier)[-1]
         if last in head:
             config = copy.deepcopy(base.config)
             config.num_labels = source.tensors[head[last]].shape[0]
@@ -356,8 +359,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         head,
         adapter.pieces,
         config=config,
-        network=names.network,
-        notes=notes,
+        network=ends_in,
     )
 
 
@@ -395,6 +397,7 @@ def _place(
     weights = base.by_key()
     kin = names.network == base.names.network or not names.has_task_head
     placed = _Placed({}, {}, [])
+    views = cache(partial(regions, network, names))
     for key, name in stored.items():
         match = weights.get(key)
         shape = source.tensors[name].shape
@@ -403,7 +406,7 @@ def _place(
             placed.own[match] = name
         elif names.has_task_head and _may_be_head(key, names, match is None):
             placed.heads.append(name)
-        elif match is None and (pieces := _stacked(key, name, base, weights, names, network)):
+        elif match is None and (pieces := _stacked(key, name, weights, names, views)):
             for target, piece in pieces.items():
                 placed.pieces[target] = (*placed.pieces.get(target, ()), piece)
         else:
@@ -422,19 +425,21 @@ def _may_be_head(key: str, names: Names, is_new: bool) -> bool:
 
 
 def _stacked(
-    key: str, name: str, base: Base, weights: Mapping[str, str], names: Names, network: PreTrainedModel
+    key: str,
+    name: str,
+    weights: Mapping[str, str],
+    names: Names,
+    views: Callable[[str], dict[str, View] | None],
 ) -> dict[str, Piece]:
     """Return, by the base's names, what an expert's tensor stands for that the base stacks differently."""
     parameter = names.parameter(name)
-    if parameter not in names.parameters:
-        return {}
-    views = regions(network, names, parameter)
-    if views is None:
+    found = views(parameter) if parameter in names.parameters else None
+    if found is None:
         return {}
     if key == parameter:
-        return {weights[one]: Piece(name, taken=view) for one, view in views.items() if one in weights}
-    if parameter in weights and key in views:
-        return {weights[parameter]: Piece(name, inside=views[key])}
+        return {weights[one]: Piece(name, taken=view) for one, view in found.items() if one in weights}
+    if parameter in weights and key in found:
+        return {weights[parameter]: Piece(name, inside=found[key])}
     return {}
 
 

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tasks.models.layers import in_block
 
+_ROTARY = re.compile(r"rotary_emb\.inv_freq")
 _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+|(?<=\.)_orig_mod\.")
 
 
@@ -62,7 +63,8 @@ class Names:
 
     def key(self, name: str) -> str:
         """Return the key of a tensor in a checkpoint."""
-        return apply_renamings(plain(name), self.renamings).removeprefix(self.prefix)  # type: ignore[no-any-return]
+        name = plain(name)
+        return self._unless_known(name, apply_renamings(name, self.renamings).removeprefix(self.prefix))
 
     def spelled(self, key: str) -> str:
         """Return the name of a parameter in the network by its key."""
@@ -70,8 +72,21 @@ class Names:
 
     def parameter(self, name: str) -> str:
         """Return the key of the parameter that holds a checkpoint's tensor: several share a stacked one."""
-        renamed = rename_source_key(plain(name), self.renamings, self.converters)[0].removeprefix(self.prefix)
+        name = plain(name)
+        renamed = rename_source_key(name, self.renamings, self.converters)[0].removeprefix(self.prefix)
+        renamed = self._unless_known(name, renamed)
         return self.tied.get(renamed, renamed)
+
+    def _unless_known(self, name: str, renamed: str) -> str:
+        """Return the new name of a tensor, but its own if only that is a parameter's, as `from_pretrained` does.
+
+        Some patterns match today's names as well as the old ones: `shared_expert.` in `shared_experts.`, for one.
+        """
+        key = name.removeprefix(self.prefix)
+        return key if self._is_known(key) and not self._is_known(renamed) else renamed
+
+    def _is_known(self, key: str) -> bool:
+        return key in self.parameters or key in self.tied
 
     def is_converted(self, name: str) -> bool:
         """Return whether the network holds a checkpoint's tensor in another form: stacked with others, for one."""
@@ -102,7 +117,9 @@ class Names:
 
     def is_unread(self, name: str) -> bool:
         """Return whether transformers has no use for a tensor any more (causal masks, rotary frequencies)."""
-        return in_block(name) and self.parameter(name) not in self.parameters and bool(self.unread.search(name))
+        # Outside the blocks, what is passed over in silence may be a pooler, or a head that the base is meant to keep.
+        computed = in_block(name) or bool(_ROTARY.search(name))
+        return computed and self.parameter(name) not in self.parameters and bool(self.unread.search(name))
 
 
 def plain(name: str) -> str:
@@ -114,7 +131,8 @@ def names_of(network: PreTrainedModel) -> Names:
     """Return the names of a network, which may lie on the meta device."""
     prefix = f"{network.base_model_prefix}." if network.base_model_prefix else ""
     transforms = get_model_conversion_mapping(network)
-    full = parameter_names(network)
+    # Some networks have the head before the trunk, and there the name that is tied to the trunk's comes first.
+    full = [network.all_tied_weights_keys.get(name, name) for name in parameter_names(network)]
     inside = [name for name in full if prefix and name.startswith(prefix)]
     return Names(
         network=type(network).__name__,
@@ -135,9 +153,7 @@ def names_of(network: PreTrainedModel) -> Names:
         renamings=tuple(each for each in transforms if isinstance(each, WeightRenaming)),
         converters=tuple(each for each in transforms if isinstance(each, WeightConverter)),
         # What `from_pretrained` passes over in silence.
-        unread=re.compile(
-            "|".join([*sorted(network._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"])
-        ),
+        unread=re.compile("|".join([*sorted(network._keys_to_ignore_on_load_unexpected or ()), _ROTARY.pattern])),
     )
 
 

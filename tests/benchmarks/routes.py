@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from pipeline.recipe import Recipe, load_recipe
-from tasks.datasets import ClassificationTask, Row, RowTask, load_rows, pad, render, tokens
+from tasks.datasets import ClassificationTask, Row, RowTask, pad, render, tokens
 from tasks.dynamic_folder import load_network_with_heads, read_manifest
 from tasks.evaluate import pad_token
 from tasks.merge_vectors import BASE
@@ -30,6 +30,7 @@ from tasks.models.dynamic import DynamicNetwork
 from tasks.models.networks import load_tokenizer
 from tasks.models.probes import probe
 from tasks.routing import POOLS, SCORES, Features, PoolName, Rule, affinities, fit
+from tasks.rows import load_rows
 
 BATCH_SIZE = 8
 METRIC = "l2"
@@ -100,7 +101,7 @@ def main() -> None:
             source = getattr(task, split)
             if split == "evaluation":
                 source = source.model_copy(update={"samples": arguments.samples})
-            rows = load_rows(source, f"tasks.{name}.{split}", folder)
+            rows = load_rows(source, f"tasks.{name}.{split}", folder).rows
             found += [prompt(task, row, tokenizer) for row in rows]  # type: ignore[arg-type]
             owners[split] += [number] * len(rows)
     truth = {split: torch.tensor(found) for split, found in owners.items()}

@@ -1,4 +1,4 @@
-"""`python -m tests.census`: what is right, refused, failing or wrong for every causal language model of transformers."""
+"""`python -m tests.census`: what is right, refused, failing or wrong for every causal language model there is."""
 
 import argparse
 import multiprocessing

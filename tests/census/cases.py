@@ -1,13 +1,10 @@
 """What the census looks at: of one architecture a base with two full fine-tunes and two LoRA adapters, on disk."""
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -75,7 +72,7 @@ def make_case(name: str, folder: Path, lora: bool = True) -> Case:
         Exception: transformers or peft cannot.
     """
     case = Case(name, folder)
-    network = perturbed(tiny_network(name), 0, 0.05)
+    network = tiny_network(name)
     tokenizer = make_tokenizer()
     network.save_pretrained(case.base)
     tokenizer.save_pretrained(case.base)

@@ -1,12 +1,14 @@
 """What a store keeps: for champions, challengers, the last runs, and runs that have not ended."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from pipeline.garbage import delete, find_garbage, needed_artifacts
+from pipeline.garbage import delete, find_garbage, needed_artifacts, registered_folders
 from pipeline.history import begin, remember
+from pipeline.registry import Registered
 from pipeline.store import Key, Store
 from tasks.artifacts import write_json
 from tests.conftest import command_line
@@ -27,8 +29,8 @@ def publish(store: Store, one: Key) -> Path:
     return store.folder(one)
 
 
-def garbage_names(store: Store, last: int = 1, registered: dict[Path, str] | None = None) -> list[str]:
-    found = find_garbage(store, needed_artifacts(store, last, registered or {}))
+def garbage_names(store: Store, last: int = 1, registered: Sequence[Registered] = ()) -> list[str]:
+    found = find_garbage(store, needed_artifacts(store, last, registered))
     return [folder.name for folder in found.folders]
 
 
@@ -49,8 +51,12 @@ def test_what_is_registered_stays_wherever_the_store_is_mounted(tmp_path: Path) 
     for number in range(2):
         remember(store, "one", "run", [key(number)], None)
     assert garbage_names(store) == [old.name]
-    assert garbage_names(store, registered={Path("/elsewhere/merge") / old.name: "champion of one"}) == []
-    assert garbage_names(store, registered={new: "champion of one"}) == [old.name]
+    for place in (f"file:///elsewhere/merge/{old.name}", f"s3://bucket/team/merge/{old.name}"):
+        assert garbage_names(store, registered=[Registered("one", "1", place, "champion of one", False)]) == []
+        assert garbage_names(store, registered=[Registered("one", "1", place, None, False)]) == [old.name]
+    assert garbage_names(store, registered=[Registered("one", "1", new.as_uri(), "champion of one", False)]) == [
+        old.name
+    ]
 
 
 def test_an_interrupted_run_can_go_on(tmp_path: Path) -> None:
@@ -73,7 +79,7 @@ def test_only_what_was_listed_is_deleted(tmp_path: Path) -> None:
     old, new = (publish(store, key(number)) for number in range(2))
     remember(store, "one", "run", [key(1)], None)
     (tmp_path / "mlflow.db").write_text("runs")
-    delete(store, find_garbage(store, needed_artifacts(store, 1, {})))
+    delete(store, find_garbage(store, needed_artifacts(store, 1, [])), {})
     assert not old.exists()
     assert store.manifest(key(1)) is not None
     assert new.is_dir()
@@ -87,11 +93,11 @@ def test_bytes_that_links_share_count_where_the_last_goes(tmp_path: Path) -> Non
         (folder / "data").unlink()
         os.link(first / "data", folder / "data")
     remember(store, "one", "run", [key(2)], None)
-    freed = find_garbage(store, needed_artifacts(store, 1, {})).freed
+    freed = find_garbage(store, needed_artifacts(store, 1, [])).freed
     assert len(freed) == 2
     assert sum(freed.values()) < SIZE  # the third keeps the bytes
     remember(store, "one", "run", [], None)
-    assert SIZE < sum(find_garbage(store, needed_artifacts(store, 1, {})).freed.values()) < 6 * SIZE
+    assert SIZE < sum(find_garbage(store, needed_artifacts(store, 1, [])).freed.values()) < 6 * SIZE
 
 
 def hub_model(store: Store, commit: str, content: bytes, shared: bytes) -> None:
@@ -118,13 +124,13 @@ def test_commits_of_hub_models_go_with_the_runs_that_used_them(tmp_path: Path) -
         write_json(store.partial(one) / "files.json", {"revision": commit})
         store.publish(one, {"result": {}})
         remember(store, "one", "run", [one], None)
-    garbage = find_garbage(store, needed_artifacts(store, 1, {}))
+    garbage = find_garbage(store, needed_artifacts(store, 1, []))
     assert garbage.revisions == [old]
     assert garbage.freed[f"hub:team/expert@{old[:12]}"] == 3000
     begin(store, "one", "refresh", [key(2, "download")], None)
-    assert find_garbage(store, needed_artifacts(store, 1, {})).revisions == []
+    assert find_garbage(store, needed_artifacts(store, 1, [])).revisions == []
     remember(store, "one", "refresh", [key(1, "download")], None)
-    delete(store, find_garbage(store, needed_artifacts(store, 1, {})))
+    delete(store, find_garbage(store, needed_artifacts(store, 1, [])), {})
     snapshots = store.hub_cache / "models--team--expert" / "snapshots"
     assert [path.name for path in snapshots.iterdir()] == [new]
     assert (snapshots / new / "model.safetensors").stat().st_size == 4000
@@ -143,3 +149,24 @@ def test_without_the_registry_nothing_is_deleted(uri: str, tmp_path: Path, capsy
     assert where in error
     assert error.count("\n") == 1
     assert champion.is_dir()
+
+
+def test_mlflow_of_the_environment_is_asked_as_well_as_those_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only one of them knows stays; the environment has the password that the history leaves out."""
+    asked: list[str] = []
+    monkeypatch.setattr("pipeline.garbage.check_server", asked.append)
+    monkeypatch.setattr("pipeline.garbage.folders_in_use", lambda uri: {Path(uri): "champion"})
+    store = Store(tmp_path)
+    remember(store, "one", "refresh", [key(0)], "http://user:secret@mlflow/a")
+    remember(store, "one", "refresh", [key(1)], "http://mlflow/b")
+    assert asked == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow/a")
+    assert len(registered_folders(store, None)) == 2
+    assert asked == ["http://mlflow/b", "http://user:secret@mlflow/a"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow/c")
+    registered_folders(store, None)
+    assert asked[2:] == ["http://mlflow/a", "http://mlflow/b", "http://mlflow/c"]
+    registered_folders(store, "http://mlflow/d")
+    assert asked[5:] == ["http://mlflow/d"]

@@ -11,10 +11,11 @@ from pipeline import placement
 from pipeline.placement import whole_bytes
 from tasks.artifacts import read_json
 from tasks.coefficients import alpha
-from tasks.datasets import CompletionTask, DataSource, load_rows
+from tasks.datasets import CompletionTask, DataSource
 from tasks.errors import InputError
 from tasks.models.expert import open_base
 from tasks.models.placement import Actors
+from tasks.rows import load_rows
 from tasks.sensitivity import sensitivity
 from tests.conftest import command_line, plan_of, write_recipe
 
@@ -108,7 +109,7 @@ def test_a_run_with_actors(llama_recipe: Recipe, llamas: dict[str, Path], tmp_pa
     assert command_line("run", recipe, *arguments, "--set", "placement={actors: 2}") == 0
     report = read_json(tmp_path / "report.json")
     source = DataSource(path="json", data_files="math.jsonl", samples=3)
-    rows = load_rows(source, "tasks.math.calibration", tmp_path)
+    rows = load_rows(source, "tasks.math.calibration", tmp_path).rows
     task = CompletionTask(kind="completion")
     base = llamas["base"]
     sensitivity(base, llamas["math"], "math", task, rows, base, "float32", "cpu", "whole", tmp_path)

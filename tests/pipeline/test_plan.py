@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -84,8 +85,9 @@ def test_order_of_layer_patterns_counts(llama_recipe: Recipe, tmp_path: Path) ->
 def test_right_choices_are_part_of_a_calibration(llama_recipe: Recipe, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": "a", "choices": ["b", "c"], "answer": 0, "other": 1}] * 3
     write_rows(tmp_path / "choices.jsonl", rows)
-    data = {"path": "json", "data_files": "choices.jsonl"}
-    llama_recipe["tasks"]["math"] = {"kind": "multiple_choice", "calibration": data, "evaluation": data}
+    write_rows(tmp_path / "test.jsonl", [row | {"prompt": "z"} for row in rows])
+    data, test = ({"path": "json", "data_files": f"{name}.jsonl"} for name in ("choices", "test"))
+    llama_recipe["tasks"]["math"] = {"kind": "multiple_choice", "calibration": data, "evaluation": test}
     before = plan_of(tmp_path, llama_recipe)
     touched = changed(before, plan_of(tmp_path, llama_recipe, "tasks.math.answer=other"))
     assert {"sensitivity math", "cross_task all", "evaluate base/math"} <= touched
@@ -150,10 +152,10 @@ def test_fingerprints_depend_on_content_and_on_no_path(
     elsewhere.mkdir()
     for name in ("math", "code"):
         shutil.copytree(llamas[name], elsewhere / f"model-{name}")
-        shutil.copy(tmp_path / f"{name}.jsonl", elsewhere / f"{name}-rows.jsonl")
         llama_recipe["experts"][name]["model"] = f"model-{name}"
-        for split in ("calibration", "evaluation"):
-            llama_recipe["tasks"][name][split]["data_files"] = f"{name}-rows.jsonl"
+        for split, file in (("calibration", f"{name}.jsonl"), ("evaluation", f"{name}-test.jsonl")):
+            shutil.copy(tmp_path / file, elsewhere / f"rows-{file}")
+            llama_recipe["tasks"][name][split]["data_files"] = f"rows-{file}"
     assert fingerprints(plan_of(elsewhere, llama_recipe)) == fingerprints(before)
 
 
@@ -206,6 +208,21 @@ def test_hub_models_are_checked_before_their_weights_are_fetched(
     on_hub(hub, "team/code", save(make_llama(intermediate_size=64), "wide"))
     with pytest.raises(InputError, match=r"experts.code: .* has intermediate_size 64, the base has 48"):
         plan_of(tmp_path, recipe)
+
+
+def test_hub_weights_that_must_be_compared_are_fetched_for_the_plan(
+    hub: HubServer, llama_recipe: Recipe, llamas: dict[str, Path], save: Any, tmp_path: Path
+) -> None:
+    """Two tensors stand for what the config ties: only their values tell whether it is one parameter or two."""
+    folder = save(make_llama(5), "apart", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    on_hub(hub, "team/apart", folder)
+    llama_recipe["experts"]["math"]["model"] = "hub:team/apart"
+    plan = plan_of(tmp_path, llama_recipe)
+    assert plan.inputs.base.untied
+    assert any("experts.math has its own values for both" in note for note in plan.inputs.notes)
 
 
 def test_sharded_hub_model_is_checked_by_its_headers(
@@ -413,7 +430,7 @@ def test_heads_of_which_some_are_merged(save: Any, berts: dict[str, Path], tmp_p
 
 def test_prompt_that_cannot_be_routed_by(se_recipe: Recipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "math.jsonl", [{"prompt": "", "completion": "1"} for _ in range(12)])
-    with pytest.raises(InputError, match=r"row 0 of tasks.math.calibration: the prompt has no token"):
+    with pytest.raises(InputError, match=r"tasks.math.calibration: line 4 of .*/math.jsonl: the prompt has no token"):
         plan_of(tmp_path, se_recipe)
     assert plan_of(tmp_path, se_recipe, "merges.se.application={kind: static}").steps
 
@@ -427,10 +444,15 @@ def test_size_of_adapters_is_that_of_their_factors(se_recipe: Recipe, llamas: di
     assert plan.step("merge", "se").writes == sum(file.stat().st_size for file in files)
 
 
+def two_texts(folder: Path, name: str, first: str, second: str) -> dict[str, str]:
+    """Write a data set of two texts, a class each, and return what a recipe says of it."""
+    write_rows(folder / f"{name}.jsonl", [{"text": first, "label": 0}, {"text": second, "label": 1}])
+    return {"path": "json", "data_files": f"{name}.jsonl"}
+
+
 def test_a_dynamic_variant_of_classifiers(berts: dict[str, Path], tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", [{"text": "abc", "label": 0}, {"text": "xyz", "label": 1}])
-    data = {"path": "json", "data_files": "rows.jsonl"}
-    task = {"kind": "classification", "calibration": data, "evaluation": data}
+    data, test = two_texts(tmp_path, "rows", "abc", "xyz"), two_texts(tmp_path, "test", "abd", "xyw")
+    task = {"kind": "classification", "calibration": data, "evaluation": test}
     recipe = {
         "name": "encoders",
         "base": str(berts["base"]),
@@ -449,13 +471,12 @@ def test_a_dynamic_variant_of_classifiers(berts: dict[str, Path], tmp_path: Path
 def test_what_heads_read_is_looked_for_in_the_last_evaluation(
     damage: str, berts: dict[str, Path], save: Callable[..., Path], tmp_path: Path
 ) -> None:
-    write_rows(tmp_path / "rows.jsonl", [{"text": "abc", "label": 0}, {"text": "xyz", "label": 1}])
-    data = {"path": "json", "data_files": "rows.jsonl"}
+    data, test = two_texts(tmp_path, "rows", "abc", "xyz"), two_texts(tmp_path, "test", "abd", "xyw")
     recipe: Recipe = {
         "name": "encoders",
         "base": str(berts["base"]),
         "experts": {name: {"model": str(berts[name])} for name in ("mood", "topic")},
-        "tasks": {"mood": {"kind": "classification", "calibration": data, "evaluation": data}},
+        "tasks": {"mood": {"kind": "classification", "calibration": data, "evaluation": test}},
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
 
@@ -488,8 +509,7 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
     change: str, save: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A changed head gets what was kept of a trunk only where it would read the same of it."""
-    write_rows(tmp_path / "rows.jsonl", [{"text": "abc", "label": 0}, {"text": "xyz", "label": 1}])
-    data = {"path": "json", "data_files": "rows.jsonl"}
+    data, test = two_texts(tmp_path, "rows", "abc", "xyz"), two_texts(tmp_path, "test", "abd", "xyw")
     trunk = make_bert_trunk()
     # A masked language model has no pooler, so that each classifier brings its own.
     base = BertForMaskedLM(bert_config()) if change == "pooler" else trunk
@@ -505,7 +525,7 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
         "base": str(save(base, "base", tmp_path)),
         "experts": {name: {"model": str(folders[name])} for name in ("mood", "topic")},
         "tasks": {
-            name: {"kind": "classification", "calibration": data, "evaluation": data} for name in ("mood", "topic")
+            name: {"kind": "classification", "calibration": data, "evaluation": test} for name in ("mood", "topic")
         },
         "merges": {"ta": {"method": "task_arithmetic", "coefficients": {"kind": "sens"}}},
     }

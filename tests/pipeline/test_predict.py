@@ -49,10 +49,11 @@ def classifier(berts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory,
     tasks = {}
     for name, classes in words.items():
         rows: list[dict[str, object]] = [
-            {"text": f"{classes[i % len(classes)]} {i}", "label": i % len(classes)} for i in range(6)
+            {"text": f"{classes[i % len(classes)]} {i}", "label": i % len(classes)} for i in range(12)
         ]
         source = {"path": "json", "data_files": str(write_rows(folder / f"{name}.jsonl", rows))}
-        tasks[name] = {"kind": "classification", "calibration": source, "evaluation": source}
+        first, last = source | {"split": "train[:6]"}, source | {"split": "train[6:]"}
+        tasks[name] = {"kind": "classification", "calibration": first, "evaluation": last}
     experts = {name: {"model": str(berts[name])} for name in words}
     recipe = {"name": "classifier", "base": str(berts["base"]), "experts": experts, "tasks": tasks}
     return dynamic_model(recipe, folder, ray_address)

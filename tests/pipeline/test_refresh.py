@@ -26,10 +26,12 @@ def team(save: Callable[..., Path], tmp_path: Path) -> Path:
     tasks = {}
     for number, name in enumerate(EXPERTS):
         write_rows(
-            tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", "completion": str(i + number)} for i in range(3)]
+            tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}", "completion": str(i + number)} for i in range(6)]
         )
-        rows = {"path": "json", "data_files": f"{name}.jsonl"}
-        tasks[name] = {"kind": "completion", "calibration": rows} | ({"evaluation": rows} if name == "math" else {})
+        first, last = (
+            {"path": "json", "data_files": f"{name}.jsonl", "split": f"train[{half}]"} for half in (":3", "3:")
+        )
+        tasks[name] = {"kind": "completion", "calibration": first} | ({"evaluation": last} if name == "math" else {})
     return write_recipe(
         tmp_path,
         {

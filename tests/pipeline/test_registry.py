@@ -1,7 +1,10 @@
 """Champion and challenger: refreshes on a real Ray cluster with a real MLflow registry."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytest
 import torch
@@ -109,6 +112,45 @@ def test_only_what_is_not_worse_becomes_champion(
     assert aliases() == {"champion": "2"}
     outcomes = registry.outcomes(registry.find("2"))
     assert [len(one.records) for one in outcomes.values()] == [4, 4]
+
+    # The champion's weights are gone, and nothing changed since: the best variant passes the gate beside it.
+    idle = ("--store", store, "--address", "no such cluster")
+    weights = {number: weights_of(client, "pair", number) for number in ("2", "3")}
+    shutil.move(weights["2"], tmp_path / "kept")
+    assert command_line("refresh", recipe, *idle) == 0
+    said = capsys.readouterr().out
+    assert f"pair/2 (ta) is champion, but cannot be loaded any more: {weights['2']} is gone" in said
+    assert "pair/3 (ta) is champion, after pair/2 (ta)" in said
+    for arguments in (("promote", "pair/2"), ("rollback", "pair"), ("compare", "pair/2", "pair/3")):
+        assert command_line(*arguments, "--store", store) == 2
+        assert re.fullmatch(rf"error: pair/2 \(ta\): {weights['2']} is gone; a run of .*\n", capsys.readouterr().err)
+    assert aliases() == {"champion": "3"}
+
+    # What the recipe still makes is made anew.
+    weights["3"].write_bytes(b"cut")
+    assert command_line("promote", "pair/3", "--store", store) == 2
+    assert f"{weights['3']} has 3 bytes instead of" in capsys.readouterr().err
+    assert command_line("refresh", recipe, *options) == 0
+    assert "pair/3 (ta) stays champion" in capsys.readouterr().out
+    assert command_line("promote", "pair/3", "--store", store) == 0
+
+    # Nothing worse becomes champion unasked.
+    shutil.move(tmp_path / "kept", weights["2"])
+    save(perturbed(trained(tokenizer, TEXTS["math"], 20), 1, scale=0.2), "math", tmp_path)
+    save(trained(tokenizer, TEXTS["code"], 20), "code", tmp_path)
+    assert command_line("refresh", recipe, *options) == 3
+    weights["3"].unlink()
+    capsys.readouterr()
+    assert command_line("refresh", recipe, *idle) == 3
+    said = capsys.readouterr().out
+    assert f"pair/3 (ta) is champion, but cannot be loaded any more: {weights['3']} is gone" in said
+    assert "pair/2 (ta) stays challenger, pair/3 (ta) champion; promote pair/2 by hand" in said
+    assert aliases() == {"champion": "3", "challenger": "2"}
+
+
+def weights_of(client: MlflowClient, recipe: str, number: str) -> Path:
+    folder = client.get_model_version(recipe, number).tags["folder"]
+    return Path(urlparse(folder).path) / "model.safetensors"
 
 
 @pytest.mark.parametrize(("text", "expected"), [("a@champion", ("a", "champion")), ("smol-2.5/17", ("smol-2.5", "17"))])

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import mlflow
 import pytest
+import torch
+from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
+from safetensors.torch import load_file
 
 from pipeline import remote
 from pipeline.history import begin, past_runs, remember, unfinished_runs
@@ -259,6 +263,16 @@ def test_a_store_works_from_any_machine(
     again = work("refresh", "b", BUCKET, "--address", "no such cluster")
     assert ran(again) == set()
     assert again["scores"] == first["scores"]
+
+    # MLflow loads the champion from the URL, without anything of this machine.
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    champion = client.get_model_version_by_alias("tiny", "champion")
+    assert champion.source == first["uris"][champion.tags["variant"]]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    loaded = mlflow.transformers.load_model("models:/tiny@champion").model.state_dict()
+    made = load_file(Path(first["models"][champion.tags["variant"]]) / "model.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in made.items())
+    assert len(mlflow.pyfunc.load_model("models:/tiny@champion").predict(["1+2="])) == 1
 
     # What it changes is made of what the first one made.
     changed = ("--set", "merges.ta.weight=0.45")

@@ -15,12 +15,16 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import fsspec
 import mlflow
 import pandas as pd
 import pytest
+import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 from pipeline import tracking
 from pipeline.gate import Outcomes
@@ -36,6 +40,7 @@ from tasks.errors import InputError, StepError
 from tasks.merge_vectors import finish_vectors, merge_group_vectors
 from tasks.route import route
 from tasks.routing import SeApplication
+from tests.conftest import llama_config
 from tests.tasks.test_merge import make_job
 
 MODELS = {"base": "base", "math": "expert", "code": "expert", "ta": "variant", "ta-sens.3": "variant"}
@@ -61,6 +66,8 @@ def scores(value):
 
 def make_report(folder, recipe="two-skills", **changes):
     """A report of two experts, one of which was not scored on the other's task."""
+    for name in ("ta", "ta-sens.3"):
+        llama_config(architectures=["LlamaForCausalLM"]).save_pretrained(folder / name)
     taken = {name: scores(0.2 + 0.1 * i) for i, name in enumerate(MODELS)}
     del taken["math"]["code"]
     uniform = {layer: {"math": 0.4, "code": 0.4} for layer in ("embed", "layer.0", "head")}
@@ -255,22 +262,20 @@ def assert_models(client, runs, store, source):
         assert model.status == "READY"
         assert model.source_run_id == run.info.run_id
         assert (model.tags["folder"], model.tags["digest"]) == (folder, digest)
+        assert model.tags["kind"] == version.tags["kind"] == "static"
         assert model.params["method"] == "task_arithmetic"
         assert {m.key for m in model.metrics} == set(run.data.metrics)
         link = {"name": "two-skills", "version": str(version.version)}
         assert json.loads(model.tags["mlflow.modelVersions"]) == [link]
         assert (version.tags["folder"], version.tags["digest"]) == (folder, digest)
         assert version.run_id == run.info.run_id
-        assert version.source == source(folder, model.model_id)
+        assert version.source == source(model)
     assert not any(runs[name].outputs.model_outputs for name in ("base", "math", "code"))
 
 
 def test_a_variant_is_a_logged_model_and_a_registered_version_that_point_at_its_folder(client, parent, store):
-    assert_models(client, children(client, parent), store, lambda folder, model_id: folder)
-    versions = {v.tags["variant"]: str(v.version) for v in client.search_model_versions("name = 'two-skills'")}
-    download = client.get_model_version_download_uri("two-skills", versions["ta"])
-    assert download == (store / "ta").as_uri()
-    assert not (store / "ta").exists()  # nothing was copied to or from it
+    assert_models(client, children(client, parent), store, lambda model: model.artifact_location)
+    assert [path.name for path in (store / "ta").iterdir()] == ["config.json"]  # nothing was copied to or from it
 
 
 def test_artifacts_of_the_execution_are_on_the_parent(client, parent, report):
@@ -406,7 +411,7 @@ def writer(llamas, tmp_path_factory):
 def make_dynamic_report(classifier, writer):
     """A report of a static variant and two dynamic ones, of which one was evaluated."""
     roles = {"base": "base", "mood": "expert", "ta": "variant", "se.3": "variant", "se-lm": "variant"}
-    models, variants, routes = dict.fromkeys(roles, "somewhere"), {}, {}
+    models, variants, routes = dict.fromkeys(roles, str(writer[0] / "base")), {}, {}
     for name, (folder, chosen) in (("se.3", classifier), ("se-lm", writer)):
         models[name] = str(folder)
         weights = read_json(folder / "coefficients.json")["weights"]
@@ -630,25 +635,25 @@ def test_what_is_no_table_of_texts_is_an_input_error(given, message, scorer):
 
 
 def test_nothing_of_the_weights_is_in_mlflow(dynamic_runs, client, store):
-    for name in ("se.3", "se-lm"):
+    for name in ("ta", "se.3", "se-lm"):
         (output,) = dynamic_runs[name].outputs.model_outputs
         model = client.get_logged_model(output.model_id)
         assert model.status == "READY"
         assert "mlflow.model.isExternal" not in model.tags
-        files = {file.path: file.file_size for file in client.list_logged_model_artifacts(output.model_id)}
-        assert {"MLmodel", "scorer.py", "requirements.txt"} <= set(files)
-        assert sum(files.values()) < 20_000
-    (output,) = dynamic_runs["ta"].outputs.model_outputs
-    assert client.get_logged_model(output.model_id).tags["mlflow.model.isExternal"] == "true"
-    assert not client.list_logged_model_artifacts(output.model_id)
+        folder = Path(url2pathname(urlparse(model.artifact_location).path))
+        files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+        assert {"MLmodel", "code/tasks/serving.py", "requirements.txt"} <= set(files)
+        assert not [path for path in files if path.endswith(".safetensors")]
 
 
 def test_what_a_dynamic_model_needs_is_pinned(dynamic_runs, client):
     (output,) = dynamic_runs["se.3"].outputs.model_outputs
     location = client.get_logged_model(output.model_id).artifact_location
     lines = mlflow.artifacts.load_text(f"{location}/requirements.txt").split()
-    assert all(re.fullmatch(r"[a-z_]+==[0-9.]+", line) for line in lines)
-    assert {"torch", "transformers", "mlflow"} <= {line.partition("==")[0] for line in lines}
+    assert all(re.fullmatch(r"[a-z_]+==[0-9.a-z]+", line) for line in lines)
+    assert {"torch", "transformers", "mlflow", "pandas", "safetensors", "pydantic"} <= {
+        line.partition("==")[0] for line in lines
+    }
 
 
 def test_a_dynamic_model_whose_folder_is_altered_does_not_load(classifier, client, store, uri, tmp_path, monkeypatch):
@@ -730,11 +735,12 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
     assert runs["ta"].data.metrics["eval/math/accuracy"] == report.scores["ta"]["math"]["accuracy"].value
     assert math.isnan(runs["math"].data.metrics["eval/code/accuracy"])
     assert len(runs["ta-sens.3"].inputs.dataset_inputs) == 4
-    assert_models(client, runs, tmp_path, lambda folder, model_id: f"models:/{model_id}")
+    assert_models(client, runs, tmp_path, lambda model: f"models:/{model.model_id}")
     assert len(client.list_artifacts(parent)) == 6
     kept = {artifact.path for artifact in client.list_artifacts(runs["ta"].info.run_id)}
     assert kept == {"coefficients.png", "outcomes.json"}
-    assert not list(tmp_path.iterdir())  # a server keeps the artifacts itself
+    # A server keeps the artifacts itself.
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"config.json"}
 
 
 def test_a_real_server_serves_dynamic_models(server, dynamic_report, classifier, tmp_path, monkeypatch):
@@ -747,4 +753,8 @@ def test_a_real_server_serves_dynamic_models(server, dynamic_report, classifier,
     (version,) = client.search_model_versions("name = 'dynamic' AND tags.variant = 'se.3'")
     loaded = load(server, monkeypatch, f"models:/dynamic/{version.version}")
     assert_answers(loaded.predict(TEXTS[:3]), DynamicModel.load(classifier[0]).predict(TEXTS[:3]))
+    (version,) = client.search_model_versions("name = 'dynamic' AND tags.variant = 'ta'")
+    pipeline = mlflow.transformers.load_model(f"models:/dynamic/{version.version}")
+    merged = load_file(Path(dynamic_report.models["ta"]) / "model.safetensors")
+    assert torch.equal(pipeline.model.state_dict()["model.norm.weight"], merged["model.norm.weight"])
     assert not list(tmp_path.iterdir())

@@ -1,8 +1,6 @@
-import gzip
-import json
 import subprocess
 import sys
-from pathlib import Path
+from datetime import date
 from typing import Any
 
 import pytest
@@ -15,24 +13,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tasks.datasets import (
     ClassificationTask,
     CompletionTask,
-    DataSource,
     LmEvalTask,
     MultipleChoiceTask,
-    _choice,
     calibration_batch,
     check_rows,
+    class_index,
     encode,
     encode_choices,
     find_answer,
-    load_rows,
     pad,
     render,
     rows_digest,
     template_fields,
+    tokens,
 )
 from tasks.errors import InputError
 
-SHARED = Path(__file__).parents[3] / "shared"
 KEY = "tasks.math.calibration"
 
 
@@ -57,130 +53,6 @@ def bpe_tokenizer(template: str) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return bpe_tokenizer("<s> $A")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-# Rows
-
-
-def source(**settings: Any) -> DataSource:
-    return DataSource(**{"path": "json", "data_files": "rows.jsonl"} | settings)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write(tmp_path / "rows.jsonl", [{"prompt": f"p{i}", "n": i} for i in range(50)])
-    return tmp_path
-
-
-def test_rows_are_those_of_the_file_relative_to_the_recipe(folder: Path) -> None:
-    assert load_rows(source(), KEY, folder) == [{"prompt": f"p{i}", "n": i} for i in range(50)]
-    assert load_rows(source(seed=None, samples=3), KEY, folder) == [{"prompt": f"p{i}", "n": i} for i in range(3)]
-    assert len(load_rows(source(split="train[:10]"), KEY, folder)) == 10
-    assert len(load_rows(source(data_files=["rows.jsonl", "row*.jsonl"]), KEY, folder)) in (50, 100)
-
-
-def test_compressed_csv_and_local_folder(folder: Path) -> None:
-    with gzip.open(folder / "zipped.jsonl.gz", "wt") as file:
-        file.write('{"text": "a"}\n')
-    assert load_rows(source(data_files="zipped.jsonl.gz"), KEY, folder) == [{"text": "a"}]
-    (folder / "rows.csv").write_text("text,label\nfine,1\n")
-    assert load_rows(source(path="csv", data_files="rows.csv"), KEY, folder) == [{"text": "fine", "label": 1}]
-    (folder / "set").mkdir()
-    write(folder / "set" / "train.jsonl", [{"text": "b"}])
-    assert load_rows(DataSource(path="set"), KEY, folder) == [{"text": "b"}]
-    assert load_rows(DataSource(path="./set"), KEY, folder) == [{"text": "b"}]
-
-
-def test_an_edited_file_is_read_again(folder: Path) -> None:
-    write(folder / "edited.jsonl", [{"a": 1}])
-    before = load_rows(source(data_files="edited.jsonl"), KEY, folder)
-    write(folder / "edited.jsonl", [{"a": 2}])
-    assert load_rows(source(data_files="edited.jsonl"), KEY, folder) == [{"a": 2}] != before
-
-
-@given(total=st.integers(1, 300), share=st.floats(0, 1), seed=st.none() | st.integers(-5, 2**40))
-def test_choice_is_a_subset_without_repeats(total: int, share: float, seed: int | None) -> None:
-    samples = max(1, round(total * share))
-    chosen = list(_choice(total, samples, seed))
-    assert len(set(chosen)) == samples
-    assert set(chosen) <= set(range(total))
-    assert chosen == sorted(chosen) == list(_choice(total, samples, seed))
-    if samples > 1:
-        assert set(_choice(total, samples - 1, seed)) < set(chosen)
-
-
-def test_choice_depends_on_the_seed_and_not_on_the_process(folder: Path) -> None:
-    rows = load_rows(source(samples=10, seed=3), KEY, folder)
-    assert rows != load_rows(source(samples=10, seed=4), KEY, folder)
-    code = "from tasks.datasets import _choice; print(_choice(50, 10, 3))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(other.stdout) == [row["n"] for row in rows]
-
-
-def test_choice_is_uniform() -> None:
-    counts = torch.zeros(20)
-    for seed in range(2000):
-        counts[list(_choice(20, 5, seed))] += 1
-    # Each count is binomial(2000, 1/4): standard deviation 19.4.
-    assert (counts - 500).abs().max() < 5 * 19.4
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"data_files": "none.jsonl"}, "tasks.math.calibration.data_files: no such file: .*none.jsonl"),
-        ({"data_files": "none*.jsonl"}, "tasks.math.calibration.data_files: no such file: .*none"),
-        ({"data_files": None}, "'json' is a file format; name the files"),
-        ({"data_files": "empty.jsonl"}, "empty.jsonl has no rows"),
-        ({"data_files": "broken.jsonl"}, "cannot read .*broken.jsonl: .*JSON"),
-        ({"split": "dev"}, "cannot read .*rows.jsonl: Unknown split"),
-        ({"samples": 51}, "tasks.math.calibration.samples is 51, but .*rows.jsonl has 50 rows"),
-        ({"path": "./none", "data_files": None}, "tasks.math.calibration.path: no such folder: .*none"),
-    ],
-)
-def test_bad_sources(folder: Path, settings: dict[str, Any], message: str) -> None:
-    (folder / "empty.jsonl").touch()
-    (folder / "broken.jsonl").write_text('{"a": 1\nfoo')
-    with pytest.raises(InputError, match=message) as caught:
-        load_rows(source(**settings), KEY, folder)
-    assert "\n" not in str(caught.value)
-
-
-def test_reading_files_asks_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def no_network(*arguments: Any, **_: Any) -> Any:
-        asked.append(arguments)
-        raise OSError("no network")
-
-    monkeypatch.setattr("socket.getaddrinfo", no_network)
-    (folder / "own.jsonl").write_text('{"a": 1}\n')
-    assert load_rows(DataSource(path="json", data_files="own.jsonl"), "key", folder) == [{"a": 1}]
-    assert not asked
-
-
-def test_unreachable_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"tasks\.math\.calibration: Couldn't reach 'somebody/rows'"):
-        load_rows(DataSource(path="somebody/rows"), KEY, folder)
-
-
-def test_reading_rows_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_rows(source(), KEY, folder)
-    (folder / "broken.jsonl").write_text('{"a": 1\nfoo')
-    with pytest.raises(InputError):
-        load_rows(source(data_files="broken.jsonl"), KEY, folder)
-    assert capfd.readouterr() == ("", "")
 
 
 def test_digest_is_of_content_and_order() -> None:
@@ -241,7 +113,21 @@ def test_good_rows_pass() -> None:
             {"prompt": "p", "completion": "c"},
             "tasks.math.prompt names field 'question', row 0 of tasks.math.calibration has 'prompt', 'completion'",
         ),
-        (COMPLETION, {"prompt": "p", "completion": None}, "tasks.math.completion names field 'completion', row 0"),
+        (
+            COMPLETION,
+            {"prompt": "p", "completion": None},
+            "tasks.math.completion names field 'completion', which is null in row 0 of tasks.math.calibration",
+        ),
+        (COMPLETION, {"prompt": True, "completion": "c"}, "field 'prompt', which is true in row 0 .*expected a text"),
+        (COMPLETION, {"prompt": "p", "completion": ["a"]}, "field 'completion', which is a list in row 0"),
+        (COMPLETION, {"prompt": [{"role": "user"}], "completion": "c"}, "field 'prompt', which is a list in row 0"),
+        (COMPLETION, {"prompt": {"a": 1}, "completion": "c"}, "field 'prompt', which is an object in row 0"),
+        (COMPLETION, {"prompt": 0.5, "completion": "c"}, "field 'prompt', which is the number 0.5 without a text"),
+        (
+            COMPLETION,
+            {"prompt": date(2024, 1, 15), "completion": "c"},
+            "field 'prompt', which is a date .2024-01-15. in row 0",
+        ),
         (COMPLETION | {"prompt": "{prompt.x}"}, {"prompt": "p"}, "tasks.math.prompt: template"),
         (COMPLETION | {"metric": "exact_match"}, {}, "tasks.math.metric is exact_match, set tasks.math.generate"),
         (COMPLETION | {"answer": "("}, {"prompt": "p", "completion": "c"}, "tasks.math.answer: .* regular expression"),
@@ -255,10 +141,17 @@ def test_good_rows_pass() -> None:
         ({"kind": "classification"}, {"text": "t", "label": -1}, "row 0 of tasks.math.calibration: label is -1"),
         ({"kind": "classification"}, {"text": "t", "label": "maybe"}, "label is 'maybe'"),
         ({"kind": "classification"}, {"text": "t", "label": 0.5}, "label is 0.5"),
+        ({"kind": "classification"}, {"text": "t", "label": True}, "label is True"),
+        ({"kind": "classification"}, {"text": "t", "label": "01"}, "label is '01'"),
+        ({"kind": "classification"}, {"text": "t", "label": "2"}, "label is '2'"),
+        ({"kind": "classification"}, {"text": "t", "label": None}, "names field 'label', which is null in row 0"),
         (CHOICE, {"prompt": "p", "choices": ["a"]}, "tasks.math.answer names field 'answer'"),
         (CHOICE, {"prompt": "p", "choices": [], "answer": 0}, r"choices are \[\]"),
         (CHOICE, {"prompt": "p", "choices": ["a", ""], "answer": 0}, "expected a list of texts that are not empty"),
         (CHOICE, {"prompt": "p", "choices": "ab", "answer": 0}, "choices are 'ab'"),
+        (CHOICE, {"prompt": "p", "choices": ["a", True], "answer": 0}, r"choices are \['a', True\]"),
+        (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": True}, "answer is True"),
+        (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": "2"}, "answer is '2', .* 0 to 1"),
         (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": 2}, "answer is 2, .* 0 to 1"),
         (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": "A"}, "answer is 'A'"),
         (CHOICE | {"completion": " x"}, {}, "tasks.math.completion is ' x', expected a template that names {choice}"),
@@ -274,6 +167,25 @@ def test_the_bad_row_is_named() -> None:
     rows = [{"prompt": "p", "completion": "c"}] * 4 + [{"prompt": "p"}]
     with pytest.raises(InputError, match="row 4 of"):
         check_rows(completion_task(), rows, KEY)
+
+
+def test_a_bad_row_is_named_by_its_place() -> None:
+    rows, places = [{"prompt": "p", "completion": "c"}, {"prompt": "p"}], ["line 1 of a.csv", "line 7 of a.csv"]
+    with pytest.raises(
+        InputError, match=r"tasks\.math\.completion names field 'completion', line 7 of a\.csv has 'prompt'"
+    ):
+        check_rows(completion_task(), rows, KEY, places=places)
+
+
+def test_numbers_of_classes_and_choices_may_be_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert [class_index(label, {"no": 0, "yes": 1}, "") for label in (1, "1", "yes")] == [1, 1, 1]
+    # A class that is called by a number is found by its name first.
+    assert [class_index(label, {"1": 0, "0": 1}, "") for label in ("1", "0", 1, 0)] == [0, 1, 1, 0]
+    task, row = MultipleChoiceTask(**CHOICE), {"prompt": "seven", "choices": ["1.50", 2], "answer": "1"}
+    check_rows(task, [row], KEY)
+    assert encode(task, row, tokenizer, "row 0") == encode(task, row | {"answer": 1}, tokenizer, "row 0")
+    whole = calibration_batch(MultipleChoiceTask(**CHOICE, loss_on="all"), row, tokenizer, "row 0")["input_ids"]
+    assert whole[0].tolist() == tokenizer("seven 2")["input_ids"]
 
 
 def test_find_answer() -> None:
@@ -305,6 +217,41 @@ def test_a_tokenizer_that_closes_every_text(tokenizer: PreTrainedTokenizerFast) 
         assert encode(task, ROW, closing, "row 0") == encode(task, ROW, tokenizer, "row 0")
         batches = [calibration_batch(task, ROW, each, "row 0")["input_ids"] for each in (closing, tokenizer)]
         assert torch.equal(*batches)
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A"])
+def test_begin_and_end_that_a_text_has_itself_stand_there_once(template: str) -> None:
+    """As after a chat template, whose text is tokenised without further special tokens."""
+    tokenizer = bpe_tokenizer(template)
+    row = {"prompt": "<s>how many", "completion": " fifteen</s>"}
+    whole = tokenizer("<s>how many fifteen</s>", add_special_tokens=False)["input_ids"]
+    assert encode(completion_task(), row, tokenizer, "row 0").input_ids == whole
+    batch = calibration_batch(completion_task(loss_on="all"), row, tokenizer, "row 0")
+    assert batch["input_ids"][0].tolist() == whole
+    choice = {"prompt": "<s>how many", "choices": ["fifteen"], "answer": 0}
+    assert encode(MultipleChoiceTask(**CHOICE), choice, tokenizer, "row 0").input_ids == whole[:-1]
+    # Two that the text has itself are its own.
+    assert tokens("<s><s>a", tokenizer, front=True)[:2] == [0, 0] != tokens("<s><s>a", tokenizer, front=True)[1:3]
+    assert tokens("a</s></s>", tokenizer, front=True)[-3:] == [
+        *tokenizer("a", add_special_tokens=False).input_ids,
+        1,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("name", ["bos_token", "cls_token"])
+def test_a_text_to_classify_begins_once(name: str) -> None:
+    both = bpe_tokenizer("<s> $A </s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=both.backend_tokenizer, eos_token="</s>", **{name: "<s>"})
+    task = ClassificationTask(kind="classification")
+    for max_length in (512, 5):
+        settings = {"max_length": max_length}
+        plain, own = (
+            encode(task.model_copy(update=settings), {"text": text, "label": 0}, tokenizer, "row 0", {"a": 0})
+            for text in ("how many are seven", "<s>how many are seven")
+        )
+        assert plain == own
+        assert len(own.input_ids) <= max_length
 
 
 def test_a_long_prompt_loses_its_beginning_then_the_completion_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -405,11 +352,3 @@ def test_padding() -> None:
     assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert left["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
-@pytest.mark.shared
-@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="needs ../shared/data")
-@pytest.mark.parametrize(("name", "rows"), [("gsm8k", 800), ("sst2", 800), ("arc_easy", 800)])
-def test_real_rows(name: str, rows: int) -> None:
-    shared = source(data_files=f"{name}/test.jsonl.gz")
-    assert len(load_rows(shared, KEY, SHARED / "data")) == rows

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
+from tokenizers import processors
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -258,6 +259,30 @@ def test_generation_is_that_of_the_routed_weights(causal: Merge, llamas: Folders
     assert [one.prediction for one in answers] == [
         model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found
     ]
+
+
+def test_every_end_token_of_the_folder_ends_an_answer(causal: Merge, tmp_path: Path) -> None:
+    model = causal.routed(tmp_path)
+    sequences = tokenised(model, TEXTS)
+    routes = model.route(sequences)
+    before = model.generate(sequences, routes, 12)
+    end = next(ids[3] for ids in before if len(ids) > 3)
+    (tmp_path / BASE / "generation_config.json").unlink()  # it is linked
+    (tmp_path / BASE / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
+    after = DynamicModel.load(tmp_path, verify=False).generate(sequences, routes, 12)
+    assert after == [ids[: ids.index(end)] if end in ids else ids for ids in before] != before
+
+
+def test_a_text_that_begins_with_the_begin_token_gets_no_second_one(
+    causal: Merge, encoders: Merge, tmp_path: Path
+) -> None:
+    for number, merge_ in enumerate((causal, encoders)):
+        model = merge_.routed(tmp_path / str(number))
+        plain = model.predict(["<s>1+2="], max_new_tokens=4)
+        model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+        assert model.predict(["1+2="], max_new_tokens=4) == model.predict(["<s>1+2="], max_new_tokens=4) == plain
 
 
 def test_classes_by_given_and_by_routed_heads(encoders: Merge, berts: Folders, tmp_path: Path) -> None:

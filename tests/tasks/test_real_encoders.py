@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from tasks.artifacts import read_json
-from tasks.datasets import ClassificationTask, DataSource, RowSet, load_rows
+from tasks.datasets import ClassificationTask, DataSource, RowSet
 from tasks.evaluate import Subject, evaluate
 from tasks.evaluate_dynamic import evaluate_dynamic
 from tasks.metrics import mean_normalised
 from tasks.models.expert import open_base, open_expert
+from tasks.rows import load_rows
 from tests.conftest import SHARED
 from tests.tasks.test_dynamic_model import merge
 
@@ -36,7 +37,7 @@ def rows(build: Path, split: str, samples: int) -> dict[str, RowSet]:
     for name in EXPERTS:
         source = DataSource(path="json", data_files=f"data/{name}/{split}.jsonl.gz", samples=samples)
         labels = open_expert(build / f"full-{name}", base, name).config.label2id
-        sets[name] = RowSet(TASK, load_rows(source, f"tasks.{name}.{split}", SHARED), labels)
+        sets[name] = RowSet(TASK, load_rows(source, f"tasks.{name}.{split}", SHARED).rows, labels)
     return sets
 
 

@@ -12,8 +12,9 @@ import torch
 from tasks.artifacts import read_json
 from tasks.coefficients import alpha, sigma, tau
 from tasks.cross_task import CrossTaskJob, RowSet
-from tasks.datasets import CompletionTask, DataSource, load_rows
+from tasks.datasets import CompletionTask, DataSource
 from tasks.models.placement import Placement
+from tasks.rows import load_rows
 from tasks.sensitivity import sensitivity
 from tests.conftest import SHARED, measure_distances, pair_names
 
@@ -50,7 +51,7 @@ def calibration() -> dict[str, RowSet]:
     sets = {}
     for name in EXPERTS:
         source = DataSource(path="json", data_files=f"data/{name}/train.jsonl.gz", samples=8, seed=None)
-        sets[name] = RowSet(task, load_rows(source, f"tasks.{name}.calibration", SHARED))
+        sets[name] = RowSet(task, load_rows(source, f"tasks.{name}.calibration", SHARED).rows)
     return sets
 
 

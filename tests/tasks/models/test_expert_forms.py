@@ -10,6 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BertForNextSentencePrediction,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
@@ -26,7 +30,7 @@ from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import WEIGHTS
 from tasks.models.expert import Expert, load_network, open_base, open_expert
-from tests.conftest import make_adapter, make_llama, perturbed
+from tests.conftest import bert_config, make_adapter, make_llama, perturbed
 
 Save = Callable[..., Path]
 IDS = torch.arange(3, 20)[None]
@@ -144,6 +148,15 @@ def test_an_adapter_that_brings_another_base_layer(llamas: dict[str, Path], save
     merged = reference.merge_and_unload().state_dict()
     torch.testing.assert_close(expert.read(EMBEDDING), merged[EMBEDDING], rtol=1e-6, atol=1e-6)
     assert expert.factors(EMBEDDING) is None
+
+
+def test_an_adapter_that_stores_embedding_and_head_untrained(llamas: dict[str, Path], tmp_path: Path) -> None:
+    adapted = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / "lora" / ADAPTER_WEIGHTS))
+    expert = open_expert(tmp_path / "lora", open_base(llamas["base"]), "experts.x")
+    assert not expert.own
+    assert not expert.base.untied
 
 
 @pytest.mark.parametrize("change", ["_orig_mod.{}", "module.{}", "default"])
@@ -312,3 +325,31 @@ def test_a_wrapper_that_contradicts_its_text_config(tmp_path: Path) -> None:
     reference = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "base")
     base = open_base(tmp_path / "base")
     assert base.untied == (reference.lm_head.weight is not reference.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("network", "head"),
+    [
+        (BertForTokenClassification, {"classifier.weight", "classifier.bias"}),
+        (BertForQuestionAnswering, {"qa_outputs.weight", "qa_outputs.bias"}),
+        (BertForNextSentencePrediction, {"cls.seq_relationship.weight", "cls.seq_relationship.bias"}),
+    ],
+)
+def test_heads_that_classify_no_texts_stay_with_their_expert(
+    network: type[PreTrainedModel], head: set[str], berts: dict[str, Path], tmp_path: Path
+) -> None:
+    network(bert_config()).save_pretrained(tmp_path / "a")
+    expert = open_expert(tmp_path / "a", open_base(berts["base"]), "experts.a")
+    assert set(expert.head) - {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} == head
+    assert expert.network == network.__name__
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS", "TOKEN_CLS"])
+def test_what_an_adapter_ends_in(task_type: str | None, berts: dict[str, Path], tmp_path: Path) -> None:
+    classifies = task_type != "TOKEN_CLS"
+    network = (BertForSequenceClassification if classifies else BertForTokenClassification)(bert_config())
+    settings = {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": task_type}
+    make_adapter(network, tmp_path / "lora", 1, **settings)
+    expert = open_expert(tmp_path / "lora", open_base(berts["base"]), "experts.x")
+    assert set(expert.head) == {"classifier.weight", "classifier.bias"}
+    assert (expert.network == "BertForSequenceClassification") == classifies

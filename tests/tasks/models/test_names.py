@@ -104,4 +104,5 @@ def test_what_transformers_no_longer_reads() -> None:
     assert not gpt2.is_unread("h.0.something.weight")
     llama = names(LlamaForCausalLM, llama_config())
     assert llama.is_unread("model.layers.1.self_attn.rotary_emb.inv_freq")
+    assert llama.is_unread("model.rotary_emb.inv_freq")
     assert not llama.is_unread("model.layers.1.self_attn.q_proj.weight")

@@ -1,0 +1,136 @@
+"""Whole recipes whose experts are saved in another form than their base."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from pipeline.results import unchanged
+from tasks.dynamic_model import DynamicModel
+from tasks.errors import InputError
+from tests.conftest import bert_config, do_steps, make_llama, perturbed, plan_of, write_rows
+
+Save = Callable[..., Path]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_an_expert_that_unties_its_base(
+    llama_recipe: dict[str, Any], llamas: dict[str, Path], save: Save, tmp_path: Path
+) -> None:
+    """Static, sens and se merges hold embedding and head apart; the tied expert's embedding counts for both."""
+    untied = make_llama(tie_word_embeddings=False)
+    untied.load_state_dict(make_llama().state_dict())
+    code = perturbed(untied, 7)
+    llama_recipe["experts"]["code"]["model"] = str(save(code, "code", tmp_path))
+    llama_recipe["merges"]["se"] = {
+        "method": "task_arithmetic",
+        "weight": 0.5,
+        "application": {"kind": "se", "temperature": 1e6, "score": "centroid", "layer": 1, "pool": "mean"},
+    }
+    plan = plan_of(tmp_path, llama_recipe)
+    assert any("experts.code has its own values for both" in note for note in plan.inputs.notes)
+    do_steps(plan)
+
+    base, math = (load_file(llamas[name] / "model.safetensors") for name in ("base", "math"))
+    wanted = (math[EMBEDDING] + code.state_dict()[HEAD]) / 2
+    for name in ("ta", "ties-sens"):
+        folder = plan.artifact("merge", name)
+        network, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(found.values())
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+        assert network.lm_head.weight is not network.get_input_embeddings().weight
+        if name == "ta":
+            torch.testing.assert_close(network.lm_head.weight.detach(), wanted, rtol=0, atol=1e-6)
+    assert not torch.allclose(wanted, base[EMBEDDING], atol=1e-3)
+    sigma = json.loads((plan.artifact("merge", "ties-sens") / "coefficients.json").read_text())["sigma"]
+    assert {"lm_head", "model.embed_tokens"} <= sigma.keys()
+
+    static = AutoModelForCausalLM.from_pretrained(plan.artifact("merge", "ta")).eval()
+    dynamic = DynamicModel.load(plan.artifact("route", "se"))
+    ids = list(range(3, 20))
+    with torch.no_grad():
+        (logits,) = dynamic.logits([ids], dynamic.route([ids]))
+        torch.testing.assert_close(logits[: len(ids)], static(torch.tensor([ids])).logits[0], rtol=0, atol=1e-4)
+
+
+def test_statistics_are_the_experts_mean_and_stay_valid(tmp_path: Path) -> None:
+    """λ · Σ (expert − base) would leave a negative variance; a mean of variances is one."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=2)
+    torch.manual_seed(0)
+    base = ResNetForImageClassification(config)
+    experts = {name: perturbed(ResNetForImageClassification(config), seed) for seed, name in enumerate("ab")}
+    for scale, network in enumerate(experts.values(), start=1):
+        network.load_state_dict(base.state_dict())
+        for name, buffer in network.named_buffers():
+            if name.endswith("running_var"):
+                buffer.fill_(0.1 * scale)
+    for name, network in {"base": base, **experts}.items():
+        network.save_pretrained(tmp_path / name)
+    merges = {"ta": {"method": "task_arithmetic", "weight": 1.0}, "ties": {"method": "ties", "density": 0.5}}
+    recipe = {
+        "name": "vision",
+        "base": str(tmp_path / "base"),
+        "experts": {name: {"model": str(tmp_path / name)} for name in experts},
+        "merges": merges,
+    }
+    plan = plan_of(tmp_path, recipe)
+    assert any("statistics" in note for note in plan.inputs.notes)
+    do_steps(plan)
+    for name in merges:
+        network, found = ResNetForImageClassification.from_pretrained(
+            plan.artifact("merge", name), output_loading_info=True
+        )
+        assert not any(found.values())
+        variances = [buffer for key, buffer in network.named_buffers() if key.endswith("running_var")]
+        assert variances
+        assert all(torch.allclose(variance, torch.tensor(0.15)) for variance in variances)
+
+
+def test_an_expert_that_changes_nothing_is_named(
+    llama_recipe: dict[str, Any], llamas: dict[str, Path], save: Save, tmp_path: Path
+) -> None:
+    """A copy of the base, and an adapter that was never trained."""
+    llama_recipe["tasks"], llama_recipe["merges"] = {}, {"ta": {"method": "task_arithmetic", "weight": 0.5}}
+    save(make_llama(), "copy", tmp_path, max_shard_size="40KB")
+    get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "untrained")
+    models = {"copy": tmp_path / "copy", "untrained": tmp_path / "untrained", "math": llamas["math"]}
+    llama_recipe["experts"] = {name: {"model": str(folder)} for name, folder in models.items()}
+    plan = plan_of(tmp_path, llama_recipe)
+    do_steps(plan)
+    assert unchanged(plan) == [
+        f"experts.{name} changes nothing: all its weights are the base's" for name in ("copy", "untrained")
+    ]
+
+
+@pytest.mark.parametrize("network", [BertForTokenClassification, BertForQuestionAnswering])
+def test_a_task_that_the_experts_head_cannot_do(
+    network: type[PreTrainedModel], berts: dict[str, Path], save: Save, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    folder = save(network(bert_config()), "a", tmp_path)
+    recipe = {
+        "name": "heads",
+        "base": str(berts["base"]),
+        "experts": {name: {"model": str(one)} for name, one in {"a": folder, "mood": berts["mood"]}.items()},
+        "tasks": {"a": {"kind": "classification", "evaluation": {"path": "json", "data_files": rows.name}}},
+        "merges": {"ta": {"method": "task_arithmetic"}},
+    }
+    with pytest.raises(InputError, match=rf"tasks.a.kind: classification, but .* is a {network.__name__}"):
+        plan_of(tmp_path, recipe)
+    recipe["tasks"] = {}
+    plan = plan_of(tmp_path, recipe)
+    do_steps(plan)
+    assert (plan.artifact("merge", "ta") / "heads" / "a" / "head.safetensors").is_file()
