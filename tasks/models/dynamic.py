@@ -91,11 +91,11 @@ class DynamicNetwork:
             self._mixing = True
             stack.callback(setattr, self, "_mixing", False)
             stack.enter_context(self._materialised.written(coefficients[0]))
-            for module in {self.network, self.network.base_model}:
+            taken = [term for term in self._terms if not term.experts.isdisjoint(mix.shares)]
+            for module in {self.network, self.network.base_model} if taken else ():
                 stack.enter_context(module.register_forward_pre_hook(_measure(mix), with_kwargs=True))
-            for term in self._terms:
-                if not term.experts.isdisjoint(mix.shares):
-                    term.attach(mix, stack)
+            for term in taken:
+                term.attach(mix, stack)
             yield self.network
 
     def hidden_states(

@@ -378,7 +378,7 @@ def _column(values: Tensor, dimensions: int) -> Tensor:
 
 _PRODUCTS: Mapping[type[nn.Module], type[Term]] = {nn.Linear: _Matrix, Conv1D: _Matrix, nn.Conv2d: _Convolution}
 _READ = re.compile(r"\bself\.([\w.]+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim)\b|\s*=[^=])")
-_FOR_GPUS = re.compile(r"cuda|fast_path")
+_FOR_GPUS = re.compile(r"cuda|kernel")
 # Tables of distances are looked up by pairs of positions, or read as a whole: not by sample.
 _RELATIVE = re.compile(r"(^|[._])(rel|relative|distance)_")
 
