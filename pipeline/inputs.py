@@ -93,9 +93,11 @@ def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -
             with about("base"):
                 base = open_base(folders["base"], headers["base"])
             experts = {}
-            for name in recipe.experts:
+            for name, expert in recipe.experts.items():
                 with about(f"experts.{name}"):
-                    experts[name] = open_expert(folders[name], base, f"experts.{name}", headers[name])
+                    experts[name] = open_expert(
+                        folders[name], base, f"experts.{name}", headers[name], expert.config == "base"
+                    )
             break
         except FilesNeeded as needed:
             name = next(name for name, folder in folders.items() if folder == needed.folder)

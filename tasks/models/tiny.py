@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 VOCABULARY = 259
@@ -41,10 +40,7 @@ _NAMES = {
 }
 _SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
 """The size of a setting at most, by its name: what transformers' configs call layers, widths, heads, windows, …"""
-_COUNTS = (
-    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers "
-    "num_blocks num_layers_per_stack"
-).split()  # noqa: SIM905
+_COUNTS = ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers", "num_blocks", "num_layers_per_stack"]
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
