@@ -20,7 +20,7 @@ from pipeline.options import Options
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stop import Stopped, stoppable
 from pipeline.store import Store
-from pipeline.tracking_uri import check_server, checked_uri
+from pipeline.tracking_uri import TRACKING_URI, check_server, checked_uri
 from tasks.download import Listing
 from tasks.errors import InputError, StepError
 
@@ -44,7 +44,13 @@ SetOption = Annotated[
 ]
 TrackingOption = Annotated[
     str | None,
-    typer.Option("--tracking-uri", metavar="URI", help="MLflow server or database; default: mlflow.db in the store"),
+    typer.Option(
+        "--tracking-uri",
+        metavar="URI",
+        envvar=TRACKING_URI,
+        show_envvar=False,
+        help=f"MLflow server or database; default: {TRACKING_URI}, else mlflow.db in the store",
+    ),
 ]
 AddressOption = Annotated[
     str | None,
@@ -143,6 +149,9 @@ def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
         if parameter.name in leave_out or value is None or value is False:
+            continue
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "ENVIRONMENT":  # inherited; in a command line all could read it
             continue
         if value is True:
             options.append(parameter.opts[0])
@@ -308,7 +317,11 @@ def collect_garbage(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: Annotated[
         str | None,
-        typer.Option("--tracking-uri", metavar="URI", help="MLflow to ask for champions; default: all that runs used"),
+        typer.Option(
+            "--tracking-uri",
+            metavar="URI",
+            help=f"MLflow to ask for champions; default: all that runs used, and {TRACKING_URI}",
+        ),
     ] = None,
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="keep what the last N runs of each recipe need")] = 3,
     remove: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,

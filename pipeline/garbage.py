@@ -1,5 +1,6 @@
 """What a store could do without: artifacts that no champion, no challenger and none of the last runs needs."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,11 @@ from typing import get_args
 
 from huggingface_hub import CachedRepoInfo, scan_cache_dir
 
-from pipeline.history import past_runs, unfinished_runs
+from pipeline.history import past_runs, public, unfinished_runs
 from pipeline.recipe import Stage
 from pipeline.registry import Registered, mark_freed, registered_versions
 from pipeline.store import PARTIAL, Store
-from pipeline.tracking_uri import SQLITE, check_server, default_uri
+from pipeline.tracking_uri import SQLITE, TRACKING_URI, check_server, default_uri
 from tasks.artifacts import read_json
 from tasks.errors import InputError
 
@@ -54,18 +55,25 @@ def known_versions(store: Store, tracking_uri: str | None) -> dict[str, list[Reg
 
     Args:
         store: the store.
-        tracking_uri: whom to ask; None for every place where runs of the store were recorded.
+        tracking_uri: whom to ask; None for every place where runs of the store were recorded, and that which
+            `MLFLOW_TRACKING_URI` names.
 
     Raises:
         InputError: one of them cannot be asked.
     """
     asked = {run.tracking_uri for run in past_runs(store)} if tracking_uri is None else {tracking_uri}
+    named = os.environ.get(TRACKING_URI) if tracking_uri is None else None
+    if named:  # with the password that the history leaves out
+        asked = asked - {public(named)} | {named}
     uris = {uri or default_uri(store) for uri in asked}
     versions = {}
     for uri in sorted(uris):
         check_server(uri)
         if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
-            raise InputError(f"--tracking-uri {uri}: no such file; name the MLflow that knows the store's champions")
+            raise InputError(
+                f"--tracking-uri, or {TRACKING_URI}, is {uri}: no such file; name the MLflow that knows the store's "
+                "champions"
+            )
         versions[uri] = registered_versions(uri)
     return versions
 

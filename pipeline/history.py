@@ -36,7 +36,7 @@ def begin(
     store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key], tracking_uri: str | None
 ) -> None:
     """Write down a run that begins now, so that what it has made is kept until one of its recipe has ended."""
-    run = PastRun(recipe, command, None, _folders(store, keys), _public(tracking_uri))
+    run = PastRun(recipe, command, None, _folders(store, keys), public(tracking_uri))
     store.write_run(_unfinished(store, recipe), asdict(run))
 
 
@@ -45,7 +45,7 @@ def remember(
 ) -> None:
     """Write down a run that has just ended."""
     now = datetime.now(UTC)
-    run = PastRun(recipe, command, now.isoformat(timespec="seconds"), _folders(store, keys), _public(tracking_uri))
+    run = PastRun(recipe, command, now.isoformat(timespec="seconds"), _folders(store, keys), public(tracking_uri))
     store.write_run(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
     store.remove_run(_unfinished(store, recipe))
 
@@ -66,7 +66,7 @@ def last_run(store: Store, recipe: str, keys: Iterable[Key]) -> PastRun | None:
     return runs[-1] if runs and set(runs[-1].artifacts) == set(_folders(store, keys)) else None
 
 
-def _public(uri: str | None) -> str | None:
+def public(uri: str | None) -> str | None:
     """Return a tracking URI that can be kept: a database's with its whole path, a server's without its password."""
     if uri is not None and uri.startswith(SQLITE):
         return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"

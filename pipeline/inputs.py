@@ -85,9 +85,11 @@ def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -
             with about("base"):
                 base = open_base(folders["base"], headers["base"])
             experts = {}
-            for name in recipe.experts:
+            for name, expert in recipe.experts.items():
                 with about(f"experts.{name}"):
-                    experts[name] = open_expert(folders[name], base, f"experts.{name}", headers[name])
+                    experts[name] = open_expert(
+                        folders[name], base, f"experts.{name}", headers[name], expert.config == "base"
+                    )
             break
         except FilesNeeded as needed:
             name = next(name for name, folder in folders.items() if folder == needed.folder)
@@ -139,13 +141,13 @@ def _check_application(
     classifies = any(isinstance(task, ClassificationTask) for task in recipe.tasks.values())
     config = next((expert.config for expert in experts.values() if expert.head), base.config)
     network = skeleton(config, "classification" if classifies else "causal_lm", base.folder)
+    _check_heads(key, network.base_model_prefix, experts)
     changed = [
         name
         for holding in holdings(base, network)
         if any(one.touches(tensor) for one in experts.values() for tensor in holding.tensors)
         for name in holding.parameters.values()
     ]
-    _check_heads(key, network.base_model_prefix, experts)
     trial = try_network(config, network, changed, key)
     blocks = len(trunk_blocks(network))
     if application.layer != "auto" and not 1 <= application.layer <= blocks:

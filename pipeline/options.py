@@ -17,7 +17,7 @@ class Options:
     """what the recipe's relative paths are relative to"""
     store: Store
     tracking_uri: str | None
-    """None: the database in the store"""
+    """`--tracking-uri` or `MLFLOW_TRACKING_URI`; None: the database in the store"""
     address: str | None
     """Ray cluster; None: RAY_ADDRESS, else Ray on this machine"""
     report: Path | None

@@ -25,6 +25,11 @@ class ExpertModel(Strict):
     model: str = Field(
         min_length=1, description="local folder or hub:ORG/NAME@REVISION; a checkpoint or a PEFT LoRA adapter"
     )
+    config: Literal["own", "base"] = Field(
+        "own",
+        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which have "
+        "to be the base's, or base, where they are not",
+    )
 
 
 class StaticApplication(Strict):

@@ -121,6 +121,12 @@ def _reads(steps: Mapping[str, Step], *names: str) -> dict[str, str]:
     return {name: steps[name].key.fingerprint for name in names}
 
 
+def _as_run(resolved: Resolved, name: str, step: Step) -> str:
+    """Return the fingerprint of a model as it runs: its files, and whose settings it runs with."""
+    expert = resolved.inputs.experts.get(name)
+    return step.key.fingerprint + (" with the base's config" if expert and expert.base_config else "")
+
+
 def _titles(steps: Mapping[str, Step], *names: str) -> tuple[str, ...]:
     return tuple(steps[name].title for name in names)
 
@@ -157,7 +163,7 @@ def _calibration_settings(task: Task) -> dict[str, Any]:
 def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
     one = resolved.inputs.data[name]
     assert not isinstance(one.task, LmEvalTask), "the recipe's schema refuses sens coefficients for it"
-    reads = _reads(downloads, "base", name) | {
+    reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", name)} | {
         "calibration": rows_digest(one.calibration),
         "tokenizer": resolved.inputs.tokenizer.digest,
     }
@@ -173,6 +179,7 @@ def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Ste
         resolved.recipe.dtype,
         _device(resolved, "sensitivity"),
         resolved.placements["sensitivity"].placement,
+        base_config=resolved.inputs.experts[name].base_config,
     )
     return Step(
         "sensitivity",
@@ -207,7 +214,7 @@ def _state_bytes(resolved: Resolved, tokens: int) -> int:
 
 def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     names = tuple(resolved.recipe.experts)
-    reads = _reads(downloads, "base", *names) | {
+    reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", *names)} | {
         f"calibration {name}": rows_digest(resolved.inputs.data[name].calibration) for name in names
     }
     tokenizer = {"tokenizer": resolved.inputs.tokenizer.digest}
@@ -244,6 +251,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
         trunks=trunks,
         known=known,
         kept=kept,
+        base_config=frozenset(name for name in names if resolved.inputs.experts[name].base_config),
     )
     total = sum(weight_bytes(resolved.inputs.listings[name]) for name in ("base", *names))
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
@@ -327,6 +335,8 @@ def _merge_step(
         "experts": experts,
         "companions": resolved.inputs.tokenizer.companions_digest,
     }
+    adopted = [n for n in job.head_configs if resolved.inputs.experts[n].base_config]
+    semantic |= {"heads with the base's config": adopted} if adopted else {}
     reads = sum(weight_bytes(listing) for listing in resolved.inputs.listings.values())
     if isinstance(variant.application, SeApplication):
         # Which weights a variant is made of does not depend on how samples are routed.
@@ -440,8 +450,9 @@ def _evaluate_step(
 ) -> Step:
     adapter = model in resolved.inputs.experts and resolved.inputs.experts[model].is_adapter
     head = task_name if isinstance(one.task, ClassificationTask) and resolved.inputs.experts[task_name].head else None
-    needed = {"model": model_step, "base": downloads["base"]} | ({"head": downloads[head]} if head else {})
-    reads = {role: step.key.fingerprint for role, step in needed.items()} | {
+    needed = {"model": (model, model_step), "base": ("base", downloads["base"])}
+    needed |= {"head": (head, downloads[head])} if head else {}
+    reads = {role: _as_run(resolved, name, step) for role, (name, step) in needed.items()} | {
         "evaluation": rows_digest(one.evaluation),
         "tokenizer": resolved.inputs.tokenizer.digest,
     }
@@ -466,6 +477,7 @@ def _evaluate_step(
             label2id=labels,
             trunk=trunk,
             earlier=_earlier(resolved.store, key) if trunk else None,
+            base_config=tuple(one.folder for one in resolved.inputs.experts.values() if one.base_config),
         ),
         task_name,
         one.task,
@@ -479,7 +491,7 @@ def _evaluate_step(
         "evaluate",
         f"{model}/{task_name}",
         key,
-        tuple(step.title for step in needed.values()),
+        tuple(step.title for _, step in needed.values()),
         finish,
         reads=size + (weight_bytes(resolved.inputs.listings[model]) if adapter else 0),
     )

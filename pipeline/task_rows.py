@@ -22,6 +22,7 @@ from tasks.datasets import (
     rows_digest,
 )
 from tasks.errors import InputError
+from tasks.models.causality import not_causal
 from tasks.models.expert import Expert, missing_parameters
 from tasks.models.networks import positions
 from tasks.rows import Rows, check_samples, draw_order, load_rows, open_table
@@ -165,12 +166,7 @@ def _ascending(chosen: Mapping[int, Row]) -> list[Row]:
 def _check_kind(name: str, task: Task, expert: Expert) -> None:
     """Check that a task's kind has a meaning for the expert's network."""
     if not isinstance(task, ClassificationTask):
-        lacking = missing_parameters(expert.base, "causal_lm")
-        if lacking:
-            raise InputError(
-                f"tasks.{name}.kind: {task.kind} needs a language model, but the base lacks {lacking[0]}; "
-                "expected a base with a language-model head"
-            )
+        _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
     elif not _classifies(expert):
         raise InputError(
             f"tasks.{name}.kind: classification, but {expert.folder} is a {expert.network}; expected a classifier of "
@@ -178,6 +174,22 @@ def _check_kind(name: str, task: Task, expert: Expert) -> None:
         )
     if isinstance(task, LmEvalTask):
         evaluate_lm_eval.check_lm_eval(task, f"tasks.{name}")
+
+
+def _check_continues(needs: str, expert: Expert) -> None:
+    for folder, config in ((expert.base.folder, expert.base.config), (expert.folder, expert.config)):
+        reason = not_causal(config)
+        if reason:
+            raise InputError(
+                f"{needs}, but {folder} ({config.model_type}) {reason}; leave the task out, or use kind classification "
+                "if the experts are classifiers"
+            )
+    try:
+        lacking = missing_parameters(expert.base, "causal_lm")
+    except InputError as error:
+        raise InputError(f"{needs}; {error}") from None
+    if lacking:
+        raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
 
 
 def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: Expert) -> None:

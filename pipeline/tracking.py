@@ -344,6 +344,7 @@ def _log_model(
 
     recipe, merged = report.recipe, Merged.of(report, tags["variant"])
     name = merged.variant.replace(".", "_")  # MLflow allows no dot here
+    tags = tags | {"loaders": ", ".join(merged.loaders)}
     external = {} if merged.answers else {MLFLOW_MODEL_IS_EXTERNAL: "true"}
     model = client.create_logged_model(experiment, name, run, tags | external, params)
     try:

@@ -95,6 +95,18 @@ class Merged:
         return self.kind == "dynamic" or self.form is not None
 
     @property
+    def loaders(self) -> list[str]:
+        """What loads the registered version, or the folder itself."""
+        if self.kind == "dynamic":
+            return ["mlflow.pyfunc", "sensmerge"]
+        if self.form is None:
+            return ["transformers"]
+        if self.form == "trunk":
+            return ["mlflow.pyfunc"]
+        whole = ["mlflow.transformers"] if self.is_local or self.is_read_by_mlflow else []
+        return [*whole, "mlflow.pyfunc", "transformers"]
+
+    @property
     def is_read_by_mlflow(self) -> bool:
         """Whether MLflow itself can download the model from its URL."""
         if self.is_local:
@@ -204,7 +216,7 @@ def description(merged: Merged, version: str) -> str:
             assert form is not None
             what = "Static: a Hugging Face checkpoint."
             lines = [f"{pyfunc})", f"transformers.{PIPELINES[form][2]}.from_pretrained({folder})"]
-            if merged.is_local or merged.is_read_by_mlflow:
+            if "mlflow.transformers" in merged.loaders:
                 lines = [f'mlflow.transformers.load_model("{name}")', *lines]
     code = "\n".join(f"    {line}" for line in lines)
     return f"{what} Scores were taken in {merged.dtype}.\n\n{code}\n"

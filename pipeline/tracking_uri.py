@@ -7,6 +7,8 @@ from pipeline.store import Store
 from tasks.errors import InputError
 
 SQLITE = "sqlite:///"
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+"""Environment variable that names the tracking URI where `--tracking-uri` does not, as in MLflow itself."""
 
 
 def default_uri(store: Store) -> str:
@@ -16,7 +18,10 @@ def default_uri(store: Store) -> str:
         InputError: the store is at a URL, where no database can be.
     """
     if store.remote is not None:
-        raise InputError(f"--store {store}: runs cannot be recorded in a store at a URL; name an MLflow --tracking-uri")
+        raise InputError(
+            f"--store {store}: runs cannot be recorded in a store at a URL; name an MLflow by --tracking-uri "
+            f"or {TRACKING_URI}"
+        )
     return f"{SQLITE}{store.root.resolve() / 'mlflow.db'}"
 
 
@@ -41,8 +46,8 @@ def check_server(uri: str) -> None:
         _check_sqlite(Path(uri.removeprefix(SQLITE)))
     else:
         raise InputError(
-            f"--tracking-uri {uri}: expected a server (http://… or https://…) or a database file "
-            "(sqlite:///FOLDER/mlflow.db); MLflow 3 no longer writes runs into plain folders such as ./mlruns"
+            f"--tracking-uri, or {TRACKING_URI}, is {uri}: expected a server (http://… or https://…) or a database "
+            "file (sqlite:///FOLDER/mlflow.db); MLflow 3 no longer writes runs into plain folders such as ./mlruns"
         )
 
 
@@ -54,9 +59,13 @@ def is_server(uri: str) -> bool:
 def _check_sqlite(database: Path) -> None:
     if database.is_dir():
         raise InputError(
-            f"--tracking-uri: {database} is a folder: name the database file, {SQLITE}{database}/mlflow.db"
+            f"--tracking-uri, or {TRACKING_URI}: {database} is a folder: name the database file, "
+            f"{SQLITE}{database}/mlflow.db"
         )
     # MLflow makes missing folders, so the nearest existing one decides.
     nearest = next(folder for folder in database.resolve().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--tracking-uri: {database} cannot be made: {nearest} is not a folder that can be written to")
+        raise InputError(
+            f"--tracking-uri, or {TRACKING_URI}: {database} cannot be made: {nearest} is not a folder that can be "
+            "written to"
+        )

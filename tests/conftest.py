@@ -1,6 +1,7 @@
 """Tiny real models, a real tokenizer and one Ray cluster for all tests."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ hypothesis.settings.register_profile("sensmerge", deadline=None, max_examples=40
 hypothesis.settings.load_profile("sensmerge")
 # Tiny tensors gain nothing from threads, which on a busy machine wait for each other.
 torch.set_num_threads(1)
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # the tests record nothing where their user does
 
 
 @pytest.hookimpl(tryfirst=True)

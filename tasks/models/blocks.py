@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tasks.errors import InputError
 from tasks.models.layers import block_names
+from tasks.models.networks import trunk_of
 from tasks.models.products import GradientProducts
 from tasks.models.source import Source
 
@@ -23,6 +24,8 @@ Batch = Mapping[str, Tensor]
 """Inputs of a network for one sample, as `calibration_batch` gives them, or for B of one length."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is given beside the hidden states: positional arguments and those with names."""
+Calls = Sequence[Call]
+"""All calls of one block, which is called again with what it gives where a network has one block for all layers."""
 TrunkOutput = dict[str, Tensor]
 """`hidden`, (B, T, width), and `pooled`, (B, width), where the trunk has a pooler."""
 Sums = dict[str, float]
@@ -30,20 +33,37 @@ Sums = dict[str, float]
 
 
 def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the blocks of a network by name: the numbered modules of the kinds that transformers never splits.
+    """Return the blocks of a network by name: the largest list of numbered modules in its decoder, or in its trunk.
+
+    Of several lists, those count that hold modules of the kinds that transformers never splits, if it names any.
 
     Raises:
-        InputError: transformers names no such blocks.
+        InputError: there is no such list, or blocks share weights with others or with what is outside.
     """
+    decoder = network.get_decoder()
+    inside = next(name for name, module in network.named_modules() if module is decoder)
+    prefix = f"{inside}." if inside else ""
+    lists: dict[str, dict[str, nn.Module]] = {}
+    for name in block_names(name for name, _ in network.named_parameters()):
+        if name.startswith(prefix):
+            lists.setdefault(name.rpartition(".")[0], {})[name] = network.get_submodule(name)
     kinds = network._no_split_modules or ()
-    names = block_names(name for name, _ in network.named_parameters())
-    modules = {name: network.get_submodule(name) for name in names}
-    blocks = {name: module for name, module in modules.items() if type(module).__name__ in kinds}
-    if not blocks:
+    named = [one for one in lists.values() if any(type(module).__name__ in kinds for module in one.values())]
+    chosen = max(named or lists.values(), key=_size, default={})
+    owners: dict[int, set[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(next((one for one in chosen if name.startswith(f"{one}.")), ""))
+    if not chosen or any(len(one) > 1 for one in owners.values()):
+        why = "blocks that share no weights" if chosen else "numbered blocks"
         raise InputError(
-            f"transformers names no blocks of {type(network).__name__} that can be run apart; set placement: whole"
+            f"{type(network).__name__} has no {why}, so it cannot be run in parts; set placement: whole, or use other "
+            "coefficients than sens"
         )
-    return blocks
+    return chosen
+
+
+def _size(blocks: Mapping[str, nn.Module]) -> int:
+    return sum(one.numel() for block in blocks.values() for one in block.parameters())
 
 
 class Part:
@@ -68,12 +88,12 @@ class Part:
             watch(self._products, source, block, f"{name}.")
             self._blocks.append(block)
 
-    def forward(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+    def forward(self, hidden: Tensor, calls: Sequence[Calls]) -> Tensor:
         """Return the hidden states behind the blocks, (B, T, width), from those before them."""
         with torch.no_grad():
             return self._run(hidden, calls)
 
-    def backward(self, hidden: Tensor, calls: Sequence[Call], gradient: Tensor) -> tuple[Tensor, Sums]:
+    def backward(self, hidden: Tensor, calls: Sequence[Calls], gradient: Tensor) -> tuple[Tensor, Sums]:
         """Run the blocks again and then backward.
 
         Args:
@@ -91,11 +111,12 @@ class Part:
         assert hidden.grad is not None
         return hidden.grad, self._products.take()
 
-    def _run(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
+    def _run(self, hidden: Tensor, calls: Sequence[Calls]) -> Tensor:
         hidden = hidden.to(self._device)
-        for block, (args, kwargs) in zip(self._blocks, to_device(calls, self._device), strict=True):
-            output = block(hidden, *args, **kwargs)
-            hidden = output if isinstance(output, Tensor) else output[0]
+        for block, several in zip(self._blocks, to_device(calls, self._device), strict=True):
+            for args, kwargs in several:
+                output = block(hidden, *args, **kwargs)
+                hidden = output if isinstance(output, Tensor) else output[0]
         return hidden
 
 
@@ -116,7 +137,8 @@ class Shell:
         self.network = network
         self._source = source
         self._visit: Callable[[int, Tensor, Call], Tensor]
-        self._tuples = False
+        self._answer: Callable[[Tensor], Any] | None = None
+        self._visits = 0
         for index, (name, block) in enumerate(blocks.items()):
             network.set_submodule(name, _Proxy(self, index, block))
         source.load(network, "")
@@ -125,40 +147,62 @@ class Shell:
         self._products = GradientProducts()
         watch(self._products, source, network, "")
 
-    def enter(self, batch: Batch) -> tuple[Tensor, list[Call]]:
+    def enter(self, batch: Batch) -> tuple[Tensor, list[Calls]]:
         """Return the hidden states before the first block, (B, T, width), and what each block is given beside them.
 
         Raises:
             InputError: the network does more than hand the output of each block to the next.
         """
-        for self._tuples in (False, True):  # some networks expect tuples from their blocks
-            entry = self._enter(batch)
+        self._learn(batch)
+        entry = self._enter(batch)
+        assert entry is not None
+        return entry
+
+    def _learn(self, batch: Batch) -> None:
+        """Find out in which form the network expects what its blocks give, and how often it calls them."""
+        if self._answer is not None:
+            return
+        for self._answer in _ANSWERS:
+            try:
+                entry = self._enter(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # what a network makes of the wrong form may be anything
+                continue
             if entry is not None:
-                return entry
+                self._visits = sum(len(several) for several in entry[1])
+                return
+        self._answer = None
         raise InputError(
             f"{self._source.base}: {type(self.network).__name__} does more than hand the output of each block to the "
-            "next, so its blocks cannot be run apart; set placement: whole"
+            "next, so it cannot be run in parts; set placement: whole, or use other coefficients than sens"
         )
 
-    def _enter(self, batch: Batch) -> tuple[Tensor, list[Call]] | None:
+    def _enter(self, batch: Batch) -> tuple[Tensor, list[Calls]] | None:
         first: list[Tensor] = []
-        calls: list[Call] = []
+        calls: list[list[Call]] = []
+        astray = False
 
         def visit(index: int, hidden: Tensor, call: Call) -> Tensor:
-            if index != len(calls) or (first and hidden is not first[0]):
+            nonlocal astray
+            if index not in (len(calls) - 1, len(calls)) or (first and hidden is not first[0]):
+                astray = True
                 raise _Stop
+            if index == len(calls):
+                calls.append([])
             first.append(hidden)
-            calls.append(call)
-            if len(calls) == self._blocks:
+            calls[index].append(call)
+            if len(first) == self._visits:
                 raise _Stop
             return hidden
 
         with torch.enable_grad():
-            self._forward(self.network, batch, visit)
-        learned = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(calls))
-        if len(calls) < self._blocks or learned:
+            self._run(self.network, batch, visit)
+        given = tree_leaves(calls)
+        learned = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in given)
+        if astray or len(calls) < self._blocks or learned or any(leaf is _BESIDE for leaf in given):
             return None
-        return first[0].detach(), calls
+        return first[0].detach(), list(calls)
 
     def loss(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
         """Return the loss and ∂loss/∂hidden, from the hidden states behind the last block."""
@@ -188,20 +232,24 @@ class Shell:
         """Return what the trunk hands to the head, from the hidden states behind the last block."""
         hidden = hidden.to(self._source.device)
         with torch.no_grad():
-            return trunk_output(self._forward(self.network.base_model, batch, self._replay(lambda _: hidden)))
+            return trunk_output(self._forward(trunk_of(self.network), batch, self._replay(lambda _: hidden)))
 
     def _replay(self, output: Callable[[Tensor], Tensor]) -> Callable[[int, Tensor, Call], Tensor]:
         return lambda index, hidden, _: output(hidden) if index == self._blocks - 1 else hidden
 
     def _forward(self, network: nn.Module, batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
+        self._learn(batch)
+        return self._run(network, batch, visit)
+
+    def _run(self, network: nn.Module, batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
         self._visit = visit
         with suppress(_Stop):
             return network(**to_device(batch, self._source.device))
 
     def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
         """Stand in for a block: called by its proxy."""
-        output = self._visit(index, hidden, call)
-        return (output, None, None) if self._tuples else output
+        assert self._answer is not None
+        return self._answer(self._visit(index, hidden, call))
 
 
 def trunk_output(output: Any) -> TrunkOutput:
@@ -236,7 +284,18 @@ def to_device(values: Any, device: str) -> Any:
 
 
 class _Stop(Exception):
-    """The last block is reached."""
+    """The network need not run on."""
+
+
+_BESIDE = object()
+"""Stands for what a block gives beside hidden states: no other block may be given it."""
+_ANSWERS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, _BESIDE),
+    lambda hidden: (hidden, _BESIDE, _BESIDE),
+)
+"""Forms in which networks expect what blocks give."""
 
 
 class _Proxy(nn.Module):

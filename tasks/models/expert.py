@@ -1,7 +1,7 @@
 """A base and its experts by one set of tensor names: full fine-tunes and LoRA adapters alike."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
+from tasks.models.compare import Difference, differences, with_settings_of
 from tasks.models.inventory import Inventory, check_complete, take_inventory
 from tasks.models.layers import in_block
 from tasks.models.names import Names, names_of, parameter_names, plain
@@ -83,6 +84,8 @@ class Expert(ExpertWeights):
     config: PretrainedConfig = field(kw_only=True)
     network: str = field(kw_only=True)
     """name of the class of its network"""
+    base_config: bool = field(kw_only=True, default=False)
+    """whether it runs with the base's settings where its own config differs"""
     notes: tuple[str, ...] = field(kw_only=True, default=())
     """what a user should know of it: a line each"""
 
@@ -199,7 +202,9 @@ def _lay_out(
     )
 
 
-def open_expert(folder: Path, base: Base, key: str, checkpoint: Checkpoint | None = None) -> Expert:
+def open_expert(
+    folder: Path, base: Base, key: str, checkpoint: Checkpoint | None = None, base_config: bool = False
+) -> Expert:
     """Read the headers of an expert (checkpoint or LoRA adapter) and match them with the base's.
 
     An expert that changed only one of two parameters which the base ties, or each in its own way, has the base untied.
@@ -209,15 +214,17 @@ def open_expert(folder: Path, base: Base, key: str, checkpoint: Checkpoint | Non
         base: the base of all experts.
         key: recipe key of the expert, for messages.
         checkpoint: the headers, where the weights are not in the folder yet.
+        base_config: whether it is to run with the base's settings where its own config differs.
 
     Raises:
-        InputError: another architecture, size or vocabulary, missing or extra tensors, an adapter for another base.
+        InputError: another architecture, size or vocabulary, missing or extra tensors, an adapter for another base;
+            other settings of the computation, without `base_config`.
         FilesNeeded: tensors must be compared whose files are not here yet.
     """
     if is_adapter(folder, checkpoint, key):
         weights = folder / ADAPTER_WEIGHTS
         return _open_adapter(folder, base, key, checkpoint or Checkpoint(folder, read_header(weights)))
-    return _open_full(folder, base, key, checkpoint or open_checkpoint(folder))
+    return _open_full(folder, base, key, checkpoint or open_checkpoint(folder), base_config)
 
 
 def is_adapter(folder: Path, checkpoint: Checkpoint | None, key: str) -> bool:
@@ -239,16 +246,10 @@ def is_adapter(folder: Path, checkpoint: Checkpoint | None, key: str) -> bool:
     return not whole
 
 
-def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert:
+def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_config: bool) -> Expert:
     where = f"{key}: {folder}"
     config = load_config(folder)
-    ours, theirs = describe(base.config), describe(config)
-    for setting, expected in ours.items():
-        if theirs[setting] != expected:
-            raise InputError(
-                f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; "
-                "expected a fine-tune of the base"
-            )
+    _check_sizes(config, base.config, where)
     network, names, inventory, config = _examine(config, source, folder, where)
     check_complete(inventory, source, network, names, where)
     notes = [f"{key}: {note}" for note in source.notes]
@@ -280,9 +281,19 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert
         expected = expected and names.tower == base.names.tower and tensor_key not in names.optional | names.statistics
         if expected and not placed.touches(name) and stored.get(tensor_key) not in placed.heads:
             raise InputError(f"{where} lacks tensor {name}, which the base has; expected a whole fine-tune")
+    head = {name: name for name in placed.heads}
+    unlike = differences(config, base.config, bool(head))
+    if unlike and not base_config:
+        raise InputError(
+            f"{where} has other settings than the base: {_listed(unlike)}; expected those of the base: set "
+            f"{key}.config: base to run the expert with them"
+        )
     if names.tower != base.names.tower:
         config = base.config
-    head = {name: name for name in placed.heads}
+    elif unlike:
+        config = with_settings_of(base.config, config, bool(head))
+    if unlike:
+        notes.append(f"{where} runs with the base's settings, not with its own {_listed(unlike)}")
     return Expert(
         base,
         source,
@@ -292,8 +303,29 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert
         placed.pieces,
         config=config,
         network=names.network,
+        base_config=bool(unlike),
         notes=tuple(notes),
     )
+
+
+def _check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) -> None:
+    """Check that an expert's network is of the base's architecture and size."""
+    ours, theirs = describe(base), describe(config)
+    wrapped = [one.get_text_config() is not one for one in (config, base)]
+    if all(wrapped):  # neither can be the language model inside the other
+        ours["model_type"], theirs["model_type"] = base.model_type, config.model_type
+    for setting, expected in ours.items():
+        if theirs[setting] == expected:
+            continue
+        wanted = "a fine-tune of the base"
+        if setting == "vocab_size":
+            wanted += f" with its vocabulary: save a copy of the expert after model.resize_token_embeddings({expected})"
+        raise InputError(f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; expected {wanted}")
+
+
+def _listed(unlike: Sequence[Difference]) -> str:
+    shown = [str(one) for one in unlike[:10]]
+    return ", ".join(shown) + (f" and {len(unlike) - 10} more" if unlike[10:] else "")
 
 
 def _untied_note(key: str, base: Base, why: str) -> str:

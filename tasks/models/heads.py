@@ -1,5 +1,6 @@
 """Heads without their trunk: what follows a trunk, run on what a trunk gave."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tasks.errors import InputError
-from tasks.models.networks import load_config, skeleton
+from tasks.models.networks import load_config, skeleton, trunk_of
 from tasks.models.source import Source
 from tasks.models.weights import HEAD_WEIGHTS
 
@@ -33,22 +34,35 @@ class SavedHead:
         return tensors
 
 
-@dataclass
-class TrunkOutput(BaseModelOutputWithPoolingAndCrossAttentions):  # type: ignore[misc]
-    """What heads look for in the output of a trunk."""
+class TrunkOutput(BaseModelOutputWithPooling):  # type: ignore[misc]
+    """What a trunk gave. All else that heads pass on of it (router logits, caches, hidden states of images) is None."""
 
-    router_logits: None = None
-    """of mixtures of experts; only their training needs it"""
+    def __getattr__(self, name: str) -> None:
+        """Return None for all that was not given."""
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 class DetachedHead:
-    """The head of a network whose trunk is dropped; the network's own code runs, on what a trunk gave before."""
+    """The head of a network whose trunk is dropped; the network's own code runs, on what a trunk gave before.
+
+    The trunk's modules stay with their settings, at which some heads look, but without weights.
+    """
 
     def __init__(self, network: PreTrainedModel) -> None:
-        """Take a network and drop its trunk."""
+        """Take a network and put a trunk without weights in the place of its own, which stays as it is."""
         self.network = network
-        self._replay = _Replay()
-        setattr(network, network.base_model_prefix, self._replay)
+        self._output = TrunkOutput()
+        trunk = trunk_of(network)
+        place = next(name for name, module in network.named_modules() if module is trunk)
+        hollow = _without_weights(trunk)
+        # Of encoder-decoders, some heads call the decoder, not the wrapper that is their trunk.
+        for module in {id(one): one for one in (hollow, getattr(hollow, "decoder", hollow))}.values():
+            module.forward = self._replay
+        network.set_submodule(place, hollow)
+
+    def _replay(self, *_: object, **__: object) -> TrunkOutput:
+        return self._output
 
     @classmethod
     def load(cls, saved: SavedHead, dtype: torch.dtype, device: str) -> "DetachedHead":
@@ -91,15 +105,15 @@ class DetachedHead:
             pooled: its pooler's output, (B, width), where it has one.
             inputs: what the trunk was given; some heads look for the last token in it.
         """
-        self._replay.output = TrunkOutput(last_hidden_state=hidden, pooler_output=pooled)
+        self._output = TrunkOutput(last_hidden_state=hidden, pooler_output=pooled)
         logits: torch.Tensor = self.network(**inputs).logits
         return logits.float()
 
 
-class _Replay(nn.Module):
-    """Stands in for a trunk."""
-
-    output: TrunkOutput
-
-    def forward(self, *_: object, **__: object) -> TrunkOutput:
-        return self.output
+def _without_weights(module: nn.Module) -> nn.Module:
+    copied = copy.copy(module)
+    copied._parameters, copied._buffers = {}, {}
+    copied._modules = {
+        name: None if child is None else _without_weights(child) for name, child in module._modules.items()
+    }
+    return copied

@@ -63,7 +63,8 @@ class Names:
 
     def key(self, name: str) -> str:
         """Return the key of a tensor in a checkpoint."""
-        return apply_renamings(plain(name), self.renamings).removeprefix(self.prefix)  # type: ignore[no-any-return]
+        name = plain(name)
+        return self._unless_known(name, apply_renamings(name, self.renamings).removeprefix(self.prefix))
 
     def spelled(self, key: str) -> str:
         """Return the name of a parameter in the network by its key."""
@@ -71,8 +72,21 @@ class Names:
 
     def parameter(self, name: str) -> str:
         """Return the key of the parameter that holds a checkpoint's tensor: several share a stacked one."""
-        renamed = rename_source_key(plain(name), self.renamings, self.converters)[0].removeprefix(self.prefix)
+        name = plain(name)
+        renamed = rename_source_key(name, self.renamings, self.converters)[0].removeprefix(self.prefix)
+        renamed = self._unless_known(name, renamed)
         return self.tied.get(renamed, renamed)
+
+    def _unless_known(self, name: str, renamed: str) -> str:
+        """Return the new name of a tensor, but its own if only that is a parameter's, as `from_pretrained` does.
+
+        Some patterns match today's names as well as the old ones: `shared_expert.` in `shared_experts.`, for one.
+        """
+        key = name.removeprefix(self.prefix)
+        return key if self._is_known(key) and not self._is_known(renamed) else renamed
+
+    def _is_known(self, key: str) -> bool:
+        return key in self.parameters or key in self.tied
 
     def is_converted(self, name: str) -> bool:
         """Return whether the network holds a checkpoint's tensor in another form: stacked with others, for one."""
@@ -117,7 +131,8 @@ def names_of(network: PreTrainedModel) -> Names:
     """Return the names of a network, which may lie on the meta device."""
     prefix = f"{network.base_model_prefix}." if network.base_model_prefix else ""
     transforms = get_model_conversion_mapping(network)
-    full = parameter_names(network)
+    # Some networks have the head before the trunk, and there the name that is tied to the trunk's comes first.
+    full = [network.all_tied_weights_keys.get(name, name) for name in parameter_names(network)]
     inside = [name for name in full if prefix and name.startswith(prefix)]
     return Names(
         network=type(network).__name__,

@@ -11,6 +11,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
@@ -76,6 +77,12 @@ def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> 
     """
     if head is not None:
         mapping = _AUTO_MAPPINGS[head]
+        if type(config) not in mapping and head == "causal_lm":
+            # Text towers of some models have a language model of their own without being listed.
+            names = set(config.architectures or ()) & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+            for tower in (getattr(transformers, name) for name in sorted(names)):
+                if tower.config_class is type(config):
+                    return tower  # type: ignore[no-any-return]
         if type(config) not in mapping:
             raise InputError(f"{folder}: transformers has no {head} network for model_type {config.model_type!r}")
         chosen: type[PreTrainedModel] = mapping[type(config)]
@@ -108,7 +115,13 @@ def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTr
     """Return the network on the meta device: modules, parameter names and shapes, no memory."""
     cls = network_class(config, head, folder)
     with torch.device("meta"):
-        return cls(config)
+        return cls(config_of(cls, config))
+
+
+def config_of(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that a class of networks takes: of its text where the class is a text tower's."""
+    text = config.get_text_config()
+    return text if cls.config_class is type(text) else config
 
 
 def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
@@ -121,10 +134,30 @@ def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, fol
     """
     cls = network_class(config, head, folder)
     with init_empty_weights():
-        network: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype)
+        network: PreTrainedModel = cls._from_config(copy.deepcopy(config_of(cls, config)), dtype=dtype)
     network.tie_weights()  # each was registered on the meta device anew
-    network.config.use_cache = False
+    return for_one_pass(network)
+
+
+def for_one_pass(network: PreTrainedModel) -> PreTrainedModel:
+    """Return a network in evaluation mode that caches nothing for generation and adds nothing to the loss of a sample.
+
+    What routers of mixtures add (`output_router_logits`) depends on all blocks at once, so a network in parts has none.
+    """
+    for config in (network.config, network.config.get_text_config()):
+        config.use_cache = False
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
     return network.eval()
+
+
+def trunk_of(network: PreTrainedModel) -> nn.Module:
+    """Return what gives the hidden states that the head of a network takes."""
+    trunk: nn.Module = network.base_model
+    if trunk is not network:
+        return trunk
+    # Some name their trunk otherwise than `base_model_prefix` says.
+    return max(network.children(), key=lambda child: sum(one.numel() for one in child.parameters()))
 
 
 def fill_network(
@@ -147,7 +180,7 @@ def fill_network(
     try:
         network, loaded = cls.from_pretrained(
             None,
-            config=config,
+            config=config_of(cls, config),
             state_dict=dict(tensors),
             dtype=dtype,
             output_loading_info=True,
@@ -170,7 +203,7 @@ def positions(config: PretrainedConfig) -> int | None:
     limit: int | None = getattr(text, "max_position_embeddings", None)
     # RoBERTa and its kin number the positions from behind the padding token.
     offset = text.pad_token_id + 1 if limit and _AFTER_PADDING.search(text.model_type) else 0
-    return limit - offset if limit else None
+    return limit - offset if limit and limit > 0 else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tasks.models.blocks import Batch, Part, Shell, Sums, TrunkOutput, blocks_of, to_device, trunk_output, watch
+from tasks.models.networks import trunk_of
 from tasks.models.placement import Actors, Placement
 from tasks.models.products import GradientProducts
 from tasks.models.source import Source
@@ -83,9 +84,13 @@ def sensitivity_journey(
     sums: Sums = {}
     for place, blocks in reversed(list(enumerate(parts))):
         gradient, found = yield Work(place, "backward", (states.pop(), calls[blocks], keep(gradient)))
-        sums |= found
+        sums = _added(sums, found)
     found = yield Work(SHELL, "backward", (batch, end, keep(gradient)))
-    return Sensitivity(loss, sums | found)
+    return Sensitivity(loss, _added(sums, found))
+
+
+def _added(sums: Sums, others: Sums) -> Sums:
+    return {layer: sums.get(layer, 0.0) + others.get(layer, 0.0) for layer in {**sums, **others}}
 
 
 def trunk_journey(batch: Batch, parts: Sequence[slice], keep: Keep) -> Journey[TrunkOutput]:
@@ -157,7 +162,7 @@ class WholeRunner(Runner):
         """See `Runner`."""
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                output = self._network.base_model(**to_device(batch, self._source.device))
+                output = trunk_of(self._network)(**to_device(batch, self._source.device))
                 yield number, trunk_output(output)
 
 

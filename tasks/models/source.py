@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.expert import Expert, load_network, open_base, open_expert
 from tasks.models.layers import layer_of
-from tasks.models.networks import Head, hollow_network
+from tasks.models.networks import Head, for_one_pass, hollow_network
 
 
 @dataclass(frozen=True)
@@ -32,35 +32,45 @@ class Source:
     """of the weights in memory"""
     device: str
     """torch device"""
+    base_config: bool = False
+    """whether the expert runs with the base's settings where its own config differs"""
 
     @cached_property
     def expert(self) -> Expert:
         """The expert's headers."""
-        return open_expert(self.folder, open_base(self.base), self.key)
+        return open_expert(self.folder, open_base(self.base), self.key, base_config=self.base_config)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what was read behind when travelling to another process, which may have other files open."""
         return {name: vars(self)[name] for name in self.__dataclass_fields__}
 
     def network(self) -> PreTrainedModel:
-        """Return the whole network; nothing is cached for generation.
+        """Return the whole network, made `for_one_pass`.
 
         Raises:
             InputError: parameters are left without weights.
         """
         expert = self.expert
         network = load_network(expert, self.head, self.dtype, self.device, head_of=expert if expert.head else None)
-        network.config.use_cache = False
-        return network
+        return for_one_pass(network)
 
     def hollow(self) -> PreTrainedModel:
         """Return the network with its parameters on the meta device."""
         return hollow_network(self.expert.config, self.head, self.dtype, self.base)
 
     def layer(self, parameter: str) -> str | None:
-        """Return the layer of a parameter; None where it is of a head of the expert's own, which is no layer."""
-        tensors = self._tensors.get(self.expert.base.network_name(parameter))
-        return layer_of(tensors[0]) if tensors else None
+        """Return the layer of a parameter; None where it is of a head of the expert's own, which is no layer.
+
+        Raises:
+            InputError: neither the base nor the head of the expert has it.
+        """
+        names = self.expert.base.names
+        key = names.parameter(parameter)
+        if key in {names.parameter(name) for name in self.expert.head}:
+            return None
+        if key not in self._tensors:
+            raise InputError(f"{self.base}: no tensor is the parameter {parameter}, so it belongs to no layer")
+        return layer_of(self._tensors[key][0])
 
     def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None) -> None:
         """Give a module its weights, copied, in their dtype and on their device.

@@ -1,8 +1,11 @@
 """Sensitivities and distances of the census, against plain autograd and plain logits."""
 
+import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from tasks.artifacts import read_json
@@ -61,7 +64,19 @@ def _batch(row: Mapping[str, object], labels: bool) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _plain(network: PreTrainedModel, rows: list[dict[str, object]]) -> dict[str, float]:
+def _layers(network: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Return the layer of each parameter by the name that transformers saves it under: each is saved as its number."""
+    marked, names = copy.deepcopy(network), [name for name, _ in network.named_parameters()]
+    with torch.no_grad():
+        for number, parameter in enumerate(marked.parameters()):
+            parameter.fill_(number + 1000)  # no value of a buffer
+    marked.save_pretrained(folder)
+    saved = load_file(folder / "model.safetensors")
+    numbers = {int(one): layer_of(name) for name, tensor in saved.items() for one in tensor.unique().tolist()}
+    return {name: numbers[number + 1000] for number, name in enumerate(names)}
+
+
+def _plain(network: PreTrainedModel, rows: list[dict[str, object]], layers: Mapping[str, str]) -> dict[str, float]:
     """Σ |p · ∂L/∂p| by layer, mean over rows; L is what transformers has labels for, without what a router adds."""
     network.config.use_cache = False
     if hasattr(network.config.get_text_config(), "output_router_logits"):
@@ -73,7 +88,7 @@ def _plain(network: PreTrainedModel, rows: list[dict[str, object]]) -> dict[str,
         for name, parameter in network.named_parameters():
             if parameter.grad is not None:
                 products = (parameter.detach().double() * parameter.grad.double()).abs().sum()
-                totals[layer_of(name)] = totals.get(layer_of(name), 0.0) + float(products) / len(rows)
+                totals[layers[name]] = totals.get(layers[name], 0.0) + float(products) / len(rows)
     return totals
 
 
@@ -83,20 +98,12 @@ def _sensitivities(case: Case, placement: Placement) -> str:
     out.mkdir()
     sensitivity(case.base, expert, name, TASK, ROWS[name], case.base, "float32", "cpu", placement, out)
     found: dict[str, float] = read_json(out / "sensitivity.json")["sensitivity"]
-    return _compare(found, _plain(case.network(expert), ROWS[name]))
-
-
-def _compare(found: Mapping[str, float], expected: Mapping[str, float]) -> str:
-    """Compare layer by layer, by value alone where checkpoints spell the names of layers in another way."""
+    network = case.network(expert)
+    expected = _plain(network, ROWS[name], _layers(network, out / "marked"))
     ours, theirs = ({key: value for key, value in one.items() if value} for one in (found, expected))
-    if len(ours) != len(theirs):
+    if ours.keys() != theirs.keys():
         return f"wrong: {len(ours)} layers for {len(theirs)}: {sorted(ours.keys() ^ theirs.keys())[:4]}"
-    pairs = (
-        [(ours[key], theirs[key]) for key in theirs]
-        if ours.keys() == theirs.keys()
-        else list(zip(sorted(ours.values()), sorted(theirs.values()), strict=True))
-    )
-    worst = max(abs(a - b) / b for a, b in pairs)
+    worst = max(abs(ours[key] - value) / value for key, value in theirs.items())
     return "right" if worst < TOLERANCE else f"wrong: off by {worst:.1e}"
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.main import get_command
 
+from pipeline import cli
 from pipeline import plan as plan_module
 from pipeline.store import Store
 from tests.conftest import command_line, make_llama, perturbed, write_recipe, write_rows
@@ -289,6 +291,45 @@ def test_unreachable_mlflow_server(llama_recipe: Recipe, refused: Callable[..., 
         port = free.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     assert uri in refused(llama_recipe, "--tracking-uri", uri, command="run")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("run", "R"), ("refresh", "R"), ("compare", "a/1", "a/2"), ("promote", "a/1"), ("rollback", "a"), ("gc",)],
+    ids=lambda words: words[0],
+)
+def test_the_environment_names_mlflow_where_no_option_does(
+    words: tuple[str, ...],
+    llama_recipe: Recipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = write_recipe(tmp_path, llama_recipe)
+    (tmp_path / "store").mkdir()
+    command = [*(recipe if word == "R" else word for word in words), "--store", tmp_path / "store"]
+    named = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    assert command_line(*command) == 2
+    assert f"MLflow server unreachable at {named}" in capsys.readouterr().err
+    assert command_line(*command, "--tracking-uri", "./mlruns") == 2
+    assert "--tracking-uri, or MLFLOW_TRACKING_URI, is ./mlruns: expected a server" in capsys.readouterr().err
+
+
+def test_what_the_environment_says_is_in_no_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A schedule starts `refresh` again and again: a password must not be read from the list of processes."""
+    (tmp_path / "recipe.yaml").touch()
+    command = get_command(cli.app).commands["refresh"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow")
+    for more in ([], ["--tracking-uri", "http://other"]):
+        context = command.make_context("refresh", [str(tmp_path / "recipe.yaml"), "--store", str(tmp_path), *more])
+        assert cli._words(context, leave_out=()) == [
+            *("refresh", "--store", str(tmp_path), *more, "--wait", "0.0"),
+            *("--", str(tmp_path / "recipe.yaml")),
+        ]
 
 
 def test_report_in_a_folder_that_is_not_there(

@@ -1,6 +1,7 @@
 """Whole recipes whose experts are saved in another form than their base."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,35 @@ def test_an_expert_that_unties_its_base(
     with torch.no_grad():
         (logits,) = dynamic.logits([ids], dynamic.route([ids]))
         torch.testing.assert_close(logits[: len(ids)], static(torch.tensor([ids])).logits[0], rtol=0, atol=1e-4)
+
+
+def test_an_expert_that_runs_with_the_settings_of_its_base(
+    llama_recipe: dict[str, Any], llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    """All that is measured and merged is what it would be if the expert's config were the base's."""
+    folder = tmp_path / "code"
+    shutil.copytree(llamas["code"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"], config["rms_norm_eps"] = 77.0, 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+    alike = plan_of(tmp_path, llama_recipe, store="alike")
+    llama_recipe["experts"]["code"]["model"] = str(folder)
+    named = r"experts.code: .* rms_norm_eps 0.1 \(the base has .*, rope_parameters.rope_theta 77.0 .*\.config: base"
+    with pytest.raises(InputError, match=named):
+        plan_of(tmp_path, llama_recipe)
+    plan = plan_of(tmp_path, llama_recipe, "experts.code.config=base")
+    assert any("runs with the base's settings, not with its own" in note for note in plan.inputs.notes)
+    for one in (alike, plan):
+        do_steps(one)
+    for stage, name, file in (
+        ("sensitivity", "code", "sensitivity.json"),
+        ("cross_task", "all", "distances.json"),
+        ("merge", "ties-sens", "model.safetensors"),
+        ("evaluate", "code/math", "scores.json"),
+        ("evaluate", "code/code", "scores.json"),
+    ):
+        files = [one.artifact(stage, name) / file for one in (alike, plan)]  # type: ignore[arg-type]
+        assert files[0].read_bytes() == files[1].read_bytes(), (stage, name)
 
 
 def test_statistics_are_the_experts_mean_and_stay_valid(tmp_path: Path) -> None:

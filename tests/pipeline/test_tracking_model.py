@@ -236,9 +236,10 @@ def test_versions_say_what_they_are_and_how_they_are_loaded(connected: Recorded)
     for variant, kind in (("static", "static"), ("trunk", "static"), ("classifier", "static"), ("dynamic", "dynamic")):
         found = connected.version(variant)
         assert found.tags["kind"] == kind
+        whole = variant in ("static", "classifier")
+        assert found.tags["loaders"].startswith("mlflow.transformers, mlflow.pyfunc" if whole else "mlflow.pyfunc")
         name = f'"models:/kinds/{found.version}"'
         assert f"mlflow.pyfunc.load_model({name})" in found.description
-        whole = variant in ("static", "classifier")
         assert (f"mlflow.transformers.load_model({name})" in found.description) == whole
         assert f"{kind.capitalize()}: " in found.description
     assert 'params={"task": "mood"}' in connected.version("trunk").description

@@ -267,8 +267,8 @@ def test_every_end_token_of_the_folder_ends_an_answer(causal: Merge, tmp_path: P
     routes = model.route(sequences)
     before = model.generate(sequences, routes, 12)
     end = next(ids[3] for ids in before if len(ids) > 3)
-    (tmp_path / "generation_config.json").unlink()  # it is linked
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
+    (tmp_path / BASE / "generation_config.json").unlink()  # it is linked
+    (tmp_path / BASE / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
     after = DynamicModel.load(tmp_path, verify=False).generate(sequences, routes, 12)
     assert after == [ids[: ids.index(end)] if end in ids else ids for ids in before] != before
 
