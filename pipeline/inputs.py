@@ -14,6 +14,7 @@ from tasks.download import Listing, LocalModel, fetch_files, safetensors_header,
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
+from tasks.models.classes import class_names
 from tasks.models.dynamic import trunk_blocks
 from tasks.models.expert import Base, Expert, open_base, open_expert
 from tasks.models.layers import group_by_layer
@@ -94,8 +95,28 @@ def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -
         except FilesNeeded as needed:
             name = next(name for name, folder in folders.items() if folder == needed.folder)
             fetch_files(listings[name], needed.files, cache)
+    _check_classes(base, experts)
     base = next((one.base for one in experts.values() if one.base.untied), base)
     return base, {name: expert.on(base) for name, expert in experts.items()}
+
+
+def _check_classes(base: Base, experts: Mapping[str, Expert]) -> None:
+    """Check that experts whose heads are merged agree on their classes where the base's config does not name them."""
+    if not base.names.has_task_head or class_names(base.config):
+        return
+    named: dict[str, list[str]] = {}
+    for name, expert in experts.items():
+        classes = class_names(expert.config)
+        if classes and expert.network == base.names.network and not expert.head:
+            named[name] = classes
+    first, *others = named or [""]
+    for name in others:
+        if named[name] != named[first]:
+            raise InputError(
+                f"experts.{name}: its classes are {', '.join(named[name][:5])}, those of experts.{first} "
+                f"{', '.join(named[first][:5])}, and the base's config names none to tell which is which; name them in "
+                f"id2label and label2id of a copy of the base's config.json"
+            )
 
 
 def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:
