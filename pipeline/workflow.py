@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pipeline.card import write_cards
 from pipeline.changes import model_changes
+from pipeline.gate import choice
 from pipeline.history import begin, last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
@@ -127,6 +128,9 @@ def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Conso
         write_json(options.report, report.model_dump())
     if report.tasks:
         console.print(score_table(report))
+    chosen = choice(report, plan.recipe.gate)
+    if chosen is not None:
+        console.print(chosen, highlight=False, soft_wrap=True)
     if report.routes:
         console.print(route_table(report))
     for warning in route_warnings(report):
