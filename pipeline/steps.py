@@ -121,6 +121,12 @@ def _reads(steps: Mapping[str, Step], *names: str) -> dict[str, str]:
     return {name: steps[name].key.fingerprint for name in names}
 
 
+def _as_run(resolved: Resolved, name: str, step: Step) -> str:
+    """Return the fingerprint of a model as it runs: its files, and whose settings it runs with."""
+    expert = resolved.inputs.experts.get(name)
+    return step.key.fingerprint + (" with the base's config" if expert and expert.base_config else "")
+
+
 def _titles(steps: Mapping[str, Step], *names: str) -> tuple[str, ...]:
     return tuple(steps[name].title for name in names)
 
@@ -157,9 +163,9 @@ def _calibration_settings(task: Task) -> dict[str, Any]:
 def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
     one = resolved.inputs.data[name]
     assert not isinstance(one.task, LmEvalTask), "the recipe's schema refuses sens coefficients for it"
-    reads = _reads(downloads, "base", name) | {
+    reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", name)} | {
         "calibration": rows_digest(one.calibration),
-        "tokenizer": resolved.inputs.tokenizer_digest(),
+        "tokenizer": resolved.inputs.tokenizer.digest,
     }
     settings = {"dtype": resolved.recipe.dtype} | {"task": _calibration_settings(one.task)}
     finish = partial(
@@ -169,10 +175,11 @@ def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Ste
         name,
         one.task,
         one.calibration,
-        resolved.inputs.tokenizer,
+        resolved.inputs.tokenizer.folder,
         resolved.recipe.dtype,
         _device(resolved, "sensitivity"),
         resolved.placements["sensitivity"].placement,
+        base_config=resolved.inputs.experts[name].base_config,
     )
     return Step(
         "sensitivity",
@@ -207,10 +214,10 @@ def _state_bytes(resolved: Resolved, tokens: int) -> int:
 
 def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     names = tuple(resolved.recipe.experts)
-    reads = _reads(downloads, "base", *names) | {
+    reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", *names)} | {
         f"calibration {name}": rows_digest(resolved.inputs.data[name].calibration) for name in names
     }
-    tokenizer = {"tokenizer": resolved.inputs.tokenizer_digest()}
+    tokenizer = {"tokenizer": resolved.inputs.tokenizer.digest}
     settings = {"dtype": resolved.recipe.dtype} | {
         "tasks": {name: _calibration_settings(resolved.inputs.data[name].task) for name in names},
     }
@@ -236,7 +243,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
         base=resolved.inputs.base.folder,
         experts={name: resolved.inputs.experts[name].folder for name in names},
         calibration=_row_sets(resolved, "calibration"),
-        tokenizer=resolved.inputs.tokenizer,
+        tokenizer=resolved.inputs.tokenizer.folder,
         dtype=resolved.recipe.dtype,
         device=_device(resolved, "cross_task"),
         placement=resolved.placements["cross_task"].placement,
@@ -244,6 +251,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
         trunks=trunks,
         known=known,
         kept=kept,
+        base_config=frozenset(name for name in names if resolved.inputs.experts[name].base_config),
     )
     total = sum(weight_bytes(resolved.inputs.listings[name]) for name in ("base", *names))
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
@@ -311,6 +319,7 @@ def _merge_step(
         out_dtype=variant.out_dtype,
         shard_size=variant.shard_size,
         groups=layer_groups(base),
+        token_ids=resolved.inputs.tokenizer.token_ids,
     )
     semantic: dict[str, Any] = {
         "method": variant.method,
@@ -324,7 +333,10 @@ def _merge_step(
         "out_dtype": variant.out_dtype,
         "shard_size": variant.shard_size,
         "experts": experts,
+        "companions": resolved.inputs.tokenizer.companions_digest,
     }
+    adopted = [n for n in job.head_configs if resolved.inputs.experts[n].base_config]
+    semantic |= {"heads with the base's config": adopted} if adopted else {}
     reads = sum(weight_bytes(listing) for listing in resolved.inputs.listings.values())
     if isinstance(variant.application, SeApplication):
         # Which weights a variant is made of does not depend on how samples are routed.
@@ -342,7 +354,7 @@ def _merge_step(
         name,
         key,
         tuple(step.title for step in needed),
-        partial(finish, job, resolved.inputs.tokenizer),
+        partial(finish, job, resolved.inputs.tokenizer.folder),
         tuple(partial(part, job, group) for group in range(len(job.groups))),
         reads=reads,
         writes=writes,
@@ -438,10 +450,11 @@ def _evaluate_step(
 ) -> Step:
     adapter = model in resolved.inputs.experts and resolved.inputs.experts[model].is_adapter
     head = task_name if isinstance(one.task, ClassificationTask) and resolved.inputs.experts[task_name].head else None
-    needed = {"model": model_step, "base": downloads["base"]} | ({"head": downloads[head]} if head else {})
-    reads = {role: step.key.fingerprint for role, step in needed.items()} | {
+    needed = {"model": (model, model_step), "base": ("base", downloads["base"])}
+    needed |= {"head": (head, downloads[head])} if head else {}
+    reads = {role: _as_run(resolved, name, step) for role, (name, step) in needed.items()} | {
         "evaluation": rows_digest(one.evaluation),
-        "tokenizer": resolved.inputs.tokenizer_digest(),
+        "tokenizer": resolved.inputs.tokenizer.digest,
     }
     labels = _labels(resolved, task_name, one.task)
     listing = resolved.inputs.listings.get(model)
@@ -464,11 +477,12 @@ def _evaluate_step(
             label2id=labels,
             trunk=trunk,
             earlier=_earlier(resolved.store, key) if trunk else None,
+            base_config=tuple(one.folder for one in resolved.inputs.experts.values() if one.base_config),
         ),
         task_name,
         one.task,
         one.evaluation,
-        resolved.inputs.tokenizer,
+        resolved.inputs.tokenizer.folder,
         resolved.recipe.dtype,
         _device(resolved, "evaluate"),
     )
@@ -477,7 +491,7 @@ def _evaluate_step(
         "evaluate",
         f"{model}/{task_name}",
         key,
-        tuple(step.title for step in needed.values()),
+        tuple(step.title for _, step in needed.values()),
         finish,
         reads=size + (weight_bytes(resolved.inputs.listings[model]) if adapter else 0),
     )

@@ -30,7 +30,7 @@ from tasks.models.placement import Actors, Placement
 from tasks.models.runners import open_runner
 from tasks.models.source import Source
 
-VERSION = 5
+VERSION = 6
 DISTANCES = "distances.json"
 PAIRS = "pairs.json"
 _HEAD_INPUTS = "head_inputs.safetensors"
@@ -75,6 +75,8 @@ class CrossTaskJob:
     """distances of earlier artifacts by fingerprint, from `known_distances`"""
     kept: Mapping[str, Path]
     """what heads read of trunks: files of earlier artifacts by fingerprint, from `kept_trunks`"""
+    base_config: frozenset[str] = frozenset()
+    """experts that run with the base's settings where their own configs differ"""
 
     def wanted(self, j: str) -> list[str]:
         """Return the experts whose distance from expert j, on its calibration set, is to be measured."""
@@ -88,7 +90,8 @@ class CrossTaskJob:
     def source(self, i: str) -> Source:
         """Return where the network of expert i comes from."""
         ending: Head = "classification" if self.is_classification(i) else "causal_lm"
-        return Source(self.base, self.experts[i], f"experts.{i}", ending, getattr(torch, self.dtype), self.device)
+        dtype, base_config = getattr(torch, self.dtype), i in self.base_config
+        return Source(self.base, self.experts[i], f"experts.{i}", ending, dtype, self.device, base_config)
 
     def head(self, i: str) -> DetachedHead:
         """Return the head of expert i; on the CPU where networks run on actors, for they have the GPUs."""

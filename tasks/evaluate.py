@@ -29,7 +29,7 @@ from tasks.evaluate_lm_eval import evaluate_lm_eval
 from tasks.generation import generate, set_end_tokens
 from tasks.metrics import Record, score_records
 from tasks.models.blocks import trunk_output
-from tasks.models.expert import load_network, open_base, open_expert
+from tasks.models.expert import Base, Expert, load_network, open_base, open_expert
 from tasks.models.head_inputs import (
     HeadInput,
     fingerprint_of,
@@ -234,6 +234,8 @@ class Subject:
     """fingerprint of what the head reads of its trunk for the evaluation set; None where nothing is to be kept"""
     earlier: Path | None = None
     """an earlier artifact of the same step"""
+    base_config: tuple[Path, ...] = ()
+    """experts that run with the base's settings where their own configs differ"""
 
 
 def evaluate(
@@ -271,8 +273,8 @@ def evaluate(
 
 def _network(subject: Subject, name: str, task: Task, dtype: str, device: str) -> PreTrainedModel:
     base = open_base(subject.base)
-    model = open_expert(subject.model, base, name) if subject.is_expert else open_base(subject.model)
-    head_of = open_expert(subject.head_of, base, name) if subject.head_of else None
+    model = _expert(subject, subject.model, base, name) if subject.is_expert else open_base(subject.model)
+    head_of = _expert(subject, subject.head_of, base, name) if subject.head_of else None
     head = "classification" if isinstance(task, ClassificationTask) else "causal_lm"
     network = load_network(model, head, getattr(torch, dtype), device, head_of)
     if subject.label2id is not None:
@@ -280,6 +282,10 @@ def _network(subject: Subject, name: str, task: Task, dtype: str, device: str) -
     if head == "causal_lm":
         set_end_tokens(network, subject.model, subject.base)
     return network
+
+
+def _expert(subject: Subject, folder: Path, base: Base, name: str) -> Expert:
+    return open_expert(folder, base, name, base_config=folder in subject.base_config)
 
 
 def _through_head(
@@ -297,7 +303,8 @@ def _through_head(
     assert subject.trunk is not None
     trunk, inputs = None, _kept(subject)
     if inputs:
-        source = Source(subject.base, subject.head_of, name, "classification", getattr(torch, dtype), device)
+        ending, base_config = "classification", subject.head_of in subject.base_config
+        source = Source(subject.base, subject.head_of, name, ending, getattr(torch, dtype), device, base_config)
         head = DetachedHead.read(source)
     else:
         network = _network(subject, name, task, dtype, device)

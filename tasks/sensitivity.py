@@ -15,7 +15,7 @@ from tasks.models.placement import Placement
 from tasks.models.runners import Sensitivity, open_runner
 from tasks.models.source import Source
 
-VERSION = 3
+VERSION = 4
 
 
 def sensitivity(
@@ -29,6 +29,7 @@ def sensitivity(
     device: str,
     placement: Placement,
     out: Path,
+    base_config: bool = False,
 ) -> dict[str, Any]:
     """Measure s[layer] = mean over samples x of Σ_{p in layer} |p · ∂L(x)/∂p|, one sample at a time (DESIGN §5).
 
@@ -46,12 +47,13 @@ def sensitivity(
         device: torch device.
         placement: where the network runs; it changes no number.
         out: folder for `sensitivity.json`: sensitivity by layer, number of samples and tokens.
+        base_config: whether the expert runs with the base's settings where its own config differs.
 
     Raises:
         InputError: a loss or a sensitivity that is not finite.
     """
     head = "classification" if isinstance(task, ClassificationTask) else "causal_lm"
-    source = Source(base, expert, f"experts.{name}", head, getattr(torch, dtype), device)
+    source = Source(base, expert, f"experts.{name}", head, getattr(torch, dtype), device, base_config)
     reader, label2id = load_tokenizer(tokenizer), source.expert.config.label2id
     batches = [
         calibration_batch(task, row, reader, f"row {number} of tasks.{name}.calibration", label2id)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.layers import block_names
 from tasks.models.materialised import Materialised
-from tasks.models.terms import Change, Mix, Term, kind_of
+from tasks.models.terms import Change, Mix, Term, is_read, kind_of
 from tasks.models.vectors import Vector
 
 
@@ -58,11 +58,11 @@ class DynamicNetwork:
             own = {
                 attribute: changes[id(parameter)]
                 for attribute, parameter in module._parameters.items()
-                if id(parameter) in changes
+                if id(parameter) in changes and kind_of(network, name, attribute)
             }
             if own:
                 (kind,) = {kind_of(network, name, attribute) for attribute in own}
-                assert kind is not None, f"{name}: has to be written out"
+                assert kind is not None
                 self._terms.append(kind(name, module, own))
         self._blocks: list[nn.Module] = [network.base_model.get_submodule(name) for name in trunk_blocks(network)]
         self.blocks = len(self._blocks)
@@ -91,11 +91,11 @@ class DynamicNetwork:
             self._mixing = True
             stack.callback(setattr, self, "_mixing", False)
             stack.enter_context(self._materialised.written(coefficients[0]))
-            for module in {self.network, self.network.base_model}:
+            taken = [term for term in self._terms if not term.experts.isdisjoint(mix.shares)]
+            for module in {self.network, self.network.base_model} if taken else ():
                 stack.enter_context(module.register_forward_pre_hook(_measure(mix), with_kwargs=True))
-            for term in self._terms:
-                if not term.experts.isdisjoint(mix.shares):
-                    term.attach(mix, stack)
+            for term in taken:
+                term.attach(mix, stack)
             yield self.network
 
     def hidden_states(
@@ -134,10 +134,15 @@ class DynamicNetwork:
     ) -> dict[int, Tensor]:
         """Return the hidden states of one group of samples."""
         found: dict[int, Tensor] = {}
+        # Gemma 3n's blocks hand on several versions of the hidden states, in the first dimension.
+        several = hasattr(self.network.config.get_text_config(), "altup_num_inputs")
 
         def keep(layer: int) -> Any:
             def hook(module: nn.Module, args: object, output: Any) -> None:
-                found[layer] = output if isinstance(output, Tensor) else output[0]
+                states = output if isinstance(output, Tensor) else output[0]
+                if several:
+                    states = states[0]
+                found[layer] = states.flatten(2)  # of several streams, one behind the other
                 if layer == max(layers):
                     raise _Stop
 
@@ -160,7 +165,8 @@ def trunk_blocks(network: PreTrainedModel) -> list[str]:
     text's embedding.
     """
     trunk = network.base_model
-    names = block_names(name for name, _ in trunk.named_parameters())
+    blocks = block_names(name for name, _ in trunk.named_parameters())
+    names = [name for name in blocks if any(True for _ in trunk.get_submodule(name).children())]
     embedding = network.get_input_embeddings()
     place = next((name for name, module in trunk.named_modules() if module is embedding), "")
     while place:
@@ -175,18 +181,25 @@ def trunk_blocks(network: PreTrainedModel) -> list[str]:
 def unlinear(network: nn.Module, changed: Collection[str]) -> set[str]:
     """Return the names of the parameters, of those that some expert changes, that have no linear form here.
 
+    A parameter may have several places: it is enough that one is in a module that is known. What the others do with
+    it, if anything, a trial finds.
+
     Args:
         network: it may lie on the meta device.
         changed: their names.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    wanted = {id(parameters[name]): name for name in changed}
-    return {
-        wanted[id(parameter)]
-        for name, module in network.named_modules()
-        for attribute, parameter in module._parameters.items()
-        if id(parameter) in wanted and kind_of(network, name, attribute) is None
-    }
+    names = {id(parameters[name]): name for name in changed}
+    known: set[str] = set()
+    read: set[str] = set()
+    for name, module in network.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if id(parameter) in names:
+                if kind_of(network, name, attribute):
+                    known.add(names[id(parameter)])
+                if is_read(network, name):
+                    read.add(names[id(parameter)])
+    return (set(changed) - known) | read
 
 
 def _measure(mix: Mix) -> Any:

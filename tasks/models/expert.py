@@ -1,7 +1,7 @@
 """A base and its experts by one set of tensor names: full fine-tunes and LoRA adapters alike."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
+from tasks.models.classes import class_order, in_order, parameters_of_classes
+from tasks.models.compare import Difference, differences, with_settings_of
 from tasks.models.inventory import Inventory, check_complete, take_inventory
 from tasks.models.layers import in_block
 from tasks.models.names import Names, names_of, parameter_names, plain
@@ -83,6 +85,10 @@ class Expert(ExpertWeights):
     config: PretrainedConfig = field(kw_only=True)
     network: str = field(kw_only=True)
     """name of the class of its network"""
+    base_config: bool = field(kw_only=True, default=False)
+    """whether it runs with the base's settings where its own config differs"""
+    own_classes: Mapping[int, str] = field(kw_only=True, default_factory=dict)
+    """names of its classes by its own numbers, where its head's rows are read in the base's order"""
     notes: tuple[str, ...] = field(kw_only=True, default=())
     """what a user should know of it: a line each"""
 
@@ -199,7 +205,9 @@ def _lay_out(
     )
 
 
-def open_expert(folder: Path, base: Base, key: str, checkpoint: Checkpoint | None = None) -> Expert:
+def open_expert(
+    folder: Path, base: Base, key: str, checkpoint: Checkpoint | None = None, base_config: bool = False
+) -> Expert:
     """Read the headers of an expert (checkpoint or LoRA adapter) and match them with the base's.
 
     An expert that changed only one of two parameters which the base ties, or each in its own way, has the base untied.
@@ -209,15 +217,17 @@ def open_expert(folder: Path, base: Base, key: str, checkpoint: Checkpoint | Non
         base: the base of all experts.
         key: recipe key of the expert, for messages.
         checkpoint: the headers, where the weights are not in the folder yet.
+        base_config: whether it is to run with the base's settings where its own config differs.
 
     Raises:
-        InputError: another architecture, size or vocabulary, missing or extra tensors, an adapter for another base.
+        InputError: another architecture, size or vocabulary, missing or extra tensors, an adapter for another base;
+            other settings of the computation, without `base_config`.
         FilesNeeded: tensors must be compared whose files are not here yet.
     """
     if is_adapter(folder, checkpoint, key):
         weights = folder / ADAPTER_WEIGHTS
         return _open_adapter(folder, base, key, checkpoint or Checkpoint(folder, read_header(weights)))
-    return _open_full(folder, base, key, checkpoint or open_checkpoint(folder))
+    return _open_full(folder, base, key, checkpoint or open_checkpoint(folder), base_config)
 
 
 def is_adapter(folder: Path, checkpoint: Checkpoint | None, key: str) -> bool:
@@ -239,16 +249,10 @@ def is_adapter(folder: Path, checkpoint: Checkpoint | None, key: str) -> bool:
     return not whole
 
 
-def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert:
+def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_config: bool) -> Expert:
     where = f"{key}: {folder}"
     config = load_config(folder)
-    ours, theirs = describe(base.config), describe(config)
-    for setting, expected in ours.items():
-        if theirs[setting] != expected:
-            raise InputError(
-                f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; "
-                "expected a fine-tune of the base"
-            )
+    _check_sizes(config, base.config, where)
     network, names, inventory, config = _examine(config, source, folder, where)
     check_complete(inventory, source, network, names, where)
     notes = [f"{key}: {note}" for note in source.notes]
@@ -273,16 +277,35 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert
     if left:
         towers = sorted({one.partition(".")[0] for one in left})
         notes.append(f"{where}: {len(left)} tensors of {', '.join(towers)} are left out: the base has no such part")
-    placed = _place(where, stored, source, base, names, network)
+    order = _class_order(network, config, base)
+    kin = not names.has_task_head or (names.network == base.names.network and order is not None)
+    placed = _place(where, stored, source, base, names, network, kin)
+    own_classes: dict[int, str] = {}
+    if order is None:
+        notes.append(f"{where} has other classes than the base: its head stays its own, beside the merged model")
+    elif order != sorted(order):
+        _reorder(placed, order, network, names, base)
+        own_classes, config = dict(config.id2label), _with_classes(config, base.config)
+        notes.append(f"{where} has the base's classes in another order: its head is read in the base's")
     for tensor_key, name in base.by_key().items():
         # What this expert's network does not have (a pooler, a language-model head) stays the base's.
         expected = names.parameter(name) in names.parameters or in_block(name)
         expected = expected and names.tower == base.names.tower and tensor_key not in names.optional | names.statistics
         if expected and not placed.touches(name) and stored.get(tensor_key) not in placed.heads:
             raise InputError(f"{where} lacks tensor {name}, which the base has; expected a whole fine-tune")
+    head = {name: name for name in placed.heads}
+    unlike = differences(config, base.config, bool(head))
+    if unlike and not base_config:
+        raise InputError(
+            f"{where} has other settings than the base: {_listed(unlike)}; expected those of the base: set "
+            f"{key}.config: base to run the expert with them"
+        )
     if names.tower != base.names.tower:
         config = base.config
-    head = {name: name for name in placed.heads}
+    elif unlike:
+        config = with_settings_of(base.config, config, bool(head))
+    if unlike:
+        notes.append(f"{where} runs with the base's settings, not with its own {_listed(unlike)}")
     return Expert(
         base,
         source,
@@ -292,8 +315,54 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint) -> Expert
         placed.pieces,
         config=config,
         network=names.network,
+        base_config=bool(unlike),
+        own_classes=own_classes,
         notes=tuple(notes),
     )
+
+
+def _class_order(network: PreTrainedModel, config: PretrainedConfig, base: Base) -> list[int] | None:
+    """Return the number that an expert gives each class of a base with the same head; None for other classes.
+
+    Empty where there are no classes, or no head of the base's for them.
+    """
+    if type(network).__name__ != base.names.network or not base.names.has_task_head:
+        return []
+    order = class_order(config, base.config)
+    return order if order == list(range(config.num_labels)) or parameters_of_classes(network) else []
+
+
+def _reorder(placed: "_Placed", order: Sequence[int], network: PreTrainedModel, names: Names, base: Base) -> None:
+    """Have the rows of an expert's classes read in another order."""
+    keys = {names.key(name) for name in parameters_of_classes(network)}
+    for name in [name for name in placed.own if base.names.key(name) in keys]:
+        placed.pieces[name] = in_order(placed.own.pop(name), base.info(name).shape, order)
+
+
+def _with_classes(config: PretrainedConfig, base: PretrainedConfig) -> PretrainedConfig:
+    named = copy.deepcopy(config)
+    named.id2label, named.label2id = dict(base.id2label), dict(base.label2id)
+    return named
+
+
+def _check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) -> None:
+    """Check that an expert's network is of the base's architecture and size."""
+    ours, theirs = describe(base), describe(config)
+    wrapped = [one.get_text_config() is not one for one in (config, base)]
+    if all(wrapped):  # neither can be the language model inside the other
+        ours["model_type"], theirs["model_type"] = base.model_type, config.model_type
+    for setting, expected in ours.items():
+        if theirs[setting] == expected:
+            continue
+        wanted = "a fine-tune of the base"
+        if setting == "vocab_size":
+            wanted += f" with its vocabulary: save a copy of the expert after model.resize_token_embeddings({expected})"
+        raise InputError(f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; expected {wanted}")
+
+
+def _listed(unlike: Sequence[Difference]) -> str:
+    shown = [str(one) for one in unlike[:10]]
+    return ", ".join(shown) + (f" and {len(unlike) - 10} more" if unlike[10:] else "")
 
 
 def _untied_note(key: str, base: Base, why: str) -> str:
@@ -339,7 +408,8 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         opened = _open_adapter(folder, untied, key, source)
         return replace(opened, notes=(*opened.notes, _untied_note(key, untied, "changes one without the other")))
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
-    placed = _place(f"{key}: {folder}", stored, source, base, names, network)
+    kin = not names.has_task_head or names.network == base.names.network
+    placed = _place(f"{key}: {folder}", stored, source, base, names, network, kin)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
     config, ends_in = base.config, names.network
     if head and has_network(base.config, "classification"):
@@ -379,7 +449,13 @@ class _Placed:
 
 
 def _place(
-    where: str, stored: Mapping[str, str], source: Checkpoint, base: Base, names: Names, network: PreTrainedModel
+    where: str,
+    stored: Mapping[str, str],
+    source: Checkpoint,
+    base: Base,
+    names: Names,
+    network: PreTrainedModel,
+    kin: bool,
 ) -> _Placed:
     """Split tensors that an expert stores whole into those that the base has too and those of the expert's head.
 
@@ -390,12 +466,12 @@ def _place(
         base: the base.
         names: of the expert's network.
         network: the expert's, on the meta device.
+        kin: whether the expert's head is for what the base's is for.
 
     Raises:
         InputError: a tensor that is no head's is not in the base, or has another shape there.
     """
     weights = base.by_key()
-    kin = names.network == base.names.network or not names.has_task_head
     placed = _Placed({}, {}, [])
     views = cache(partial(regions, network, names))
     for key, name in stored.items():

@@ -31,7 +31,8 @@ def holdings(base: Base, network: PreTrainedModel) -> list[Holding]:
             pooler, a head) is left out.
 
     Raises:
-        InputError: a tensor is held in a form that cannot be told from headers.
+        InputError: a tensor is held in a form that cannot be told from headers, or no tensor is found for a parameter
+            of the trunk.
     """
     own = {base.network_name(name): name for name, _ in network.named_parameters()}
     by_key: dict[str, list[str]] = {}
@@ -44,6 +45,14 @@ def holdings(base: Base, network: PreTrainedModel) -> list[Holding]:
         parameters = {one: own[one] for one in keys if one in own}
         if parameters:
             found.append(Holding(tuple(tensors), parameters, converted))
+    held = {key for holding in found for key in holding.parameters}
+    trunk = f"{network.base_model_prefix}."
+    for key, name in own.items():
+        if name.startswith(trunk) and key not in held | base.names.optional:
+            raise InputError(
+                f"{base.folder}: no tensor could be told by its name to be {name} of {type(network).__name__}; "
+                "save the base anew with transformers"
+            )
     return found
 
 

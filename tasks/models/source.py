@@ -32,11 +32,13 @@ class Source:
     """of the weights in memory"""
     device: str
     """torch device"""
+    base_config: bool = False
+    """whether the expert runs with the base's settings where its own config differs"""
 
     @cached_property
     def expert(self) -> Expert:
         """The expert's headers."""
-        return open_expert(self.folder, open_base(self.base), self.key)
+        return open_expert(self.folder, open_base(self.base), self.key, base_config=self.base_config)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what was read behind when travelling to another process, which may have other files open."""

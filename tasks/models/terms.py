@@ -5,11 +5,13 @@ Forward hooks add the second term to the outputs of linear layers, embeddings, c
 parameters are replaced by one value per sample. The modules stay as they are.
 """
 
+import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,6 +108,10 @@ class Change:
         whole = {expert: vector for expert, vector in vectors.items() if not isinstance(vector, LowRank)}
         return cls(whole, factors, frozenset(vectors))
 
+    def vector(self, expert: int) -> Tensor | None:
+        """Return an expert's whole task vector; None if it has none that is not low-rank."""
+        return self.whole[expert].dense() if expert in self.whole else None
+
     def shared(self, mix: Mix) -> Iterator[tuple[Share, Dense | Sparse]]:
         """Yield share and task vector, if not low-rank, of each expert that has both."""
         for expert, vector in self.whole.items():
@@ -151,15 +157,16 @@ class Term(ABC):
     def samples(self, mix: Mix, tensor: Tensor, dimensions: int = 2) -> Tensor:
         """Return a tensor, or a view of it, whose leading dimension is the samples.
 
-        The rows of a matrix may be all tokens of all samples, one sample after the other: (B · T, width).
+        The rows of a matrix may be all tokens of all samples, one sample after the other, (B · T, width), or all heads
+        of all tokens.
 
         Raises:
             InputError: the samples cannot be told apart.
         """
         if tensor.dim() >= dimensions and len(tensor) == mix.size:
             return tensor
-        if tensor.dim() == 2 and mix.length is not None and len(tensor) == mix.size * mix.length:
-            return tensor.reshape(mix.size, mix.length, -1)
+        if tensor.dim() == 2 and mix.length is not None and len(tensor) % (mix.size * mix.length) == 0:
+            return tensor.reshape(mix.size, -1, tensor.shape[1])
         raise self.lost(mix, tensor)
 
     def lost(self, mix: Mix, tensor: Tensor) -> InputError:
@@ -320,45 +327,105 @@ class _Values(Term):
         stack.enter_context(self.module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
+class _Rerun(Term):
+    """A module that is affine in its parameters in a way of its own: it runs again with task vectors in their place.
+
+    These are positions that are numbered within the module, and other subclasses of embeddings, norms and linear
+    layers: f(x; θ₀ + Σ cₖ·δₖ) = f(x; θ₀) + Σ cₖ·(f(x; δₖ) − f(x; 0)).
+    """
+
+    def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
+        super().__init__(name, module, changes)
+        self.changes = changes
+
+    def attach(self, mix: Mix, stack: ExitStack) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            shared = self._is_shared(mix, output)
+            rows = output.view(1, *output.shape[-2:]) if shared else self.samples(mix, output)
+            shape, origin = rows.shape, self._run(None, args, kwargs)
+            for expert in sorted(self.experts & mix.shares.keys()):
+                part = (self._run(expert, args, kwargs) - origin).view(shape)
+                rows = rows + part * _column(mix.coefficients[:, expert], rows.dim())
+            return rows if shared else rows.view(output.shape)
+
+        stack.enter_context(self.module.register_forward_hook(hook, with_kwargs=True))
+
+    def _is_shared(self, mix: Mix, output: Tensor) -> bool:
+        """Return whether an output is the same for all samples, as that of positions: (1, T, width) or (T, width)."""
+        if not isinstance(self.module, nn.Embedding):
+            return False
+        return (output.dim() == 3 and len(output) == 1) or (output.dim() == 2 and len(output) == mix.length)
+
+    def _run(self, expert: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the module's output with one expert's task vectors as its parameters, or with zeros."""
+        own = dict(self.module._parameters)
+        for attribute, parameter in own.items():
+            if parameter is not None:
+                change = self.changes.get(attribute)
+                vector = None if change is None or expert is None else change.vector(expert)
+                self.module._parameters[attribute] = torch.zeros_like(parameter) if vector is None else vector
+        try:
+            found: Tensor = self.module.forward(*args, **kwargs)
+            return found
+        finally:
+            self.module._parameters.update(own)
+
+
 def _column(values: Tensor, dimensions: int) -> Tensor:
     """Return (samples,) as (samples, 1, …, 1)."""
     return values.view(-1, *[1] * (dimensions - 1))
 
 
 _PRODUCTS: Mapping[type[nn.Module], type[Term]] = {nn.Linear: _Matrix, Conv1D: _Matrix, nn.Conv2d: _Convolution}
+_READ = re.compile(r"\bself\.([\w.]+)\.(?:weight|bias)\b(?!\.(?:dtype|device|shape|size|ndim)\b|\s*=[^=])")
+_FOR_GPUS = re.compile(r"cuda|kernel")
 # Tables of distances are looked up by pairs of positions, or read as a whole: not by sample.
 _RELATIVE = re.compile(r"(^|[._])(rel|relative|distance)_")
 
 
 def kind_of(network: nn.Module, name: str, attribute: str) -> type[Term] | None:
-    """Return how a change to a parameter is likely to be computed per sample, None if not at all.
+    """Return how a change to a module's parameter is likely to be computed per sample, None if it is not known.
 
-    Exact classes, because a subclass may compute something else. Whether it is so, only a run can tell
-    (`tasks.models.trial`).
+    Whether it is so, only a run can tell (`tasks.models.trial`).
     """
     module = network.get_submodule(name)
     parameter = module._parameters[attribute]
     assert parameter is not None
     cls = type(module)
     if cls in _PRODUCTS:
-        # Modules with parameters of their own (Mamba's mixers, nn.MultiheadAttention) also read their children's
-        # weights without calling the children, where no hook can see it.
-        parent = _parent(network, name)
-        hidden = any(True for _ in parent.parameters(recurse=False)) and not type(parent).__name__.endswith(
-            "Embeddings"
-        )
-        return None if hidden else _PRODUCTS[cls]
+        return _PRODUCTS[cls]
     if cls is nn.Embedding or cls.__name__.endswith("ScaledWordEmbedding"):
         return None if _RELATIVE.search(name) else _Lookup
     if cls in (nn.LayerNorm, nn.RMSNorm):
         return _Norm
-    if "Norm" in cls.__name__ and parameter.dim() == 1:
+    if "Norm" in cls.__name__ and parameter.dim() == 1 and not isinstance(module, nn.LayerNorm):
         return _Values
     if cls.__name__.endswith("Embeddings") and parameter.dim() > 1 and len(parameter) == 1:
         return _Values
-    return None
+    return _Rerun if isinstance(module, nn.Embedding | nn.Linear | nn.LayerNorm) else None
 
 
-def _parent(network: nn.Module, name: str) -> nn.Module:
-    """Return the module that holds a module."""
-    return network.get_submodule(name.rpartition(".")[0])
+def is_read(network: nn.Module, name: str) -> bool:
+    """Return whether a module around another may, on a GPU, read its weights without calling it, which no hook sees.
+
+    Mamba's mixers do so. What is read on a CPU, a trial finds; of GPUs only the code tells.
+    """
+    place, inside = name, ""
+    while place:
+        place, _, last = place.rpartition(".")
+        inside = f"{last}.{inside}" if inside else last
+        cls: Any = type(network.get_submodule(place))
+        if inside in _read_by(cls):
+            return True
+    return False
+
+
+@cache
+def _read_by(cls: Any) -> frozenset[str]:
+    """Return the submodules whose parameters a class with code for GPUs does more with than ask for their form."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if base not in (nn.Module, PreTrainedModel, object) and issubclass(base, nn.Module):
+            source = inspect.getsource(base)
+            found |= set(_READ.findall(source)) if _FOR_GPUS.search(source) else set()
+    return frozenset(found)

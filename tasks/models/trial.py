@@ -134,7 +134,8 @@ class _Run:
         for rows in dynamic.together(self._coefficients):
             with dynamic.mixed(self._coefficients[rows]) as network:
                 own = {name: values[rows] for name, values in right.items()}
-                answers = {"logits": network(**own).logits}
+                options = {"use_cache": False} if network.can_generate() else {}
+                answers = {"logits": network(**own, **options).logits}
                 if network.can_generate():
                     continued = network.generate(
                         **{name: values[rows] for name, values in left.items()}, generation_config=_GENERATION
@@ -144,8 +145,11 @@ class _Run:
                 places = found.setdefault(name, [torch.empty(0)] * _SAMPLES)
                 for row, one in zip(rows, values, strict=True):
                     places[row] = one
+        assert dynamic.blocks, "it has no numbered blocks"
         layers = list(range(1, dynamic.blocks + 1))
-        states = dynamic.hidden_states(right, self._coefficients, layers) if layers else {}
+        states = dynamic.hidden_states(right, self._coefficients, layers)
+        for layer, one in states.items():
+            assert one.shape[:2] == (_SAMPLES, _TOKENS), f"block {layer} gives states of shape {tuple(one.shape)}"
         return {name: torch.stack(values) for name, values in found.items()} | {
             f"layer {layer}": values for layer, values in states.items()
         }

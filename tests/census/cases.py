@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -50,9 +51,7 @@ class Case:
             "name": "census",
             "base": str(self.base),
             "experts": {name: {"model": str(folder)} for name, folder in self.experts(kind).items()},
-            "tasks": {
-                name: {"kind": "completion", "calibration": one, "evaluation": one} for name, one in sets.items()
-            },
+            "tasks": {name: {"kind": "completion", "calibration": one} for name, one in sets.items()},
             "merges": {"merged": dict(merge)},
             "dtype": "float32",
             **settings,
@@ -72,14 +71,14 @@ def make_case(name: str, folder: Path, lora: bool = True) -> Case:
         Exception: transformers or peft cannot.
     """
     case = Case(name, folder)
-    network = tiny_network(name)
+    network = _with_padding(tiny_network(name))
     tokenizer = make_tokenizer()
     network.save_pretrained(case.base)
     tokenizer.save_pretrained(case.base)
     for seed, expert in enumerate(EXPERTS, start=1):
         write_rows(folder / f"{expert}.jsonl", ROWS[expert])
         full = case.experts("full")[expert]
-        perturbed(case.network(case.base), seed, 0.05).save_pretrained(full)
+        _with_padding(perturbed(case.network(case.base), seed, 0.05)).save_pretrained(full)
         tokenizer.save_pretrained(full)
         if lora:
             network = case.network(case.base)
@@ -87,14 +86,24 @@ def make_case(name: str, folder: Path, lora: bool = True) -> Case:
     return case
 
 
+def _with_padding(network: PreTrainedModel) -> PreTrainedModel:
+    """Give the padding token the zeros that no training changes and some networks get whenever they are loaded."""
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0
+    return network
+
+
 def _linear(network: PreTrainedModel) -> list[str]:
     """Return the linear layers that adapters are made for: all, but for the head and what peft refuses in Mambas."""
     head = network.get_output_embeddings()
-    refused = ("out_proj",) if "mamba" in str(network.config.get_text_config().model_type) else ()
+    model_type = network.config.get_text_config().model_type
+    refused = ("out_proj",) if model_type in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h") else ()
     return [
         name
         for name, module in network.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and module is not head and not name.endswith(refused)
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.endswith(refused)
     ]
 
 

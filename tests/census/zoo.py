@@ -11,9 +11,12 @@ from tasks.models import tiny
 
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_ssm": 64}  # expand · width = heads · head size
 _EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "bamba": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "falcon_h1": _MAMBA,
-    "granitemoehybrid": _MAMBA,
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "hrm_text": {"num_hidden_layers": 16},  # layers of the cache: stacks · layers of each · cycles
     "mamba2": {"num_heads": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "nemotron": {"head_dim": 8, "num_key_value_heads": 2},

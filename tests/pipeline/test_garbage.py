@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.garbage import delete, find_garbage, needed_artifacts, registered_folders
+from pipeline.garbage import delete, find_garbage, known_versions, needed_artifacts
 from pipeline.history import begin, remember
 from pipeline.registry import Registered
 from pipeline.store import Key, Store
@@ -157,16 +157,16 @@ def test_mlflow_of_the_environment_is_asked_as_well_as_those_of_the_runs(
     """What only one of them knows stays; the environment has the password that the history leaves out."""
     asked: list[str] = []
     monkeypatch.setattr("pipeline.garbage.check_server", asked.append)
-    monkeypatch.setattr("pipeline.garbage.folders_in_use", lambda uri: {Path(uri): "champion"})
+    monkeypatch.setattr("pipeline.garbage.registered_versions", lambda uri: [])
     store = Store(tmp_path)
     remember(store, "one", "refresh", [key(0)], "http://user:secret@mlflow/a")
     remember(store, "one", "refresh", [key(1)], "http://mlflow/b")
     assert asked == []
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow/a")
-    assert len(registered_folders(store, None)) == 2
+    assert set(known_versions(store, None)) == {"http://mlflow/b", "http://user:secret@mlflow/a"}
     assert asked == ["http://mlflow/b", "http://user:secret@mlflow/a"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow/c")
-    registered_folders(store, None)
+    known_versions(store, None)
     assert asked[2:] == ["http://mlflow/a", "http://mlflow/b", "http://mlflow/c"]
-    registered_folders(store, "http://mlflow/d")
+    known_versions(store, "http://mlflow/d")
     assert asked[5:] == ["http://mlflow/d"]

@@ -20,6 +20,8 @@ from transformers import (
     ModernBertConfig,
     ModernBertForMaskedLM,
     PreTrainedModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from pipeline.plan import Plan, plan_summary, plan_table
@@ -31,6 +33,7 @@ from tasks.artifacts import write_json
 from tasks.cross_task import CrossTaskJob
 from tasks.errors import InputError
 from tasks.evaluate import Subject
+from tasks.models.compare import Difference
 from tests.conftest import (
     bert_config,
     command_line,
@@ -169,6 +172,24 @@ def test_a_changed_expert_changes_only_what_reads_it(llama_recipe: Recipe, save:
     touched = changed(before, plan_of(tmp_path, llama_recipe))
     assert {"download math", "task_vectors math", "sensitivity math", "cross_task all", "merge ta"} <= touched
     assert not {"download code", "task_vectors code", "sensitivity code", "evaluate base/math"} & touched
+
+
+def test_whose_settings_an_expert_runs_with_changes_what_runs_it(
+    llama_recipe: Recipe, llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The files are the same: a later version may tell apart more settings than the one that filled the store."""
+    base = "experts.code.config=base"
+    before = plan_of(tmp_path, llama_recipe, base)
+    assert changed(before, plan_of(tmp_path, llama_recipe)) == set()
+    unlike = [Difference("rope_parameters.rope_theta", 1e6, 1e4)]
+    monkeypatch.setattr("tasks.models.expert.differences", lambda *_: unlike)
+    assert changed(before, plan_of(tmp_path, llama_recipe, base, "experts.math.config=base")) == {
+        "sensitivity math",
+        "sensitivity code",
+        "cross_task all",
+        "merge ties-sens",
+        *(f"evaluate {one}/{task}" for one in ("math", "code", "ties-sens") for task in ("math", "code")),
+    }
 
 
 def test_table_says_run_and_why(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -398,35 +419,61 @@ def test_bad_layers_end_the_command_with_status_2(
 
 
 SIZES: dict[str, Any] = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2}
-UNSUPPORTED: dict[str, Any] = {
-    "mamba": lambda: MambaForCausalLM(MambaConfig(**SIZES, state_size=4, expand=2)),
-    "mixtral": lambda: MixtralForCausalLM(
-        MixtralConfig(
-            **SIZES,
-            intermediate_size=16,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            num_local_experts=2,
-            max_position_embeddings=128,
-        )
+WRITTEN: dict[str, tuple[Any, str]] = {
+    "mamba": (
+        lambda: MambaForCausalLM(MambaConfig(**SIZES, state_size=4, expand=2)),
+        "of MambaForCausalLM, backbone.layers.*.mixer.A_log, backbone.layers.*.mixer.D, "
+        "backbone.layers.*.mixer.conv1d.bias and 5 more have no linear form",
+    ),
+    "mixtral": (
+        lambda: MixtralForCausalLM(
+            MixtralConfig(
+                **SIZES,
+                intermediate_size=16,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                num_local_experts=2,
+                max_position_embeddings=128,
+            )
+        ),
+        "of MixtralForCausalLM, model.layers.*.mlp.experts.down_proj, model.layers.*.mlp.experts.gate_up_proj, "
+        "model.layers.*.mlp.gate.weight have no linear form",
     ),
 }
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_networks_that_cannot_be_linearised(name: str, se_recipe: Recipe, save: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_has_no_linear_form_is_said(name: str, se_recipe: Recipe, save: Any, tmp_path: Path) -> None:
+    build, expected = WRITTEN[name]
+
     def network() -> PreTrainedModel:
         torch.manual_seed(0)
-        made: PreTrainedModel = UNSUPPORTED[name]()
+        made: PreTrainedModel = build()
         return made
 
     se_recipe["base"] = str(save(network(), "base", tmp_path))
     for seed, expert in enumerate(("math", "code"), 1):
         se_recipe["experts"][expert]["model"] = str(save(perturbed(network(), seed), expert, tmp_path))
-    message = r"^merges\.se\.application: \S+ is in \w+, which cannot be linearised; use application: {kind: static}"
+    (note,) = [note for note in plan_of(tmp_path, se_recipe).inputs.notes if note.startswith("merges.se.application")]
+    assert note.startswith(f"merges.se.application: {expected} and are written out for every distinct row")
+    static = plan_of(tmp_path, se_recipe, "merges.se.application={kind: static}").inputs.notes
+    assert not any("written out" in note for note in static)
+
+
+def test_networks_that_se_cannot_run(se_recipe: Recipe, save: Any, tmp_path: Path) -> None:
+    def network() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return XLNetLMHeadModel(XLNetConfig(vocab_size=259, d_model=16, n_layer=2, n_head=2, d_inner=16))
+
+    se_recipe["base"] = str(save(network(), "base", tmp_path))
+    for seed, expert in enumerate(("math", "code"), 1):
+        se_recipe["experts"][expert]["model"] = str(save(perturbed(network(), seed), expert, tmp_path))
+    message = (
+        r"^merges\.se\.application: XLNetLMHeadModel cannot be run with coefficients per sample \(.*\); "
+        r"use application: \{kind: static\}$"
+    )
     with pytest.raises(InputError, match=message):
         plan_of(tmp_path, se_recipe)
-    assert len(plan_of(tmp_path, se_recipe, "merges.se.application={kind: static}").steps) > 0
 
 
 def classifiers(folder: Path, base: Path, experts: dict[str, Path]) -> Recipe:

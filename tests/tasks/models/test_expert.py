@@ -378,7 +378,7 @@ def test_dtypes_come_from_the_headers(save: Callable[..., Path], tmp_path: Path)
     ("changes", "found"),
     [
         ({"hidden_size": 64}, "hidden_size 64, the base has 32"),
-        ({"vocab_size": 300}, "vocab_size 300, the base has 259"),
+        ({"vocab_size": 300}, r"vocab_size 300, the base has 259; .* model.resize_token_embeddings\(259\)"),
         ({"num_hidden_layers": 3}, "num_hidden_layers 3, the base has 2"),
         ({"intermediate_size": 64}, "intermediate_size 64, the base has 48"),
         ({"num_attention_heads": 2}, "num_attention_heads 2, the base has 4"),
@@ -395,6 +395,17 @@ def test_another_size(
         open_expert(folder, open_base(llamas["base"]), "experts.x")
     assert str(error.value).startswith("experts.x: ")
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("tokens", [250, 300])
+def test_the_way_out_of_another_vocabulary(
+    tokens: int, llamas: dict[str, Path], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    save(LlamaForCausalLM(llama_config(vocab_size=tokens)), "expert", tmp_path)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "expert")
+    network.resize_token_embeddings(259)
+    network.save_pretrained(tmp_path / "copy")
+    assert open_expert(tmp_path / "copy", open_base(llamas["base"]), "experts.x").own
 
 
 def test_another_architecture(llamas: dict[str, Path], save: Callable[..., Path], tmp_path: Path) -> None:
