@@ -34,6 +34,13 @@ def class_order(expert: PretrainedConfig, base: PretrainedConfig) -> list[int] |
     return [theirs.index(name) for name in ours] if set(theirs) == set(ours) else None
 
 
+def with_classes_of(base: PretrainedConfig, expert: PretrainedConfig) -> PretrainedConfig:
+    """Return an expert's config with the base's names of classes."""
+    named = copy.deepcopy(expert)
+    named.id2label, named.label2id = dict(base.id2label), dict(base.label2id)
+    return named
+
+
 def parameters_of_classes(network: PreTrainedModel) -> set[str]:
     """Return the names of the parameters that have a row for every class: those that grow with the classes."""
     config = copy.deepcopy(network.config)

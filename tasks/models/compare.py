@@ -4,12 +4,15 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from transformers import PretrainedConfig
+
+from tasks.errors import InputError
+from tasks.models.networks import after_padding, describe
 
 _NO_SETTING = re.compile(
     # where a config comes from, and the format of the weights
@@ -55,6 +58,25 @@ class Difference:
         return f"{self.setting} {_short(self.expert)} (the base has {_short(self.base)})"
 
 
+def check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) -> None:
+    """Check that an expert's network is of the base's architecture and size.
+
+    Raises:
+        InputError: they are not; it names what the expert has and what the base has.
+    """
+    ours, theirs = describe(base), describe(config)
+    wrapped = [one.get_text_config() is not one for one in (config, base)]
+    if all(wrapped):  # neither can be the language model inside the other
+        ours["model_type"], theirs["model_type"] = base.model_type, config.model_type
+    for setting, expected in ours.items():
+        if theirs[setting] == expected:
+            continue
+        wanted = "a fine-tune of the base"
+        if setting == "vocab_size":
+            wanted += f" with its vocabulary: save a copy of the expert after model.resize_token_embeddings({expected})"
+        raise InputError(f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; expected {wanted}")
+
+
 def differences(expert: PretrainedConfig, base: PretrainedConfig, own_head: bool) -> list[Difference]:
     """Return the settings of the computation in which an expert's config differs from its base's.
 
@@ -74,6 +96,12 @@ def differences(expert: PretrainedConfig, base: PretrainedConfig, own_head: bool
     return _compare(expert, base, own_head)[0]
 
 
+def listed(unlike: Sequence[Difference]) -> str:
+    """Return differences in a line, the first ten of them in full."""
+    shown = [str(one) for one in unlike[:10]]
+    return ", ".join(shown) + (f" and {len(unlike) - 10} more" if unlike[10:] else "")
+
+
 def with_settings_of(base: PretrainedConfig, expert: PretrainedConfig, own_head: bool) -> PretrainedConfig:
     """Return an expert's config with the base's value of every setting in `differences`; both are of one class."""
     return type(expert).from_dict(_compare(expert, base, own_head)[1])
@@ -86,7 +114,8 @@ def _compare(
     ours, theirs = (json.loads(config.to_json_string(use_diff=False)) for config in (base, expert))
     found, adopted = [], dict(theirs)
     for key in sorted(ours.keys() | theirs.keys()):
-        if _NO_SETTING.fullmatch(key) or (own_head and _OF_HEAD.fullmatch(key)):
+        shifts = key == "pad_token_id" and after_padding(base)
+        if (_NO_SETTING.fullmatch(key) and not shifts) or (own_head and _OF_HEAD.fullmatch(key)):
             continue
         inner = [getattr(config, key, None) for config in (expert, base)] if key in type(base).sub_configs else []
         if inner and all(isinstance(one, PretrainedConfig) for one in inner) and type(inner[0]) is type(inner[1]):
@@ -108,7 +137,7 @@ def _is_read(key: str, kind: type[PretrainedConfig], settings: Mapping[str, Any]
     if key in ("max_position_embeddings", "original_max_position_embeddings"):
         return not _rope_kinds(settings.get("rope_parameters")) <= _UNSCALED_ROPE
     return key in inspect.signature(kind).parameters or bool(
-        re.search(rf"\b{re.escape(key)}\b", _code(kind.__module__))
+        re.search(rf'config\.{re.escape(key)}\b|"{re.escape(key)}"', _code(kind.__module__))
     )
 
 

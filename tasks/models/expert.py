@@ -13,14 +13,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
-from tasks.models.classes import class_order, in_order, parameters_of_classes
-from tasks.models.compare import Difference, differences, with_settings_of
+from tasks.models.classes import class_order, in_order, parameters_of_classes, with_classes_of
+from tasks.models.compare import check_sizes, differences, listed, with_settings_of
 from tasks.models.inventory import Inventory, check_complete, take_inventory
 from tasks.models.layers import in_block
 from tasks.models.names import Names, names_of, parameter_names, plain
 from tasks.models.networks import (
     Head,
-    describe,
     fill_network,
     has_network,
     load_config,
@@ -252,13 +251,59 @@ def is_adapter(folder: Path, checkpoint: Checkpoint | None, key: str) -> bool:
 def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_config: bool) -> Expert:
     where = f"{key}: {folder}"
     config = load_config(folder)
-    _check_sizes(config, base.config, where)
+    check_sizes(config, base.config, where)
     network, names, inventory, config = _examine(config, source, folder, where)
     check_complete(inventory, source, network, names, where)
     notes = [f"{key}: {note}" for note in source.notes]
     if (folder / ADAPTER_CONFIG).is_file():
         notes.append(f"{where} holds a whole checkpoint; its {ADAPTER_CONFIG} is left over and not read")
-    stored = dict(inventory.stored)
+    stored, base, said = _changed_tensors(key, folder, source, inventory.stored, names, base)
+    notes += said
+    order = _class_order(network, config, base)
+    kin = not names.has_task_head or (names.network == base.names.network and order is not None)
+    placed = _place(where, stored, source, base, names, network, kin)
+    own_classes: dict[int, str] = {}
+    if order is None:
+        notes.append(f"{where} has other classes than the base: its head stays its own, beside the merged model")
+    elif order != sorted(order):
+        _reorder(placed, order, network, names, base)
+        own_classes, config = dict(config.id2label), with_classes_of(base.config, config)
+        notes.append(f"{where} has the base's classes in another order: its head is read in the base's")
+    _check_whole(where, stored, placed, names, base)
+    head = {name: name for name in placed.heads}
+    unlike = differences(config, base.config, bool(head))
+    if unlike and not base_config:
+        raise InputError(
+            f"{where} has other settings than the base: {listed(unlike)}; expected those of the base: set "
+            f"{key}.config: base to run the expert with them"
+        )
+    if names.tower != base.names.tower or type(config) is not type(base.config):
+        config = base.config
+    elif unlike:
+        config = with_settings_of(base.config, config, bool(head))
+    if unlike:
+        notes.append(f"{where} runs with the base's settings, not with its own {listed(unlike)}")
+    return Expert(
+        base,
+        source,
+        placed.own,
+        {},
+        head,
+        placed.pieces,
+        config=config,
+        network=names.network,
+        base_config=bool(unlike),
+        own_classes=own_classes,
+        notes=tuple(notes),
+    )
+
+
+def _changed_tensors(
+    key: str, folder: Path, source: Checkpoint, inventory: Mapping[str, str], names: Names, base: Base
+) -> tuple[dict[str, str], Base, list[str]]:
+    """Return the tensors that an expert may have changed, by the base's keys, the base as it needs it, and notes."""
+    notes = []
+    stored = dict(inventory)
     # Parameters that this expert ties and the base does not are changed alike.
     known = base.by_key()
     stored |= {alias: stored[one] for alias, one in names.tied.items() if one in stored and alias in known}
@@ -276,49 +321,20 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_conf
     stored, left = _in_tower(stored, names, base)
     if left:
         towers = sorted({one.partition(".")[0] for one in left})
-        notes.append(f"{where}: {len(left)} tensors of {', '.join(towers)} are left out: the base has no such part")
-    order = _class_order(network, config, base)
-    kin = not names.has_task_head or (names.network == base.names.network and order is not None)
-    placed = _place(where, stored, source, base, names, network, kin)
-    own_classes: dict[int, str] = {}
-    if order is None:
-        notes.append(f"{where} has other classes than the base: its head stays its own, beside the merged model")
-    elif order != sorted(order):
-        _reorder(placed, order, network, names, base)
-        own_classes, config = dict(config.id2label), _with_classes(config, base.config)
-        notes.append(f"{where} has the base's classes in another order: its head is read in the base's")
+        notes.append(
+            f"{key}: {folder}: {len(left)} tensors of {', '.join(towers)} are left out: the base has no such part"
+        )
+    return stored, base, notes
+
+
+def _check_whole(where: str, stored: Mapping[str, str], placed: "_Placed", names: Names, base: Base) -> None:
+    """Check that an expert has all tensors of the base that its network has too."""
     for tensor_key, name in base.by_key().items():
         # What this expert's network does not have (a pooler, a language-model head) stays the base's.
         expected = names.parameter(name) in names.parameters or in_block(name)
         expected = expected and names.tower == base.names.tower and tensor_key not in names.optional | names.statistics
         if expected and not placed.touches(name) and stored.get(tensor_key) not in placed.heads:
             raise InputError(f"{where} lacks tensor {name}, which the base has; expected a whole fine-tune")
-    head = {name: name for name in placed.heads}
-    unlike = differences(config, base.config, bool(head))
-    if unlike and not base_config:
-        raise InputError(
-            f"{where} has other settings than the base: {_listed(unlike)}; expected those of the base: set "
-            f"{key}.config: base to run the expert with them"
-        )
-    if names.tower != base.names.tower:
-        config = base.config
-    elif unlike:
-        config = with_settings_of(base.config, config, bool(head))
-    if unlike:
-        notes.append(f"{where} runs with the base's settings, not with its own {_listed(unlike)}")
-    return Expert(
-        base,
-        source,
-        placed.own,
-        {},
-        head,
-        placed.pieces,
-        config=config,
-        network=names.network,
-        base_config=bool(unlike),
-        own_classes=own_classes,
-        notes=tuple(notes),
-    )
 
 
 def _class_order(network: PreTrainedModel, config: PretrainedConfig, base: Base) -> list[int] | None:
@@ -337,32 +353,6 @@ def _reorder(placed: "_Placed", order: Sequence[int], network: PreTrainedModel, 
     keys = {names.key(name) for name in parameters_of_classes(network)}
     for name in [name for name in placed.own if base.names.key(name) in keys]:
         placed.pieces[name] = in_order(placed.own.pop(name), base.info(name).shape, order)
-
-
-def _with_classes(config: PretrainedConfig, base: PretrainedConfig) -> PretrainedConfig:
-    named = copy.deepcopy(config)
-    named.id2label, named.label2id = dict(base.id2label), dict(base.label2id)
-    return named
-
-
-def _check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) -> None:
-    """Check that an expert's network is of the base's architecture and size."""
-    ours, theirs = describe(base), describe(config)
-    wrapped = [one.get_text_config() is not one for one in (config, base)]
-    if all(wrapped):  # neither can be the language model inside the other
-        ours["model_type"], theirs["model_type"] = base.model_type, config.model_type
-    for setting, expected in ours.items():
-        if theirs[setting] == expected:
-            continue
-        wanted = "a fine-tune of the base"
-        if setting == "vocab_size":
-            wanted += f" with its vocabulary: save a copy of the expert after model.resize_token_embeddings({expected})"
-        raise InputError(f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; expected {wanted}")
-
-
-def _listed(unlike: Sequence[Difference]) -> str:
-    shown = [str(one) for one in unlike[:10]]
-    return ", ".join(shown) + (f" and {len(unlike) - 10} more" if unlike[10:] else "")
 
 
 def _untied_note(key: str, base: Base, why: str) -> str:

@@ -197,12 +197,16 @@ def fill_network(
     return filled
 
 
+def after_padding(config: PretrainedConfig) -> bool:
+    """Return whether a network numbers positions from behind its padding token, as RoBERTa and its kin do."""
+    return bool(_AFTER_PADDING.search(config.model_type))
+
+
 def positions(config: PretrainedConfig) -> int | None:
     """Return how many tokens a network takes at most; None where its positions have no table or stated limit."""
     text = config.get_text_config()
     limit: int | None = getattr(text, "max_position_embeddings", None)
-    # RoBERTa and its kin number the positions from behind the padding token.
-    offset = text.pad_token_id + 1 if limit and _AFTER_PADDING.search(text.model_type) else 0
+    offset = text.pad_token_id + 1 if limit and after_padding(text) else 0
     return limit - offset if limit and limit > 0 else None
 
 

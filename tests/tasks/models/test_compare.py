@@ -52,6 +52,7 @@ def parsed(kind: type[PretrainedConfig], settings: dict[str, Any], folder: Path)
         ("cohere", {"logit_scale": 1.0}, {}, "logit_scale"),
         ("opt", {"do_layer_norm_before": False}, {}, "do_layer_norm_before"),
         ("bert", {"is_decoder": True}, {}, "is_decoder"),
+        ("roberta", {"pad_token_id": 0}, {}, "pad_token_id"),
         ("esm", {"token_dropout": True}, {"token_dropout": False}, "token_dropout"),
         ("deberta-v2", {"relative_attention": True}, {"relative_attention": False}, "relative_attention"),
         ("gemma3", {"vision_config": {"hidden_act": "relu"}}, {}, "vision_config.hidden_act"),
