@@ -65,15 +65,24 @@ class Names:
         known = self.parameters.keys() | self.tied.keys()
         return key if key in known and renamed not in known else renamed
 
+    def all_parameters(self, name: str) -> tuple[str, ...]:
+        """Return the keys of all parameters that a tensor of a checkpoint is in: a fused one is split into several."""
+        first, pattern = self.parameter(name), rename_source_key(name, self.renamings, self.converters)[1]
+        if pattern is None or first not in self.parameters:
+            return (first,)
+        targets = next(one for one in self.converters if pattern in one.source_patterns).target_patterns
+        return tuple(first.replace(targets[0], target, 1) for target in targets)
+
     def is_converted(self, name: str) -> bool:
         """Return whether the network holds a checkpoint's tensor in another form: stacked with others, for one."""
         return rename_source_key(name, self.renamings, self.converters)[1] is not None
 
-    def convert(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def convert(self, tensors: Mapping[str, Tensor], key: str) -> Tensor:
         """Return the parameter that holds some tensors of a checkpoint in another form.
 
         Args:
             tensors: all tensors of that parameter, by name.
+            key: of the parameter.
         """
         converters = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
         collected: Any = None
@@ -81,8 +90,8 @@ class Names:
             renamed, pattern = rename_source_key(name, self.renamings, self.converters)
             collected = collected or copy.deepcopy(converters[pattern])
             collected.add_tensor(renamed, name, pattern, tensors[name])
-        converted: Tensor = collected.convert(renamed)[renamed]
-        return converted
+        converted: Mapping[str, Tensor] = collected.convert(renamed)
+        return next(tensor for name, tensor in converted.items() if name.removeprefix(self.prefix) == key)
 
     def by_key(self, names: Iterable[str]) -> dict[str, str]:
         """Return the tensors of a checkpoint by key, of tied ones only the first that it holds."""
