@@ -55,7 +55,7 @@ Sums = dict[str, float]
 
 
 def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the blocks of a network by name: the largest list of numbered modules in its decoder, or in its trunk.
+    """Return the blocks of a network by name: the largest list of numbered modules in its decoder.
 
     Of several lists, those count that hold modules of the kinds that transformers never splits, if it names any.
 
@@ -64,11 +64,11 @@ def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
     """
     decoder = network.get_decoder()
     inside = next(name for name, module in network.named_modules() if module is decoder)
-    prefix = f"{inside}." if inside else ""
     lists: dict[str, dict[str, nn.Module]] = {}
     for name in block_names(name for name, _ in network.named_parameters()):
-        if name.startswith(prefix):
-            lists.setdefault(name.rpartition(".")[0], {})[name] = network.get_submodule(name)
+        lists.setdefault(name.rpartition(".")[0], {})[name] = network.get_submodule(name)
+    # What some networks call their decoder is the last matrix of their head.
+    lists = {name: one for name, one in lists.items() if name.startswith(inside)} or lists
     kinds = network._no_split_modules or ()
     named = [one for one in lists.values() if any(type(module).__name__ in kinds for module in one.values())]
     chosen = max(named or lists.values(), key=_size, default={})

@@ -512,7 +512,7 @@ def _stacked(
 def missing_parameters(base: Base, head: Head) -> list[str]:
     """Return the parameters of a base's network, ended in `head`, that its checkpoint has no weights for."""
     needed = names_of(skeleton(base.config, head, base.folder)).parameters
-    found = {base.names.parameter(name) for name in base.weights}
+    found = {key for name in base.weights for key in base.names.all_parameters(name)}
     return [name for name in needed if name not in found]
 
 

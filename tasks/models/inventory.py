@@ -92,7 +92,8 @@ def check_complete(
     }
     parts: dict[str, dict[str, str]] = {}
     for key, name in inventory.stored.items():
-        parts.setdefault(names.parameter(name), {})[key] = name
+        for parameter in names.all_parameters(name):
+            parts.setdefault(parameter, {})[key] = name
     for parameter, shape in shapes.items():
         found = parts.get(parameter, {})
         if not found:
@@ -118,7 +119,7 @@ def _check_parts(
         )
     expected = regions(network, names, parameter)
     if expected is None or not set(found) <= set(expected):
-        return  # an older form still, which transformers converts in its own way
+        return  # a form that transformers converts in its own way: one tensor that it splits, for one
     for key, view in expected.items():
         if key not in found:
             raise InputError(

@@ -88,17 +88,26 @@ class Names:
     def _is_known(self, key: str) -> bool:
         return key in self.parameters or key in self.tied
 
+    def all_parameters(self, name: str) -> tuple[str, ...]:
+        """Return the keys of all parameters that a tensor of a checkpoint is in: a fused one is split into several."""
+        first, pattern = self.parameter(name), rename_source_key(plain(name), self.renamings, self.converters)[1]
+        if pattern is None or first not in self.parameters:
+            return (first,)
+        targets = next(one for one in self.converters if pattern in one.source_patterns).target_patterns
+        return tuple(first.replace(targets[0], target, 1) for target in targets)
+
     def is_converted(self, name: str) -> bool:
         """Return whether the network holds a checkpoint's tensor in another form: stacked with others, for one."""
         return rename_source_key(plain(name), self.renamings, self.converters)[1] is not None
 
-    def convert(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def convert(self, tensors: Mapping[str, Tensor], key: str) -> Tensor:
         """Return the parameter that holds some tensors of a checkpoint in another form.
 
         Args:
             tensors: all tensors of that parameter, by name.
+            key: of the parameter.
         """
-        return self.conversion(tensors)[self.parameter(next(iter(tensors)))]
+        return self.conversion(tensors)[key]
 
     def conversion(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return, by key, the parameters that hold some tensors of a checkpoint in another form.

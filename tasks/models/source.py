@@ -109,7 +109,8 @@ class Source:
         base = self.expert.base
         found: dict[str, list[str]] = {}
         for name in (*base.weights, *base.buffers):
-            found.setdefault(base.network_name(name), []).append(name)
+            for key in base.names.all_parameters(name):
+                found.setdefault(key, []).append(name)
         return found
 
     @cached_property
@@ -121,9 +122,10 @@ class Source:
         if name in self._head:
             return self._placed(self._head[name])
         names = self.expert.base.names
-        found = {one: self._placed(self.expert.read(one)) for one in self._tensors.get(names.parameter(name), ())}
+        key = names.parameter(name)
+        found = {one: self._placed(self.expert.read(one)) for one in self._tensors.get(key, ())}
         if any(names.is_converted(one) for one in found):
-            return names.convert(found)
+            return names.convert(found, key)
         return next(iter(found.values()), None)
 
     def _placed(self, tensor: Tensor) -> Tensor:

@@ -9,19 +9,19 @@ from tests.census.cases import make_case
 
 SAMPLE = [
     "LlamaForCausalLM",
-    "GPT2LMHeadModel",  # positions that are learned
     "MixtralForCausalLM",  # experts that are stacked
     "OPTForCausalLM",  # its head calls the decoder in the trunk
     "CamembertForCausalLM",  # has its head before the trunk
     "ElectraForCausalLM",  # transformers names no blocks
     "FalconH1ForCausalLM",  # its head reads a setting of the trunk
+    "HrmTextForCausalLM",  # files hold tensors that it splits
     "Inkling2ForCausalLM",  # patterns of old names match today's
     "LagunaForCausalLM",  # so do they here
     "MambaForCausalLM",  # its head passes the trunk's cache on
     "ZambaForCausalLM",  # has blocks that share weights
     "ZayaForCausalLM",  # hands more than hidden states from block to block
 ]
-REFUSED = {"Inkling2ForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM"}
+REFUSED = {"HrmTextForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM"}
 
 
 @pytest.mark.parametrize("name", SAMPLE)

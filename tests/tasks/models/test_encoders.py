@@ -15,6 +15,8 @@ from transformers import (
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -35,6 +37,7 @@ ENCODERS: dict[str, Callable[[], PreTrainedModel]] = {
     "distilbert": lambda: DistilBertForSequenceClassification(
         DistilBertConfig(**TEXT, dim=32, hidden_dim=48, n_layers=3, n_heads=4)
     ),
+    "mpnet": lambda: MPNetForSequenceClassification(MPNetConfig(**TEXT, **SIZE)),
     "electra": lambda: ElectraForSequenceClassification(ElectraConfig(**TEXT, **SIZE, embedding_size=16)),
 }
 SAMPLES = [

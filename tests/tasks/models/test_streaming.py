@@ -25,8 +25,6 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    MPNetConfig,
-    MPNetForSequenceClassification,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -36,7 +34,6 @@ from tasks.artifacts import read_json
 from tasks.coefficients import alpha
 from tasks.cross_task import CrossTaskJob
 from tasks.datasets import ClassificationTask, CompletionTask, RowSet
-from tasks.errors import InputError
 from tasks.models.blocks import blocks_of
 from tasks.models.placement import Actors, Placement
 from tasks.models.runners import Journey, PartsRunner, Runner, open_runner
@@ -357,15 +354,6 @@ def test_shares(shell: int, blocks: list[int], count: int, expected: list[int]) 
     assert found[-1].stop == len(blocks)
     assert [one.stop - one.start for one in found] == expected
     assert all(one.stop == other.start for one, other in pairwise(found))
-
-
-def test_what_cannot_be_run_apart(save: Save, tmp_path: Path) -> None:
-    config = MPNetConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=2)
-    folder = save(MPNetForSequenceClassification(config), "base", tmp_path)
-    task = ClassificationTask(kind="classification")
-    rows = [{"text": "x", "label": 0}]
-    with pytest.raises(InputError, match=r"transformers names no blocks of MPNet\w+ .* set placement: whole"):
-        sensitivity(folder, folder, "math", task, rows, folder, "float32", "cpu", "streamed", tmp_path)
 
 
 @pytest.mark.ray
