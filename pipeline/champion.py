@@ -1,6 +1,6 @@
 """Which version a refresh makes champion: the best variant that may be it, if the gate lets it pass."""
 
-from pipeline.gate import best_variant, candidates, judge, passes
+from pipeline.gate import best_variant, candidates, is_held_out, judge, passes
 from pipeline.plan import Plan
 from pipeline.recipe import Gate
 from pipeline.registry import Registry
@@ -40,7 +40,8 @@ def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[st
         return True, [*said, f"{version} is champion, the first"]
     if champion.number == version.number:
         return True, [*said, f"{version} stays champion: it is still the best variant"]
-    verdicts = judge(registry.outcomes(version), registry.outcomes(champion), gate.tolerance)
+    held_out = is_held_out(report, gate)
+    verdicts = judge(registry.outcomes(version), registry.outcomes(champion), gate.tolerance, held_out)
     registry.propose(version, champion, verdicts)
     said += [f"gate, {verdict.task}: {verdict}" for verdict in verdicts]
     if not passes(verdicts):

@@ -62,15 +62,14 @@ def candidates(report: Report, gate: Gate) -> list[str]:
 def best_variant(report: Report, gate: Gate) -> str:
     """Return the name of the candidate that scores best by the gate's metric; of equal ones the first.
 
+    It is chosen by one half of the evaluation samples, so that the other half can show what it is worth: the largest of
+    several scores is larger than it would be on other samples.
+
     Raises:
         InputError: no candidate has that metric.
     """
     task, _, metric = gate.metric.rpartition("/")
-    scores = (
-        report.mean_normalised
-        if not task
-        else {name: found[task][metric] for name, found in report.scores.items() if metric in found.get(task, {})}
-    )
+    scores = report.first_half or _scores(report, gate)
     values = {name: scores[name].value for name in candidates(report, gate) if name in scores}
     if not values:
         raise InputError(
@@ -79,6 +78,40 @@ def best_variant(report: Report, gate: Gate) -> str:
         )
     sign = 1 if not task or metrics.higher_is_better(metric) else -1
     return max(values, key=lambda name: sign * values[name])
+
+
+def _scores(report: Report, gate: Gate) -> Mapping[str, Score]:
+    """Return the gate's metric of every model on all samples."""
+    task, _, metric = gate.metric.rpartition("/")
+    if not task:
+        return report.mean_normalised
+    return {name: found[task][metric] for name, found in report.scores.items() if metric in found.get(task, {})}
+
+
+def is_held_out(report: Report, gate: Gate) -> bool:
+    """Return whether the best variant was chosen among several, by one half of the samples."""
+    return len([name for name in candidates(report, gate) if name in report.second_half]) > 1
+
+
+def choice(report: Report, gate: Gate) -> str | None:
+    """Say in a line which variant was chosen, by which score, and what it scores where it was not chosen by it.
+
+    None where there was nothing to choose.
+    """
+    scores = _scores(report, gate)
+    names = [name for name in candidates(report, gate) if name in scores]
+    if len(names) < 2:
+        return None
+    best = best_variant(report, gate)
+    said = f"best of {len(names)} variants: {best}, chosen by {gate.metric}"
+    if not is_held_out(report, gate):
+        return f"{said} on all samples, {_brief(scores[best])}: too few to keep some apart, so this is optimistic"
+    first, second = report.first_half[best], report.second_half[best]
+    return f"{said} on half of the samples, {_brief(first)}; on the other half, which chose nothing: {_brief(second)}"
+
+
+def _brief(score: Score) -> str:
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
 
 
 def _keys(report: Report) -> set[str]:
@@ -90,8 +123,12 @@ def _keys(report: Report) -> set[str]:
     }
 
 
-def judge(challenger: Mapping[str, Outcomes], champion: Mapping[str, Outcomes], tolerance: float) -> list[Verdict]:
+def judge(
+    challenger: Mapping[str, Outcomes], champion: Mapping[str, Outcomes], tolerance: float, held_out: bool = False
+) -> list[Verdict]:
     """Compare two models on every task that either was scored on, by the challenger's main metric.
+
+    With `held_out` only the half of the samples counts that the challenger was not chosen by.
 
     A challenger passes a task if the worse end of the 95 % interval of its difference from the champion is no further
     on the bad side than `tolerance` · |champion's score|: it is shown not to be worse (non-inferiority), so few
@@ -100,7 +137,7 @@ def judge(challenger: Mapping[str, Outcomes], champion: Mapping[str, Outcomes], 
     """
     verdicts = []
     for task in dict.fromkeys((*challenger, *champion)):
-        new, old = challenger.get(task), champion.get(task)
+        new, old = (_part(models.get(task), held_out) for models in (challenger, champion))
         metric = (new or champion[task]).metric
         before, after = _score(old, metric), _score(new, metric)
         if new is None or old is None or before is None or after is None or new.samples != old.samples:
@@ -110,6 +147,12 @@ def judge(challenger: Mapping[str, Outcomes], champion: Mapping[str, Outcomes], 
         worse = found.low if metrics.higher_is_better(metric) else -found.high
         verdicts.append(Verdict(task, metric, before, after, found, worse >= -tolerance * abs(before.value)))
     return verdicts
+
+
+def _part(one: Outcomes | None, held_out: bool) -> Outcomes | None:
+    if one is None or not held_out:
+        return one
+    return one.model_copy(update={"records": metrics.halves(one.records)[1]})
 
 
 def _score(one: Outcomes | None, metric: str) -> Score | None:

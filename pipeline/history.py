@@ -30,6 +30,8 @@ class PastRun:
     """folders of all its steps, relative to the store"""
     tracking_uri: str | None
     """where it was recorded, without a password; None: the database in the store"""
+    gate: str | None = None
+    """settings of the gate that its best variant has passed or not; None of a `run`"""
 
 
 def begin(
@@ -41,11 +43,17 @@ def begin(
 
 
 def remember(
-    store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key], tracking_uri: str | None
+    store: Store,
+    recipe: str,
+    command: Literal["run", "refresh"],
+    keys: Iterable[Key],
+    tracking_uri: str | None,
+    gate: str | None = None,
 ) -> None:
     """Write down a run that has just ended."""
     now = datetime.now(UTC)
-    run = PastRun(recipe, command, now.isoformat(timespec="seconds"), _folders(store, keys), public(tracking_uri))
+    ended = now.isoformat(timespec="seconds")
+    run = PastRun(recipe, command, ended, _folders(store, keys), public(tracking_uri), gate)
     store.write_run(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
     store.remove_run(_unfinished(store, recipe))
 

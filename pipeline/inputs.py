@@ -4,22 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.companions import Tokenizer, choose_tokenizer
 from pipeline.models import about
 from pipeline.recipe import Recipe
 from pipeline.task_rows import TaskRows, gather_rows
-from tasks.artifacts import canonical, sha256_text
 from tasks.coefficients import ExplicitCoefficients, matches
 from tasks.datasets import ClassificationTask
 from tasks.download import Listing, LocalModel, fetch_files, safetensors_header, small_files
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
+from tasks.models.classes import class_names
 from tasks.models.dynamic import trunk_blocks
 from tasks.models.expert import Base, Expert, open_base, open_expert
 from tasks.models.layers import group_by_layer
 from tasks.models.networks import load_tokenizer, skeleton
 from tasks.models.parameters import holdings
-from tasks.models.tokenizers import has_tokenizer
 from tasks.models.trial import try_network
 from tasks.models.weights import BaseWeights, ExpertWeights
 from tasks.routing import SeApplication
@@ -34,8 +34,8 @@ class Inputs:
     listings: Mapping[str, Listing]
     """of base and experts by name"""
     data: Mapping[str, TaskRows]
-    tokenizer: Path
-    """folder of the model whose tokenizer all models use"""
+    tokenizer: Tokenizer
+    """which all models use"""
     notes: tuple[str, ...] = ()
     """what a user should know of the models and data that are accepted: a line each"""
 
@@ -43,13 +43,6 @@ class Inputs:
         """Return base and experts as far as merging needs to know them: small, and read without transformers."""
         base = self.base.only_weights()
         return base, {name: expert.only_weights(base) for name, expert in self.experts.items()}
-
-    def tokenizer_digest(self) -> str:
-        """Return the content digest of the tokenizer's files."""
-        listing = next(listing for listing in self.listings.values() if listing.folder == self.tokenizer)
-        others = (".safetensors", ".safetensors.index.json", "adapter_config.json", "generation_config.json")
-        files = [file for file in listing.files if file.name != "config.json" and not file.name.endswith(others)]
-        return sha256_text(canonical([[file.name, file.digest] for file in files]))
 
 
 def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path, cache: Path) -> Inputs:
@@ -75,9 +68,9 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     for name, variant in recipe.merges.items():
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant.application, recipe, base, experts)
-    folders = [listing.folder for listing in listings.values()]
-    tokenizer = next((one for one in folders if has_tokenizer(one)), folders[0])
-    reader = load_tokenizer(tokenizer) if recipe.tasks else None
+    tokenizer, said = choose_tokenizer(recipe.tokenizer.source, base, experts, listings, cache)
+    notes += said
+    reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
     routed = bool(recipe.se_variants())
     data, said = gather_rows(recipe.tasks, experts, reader, folder, routed)
     notes += said
@@ -102,8 +95,28 @@ def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -
         except FilesNeeded as needed:
             name = next(name for name, folder in folders.items() if folder == needed.folder)
             fetch_files(listings[name], needed.files, cache)
+    _check_classes(base, experts)
     base = next((one.base for one in experts.values() if one.base.untied), base)
     return base, {name: expert.on(base) for name, expert in experts.items()}
+
+
+def _check_classes(base: Base, experts: Mapping[str, Expert]) -> None:
+    """Check that experts whose heads are merged agree on their classes where the base's config does not name them."""
+    if not base.names.has_task_head or class_names(base.config):
+        return
+    named: dict[str, list[str]] = {}
+    for name, expert in experts.items():
+        classes = class_names(expert.config)
+        if classes and expert.network == base.names.network and not expert.head:
+            named[name] = classes
+    first, *others = named or [""]
+    for name in others:
+        if named[name] != named[first]:
+            raise InputError(
+                f"experts.{name}: its classes are {', '.join(named[name][:5])}, those of experts.{first} "
+                f"{', '.join(named[first][:5])}, and the base's config names none to tell which is which; name them in "
+                f"id2label and label2id of a copy of the base's config.json"
+            )
 
 
 def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:

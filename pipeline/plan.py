@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -12,6 +12,7 @@ from pipeline.placement import Choice, choose
 from pipeline.recipe import Recipe, Stage
 from pipeline.steps import Resolved, Step, lay_out
 from pipeline.store import Key, Store
+from pipeline.trial import try_networks
 from pipeline.units import human_bytes
 from tasks import cross_task
 from tasks.download import Listing
@@ -60,7 +61,9 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
         InputError: models that cannot be merged, data that does not fit its task, no room on the disk.
     """
     inputs = gather_inputs(recipe, listings, folder, store.hub_cache)
-    resolved = Resolved(recipe, store, inputs, _placements(recipe, inputs))
+    placements = _placements(recipe, inputs)
+    inputs = replace(inputs, notes=(*inputs.notes, *try_networks(recipe, inputs, placements)))
+    resolved = Resolved(recipe, store, inputs, placements)
     steps = tuple(lay_out(resolved))
     todo = {step.title: store.why(step.key) for step in steps if store.manifest(step.key) is None}
     # A model whose files are gone from this machine is fetched again if a step that runs reads it.

@@ -167,6 +167,16 @@ class Gate(Strict):
     )
 
 
+class TokenizerSource(Strict):
+    """Whose tokenizer, chat template, special tokens, end tokens and generation config merged models get."""
+
+    source: str = Field(
+        "union",
+        description="base, or the name of an expert: all of it as it is there; union: that of the base (of the first "
+        "expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
+    )
+
+
 class Recipe(Strict):
     """A base, its experts, the tasks that judge them, and the merges to make."""
 
@@ -177,6 +187,9 @@ class Recipe(Strict):
     )
     experts: dict[Name, ExpertModel] = Field(description="the experts by name")
     tasks: dict[Name, Task] = Field({}, description="what each expert is good at, under the expert's name")
+    tokenizer: TokenizerSource = Field(
+        TokenizerSource.model_validate({}), description="where the tokenizer of merged models comes from"
+    )
     merges: dict[Name, Variant] = Field(min_length=1, description="the variants by name")
     dtype: Dtype = Field("float32", description="dtype in which networks run")
     resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
@@ -231,6 +244,9 @@ class Recipe(Strict):
         for name, variant in self.merges.items():
             self._check_variant(f"merges.{name}", variant)
         self._check_gate()
+        sources = ["union", "base", *self.experts]
+        if self.tokenizer.source not in sources:
+            raise ValueError(f"tokenizer.source: found {self.tokenizer.source}; expected one of {', '.join(sources)}")
         return self
 
     def _check_gate(self) -> None:

@@ -152,7 +152,8 @@ def check_whole(version: Version, store: Store) -> None:
     gone = store.lacking(version.folder)
     if gone is not None:
         raise InputError(
-            f"{version}: {gone}; a run of the recipe as it was makes it anew, or choose another version with promote"
+            f"{version}: {gone}; run the recipe as it was to make it anew, name the store with --store if this machine "
+            "has it elsewhere, or choose another version with promote"
         )
 
 

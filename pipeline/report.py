@@ -89,6 +89,10 @@ class Report(BaseModel):
     notes: list[str] = Field([], description="what a user should know of the models and data: a line each")
     scores: dict[str, dict[str, dict[str, Score]]] = Field(description="scores[model][task][metric]")
     mean_normalised: dict[str, Score] = Field(description="mean over tasks of main metric / own expert's, by model")
+    first_half: dict[str, Score] = Field(
+        {}, description="the gate's metric on the half of the evaluation samples that the best variant is chosen by"
+    )
+    second_half: dict[str, Score] = Field({}, description="the same on the other half, which chooses nothing")
     variants: dict[str, VariantInfo] = Field(description="the merges")
     routes: dict[str, RouteInfo] = Field({}, description="routes of the variants with application se")
     alpha: dict[str, dict[str, float]] = Field({}, description="alpha[expert][layer]")

@@ -1,5 +1,6 @@
 """Reads the artifacts of a finished plan into a report."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from tasks import metrics
 from tasks.artifacts import canonical, read_json, sha256_text
 from tasks.coefficients import alpha
 from tasks.datasets import DataSource, Task, rows_digest
+from tasks.metrics import Record
 
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
 """Of a step's manifest, what its record in the report has too."""
@@ -42,6 +44,7 @@ def collect(plan: Plan) -> Report:
     models = plan.models()
     scores, records = _evaluations(plan)
     evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
+    first, second = halved(records, evaluated, recipe.gate.metric, list(variants))
     return Report(
         recipe=recipe.name,
         dtype=recipe.dtype,
@@ -54,6 +57,8 @@ def collect(plan: Plan) -> Report:
         notes=[*plan.inputs.notes, *unchanged(plan)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
+        first_half=first,
+        second_half=second,
         variants=variants,
         routes={name: _route(plan, name, records) for name in recipe.se_variants()},
         alpha={name: alpha(_read(plan, "sensitivity", name, "sensitivity.json")["sensitivity"]) for name in experts},
@@ -184,11 +189,45 @@ def _routed(records: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | N
     return None if mean is None else vars(mean)
 
 
-def _normalised(records: dict[str, dict[str, Any]], tasks: dict[str, Task]) -> dict[str, Score]:
+def _normalised(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Score]:
     """Return, for every model, the mean over tasks of main metric ÷ that of the task's own expert, where it exists."""
     own = {task: records[task][task] for task in tasks}
     means = {model: metrics.mean_normalised(found, own, tasks) for model, found in records.items()}
     return {model: Score(**vars(mean)) for model, mean in means.items() if mean is not None}
+
+
+def halved(
+    records: Mapping[str, Mapping[str, list[Record]]], tasks: Mapping[str, Task], metric: str, variants: Sequence[str]
+) -> tuple[dict[str, Score], dict[str, Score]]:
+    """Return the gate's metric of every variant on each half of the evaluation samples.
+
+    Both are empty where a task has too few samples to halve, or a half has no such score.
+
+    Args:
+        records: of every model by task.
+        tasks: those that are evaluated, of which each expert has its own by name.
+        metric: `mean_normalised` or `TASK/METRIC`.
+        variants: their names.
+    """
+    task, _, name = metric.rpartition("/")
+    used = {model: found for model, found in records.items() if model in variants or model in tasks}
+    parts = {model: {key: metrics.halves(one) for key, one in found.items()} for model, found in used.items()}
+    if any(not first for found in parts.values() for first, _ in found.values()):
+        return {}, {}
+    halves: list[dict[str, Score]] = []
+    for half in (0, 1):
+        split = {model: {key: both[half] for key, both in found.items()} for model, found in parts.items()}
+        if task:
+            found = {
+                model: metrics.score_of(tasks[task].kind, name, split[model][task])
+                for model in variants
+                if task in tasks and task in split.get(model, {})
+            }
+            scores = {model: Score(**vars(score)) for model, score in found.items() if score is not None}
+        else:
+            scores = {model: score for model, score in _normalised(split, tasks).items() if model in variants}
+        halves.append(scores)
+    return (halves[0], halves[1]) if halves[0].keys() == halves[1].keys() else ({}, {})
 
 
 def data_sets(plan: Plan) -> list[TaskData]:

@@ -165,7 +165,7 @@ def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Ste
     assert not isinstance(one.task, LmEvalTask), "the recipe's schema refuses sens coefficients for it"
     reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", name)} | {
         "calibration": rows_digest(one.calibration),
-        "tokenizer": resolved.inputs.tokenizer_digest(),
+        "tokenizer": resolved.inputs.tokenizer.digest,
     }
     settings = {"dtype": resolved.recipe.dtype} | {"task": _calibration_settings(one.task)}
     finish = partial(
@@ -175,7 +175,7 @@ def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Ste
         name,
         one.task,
         one.calibration,
-        resolved.inputs.tokenizer,
+        resolved.inputs.tokenizer.folder,
         resolved.recipe.dtype,
         _device(resolved, "sensitivity"),
         resolved.placements["sensitivity"].placement,
@@ -217,7 +217,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", *names)} | {
         f"calibration {name}": rows_digest(resolved.inputs.data[name].calibration) for name in names
     }
-    tokenizer = {"tokenizer": resolved.inputs.tokenizer_digest()}
+    tokenizer = {"tokenizer": resolved.inputs.tokenizer.digest}
     settings = {"dtype": resolved.recipe.dtype} | {
         "tasks": {name: _calibration_settings(resolved.inputs.data[name].task) for name in names},
     }
@@ -243,7 +243,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
         base=resolved.inputs.base.folder,
         experts={name: resolved.inputs.experts[name].folder for name in names},
         calibration=_row_sets(resolved, "calibration"),
-        tokenizer=resolved.inputs.tokenizer,
+        tokenizer=resolved.inputs.tokenizer.folder,
         dtype=resolved.recipe.dtype,
         device=_device(resolved, "cross_task"),
         placement=resolved.placements["cross_task"].placement,
@@ -319,6 +319,7 @@ def _merge_step(
         out_dtype=variant.out_dtype,
         shard_size=variant.shard_size,
         groups=layer_groups(base),
+        token_ids=resolved.inputs.tokenizer.token_ids,
     )
     semantic: dict[str, Any] = {
         "method": variant.method,
@@ -332,6 +333,7 @@ def _merge_step(
         "out_dtype": variant.out_dtype,
         "shard_size": variant.shard_size,
         "experts": experts,
+        "companions": resolved.inputs.tokenizer.companions_digest,
     }
     adopted = [n for n in job.head_configs if resolved.inputs.experts[n].base_config]
     semantic |= {"heads with the base's config": adopted} if adopted else {}
@@ -352,7 +354,7 @@ def _merge_step(
         name,
         key,
         tuple(step.title for step in needed),
-        partial(finish, job, resolved.inputs.tokenizer),
+        partial(finish, job, resolved.inputs.tokenizer.folder),
         tuple(partial(part, job, group) for group in range(len(job.groups))),
         reads=reads,
         writes=writes,
@@ -452,7 +454,7 @@ def _evaluate_step(
     needed |= {"head": (head, downloads[head])} if head else {}
     reads = {role: _as_run(resolved, name, step) for role, (name, step) in needed.items()} | {
         "evaluation": rows_digest(one.evaluation),
-        "tokenizer": resolved.inputs.tokenizer_digest(),
+        "tokenizer": resolved.inputs.tokenizer.digest,
     }
     labels = _labels(resolved, task_name, one.task)
     listing = resolved.inputs.listings.get(model)
@@ -480,7 +482,7 @@ def _evaluate_step(
         task_name,
         one.task,
         one.evaluation,
-        resolved.inputs.tokenizer,
+        resolved.inputs.tokenizer.folder,
         resolved.recipe.dtype,
         _device(resolved, "evaluate"),
     )

@@ -333,10 +333,10 @@ def _lacking_at(uri: str) -> str | None:
         place, sizes = uri, {name: file.size for name, file in remote.files().items()}
         manifest = json.loads(remote.read(MANIFEST)) if MANIFEST in sizes else None
     if manifest is None:
-        return f"{place} is gone"
+        return f"{place} is not there"
     for name, size in manifest["files"].items():
         if name not in sizes:
-            return f"{place}/{name} is gone"
+            return f"{place}/{name} is not there"
         if sizes[name] != size:
             return f"{place}/{name} has {sizes[name]} bytes instead of {size}"
     return None

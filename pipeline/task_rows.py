@@ -1,7 +1,7 @@
 """The rows of a recipe's tasks: chosen, checked, and kept apart, for no sample may calibrate and be scored too."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from tasks.datasets import (
     check_rows,
     encode,
     rows_digest,
+    whole_number,
 )
 from tasks.errors import InputError
 from tasks.models.causality import not_causal
@@ -51,6 +52,21 @@ class _Reader:
     tokenizer: Any
     routed: bool
     """whether samples are told apart by their prompts"""
+
+    def named(self, rows: list[Row]) -> list[Row]:
+        """Return rows with their classes by name where numbers would be those of the expert's own config.
+
+        The expert's head is read in the base's order, as that of merged models is.
+        """
+        names, task = self.expert.own_classes, self.task
+        if not names or not isinstance(task, ClassificationTask):
+            return rows
+        named = []
+        for row in rows:
+            label = row.get(task.label)
+            number = None if label in names.values() else whole_number(label)
+            named.append(row if number is None else row | {task.label: names.get(number, label)})
+        return named
 
     def samples(self, split: Literal["calibration", "evaluation"], found: Rows) -> list[Sample]:
         """Return rows as samples. Raises InputError for the first row that does not fit the task or its network."""
@@ -101,6 +117,7 @@ def gather_rows(
         found = Rows([], [])
         if task.calibration is not None:
             found = load_rows(task.calibration, f"tasks.{name}.calibration", folder)
+            found = replace(found, rows=readers[name].named(found.rows))
         samples = readers[name].samples("calibration", found)
         for row, place, sample in zip(found.rows, found.places, samples, strict=True):
             taken |= dict.fromkeys(_marks(row, sample), place)
@@ -136,7 +153,7 @@ def _evaluation(
     while len(chosen) < wanted and start < len(order):
         drawn = sorted(order[start : start + wanted - len(chosen)])
         start += len(drawn)
-        found = Rows(table.take(drawn), [table.place(index) for index in drawn])
+        found = Rows(reader.named(table.take(drawn)), [table.place(index) for index in drawn])
         for index, row, place, sample in zip(
             drawn, found.rows, found.places, reader.samples("evaluation", found), strict=True
         ):

@@ -27,13 +27,13 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 from pipeline.report import Report
 from pipeline.requirements import project_source, requirements
-from tasks.models.tokenizers import FILES
+from tasks.models.companions import CONFIG, TOKENIZER
 from tasks.serving import MAX_NEW_TOKENS
 from tasks.static_model import Form, form_of, head_names
 
 LOADER = "tasks.serving"
 MLMODEL = "MLmodel"
-NEEDED = (*FILES, "config.json")
+NEEDED = (*TOKENIZER, CONFIG)
 """Patterns of the files of a merged model that are read here."""
 COMPONENTS = "components"
 """Folder in which mlflow.transformers looks for tokenizers."""
@@ -113,7 +113,7 @@ class Merged:
             return False
         try:
             get_artifact_repository(self.uri)
-        except MlflowException:  # no such scheme
+        except (MlflowException, ImportError):  # no such scheme, or no package for it
             return False
         return True
 
@@ -139,29 +139,29 @@ def write_beside(merged: Merged) -> list[str]:
 
 def _write(target: Path, merged: Merged, mlmodel: Model, beside: bool) -> None:
     settings = {"device": "cpu", "dtype": merged.dtype} | ({} if beside else {"folder": merged.place})
-    pipeline = PIPELINES.get(merged.form) if merged.form else None
-    if pipeline and (beside or merged.is_local):
+    pipeline = PIPELINES.get(merged.form) if merged.form and (beside or merged.is_local) else None
+    if pipeline is not None:
         mlmodel.add_flavor("transformers", **_transformers_flavor(pipeline, merged, beside))
+    fetching: list[str] = []
+    if not beside and not merged.is_local:
+        fetching = [get_filesystem_class(urlparse(merged.uri).scheme).__module__.partition(".")[0]]
+    save_model(
+        target,
+        loader_module=LOADER,
+        code_paths=[str(project_source())],
+        model_config=settings,
+        mlflow_model=mlmodel,
+        signature=_signature(merged),
+        input_example=["What is 3 plus 4?"],
+        # Given, for MLflow would load the model in another process to find them out.
+        pip_requirements=list(requirements(LOADER, *fetching)),
+    )
+    if pipeline is not None:
+        tokenizer = target / COMPONENTS / FlavorKey.TOKENIZER
         for path in {path for pattern in NEEDED for path in merged.folder.glob(pattern)}:
-            component = target / COMPONENTS / FlavorKey.TOKENIZER / path.name
+            component = tokenizer / path.relative_to(merged.folder)
             component.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, component)
-    implementations: list[str] = []
-    if not beside and not merged.is_local:
-        implementations = [get_filesystem_class(urlparse(merged.uri).scheme).__module__.partition(".")[0]]
-    with TemporaryDirectory() as temporary:
-        save_model(
-            Path(temporary) / "model",
-            loader_module=LOADER,
-            code_paths=[str(project_source())],
-            model_config=settings,
-            mlflow_model=mlmodel,
-            signature=_signature(merged),
-            input_example=["What is 3 plus 4?"],
-            # Given, for MLflow would load the model in another process to find them out.
-            pip_requirements=list(requirements(LOADER, *implementations)),
-        )
-        shutil.copytree(Path(temporary) / "model", target, dirs_exist_ok=True)
 
 
 def _transformers_flavor(pipeline: tuple[str, str, str], merged: Merged, beside: bool) -> dict[str, Any]:

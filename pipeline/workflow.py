@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pipeline.card import write_cards
 from pipeline.changes import model_changes
+from pipeline.gate import choice
 from pipeline.history import begin, last_run, remember
 from pipeline.options import Options
 from pipeline.plan import Plan, make_plan, plan_summary, plan_table
@@ -19,7 +20,7 @@ from pipeline.results import collect, data_sets, outcomes
 from pipeline.run import execute
 from pipeline.system_metrics import Sample, sampled
 from pipeline.tracking_uri import is_server
-from tasks.artifacts import write_json
+from tasks.artifacts import canonical, write_json
 from tasks.download import Listing
 
 REFUSED = 3
@@ -76,8 +77,8 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
             write_json(options.report, report.model_dump())
         from pipeline.champion import loss_of_champion
 
-        # What a `run` has made has not passed the gate yet; and a champion that is lost has to be replaced.
-        is_settled = last.command == "refresh" and loss_of_champion(plan, options.uri) is None
+        # What a `run` has made has not passed this gate yet; and a champion that is lost has to be replaced.
+        is_settled = last.gate == _gate(plan) and loss_of_champion(plan, options.uri) is None
         return 0 if is_settled else _pass_gate(options, plan, report, console)
     for line in (*plan.inputs.notes, *model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
@@ -93,8 +94,12 @@ def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -
     passed, said = choose_champion(plan, report, options.uri)
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)
-    remember(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
+    remember(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri, _gate(plan))
     return 0 if passed else REFUSED
+
+
+def _gate(plan: Plan) -> str:
+    return canonical(plan.recipe.gate.model_dump())
 
 
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]:
@@ -123,6 +128,9 @@ def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Conso
         write_json(options.report, report.model_dump())
     if report.tasks:
         console.print(score_table(report))
+    chosen = choice(report, plan.recipe.gate)
+    if chosen is not None:
+        console.print(chosen, highlight=False, soft_wrap=True)
     if report.routes:
         console.print(route_table(report))
     for warning in route_warnings(report):

@@ -30,7 +30,7 @@ from tasks.models.placement import Actors, Placement
 from tasks.models.runners import open_runner
 from tasks.models.source import Source
 
-VERSION = 5
+VERSION = 6
 DISTANCES = "distances.json"
 PAIRS = "pairs.json"
 _HEAD_INPUTS = "head_inputs.safetensors"

@@ -4,12 +4,12 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from glob import escape
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants
@@ -28,12 +28,12 @@ from huggingface_hub.file_download import repo_folder_name
 
 from tasks.artifacts import hash_file, read_json, sha256_text, write_json
 from tasks.errors import InputError
-from tasks.models import tokenizers
 from tasks.models.checkpoint import TensorInfo, read_header, tensor_info
+from tasks.models.companions import WEIGHTS, is_companion, is_plain, local_files
 
-WEIGHTS = "*.safetensors"
 CONFIGS = ["config.json", "adapter_config.json"]
-RELEVANT = [WEIGHTS, "*.safetensors.index.json", *CONFIGS, "generation_config.json", *tokenizers.FILES]
+READ = [WEIGHTS, "*.safetensors.index.json", *CONFIGS]
+"""What is read of a model, at its top level; beside it, what travels into merged models (`is_companion`)."""
 # Mistral's repositories hold every weight twice; the copy of this name is not in the Hugging Face layout.
 FOREIGN = "consolidated*"
 PICKLES = ["pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt"]
@@ -68,7 +68,7 @@ class ListedFile:
     """One file of a model.
 
     Raises:
-        InputError: the name is not that of a plain file; no path outside the model's folder can be listed.
+        InputError: the name is not that of a file in the model's folder or a known subfolder of it.
     """
 
     name: str
@@ -78,8 +78,8 @@ class ListedFile:
     """`sha256:…`, or `git:…` (git blob id) for small files of the hub"""
 
     def __post_init__(self) -> None:
-        """Refuse a name with separators, a drive or `..`."""
-        if self.name in {"", ".."} or PureWindowsPath(self.name).name != self.name:
+        """Refuse a name with a drive, `..`, or a folder that no model has."""
+        if not is_plain(self.name):
             raise InputError(f"listed file {self.name!r} is not a plain file name; do not use this model")
 
 
@@ -137,7 +137,7 @@ def _is_repo_id(text: str) -> bool:
 
 
 def resolve(source: LocalModel | HubModel, cache: Path) -> Listing:
-    """List the files of a model: weights in safetensors, configs and tokenizer, at the top level only.
+    """List the files of a model: weights in safetensors, configs, and the small files that travel into merged models.
 
     A branch or tag becomes a commit here, once; only the commit is used from then on. Where the hub cannot be reached
     (or `HF_HUB_OFFLINE=1`), the commit and list that it gave the last time are used. Of a folder every file is
@@ -180,7 +180,7 @@ def _cached_listing(source: HubModel, commit: str, cache: Path) -> Listing | Non
         if name.startswith("/") or ".." in name.split("/"):
             raise InputError(f"model {source}: lists {name!r}, outside its folder; do not use this model")
     files = []
-    for name in sorted(_relevant([name for name in tree if "/" not in name], source)):
+    for name in sorted(_relevant({name: entry["size"] for name, entry in tree.items()}, source)):
         sha256 = tree[name].get("lfs_sha256")
         files.append(
             ListedFile(name, tree[name]["size"], f"sha256:{sha256}" if sha256 else f"git:{tree[name]['blob_id']}")
@@ -195,8 +195,9 @@ def _local_files(source: LocalModel, cache: Path) -> tuple[ListedFile, ...]:
     record = cache / ".digests" / f"{sha256_text(str(source))[:16]}.json"
     known: dict[str, list[Any]] = read_json(record) if record.exists() else {}
     fresh: dict[str, list[Any]] = {}
-    for name in sorted(_relevant([path.name for path in source.folder.iterdir() if path.is_file()], source)):
-        stat = (source.folder / name).stat()
+    stats = {name: path.stat() for name, path in local_files(source.folder).items()}
+    for name in sorted(_relevant({name: stat.st_size for name, stat in stats.items()}, source)):
+        stat = stats[name]
         key = [stat.st_size, stat.st_mtime_ns]
         fresh[name] = known[name] if known.get(name, [])[:2] == key else [*key, _digest(source.folder / name, "sha256")]
     if fresh != known:
@@ -205,9 +206,10 @@ def _local_files(source: LocalModel, cache: Path) -> tuple[ListedFile, ...]:
     return tuple(ListedFile(name, size, digest) for name, (size, _, digest) in fresh.items())
 
 
-def _relevant(names: list[str], source: LocalModel | HubModel) -> set[str]:
-    """Choose the files of a model that are read, and check that weights are among them."""
-    chosen = {name for name in names if any(fnmatch(name, pattern) for pattern in RELEVANT)}
+def _relevant(sizes: Mapping[str, int], source: LocalModel | HubModel) -> set[str]:
+    """Choose the files of a model that are read or travel, by name and bytes; check that weights are among them."""
+    names = [name for name in sizes if "/" not in name]
+    chosen = {name for name in names if any(fnmatch(name, pattern) for pattern in READ)}
     chosen = {name for name in chosen if not fnmatch(name, FOREIGN)}
     if not any(fnmatch(name, WEIGHTS) for name in chosen):
         pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in PICKLES))
@@ -217,7 +219,7 @@ def _relevant(names: list[str], source: LocalModel | HubModel) -> set[str]:
                 "read; load it with transformers in a place you trust, and use the folder that save_pretrained writes"
             )
         raise InputError(f"model {source}: no weights found; expected *.safetensors files at its top level")
-    return chosen
+    return chosen | {name for name, size in sizes.items() if is_companion(name, size)}
 
 
 def small_files(listing: Listing, cache: Path) -> Path:

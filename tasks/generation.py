@@ -10,10 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tasks.artifacts import read_json
 from tasks.datasets import pad
 from tasks.errors import InputError
+from tasks.models.companions import GENERATION_CONFIG, has_tokenizer
 from tasks.models.networks import load_tokenizer
-from tasks.models.tokenizers import has_tokenizer
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 def set_end_tokens(network: PreTrainedModel, folder: Path, base: Path) -> None:

@@ -3,10 +3,9 @@
 import hashlib
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,19 @@ from tasks.models.checkpoint import (
     preallocate,
     tensor_bytes,
 )
+from tasks.models.companions import (
+    CONFIG,
+    GENERATION_CONFIG,
+    companions,
+    copy_companions,
+    is_tokenizer_file,
+    without_code,
+)
 from tasks.models.layers import group_by_layer, layer_of
-from tasks.models.tokenizers import copy_tokenizer
 from tasks.models.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
 from tasks.task_vectors import TABLE, read_histogram
 
-VERSION = 5
+VERSION = 6
 MEAN = Settings("task_arithmetic", normalize=False, rescale=False, lambda_=1.0)
 """How statistics (`BaseWeights.statistics`) are merged, with weights 1 / experts."""
 TENSORS = "tensors.json"
@@ -77,6 +83,8 @@ class MergeJob:
     """bytes"""
     groups: tuple[tuple[str, ...], ...]
     """the base's weights in groups of whole layers; each is merged in one go"""
+    token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
+    """what the merged model's config says of special tokens otherwise than the base's"""
     previous: Path | None = None
     """an earlier merge of the variant: tensors whose inputs are the same are taken over from it, bit for bit"""
 
@@ -312,27 +320,35 @@ def tensor_digests(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) 
 
 
 def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
-    """Write what makes a folder of weights a Hugging Face model: config, tokenizer, generation config.
+    """Write what makes a folder of weights a Hugging Face model: its config, and all that lies beside the weights.
+
+    Tokenizer, chat templates and generation config are those of the folder `tokenizer`; the rest is the base's. What
+    names code is left out, for merged models have none beside them.
 
     Args:
         job: the variant.
         tokenizer: folder of the model whose tokenizer, chat template and generation config the merged model gets.
         out: the folder of the weights.
     """
-    config = read_json(job.base.folder / "config.json")
+    config = without_code(read_json(job.base.folder / CONFIG))
+    parts = [one for one in (config, config.get("text_config")) if one is not None]
     if job.base.untied:
-        for part in (one for one in (config, config.get("text_config")) if one is not None):
+        for part in parts:
             part["tie_word_embeddings"] = False
+    for key, value in job.token_ids.items():
+        for part in [one for one in parts if key in one] or [config]:
+            part[key] = value
     if job.out_dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = job.out_dtype
-    write_json(out / "config.json", config)
-    experts = [expert.folder for expert in job.experts.values()]
-    folders = (job.base.folder, tokenizer, *experts)
-    source = next((folder for folder in folders if (folder / "generation_config.json").is_file()), None)
-    if source is not None:
-        shutil.copyfile(source / "generation_config.json", out / "generation_config.json")
-    copy_tokenizer(tokenizer, experts, out)
+    write_json(out / CONFIG, config)
+
+    def of_tokenizer(name: str) -> bool:
+        return is_tokenizer_file(name) or name == GENERATION_CONFIG
+
+    files = {name: path for name, path in companions(job.base.folder).items() if not of_tokenizer(name)}
+    files |= {name: path for name, path in companions(tokenizer).items() if of_tokenizer(name)}
+    copy_companions(files, out)
 
 
 def write_heads(job: MergeJob, out: Path) -> None:

@@ -27,7 +27,7 @@ from tasks.models.checkpoint import CheckpointWriter, open_checkpoint, prealloca
 from tasks.models.layers import layer_of
 from tasks.models.vectors import LowRank, Vector, compact, save_vectors
 
-VERSION = 3
+VERSION = 4
 BASE = "base"
 """Folder of the base as a checkpoint. The merge's own folder has no `config.json`, so that no loader of checkpoints
 takes the base for the merge."""

@@ -13,6 +13,7 @@ A proportion has a Wilson interval. Other scores have a percentile bootstrap ove
 one sample are not independent. The lm-eval tasks of one lm_eval task are strata, resampled apart.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,33 @@ def score_records(kind: str, records: list[Record]) -> dict[str, Score]:
             metric = _lm_eval_metric(name, group)
             scores[f"{group[0]['task']}/{name}"] = _score(metric, _strata(metric, group))
     return scores
+
+
+def score_of(kind: str, metric: str, records: list[Record]) -> Score | None:
+    """One of the scores of `score_records`, without the work for the others; None where the records have none."""
+    if kind == "lm_eval":
+        return score_records(kind, records).get(metric)
+    found = METRICS.get(metric)
+    if found is None or kind not in found.kinds or not set(found.columns) <= records[0].keys():
+        return None
+    return _score(found, _strata(found, records))
+
+
+def halves(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Split records in two at random, each lm-eval task by itself; the same way for every model on the same rows.
+
+    The second has the odd one.
+    """
+    first: set[int] = set()
+    places: dict[str | None, list[int]] = {}
+    for place, record in enumerate(records):
+        places.setdefault(record.get("task"), []).append(place)
+    for found in places.values():
+        first.update(random.Random(0).sample(found, len(found) // 2))
+    return (
+        [record for place, record in enumerate(records) if place in first],
+        [record for place, record in enumerate(records) if place not in first],
+    )
 
 
 def mean_normalised(

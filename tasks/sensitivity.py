@@ -15,7 +15,7 @@ from tasks.models.placement import Placement
 from tasks.models.runners import Sensitivity, open_runner
 from tasks.models.source import Source
 
-VERSION = 3
+VERSION = 4
 
 
 def sensitivity(

@@ -18,7 +18,7 @@ from tasks.methods.sparsify import BINS
 from tasks.models.layers import layer_of
 from tasks.models.weights import ExpertWeights
 
-VERSION = 3
+VERSION = 4
 TABLE = "task_vector.json"
 HISTOGRAMS = "histograms.safetensors"
 

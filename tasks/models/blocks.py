@@ -7,7 +7,8 @@ else blocks are given come from that code, and blocks do exactly what they do in
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,27 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is given beside the hidden states: positional arguments and those with names."""
 Calls = Sequence[Call]
 """All calls of one block, which is called again with what it gives where a network has one block for all layers."""
+Learned = Sequence[Tensor]
+"""What blocks are given that depends on weights outside them (embeddings of relative positions, say), detached."""
+
+
+class Entry(NamedTuple):
+    """What goes into the blocks."""
+
+    hidden: Tensor
+    """before the first block, (B, T, width)"""
+    calls: list[Calls]
+    """of each block, with a `Slot` in the place of what is learned"""
+    learned: Learned
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one of the tensors that are learned."""
+
+    index: int
+
+
 TrunkOutput = dict[str, Tensor]
 """`hidden`, (B, T, width), and `pooled`, (B, width), where the trunk has a pooler."""
 Sums = dict[str, float]
@@ -88,32 +110,44 @@ class Part:
             watch(self._products, source, block, f"{name}.")
             self._blocks.append(block)
 
-    def forward(self, hidden: Tensor, calls: Sequence[Calls]) -> Tensor:
-        """Return the hidden states behind the blocks, (B, T, width), from those before them."""
-        with torch.no_grad():
-            return self._run(hidden, calls)
+    def forward(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> Tensor:
+        """Return the hidden states behind the blocks, (B, T, width), from those before them.
 
-    def backward(self, hidden: Tensor, calls: Sequence[Calls], gradient: Tensor) -> tuple[Tensor, Sums]:
+        Args:
+            hidden: hidden states before the blocks.
+            calls: of each block, from `Shell.enter`.
+            learned: from there too.
+        """
+        with torch.no_grad():
+            return self._run(hidden.to(self._device), calls, to_device(learned, self._device))
+
+    def backward(
+        self, hidden: Tensor, calls: Sequence[Calls], learned: Learned, gradient: Tensor
+    ) -> tuple[Tensor, Sums, Learned]:
         """Run the blocks again and then backward.
 
         Args:
             hidden: hidden states before the blocks, (B, T, width).
             calls: as in `forward`.
+            learned: as in `forward`.
             gradient: ∂L/∂ hidden states behind them.
 
         Returns:
-            ∂L/∂hidden, and the sums of the blocks' layers.
+            ∂L/∂hidden, the sums of the blocks' layers, and the gradients of what is learned by way of these blocks.
         """
-        hidden = hidden.to(self._device).detach().requires_grad_()
+        leaf, *leaves = (tensor.detach().requires_grad_() for tensor in to_device([hidden, *learned], self._device))
         with torch.enable_grad():
-            output = self._run(hidden, calls)
+            output = self._run(leaf, calls, leaves)
         torch.autograd.backward(output, gradient.to(self._device))
-        assert hidden.grad is not None
-        return hidden.grad, self._products.take()
+        assert leaf.grad is not None
+        grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in leaves]
+        return leaf.grad, self._products.take(), grads
 
-    def _run(self, hidden: Tensor, calls: Sequence[Calls]) -> Tensor:
-        hidden = hidden.to(self._device)
-        for block, several in zip(self._blocks, to_device(calls, self._device), strict=True):
+    def _run(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> Tensor:
+        def given(leaf: Any) -> Any:
+            return learned[leaf.index] if isinstance(leaf, Slot) else leaf
+
+        for block, several in zip(self._blocks, tree_map(given, to_device(calls, self._device)), strict=True):
             for args, kwargs in several:
                 output = block(hidden, *args, **kwargs)
                 hidden = output if isinstance(output, Tensor) else output[0]
@@ -147,8 +181,8 @@ class Shell:
         self._products = GradientProducts()
         watch(self._products, source, network, "")
 
-    def enter(self, batch: Batch) -> tuple[Tensor, list[Calls]]:
-        """Return the hidden states before the first block, (B, T, width), and what each block is given beside them.
+    def enter(self, batch: Batch) -> Entry:
+        """Return the hidden states before the first block, and what each block is given beside them.
 
         Raises:
             InputError: the network does more than hand the output of each block to the next.
@@ -167,10 +201,10 @@ class Shell:
                 entry = self._enter(batch)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:
+            except Exception:  # what a network makes of the wrong form may be anything
                 continue
             if entry is not None:
-                self._visits = sum(len(several) for several in entry[1])
+                self._visits = sum(len(several) for several in entry.calls)
                 return
         self._answer = None
         raise InputError(
@@ -178,7 +212,7 @@ class Shell:
             "next, so it cannot be run in parts; set placement: whole, or use other coefficients than sens"
         )
 
-    def _enter(self, batch: Batch) -> tuple[Tensor, list[Calls]] | None:
+    def _enter(self, batch: Batch) -> Entry | None:
         first: list[Tensor] = []
         calls: list[list[Call]] = []
         astray = False
@@ -198,11 +232,12 @@ class Shell:
 
         with torch.enable_grad():
             self._run(self.network, batch, visit)
-        given = tree_leaves(calls)
-        learned = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in given)
-        if astray or len(calls) < self._blocks or learned or any(leaf is _BESIDE for leaf in given):
+        if astray or len(calls) < self._blocks or any(leaf is _BESIDE for leaf in tree_leaves(calls)):
             return None
-        return first[0].detach(), list(calls)
+        learned = _learned(calls)
+        slots = {id(tensor): Slot(index) for index, tensor in enumerate(learned)}
+        placed = tree_map(lambda leaf: slots.get(id(leaf), leaf), calls)
+        return Entry(first[0].detach(), placed, [tensor.detach() for tensor in learned])
 
     def loss(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
         """Return the loss and ∂loss/∂hidden, from the hidden states behind the last block."""
@@ -213,19 +248,28 @@ class Shell:
         (gradient,) = torch.autograd.grad(output.loss, leaf)
         return float(output.loss.detach()), gradient
 
-    def backward(self, batch: Batch, hidden: Tensor, gradient: Tensor) -> Sums:
+    def backward(self, batch: Batch, hidden: Tensor, gradient: Tensor, gradients: Learned) -> Sums:
         """Run the shell and then backward, and return the sums of its layers.
 
         Args:
             batch: the sample.
             hidden: hidden states behind the last block.
             gradient: ∂L/∂ hidden states before the first block.
+            gradients: ∂L/∂ what is learned, by way of all blocks.
         """
-        hidden, gradient = hidden.to(self._source.device), gradient.to(self._source.device)
+        device = self._source.device
         across: Callable[..., Tensor] = _AcrossBlocks.apply
+        replay = self._replay(lambda entered: across(entered, hidden.to(device), gradient.to(device)))
+        calls: list[Call] = []
+
+        def visit(index: int, entered: Tensor, call: Call) -> Tensor:
+            calls.append(call)
+            return replay(index, entered, call)
+
         with torch.enable_grad():
-            output = self._forward(self.network, batch, self._replay(lambda entered: across(entered, hidden, gradient)))
-        output.loss.backward()
+            output = self._forward(self.network, batch, visit)
+        roots = [output.loss, *_learned(calls)]
+        torch.autograd.backward(roots, [torch.ones_like(output.loss), *to_device(gradients, device)])
         return self._products.take()
 
     def trunk(self, batch: Batch, hidden: Tensor) -> TrunkOutput:
@@ -256,6 +300,12 @@ def trunk_output(output: Any) -> TrunkOutput:
     """Return what a head may take of the output of transformers' trunks."""
     kept = {"hidden": output.last_hidden_state, "pooled": getattr(output, "pooler_output", None)}
     return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+
+def _learned(calls: Any) -> list[Tensor]:
+    """Return the tensors in some calls that have a gradient, each once."""
+    found = {id(leaf): leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor) and leaf.requires_grad}
+    return list(found.values())
 
 
 def watch(products: GradientProducts, source: Source, module: nn.Module, prefix: str) -> None:
@@ -294,8 +344,6 @@ _ANSWERS: tuple[Callable[[Tensor], Any], ...] = (
     lambda hidden: (hidden,),
     lambda hidden: (hidden, _BESIDE),
     lambda hidden: (hidden, _BESIDE, _BESIDE),
-    lambda hidden: (hidden, None),
-    lambda hidden: (hidden, None, None),
 )
 """Forms in which networks expect what blocks give."""
 

@@ -20,6 +20,7 @@ _NO_SETTING = re.compile(
     r"|tie_\w+|head_dim|pruned_heads"
     # what is given back or kept, and how the same numbers are worked out
     r"|use_cache|return_dict|use_return_dict|torchscript|output_(attentions|hidden_states|router_logits|past)"
+    r"|out_(features|indices)|stage_names"
     r"|_?attn_implementation\w*|_?experts_implementation\w*|attn_impl|gradient_checkpointing|pretraining_tp"
     r"|slow_but_exact|chunk_size_(feed_forward|lm_head)|use_mamba_kernels|use_mambapy|use_associative_scan"
     # training: starting values, dropout (a token dropout scales hidden states in evaluation too), losses, masks

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
+from tasks.models.classes import class_order, in_order, parameters_of_classes
 from tasks.models.compare import Difference, differences, with_settings_of
 from tasks.models.inventory import Inventory, check_complete, take_inventory
 from tasks.models.layers import in_block
@@ -86,6 +87,8 @@ class Expert(ExpertWeights):
     """name of the class of its network"""
     base_config: bool = field(kw_only=True, default=False)
     """whether it runs with the base's settings where its own config differs"""
+    own_classes: Mapping[int, str] = field(kw_only=True, default_factory=dict)
+    """names of its classes by its own numbers, where its head's rows are read in the base's order"""
     notes: tuple[str, ...] = field(kw_only=True, default=())
     """what a user should know of it: a line each"""
 
@@ -274,7 +277,16 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_conf
     if left:
         towers = sorted({one.partition(".")[0] for one in left})
         notes.append(f"{where}: {len(left)} tensors of {', '.join(towers)} are left out: the base has no such part")
-    placed = _place(where, stored, source, base, names, network)
+    order = _class_order(network, config, base)
+    kin = not names.has_task_head or (names.network == base.names.network and order is not None)
+    placed = _place(where, stored, source, base, names, network, kin)
+    own_classes: dict[int, str] = {}
+    if order is None:
+        notes.append(f"{where} has other classes than the base: its head stays its own, beside the merged model")
+    elif order != sorted(order):
+        _reorder(placed, order, network, names, base)
+        own_classes, config = dict(config.id2label), _with_classes(config, base.config)
+        notes.append(f"{where} has the base's classes in another order: its head is read in the base's")
     for tensor_key, name in base.by_key().items():
         # What this expert's network does not have (a pooler, a language-model head) stays the base's.
         expected = names.parameter(name) in names.parameters or in_block(name)
@@ -304,8 +316,33 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_conf
         config=config,
         network=names.network,
         base_config=bool(unlike),
+        own_classes=own_classes,
         notes=tuple(notes),
     )
+
+
+def _class_order(network: PreTrainedModel, config: PretrainedConfig, base: Base) -> list[int] | None:
+    """Return the number that an expert gives each class of a base with the same head; None for other classes.
+
+    Empty where there are no classes, or no head of the base's for them.
+    """
+    if type(network).__name__ != base.names.network or not base.names.has_task_head:
+        return []
+    order = class_order(config, base.config)
+    return order if order == list(range(config.num_labels)) or parameters_of_classes(network) else []
+
+
+def _reorder(placed: "_Placed", order: Sequence[int], network: PreTrainedModel, names: Names, base: Base) -> None:
+    """Have the rows of an expert's classes read in another order."""
+    keys = {names.key(name) for name in parameters_of_classes(network)}
+    for name in [name for name in placed.own if base.names.key(name) in keys]:
+        placed.pieces[name] = in_order(placed.own.pop(name), base.info(name).shape, order)
+
+
+def _with_classes(config: PretrainedConfig, base: PretrainedConfig) -> PretrainedConfig:
+    named = copy.deepcopy(config)
+    named.id2label, named.label2id = dict(base.id2label), dict(base.label2id)
+    return named
 
 
 def _check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) -> None:
@@ -371,7 +408,8 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         opened = _open_adapter(folder, untied, key, source)
         return replace(opened, notes=(*opened.notes, _untied_note(key, untied, "changes one without the other")))
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
-    placed = _place(f"{key}: {folder}", stored, source, base, names, network)
+    kin = not names.has_task_head or names.network == base.names.network
+    placed = _place(f"{key}: {folder}", stored, source, base, names, network, kin)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
     config, ends_in = base.config, names.network
     if head and has_network(base.config, "classification"):
@@ -411,7 +449,13 @@ class _Placed:
 
 
 def _place(
-    where: str, stored: Mapping[str, str], source: Checkpoint, base: Base, names: Names, network: PreTrainedModel
+    where: str,
+    stored: Mapping[str, str],
+    source: Checkpoint,
+    base: Base,
+    names: Names,
+    network: PreTrainedModel,
+    kin: bool,
 ) -> _Placed:
     """Split tensors that an expert stores whole into those that the base has too and those of the expert's head.
 
@@ -422,12 +466,12 @@ def _place(
         base: the base.
         names: of the expert's network.
         network: the expert's, on the meta device.
+        kin: whether the expert's head is for what the base's is for.
 
     Raises:
         InputError: a tensor that is no head's is not in the base, or has another shape there.
     """
     weights = base.by_key()
-    kin = names.network == base.names.network or not names.has_task_head
     placed = _Placed({}, {}, [])
     views = cache(partial(regions, network, names))
     for key, name in stored.items():

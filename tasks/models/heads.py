@@ -38,6 +38,7 @@ class TrunkOutput(BaseModelOutputWithPooling):  # type: ignore[misc]
     """What a trunk gave. All else that heads pass on of it (router logits, caches, hidden states of images) is None."""
 
     def __getattr__(self, name: str) -> None:
+        """Return None for all that was not given."""
         if name.startswith("__"):
             raise AttributeError(name)
 

@@ -115,7 +115,13 @@ def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTr
     """Return the network on the meta device: modules, parameter names and shapes, no memory."""
     cls = network_class(config, head, folder)
     with torch.device("meta"):
-        return cls(config)
+        return cls(config_of(cls, config))
+
+
+def config_of(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that a class of networks takes: of its text where the class is a text tower's."""
+    text = config.get_text_config()
+    return text if cls.config_class is type(text) else config
 
 
 def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
@@ -128,7 +134,7 @@ def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, fol
     """
     cls = network_class(config, head, folder)
     with init_empty_weights():
-        network: PreTrainedModel = cls._from_config(copy.deepcopy(config), dtype=dtype)
+        network: PreTrainedModel = cls._from_config(copy.deepcopy(config_of(cls, config)), dtype=dtype)
     network.tie_weights()  # each was registered on the meta device anew
     return for_one_pass(network)
 
@@ -174,7 +180,7 @@ def fill_network(
     try:
         network, loaded = cls.from_pretrained(
             None,
-            config=config,
+            config=config_of(cls, config),
             state_dict=dict(tensors),
             dtype=dtype,
             output_loading_info=True,

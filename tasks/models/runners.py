@@ -73,19 +73,22 @@ def sensitivity_journey(
         keep: what becomes of hidden states between the way forward and the way back.
         check: called with the loss.
     """
-    hidden, calls = yield Work(SHELL, "enter", (batch,))
+    hidden, calls, learned = yield Work(SHELL, "enter", (batch,))
     states = [keep(hidden)]
     for place, blocks in enumerate(parts):
-        hidden = yield Work(place, "forward", (states[-1], calls[blocks]))
+        hidden = yield Work(place, "forward", (states[-1], calls[blocks], learned))
         states.append(keep(hidden))
     end = states.pop()
     loss, gradient = yield Work(SHELL, "loss", (batch, end))
     check(loss)
     sums: Sums = {}
+    gradients = [torch.zeros_like(one) for one in learned]
     for place, blocks in reversed(list(enumerate(parts))):
-        gradient, found = yield Work(place, "backward", (states.pop(), calls[blocks], keep(gradient)))
+        work = Work(place, "backward", (states.pop(), calls[blocks], learned, keep(gradient)))
+        gradient, found, more = yield work
+        gradients = [one + other for one, other in zip(gradients, more, strict=True)]
         sums = _added(sums, found)
-    found = yield Work(SHELL, "backward", (batch, end, keep(gradient)))
+    found = yield Work(SHELL, "backward", (batch, end, keep(gradient), gradients))
     return Sensitivity(loss, _added(sums, found))
 
 
@@ -95,9 +98,9 @@ def _added(sums: Sums, others: Sums) -> Sums:
 
 def trunk_journey(batch: Batch, parts: Sequence[slice], keep: Keep) -> Journey[TrunkOutput]:
     """Return what the trunk hands to the head; arguments as in `sensitivity_journey`."""
-    hidden, calls = yield Work(SHELL, "enter", (batch,))
+    hidden, calls, learned = yield Work(SHELL, "enter", (batch,))
     for place, blocks in enumerate(parts):
-        hidden = yield Work(place, "forward", (keep(hidden), calls[blocks]))
+        hidden = yield Work(place, "forward", (keep(hidden), calls[blocks], learned))
     output: TrunkOutput = yield Work(SHELL, "trunk", (batch, hidden))
     return output
 

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from tasks.models.blocks import Part, Shell, blocks_of, to_device
-from tasks.models.placement import Actors
+from tasks.models.placement import Actors, shares
 from tasks.models.runners import SHELL, Journey, PartsRunner, Work
 from tasks.models.source import Source
 
@@ -30,25 +30,6 @@ SENT_AHEAD = 2
 """How many pieces of work an actor has at once: the next one travels while it is busy."""
 MAX_TRIES = 2
 """How often a piece of work is tried before the run stops."""
-
-
-def shares(shell: int, blocks: Sequence[int], count: int) -> list[slice]:
-    """Share blocks out in ranges of about the same size.
-
-    Args:
-        shell: size of the shell, which is in the first share.
-        blocks: size of each block, in order.
-        count: how many shares, at most as many as blocks.
-
-    Returns:
-        The blocks of each share, one at least.
-    """
-    ends: list[int] = []
-    for number in range(1, count):
-        goal = (shell + sum(blocks)) * number / count
-        first, last = (ends[-1] if ends else 0) + 1, len(blocks) - (count - number)
-        ends.append(min(range(first, last + 1), key=lambda end: abs(shell + sum(blocks[:end]) - goal)))
-    return [slice(start, end) for start, end in zip([0, *ends], [*ends, len(blocks)], strict=True)]
 
 
 class ShardedRunner(PartsRunner):

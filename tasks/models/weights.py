@@ -109,7 +109,7 @@ class ExpertWeights:
     low_rank: Mapping[str, LowRank]
     """base's name → factors of each adapted tensor; of one that is stored whole too, they come on top"""
     head: Mapping[str, str]
-    """parameter name → name in `source` of each tensor that the base lacks or has in another shape"""
+    """parameter name → name in `source` of each tensor of a head that stays the expert's own"""
     pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
     """base's name → what stands for its parts, of tensors that base and expert stack differently"""
 
@@ -144,7 +144,7 @@ class ExpertWeights:
         for part in parts:
             digest.update(repr((part.taken, part.inside)).encode())
             if isinstance(part.source, str):
-                stored.append((self.source, part.source))
+                stored += [] if (self.source, part.source) in stored else [(self.source, part.source)]
             else:
                 stored += [(self.source, part.source.first), (self.source, part.source.second)]
                 digest.update(f"{part.source.scaling!r} {part.source.transpose}".encode())

@@ -1,4 +1,4 @@
-"""`python -m tests.census`: what is right, refused, failing or wrong for every causal language model there is."""
+"""`python -m tests.census`: what is right, refused, failing or wrong for transformers' causal language models."""
 
 import argparse
 import multiprocessing

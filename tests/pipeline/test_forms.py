@@ -1,5 +1,6 @@
 """Whole recipes whose experts are saved in another form than their base."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     BertForTokenClassification,
     PreTrainedModel,
     ResNetConfig,
@@ -22,6 +25,7 @@ from transformers import (
 from pipeline.results import unchanged
 from tasks.dynamic_model import DynamicModel
 from tasks.errors import InputError
+from tasks.models.checkpoint import WEIGHTS
 from tests.conftest import bert_config, do_steps, make_llama, perturbed, plan_of, write_rows
 
 Save = Callable[..., Path]
@@ -94,6 +98,113 @@ def test_an_expert_that_runs_with_the_settings_of_its_base(
     ):
         files = [one.artifact(stage, name) / file for one in (alike, plan)]  # type: ignore[arg-type]
         assert files[0].read_bytes() == files[1].read_bytes(), (stage, name)
+
+
+def classifier(seed: int, scale: float, names: list[str]) -> PreTrainedModel:
+    """A classifier whose classes are told apart by their texts."""
+    network = perturbed(BertForSequenceClassification(bert_config(len(names))), seed, scale)
+    network.config.id2label = dict(enumerate(names))
+    network.config.label2id = {name: number for number, name in enumerate(names)}
+    return network.eval()
+
+
+@pytest.mark.parametrize("labels", ["names", "numbers"])
+def test_classes_in_another_order_than_the_base(labels: str, save: Save, tokenizer: Any, tmp_path: Path) -> None:
+    """The merged model has the base's order; rows keep the classes that they name, or number as their expert does."""
+    ours, theirs = ["joy", "anger", "fear"], ["fear", "joy", "anger"]
+    torch.manual_seed(0)
+    base = classifier(0, 0.0, ours)
+    expert, still = classifier(1, 0.5, theirs), copy.deepcopy(base)
+    still.load_state_dict(base.state_dict())
+    perturbed(still, 2, 1e-6)
+    folders = {name: save(one, name, tmp_path) for name, one in {"base": base, "a": expert, "b": still}.items()}
+    texts = [f"{number} is {number * number}" for number in range(40)]
+    with torch.no_grad():
+        found = [int(expert(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    assert len(set(found)) > 1
+    rows: list[dict[str, object]] = [
+        {"text": text, "label": theirs[one] if labels == "names" else one}
+        for text, one in zip(texts, found, strict=True)
+    ]
+    data = {}
+    for split, part in {"calibration": rows[:3], "evaluation": rows[3:]}.items():
+        data[split] = {"path": "json", "data_files": write_rows(tmp_path / f"{split}.jsonl", part).name}
+    still_rows = [{"text": "a", "label": "joy"}, {"text": "b", "label": 1}]
+    other = {"path": "json", "data_files": write_rows(tmp_path / "b.jsonl", still_rows).name}
+    recipe = {
+        "name": "classes",
+        "base": str(folders["base"]),
+        "experts": {name: {"model": str(folders[name])} for name in "ab"},
+        "tasks": {"a": {"kind": "classification", **data}, "b": {"kind": "classification", "calibration": other}},
+        "merges": {
+            "ta": {"method": "task_arithmetic"},
+            "sens": {"method": "task_arithmetic", "coefficients": {"kind": "sens", "temperature": 0.3}},
+        },
+    }
+    plan = plan_of(tmp_path, recipe)
+    assert any("classes in another order" in note for note in plan.inputs.notes)
+    do_steps(plan)
+    for model in ("a", "ta"):
+        scores = json.loads((plan.artifact("evaluate", f"{model}/a") / "scores.json").read_text())
+        assert scores["accuracy"]["value"] == 1.0, model
+    folder = plan.artifact("merge", "ta")
+    merged = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    assert [merged.config.id2label[number] for number in range(3)] == ours
+    assert not (folder / "heads").exists()
+    with torch.no_grad():
+        told = [int(merged(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    assert [ours[one] for one in told] == [theirs[one] for one in found]
+
+
+def test_other_classes_stay_beside_a_merged_classifier(save: Save, tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, expert = classifier(0, 0.0, ["joy", "anger"]), classifier(1, 0.5, ["spam", "ham"])
+    models = {"base": base, "a": expert, "b": classifier(2, 0.02, ["joy", "anger"])}
+    folders = {name: save(one, name, tmp_path) for name, one in models.items()}
+    texts = [f"{number} is {number * number}" for number in range(8)]
+    with torch.no_grad():
+        found = [int(expert(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    rows: list[dict[str, object]] = [
+        {"text": text, "label": ["spam", "ham"][one]} for text, one in zip(texts, found, strict=True)
+    ]
+    data = {"path": "json", "data_files": write_rows(tmp_path / "rows.jsonl", rows).name}
+    recipe = {
+        "name": "classes",
+        "base": str(folders["base"]),
+        "experts": {name: {"model": str(folders[name])} for name in "ab"},
+        "tasks": {"a": {"kind": "classification", "evaluation": data}},
+        "merges": {"ta": {"method": "task_arithmetic"}},
+    }
+    plan = plan_of(tmp_path, recipe)
+    assert any("a has other classes than the base: its head stays its own" in note for note in plan.inputs.notes)
+    do_steps(plan)
+    scores = json.loads((plan.artifact("evaluate", "a/a") / "scores.json").read_text())
+    assert scores["accuracy"]["value"] == 1.0
+    folder = plan.artifact("merge", "ta")
+    merged, head, theirs = (
+        load_file(one) for one in (folder / WEIGHTS, folder / "heads/a/head.safetensors", folders["b"] / WEIGHTS)
+    )
+    torch.testing.assert_close(merged["classifier.weight"], theirs["classifier.weight"], rtol=0, atol=1e-6)
+    assert torch.equal(head["classifier.weight"], expert.state_dict()["classifier.weight"])
+    assert json.loads((folder / "heads/a/config.json").read_text())["id2label"] == {"0": "spam", "1": "ham"}
+
+
+def test_experts_that_disagree_on_classes_that_the_base_does_not_name(save: Save, tmp_path: Path) -> None:
+    placeholders = ["LABEL_0", "LABEL_1"]
+    models = {"base": placeholders, "a": ["joy", "anger"], "b": ["anger", "joy"]}
+    folders = {name: save(classifier(0, 0.02, names), name, tmp_path) for name, names in models.items()}
+    recipe = {
+        "name": "classes",
+        "base": str(folders["base"]),
+        "experts": {name: {"model": str(folders[name])} for name in "ab"},
+        "merges": {"ta": {"method": "task_arithmetic"}},
+    }
+    with pytest.raises(InputError, match=r"experts.b: its classes are anger, joy, those of experts.a joy, anger, and "):
+        plan_of(tmp_path, recipe)
+    config = json.loads((folders["base"] / "config.json").read_text())
+    config |= {"id2label": {"0": "joy", "1": "anger"}, "label2id": {"joy": 0, "anger": 1}}
+    (folders["base"] / "config.json").write_text(json.dumps(config))
+    assert plan_of(tmp_path, recipe).inputs.experts["b"].own_classes == {0: "anger", 1: "joy"}
 
 
 def test_statistics_are_the_experts_mean_and_stay_valid(tmp_path: Path) -> None:

@@ -1,14 +1,28 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy.stats import norm
 
-from pipeline.gate import Outcomes, best_variant, candidates, comparison_table, judge, passes
+from pipeline.gate import (
+    Outcomes,
+    best_variant,
+    candidates,
+    choice,
+    comparison_table,
+    is_held_out,
+    judge,
+    passes,
+)
 from pipeline.recipe import Gate
 from pipeline.report import Report, RouteInfo, Score
+from pipeline.results import halved
+from tasks import metrics
+from tasks.datasets import ClassificationTask
 from tasks.errors import InputError
 from tests.pipeline.test_tracking import make_report
 
@@ -138,6 +152,77 @@ def test_a_dynamic_variant_has_to_be_named(report: Report) -> None:
     assert best_variant(dynamic, gate(variants=["ta", "ta-sens.3"])) == "ta-sens.3"
     only = dynamic.model_copy(update={"routes": {"ta": ROUTE, "ta-sens.3": ROUTE}})
     assert candidates(only, gate()) == []
+
+
+def classified(right: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    return [{"label": 1, "prediction": int(one)} for one in right]
+
+
+def test_the_best_of_many_equals_is_shown_by_samples_that_did_not_choose_it() -> None:
+    """Fifteen variants that are right half of the time: the best of them seems better, by samples that it won on."""
+    task = ClassificationTask(kind="classification")
+    variants = [f"v{i}" for i in range(15)]
+    chosen, shown = [], []
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        records = {name: {"math": classified(generator.random(200) < 0.5)} for name in variants}
+        first, second = halved(records, {"math": task}, "math/accuracy", variants)
+        best = max(variants, key=lambda name: first[name].value)
+        assert first[best].n == second[best].n == 100
+        chosen.append(first[best].value)
+        shown.append(second[best].value)
+    assert np.mean(chosen) > 0.57
+    assert np.mean(shown) == pytest.approx(0.5, abs=4 * 0.05 / math.sqrt(20))  # the mean of 100 coins has 0.05
+
+
+def test_halves_are_those_of_normalised_means_too() -> None:
+    task = ClassificationTask(kind="classification")
+    generator = np.random.default_rng(0)
+    records = {name: {"math": classified(generator.random(50) < 0.7)} for name in ("math", "ta", "base")}
+    for half, found in enumerate(halved(records, {"math": task}, "mean_normalised", ["ta"])):
+        mine, own = (metrics.halves(records[name]["math"])[half] for name in ("ta", "math"))
+        score = metrics.mean_normalised({"math": mine}, {"math": own}, {"math": task})
+        assert score is not None
+        assert found == {"ta": Score(**vars(score))}
+    one = {name: {"math": found["math"][:1]} for name, found in records.items()}
+    assert halved(one, {"math": task}, "mean_normalised", ["ta"]) == ({}, {})
+    assert halved(records, {"math": task}, "code/accuracy", ["ta"]) == ({}, {})
+
+
+def test_a_choice_is_said_with_what_it_is_worth(report: Report) -> None:
+    def score(value: float) -> Score:
+        return Score(value=value, n=9, low=value - 0.1, high=value + 0.1)
+
+    halves = {
+        "first_half": {"ta": score(0.8), "ta-sens.3": score(0.7)},
+        "second_half": {"ta": score(0.5), "ta-sens.3": score(0.6)},
+    }
+    halved_report = report.model_copy(update=halves)
+    assert best_variant(halved_report, gate()) == "ta"
+    assert is_held_out(halved_report, gate())
+    assert choice(halved_report, gate()) == (
+        "best of 2 variants: ta, chosen by mean_normalised on half of the samples, 0.800 [0.700, 0.900], n = 9; "
+        "on the other half, which chose nothing: 0.500 [0.400, 0.600], n = 9"
+    )
+    assert choice(halved_report, gate(variants=["ta"])) is None
+    assert not is_held_out(halved_report, gate(variants=["ta"]))
+    assert "ta-sens.3, chosen by mean_normalised on all samples" in str(choice(report, gate()))
+    assert "too few to keep some apart, so this is optimistic" in str(choice(report, gate()))
+    assert choice(report, gate(metric="math/bleu")) is None
+
+
+def test_a_challenger_is_judged_by_the_half_that_did_not_choose_it() -> None:
+    """It wins every sample of the half that it was chosen by, and loses every other."""
+    records = [{"label": 1, "prediction": 0, "number": i} for i in range(40)]
+    first, second = ({one["number"] for one in half} for half in metrics.halves(records))
+    assert (len(first), len(second), first & second) == (20, 20, set())
+    new, old = outcomes([i in first for i in range(40)]), outcomes([i in second for i in range(40)])
+    (verdict,) = judge({"math": new}, {"math": old}, 0.0, held_out=True)
+    assert verdict.difference is not None
+    assert (verdict.difference.value, verdict.difference.n, verdict.passed) == (-1, 20, False)
+    (verdict,) = judge({"math": new}, {"math": old}, 0.0)
+    assert verdict.difference is not None
+    assert (verdict.difference.value, verdict.difference.n) == (0, 40)
 
 
 def test_comparison_table() -> None:

@@ -85,7 +85,7 @@ def test_gc_marks_what_it_frees_and_keeps_what_is_named(
     assert "mlflow.pyfunc.load_model" in found[4].description
 
     assert command_line("promote", "lost/4", "--store", store.root) == 2
-    assert f"lost/4 (ta): {store.folder(key(4))} is gone; a run of the recipe" in capsys.readouterr().err
+    assert f"lost/4 (ta): {store.folder(key(4))} is not there; run the recipe as it was" in capsys.readouterr().err
     assert client.get_model_version_by_alias("lost", "champion").version == 1
 
     # A run makes them anew.
@@ -133,7 +133,7 @@ def test_at_a_url(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "weights" not in client.get_model_version("lost", "2").tags
     bucket.rm(f"{store.uri(store.folder(key(2)))}/model.safetensors")
     assert store.lacking(store.uri(store.folder(key(2)))) == (
-        f"{store.uri(store.folder(key(2)))}/model.safetensors is gone"
+        f"{store.uri(store.folder(key(2)))}/model.safetensors is not there"
     )
     for number in ("1", "2"):
         assert command_line("promote", f"lost/{number}", *options) == 2

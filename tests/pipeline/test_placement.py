@@ -5,37 +5,49 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline import placement
-from pipeline.placement import whole_bytes
+from pipeline.memory import Memory
+from pipeline.placement import Choice, choose
+from pipeline.recipe import Stage, load_recipe
+from pipeline.units import human_bytes
 from tasks.artifacts import read_json
 from tasks.coefficients import alpha
 from tasks.datasets import CompletionTask, DataSource
 from tasks.errors import InputError
-from tasks.models.expert import open_base
-from tasks.models.placement import Actors
+from tasks.models.checkpoint import Checkpoint, TensorInfo
+from tasks.models.expert import Base, open_base
+from tasks.models.networks import skeleton
+from tasks.models.placement import Actors, shares
 from tasks.rows import load_rows
 from tasks.sensitivity import sensitivity
 from tests.conftest import command_line, plan_of, write_recipe
 
 Recipe = dict[str, Any]
+PLACES = ("whole", "streamed", "{actors: 2}")
+GIB = 2**30
 
 
 def test_auto_goes_by_the_memory_of_a_worker(
     llama_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
-    needed = whole_bytes(plan_of(tmp_path, llama_recipe).inputs.base, torch.float32, 6, gradients=True)
+    base = plan_of(tmp_path, llama_recipe).inputs.base
+    needed = Memory(base, torch.float32, 6, gradients=True).whole()
     cases = ((8 * needed, 4, "whole"), (8 * needed - 4, 4, "streamed"), (2 * needed, 1, "whole"))
     for memory, at_once, expected in cases:
         monkeypatch.setattr(placement, "machine_memory", lambda memory=memory: memory)
-        plan = plan_of(tmp_path, llama_recipe, f"resources.sensitivity.max_in_flight={at_once}")
-        found = plan.placements["sensitivity"]
+        settings = [f"resources.sensitivity.max_in_flight={at_once}"]
+        recipe = load_recipe(write_recipe(tmp_path, llama_recipe), settings)
+        found = choose(recipe, "sensitivity", base, 6, human_bytes)
         assert found.placement == expected
         assert f"{at_once} at once" in found.why
-        kept = plan.step("sensitivity", "math").writes
-        assert (kept > 0) == (expected == "streamed")
+
+
+def test_hidden_states_on_disk_are_planned_for(llama_recipe: Recipe, tmp_path: Path) -> None:
+    kept = [plan_of(tmp_path, llama_recipe, f"placement={one}").step("sensitivity", "math").writes for one in PLACES]
+    assert [one > 0 for one in kept] == [False, True, False]
 
 
 def test_a_whole_network_with_its_activations(llamas: dict[str, Path]) -> None:
@@ -43,8 +55,71 @@ def test_a_whole_network_with_its_activations(llamas: dict[str, Path]) -> None:
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(llamas["base"]).parameters())
     blocks = 2 * (2 * 64 + 2 * 48 + 3 * 80)  # q and o, k and v, the three of the MLP; rows + columns
     expected = 4 * (weights + 259 * 32 + 10 * blocks) + 3 * 10 * 259 * 4
-    assert whole_bytes(base, torch.float32, 10, gradients=True) == expected
-    assert whole_bytes(base, torch.bfloat16, 10, gradients=False) == 2 * (weights + 10 * 80) + 3 * 10 * 259 * 4
+    assert Memory(base, torch.float32, 10, gradients=True).whole() == expected
+    assert Memory(base, torch.bfloat16, 10, gradients=False).whole() == 2 * (weights + 10 * 80) + 3 * 10 * 259 * 4
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """The config and headers of a Llama of 70 billion parameters, without the weights."""
+    folder = tmp_path_factory.mktemp("large")
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    shapes = {name: tuple(one.shape) for name, one in skeleton(config, None, folder).named_parameters()}
+    return open_base(folder, Checkpoint(folder, {k: TensorInfo("BF16", shape, "none") for k, shape in shapes.items()}))
+
+
+def test_what_a_network_of_70_billion_parameters_takes(large: Base) -> None:
+    """Worked out by hand: a block has 2 · 8192² + 2 · 1024 · 8192 + 3 · 28672 · 8192 + 2 · 8192 parameters."""
+    block, embedding = 855_654_400, 1_050_673_152
+    shell = 2 * embedding + 8192
+    matrices = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)  # rows + columns of those of a block
+    logits = 3 * 1536 * 128256 * 4
+    memory = Memory(large, torch.float32, 1536, gradients=True)
+    assert memory.whole() == 4 * (shell + 80 * block + embedding + 80 * 1536 * matrices) + logits
+    assert memory.streamed() == 4 * (shell + 2 * block + embedding + 1536 * matrices) + logits
+    assert 22e9 < memory.streamed() < 24e9
+    # Of three actors, the first has the shell and 25 blocks, the others have 28 and 27.
+    assert shares(shell, [block] * 80, 3) == [slice(0, 25), slice(25, 53), slice(53, 80)]
+    assert memory.actor(3) == 4 * (28 * block + embedding + 28 * 1536 * matrices) + logits
+    assert memory.heads(4) == 4 * embedding * 4 + 2 * 256 * 128256 * 4
+    forward = Memory(large, torch.bfloat16, 1536, gradients=False)
+    assert forward.streamed() == 2 * (shell + 2 * block + 1536 * (8192 + 28672)) + logits
+
+
+def test_a_large_network_must_fit(
+    large: Base, llama_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(memory: int, cpus: int, *settings: str, stage: Stage = "sensitivity") -> Choice:
+        monkeypatch.setattr("os.cpu_count", lambda: cpus)
+        monkeypatch.setattr(placement, "machine_memory", lambda: memory)
+        recipe = load_recipe(write_recipe(tmp_path, llama_recipe), settings)
+        return choose(recipe, stage, large, 1536, human_bytes)
+
+    one = chosen(24 * GIB, 1)
+    assert one.placement == "streamed"
+    assert "block by block 22.8 GB" in one.why
+    with pytest.raises(InputError, match=r"placement: auto: .* more than the 12.9 GB .*\.max_in_flight: 1, set "):
+        chosen(24 * GIB, 2)
+    assert chosen(24 * GIB, 2, "resources.sensitivity.max_in_flight=1").placement == "streamed"
+    with pytest.raises(InputError, match=r"more than the 17.2 GB .*; set placement: {actors: N} on several"):
+        chosen(16 * GIB, 1)
+    assert "22.8 GB of memory" in chosen(16 * GIB, 1, "placement=streamed").why  # asked for: said, not refused
+    with pytest.raises(InputError, match=r"placement\.actors is 3; the largest takes .*; set it to 9, or fewer"):
+        chosen(48 * GIB, 1, "placement={actors: 3}")
+    assert chosen(48 * GIB, 1, "placement={actors: 9}").placement == Actors(9, 1, 0)
+    with pytest.raises(InputError, match=r"80 are not enough either; set placement: streamed"):
+        chosen(8 * GIB, 1, "placement={actors: 3}")
+    with pytest.raises(InputError, match=r"the heads of 2 experts, .* take 8.7 GB, more than the 8.6 GB of memory"):
+        chosen(8 * GIB, 1, stage="cross_task")
 
 
 def test_plan_says_what_and_why(
@@ -58,8 +133,8 @@ def test_plan_says_what_and_why(
         return " ".join(capsys.readouterr().out.split())
 
     assert "sensitivity runs whole (auto: a whole network with the activations of 6 tokens takes" in said()
-    assert "cross_task runs streamed (as the recipe says)" in said("--set", "placement=streamed")
-    assert "sensitivity runs {actors: 2} (as the recipe says)" in said("--set", "placement.actors=2")
+    assert "cross_task runs streamed (as the recipe says: " in said("--set", "placement=streamed")
+    assert "sensitivity runs {actors: 2} (as the recipe says: " in said("--set", "placement.actors=2")
     del llama_recipe["merges"]["ties-sens"]
     write_recipe(tmp_path, llama_recipe)
     assert " runs " not in said()

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from pipeline import predict
+from pipeline.registry import Registry
 from pipeline.run import BATCHES_AHEAD, Workers, work_in_batches
 from tasks.dynamic_model import DynamicModel
 from tasks.errors import InputError, StepError
@@ -328,3 +329,20 @@ def test_few_batches_are_read_before_the_first_is_taken(tmp_path: Path, ray_addr
     work_in_batches(load, batches(), 60, take, Workers(1, 0), ray_address, Console(quiet=True))
     assert taken == 60
     assert most <= BATCHES_AHEAD
+
+
+def test_a_dynamic_model_becomes_champion_only_where_the_recipe_names_it(
+    writer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = writer.parents[1]
+    registry = Registry(f"sqlite:///{store}/mlflow.db", "tiny")
+    refresh = ("refresh", store.parent / "recipe.yaml", "--store", store, "--address", "no such cluster")
+    for _ in range(2):
+        assert command_line(*refresh) == 0
+    assert "no static variant; se: name them in gate.variants to have a new champion" in capsys.readouterr().out
+    assert registry.champion() is None
+    assert command_line(*refresh, "--set", "gate.variants=[se]") == 0
+    assert "tiny/1 (se, dynamic) is champion, the first" in capsys.readouterr().out
+    champion = registry.champion()
+    assert champion is not None
+    assert champion.kind == "dynamic"

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
+import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.registry import Registry, parse_version
+from tasks.datasets import CompletionTask
 from tasks.errors import InputError
+from tasks.evaluate import evaluate_network
 from tests.conftest import command_line, make_llama, perturbed, write_recipe, write_rows
 
 TEXTS = {"math": "one plus one is two", "code": "print the answer"}
@@ -37,6 +40,7 @@ def test_only_what_is_not_worse_becomes_champion(
     tmp_path: Path,
     ray_address: str,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     save(make_llama(), "base", tmp_path)
     for name, text in TEXTS.items():
@@ -74,6 +78,21 @@ def test_only_what_is_not_worse_becomes_champion(
     assert command_line("refresh", recipe, "--store", store, "--address", "no such cluster") == 0
     assert "pair/1 (ta) is champion, the first" in capsys.readouterr().out
     assert aliases() == {"champion": "1"}
+
+    # What those load who deploy it gives the very answers that it was scored by.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.uri)
+    champion, rows = (
+        registry.champion(),
+        {name: [{"prompt": "x", "completion": text}] * 4 for name, text in TEXTS.items()},
+    )
+    assert champion is not None
+    pipeline = mlflow.transformers.load_model("models:/pair@champion")
+    served = mlflow.pyfunc.load_model("models:/pair@champion").get_raw_model()
+    for network in (pipeline.model, served.network()):
+        for name, outcome in registry.outcomes(champion).items():
+            records = evaluate_network(network, tokenizer, CompletionTask(kind="completion"), rows[name], name)
+            assert records == outcome.records
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
 
     # A worse expert.
     save(perturbed(trained(tokenizer, TEXTS["math"], 20), 1, scale=0.2), "math", tmp_path)
@@ -119,11 +138,13 @@ def test_only_what_is_not_worse_becomes_champion(
     shutil.move(weights["2"], tmp_path / "kept")
     assert command_line("refresh", recipe, *idle) == 0
     said = capsys.readouterr().out
-    assert f"pair/2 (ta) is champion, but cannot be loaded any more: {weights['2']} is gone" in said
+    assert f"pair/2 (ta) is champion, but cannot be loaded any more: {weights['2']} is not there" in said
     assert "pair/3 (ta) is champion, after pair/2 (ta)" in said
     for arguments in (("promote", "pair/2"), ("rollback", "pair"), ("compare", "pair/2", "pair/3")):
         assert command_line(*arguments, "--store", store) == 2
-        assert re.fullmatch(rf"error: pair/2 \(ta\): {weights['2']} is gone; a run of .*\n", capsys.readouterr().err)
+        assert re.fullmatch(
+            rf"error: pair/2 \(ta\): {weights['2']} is not there; run the recipe .*\n", capsys.readouterr().err
+        )
     assert aliases() == {"champion": "3"}
 
     # What the recipe still makes is made anew.
@@ -143,7 +164,7 @@ def test_only_what_is_not_worse_becomes_champion(
     capsys.readouterr()
     assert command_line("refresh", recipe, *idle) == 3
     said = capsys.readouterr().out
-    assert f"pair/3 (ta) is champion, but cannot be loaded any more: {weights['3']} is gone" in said
+    assert f"pair/3 (ta) is champion, but cannot be loaded any more: {weights['3']} is not there" in said
     assert "pair/2 (ta) stays challenger, pair/3 (ta) champion; promote pair/2 by hand" in said
     assert aliases() == {"champion": "3", "challenger": "2"}
 

@@ -1,5 +1,6 @@
 """Registered versions, loaded as those who deploy them do: the model that was scored, or an error that says why not."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -217,6 +218,16 @@ def test_models_at_a_url(
     bucket.rm(uris[variant], recursive=True)
     with pytest.raises(InputError, match=f"{uris[variant]}: the merged model is not there; mount the store"):
         mlflow.pyfunc.load_model(f"models:/{at_url.model_id(variant)}")
+
+
+def test_without_a_package_for_the_url_mlflow_reads_nothing(folders: dict[str, Path], monkeypatch: Any) -> None:
+    merged = Merged("r", "v", "static", folders["static"], "s3://bucket/merge/v", "language_model", "float32", ())
+    assert merged.is_read_by_mlflow
+    monkeypatch.setitem(sys.modules, "google.cloud", None)
+    for uri in ("gs://bucket/merge/v", "memory://bucket/merge/v"):
+        other = dataclasses.replace(merged, uri=uri)
+        assert not other.is_read_by_mlflow
+        assert other.loaders == ["mlflow.pyfunc", "transformers"]
 
 
 def test_a_model_whose_folder_is_gone(connected: Recorded, dynamic_writer: Any, tmp_path: Path) -> None:

@@ -114,6 +114,39 @@ def test_download_lists_fetches_and_verifies(hub: HubServer, cache: Path, tmp_pa
     assert hub.requests == []
 
 
+def test_small_files_travel_from_known_subfolders(hub: HubServer, cache: Path, tmp_path: Path) -> None:
+    wanted = {
+        "preprocessor_config.json": b"{}",
+        "sentencepiece.bpe.model": b"s",
+        "tekken.json": b"{}",
+        "LICENSE.md": b"l",
+        "additional_chat_templates/rag.jinja": b"{{ x }}",
+        "1_Pooling/config.json": b"{}",
+        "2_Dense/model.safetensors": save({"linear.weight": torch.ones(2, 2)}),
+    }
+    left = ["README.md", ".gitattributes", "optimizer.pt", "trainer_state.json", "training_args.bin"]
+    left += ["onnx/config.json", "original/params.json", "1_Pooling/pooling.py", "2_Dense/pytorch_model.bin"]
+    files = model_files() | wanted | dict.fromkeys(left, b"left")
+    hub.add_repo(REPO, files)
+    listing = resolve(MAIN, cache)
+    names = {"config.json", "model.safetensors", "tokenizer.json"} | wanted.keys()
+    assert {file.name for file in listing.files} == names
+
+    small_files(listing, cache)
+    lacking = [file.name for file in listing.missing()]
+    assert lacking == ["2_Dense/model.safetensors", "model.safetensors"]
+    download(listing, cache, tmp_path / "out")
+    assert {file.name: (listing.folder / file.name).read_bytes() for file in listing.files} == {
+        name: files[name] for name in names
+    }
+
+    folder = tmp_path / "local"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    assert {file.name for file in resolve(LocalModel(folder), cache).files} == names
+
+
 def test_git_digest_is_the_one_of_git(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     git = shutil.which("git")
     if git is None:

@@ -390,7 +390,8 @@ def test_merged_folder_is_an_ordinary_model(save: Save, tmp_path: Path) -> None:
     base = save(network, "base", tmp_path)
     experts = {name: save(perturbed(make_llama(), seed), name, tmp_path) for seed, name in enumerate("xy", 1)}
     template = "{% for message in messages %}<{{ message.content }}>{% endfor %}"
-    (experts["y"] / "chat_template.jinja").write_text(template)
+    (base / "chat_template.jinja").write_text(template)
+    (experts["y"] / "chat_template.jinja").write_text("of no concern: " + template)
     merged(make_job(tmp_path, base, experts), tmp_path / "out")
 
     names = {path.name for path in (tmp_path / "out").iterdir()}

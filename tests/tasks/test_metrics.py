@@ -11,11 +11,13 @@ from tasks.datasets import ClassificationTask, CompletionTask, LmEvalTask
 from tasks.metrics import (
     Record,
     Score,
+    halves,
     higher_is_better,
     lm_eval_value,
     mean_normalised,
     mean_ratio,
     mean_score,
+    score_of,
     score_records,
 )
 
@@ -265,3 +267,32 @@ def test_mean_ratio_is_paired_and_needs_a_denominator() -> None:
     assert (score.value, score.low, score.high) == (0.5, 0.5, 0.5)
     assert mean_ratio({"a": above, "b": fields(1)}, {"a": below, "b": fields(0)}, "right") is None
     assert mean_ratio({}, {}, "right") is None
+
+
+def test_halves_split_every_lm_eval_task_and_every_model_alike() -> None:
+    records = [{"task": "ab"[i % 3 == 0], "acc": i} for i in range(31)]
+    first, second = halves(records)
+    assert sorted(one["acc"] for one in first + second) == list(range(31))
+    assert [[one["task"] for one in half].count("b") for half in (first, second)] == [5, 6]
+    assert [[one["task"] for one in half].count("a") for half in (first, second)] == [10, 10]
+    other = [record | {"acc": -record["acc"]} for record in records]
+    assert [[-one["acc"] for one in half] for half in halves(other)] == [
+        [one["acc"] for one in half] for half in (first, second)
+    ]
+    assert halves(records[:1]) == ([], records[:1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("classification", {"label": 1, "prediction": 0}),
+        ("completion", {"nll": 1.5, "correct": 1, "tokens": 2, "exact": 1}),
+        ("lm_eval", {"task": "a", "acc": 1.0}),
+    ],
+)
+def test_one_score_is_that_of_all(kind: str, record: Record) -> None:
+    records = [record, record]
+    for name, score in score_records(kind, records).items():
+        assert score_of(kind, name, records) == score
+    assert score_of(kind, "bleu", records) is None
+    assert score_of("completion", "exact_match", [{"nll": 1.0, "correct": 1, "tokens": 1}]) is None

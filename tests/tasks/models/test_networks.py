@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from tasks.errors import InputError
+from tasks.models.companions import has_tokenizer
 from tasks.models.networks import (
     describe,
     fill_network,
@@ -22,7 +23,6 @@ from tasks.models.networks import (
     network_class,
     skeleton,
 )
-from tasks.models.tokenizers import has_tokenizer
 from tests.conftest import bert_config, gpt2_config, llama_config, make_llama
 
 
