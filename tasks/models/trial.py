@@ -70,7 +70,7 @@ def try_network(config: PretrainedConfig, network: PreTrainedModel, changed: Col
         try:
             expected = run.answers(set(run.vectors))
         except Exception as error:  # whatever an architecture raises when it is run in a way that it cannot be
-            if is_whole:
+            if is_whole or run.works_alone():
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 raise InputError(
                     f"{key}: {type(network).__name__} cannot be run with coefficients per sample ({reason[:200]}); "
@@ -129,29 +129,41 @@ class _Run:
     def answers(self, written: Collection[str]) -> dict[str, Tensor]:
         """Return all that a dynamic model makes of a batch: logits, those of a continuation, and hidden states."""
         dynamic = DynamicNetwork(self._network, self.vectors, _EXPERTS, written)
-        right, left = self._inputs(right=True), self._inputs(right=False)
         found: dict[str, list[Tensor]] = {}
         for rows in dynamic.together(self._coefficients):
-            with dynamic.mixed(self._coefficients[rows]) as network:
-                own = {name: values[rows] for name, values in right.items()}
-                options = {"use_cache": False} if network.can_generate() else {}
-                answers = {"logits": network(**own, **options).logits}
-                if network.can_generate():
-                    continued = network.generate(
-                        **{name: values[rows] for name, values in left.items()}, generation_config=_GENERATION
-                    )
-                    answers["continued"] = torch.stack(continued.logits, dim=1)
+            with dynamic.mixed(self._coefficients[rows]):
+                answers = self._answers(rows)
             for name, values in answers.items():
                 places = found.setdefault(name, [torch.empty(0)] * _SAMPLES)
                 for row, one in zip(rows, values, strict=True):
                     places[row] = one
         assert dynamic.blocks, "it has no numbered blocks"
         layers = list(range(1, dynamic.blocks + 1))
-        states = dynamic.hidden_states(right, self._coefficients, layers)
+        states = dynamic.hidden_states(self._inputs(right=True), self._coefficients, layers)
         for layer, one in states.items():
             assert one.shape[:2] == (_SAMPLES, _TOKENS), f"block {layer} gives states of shape {tuple(one.shape)}"
         return {name: torch.stack(values) for name, values in found.items()} | {
             f"layer {layer}": values for layer, values in states.items()
+        }
+
+    @torch.inference_mode()
+    def works_alone(self) -> bool:
+        """Return whether the network answers without task vectors: it has not been made small in a wrong way."""
+        try:
+            self._answers(list(range(_SAMPLES)))
+        except Exception:  # whatever becomes of settings that do not go together
+            return False
+        return True
+
+    def _answers(self, rows: list[int]) -> dict[str, Tensor]:
+        """Return the network's logits of some samples, and those of a continuation if it is a language model."""
+        right, left = ({name: one[rows] for name, one in self._inputs(side).items()} for side in (True, False))
+        if not self._network.can_generate():
+            return {"logits": self._network(**right).logits}
+        continued = self._network.generate(**left, generation_config=_GENERATION)
+        return {
+            "logits": self._network(**right, use_cache=False).logits,
+            "continued": torch.stack(continued.logits, dim=1),
         }
 
     def _inputs(self, right: bool) -> dict[str, Tensor]:

@@ -109,8 +109,9 @@ def test_a_large_mixture_is_tried_on_a_small_one_and_its_cost_is_said() -> None:
     assert try_network(network.config, network, attention, "merges.x").notes(network, "merges.x") == []
 
 
-def test_a_network_that_cannot_be_run_so_is_refused_by_name() -> None:
-    network, changed = hollow(lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=300, d_model=16, n_layer=2, n_head=4)))
+@pytest.mark.parametrize("width", [16, 1024])
+def test_a_network_that_cannot_be_run_so_is_refused_by_name(width: int) -> None:
+    network, changed = hollow(lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=300, d_model=width, n_layer=3, n_head=4)))
     message = (
         r"merges\.x: XLNetLMHeadModel cannot be run with coefficients per sample \(.*\); "
         r"use application: \{kind: static\}"
