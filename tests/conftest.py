@@ -30,6 +30,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.recipe import load_recipe
 from pipeline.store import Store
 from tasks.cross_task import CrossTaskJob, finish_distances, run_trunk
+from tests.merged import assert_store_loads
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -269,6 +270,8 @@ def command_line(*arguments: object) -> int:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     finally:
         sys.argv = before
+    if arguments[0] in ("run", "refresh") and "--store" in arguments:
+        assert_store_loads(Path(str(arguments[arguments.index("--store") + 1])))
     return 0
 
 
@@ -280,3 +283,4 @@ def do_steps(plan: Plan) -> None:
         for part in step.parts:
             part(out=out)
         plan.store.publish(step.key, {"result": step.finish(out=out)})
+    assert_store_loads(plan.store.root)

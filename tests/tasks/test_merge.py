@@ -43,6 +43,7 @@ from tests.conftest import (
     pair_names,
     perturbed,
 )
+from tests.merged import assert_loads
 from tests.tasks.methods.pieces import whole_tensor
 from tests.tasks.test_task_vectors import measured
 
@@ -105,7 +106,9 @@ def merged(job: MergeJob, out: Path) -> dict[str, Any]:
     """Run all pieces of a merge."""
     for group in range(len(job.groups)):
         merge_group(job, group, out)
-    return finish_merge(job, job.base.folder, out)
+    found = finish_merge(job, job.base.folder, out)
+    assert_loads(out, job.base.folder)
+    return found
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
