@@ -76,6 +76,8 @@ def weights(report: dict[str, Any]) -> dict[str, str]:
 def test_one_changed_expert(team: Path, ray_address: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = team.parent / "store"
     first = work("refresh", team, store, ray_address)
+    for half, samples in (("first_half", 1), ("second_half", 2)):  # what chooses the best variant, and what shows it
+        assert {name: score["n"] for name, score in first[half].items()} == {"ta": samples, "ties-sens": samples}
     capsys.readouterr()
 
     # Nothing changed: no step and no run, and Ray is not asked.
