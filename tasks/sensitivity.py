@@ -15,7 +15,7 @@ from tasks.models.placement import Placement
 from tasks.models.runners import Sensitivity, open_runner
 from tasks.models.source import Source
 
-VERSION = 2
+VERSION = 3
 
 
 def sensitivity(
