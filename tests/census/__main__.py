@@ -23,6 +23,22 @@ COLUMNS: Mapping[str, Column] = {
     "SE full": se.full,
     "SE LoRA": se.lora,
 }
+HEADING = """# Architectures
+
+What `python -m tests.census` finds with transformers {version}: of every causal language model that it has, a tiny
+random network is made, with two full fine-tunes and two LoRA adapters where these are looked at.
+
+| column | what is compared |
+| --- | --- |
+| sens whole | sensitivities by layer, with gradients of plain autograd |
+| sens streamed | the same, of a network that runs block by block |
+| distances | distances of the experts' logits, with those of whole networks |
+
+*Right* is equal but for the rounding of float32. *Refused* are architectures that `plan` names, with the recipe's key
+and a way out. *Failed* would be those that are accepted and then fail, *wrong* those that give other numbers without a
+word.
+
+"""
 STATUSES = ("right", "refused", "failed", "wrong")
 LIMIT = 300
 """Seconds for one architecture."""
@@ -71,7 +87,7 @@ def table(found: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> str
         ]
     lines += ["", "Not tried:", ""]
     lines += [f"- {name}: {' '.join(one['tiny'].split())[:150]}" for name, one in found.items() if "tiny" in one]
-    return "\n".join(lines) + "\n"
+    return HEADING.format(version=transformers.__version__) + "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -18,8 +20,17 @@ from transformers import (
 from tasks.artifacts import read_json
 from tasks.datasets import ClassificationTask, CompletionTask, MultipleChoiceTask, Row, RowTask
 from tasks.errors import InputError
+from tasks.models.placement import Placement
 from tasks.sensitivity import sensitivity
-from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_gpt2, make_llama, perturbed
+from tests.conftest import (
+    llama_config,
+    make_adapter,
+    make_bert_expert,
+    make_bert_trunk,
+    make_gpt2,
+    make_llama,
+    perturbed,
+)
 
 Save = Callable[..., Path]
 ROWS: list[Row] = [
@@ -197,3 +208,21 @@ def test_one_gradient_at_a_time(llamas: dict[str, Path], tmp_path: Path, monkeyp
     measure(llamas["base"], llamas["math"], CompletionTask(kind="completion"), ROWS[:1], tmp_path)
     assert len(held) == 3
     assert max(held) <= 1
+
+
+@pytest.mark.parametrize("placement", ["whole", "streamed"])
+def test_what_routers_add_to_the_loss_is_left_out(
+    placement: Placement, save: Save, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """No block by itself could tell it; so it is left out everywhere."""
+    settings = llama_config(tie_word_embeddings=False).to_dict() | {"num_local_experts": 4, "model_type": "mixtral"}
+    network = MixtralForCausalLM(MixtralConfig(**settings, output_router_logits=True, router_aux_loss_coef=1.0))
+    base = save(network, "base", tmp_path)
+    expert = save(perturbed(network, 1), "expert", tmp_path)
+    (tmp_path / "out").mkdir()
+    task = CompletionTask(kind="completion")
+    sensitivity(base, expert, "math", task, ROWS, base, "float32", "cpu", placement, tmp_path / "out")
+    found = read_json(tmp_path / "out" / "sensitivity.json")["sensitivity"]
+    plain = AutoModelForCausalLM.from_pretrained(expert, experts_implementation="eager")  # which takes float64
+    expected = naive(plain, completion_loss(tokenizer, "completion"), ROWS)
+    assert found == pytest.approx(expected, rel=1e-4)

@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from tasks.models.heads import HEAD_WEIGHTS, DetachedHead, SavedHead
+from tasks.models.networks import trunk_of
+from tests.census.zoo import tiny_network
 from tests.conftest import perturbed
 
 PAD = 1
@@ -98,3 +100,30 @@ def test_a_saved_head_is_read_from_its_folder(tmp_path: Path) -> None:
     found = saved.head_tensors()
     assert found.keys() == tensors.keys()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
+
+
+def test_the_trunk_stays_as_it_is() -> None:
+    network, inputs = make("bert"), batch()
+    trunk = network.base_model
+    before = trunk(**inputs).last_hidden_state
+    DetachedHead(network)
+    assert torch.equal(trunk(**inputs).last_hidden_state, before)
+
+
+LANGUAGE_MODELS = {
+    "OPTForCausalLM": "calls the decoder in its trunk",
+    "FalconH1ForCausalLM": "reads a setting of its trunk",
+    "MambaForCausalLM": "passes on the trunk's cache",
+    "Llama4ForCausalLM": "names its trunk otherwise than `base_model_prefix`",
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@torch.no_grad()
+def test_heads_of_language_models(name: str) -> None:
+    network, ids = tiny_network(name), torch.tensor([[5, 6, 7, 8]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = network(**inputs, use_cache=False).logits
+    hidden = trunk_of(network)(**inputs, use_cache=False).last_hidden_state
+    found = DetachedHead(network).logits(hidden, None, inputs)
+    assert torch.equal(found, expected)

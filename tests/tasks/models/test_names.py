@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -13,6 +16,7 @@ from transformers import (
 )
 
 from tasks.models.names import Names, names_of, parameter_names, plain
+from tests.census.zoo import tiny_network
 from tests.conftest import bert_config, gpt2_config, llama_config
 
 
@@ -106,3 +110,22 @@ def test_what_transformers_no_longer_reads() -> None:
     assert llama.is_unread("model.layers.1.self_attn.rotary_emb.inv_freq")
     assert llama.is_unread("model.rotary_emb.inv_freq")
     assert not llama.is_unread("model.layers.1.self_attn.q_proj.weight")
+
+
+@pytest.mark.parametrize("name", ["LagunaForCausalLM", "CamembertForCausalLM", "DeepseekV4ForCausalLM"])
+def test_every_parameter_that_transformers_saves_is_found_again(name: str, tmp_path: Path) -> None:
+    """Patterns of old names match some of today's; heads may come before trunks."""
+    network = tiny_network(name)
+    network.save_pretrained(tmp_path)
+    names = names_of(network)
+    with safe_open(tmp_path / "model.safetensors", "pt") as saved:
+        found = {key for tensor in saved.keys() for key in names.all_parameters(tensor)}  # noqa: SIM118
+    assert names.parameters.keys() <= found
+    assert {names.parameter(parameter) for parameter, _ in network.named_parameters()} == names.parameters.keys()
+
+
+def test_a_fused_tensor_is_several_parameters() -> None:
+    names = names_of(tiny_network("HrmTextForCausalLM"))
+    found = names.all_parameters("model.L_module.layers.0.mlp.gate_up_proj.weight")
+    assert found == tuple(f"L_module.layers.0.mlp.{one}_proj.weight" for one in ("gate", "up"))
+    assert set(found) <= names.parameters.keys()
