@@ -109,8 +109,13 @@ class Change:
         return cls(whole, factors, frozenset(vectors))
 
     def vector(self, expert: int) -> Tensor | None:
-        """Return an expert's whole task vector; None if it has none that is not low-rank."""
-        return self.whole[expert].dense() if expert in self.whole else None
+        """Return an expert's whole task vector; None if it has none."""
+        if expert in self.whole:
+            return self.whole[expert].dense()
+        if self.factors is None or expert not in self.experts:
+            return None
+        own = self.factors.owner == expert
+        return self.factors.second[:, own] @ self.factors.first[own]
 
     def shared(self, mix: Mix) -> Iterator[tuple[Share, Dense | Sparse]]:
         """Yield share and task vector, if not low-rank, of each expert that has both."""

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.dynamic import DynamicNetwork, unlinear
 from tasks.models.stand_in import pattern, stand_ins
-from tasks.models.vectors import Dense, Vector
+from tasks.models.vectors import Dense, LowRank, Vector
 
 TOLERANCE = 1e-4
 """Of differences, in parts of the largest value: far above what rounding does, far below what a wrong weight does."""
@@ -87,11 +87,16 @@ class _Run:
 
     def __init__(self, network: PreTrainedModel, kinds: Collection[str]) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.vectors: dict[str, dict[int, Vector]] = {
-            name: {k: Dense(0.1 * torch.randn(one.shape, generator=generator)) for k in range(_EXPERTS)}
-            for name, one in network.named_parameters()
-            if pattern(name) in kinds
-        }
+
+        def random(*shape: int) -> Tensor:
+            return 0.1 * torch.randn(shape, generator=generator)
+
+        self.vectors: dict[str, dict[int, Vector]] = {}
+        for name, one in network.named_parameters():
+            if pattern(name) in kinds:
+                self.vectors[name] = {0: Dense(random(*one.shape)), 1: Dense(random(*one.shape))}
+                if one.dim() == 2 and name.endswith(".weight"):  # as adapters have it
+                    self.vectors[name][1] = LowRank(random(2, one.shape[1]), random(one.shape[0], 2))
         self._network = network
         self._coefficients = torch.tensor([[1.0, 0.0], [0.6, -0.4], [0.0, 0.8]])
         network.config.get_text_config().pad_token_id = network.config.pad_token_id = 0

@@ -1,5 +1,6 @@
 """What the census looks at: of one architecture a base with two full fine-tunes and two LoRA adapters, on disk."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,7 @@ def make_case(name: str, folder: Path, lora: bool = True) -> Case:
         _with_padding(perturbed(case.network(case.base), seed, 0.05)).save_pretrained(full)
         tokenizer.save_pretrained(full)
         if lora:
-            network = case.network(case.base)
-            make_adapter(network, case.experts("lora")[expert], seed, target_modules=_linear(network))
+            _make_adapter(case, case.experts("lora")[expert], seed)
     return case
 
 
@@ -93,6 +93,19 @@ def _with_padding(network: PreTrainedModel) -> PreTrainedModel:
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx] = 0
     return network
+
+
+def _make_adapter(case: Case, folder: Path, seed: int) -> None:
+    """Save an adapter of the base's linear layers.
+
+    Of mixtures, peft takes layers that are called as those of their experts for parameters of all experts in one
+    (`target_parameters`), which plan refuses by name: they are left out.
+    """
+    network = case.network(case.base)
+    make_adapter(network, folder, seed, target_modules=_linear(network))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config["target_parameters"]:
+        make_adapter(case.network(case.base), folder, seed, target_modules=config["target_modules"])
 
 
 def _linear(network: PreTrainedModel) -> list[str]:

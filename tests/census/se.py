@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.plan import Plan
@@ -67,7 +67,7 @@ def _compare(case: Case, kind: str, model: DynamicModel) -> str:
     routes = Routes(torch.tensor(COEFFICIENTS), [0, 0, 1, 1])
     logits = model.logits(prompts, routes)
     continued = model.generate(prompts, routes, NEW)
-    base = case.network(case.base)
+    base = _untied(case, case.base) if kind == "lora" else case.network(case.base)
     experts = [_expert(case, kind, folder) for folder in case.experts(kind).values()]
     pad_id, worst = pad_token(base, model.tokenizer), 0.0
     for rows in model.network.together(routes.coefficients):
@@ -88,8 +88,18 @@ def _expert(case: Case, kind: str, folder: Path) -> dict[str, Tensor]:
     """Return the parameters of an expert by name, as transformers and peft load it."""
     if kind == "full":
         return dict(case.network(folder).named_parameters())
-    merged = PeftModel.from_pretrained(case.network(case.base), folder).merge_and_unload()
+    # Of a weight with several places, each may have an adapter of its own; peft would merge all into the one.
+    merged = PeftModel.from_pretrained(_untied(case, case.base), folder).merge_and_unload()
     return dict(merged.named_parameters())
+
+
+def _untied(case: Case, folder: Path) -> PreTrainedModel:
+    """Return a network of whose parameters each place has one of its own."""
+    network = case.network(folder)
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().clone())
+    return network
 
 
 def _written(base: PreTrainedModel, experts: list[dict[str, Tensor]], coefficients: list[float]) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaConfig,
@@ -24,6 +26,8 @@ from transformers import (
     MixtralForCausalLM,
     MPNetConfig,
     MPNetForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -53,6 +57,10 @@ SIZE: dict[str, Any] = {
 TEXT: dict[str, Any] = {**SIZE, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": PAD}
 DECODER: dict[str, Any] = {**TEXT, "num_key_value_heads": 2, "head_dim": 4, "bos_token_id": 0, "eos_token_id": None}
 GPT2_SIZE: dict[str, Any] = {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": BLOCKS, "n_head": 4}
+OPT_SIZE: dict[str, Any] = {
+    **{"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": BLOCKS, "num_attention_heads": 4},
+    **{"max_position_embeddings": 32, "word_embed_proj_dim": 8},
+}
 
 NETWORKS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**DECODER, tie_word_embeddings=True)),
@@ -61,11 +69,18 @@ NETWORKS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**DECODER)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**DECODER)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZE, pad_token_id=PAD, bos_token_id=0, eos_token_id=None)),
+    # Linear layers of a class of their own; positions that are numbered inside, and rows of all tokens.
+    "falcon": lambda: FalconForCausalLM(
+        FalconConfig(**SIZE, vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=0, eos_token_id=None)
+    ),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(**OPT_SIZE, vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=0, eos_token_id=None)
+    ),
     "bert": lambda: BertForSequenceClassification(BertConfig(**TEXT, num_labels=3)),
     "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**TEXT, num_labels=3)),
     "vit": lambda: ViTForImageClassification(ViTConfig(**SIZE, image_size=8, patch_size=4, num_labels=3)),
 }
-DECODERS = ("llama", "qwen2", "mistral", "gemma", "qwen3", "gpt2")
+DECODERS = ("llama", "qwen2", "mistral", "gemma", "qwen3", "gpt2", "falcon", "opt")
 
 Vectors = dict[str, dict[int, Vector]]
 
