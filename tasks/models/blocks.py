@@ -189,27 +189,33 @@ class Shell:
         """
         self._learn(batch)
         entry = self._enter(batch)
-        assert entry is not None
+        if entry is None:  # of another length than the first sample, say
+            raise self._refusal("")
         return entry
 
     def _learn(self, batch: Batch) -> None:
         """Find out in which form the network expects what its blocks give, and how often it calls them."""
         if self._answer is not None:
             return
+        reasons = []
         for self._answer in _ANSWERS:
             try:
                 entry = self._enter(batch)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # what a network makes of the wrong form may be anything
+            except Exception as error:  # what a network makes of the wrong form may be anything
+                reasons.append(" ".join(str(error).split()))
                 continue
             if entry is not None:
                 self._visits = sum(len(several) for several in entry.calls)
                 return
         self._answer = None
-        raise InputError(
+        raise self._refusal(f" ({reasons[0][:200]})" if len(reasons) == len(_ANSWERS) else "")
+
+    def _refusal(self, reason: str) -> InputError:
+        return InputError(
             f"{self._source.base}: {type(self.network).__name__} does more than hand the output of each block to the "
-            "next, so it cannot be run in parts; set placement: whole, or use other coefficients than sens"
+            f"next{reason}, so it cannot be run in parts; set placement: whole, or use other coefficients than sens"
         )
 
     def _enter(self, batch: Batch) -> Entry | None:
