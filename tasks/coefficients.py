@@ -46,13 +46,13 @@ Coefficients = Annotated[
 
 
 def alpha(sensitivity: PerExpert) -> PerExpert:
-    """Return α: one expert's sensitivities by layer, divided by their L2 norm (DESIGN §5). All zero stays zero."""
+    """Return α: one expert's sensitivities by layer, divided by their L2 norm. All zero stays zero."""
     norm = math.hypot(*sensitivity.values())
     return {layer: value / norm if norm else 0.0 for layer, value in sensitivity.items()}
 
 
 def tau(distances: Mapping[str, Mapping[str, float]], direction: str) -> PerExpert:
-    """Return τ: row sums of g (`distance`) or of 1 / (1 + g) (`similarity`), divided by their sum (DESIGN §5).
+    """Return τ: row sums of g (`distance`) or of 1 / (1 + g) (`similarity`), divided by their sum.
 
     Experts that all agree on every sample (g = 0 everywhere) share τ evenly.
     """
@@ -67,7 +67,7 @@ def tau(distances: Mapping[str, Mapping[str, float]], direction: str) -> PerExpe
 def sigma(
     alphas: Mapping[str, PerExpert], taus: PerExpert, temperature: float, layers: Iterable[str]
 ) -> dict[str, PerExpert]:
-    """Return σ[layer][expert] = softmax over experts of α[expert][layer] · τ[expert] / T (DESIGN §5).
+    """Return σ[layer][expert] = softmax over experts of α[expert][layer] · τ[expert] / T.
 
     A layer that an expert's network does not have (another head) counts as α = 0.
     """

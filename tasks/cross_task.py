@@ -167,7 +167,7 @@ def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
 
 
 def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
-    """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂ (DESIGN §5).
+    """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂.
 
     The heads run over what `run_trunk` kept, side by side, `CHUNK_TOKENS` tokens at a time. On a classification task
     every trunk is followed by the head of the task's own expert, whole samples at a time.

@@ -31,7 +31,7 @@ def sensitivity(
     out: Path,
     base_config: bool = False,
 ) -> dict[str, Any]:
-    """Measure s[layer] = mean over samples x of Σ_{p in layer} |p · ∂L(x)/∂p|, one sample at a time (DESIGN §5).
+    """Measure s[layer] = mean over samples x of Σ_{p in layer} |p · ∂L(x)/∂p|, one sample at a time.
 
     L is the loss of the expert on its own sample; tied parameters count once; per-task heads are no layer. A gradient
     is used and dropped as soon as backward has it, so no more than one tensor's gradient is held.

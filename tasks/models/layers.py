@@ -7,7 +7,7 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a tensor: its transformer block, or, outside the blocks, its own module (DESIGN §5).
+    """Return the layer of a tensor: its transformer block, or, outside the blocks, its own module.
 
     The block is the name up to its first numeric component: `model.layers.0.mlp.up_proj.weight` is in
     `model.layers.0`, `model.embed_tokens.weight` in `model.embed_tokens`.

@@ -1,6 +1,6 @@
 """What the experts' changes to one module do to its output, for every sample of a batch by coefficients of its own.
 
-What is linear in its weights needs no weights per sample: f(x; θ₀ + Σ cₖ·δₖ) = f(x; θ₀) + Σ cₖ·f(x; δₖ) (DESIGN §5).
+What is linear in its weights needs no weights per sample: f(x; θ₀ + Σ cₖ·δₖ) = f(x; θ₀) + Σ cₖ·f(x; δₖ).
 Forward hooks add the second term to the outputs of linear layers, embeddings, convolutions and norms; a few small
 parameters are replaced by one value per sample. The modules stay as they are.
 """
