@@ -1,4 +1,4 @@
-"""The router of SE-Merging: from hidden states to every sample's own coefficients (DESIGN §5; arXiv 2506.18135).
+"""The router of SE-Merging: from hidden states to every sample's own coefficients (arXiv 2506.18135).
 
 A rule turns a sample's pooled hidden states into one affinity per expert, the larger the better. The states come from
 probes: forward passes of the base, of the static merge and of each expert up to one block.

@@ -579,7 +579,7 @@ def test_sens_end_to_end(direction: str, job: Callable[..., MergeJob], llamas: d
     table = read_json(tmp_path / "out" / "coefficients.json")
     assert set(table) == {"weights", "tau", "sigma"}
 
-    # DESIGN §5 written out.
+    # The formulas written out.
     raw = {name: read_json(one.sensitivities[name] / "sensitivity.json")["sensitivity"] for name in one.experts}
     g = read_json(tmp_path / "sens" / "cross" / "distances.json")
     rows = {"math": g["math"]["code"], "code": g["code"]["math"]}
