@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.layers import block_names
 from tasks.models.materialised import Materialised
-from tasks.models.terms import Change, Mix, Term, is_read, kind_of
+from tasks.models.mix import Change, Mix
+from tasks.models.terms import Term, is_read, kind_of
 from tasks.models.vectors import Vector
 
 
