@@ -417,7 +417,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         placed.own,
         adapter.low_rank,
         head,
-        adapter.pieces,
+        {**placed.pieces, **adapter.pieces},
         config=config,
         network=ends_in,
     )
