@@ -7,8 +7,9 @@ from tempfile import TemporaryDirectory
 
 from tasks.artifacts import canonical, sha256_file, sha256_text
 from tasks.download import Listing
+from tasks.models.base import Base
 from tasks.models.companions import CONFIG, GENERATION_CONFIG, companions, is_tokenizer_file, names_code
-from tasks.models.expert import Base, Expert
+from tasks.models.expert import Expert
 from tasks.models.networks import network_class
 from tasks.models.tokenizers import BASE, Choice, Owner, choose, write_choice
 

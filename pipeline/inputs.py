@@ -13,10 +13,11 @@ from tasks.datasets import ClassificationTask
 from tasks.download import Listing, LocalModel, fetch_files, safetensors_header, small_files
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
+from tasks.models.base import Base, open_base
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
 from tasks.models.classes import class_names
 from tasks.models.dynamic import trunk_blocks
-from tasks.models.expert import Base, Expert, open_base, open_expert
+from tasks.models.expert import Expert, open_expert
 from tasks.models.layers import group_by_layer
 from tasks.models.networks import load_tokenizer, skeleton
 from tasks.models.parameters import holdings

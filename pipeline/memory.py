@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tasks.cross_task import CHUNK_TOKENS
-from tasks.models.expert import Base
+from tasks.models.base import Base
 from tasks.models.layers import in_block, layer_of
 from tasks.models.placement import shares
 

@@ -10,8 +10,8 @@ from pipeline.memory import Memory, machine_memory
 from pipeline.recipe import ActorPlacement, Recipe, Stage
 from tasks.datasets import ClassificationTask
 from tasks.errors import InputError
+from tasks.models.base import Base
 from tasks.models.blocks import blocks_of
-from tasks.models.expert import Base
 from tasks.models.networks import skeleton
 from tasks.models.placement import Actors, Placement
 

@@ -23,8 +23,9 @@ from tasks.datasets import (
     whole_number,
 )
 from tasks.errors import InputError
+from tasks.models.base import missing_parameters
 from tasks.models.causality import not_causal
-from tasks.models.expert import Expert, missing_parameters
+from tasks.models.expert import Expert
 from tasks.models.networks import positions
 from tasks.rows import Rows, check_samples, draw_order, load_rows, open_table
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
 from tasks.errors import InputError
 from tasks.merge_vectors import BASE, VECTORS
+from tasks.models.base import Base, open_base
 from tasks.models.dynamic import DynamicNetwork
-from tasks.models.expert import Base, load_network, open_base
+from tasks.models.expert import load_network
 from tasks.models.heads import DetachedHead, SavedHead
 from tasks.models.networks import Head
 from tasks.models.parameters import by_parameter

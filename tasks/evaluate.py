@@ -28,8 +28,9 @@ from tasks.errors import InputError
 from tasks.evaluate_lm_eval import evaluate_lm_eval
 from tasks.generation import generate, set_end_tokens
 from tasks.metrics import Record, score_records
+from tasks.models.base import Base, open_base
 from tasks.models.blocks import trunk_output
-from tasks.models.expert import Base, Expert, load_network, open_base, open_expert
+from tasks.models.expert import Expert, load_network, open_expert
 from tasks.models.head_inputs import (
     HeadInput,
     fingerprint_of,

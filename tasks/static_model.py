@@ -16,7 +16,8 @@ from tasks.datasets import pad
 from tasks.errors import InputError
 from tasks.evaluate import finite, pad_token
 from tasks.generation import generate, set_end_tokens
-from tasks.models.expert import load_network, open_base
+from tasks.models.base import open_base
+from tasks.models.expert import load_network
 from tasks.models.heads import SavedHead
 from tasks.models.networks import load_config, load_tokenizer, network_class
 from tasks.models.weights import HEADS

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tasks.errors import InputError
-from tasks.models.expert import Base
+from tasks.models.base import Base
 from tasks.models.vectors import Vector, compact
 
 

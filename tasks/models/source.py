@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.errors import InputError
-from tasks.models.expert import Expert, load_network, open_base, open_expert
+from tasks.models.base import open_base
+from tasks.models.expert import Expert, load_network, open_expert
 from tasks.models.layers import layer_of
 from tasks.models.networks import Head, for_one_pass, hollow_network
 

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from tasks.dynamic_folder import parameter_vectors
 from tasks.dynamic_model import DynamicModel, Routes, parts
 from tasks.merge_vectors import BASE
-from tasks.models.expert import open_base
+from tasks.models.base import open_base
 from tasks.models.networks import load_config, load_tokenizer
 from tasks.models.vectors import Vector
 

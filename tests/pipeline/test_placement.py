@@ -16,8 +16,8 @@ from tasks.artifacts import read_json
 from tasks.coefficients import alpha
 from tasks.datasets import CompletionTask, DataSource
 from tasks.errors import InputError
+from tasks.models.base import Base, open_base
 from tasks.models.checkpoint import Checkpoint, TensorInfo
-from tasks.models.expert import Base, open_base
 from tasks.models.networks import skeleton
 from tasks.models.placement import Actors, shares
 from tasks.rows import load_rows

@@ -30,8 +30,9 @@ from tasks.errors import InputError
 from tasks.merge import MergeJob, finish_merge, merge_group, merge_weights, weights_digest
 from tasks.methods import METHODS, Settings, TaskVector
 from tasks.methods.delta import Whole
+from tasks.models.base import open_base
 from tasks.models.checkpoint import open_checkpoint
-from tasks.models.expert import load_network, open_base, open_expert
+from tasks.models.expert import load_network, open_expert
 from tasks.models.weights import layer_groups
 from tasks.sensitivity import sensitivity
 from tests.conftest import (

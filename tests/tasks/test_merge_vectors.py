@@ -16,7 +16,7 @@ from tasks.errors import InputError
 from tasks.merge import MergeJob
 from tasks.merge_vectors import BASE, FILES, VECTORS, finish_vectors, merge_group_vectors
 from tasks.methods import Settings, static_coefficient
-from tasks.models.expert import open_base
+from tasks.models.base import open_base
 from tasks.models.layers import group_by_layer
 from tasks.models.vectors import Dense, LowRank, Sparse, Vector, load_vectors
 from tasks.models.weights import ExpertWeights

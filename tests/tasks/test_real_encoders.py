@@ -11,7 +11,8 @@ from tasks.datasets import ClassificationTask, DataSource, RowSet
 from tasks.evaluate import Subject, evaluate
 from tasks.evaluate_dynamic import evaluate_dynamic
 from tasks.metrics import mean_normalised
-from tasks.models.expert import open_base, open_expert
+from tasks.models.base import open_base
+from tasks.models.expert import open_expert
 from tasks.rows import load_rows
 from tests.conftest import SHARED
 from tests.tasks.test_dynamic_model import merge

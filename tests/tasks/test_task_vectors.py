@@ -12,7 +12,8 @@ from tasks.artifacts import read_json
 from tasks.errors import InputError
 from tasks.methods.delta import Whole
 from tasks.methods.sparsify import histogram_of
-from tasks.models.expert import open_base, open_expert
+from tasks.models.base import open_base
+from tasks.models.expert import open_expert
 from tasks.models.weights import ExpertWeights, layer_groups
 from tasks.task_vectors import finish_task_vector, measure_group, read_histogram
 from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed

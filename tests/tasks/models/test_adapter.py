@@ -21,7 +21,8 @@ from transformers import (
 
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
-from tasks.models.expert import Expert, load_network, open_base, open_expert
+from tasks.models.base import open_base
+from tasks.models.expert import Expert, load_network, open_expert
 from tests.conftest import bert_config, llama_config, make_bert_expert, make_bert_trunk, make_gpt2, make_llama
 
 LLAMA: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}

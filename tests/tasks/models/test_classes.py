@@ -15,9 +15,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from tasks.models.base import open_base
 from tasks.models.checkpoint import WEIGHTS
 from tasks.models.classes import class_names, class_order, in_order, parameters_of_classes
-from tasks.models.expert import load_network, open_base, open_expert
+from tasks.models.expert import load_network, open_expert
 from tests.conftest import bert_config, perturbed
 
 Save = Callable[..., Path]

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from tasks.errors import InputError
+from tasks.models.base import open_base
 from tasks.models.compare import differences, with_settings_of
-from tasks.models.expert import load_network, open_base, open_expert
+from tasks.models.expert import load_network, open_expert
 from tests.conftest import llama_config, make_llama, perturbed
 
 Save = Callable[..., Path]

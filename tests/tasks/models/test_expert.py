@@ -33,8 +33,9 @@ from transformers import (
 )
 
 from tasks.errors import InputError
+from tasks.models.base import Base, open_base
 from tasks.models.checkpoint import DTYPES, INDEX, WEIGHTS, CheckpointWriter, plan_checkpoint, preallocate
-from tasks.models.expert import Base, Expert, load_network, open_base, open_expert
+from tasks.models.expert import Expert, load_network, open_expert
 from tests.conftest import bert_config, gpt2_config, llama_config, make_bert_trunk, make_gpt2, make_llama, perturbed
 
 IDS = torch.arange(3, 20)[None]

@@ -28,8 +28,9 @@ from transformers import (
 
 from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_WEIGHTS
+from tasks.models.base import open_base
 from tasks.models.checkpoint import WEIGHTS
-from tasks.models.expert import Expert, load_network, open_base, open_expert
+from tasks.models.expert import Expert, load_network, open_expert
 from tests.conftest import bert_config, make_adapter, make_llama, perturbed
 
 Save = Callable[..., Path]

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from tasks.errors import InputError
+from tasks.models.base import open_base
 from tasks.models.checkpoint import WEIGHTS
-from tasks.models.expert import open_base
 from tests.conftest import bert_config, make_bert_trunk, make_llama
 
 Tensors = dict[str, torch.Tensor]

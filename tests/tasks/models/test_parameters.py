@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tasks.errors import InputError
-from tasks.models.expert import open_base
+from tasks.models.base import open_base
 from tasks.models.parameters import by_parameter, holdings
 from tasks.models.vectors import Dense, Vector, compact
 from tests.conftest import make_llama, perturbed
