@@ -17,11 +17,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tasks.errors import InputError
 from tasks.models.blocks import Batch, TrunkOutput
 from tasks.models.heads import DetachedHead
-from tasks.models.networks import Head, for_one_pass, network_class, skeleton
+from tasks.models.networks import Head, for_one_pass, skeleton
 from tasks.models.placement import Placement
 from tasks.models.runners import Runner, Sensitivity, open_runner
 from tasks.models.source import Source
-from tasks.models.tiny import is_tiny, tiny_config, tiny_network
+from tasks.models.stand_in import stand_ins
 
 Result = TypeVar("Result")
 TOLERANCE = 1e-3
@@ -131,22 +131,24 @@ def stand_in(config: PretrainedConfig, head: Head, folder: Path, scratch: Path) 
     Raises:
         InputError: the network takes no text alone, or has no loss on it; without a recipe key.
     """
-    cls = network_class(config, head, folder)
     whole = skeleton(config, head, folder)
-    small = is_tiny(whole)
     with _quiet():
-        try:
-            network = tiny_network(cls, config if small else tiny_config(config))
-            for_one_pass(network)(**_batch(network, head)).loss.backward()
-        except Exception as error:
-            # Some configs cannot be made small by the names of their settings. On the meta device the real one can
-            # tell whether it takes such inputs, but for what depends on values.
-            reason = _one_line(error) if small else _refusal(whole, head)
-            if reason:
-                raise InputError(f"{cls.__name__}: it has no loss on text alone ({reason})") from error
-            return None
-        network.zero_grad()
-        return StandIn(network, head, scratch)
+        for network, is_whole in stand_ins(config, whole):
+            try:
+                for_one_pass(network.requires_grad_())(**_batch(network, head)).loss.backward()
+            except Exception as error:  # a network that is not made for this may raise anything
+                if is_whole:
+                    raise InputError(
+                        f"{type(network).__name__}: it has no loss on text alone ({_one_line(error)})"
+                    ) from error
+                continue
+            network.zero_grad()
+            return StandIn(network, head, scratch)
+    # On the meta device the real one can tell whether it takes such inputs, but for what depends on values.
+    reason = _refusal(whole, head)
+    if reason:
+        raise InputError(f"{type(whole).__name__}: it has no loss on text alone ({reason})")
+    return None
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tasks.models import tiny
+from tests.census import tiny
 
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_ssm": 64}  # expand · width = heads · head size
 _EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {

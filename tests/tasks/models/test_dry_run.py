@@ -1,6 +1,5 @@
 """What plan tries on tiny networks, and what it finds."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from transformers import (
     GitConfig,
     LlamaConfig,
     MixtralConfig,
-    MixtralForCausalLM,
     PretrainedConfig,
     ReformerConfig,
     ZayaConfig,
@@ -19,7 +17,6 @@ from transformers import (
 from tasks.errors import InputError
 from tasks.models.dry_run import StandIn, stand_in
 from tasks.models.networks import Head
-from tasks.models.tiny import is_tiny, tiny_config, tiny_network
 from tests.conftest import llama_config
 
 
@@ -42,14 +39,12 @@ def tried(config: PretrainedConfig, folder: Path, head: Head = "causal_lm") -> S
 )  # fmt: skip
 def test_networks_that_can_do_all(config: PretrainedConfig, head: Head, tmp_path: Path) -> None:
     before, state = config.to_dict(), torch.get_rng_state()
-    begun = time.process_time()
     tiny = tried(config, tmp_path, head)
     tiny.check_sensitivity()
     tiny.check_head()
     tiny.check_parts()
     if head == "causal_lm":
         tiny.check_generation()
-    assert time.process_time() - begun < 5
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -78,16 +73,3 @@ def test_a_network_that_has_no_gradient_in_evaluation(tmp_path: Path) -> None:
 def test_a_classifier_does_not_generate(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^LlamaForSequenceClassification: it cannot generate \(.*generate"):
         tried(llama_config(), tmp_path, "classification").check_generation()
-
-
-def test_tiny_configs_have_layers_of_every_kind() -> None:
-    kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    config = LlamaConfig(num_hidden_layers=8)
-    config.layer_types = kinds * 2
-    small = tiny_config(config)
-    assert small.layer_types == ["sliding_attention", "full_attention"]
-    assert small.num_hidden_layers == 2
-    assert (small.hidden_act, small.rms_norm_eps) == (config.hidden_act, config.rms_norm_eps)
-    network = tiny_network(MixtralForCausalLM, tiny_config(MixtralConfig()))
-    assert is_tiny(network)
-    assert all(bool(parameter.abs().sum() > 0) for parameter in network.parameters())

@@ -86,17 +86,6 @@ def tiny_settings(config: PretrainedConfig) -> dict[str, Any]:
     return found
 
 
-def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a config with few and narrow layers; all else is as it was."""
-
-    def settings(one: PretrainedConfig) -> dict[str, Any]:
-        known = {**one.to_dict(), **tiny_settings(one)}
-        inner = {name: getattr(one, name) for name in one.sub_configs}
-        return known | {name: settings(child) for name, child in inner.items() if child is not None}
-
-    return type(config)(**settings(config))
-
-
 def tiny_network(cls: type[PreTrainedModel], config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Return a random network in evaluation mode, float32; no parameter is zero.
 
