@@ -182,8 +182,9 @@ def _one_line(error: Exception) -> str:
 
 def _batch(network: PreTrainedModel, head: Head) -> Batch:
     """Return a sample that ends with an end token, at which some heads look."""
-    end = getattr(network.config.get_text_config(), "eos_token_id", None)
-    end = end if isinstance(end, int) and end < network.get_input_embeddings().weight.shape[0] else 9
+    text = network.config.get_text_config()
+    end = getattr(text, "eos_token_id", None)
+    end = end if isinstance(end, int) and end < getattr(text, "vocab_size", 0) else 9
     ids = torch.tensor([[5, 6, 7, 8, end]])
     labels = torch.tensor([0]) if head == "classification" else ids.clone()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
