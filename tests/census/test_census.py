@@ -25,7 +25,7 @@ ADAPTERS_REFUSED = {
     "HrmTextForCausalLM",
     "Inkling2ForCausalLM",
     "LagunaForCausalLM",
-}  # layers that files name otherwise
+}  # files name layers otherwise
 REFUSED = {"HrmTextForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM"}
 
 
