@@ -19,8 +19,8 @@ from tasks.models.vectors import Dense, LowRank, Vector
 
 TOLERANCE = 1e-4
 """Of differences, in parts of the largest value: far above what rounding does, far below what a wrong weight does."""
-_SAMPLES, _TOKENS, _EXPERTS, _NEW = 3, 5, 2, 2
-"""Sizes that cannot be taken for each other."""
+_SAMPLES, _TOKENS, _EXPERTS, _NEW = 3, 17, 2, 2
+"""Sizes that cannot be taken for each other; enough tokens for what compresses several into one."""
 
 
 @dataclass(frozen=True)

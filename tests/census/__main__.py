@@ -33,6 +33,8 @@ random network is made, with two full fine-tunes and two LoRA adapters where the
 | sens whole | sensitivities by layer, with gradients of plain autograd |
 | sens streamed | the same, of a network that runs block by block |
 | distances | distances of the experts' logits, with those of whole networks |
+| SE full | logits and greedy continuations of a batch of mixed coefficients, with weights written out for each sample |
+| SE LoRA | the same, of adapters of the linear layers |
 
 *Right* is equal but for the rounding of float32. *Refused* are architectures that `plan` names, with the recipe's key
 and a way out. *Failed* would be those that are accepted and then fail, *wrong* those that give other numbers without a

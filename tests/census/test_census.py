@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.census import sens
+from tests.census import se, sens
 from tests.census.cases import make_case
 
 SAMPLE = [
@@ -21,6 +21,11 @@ SAMPLE = [
     "ZambaForCausalLM",  # has blocks that share weights
     "ZayaForCausalLM",  # hands more than hidden states from block to block
 ]
+ADAPTERS_REFUSED = {
+    "HrmTextForCausalLM",
+    "Inkling2ForCausalLM",
+    "LagunaForCausalLM",
+}  # files name layers otherwise
 REFUSED = {"HrmTextForCausalLM", "ZambaForCausalLM", "ZayaForCausalLM"}
 
 
@@ -35,3 +40,13 @@ def test_sens(name: str, tmp_path: Path) -> None:
         assert "; set placement: whole" in streamed
     else:
         assert streamed == "right"
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_se(name: str, tmp_path: Path) -> None:
+    case = make_case(name, tmp_path)
+    assert se.full(case) == "right"
+    if name in ADAPTERS_REFUSED:
+        assert se.lora(case).startswith("refused: experts.first: ")
+    else:
+        assert se.lora(case) == "right"
