@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from pipeline.dry_run import try_networks
 from pipeline.inputs import Inputs, gather_inputs
 from pipeline.placement import Choice, choose
 from pipeline.recipe import Recipe, Stage
 from pipeline.steps import Resolved, Step, lay_out
 from pipeline.store import Key, Store
-from pipeline.trial import try_networks
 from pipeline.units import human_bytes
 from tasks import cross_task
 from tasks.download import Listing

@@ -33,7 +33,7 @@ def test_nothing_is_tried_that_is_not_asked(
     llama_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    monkeypatch.setattr("pipeline.trial.stand_in", lambda config, *_: tried.append(config.model_type))
+    monkeypatch.setattr("pipeline.dry_run.stand_in", lambda config, *_: tried.append(config.model_type))
     plan = plan_of(tmp_path, llama_recipe)
     assert tried == ["llama"]  # once for both experts
     assert [note for note in plan.inputs.notes if "no small network" in note]
