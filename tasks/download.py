@@ -180,7 +180,8 @@ def _cached_listing(source: HubModel, commit: str, cache: Path) -> Listing | Non
         if name.startswith("/") or ".." in name.split("/"):
             raise InputError(f"model {source}: lists {name!r}, outside its folder; do not use this model")
     files = []
-    for name in sorted(_relevant({name: entry["size"] for name, entry in tree.items()}, source)):
+    inner = [name for name in tree if "/" in name and fnmatch(name, WEIGHTS)]
+    for name in sorted(_relevant({name: entry["size"] for name, entry in tree.items()}, source, inner)):
         sha256 = tree[name].get("lfs_sha256")
         files.append(
             ListedFile(name, tree[name]["size"], f"sha256:{sha256}" if sha256 else f"git:{tree[name]['blob_id']}")
@@ -196,7 +197,8 @@ def _local_files(source: LocalModel, cache: Path) -> tuple[ListedFile, ...]:
     known: dict[str, list[Any]] = read_json(record) if record.exists() else {}
     fresh: dict[str, list[Any]] = {}
     stats = {name: path.stat() for name, path in local_files(source.folder).items()}
-    for name in sorted(_relevant({name: stat.st_size for name, stat in stats.items()}, source)):
+    inner = [path.relative_to(source.folder).as_posix() for path in source.folder.glob(f"*/{WEIGHTS}")]
+    for name in sorted(_relevant({name: stat.st_size for name, stat in stats.items()}, source, inner)):
         stat = stats[name]
         key = [stat.st_size, stat.st_mtime_ns]
         fresh[name] = known[name] if known.get(name, [])[:2] == key else [*key, _digest(source.folder / name, "sha256")]
@@ -206,8 +208,17 @@ def _local_files(source: LocalModel, cache: Path) -> tuple[ListedFile, ...]:
     return tuple(ListedFile(name, size, digest) for name, (size, _, digest) in fresh.items())
 
 
-def _relevant(sizes: Mapping[str, int], source: LocalModel | HubModel) -> set[str]:
-    """Choose the files of a model that are read or travel, by name and bytes; check that weights are among them."""
+def _relevant(sizes: Mapping[str, int], source: LocalModel | HubModel, inner: Collection[str] = ()) -> set[str]:
+    """Choose the files of a model that are read or travel, by name and bytes; check that weights are among them.
+
+    Args:
+        sizes: bytes by name.
+        source: the model.
+        inner: paths of safetensors files in its subfolders, for the message where it has none itself.
+
+    Raises:
+        InputError: no weights.
+    """
     names = [name for name in sizes if "/" not in name]
     chosen = {name for name in names if any(fnmatch(name, pattern) for pattern in READ)}
     chosen = {name for name in chosen if not fnmatch(name, FOREIGN)}
@@ -218,8 +229,26 @@ def _relevant(sizes: Mapping[str, int], source: LocalModel | HubModel) -> set[st
                 f"model {source}: its weights are only in pickle form ({pickles[0]}), which can run code and is not "
                 "read; load it with transformers in a place you trust, and use the folder that save_pretrained writes"
             )
-        raise InputError(f"model {source}: no weights found; expected *.safetensors files at its top level")
+        raise InputError(f"model {source}: no weights found at its top level; {_other_place(names, inner)}")
     return chosen | {name for name, size in sizes.items() if is_companion(name, size)}
+
+
+def _other_place(names: Collection[str], inner: Collection[str]) -> str:
+    """Return what to do about a model without weights at its top level.
+
+    Args:
+        names: of its files there.
+        inner: paths of safetensors files in its subfolders.
+    """
+    if any(fnmatch(name, FOREIGN) for name in names):
+        return (
+            "its consolidated files are in Mistral's own layout; expected a copy in the Hugging Face layout "
+            "(model*.safetensors)"
+        )
+    if inner:
+        folders = sorted({path.rpartition("/")[0] for path in inner})
+        return f"expected *.safetensors files; there are some in {', '.join(folders[:3])}: give a folder that has them"
+    return "expected *.safetensors files"
 
 
 def small_files(listing: Listing, cache: Path) -> Path:

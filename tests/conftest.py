@@ -189,8 +189,8 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 def tiny_recipe(llamas: dict[str, Path], folder: Path) -> dict[str, Any]:
     """A recipe for the tiny Llamas; its data sets are written to the folder."""
     for task, sign in (("math", "+"), ("code", "-")):
-        for file, first in ((f"{task}.jsonl", 0), (f"{task}-test.jsonl", 12)):
-            numbers = range(first, first + 12)
+        # A tiny random network likes to repeat a token: of digits that do, it is right now and then.
+        for file, numbers in ((f"{task}.jsonl", range(12)), (f"{task}-test.jsonl", range(22, 154, 11))):
             write_rows(folder / file, [{"prompt": f"{a}{sign}{a + 1}=", "completion": str(a)} for a in numbers])
     data = {
         task: {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from tasks.download import (
     HubModel,
@@ -406,3 +406,18 @@ def test_local_file_changed_after_planning(change: str, local: LocalModel, cache
     with pytest.raises(InputError, match=f"{name} changed"):
         download(listing, cache, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("checkpoint-500/model.safetensors", r"no weights found at its top level; .* some in checkpoint-500: give a"),
+        ("consolidated.safetensors", r"no weights found .* in Mistral's own layout; expected a copy in the Hugging"),
+    ],
+)
+def test_weights_that_lie_elsewhere(file: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "model" / file).parent.mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    save_file({"a": torch.ones(1)}, tmp_path / "model" / file)
+    with pytest.raises(InputError, match=found):
+        resolve(LocalModel(tmp_path / "model"), tmp_path / "cache")
