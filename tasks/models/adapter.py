@@ -117,7 +117,7 @@ def parse_adapter(
         FilesNeeded: tensors must be compared whose files are not here yet.
     """
     path = checkpoint.folder / ADAPTER_WEIGHTS
-    modules = {names.key(name): module for name, module in network.named_modules()}
+    modules = {_key(name, names): module for name, module in network.named_modules()}
     stored = {_peft_name(name, path): name for name in checkpoint.tensors}
     pairs: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
@@ -136,8 +136,8 @@ def parse_adapter(
                 f"{path}: tensor {name} is neither a LoRA factor nor a parameter of {names.network}; it cannot be "
                 "handled: merge the adapter into its base with peft first"
             )
-    found = {module: _module_key(names.key(module), modules, names) for module in pairs}
-    if all(key == names.key(module) and key in modules for module, key in found.items()):
+    found = {module: _module_key(_key(module, names), modules, names) for module in pairs}
+    if all(key == _key(module, names) and key in modules for module, key in found.items()):
         _check_whole(path, set(stored), config, network, names)
     tied = {*names.tied, *names.tied.values()}
     # peft may store embedding and head as they are, without having been told to train them.
@@ -244,9 +244,14 @@ def _check_whole(
         )
 
 
+def _key(module: str, names: Names) -> str:
+    """Return the key of a module, by that of its weight: transformers' patterns are made for whole names."""
+    return names.key(f"{module}.weight").removesuffix(".weight")
+
+
 def _factor(name: str, names: Names) -> tuple[str, str | None]:
     module, kind = _split_lora_name(name)
-    return names.key(module), kind
+    return _key(module, names), kind
 
 
 def _stacked_weight(
@@ -265,6 +270,11 @@ def _stacked_weight(
     parameter = names.parameter(key)
     found = views(parameter) if parameter in names.parameters else None
     if found is None or key not in found or parameter not in weights:
+        if any(parameter in names.all_parameters(name) for name in weights.values()):
+            raise InputError(
+                f"{path}: adapts {module}, whose weight the base's files hold in another form than {names.network}; "
+                "merge the adapter into its base with peft first"
+            )
         raise InputError(
             f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
         )

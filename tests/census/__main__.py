@@ -53,7 +53,8 @@ def census(name: str, columns: Sequence[str]) -> dict[str, str]:
             case = make_case(name, Path(folder), lora=any("LoRA" in column for column in columns))
         except Exception as error:
             return {"tiny": f"{type(error).__name__}: {error}"}
-        return {column: COLUMNS[column](case) for column in columns}
+        # Messages name files: without the folder that is gone when they are read.
+        return {column: COLUMNS[column](case).replace(f"{folder}/", "") for column in columns}
 
 
 def in_a_process(name: str, columns: Sequence[str]) -> dict[str, str]:

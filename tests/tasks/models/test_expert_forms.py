@@ -31,6 +31,7 @@ from tasks.models.adapter import ADAPTER_WEIGHTS
 from tasks.models.base import open_base
 from tasks.models.checkpoint import WEIGHTS
 from tasks.models.expert import Expert, load_network, open_expert
+from tests.census.zoo import tiny_network
 from tests.conftest import bert_config, make_adapter, make_llama, perturbed
 
 Save = Callable[..., Path]
@@ -354,3 +355,27 @@ def test_what_an_adapter_ends_in(task_type: str | None, berts: dict[str, Path], 
     expert = open_expert(tmp_path / "lora", open_base(berts["base"]), "experts.x")
     assert set(expert.head) == {"classifier.weight", "classifier.bias"}
     assert (expert.network == "BertForSequenceClassification") == classifies
+
+
+def test_an_adapter_of_modules_that_match_patterns_of_older_names(tmp_path: Path) -> None:
+    """Of Laguna's shared experts, an older name is a part of today's: `shared_expert.` of `shared_experts.`."""
+    network = tiny_network("LagunaForCausalLM")
+    network.save_pretrained(tmp_path / "base")
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(copy.deepcopy(network), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "lora")
+    expert = open_expert(tmp_path / "lora", open_base(tmp_path / "base"), "experts.x")
+    found = load_network(expert, "causal_lm", torch.float32, "cpu").state_dict()
+    merged = adapted.merge_and_unload().state_dict()
+    assert merged.keys() == found.keys()
+    assert all(torch.allclose(found[name], merged[name], rtol=0, atol=1e-6) for name in merged)
+    shared = "model.layers.1.mlp.shared_experts.up_proj.weight"
+    assert not torch.equal(found[shared], network.state_dict()[shared])
+
+
+def test_an_adapter_of_what_the_base_holds_fused(tmp_path: Path) -> None:
+    network = tiny_network("HrmTextForCausalLM")
+    network.save_pretrained(tmp_path / "base")
+    make_adapter(network, tmp_path / "lora", 1, target_modules=["gate_proj"])
+    with pytest.raises(InputError, match=r"gate_proj, whose weight the base's files hold in another form than HrmText"):
+        open_expert(tmp_path / "lora", open_base(tmp_path / "base"), "experts.x")
