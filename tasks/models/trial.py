@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from tasks.errors import InputError
 from tasks.models.dynamic import DynamicNetwork, unlinear
+from tasks.models.networks import positions
 from tasks.models.stand_in import pattern, stand_ins
 from tasks.models.vectors import Dense, LowRank, Vector
 
@@ -99,10 +100,12 @@ class _Run:
                     self.vectors[name][1] = LowRank(random(2, one.shape[1]), random(one.shape[0], 2))
         self._network = network
         self._coefficients = torch.tensor([[1.0, 0.0], [0.6, -0.4], [0.0, 0.8]])
+        room = (positions(network.config) or _TOKENS + _NEW) - _NEW
         network.config.get_text_config().pad_token_id = network.config.pad_token_id = 0
         network.generation_config = _GENERATION  # `generate` would fill gaps from the network's own
         vocabulary = network.config.get_text_config().vocab_size
-        self._ids = torch.randint(3, min(vocabulary, 200), (_SAMPLES, _TOKENS), generator=generator)
+        self._tokens = min(_TOKENS, room)
+        self._ids = torch.randint(3, min(vocabulary, 200), (_SAMPLES, self._tokens), generator=generator)
 
     def unlike(self, expected: Mapping[str, Tensor]) -> set[str]:
         """Return the names of what must be written out for the network to answer as expected.
@@ -146,7 +149,7 @@ class _Run:
         layers = list(range(1, dynamic.blocks + 1))
         states = dynamic.hidden_states(self._inputs(right=True), self._coefficients, layers)
         for layer, one in states.items():
-            assert one.shape[:2] == (_SAMPLES, _TOKENS), f"block {layer} gives states of shape {tuple(one.shape)}"
+            assert one.shape[:2] == (_SAMPLES, self._tokens), f"block {layer} gives states of shape {tuple(one.shape)}"
         return {name: torch.stack(values) for name, values in found.items()} | {
             f"layer {layer}": values for layer, values in states.items()
         }
@@ -174,7 +177,7 @@ class _Run:
     def _inputs(self, right: bool) -> dict[str, Tensor]:
         """Return the batch; the first sample is shorter, with its padding on the right or on the left."""
         ids, mask = self._ids.clone(), torch.ones_like(self._ids)
-        place = slice(_TOKENS - 2, _TOKENS) if right else slice(0, 2)
+        place = slice(self._tokens - 2, self._tokens) if right else slice(0, 2)
         ids[0, place], mask[0, place] = 0, 0
         return {"input_ids": ids, "attention_mask": mask}
 
