@@ -4,7 +4,8 @@ import copy
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -85,12 +86,19 @@ def _compare(case: Case, kind: str, model: DynamicModel) -> str:
 
 
 def _expert(case: Case, kind: str, folder: Path) -> dict[str, Tensor]:
-    """Return the parameters of an expert by name, as transformers and peft load it."""
+    """Return the parameters of an expert by name, as transformers loads it, or as peft trained it."""
     if kind == "full":
         return dict(case.network(folder).named_parameters())
     # Of a weight with several places, each may have an adapter of its own; peft would merge all into the one.
-    merged = PeftModel.from_pretrained(_untied(case, case.base), folder).merge_and_unload()
-    return dict(merged.named_parameters())
+    adapted = get_peft_model(_untied(case, case.base), LoraConfig.from_pretrained(folder))
+    # By the names that they were saved under: when it loads, peft 0.21 takes some of today's for older ones, and then
+    # leaves them out.
+    tensors = {
+        f"{name.removesuffix('.weight')}.default.weight": tensor
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+    assert not adapted.load_state_dict(tensors, strict=False).unexpected_keys
+    return dict(adapted.merge_and_unload().named_parameters())
 
 
 def _untied(case: Case, folder: Path) -> PreTrainedModel:
