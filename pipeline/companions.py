@@ -8,7 +8,16 @@ from tempfile import TemporaryDirectory
 from tasks.artifacts import canonical, sha256_file, sha256_text
 from tasks.download import Listing
 from tasks.models.base import Base
-from tasks.models.companions import CONFIG, GENERATION_CONFIG, companions, is_tokenizer_file, names_code
+from tasks.models.companions import (
+    CONFIG,
+    GENERATION_CONFIG,
+    LARGEST,
+    companions,
+    is_companion,
+    is_tokenizer_file,
+    local_files,
+    names_code,
+)
 from tasks.models.expert import Expert
 from tasks.models.networks import network_class
 from tasks.models.tokenizers import BASE, Choice, Owner, choose, write_choice
@@ -61,7 +70,7 @@ def choose_tokenizer(
     generation = folder / GENERATION_CONFIG
     stated = sha256_file(generation) if generation.is_file() else None
     tokenizer = Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical([digests, stated, ids])), ids)
-    return tokenizer, [*choice.notes, *_code_notes(base.folder, folder)]
+    return tokenizer, [*choice.notes, *_code_notes(base.folder, folder), *_large_notes(base.folder)]
 
 
 def _digest(listing: Listing) -> str:
@@ -91,3 +100,11 @@ def _code_notes(base: Path, tokenizer: Path) -> list[str]:
         f"base: {', '.join(named)} {'names' if len(named) == 1 else 'name'} code (auto_map), which is never run; "
         "merged models are without it"
     ]
+
+
+def _large_notes(base: Path) -> list[str]:
+    files = {name: path.stat().st_size for name, path in local_files(base).items() if is_companion(name, 0)}
+    large = [name for name, size in files.items() if not is_companion(name, size)]
+    if not large:
+        return []
+    return [f"base: {', '.join(large)}, of more than {LARGEST // 2**20} MiB, is left out of merged models"]

@@ -237,10 +237,11 @@ def _union(
     Raises:
         InputError: two of them disagree, or a token is no added one.
     """
-    known = dict(maps.get(source.key, {}))
+    if source.key not in maps:
+        return {}, []  # it cannot be read, which has been said, or is the only one
+    known = dict(maps[source.key])
     added: dict[str, int] = {}
     notes = []
-    whose = dict.fromkeys(known, source.key)
     folders = {one.key: one.folder for one in owners}
     for key, tokens in maps.items():
         if conflict := _conflict(known, tokens):
@@ -266,7 +267,6 @@ def _union(
             notes.append(f"tokenizer: {key} adds {listed}{more} to the tokens of {source.key}")
         known |= new
         added |= new
-        whose |= dict.fromkeys(new, key)
     return added, notes
 
 

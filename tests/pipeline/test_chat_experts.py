@@ -1,5 +1,6 @@
 """A fine-tuned chat model, and experts whose tokenizers, templates, end tokens and configs differ from it."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.errors import InputError
-from tests.conftest import do_steps, make_llama, perturbed, plan_of
+from tasks.models.companions import LARGEST
+from tests.conftest import do_steps, make_llama, perturbed, plan_of, write_rows
 from tests.tasks.models.test_tokenizers import ROWS, TEMPLATE, WORDS, word_tokenizer
 
 OTHER = "{% for m in messages %}<turn> {{ m.content }} <done> {% endfor %}"
@@ -101,3 +103,20 @@ def test_other_settings_are_named(recipe: dict[str, Any], tmp_path: Path) -> Non
     del recipe["experts"]["other"]["config"]
     with pytest.raises(InputError, match=r"experts.other: .* rope_parameters.rope_theta 1000000.0 .the base has 10000"):
         plan_of(tmp_path, recipe)
+
+
+def test_whose_tokenizer_it_is_changes_what_reads_texts_and_what_is_merged(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": "w1 w2", "completion": "w3"}, {"prompt": "w4", "completion": "w5"}]
+    )
+    recipe["tasks"] = {"same": {"kind": "completion", "evaluation": {"path": "json", "data_files": rows.name}}}
+    (tmp_path / "base" / "large.json").write_bytes(b"0" * (LARGEST + 1))
+    prints = []
+    for source in ("union", "base", "other"):
+        plan = plan_of(tmp_path, recipe | {"tokenizer": {"source": source}})
+        prints.append({step.title: step.key.fingerprint for step in plan.steps})
+        assert any("large.json, of more than 100 MiB, is left out" in note for note in plan.inputs.notes)
+    for one, other in itertools.combinations(prints, 2):
+        assert {title.split()[0] for title in one if one[title] != other[title]} == {"merge", "evaluate"}

@@ -222,3 +222,12 @@ def test_tokenizer_that_nothing_can_read(build: Build) -> None:
     assert choose(base, [a], "union", ROWS, True).notes == (
         "tokenizer: that of experts.a cannot be read and is not compared with the others",
     )
+
+
+def test_base_tokenizer_that_nothing_can_read(build: Build) -> None:
+    """It goes into merged models as it is; nothing is said to lack in it."""
+    base, a = build("base"), build("experts.a", word_tokenizer(["<tool>"]))
+    (base.folder / "spiece.model").write_bytes(b"no sentencepiece")
+    choice = choose(base, [a], "union", ROWS, True)
+    assert (choice.source, choice.added) == (base, {})
+    assert choice.notes[0] == "tokenizer: that of base cannot be read and is not compared with the others"
