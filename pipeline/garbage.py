@@ -14,6 +14,7 @@ from pipeline.recipe import Stage
 from pipeline.registry import Registered, mark_freed, registered_versions
 from pipeline.store import PARTIAL, Store
 from pipeline.tracking_uri import SQLITE, TRACKING_URI, check_server, default_uri
+from tasks import lease
 from tasks.artifacts import read_json
 from tasks.errors import InputError
 
@@ -46,6 +47,8 @@ def needed_artifacts(store: Store, last: int, registered: Iterable[Registered]) 
             needed |= dict.fromkeys(run.artifacts, f"run of {run.recipe}, {run.ended}")
     for run in unfinished_runs(store):
         needed |= dict.fromkeys(run.artifacts, f"unfinished run of {run.recipe}")
+    served = [one for one in lease.held(str(store)) if one.is_live]
+    needed |= {one.artifact: f"served by {one.host}" for one in served}
     # Another machine may have the store elsewhere; what an artifact is called in it is the same.
     return needed | {version.artifact: version.stays for version in registered if version.stays is not None}
 
@@ -109,6 +112,9 @@ def delete(store: Store, garbage: Garbage, versions: Mapping[str, Sequence[Regis
     """
     for folder in garbage.folders:
         store.remove(folder)
+    for one in lease.held(str(store)):
+        if not one.is_live:
+            lease.release(str(store), one)
     if garbage.revisions:
         scan_cache_dir(store.hub_cache).delete_revisions(*garbage.revisions).execute()
     deleted = {f"{folder.parent.name}/{folder.name}" for folder in garbage.folders}

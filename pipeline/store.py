@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from pipeline.remote import SYNCED, Remote, RemoteFile
 from tasks.artifacts import canonical, checksum_file, read_json, sha256_text, write_json
 from tasks.errors import InputError
+from tasks.lease import LEASES
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
@@ -185,7 +186,7 @@ class Store:
         folders: dict[str, dict[str, RemoteFile]] = {}
         for path, file in found.items():
             stage, _, rest = path.partition("/")
-            if rest and file.size <= SMALL:
+            if rest and stage != LEASES and file.size <= SMALL:
                 folders.setdefault(RUNS if stage == RUNS else "/".join(path.split("/")[:2]), {})[path] = file
         download = self.remote.download
         with ThreadPoolExecutor(LOOKS) as pool:

@@ -14,6 +14,7 @@ import pandas as pd
 from tasks.dynamic_folder import MANIFEST
 from tasks.dynamic_model import DynamicModel
 from tasks.errors import InputError
+from tasks.lease import Lease
 from tasks.static_model import StaticModel
 
 BATCH_SIZE = 32
@@ -54,6 +55,7 @@ class Scorer:
             self._model = DynamicModel.load(folder, device, dtype)
         else:
             self._model = StaticModel.load(folder, device, dtype or "float32")
+        self._lease = Lease(place)
 
     def get_raw_model(self) -> DynamicModel | StaticModel:
         """Return the merged model; MLflow's `PyFuncModel.get_raw_model` calls this."""

@@ -25,7 +25,9 @@ from transformers import (
 from pipeline.results import unchanged
 from tasks.dynamic_model import DynamicModel
 from tasks.errors import InputError
+from tasks.lease import held
 from tasks.models.checkpoint import WEIGHTS
+from tasks.serving import Scorer
 from tests.conftest import bert_config, do_steps, make_llama, perturbed, plan_of, write_rows
 
 Save = Callable[..., Path]
@@ -251,6 +253,10 @@ def test_an_expert_that_changes_nothing_is_named(
     llama_recipe["experts"] = {name: {"model": str(folder)} for name, folder in models.items()}
     plan = plan_of(tmp_path, llama_recipe)
     do_steps(plan)
+    folder = plan.artifact("merge", "ta")
+    server = Scorer(str(folder), "cpu", None)
+    assert [one.artifact for one in held(str(plan.store.root))] == [f"merge/{folder.name}"]
+    del server
     assert unchanged(plan) == [
         f"experts.{name} changes nothing: all its weights are the base's" for name in ("copy", "untrained")
     ]

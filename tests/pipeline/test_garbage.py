@@ -1,6 +1,7 @@
 """What a store keeps: for champions, challengers, the last runs, and runs that have not ended."""
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pipeline.history import begin, remember
 from pipeline.registry import Registered
 from pipeline.store import Key, Store
 from tasks.artifacts import write_json
+from tasks.lease import Lease
 from tests.conftest import command_line
 
 SIZE = 1000
@@ -170,3 +172,20 @@ def test_mlflow_of_the_environment_is_asked_as_well_as_those_of_the_runs(
     assert asked[2:] == ["http://mlflow/a", "http://mlflow/b", "http://mlflow/c"]
     known_versions(store, "http://mlflow/d")
     assert asked[5:] == ["http://mlflow/d"]
+
+
+def test_what_a_server_has_loaded_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path)
+    served, other = publish(store, key(0)), publish(store, key(1))
+    lease = Lease(str(served))
+    ended = tmp_path / "leases" / f"merge--{other.name}" / "a.json"
+    ended.parent.mkdir(parents=True)
+    ended.write_text('{"host": "gone", "renewed": "2020-01-01T00:00:00+00:00"}')
+    assert command_line("gc", "--store", tmp_path, "--delete") == 0
+    assert f"kept: served by {socket.gethostname()}" in capsys.readouterr().out
+    assert served.is_dir()
+    assert not other.exists()
+    assert not ended.exists()
+    lease.release()
+    assert command_line("gc", "--store", tmp_path, "--delete") == 0
+    assert not served.exists()
