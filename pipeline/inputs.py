@@ -39,6 +39,8 @@ class Inputs:
     """which all models use"""
     notes: tuple[str, ...] = ()
     """what a user should know of the models and data that are accepted: a line each"""
+    classes: tuple[str, ...] = ()
+    """what the experts call the classes of a base that does not name them"""
 
     def only_weights(self) -> tuple[BaseWeights, dict[str, ExpertWeights]]:
         """Return base and experts as far as merging needs to know them: small, and read without transformers."""
@@ -59,6 +61,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
         InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
     """
     base, experts = _open_models(recipe, listings, cache)
+    classes = _agreed_classes(base, experts)
     _check_layers(recipe, base)
     notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
     if base.statistics:
@@ -75,7 +78,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     routed = bool(recipe.se_variants())
     data, said = gather_rows(recipe.tasks, experts, reader, folder, routed)
     notes += said
-    return Inputs(base, experts, listings, data, tokenizer, tuple(notes))
+    return Inputs(base, experts, listings, data, tokenizer, tuple(notes), tuple(classes))
 
 
 def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> tuple[Base, dict[str, Expert]]:
@@ -96,15 +99,18 @@ def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -
         except FilesNeeded as needed:
             name = next(name for name, folder in folders.items() if folder == needed.folder)
             fetch_files(listings[name], needed.files, cache)
-    _check_classes(base, experts)
     base = next((one.base for one in experts.values() if one.base.untied), base)
     return base, {name: expert.on(base) for name, expert in experts.items()}
 
 
-def _check_classes(base: Base, experts: Mapping[str, Expert]) -> None:
-    """Check that experts whose heads are merged agree on their classes where the base's config does not name them."""
+def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:
+    """Return the names of the classes of experts whose heads are merged, where the base's config names none.
+
+    Raises:
+        InputError: the experts do not agree on them.
+    """
     if not base.names.has_task_head or class_names(base.config):
-        return
+        return []
     named: dict[str, list[str]] = {}
     for name, expert in experts.items():
         classes = class_names(expert.config)
@@ -114,10 +120,11 @@ def _check_classes(base: Base, experts: Mapping[str, Expert]) -> None:
     for name in others:
         if named[name] != named[first]:
             raise InputError(
-                f"experts.{name}: its classes are {', '.join(named[name][:5])}, those of experts.{first} "
+                f"experts.{name}: its classes are {', '.join(named[name][:5])}, those of experts.{first} are "
                 f"{', '.join(named[first][:5])}, and the base's config names none to tell which is which; name them in "
                 f"id2label and label2id of a copy of the base's config.json"
             )
+    return named[first] if first else []
 
 
 def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:

@@ -136,7 +136,9 @@ def _device(resolved: Resolved, stage: Stage) -> str:
 
 
 def _task_vectors_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
-    key = Key.of("task_vectors", name, task_vectors.VERSION, {}, _reads(downloads, "base", name))
+    # Another expert may untie the base; then this one's vectors have tensors more.
+    settings = {"untied": True} if resolved.inputs.base.untied else {}
+    key = Key.of("task_vectors", name, task_vectors.VERSION, settings, _reads(downloads, "base", name))
     base, experts = resolved.inputs.only_weights()
     groups = layer_groups(base)
     finish = partial(task_vectors.finish_task_vector, experts[name], name, groups)
@@ -320,6 +322,7 @@ def _merge_step(
         shard_size=variant.shard_size,
         groups=layer_groups(base),
         token_ids=resolved.inputs.tokenizer.token_ids,
+        classes=resolved.inputs.classes,
     )
     semantic: dict[str, Any] = {
         "method": variant.method,

@@ -165,14 +165,14 @@ def _evaluation(
                 left_out.append(place if place == other else f"{place} is {other}")
     if not chosen:
         raise InputError(
-            f"{key}: no row is left to score, for calibration has the same {len(left_out)} samples: {left_out[0]} …; "
+            f"{key}: no row is left to score: calibration uses the same {len(left_out)} samples: {left_out[0]} …; "
             "give calibration fewer samples, or name other rows"
         )
     if not left_out:
         return _ascending(chosen), []
     asked = "" if len(chosen) == wanted or source.samples is None else f" of the {wanted} asked for"
     return _ascending(chosen), [
-        f"{key}: {len(chosen)} rows{asked} are scored; {len(left_out)} left out, for calibration has the same: "
+        f"{key}: {len(chosen)} rows{asked} are scored; {len(left_out)} left out because calibration uses them too: "
         f"{left_out[0]}{' …' if left_out[1:] else ''}"
     ]
 

@@ -183,6 +183,10 @@ def check_rows(
                     f"{named}, which is {_kind_of(row[field])} in {where}; expected a text or a whole number: "
                     "write it into the row as the text that the model is to read"
                 )
+            if isinstance(row[field], str) and not _is_unicode(row[field]):
+                raise InputError(
+                    f"{named}, which has half a surrogate pair in {where}; repair the text, or leave it out"
+                )
         match task:
             case CompletionTask(answer=str(pattern)):
                 try:
@@ -229,6 +233,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a text has none of the halves of characters that JSON can spell and no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _kind_of(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -237,7 +246,11 @@ def _kind_of(value: Any) -> str:
 
 
 def _check_choices(choices: Any, answer: Any, where: str) -> None:
-    if not isinstance(choices, list) or not choices or not all(_is_text(one) and str(one) for one in choices):
+    if (
+        not isinstance(choices, list)
+        or not choices
+        or not all(_is_text(one) and str(one) and _is_unicode(str(one)) for one in choices)
+    ):
         raise InputError(f"{where}: choices are {choices!r}, expected a list of texts that are not empty")
     if whole_number(answer) not in range(len(choices)):
         raise InputError(f"{where}: answer is {answer!r}, expected the index of a choice, 0 to {len(choices) - 1}")

@@ -85,6 +85,8 @@ class MergeJob:
     """the base's weights in groups of whole layers; each is merged in one go"""
     token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
     """what the merged model's config says of special tokens otherwise than the base's"""
+    classes: Sequence[str] = ()
+    """names of the merged head's classes, where the base's config has none"""
     previous: Path | None = None
     """an earlier merge of the variant: tensors whose inputs are the same are taken over from it, bit for bit"""
 
@@ -335,6 +337,9 @@ def write_companions(job: MergeJob, tokenizer: Path, out: Path) -> None:
     if job.base.untied:
         for part in parts:
             part["tie_word_embeddings"] = False
+    if job.classes:
+        config["id2label"] = {str(number): name for number, name in enumerate(job.classes)}
+        config["label2id"] = {name: number for number, name in enumerate(job.classes)}
     for key, value in job.token_ids.items():
         for part in [one for one in parts if key in one] or [config]:
             part[key] = value

@@ -66,7 +66,9 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 

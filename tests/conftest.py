@@ -276,8 +276,10 @@ def command_line(*arguments: object) -> int:
 
 
 def do_steps(plan: Plan) -> None:
-    """Do all steps of a plan in this process, one after the other, and publish their artifacts."""
+    """Do the steps of a plan that its store lacks in this process, one after the other, and publish their artifacts."""
     for step in plan.steps:
+        if step.title not in plan.todo:
+            continue
         out = plan.store.partial(step.key)
         out.mkdir(parents=True, exist_ok=True)
         for part in step.parts:

@@ -27,7 +27,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer.weight"
-_ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B))\.default\b")
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B))\.(?!weight$)[\w-]+(?=\.weight$|$)")
+_SAVED_MODULE = re.compile(r"\.modules_to_save\.[\w-]+\.")
+_ORIGINAL_MODULE = ".original_module."
 
 # Settings that change the applied weights in no way, or in the way this module implements.
 _UNDERSTOOD = {
@@ -118,7 +120,14 @@ def parse_adapter(
     """
     path = checkpoint.folder / ADAPTER_WEIGHTS
     modules = {_key(name, names): module for name, module in network.named_modules()}
-    stored = {_peft_name(name, path): name for name in checkpoint.tensors}
+    # Whole dumps hold what was trained and the module as it was before.
+    stored: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        if _ORIGINAL_MODULE not in name and stored.setdefault(_peft_name(name, path), name) != name:
+            raise InputError(
+                f"{path}: {stored[_peft_name(name, path)]} and {name} belong to two adapters; save one alone with "
+                "peft's save_pretrained(selected_adapters=[NAME])"
+            )
     pairs: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
     for stripped, name in stored.items():
@@ -178,8 +187,8 @@ def _peft_name(name: str, path: Path) -> str:
     found = plain(name)
     if not found.startswith(_PREFIX):
         raise InputError(f"{path}: tensor {name} does not start with {_PREFIX}; expected a PEFT adapter")
-    # The adapter's own name, which peft leaves out when it saves.
-    return _ADAPTER_NAME.sub(r"\1", plain(found.removeprefix(_PREFIX)))
+    # The adapter's own name and wrapper, which peft leaves out when it saves.
+    return _SAVED_MODULE.sub(".", _ADAPTER_NAME.sub(r"\1", plain(found.removeprefix(_PREFIX))))
 
 
 def _changes_base(
@@ -213,7 +222,7 @@ def _module_key(key: str, modules: Mapping[str, nn.Module], names: Names) -> str
 def _check_whole(
     path: Path, stored: set[str], config: Mapping[str, Any], network: PreTrainedModel, names: Names
 ) -> None:
-    """Check that an adapter has all tensors that peft makes of its config for the network.
+    """Check that an adapter has all tensors, and no other factors, that peft makes of its config for the network.
 
     Args:
         path: of the adapter.
@@ -223,7 +232,8 @@ def _check_whole(
         names: of the network.
 
     Raises:
-        InputError: a tensor is missing; peft finds nothing in the network that the config names.
+        InputError: a tensor is missing, or is one that peft would not load; peft finds nothing in the network that the
+            config names.
     """
     known = LoraConfig().to_dict().keys()
     settings = {key: value for key, value in config.items() if key in known} | {"init_lora_weights": False}
@@ -232,11 +242,18 @@ def _check_whole(
     except ValueError as error:
         raise InputError(
             f"{path.parent / ADAPTER_CONFIG}: peft cannot apply it to {type(network).__name__} "
-            f"({' '.join(str(error).split())}); the adapter was made for another base"
+            f"({' '.join(str(error).split())}); expected the config of an adapter of that network"
         ) from error
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     wanted = {_factor(_peft_name(name, path), names): name for name in expected}
-    lacking = [name for factor, name in wanted.items() if factor not in {_factor(name, names) for name in stored}]
+    found = {_factor(name, names): name for name in stored}
+    more = [name for factor, name in found.items() if factor[1] is not None and factor not in wanted]
+    if more:
+        raise InputError(
+            f"{path}: holds {more[0]}{f' and {len(more) - 1} more' if more[1:] else ''}, which peft leaves out, as its "
+            f"config does not name it; add the module to target_modules in {ADAPTER_CONFIG}, or remove the tensors"
+        )
+    lacking = [name for factor, name in wanted.items() if factor not in found]
     if lacking:
         raise InputError(
             f"{path}: has no tensor {lacking[0]}, which its config asks for ({len(wanted) - len(lacking)} of "

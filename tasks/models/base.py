@@ -102,7 +102,7 @@ def examine(
     if stuck:
         raise InputError(
             f"{where}: holds {min(stuck)} and what {names.network} always ties it to with different values; "
-            "remove the one that is not meant"
+            "remove the wrong one"
         )
     found = take_inventory(checkpoint, names, where)
     return network, names, Inventory(found.stored, inventory.apart), config

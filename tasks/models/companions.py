@@ -30,13 +30,16 @@ _LEFT += [
     f"*.{kind}" for kind in ("bin", "pt", "pth", "ckpt", "pkl", "pickle", "joblib", "npy", "npz", "h5", "msgpack")
 ]
 _LEFT += [f"*.{kind}" for kind in ("onnx", "onnx_data", "ot", "gguf", "ggml", "tflite", "mlmodel", "engine", "nemo")]
-_LEFT += ["*.tar*", "*.zip", "*.gz"]  # weights and programs in other formats, pickles among them
+_ARCHIVES = ["*.tar*", "*.zip", "*.gz"]
+_LEFT += _ARCHIVES  # weights and programs in other formats, pickles among them
 _LEFT += ["adapter_config.json", "adapter_model.*"]
 _LEFT += ["training_args.*", "trainer_state.json", "optimizer*", "scheduler*", "rng_state*", "scaler*", "latest"]
 _LEFT += ["*_results.json", "events.out.tfevents*", "*.log"]  # what trainers leave
 _LEFT += ["*.py", "*.sh", "*.ipynb"]  # code, which is never run
 _LEFT += ["*.md", "readme*", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf"]  # about another model
 _LEFT += ["manifest.json", "fingerprint.json", "tensors.json", "coefficients.json", "mlmodel"]  # of an earlier merge
+_LEFT += ["*quant*_config.json", "quantize_config.json", "imatrix*", "openvino*"]  # say what merged models are not
+_LEFT += ["*.dat", "*.bak", "*.tmp", "global_step*", "recipe.y*ml"]
 _LEFT += [".*"]
 """Patterns of what is left behind; all other small files travel."""
 
@@ -64,7 +67,7 @@ def is_companion(name: str, size: int) -> bool:
     folder, _, file = name.rpartition("/")
     if folder and file == "model.safetensors":
         return True  # a module of SentenceTransformers behind the network
-    return _matches(file, _LICENCE) or not _matches(file, _LEFT)
+    return (_matches(file, _LICENCE) and not _matches(file, _ARCHIVES)) or not _matches(file, _LEFT)
 
 
 def is_tokenizer_file(name: str) -> bool:

@@ -13,7 +13,7 @@ from tasks.errors import InputError
 from tasks.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
 from tasks.models.base import Base, examine, untied_note
 from tasks.models.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
-from tasks.models.classes import class_order, in_order, parameters_of_classes, with_classes_of
+from tasks.models.classes import class_names, class_order, in_order, parameters_of_classes, with_classes_of
 from tasks.models.compare import check_sizes, differences, listed, with_settings_of
 from tasks.models.inventory import check_complete
 from tasks.models.names import Names, names_of, parameter_names
@@ -131,10 +131,14 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_conf
     own_classes: dict[int, str] = {}
     if order is None:
         notes.append(f"{where} has other classes than the base: its head stays its own, beside the merged model")
+    elif order and class_names(base.config) and not class_names(config):
+        notes.append(f"{where} does not name its classes: they count as the base's, in the base's order")
     elif order != sorted(order):
         _reorder(placed, order, network, names, base)
         own_classes, config = dict(config.id2label), with_classes_of(base.config, config)
-        notes.append(f"{where} has the base's classes in another order: its head is read in the base's")
+        notes.append(
+            f"{where} has the base's classes in another order: the rows of its head are put in the base's order"
+        )
     check_whole(where, stored, placed, names, base)
     head = {name: name for name in placed.heads}
     unlike = differences(config, base.config, bool(head))
@@ -230,6 +234,9 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
     kin = not names.has_task_head or names.network == base.names.network
     placed = place(f"{key}: {folder}", stored, source, base, names, network, kin)
+    notes: tuple[str, ...] = ()
+    if class_names(base.config) and any(base.names.key(name) not in base.names.trunk for name in placed.own):
+        notes = (f"{key}: an adapter does not name its classes: they count as the base's, in the base's order",)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
     config, ends_in = base.config, names.network
     if head and has_network(base.config, "classification"):
@@ -250,6 +257,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         {**placed.pieces, **adapter.pieces},
         config=config,
         network=ends_in,
+        notes=notes,
     )
 
 

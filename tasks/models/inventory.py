@@ -51,7 +51,7 @@ def take_inventory(checkpoint: Checkpoint, names: Names, where: str) -> Inventor
         if key in stored and not checkpoint.holds_equal(stored[key], name):
             raise InputError(
                 f"{where}: tensors {stored[key]} and {name} are two spellings of one parameter, with different values; "
-                "remove the one that is not meant"
+                "remove the wrong one"
             )
         stored.setdefault(key, name)
     apart = set()
@@ -115,7 +115,7 @@ def _check_parts(
         other = next(name for key, name in found.items() if key != parameter)
         raise InputError(
             f"{where}: holds {names.network}'s {names.spelled(parameter)} in two forms, as {found[parameter]} and as "
-            f"{other}; remove the one that is not meant"
+            f"{other}; remove the wrong one"
         )
     expected = regions(network, names, parameter)
     if expected is None or not set(found) <= set(expected):
@@ -138,6 +138,6 @@ def _check_tensor(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], nam
         )
     if info.shape != shape:
         raise InputError(
-            f"{where}: tensor {name} has shape {info.shape}, its config asks for {shape}; take config.json and weights "
-            "from one place"
+            f"{where}: tensor {name} has shape {info.shape}, its config asks for {shape}; use the config.json that "
+            "belongs to these weights"
         )

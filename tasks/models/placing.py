@@ -69,7 +69,7 @@ def place(
             for target, piece in pieces.items():
                 placed.pieces[target] = (*placed.pieces.get(target, ()), piece)
         else:
-            other = "lacks it" if match is None else f"has {base.info(match).shape}"
+            other = "has no such tensor" if match is None else f"has {base.info(match).shape}"
             raise InputError(
                 f"{where}: tensor {name} has shape {shape}, the base {other}; expected a fine-tune of the base"
             )

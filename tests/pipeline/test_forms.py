@@ -201,7 +201,7 @@ def test_experts_that_disagree_on_classes_that_the_base_does_not_name(save: Save
         "experts": {name: {"model": str(folders[name])} for name in "ab"},
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
-    with pytest.raises(InputError, match=r"experts.b: its classes are anger, joy, those of experts.a joy, anger, and "):
+    with pytest.raises(InputError, match=r"experts.b: .* are anger, joy, those of experts.a are joy, anger, and "):
         plan_of(tmp_path, recipe)
     config = json.loads((folders["base"] / "config.json").read_text())
     config |= {"id2label": {"0": "joy", "1": "anger"}, "label2id": {"joy": 0, "anger": 1}}
@@ -281,3 +281,42 @@ def test_a_task_that_the_experts_head_cannot_do(
     plan = plan_of(tmp_path, recipe)
     do_steps(plan)
     assert (plan.artifact("merge", "ta") / "heads" / "a" / "head.safetensors").is_file()
+
+
+@pytest.mark.parametrize("first", ["tied", "untied"])
+def test_one_store_for_experts_that_tie_and_untie_the_base(
+    first: str, llama_recipe: dict[str, Any], llamas: dict[str, Path], save: Save, tmp_path: Path
+) -> None:
+    """What an earlier run measured of an expert is of a base that was tied, or was not: the merge is the same."""
+    untied = make_llama(tie_word_embeddings=False)
+    untied.load_state_dict(make_llama().state_dict())
+    code = {"tied": llamas["code"], "untied": save(perturbed(untied, 7), "code", tmp_path)}
+    llama_recipe["tasks"], llama_recipe["merges"] = {}, {"ties": {"method": "ties", "density": 0.3}}
+    digests = {}
+    for store in ("one", "fresh"):
+        for name in [first, "untied" if first == "tied" else "tied"]:
+            llama_recipe["experts"]["code"] = {"model": str(code[name])}
+            plan = plan_of(tmp_path, llama_recipe, store="one" if store == "one" else f"fresh-{name}")
+            do_steps(plan)
+            digests[store, name] = load_file(plan.artifact("merge", "ties") / "model.safetensors")
+    for name in code:
+        one, fresh = digests["one", name], digests["fresh", name]
+        assert one.keys() == fresh.keys()
+        assert all(torch.equal(one[key], fresh[key]) for key in one)
+
+
+def test_names_of_classes_that_the_base_lacks_are_the_experts(save: Save, tmp_path: Path) -> None:
+    config = bert_config()
+    base = BertForSequenceClassification(config)
+    config.id2label, config.label2id = {0: "neg", 1: "pos"}, {"neg": 0, "pos": 1}
+    experts = {}
+    for seed, name in enumerate("ab"):
+        expert = perturbed(BertForSequenceClassification(config), seed)
+        experts[name] = {"model": str(save(expert, name, tmp_path))}
+    base.config.id2label, base.config.label2id = {0: "LABEL_0", 1: "LABEL_1"}, {"LABEL_0": 0, "LABEL_1": 1}
+    merges = {"ta": {"method": "task_arithmetic"}}
+    recipe = {"name": "x", "base": str(save(base, "base", tmp_path)), "experts": experts, "merges": merges}
+    plan = plan_of(tmp_path, recipe)
+    do_steps(plan)
+    merged = BertForSequenceClassification.from_pretrained(plan.artifact("merge", "ta"))
+    assert merged.config.id2label == {0: "neg", 1: "pos"}

@@ -48,7 +48,7 @@ def test_evaluation_draws_what_calibration_left_of_the_same_file(
     six = rows(plan_of(tmp_path, one_file(llama_recipe, tmp_path, 4, 6, **more)))[1]
     assert set(calibration) | set(six) <= set(eleven)
     (note,) = plan.inputs.notes
-    assert note.startswith("tasks.math.evaluation: 8 rows are scored; 4 left out, for calibration has the same: ")
+    assert note.startswith("tasks.math.evaluation: 8 rows are scored; 4 left out because calibration uses them too: ")
 
 
 def test_rows_without_a_twin_are_those_of_the_seed_alone(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_twin_is_told_by_what_the_model_reads(llama_recipe: Recipe, tmp_path: 
     plan = plan_of(tmp_path, llama_recipe)
     assert rows(plan)[1] == ["9+1=", "2+1=", "8+1="]
     assert plan.inputs.notes == (
-        "tasks.math.evaluation: 3 rows are scored; 1 left out, for calibration has the same: "
+        "tasks.math.evaluation: 3 rows are scored; 1 left out because calibration uses them too: "
         f"line 3 of {tmp_path}/test.csv is line 3 of {tmp_path}/math.jsonl",
     )
 

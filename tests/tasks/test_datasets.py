@@ -352,3 +352,10 @@ def test_padding() -> None:
     assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert left["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_half_a_character_is_refused_by_its_row() -> None:
+    with pytest.raises(
+        InputError, match=r"field .prompt., which has half a surrogate pair in row 0 of .*; repair"
+    ):
+        check_rows(completion_task(), [{"prompt": "a \ud800", "completion": "b"}], KEY)

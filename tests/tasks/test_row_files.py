@@ -117,3 +117,11 @@ def test_what_cannot_be_read_is_named_by_its_line(tmp_path: Path, form: str, tex
     with pytest.raises(InputError, match=f"rows.{form}.*{message}") as caught:
         rows(tmp_path, form, text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_packed_files_that_are_cut(tmp_path: Path, pack: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(pack(b'{"a": 1}\n' * 1000)[:-20])
+    with pytest.raises(InputError, match=r"rows.jsonl: cannot be read: "):
+        read_rows(path, "json")

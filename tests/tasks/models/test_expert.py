@@ -384,7 +384,10 @@ def test_dtypes_come_from_the_headers(save: Callable[..., Path], tmp_path: Path)
         ({"intermediate_size": 64}, "intermediate_size 64, the base has 48"),
         ({"num_attention_heads": 2}, "num_attention_heads 2, the base has 4"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4, the base has 2"),
-        ({"attention_bias": True}, r"tensor model.layers.0.self_attn.\w+.bias has shape \(\d+,\), the base lacks it"),
+        (
+            {"attention_bias": True},
+            r"tensor model.layers.0.self_attn.\w+.bias has shape .*, the base has no such tensor",
+        ),
     ],
     ids=str,
 )

@@ -379,3 +379,35 @@ def test_an_adapter_of_what_the_base_holds_fused(tmp_path: Path) -> None:
     make_adapter(network, tmp_path / "lora", 1, target_modules=["gate_proj"])
     with pytest.raises(InputError, match=r"gate_proj, whose weight the base's files hold in another form than HrmText"):
         open_expert(tmp_path / "lora", open_base(tmp_path / "base"), "experts.x")
+
+
+@pytest.mark.parametrize("more", [{"target_modules": ["q_proj", "v_proj"]}, {"layers_to_transform": None}], ids=str)
+def test_factors_that_peft_would_not_load(more: dict[str, object], llamas: dict[str, Path], tmp_path: Path) -> None:
+    """A file that holds more than its config says: peft serves one expert, the file is another."""
+    settings = {"target_modules": ["q_proj"], "layers_to_transform": [0], "task_type": "CAUSAL_LM"}
+    make_adapter(make_llama(), tmp_path / "lora", 1, **settings)
+    make_adapter(make_llama(), tmp_path / "more", 1, **settings | more)
+    (tmp_path / "lora" / ADAPTER_WEIGHTS).write_bytes((tmp_path / "more" / ADAPTER_WEIGHTS).read_bytes())
+    with pytest.raises(InputError, match=r"holds .*lora_[AB]\.weight and \d+ more, which peft leaves out"):
+        open_expert(tmp_path / "lora", open_base(llamas["base"]), "experts.x")
+
+
+def test_a_dump_of_all_that_peft_wraps(save: Save, tmp_path: Path) -> None:
+    """As `state_dict` has it: with the adapter's name, its wrapper, and the module as it was before."""
+    base = save(make_llama(tie_word_embeddings=False), "base", tmp_path)
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+    make_adapter(make_llama(tie_word_embeddings=False), tmp_path / "lora", 1, **settings)
+    right = open_expert(tmp_path / "lora", open_base(base), "experts.x")
+    expected = {name: right.read(name) for name in right.base.weights}
+    path = tmp_path / "lora" / ADAPTER_WEIGHTS
+    tensors = {name.replace(".weight", ".math.weight"): one for name, one in load_file(path).items() if "lora_" in name}
+    head = "base_model.model.lm_head"
+    tensors[f"{head}.modules_to_save.math.weight"] = load_file(path)[f"{head}.weight"]
+    tensors[f"{head}.original_module.weight"] = torch.zeros(259, 32)
+    save_file(tensors, path)
+    found = open_expert(tmp_path / "lora", open_base(base), "experts.x")
+    assert all(torch.equal(found.read(name), expected[name]) for name in expected)
+    first = next(name for name in tensors if "lora_A" in name)
+    save_file(tensors | {first.replace(".math.", ".code."): tensors[first].clone()}, path)
+    with pytest.raises(InputError, match=r"belong to two adapters; save one alone with peft's save_pretrained"):
+        open_expert(tmp_path / "lora", open_base(base), "experts.x")
