@@ -355,7 +355,5 @@ def test_padding() -> None:
 
 
 def test_half_a_character_is_refused_by_its_row() -> None:
-    with pytest.raises(
-        InputError, match=r"field .prompt., which has half a surrogate pair in row 0 of .*; repair"
-    ):
+    with pytest.raises(InputError, match=r"field .prompt., which has half a surrogate pair in row 0 of .*; repair"):
         check_rows(completion_task(), [{"prompt": "a \ud800", "completion": "b"}], KEY)
