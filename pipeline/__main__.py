@@ -1,5 +1,5 @@
 """python -m pipeline."""
 
-from pipeline.cli import main
+from sensmerge.pipeline.cli import main
 
 main()

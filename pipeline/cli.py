@@ -15,14 +15,15 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from pipeline.models import download_key, list_models
-from pipeline.options import Options
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.stop import Stopped, stoppable
-from pipeline.store import Store
-from pipeline.tracking_uri import TRACKING_URI, check_server, checked_uri
-from tasks.download import Listing
-from tasks.errors import InputError, StepError
+from sensmerge.pipeline.execute.stop import Stopped, stoppable
+from sensmerge.pipeline.options import Options
+from sensmerge.pipeline.plan.models import download_key, list_models
+from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.store.store import Store
+from sensmerge.pipeline.tracking.uri import TRACKING_URI, check_server, checked_uri
+from sensmerge.tasks.errors import InputError, StepError
+from sensmerge.tasks.stages.download import Listing
 
 app = typer.Typer(
     name="sensmerge",
@@ -87,8 +88,8 @@ def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetO
         # Files are hashed while transformers is imported, which takes seconds as well.
         listings = beside.submit(list_models, loaded, folder, store.hub_cache)
 
-        from pipeline.changes import model_changes
-        from pipeline.plan import make_plan, plan_table
+        from sensmerge.pipeline.plan.changes import model_changes
+        from sensmerge.pipeline.plan.plan import make_plan, plan_table
 
     planned, console = make_plan(loaded, folder, store, listings.result()), Console()
     console.print(plan_table(planned))
@@ -133,9 +134,9 @@ def refresh(
     """
     options = _options(recipe, store, overrides, tracking_uri, address, report, wait, metrics)
     if cron is not None:
-        from pipeline.schedule import Times, keep
+        from sensmerge.pipeline.schedule import Times, keep
 
-        again = [sys.executable, "-m", "pipeline", *_words(context, leave_out=("cron", "timezone"))]
+        again = [sys.executable, "-m", "sensmerge.pipeline", *_words(context, leave_out=("cron", "timezone"))]
         keep(again, Times(cron, timezone or "UTC"), options.store, Console())
     elif timezone is not None:
         raise InputError(f"--timezone {timezone}: has no meaning without --cron; give both or neither")
@@ -186,8 +187,8 @@ def _work(command: Literal["run", "refresh"], options: Options) -> int:
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
         listings = beside.submit(_begin, options)
         with _quick_imports():
-            from pipeline import workflow
-            from pipeline.run import closed
+            from sensmerge.pipeline import workflow
+            from sensmerge.pipeline.execute.run import closed
         work = workflow.run if command == "run" else workflow.refresh
         found = listings.result()
         # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
@@ -201,7 +202,7 @@ def _begin(options: Options) -> dict[str, Listing]:
     check_server(options.uri)
     listings = list_models(options.recipe, options.folder, options.store.hub_cache)
     if any(options.store.manifest(download_key(name, listing)) is None for name, listing in listings.items()):
-        from pipeline.run import connect
+        from sensmerge.pipeline.execute.run import connect
 
         connect(options.address)
     return listings
@@ -222,8 +223,8 @@ def predict(
     address: AddressOption = None,
 ) -> None:
     """Answer every row of a file by a dynamic model: the row, its prediction, expert and coefficients."""
-    from pipeline.predict import predict_file
-    from pipeline.run import Workers
+    from sensmerge.pipeline.execute.run import Workers
+    from sensmerge.pipeline.predict import predict_file
 
     console, size = Console(), Workers(workers, num_gpus)
     with stoppable():
@@ -239,8 +240,8 @@ def compare(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Print the scores of two versions of a registered model, and their paired differences, task by task."""
-    from pipeline.gate import comparison_table, judge
-    from pipeline.registry import Registry, check_whole, parse_version
+    from sensmerge.pipeline.report.gate import comparison_table, judge
+    from sensmerge.pipeline.tracking.registry import Registry, check_whole, parse_version
 
     uri = checked_uri(tracking_uri, store)
     outcomes = []
@@ -260,7 +261,7 @@ def promote(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make a version of a registered model champion, whatever the gate says of it."""
-    from pipeline.registry import Registry, check_whole, parse_version
+    from sensmerge.pipeline.tracking.registry import Registry, check_whole, parse_version
 
     recipe, which = parse_version(version)
     registry = Registry(checked_uri(tracking_uri, store), recipe)
@@ -277,7 +278,7 @@ def rollback(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make the former champion of a registered model champion again."""
-    from pipeline.registry import Registry, check_whole
+    from sensmerge.pipeline.tracking.registry import Registry, check_whole
 
     registry = Registry(checked_uri(tracking_uri, store), recipe)
     before, now = registry.former()
@@ -293,7 +294,7 @@ def verify(
     wait: WaitOption = 0,
 ) -> None:
     """Read all artifacts and downloaded models again, and compare them with their digests. Exit status 1: damage."""
-    from pipeline.verify import find_damage
+    from sensmerge.pipeline.store.verify import find_damage
 
     check_exists(store)
     console, count, damaged = Console(), 0, 0
@@ -328,8 +329,10 @@ def collect_garbage(
     wait: WaitOption = 0,
 ) -> None:
     """List the artifacts that no alias, no pinned version and none of the last runs needs; delete with --delete."""
-    from pipeline.garbage import delete, find_garbage, known_versions, needed_artifacts
-    from pipeline.units import human_bytes
+    from rich.filesize import decimal
+
+    from sensmerge.pipeline.store.garbage import delete, find_garbage, needed_artifacts
+    from sensmerge.pipeline.tracking.versions import known_versions, mark_deleted
 
     check_exists(store)
     console = Console()
@@ -338,11 +341,11 @@ def collect_garbage(
         needed = needed_artifacts(store, keep, chain.from_iterable(versions.values()))
         garbage = find_garbage(store, needed)
         for name, size in garbage.freed.items():
-            console.print(f"{name}: {human_bytes(size)}", highlight=False, soft_wrap=True)
-        marked = delete(store, garbage, versions) if remove else []
+            console.print(f"{name}: {decimal(size)}", highlight=False, soft_wrap=True)
+        marked = mark_deleted(store, delete(store, garbage), versions) if remove else []
     for one in marked:
         console.print(f"{one.recipe}/{one.number}: has no weights any more", highlight=False, soft_wrap=True)
-    total = human_bytes(sum(garbage.freed.values()))
+    total = decimal(sum(garbage.freed.values()))
     for why in sorted(set(needed.values())):
         console.print(f"kept: {why}", highlight=False, soft_wrap=True)
     done = "freed" if remove else "would be freed; free it with --delete"

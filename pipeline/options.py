@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.recipe import Recipe
-from pipeline.store import Store
-from pipeline.tracking_uri import default_uri
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.store.store import Store
+from sensmerge.pipeline.tracking.uri import default_uri
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import TextIO
 
 from rich.console import Console
 
-from pipeline.run import Workers, work_in_batches
-from tasks.datasets import Row
-from tasks.dynamic_folder import check_files, read_manifest
-from tasks.dynamic_model import DynamicModel, Prediction
-from tasks.errors import InputError
+from sensmerge.pipeline.execute.run import Workers, work_in_batches
+from sensmerge.tasks.dynamic.folder import check_files, read_manifest
+from sensmerge.tasks.dynamic.model import DynamicModel, Prediction
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.rows.source import Row
 
 ADDED = tuple(Prediction.__dataclass_fields__)
 """Fields that a row gets: prediction, expert, coefficients."""
@@ -50,7 +50,7 @@ def predict_file(
         batch_size: rows in a batch.
         max_new_tokens: length of a continuation at most (language models).
         workers: how many, and their GPUs.
-        address: as in `pipeline.run.execute`.
+        address: as in `pipeline.execute.run.execute`.
         console: where progress goes.
 
     Returns:

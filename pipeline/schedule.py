@@ -15,10 +15,10 @@ from cronsim import CronSim, CronSimError
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from pipeline.stop import SIGNALS
-from pipeline.store import Store
-from tasks.artifacts import write_json
-from tasks.errors import InputError
+from sensmerge.pipeline.execute.stop import SIGNALS
+from sensmerge.pipeline.store.store import Store
+from sensmerge.tasks.artifacts import write_json
+from sensmerge.tasks.errors import InputError
 
 HEALTH = "health.json"
 BEAT = 30.0

@@ -8,20 +8,20 @@ from importlib import import_module
 import yaml
 from rich.console import Console
 
-from pipeline.card import write_cards
-from pipeline.changes import model_changes
-from pipeline.gate import choice
-from pipeline.history import begin, last_run, remember
-from pipeline.options import Options
-from pipeline.plan import Plan, make_plan, plan_summary, plan_table
-from pipeline.recipe import Recipe, Stage
-from pipeline.report import Report, merge_summary, route_table, route_warnings, score_table
-from pipeline.results import collect, data_sets, outcomes
-from pipeline.run import execute
-from pipeline.system_metrics import Sample, sampled
-from pipeline.tracking_uri import is_server
-from tasks.artifacts import canonical, write_json
-from tasks.download import Listing
+from sensmerge.pipeline.execute.run import execute
+from sensmerge.pipeline.options import Options
+from sensmerge.pipeline.plan.changes import model_changes
+from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
+from sensmerge.pipeline.recipe.schema import Recipe, Stage
+from sensmerge.pipeline.report.card import write_cards
+from sensmerge.pipeline.report.gate import choice
+from sensmerge.pipeline.report.report import Report, merge_summary, route_table, route_warnings, score_table
+from sensmerge.pipeline.report.results import collect, data_sets, outcomes
+from sensmerge.pipeline.store.history import begin, last_run, remember
+from sensmerge.pipeline.tracking.system_metrics import Load, sampled
+from sensmerge.pipeline.tracking.uri import is_server
+from sensmerge.tasks.artifacts import canonical, write_json
+from sensmerge.tasks.stages.download import Listing
 
 REFUSED = 3
 """Exit status of a refresh whose challenger is not shown to be as good as the champion."""
@@ -75,7 +75,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         report = collect(plan)
         if options.report is not None:
             write_json(options.report, report.model_dump())
-        from pipeline.champion import loss_of_champion
+        from sensmerge.pipeline.tracking.champion import loss_of_champion
 
         # What a `run` has made has not passed this gate yet; and a champion that is lost has to be replaced.
         is_settled = last.gate == _gate(plan) and loss_of_champion(plan, options.uri) is None
@@ -89,7 +89,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
 
 def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -> int:
     """Let the best variant become champion if it may, say what came of it, and return the exit status."""
-    from pipeline.champion import choose_champion
+    from sensmerge.pipeline.tracking.champion import choose_champion
 
     passed, said = choose_champion(plan, report, options.uri)
     for line in said:
@@ -102,10 +102,11 @@ def _gate(plan: Plan) -> str:
     return canonical(plan.recipe.gate.model_dump())
 
 
-def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]:
+def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:
     """Run the steps, and return the load of this machine meanwhile if it is wanted."""
     with ThreadPoolExecutor(1) as beside:
-        for name in ("pipeline.tracking", "mlflow.store.tracking.sqlalchemy_store"):  # seconds that are not waited for
+        # These take seconds, which nobody then waits for.
+        for name in ("sensmerge.pipeline.tracking.record", "mlflow.store.tracking.sqlalchemy_store"):
             beside.submit(import_module, name)
         if not options.metrics:
             execute(plan, options.address, console)
@@ -115,9 +116,9 @@ def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Sample]
         return samples
 
 
-def _finish(options: Options, plan: Plan, load: Sequence[Sample], console: Console) -> Report:
+def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console) -> Report:
     """Write cards and report, print the tables, and record the run."""
-    from pipeline import tracking
+    from sensmerge.pipeline.tracking import record as tracking
 
     plan.store.look()
     report = collect(plan)
@@ -154,7 +155,7 @@ def _write_mlflow_files(plan: Plan, report: Report) -> None:
     """Write what MLflow loads a model by beside its weights, where these are at a URL that MLflow reads."""
     if plan.store.remote is None:
         return
-    from pipeline.tracking_model import MLMODEL, NEEDED, Merged, write_beside
+    from sensmerge.pipeline.tracking.load import MLMODEL, NEEDED, Merged, write_beside
 
     for name in plan.recipe.merges:
         merged = Merged.of(report, name)

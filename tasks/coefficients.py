@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
 
-from tasks.datasets import Strict
+from sensmerge.tasks.strict import Strict
 
 PerExpert = dict[str, float]
 Weights = dict[str, PerExpert]

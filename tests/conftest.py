@@ -25,11 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.models import list_models
-from pipeline.plan import Plan, make_plan
-from pipeline.recipe import load_recipe
-from pipeline.store import Store
-from tasks.cross_task import CrossTaskJob, finish_distances, run_trunk
+from sensmerge.pipeline.plan.models import list_models
+from sensmerge.pipeline.plan.plan import Plan, make_plan
+from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.store.store import Store
+from sensmerge.tasks.stages.cross_task import CrossTaskJob, finish_distances, run_trunk
 from tests.merged import assert_store_loads
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -260,7 +260,7 @@ def command_line(*arguments: object) -> int:
     What may get as far as Ray needs the `--address` of the tests' cluster: a process that has started a cluster of its
     own loses its actors in that one.
     """
-    from pipeline.cli import main
+    from sensmerge.pipeline.cli import main
 
     before = sys.argv
     sys.argv = ["sensmerge", *map(str, arguments)]

@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from transformers import AutoModel
 
-from tasks.models.companions import companions
+from sensmerge.tasks.checkpoints.companions import companions
 
 _REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")
 

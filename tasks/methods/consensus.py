@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from tasks.methods import kernels
+from sensmerge.tasks.methods import kernels
 
 
 def disjoint_sum(parts: torch.Tensor, weights: Sequence[float], normalize: bool) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tasks.methods.stored import subtract
+from sensmerge.tasks.methods.stored import subtract
 
 CHUNK = 1 << 17
 """Elements handled at a time: intermediate tensors then stay in the processor's cache."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tasks.methods import kernels
-from tasks.methods.delta import Delta, block_sums, pieces
+from sensmerge.tasks.methods import kernels
+from sensmerge.tasks.methods.delta import Delta, block_sums, pieces
 
 BINS = 1 << 15
 """Of a magnitude histogram."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tasks.methods import kernels
+from sensmerge.tasks.methods import kernels
 
 
 def subtract(left: Tensor, right: Tensor, difference: Tensor) -> None:

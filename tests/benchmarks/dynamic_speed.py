@@ -21,12 +21,11 @@ import datasets
 import torch
 from torch.func import functional_call
 
-from tasks.dynamic_folder import parameter_vectors
-from tasks.dynamic_model import DynamicModel, Routes, parts
-from tasks.merge_vectors import BASE
-from tasks.models.base import open_base
-from tasks.models.networks import load_config, load_tokenizer
-from tasks.models.vectors import Vector
+from sensmerge.tasks.dynamic.folder import parameter_vectors
+from sensmerge.tasks.dynamic.model import DynamicModel, Routes, parts
+from sensmerge.tasks.dynamic.vectors import BASE, Vector
+from sensmerge.tasks.networks.base import open_base
+from sensmerge.tasks.networks.networks import load_config, load_tokenizer
 
 MATERIALISED = 4
 """Samples per batch that are answered by weights of their own."""

@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file, save_file
 
-from pipeline.recipe import load_recipe
-from tasks.artifacts import sha256_file
+from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.tasks.artifacts import sha256_file
 
 
 def changed(folder: Path) -> None:

@@ -20,17 +20,20 @@ import torch
 import yaml
 from torch import Tensor
 
-from pipeline.recipe import Recipe, load_recipe
-from tasks.datasets import ClassificationTask, Row, RowTask, pad, render, tokens
-from tasks.dynamic_folder import load_network_with_heads, read_manifest
-from tasks.evaluate import pad_token
-from tasks.merge_vectors import BASE
-from tasks.metrics import mean_score
-from tasks.models.dynamic import DynamicNetwork
-from tasks.models.networks import load_tokenizer
-from tasks.models.probes import probe
-from tasks.routing import POOLS, SCORES, Features, PoolName, Rule, affinities, fit
-from tasks.rows import load_rows
+from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.tasks.dynamic.application import PoolName
+from sensmerge.tasks.dynamic.folder import load_network_with_heads, read_manifest
+from sensmerge.tasks.dynamic.network import DynamicNetwork
+from sensmerge.tasks.dynamic.probes import probe
+from sensmerge.tasks.dynamic.router import POOLS, SCORES, Features, Rule, affinities, fit
+from sensmerge.tasks.dynamic.vectors import BASE
+from sensmerge.tasks.kinds.datasets import ClassificationTask, RowTask, render
+from sensmerge.tasks.kinds.metrics import mean_score
+from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.tokens import pad, pad_token, tokens
+from sensmerge.tasks.rows.source import Row
+from sensmerge.tasks.rows.tables import load_rows
 
 BATCH_SIZE = 8
 METRIC = "l2"

@@ -24,10 +24,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from tasks.models.blocks import Batch
-from tasks.models.placement import Actors
-from tasks.models.runners import Sensitivity, open_runner
-from tasks.models.source import Source
+from sensmerge.tasks.networks.blocks import Batch
+from sensmerge.tasks.networks.journeys import Sensitivity
+from sensmerge.tasks.networks.placement import Actors
+from sensmerge.tasks.networks.runners import open_runner
+from sensmerge.tasks.networks.source import Source
 from tests.benchmarks.memory import children, watched
 from tests.benchmarks.synthetic import SIZES, make_model
 

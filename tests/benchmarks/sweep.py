@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.recipe import Recipe, load_recipe
+from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.recipe.schema import Recipe
 
 TEMPERATURES = (0.05, 0.3, 1.0, 3.0)
 DIRECTIONS = ("distance", "similarity")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.plan import Plan
+from sensmerge.pipeline.plan.plan import Plan
 from tests.census.zoo import tiny_network
 from tests.conftest import make_adapter, make_tokenizer, perturbed, plan_of, write_rows
 

@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.plan import Plan
-from pipeline.store import Store
-from tasks.dynamic_model import DynamicModel, Routes
-from tasks.errors import InputError
-from tasks.evaluate import generate, pad_token
+from sensmerge.pipeline.plan.plan import Plan
+from sensmerge.pipeline.store.store import Store
+from sensmerge.tasks.dynamic.model import DynamicModel, Routes
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.tokens import pad_token
+from sensmerge.tasks.stages.evaluate import generate
 from tests.census.cases import ROWS, Case
 
 TOLERANCE = 1e-5

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from tasks.artifacts import read_json
-from tasks.cross_task import CrossTaskJob, RowSet
-from tasks.datasets import CompletionTask
-from tasks.errors import InputError
-from tasks.models.layers import layer_of
-from tasks.models.placement import Placement
-from tasks.sensitivity import sensitivity
+from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.networks.placement import Placement
+from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
+from sensmerge.tasks.stages.sensitivity import sensitivity
 from tests.census.cases import EXPERTS, ROWS, Case
 from tests.conftest import make_tokenizer, measure_distances, pair_names
 

@@ -45,7 +45,7 @@ def test_what_the_image_copies_can_be_installed_and_used(tmp_path: Path) -> None
                 )
                 copy.parent.mkdir(exist_ok=True)
                 if (PROJECT / source).is_dir():
-                    shutil.copytree(PROJECT / source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+                    shutil.copytree(PROJECT / source, copy, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
                 else:
                     shutil.copy2(PROJECT / source, copy)
         elif word == "RUN" and "install.sh project" in rest:
@@ -54,9 +54,9 @@ def test_what_the_image_copies_can_be_installed_and_used(tmp_path: Path) -> None
             environment = os.environ | {"PYTHON": sys.executable}
             subprocess.run([*shlex.split(rest), *options], cwd=build, env=environment, check=True)
     environment = os.environ | {"PYTHONPATH": str(target)}
-    command = [sys.executable, "-P", "-c", "import pipeline.workflow; print(pipeline.workflow.__file__)"]
+    command = [sys.executable, "-P", "-c", "from sensmerge.pipeline import workflow; print(workflow.__file__)"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert Path(done.stdout.strip()) == target / "pipeline" / "workflow.py"
+    assert Path(done.stdout.strip()) == target / "sensmerge" / "pipeline" / "workflow.py"
 
 
 @pytest.mark.parametrize(("arguments", "said"), [(["torch", "gpu"], "cpu or cuda"), (["all"], "torch or project")])

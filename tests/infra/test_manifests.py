@@ -16,7 +16,7 @@ from check_jsonschema.builtin_schemas import get_builtin_schema
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
-from pipeline.cli import app
+from sensmerge.pipeline.cli import app
 
 PROJECT = Path(__file__).resolve().parents[2]
 INFRA = PROJECT / "infra"

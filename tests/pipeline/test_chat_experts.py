@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.errors import InputError
-from tasks.models.companions import LARGEST
+from sensmerge.tasks.checkpoints.companions import LARGEST
+from sensmerge.tasks.errors import InputError
 from tests.conftest import do_steps, make_llama, perturbed, plan_of, write_rows
-from tests.tasks.models.test_tokenizers import ROWS, TEMPLATE, WORDS, word_tokenizer
+from tests.tasks.networks.test_tokenizers import ROWS, TEMPLATE, WORDS, word_tokenizer
 
 OTHER = "{% for m in messages %}<turn> {{ m.content }} <done> {% endfor %}"
 TURN, DONE = len(WORDS) + 2, len(WORDS) + 3

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
-from pipeline import cli
-from pipeline import plan as plan_module
-from pipeline.store import Store
+from sensmerge.pipeline import cli
+from sensmerge.pipeline.plan import plan as plan_module
+from sensmerge.pipeline.store.store import Store
 from tests.conftest import command_line, make_llama, perturbed, write_recipe, write_rows
 
 Recipe = dict[str, Any]

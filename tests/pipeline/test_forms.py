@@ -22,12 +22,12 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from pipeline.results import unchanged
-from tasks.dynamic_model import DynamicModel
-from tasks.errors import InputError
-from tasks.lease import held
-from tasks.models.checkpoint import WEIGHTS
-from tasks.serving import Scorer
+from sensmerge.pipeline.report.results import unchanged
+from sensmerge.tasks.checkpoints.checkpoint import WEIGHTS
+from sensmerge.tasks.dynamic.model import DynamicModel
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.serving.lease import held
+from sensmerge.tasks.serving.scorer import Scorer
 from tests.conftest import bert_config, do_steps, make_llama, perturbed, plan_of, write_rows
 
 Save = Callable[..., Path]

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import tracking
-from pipeline.history import remember
-from pipeline.store import Key, Store
-from pipeline.tracking_uri import default_uri
+from sensmerge.pipeline.store.history import remember
+from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.pipeline.tracking import record as tracking
+from sensmerge.pipeline.tracking.uri import default_uri
 from tests.conftest import command_line, llama_config
-from tests.pipeline.test_remote import BUCKET
-from tests.pipeline.test_remote import bucket as bucket
-from tests.pipeline.test_remote import server as server
-from tests.pipeline.test_tracking import OUTCOMES, make_datasets, make_report
+from tests.pipeline.store.test_remote import BUCKET
+from tests.pipeline.store.test_remote import bucket as bucket
+from tests.pipeline.store.test_remote import server as server
+from tests.pipeline.tracking.test_record import OUTCOMES, make_datasets, make_report
 
 Publish = Callable[[int], str]
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline import predict
-from pipeline.registry import Registry
-from pipeline.run import BATCHES_AHEAD, Workers, work_in_batches
-from tasks.dynamic_model import DynamicModel
-from tasks.errors import InputError, StepError
+from sensmerge.pipeline import predict
+from sensmerge.pipeline.execute.run import BATCHES_AHEAD, Workers, work_in_batches
+from sensmerge.pipeline.tracking.registry import Registry
+from sensmerge.tasks.dynamic.model import DynamicModel
+from sensmerge.tasks.errors import InputError, StepError
 from tests.conftest import command_line, tiny_recipe, write_recipe, write_rows
 
 pytestmark = pytest.mark.ray

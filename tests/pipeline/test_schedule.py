@@ -16,8 +16,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from pipeline.schedule import Times, keep
-from pipeline.store import Store
+from sensmerge.pipeline.schedule import Times, keep
+from sensmerge.pipeline.store.store import Store
 from tests.conftest import command_line, write_recipe
 
 EVERY_SECOND = "* * * * * *"

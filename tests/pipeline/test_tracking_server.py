@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import tracking
-from tests.pipeline.test_tracking import (
+from sensmerge.pipeline.tracking import record as tracking
+from tests.pipeline.tracking.test_record import (
     MODELS,
     OUTCOMES,
     PLAN,

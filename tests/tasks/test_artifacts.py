@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
+from sensmerge.tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
 
 
 def test_json_comes_back_and_nothing_else_is_left(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from scipy.special import softmax
 
-from tasks.coefficients import (
+from sensmerge.tasks.coefficients import (
     Coefficients,
     ExplicitCoefficients,
     SensCoefficients,

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from tasks.artifacts import read_json
-from tasks.datasets import ClassificationTask, DataSource, RowSet
-from tasks.evaluate import Subject, evaluate
-from tasks.evaluate_dynamic import evaluate_dynamic
-from tasks.metrics import mean_normalised
-from tasks.models.base import open_base
-from tasks.models.expert import open_expert
-from tasks.rows import load_rows
+from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet
+from sensmerge.tasks.kinds.metrics import mean_normalised
+from sensmerge.tasks.networks.base import open_base
+from sensmerge.tasks.networks.expert import open_expert
+from sensmerge.tasks.rows.source import DataSource
+from sensmerge.tasks.rows.tables import load_rows
+from sensmerge.tasks.stages.evaluate import Subject, evaluate
+from sensmerge.tasks.stages.evaluate_dynamic import evaluate_dynamic
 from tests.conftest import SHARED
-from tests.tasks.test_dynamic_model import merge
+from tests.tasks.dynamic.test_model import merge
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]
 EXPERTS = ("sst2", "trec6", "ag_news", "cola")

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.artifacts import read_json
-from tasks.coefficients import alpha, sigma, tau
-from tasks.cross_task import CrossTaskJob, RowSet
-from tasks.datasets import CompletionTask, DataSource
-from tasks.models.placement import Placement
-from tasks.rows import load_rows
-from tasks.sensitivity import sensitivity
+from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.coefficients import alpha, sigma, tau
+from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.networks.placement import Placement
+from sensmerge.tasks.rows.source import DataSource
+from sensmerge.tasks.rows.tables import load_rows
+from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
+from sensmerge.tasks.stages.sensitivity import sensitivity
 from tests.conftest import SHARED, measure_distances, pair_names
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from tasks.methods import Settings, TaskVector, agreed_pieces, contribution_pieces, merged_pieces
-from tasks.methods.delta import Whole, pieces
-from tasks.methods.sparsify import Sparsifier
+from sensmerge.tasks.methods.arithmetic import Settings, TaskVector, agreed_pieces, contribution_pieces, merged_pieces
+from sensmerge.tasks.methods.delta import Whole, pieces
+from sensmerge.tasks.methods.sparsify import Sparsifier
 
 
 def joined(found: Iterable[tuple[slice, torch.Tensor]], shape: torch.Size) -> torch.Tensor:

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tasks.methods import METHODS, Settings, TaskVector, merged_pieces
-from tasks.methods.consensus import agreeing, agreeing_weight, disjoint_sum
-from tasks.methods.delta import BLOCK, Difference
-from tasks.methods.sparsify import BINS, Drop, Trim, add_to_histogram, random_bits
+from sensmerge.tasks.methods.arithmetic import METHODS, Settings, TaskVector, merged_pieces
+from sensmerge.tasks.methods.consensus import agreeing, agreeing_weight, disjoint_sum
+from sensmerge.tasks.methods.delta import BLOCK, Difference
+from sensmerge.tasks.methods.sparsify import BINS, Drop, Trim, add_to_histogram, random_bits
 from tests.tasks.methods.pieces import joined
 
 # Sums of a few stay finite, and some elements cancel or are equal.

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tasks.methods import (
+from sensmerge.tasks.methods import delta as delta_module
+from sensmerge.tasks.methods.arithmetic import (
     METHODS,
     Settings,
     TaskVector,
@@ -16,9 +17,8 @@ from tasks.methods import (
     shares,
     static_coefficient,
 )
-from tasks.methods import delta as delta_module
-from tasks.methods.delta import BLOCK, CHUNK, Difference
-from tasks.methods.sparsify import norm_ratio
+from sensmerge.tasks.methods.delta import BLOCK, CHUNK, Difference
+from sensmerge.tasks.methods.sparsify import norm_ratio
 from tests.conftest import SHARED
 from tests.tasks.methods.pieces import agreed_contributions, contribution, joined, vector, whole_tensor
 

@@ -1,0 +1,1 @@
+"""Running steps: the only room of this floor that imports Ray."""

@@ -1,0 +1,108 @@
+"""What a worker runs of a plan: pieces of steps, measured. Imported by workers, so nothing here may import much."""
+
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sensmerge.pipeline.store.store import Key, Store, file_sizes
+from sensmerge.tasks.errors import noted
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What pieces of a step took."""
+
+    seconds: float = 0.0
+    """of all pieces together, each on its worker"""
+    peak_memory: int = 0
+    """largest resident size of a worker process meanwhile, in bytes"""
+    pieces: int = 0
+    pieces_run: int = 0
+    """the others had been done already, by a run that was interrupted"""
+
+    def __add__(self, other: "Spent") -> "Spent":
+        """Return what both took."""
+        return Spent(
+            self.seconds + other.seconds,
+            max(self.peak_memory, other.peak_memory),
+            self.pieces + other.pieces,
+            self.pieces_run + other.pieces_run,
+        )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A piece of work that has ended; of a step's last piece, what the whole step took."""
+
+    result: dict[str, Any]
+    spent: Spent
+    bytes: int = 0
+    """of the artifact"""
+    node: str = ""
+    """name of the machine"""
+
+
+def _measured(work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
+    """Run work in this worker process and measure it; memory is the process's largest resident size meanwhile."""
+    import torch
+
+    torch.set_num_threads(threads)
+    _reset_peak_memory()
+    start = time.monotonic()
+    with noted(f"on {platform.node()}; its log: {_log()}"):
+        result = work()
+    return result, Spent(time.monotonic() - start, _peak_memory(), 1, 1)
+
+
+def _log() -> str:
+    """Return the file that this process's errors are written to."""
+    return os.path.realpath("/proc/self/fd/2") if sys.platform == "linux" else "the worker's, among those of Ray"
+
+
+def _reset_peak_memory() -> None:
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    """Return the largest resident size of this process in bytes, since the last reset where the system has one."""
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def run_part(part: Callable[..., bool], partial: Path, threads: int) -> Done:
+    """Run one of a step's pieces in the folder under construction; it says whether there was something left to do."""
+    partial.mkdir(parents=True, exist_ok=True)
+    was_left, spent = _measured(lambda: part(out=partial), threads)
+    return Done({}, spent if was_left else replace(spent, pieces_run=0))
+
+
+def run_finish(
+    finish: Callable[..., dict[str, Any]], store: Store, key: Key, has_parts: bool, before: Spent, threads: int
+) -> Done:
+    """Run a step's last piece and publish its artifact, in one go on the worker."""
+    partial = store.partial(key)
+    published = store.local_manifest(key)
+    if has_parts and not partial.exists() and published is not None:
+        # A worker published it and died before it could say so.
+        store.upload(store.folder(key))
+        spent = Spent(**{each.name: published[each.name] for each in fields(Spent)})
+        return Done(published["result"], spent, published["bytes"], published["node"])
+    if not has_parts and partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    result, spent = _measured(lambda: finish(out=partial), threads)
+    done = Done(result, before + spent, sum(file_sizes(partial).values()), platform.node())
+    manifest = asdict(done.spent) | {"bytes": done.bytes, "node": done.node, "result": result}
+    store.publish(key, manifest, result.get("by_tensor", ()))
+    return done

@@ -1,0 +1,53 @@
+"""What became of a recipe's models since they were last used, and what follows from it."""
+
+from typing import Any
+
+from rich.filesize import decimal
+
+from sensmerge.pipeline.plan.plan import Plan
+from sensmerge.pipeline.plan.steps import Step
+from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.stages.download import HubModel, Listing
+
+
+def model_changes(plan: Plan) -> list[str]:
+    """Return a line for every model whose files are not those of its last artifact: what changed, and what it costs.
+
+    `math: main moved 1a2b3c4 → 9f8e7d6; 9 of 31 steps, 2.1 of 14.0 GB`: of all steps those that run and depend on the
+    model, and the bytes that these read.
+    """
+    lines = []
+    every = sum(step.reads for step in plan.steps)
+    for name, listing in plan.inputs.listings.items():
+        step = plan.step("download", name)
+        last = plan.store.last(step.key) if step.title in plan.todo else None
+        if last is None or last == plan.store.folder(step.key):  # new, or only to be fetched again
+            continue
+        following = [one for one in dependents(plan, step) if one.title in plan.todo]
+        reads = decimal(sum(one.reads for one in following))
+        lines.append(
+            f"{name}: {_difference(read_json(last / 'files.json'), listing)}; "
+            f"{len(following)} of {len(plan.steps)} steps, {reads} of {decimal(every)}"
+        )
+    return lines
+
+
+def dependents(plan: Plan, step: Step) -> list[Step]:
+    """Return a step and all that need it, directly or through others, in the plan's order."""
+    titles = {step.title}
+    found = []
+    for one in plan.steps:
+        if one.title in titles or titles & set(one.needs):
+            titles.add(one.title)
+            found.append(one)
+    return found
+
+
+def _difference(last: dict[str, Any], listing: Listing) -> str:
+    """Say what differs between `files.json` of a model's artifact and its files now."""
+    if isinstance(listing.source, HubModel) and last["revision"] not in (None, listing.revision):
+        return f"{listing.source.revision} moved {last['revision'][:7]} → {str(listing.revision)[:7]}"
+    before = {(file["name"], file["sha256"]) for file in last["files"]}
+    now = {(file.name, file.digest.partition(":")[2]) for file in listing.files}
+    changed = {name for name, _ in before ^ now}
+    return f"{len(changed)} of {len({name for name, _ in before | now})} files changed"

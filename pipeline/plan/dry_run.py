@@ -1,0 +1,92 @@
+"""What a recipe asks of its networks, tried on tiny ones before anything is run."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import PretrainedConfig
+
+from sensmerge.pipeline.plan.inputs import Inputs
+from sensmerge.pipeline.plan.placement import Choice
+from sensmerge.pipeline.recipe.schema import Recipe, Stage
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, LmEvalTask
+from sensmerge.tasks.networks.dry_run import stand_in
+from sensmerge.tasks.networks.networks import Head, computation_digest
+
+
+@dataclass
+class _Asked:
+    """What a recipe asks of networks of one kind."""
+
+    config: PretrainedConfig
+    folder: Path
+    head: Head
+    generating: list[str] = field(default_factory=list)
+    """tasks that have them generate"""
+
+
+def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choice]) -> tuple[str, ...]:
+    """Check on tiny networks that those of a recipe can do what it asks: sensitivities, distances, parts, generation.
+
+    It takes a fraction of a second for each kind of network, whatever its size, and none if nothing of this is asked.
+
+    Args:
+        recipe: the recipe.
+        inputs: its models.
+        placements: where networks run, from `choose`; none without sens coefficients.
+
+    Returns:
+        A line for each kind of network of which no tiny one can be made.
+
+    Raises:
+        InputError: a network that cannot do it; it names the recipe's key and a way out.
+    """
+    notes = []
+    in_parts = any(one.placement != "whole" for one in placements.values())
+    for asked in _asked(recipe, inputs):
+        key, way_out = f"tasks.{''.join(asked.generating[:1])}.generate", "set it to 0"
+        if placements:
+            key, way_out = f"merges.{recipe.sens_variants()[0]}.coefficients", "use other coefficients than sens"
+        with TemporaryDirectory(prefix="sensmerge-") as scratch:
+            with _refused(key, way_out):
+                tiny = stand_in(asked.config, asked.head, asked.folder, Path(scratch))
+            if tiny is None:
+                notes.append(f"{asked.folder}: no small network can be made of its config to try the recipe with")
+                continue
+            if placements:
+                with _refused(key, way_out):
+                    tiny.check_sensitivity()
+                    tiny.check_head()
+            if in_parts:
+                with _refused("placement", f"set placement: whole, or {way_out}"):
+                    tiny.check_parts()
+            for name in asked.generating:
+                with _refused(f"tasks.{name}.generate", "set it to 0"):
+                    tiny.check_generation()
+    return tuple(notes)
+
+
+def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
+    """Return what is asked of each kind of network, without those of which nothing is."""
+    found: dict[tuple[Head, str], _Asked] = {}
+    for name, task in recipe.tasks.items():
+        generates = isinstance(task, CompletionTask) and task.generate > 0 and task.evaluation is not None
+        if isinstance(task, LmEvalTask) or not (generates or recipe.sens_variants()):
+            continue
+        head: Head = "classification" if isinstance(task, ClassificationTask) else "causal_lm"
+        expert = inputs.experts[name]
+        asked = _Asked(expert.config, expert.folder, head)
+        asked = found.setdefault((head, computation_digest(expert.config)), asked)
+        asked.generating += [name] * generates
+    return list(found.values())
+
+
+@contextmanager
+def _refused(key: str, way_out: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{key}: {error}; {way_out}") from error

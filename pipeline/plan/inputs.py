@@ -1,0 +1,201 @@
+"""The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sensmerge.pipeline.plan.models import about
+from sensmerge.pipeline.plan.rows import TaskRows, gather_rows
+from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
+from sensmerge.tasks.checkpoints.layers import group_by_layer
+from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
+from sensmerge.tasks.coefficients import ExplicitCoefficients, matches
+from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.dynamic.network import trunk_blocks
+from sensmerge.tasks.dynamic.parameters import holdings
+from sensmerge.tasks.dynamic.trial import try_network
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.datasets import ClassificationTask
+from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
+from sensmerge.tasks.networks.base import Base, open_base
+from sensmerge.tasks.networks.classes import class_names
+from sensmerge.tasks.networks.expert import Expert, open_expert
+from sensmerge.tasks.networks.networks import load_tokenizer, skeleton
+from sensmerge.tasks.stages.download import Listing, LocalModel, fetch_files, safetensors_header, small_files
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a recipe names from outside."""
+
+    base: Base
+    experts: Mapping[str, Expert]
+    listings: Mapping[str, Listing]
+    """of base and experts by name"""
+    data: Mapping[str, TaskRows]
+    tokenizer: Tokenizer
+    """which all models use"""
+    notes: tuple[str, ...] = ()
+    """what a user should know of the models and data that are accepted: a line each"""
+    classes: tuple[str, ...] = ()
+    """what the experts call the classes of a base that does not name them"""
+
+    def only_weights(self) -> tuple[BaseWeights, dict[str, ExpertWeights]]:
+        """Return base and experts as far as merging needs to know them: small, and read without transformers."""
+        base = self.base.only_weights()
+        return base, {name: expert.only_weights(base) for name, expert in self.experts.items()}
+
+
+def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path, cache: Path) -> Inputs:
+    """Resolve the data of a recipe and check all that headers, configs and rows tell.
+
+    Args:
+        recipe: the recipe.
+        listings: its models, from `list_models`.
+        folder: what its relative paths are relative to.
+        cache: the hub's cache.
+
+    Raises:
+        InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
+    """
+    base, experts = _open_models(recipe, listings, cache)
+    classes = _agreed_classes(base, experts)
+    _check_layers(recipe, base)
+    notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
+    if base.statistics:
+        notes.append(
+            f"base: of {len(base.statistics)} buffers with statistics, such as {min(base.statistics)}, merged models "
+            "have the experts' mean, whatever the method"
+        )
+    for name, variant in recipe.merges.items():
+        if isinstance(variant.application, SeApplication):
+            notes += _check_application(f"merges.{name}.application", variant.application, recipe, base, experts)
+    tokenizer, said = choose_tokenizer(recipe.tokenizer.source, base, experts, listings, cache)
+    notes += said
+    reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
+    routed = bool(recipe.se_variants())
+    data, said = gather_rows(recipe.tasks, experts, reader, folder, routed)
+    notes += said
+    return Inputs(base, experts, listings, data, tokenizer, tuple(notes), tuple(classes))
+
+
+def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> tuple[Base, dict[str, Expert]]:
+    """Open base and experts; where one expert holds apart what the base ties, all are seen so."""
+    folders = {name: small_files(listing, cache) for name, listing in listings.items()}
+    headers = {name: _remote_headers(listing, cache) for name, listing in listings.items()}
+    while True:
+        try:
+            with about("base"):
+                base = open_base(folders["base"], headers["base"])
+            experts = {}
+            for name, expert in recipe.experts.items():
+                with about(f"experts.{name}"):
+                    experts[name] = open_expert(
+                        folders[name], base, f"experts.{name}", headers[name], expert.config == "base"
+                    )
+            break
+        except FilesNeeded as needed:
+            name = next(name for name, folder in folders.items() if folder == needed.folder)
+            fetch_files(listings[name], needed.files, cache)
+    base = next((one.base for one in experts.values() if one.base.untied), base)
+    return base, {name: expert.on(base) for name, expert in experts.items()}
+
+
+def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:
+    """Return the names of the classes of experts whose heads are merged, where the base's config names none.
+
+    Raises:
+        InputError: the experts do not agree on them.
+    """
+    if not base.names.has_task_head or class_names(base.config):
+        return []
+    named: dict[str, list[str]] = {}
+    for name, expert in experts.items():
+        classes = class_names(expert.config)
+        if classes and expert.network == base.names.network and not expert.head:
+            named[name] = classes
+    first, *others = named or [""]
+    for name in others:
+        if named[name] != named[first]:
+            raise InputError(
+                f"experts.{name}: its classes are {', '.join(named[name][:5])}, those of experts.{first} are "
+                f"{', '.join(named[first][:5])}, and the base's config names none to tell which is which; name them in "
+                f"id2label and label2id of a copy of the base's config.json"
+            )
+    return named[first] if first else []
+
+
+def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:
+    """Return the headers of a hub model whose weights are not here yet; None where the folder has them."""
+    names = {file.name for file in listing.files}
+    if isinstance(listing.source, LocalModel) or not any(file.name in names for file in listing.missing()):
+        return None
+    if ADAPTER_WEIGHTS in names or WEIGHTS in names:
+        file = ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else WEIGHTS
+        return Checkpoint(listing.folder, safetensors_header(listing, file, cache))
+    tensors = indexed_tensors(listing.folder / INDEX, lambda file: safetensors_header(listing, file, cache))
+    return Checkpoint(listing.folder, tensors)
+
+
+def _check_layers(recipe: Recipe, base: Base) -> None:
+    layers = list(group_by_layer(base.weights))
+    for name, variant in recipe.merges.items():
+        if not isinstance(variant.coefficients, ExplicitCoefficients):
+            continue
+        for expert, setting in variant.coefficients.weights.items():
+            for pattern in setting if isinstance(setting, dict) else ():
+                if not any(matches(pattern, layer) for layer in layers):
+                    raise InputError(
+                        f"merges.{name}.coefficients.weights.{expert}: no layer matches {pattern!r}; "
+                        f"the base has {layers[0]} … {layers[-1]}"
+                    )
+            for layer in layers:
+                if isinstance(setting, dict) and not any(matches(pattern, layer) for pattern in setting):
+                    raise InputError(
+                        f"merges.{name}.coefficients.weights.{expert}: no pattern matches layer {layer}; "
+                        'add one for all others first: "*": NUMBER'
+                    )
+
+
+def _check_application(
+    key: str, application: SeApplication, recipe: Recipe, base: Base, experts: Mapping[str, Expert]
+) -> list[str]:
+    """Check that the network can be run with coefficients per sample, and has the layer that the route looks at.
+
+    Returns:
+        What a user should know of it.
+    """
+    classifies = any(isinstance(task, ClassificationTask) for task in recipe.tasks.values())
+    config = next((expert.config for expert in experts.values() if expert.head), base.config)
+    network = skeleton(config, "classification" if classifies else "causal_lm", base.folder)
+    _check_heads(key, network.base_model_prefix, experts)
+    changed = [
+        name
+        for holding in holdings(base, network)
+        if any(one.touches(tensor) for one in experts.values() for tensor in holding.tensors)
+        for name in holding.parameters.values()
+    ]
+    trial = try_network(config, network, changed, key)
+    blocks = len(trunk_blocks(network))
+    if application.layer != "auto" and not 1 <= application.layer <= blocks:
+        raise InputError(f"{key}.layer is {application.layer}; the model has {blocks} blocks, 1 to {blocks}")
+    return trial.notes(network, key)
+
+
+def _check_heads(key: str, trunk: str, experts: Mapping[str, Expert]) -> None:
+    """Check that the experts share one trunk, and that each has a head of its own or none has."""
+    lacking = [name for name, expert in experts.items() if not expert.head]
+    for name, expert in experts.items():
+        own = [parameter for parameter in expert.head if parameter.startswith(f"{trunk}.")]
+        if own:
+            raise InputError(
+                f"{key}: experts.{name} has {own[0]}, which the base lacks: the experts share no trunk; "
+                "use application: {kind: static}"
+            )
+        if expert.head and lacking:
+            raise InputError(
+                f"{key}: experts.{name} has a head of its own, the head of experts.{lacking[0]} is merged; "
+                "use application: {kind: static}"
+            )

@@ -1,0 +1,130 @@
+"""From a recipe to a plan: RUN or SKIP for every step, and why."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.filesize import decimal
+from rich.table import Table
+
+from sensmerge.pipeline.plan.dry_run import try_networks
+from sensmerge.pipeline.plan.inputs import Inputs, gather_inputs
+from sensmerge.pipeline.plan.placement import Choice, choose
+from sensmerge.pipeline.plan.steps import Resolved, Step, lay_out
+from sensmerge.pipeline.recipe.schema import Recipe, Stage
+from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.stages import cross_task
+from sensmerge.tasks.stages.download import Listing
+
+
+@dataclass(frozen=True)
+class Plan(Resolved):
+    """All steps of a recipe, in an order in which each comes after those it needs."""
+
+    steps: tuple[Step, ...]
+    todo: Mapping[str, str]
+    """title → why, of the steps that the store lacks; two steps may have one fingerprint, never one title"""
+
+    def step(self, stage: Stage, name: str) -> Step:
+        """Return one step."""
+        return next(step for step in self.steps if step.stage == stage and step.name == name)
+
+    def keys(self) -> list[Key]:
+        """Return what names the artifacts of all steps."""
+        return [step.key for step in self.steps]
+
+    def artifact(self, stage: Stage, name: str) -> Path:
+        """Return the folder of a step's artifact."""
+        return self.store.folder(self.step(stage, name).key)
+
+    def models(self) -> dict[str, Path]:
+        """Return the folder of every model by name: base, experts, variants."""
+        folders = {name: listing.folder for name, listing in self.inputs.listings.items()}
+        dynamic = self.recipe.se_variants()
+        return folders | {
+            name: self.artifact("route" if name in dynamic else "merge", name) for name in self.recipe.merges
+        }
+
+
+def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> Plan:
+    """Resolve the data of a recipe, check all that can be checked without work, and lay out the steps.
+
+    Args:
+        recipe: the recipe.
+        folder: what its relative paths are relative to.
+        store: where artifacts are looked for.
+        listings: its models, from `list_models`.
+
+    Raises:
+        InputError: models that cannot be merged, data that does not fit its task, no room on the disk.
+    """
+    inputs = gather_inputs(recipe, listings, folder, store.hub_cache)
+    placements = _placements(recipe, inputs)
+    inputs = replace(inputs, notes=(*inputs.notes, *try_networks(recipe, inputs, placements)))
+    resolved = Resolved(recipe, store, inputs, placements)
+    steps = tuple(lay_out(resolved))
+    todo = {step.title: store.why(step.key) for step in steps if store.manifest(step.key) is None}
+    # A model whose files are gone from this machine is fetched again if a step that runs reads it.
+    read = {title for step in steps if step.title in todo for title in step.needs}
+    lost = {f"download {name}" for name, listing in inputs.listings.items() if listing.missing()}
+    todo |= dict.fromkeys(lost & read - todo.keys(), "files are gone")
+    plan = Plan(recipe, store, inputs, resolved.placements, steps, todo)
+    _check_room(plan)
+    return plan
+
+
+def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
+    if not recipe.sens_variants():
+        return {}
+    longest = max(one.longest_calibration for one in inputs.data.values())
+    tokens: dict[Stage, int] = {"sensitivity": longest, "cross_task": max(longest, cross_task.CHUNK_TOKENS)}
+    return {stage: choose(recipe, stage, inputs.base, count, decimal) for stage, count in tokens.items()}
+
+
+def _check_room(plan: Plan) -> None:
+    needed = sum(step.writes for step in plan.steps if step.title in plan.todo)
+    existing = next(path for path in (plan.store.root, *plan.store.root.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"{plan.store.root}: no room on the disk: the run writes {decimal(needed)}, "
+            f"{decimal(free)} are free; free some or choose another --store"
+        )
+
+
+def plan_summary(plan: Plan) -> str:
+    """Return the plan in a line: how many steps run, and the bytes they read and write."""
+    run = [step for step in plan.steps if step.title in plan.todo]
+    if not run:
+        return f"{plan.recipe.name}: all {len(plan.steps)} steps are in the store"
+    reads, writes = sum(step.reads for step in run), sum(step.writes for step in run)
+    return (
+        f"{plan.recipe.name}: {len(run)} of {len(plan.steps)} steps to run, "
+        f"{decimal(reads)} to read, {decimal(writes)} to write"
+    )
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return the plan for people: a row per step, RUN or SKIP and why, and what it reads and writes."""
+    table = Table(title=plan_summary(plan), title_justify="left")
+    for column in ("stage", "step", "", "why"):
+        table.add_column(column)
+    table.add_column("read", justify="right")
+    table.add_column("write", justify="right")
+    for step in plan.steps:
+        why = plan.todo.get(step.title)
+        table.add_row(
+            step.stage,
+            step.name,
+            "SKIP" if why is None else "RUN",
+            "in the store" if why is None else why,
+            "" if why is None else decimal(step.reads),
+            "" if why is None else decimal(step.writes),
+        )
+    running = {step.stage for step in plan.steps if step.title in plan.todo}
+    placed = [f"{stage} runs {one.name} ({one.why})" for stage, one in plan.placements.items() if stage in running]
+    if placed:
+        table.caption, table.caption_justify = "\n".join(placed), "left"
+    return table

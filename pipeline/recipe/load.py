@@ -1,0 +1,103 @@
+"""Reads recipes: YAML, overrides, and what the schema refuses as one line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.tasks.errors import InputError
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `a.b=value` overrides (values are YAML).
+
+    Raises:
+        InputError: no such file, no YAML, or what the schema refuses, naming the key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a recipe") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected a recipe in UTF-8") from error
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: found {type(data).__name__}; expected a mapping with name, base, experts, merges")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first_error(error)}") from error
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Plain YAML takes the last of two equal keys without a word; here the same expert twice is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice in one mapping{node.start_mark}")
+        return node
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise InputError(f"--set {override}: expected a.b=value")
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: not valid YAML: {' '.join(str(error).split())}") from error
+    _set(data, keys, found, override)
+
+
+def _set(target: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+    # The longest key that is there first: names of variants may hold dots.
+    count = next((n for n in range(len(keys), 0, -1) if ".".join(keys[:n]) in target), 1)
+    name, rest = ".".join(keys[:count]), keys[count:]
+    if not rest:
+        target[name] = value
+        return
+    if target.get(name) is None:
+        target[name] = {}
+    if not isinstance(target[name], dict):
+        raise InputError(f"--set {override}: {name} holds a single value, not a mapping")
+    _set(target[name], rest, value, override)
+
+
+def _first_error(error: ValidationError) -> str:
+    """Return the first of pydantic's findings as one line: key, what was found, what was expected."""
+    first = error.errors()[0]
+    # Discriminated unions put the chosen kind into the path; the recipe's own keys have no such part.
+    tasks = {"completion", "classification", "multiple_choice", "lm_eval"}
+    kinds = tasks | {"uniform", "explicit", "sens", "static", "se", "[key]"}
+    parts = [str(part) for part in first["loc"]]
+    shown = [
+        part for position, part in enumerate(parts) if not (part in kinds and position > 0 and _is_tag(parts, position))
+    ]
+    key = ".".join(shown)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}; see `sensmerge schema` for the keys that exist"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    found = first["input"]
+    shown_found = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
+    return f"{key + ': ' if key else ''}{message}{shown_found}"
+
+
+def _is_tag(parts: list[str], position: int) -> bool:
+    """Return whether a part of an error's path is the kind of a task, coefficients or application, and no key."""
+    before = parts[position - 1]
+    is_task = position == 2 and parts[0] == "tasks"
+    return is_task or before in ("coefficients", "application") or parts[position] == "[key]"

@@ -1,0 +1,305 @@
+"""The recipe: what configs/*.yaml may say."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, FiniteFloat, field_validator, model_validator
+
+from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
+from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.kinds.datasets import LmEvalTask, Task
+from sensmerge.tasks.methods.arithmetic import METHODS, Settings, static_coefficient
+from sensmerge.tasks.strict import Strict
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge", "route", "evaluate"]
+
+
+class ExpertModel(Strict):
+    """One expert."""
+
+    model: str = Field(
+        min_length=1, description="local folder or hub:ORG/NAME@REVISION; a checkpoint or a PEFT LoRA adapter"
+    )
+    config: Literal["own", "base"] = Field(
+        "own",
+        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which have "
+        "to be the base's, or base, where they are not",
+    )
+
+
+class StaticApplication(Strict):
+    """One set of weights for all inputs."""
+
+    kind: Literal["static"] = "static"
+
+
+Application = Annotated[StaticApplication | SeApplication, Field(discriminator="kind")]
+
+
+class Variant(Strict):
+    """One merge: a method, its coefficients, and how they are applied. Parameters and defaults are mergekit 0.1.5's."""
+
+    method: Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"] = Field(description="merge method")
+    weight: float = Field(
+        1.0, ge=-10, le=10, description="λ: weight of every expert; explicit and sens coefficients multiply it"
+    )
+    coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
+    application: Application = Field(
+        StaticApplication(), description="one set of weights, or coefficients for each input sample"
+    )
+    density: float | dict[str, float] = Field(
+        1.0, description="share of each task vector's elements to keep (ties, dare_*); one number or one per expert"
+    )
+    normalize: bool | None = Field(
+        None, description="divide by the sum of weights; default: true for linear and ties, false for the others"
+    )
+    rescale: bool | None = Field(
+        None, description="restore the L1 norm of sparse task vectors (ties, dare_*); default: true for dare_*"
+    )
+    lambda_: float = Field(1.0, alias="lambda", description="factor of the whole mixed task vector (not for linear)")
+    seed: int = Field(0, description="seed of the random masks (dare_*)")
+    out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; that of the base if left out")
+    shard_size: int = Field(5_000_000_000, ge=1, description="largest file of the merged model, in bytes")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Variant":
+        given = self.model_fields_set
+        sparse = self.method in METHODS and METHODS[self.method].sparsify is not None
+        for key in ("density", "rescale"):
+            if key in given and not sparse:
+                raise ValueError(f"{key} has no meaning for method {self.method}; leave it out")
+        if "seed" in given and not self.method.startswith("dare"):
+            raise ValueError(
+                f"seed has no meaning for method {self.method}, which draws no random numbers; leave it out"
+            )
+        if "lambda_" in given and self.method == "linear":
+            raise ValueError("lambda has no meaning for method linear; leave it out")
+        if isinstance(self.application, SeApplication):
+            self._check_se(given)
+        densities = self.density.values() if isinstance(self.density, dict) else [self.density]
+        for density in densities:
+            if not 0 <= density <= 1:
+                raise ValueError(f"density is {density}; expected a number between 0 and 1")
+        return self
+
+    def _check_se(self, given: set[str]) -> None:
+        for key in ("out_dtype", "shard_size"):
+            if key in given:
+                raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
+        if self.method == "linear" and self.normalize is False:
+            raise ValueError("linear with normalize: false scales the base; application se needs normalize: true")
+        if static_coefficient(self.settings(), self.weight, 2) <= 0:
+            raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
+
+    def settings(self) -> Settings:
+        """Return the method with its settings, defaults filled in."""
+        method = METHODS.get(self.method)
+        return Settings(
+            self.method,
+            normalize=self.normalize if self.normalize is not None else (method.normalize if method else True),
+            rescale=self.rescale if self.rescale is not None else bool(method and method.rescale),
+            lambda_=self.lambda_,
+        )
+
+    def densities(self, experts: Sequence[str]) -> dict[str, float]:
+        """Return the density of each expert."""
+        if isinstance(self.density, dict):
+            return {name: self.density[name] for name in experts}
+        return dict.fromkeys(experts, self.density)
+
+    def params(self) -> dict[str, str]:
+        """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
+        flat: dict[str, str] = {}
+        for key, value in self.model_dump(by_alias=True, exclude={"shard_size"}, exclude_none=True).items():
+            if isinstance(value, dict):
+                flat |= {
+                    f"{key}.{inner}": json.dumps(v) if isinstance(v, dict) else str(v) for inner, v in value.items()
+                }
+            else:
+                flat[key] = str(value)
+        return flat
+
+
+class Resources(Strict):
+    """What one step of a stage needs, and how many of them may be under way at once."""
+
+    num_cpus: float = Field(
+        1, gt=0, description="CPU cores of one step, or of one layer group of a task vector or a merge"
+    )
+    num_gpus: float = Field(0, ge=0, description="GPUs of one step; with any, its network runs on cuda")
+    max_in_flight: int = Field(
+        64, ge=1, description="how many steps (of task vectors and merges: layer groups) are under way at once"
+    )
+
+
+class ActorPlacement(Strict):
+    """The blocks of a network are shared out among workers."""
+
+    actors: int = Field(ge=1, description="how many; each has what `resources` gives a step of the stage")
+
+
+MEAN_NORMALISED = "mean_normalised"
+
+
+class Gate(Strict):
+    """Which variant a refresh proposes as champion, and how much worse than the present one it may be."""
+
+    metric: str = Field(
+        MEAN_NORMALISED,
+        description="what the best variant is chosen by: mean_normalised, or TASK/METRIC such as math/exact_match",
+    )
+    variants: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="variants that may become champion; default: the static ones. A dynamic one (application se) "
+        "has to be named, for servers of checkpoints cannot load it",
+    )
+    tolerance: FiniteFloat = Field(
+        0.02,
+        ge=0,
+        description="share of the champion's score that a challenger may lose on a task: what counts is the worse end "
+        "of the 95 % interval of their difference",
+    )
+
+
+class TokenizerSource(Strict):
+    """Whose tokenizer, chat template, special tokens, end tokens and generation config merged models get."""
+
+    source: str = Field(
+        "union",
+        description="base, or the name of an expert: all of it as it is there; union: that of the base (of the first "
+        "expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
+    )
+
+
+class Recipe(Strict):
+    """A base, its experts, the tasks that judge them, and the merges to make."""
+
+    name: Name = Field(description="name of the recipe; also of its MLflow experiment and registered model")
+    base: str = Field(
+        min_length=1,
+        description="the model that all experts come from: local folder or hub:ORG/NAME@REVISION",
+    )
+    experts: dict[Name, ExpertModel] = Field(description="the experts by name")
+    tasks: dict[Name, Task] = Field({}, description="what each expert is good at, under the expert's name")
+    tokenizer: TokenizerSource = Field(
+        TokenizerSource.model_validate({}), description="where the tokenizer of merged models comes from"
+    )
+    merges: dict[Name, Variant] = Field(min_length=1, description="the variants by name")
+    dtype: Dtype = Field("float32", description="dtype in which networks run")
+    resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
+    placement: Literal["auto", "whole", "streamed"] | ActorPlacement = Field(
+        "auto",
+        description="where networks run in the stages sensitivity and cross_task: whole on one worker; streamed, block "
+        "by block, on one worker; with their blocks on N workers, {actors: N}; auto: whole if a worker's memory allows",
+    )
+
+    gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")
+
+    @field_validator("tasks", "resources", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _known_placement(cls, value: Any) -> Any:
+        count = value["actors"] if isinstance(value, dict) and set(value) == {"actors"} else None
+        if value in ("auto", "whole", "streamed") or (isinstance(count, int) and count >= 1):
+            return value
+        found = f" (found {value})" if isinstance(value, dict) else ""
+        raise ValueError(f"expected auto, whole, streamed or {{actors: N}}, N at least 1{found}")
+
+    @field_validator("experts")
+    @classmethod
+    def _enough_experts(cls, experts: dict[str, ExpertModel]) -> dict[str, ExpertModel]:
+        if len(experts) < 2:
+            raise ValueError(f"found {len(experts)}; expected at least two experts to merge")
+        return experts
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        names = ["base", *self.experts, *self.merges]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the name {name!r} is used twice among base, experts and merges; give each its own")
+        models: dict[str, str] = {}
+        for name, expert in self.experts.items():
+            if expert.model in models:
+                raise ValueError(f"experts {models[expert.model]} and {name} are the same model {expert.model}")
+            models[expert.model] = name
+        for stage in ("download", "task_vectors", "merge"):
+            if self.resources_of(stage).num_gpus:
+                raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
+        for name, task in self.tasks.items():
+            if not isinstance(task, LmEvalTask) and task.calibration is None and task.evaluation is None:
+                raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
+            if name not in self.experts:
+                raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
+        for name, variant in self.merges.items():
+            self._check_variant(f"merges.{name}", variant)
+        self._check_gate()
+        sources = ["union", "base", *self.experts]
+        if self.tokenizer.source not in sources:
+            raise ValueError(f"tokenizer.source: found {self.tokenizer.source}; expected one of {', '.join(sources)}")
+        return self
+
+    def _check_gate(self) -> None:
+        for name in self.gate.variants or ():
+            if name not in self.merges:
+                raise ValueError(f"gate.variants: found {name}; expected some of {', '.join(self.merges)}")
+        task, _, metric = self.gate.metric.partition("/")
+        if self.gate.metric != MEAN_NORMALISED and not (metric and task in self.tasks):
+            raise ValueError(
+                f"gate.metric: found {self.gate.metric}; expected {MEAN_NORMALISED} or TASK/METRIC with one of the "
+                f"tasks {', '.join(self.tasks) or '(none)'}"
+            )
+
+    def _check_variant(self, key: str, variant: Variant) -> None:
+        for setting, per_expert in (
+            ("density", variant.density),
+            ("coefficients.weights", getattr(variant.coefficients, "weights", None)),
+        ):
+            if isinstance(per_expert, dict) and set(per_expert) != set(self.experts):
+                raise ValueError(
+                    f"{key}.{setting}: found {', '.join(sorted(per_expert))}; expected every expert once: "
+                    f"{', '.join(sorted(self.experts))}"
+                )
+        if isinstance(variant.coefficients, SensCoefficients):
+            self._check_calibration(f"{key}: coefficients sens")
+        if isinstance(variant.application, SeApplication):
+            self._check_calibration(f"{key}: application se")
+        if variant.method == "linear" and variant.normalize is not False and self._weights_sum_to_zero(variant):
+            raise ValueError(
+                f"{key}: the weights sum to 0, which linear divides by; set normalize: false or other weights"
+            )
+
+    def _check_calibration(self, what: str) -> None:
+        for name in self.experts:
+            task = self.tasks.get(name)
+            if task is None or isinstance(task, LmEvalTask) or task.calibration is None:
+                raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
+        kinds = {name: task.kind for name, task in self.tasks.items()}
+        if len({kind == "classification" for kind in kinds.values()}) > 1:
+            raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
+
+    def _weights_sum_to_zero(self, variant: Variant) -> bool:
+        if isinstance(variant.coefficients, ExplicitCoefficients):
+            numbers = [v for v in variant.coefficients.weights.values() if not isinstance(v, dict)]
+            return len(numbers) == len(self.experts) and abs(sum(numbers) * variant.weight) < 1e-8
+        return variant.weight == 0
+
+    def resources_of(self, stage: Stage) -> Resources:
+        """Return the resources of a stage's steps."""
+        return self.resources.get(stage) or Resources.model_validate({})
+
+    def se_variants(self) -> list[str]:
+        """Return the names of the variants with application se."""
+        return [name for name, variant in self.merges.items() if isinstance(variant.application, SeApplication)]
+
+    def sens_variants(self) -> list[str]:
+        """Return the names of the variants with sens coefficients."""
+        return [name for name, variant in self.merges.items() if isinstance(variant.coefficients, SensCoefficients)]

@@ -1,0 +1,1 @@
+"""What came out of a run: scores, tables, pictures, model card, and the gate."""

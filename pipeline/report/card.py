@@ -1,0 +1,138 @@
+"""The model card of a merged folder."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from sensmerge.pipeline.plan.plan import Plan
+from sensmerge.pipeline.report.report import Report, RouteInfo, Score
+from sensmerge.tasks.stages.download import HubModel
+
+SCORES = {
+    "nearest": "how near the merged model's representation of it is to each expert's",
+    "shift": "how far each expert moves its representation from the base's, against the expert's calibration samples",
+    "alignment": "whether each expert moves its representation where the merge does, against the expert's calibration "
+    "samples",
+    "centroid": "how near the base's representation of it is to the mean of each expert's calibration samples",
+    "discriminant": "how near the base's representation of it is to the mean of each expert's calibration samples, in "
+    "the space of the linear discriminants of these samples",
+}
+POOLS = {"cls": "first token", "mean": "mean over tokens", "last": "last token"}
+METRICS = {"l2": "Euclidean distance", "cosine": "cosine"}
+
+
+def write_cards(plan: Plan, report: Report, recipe_text: str) -> None:
+    """Write README.md into every merged folder: what was merged and how, the recipe, and the scores of all models."""
+    for name in plan.recipe.merges:
+        folder = Path(report.models[name])
+        partial = folder / f".README.md.{os.getpid()}"
+        partial.write_text(card_text(plan, report, name, recipe_text))
+        partial.replace(folder / "README.md")
+        plan.store.upload(folder, "README.md")
+
+
+def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
+    """Return the model card of one variant, with the metadata that the hub reads."""
+    variant, route = report.variants[name], report.routes.get(name)
+    data = ModelCardData(
+        base_model=[_model_id(plan, model) for model in ("base", *plan.recipe.experts)],
+        library_name="transformers" if route is None else "sensmerge",
+        tags=["merge", "sensmerge", variant.method, *([] if route is None else ["se-merging"])],
+    )
+    heads = [expert for expert in plan.recipe.experts if (Path(report.models[name]) / "heads" / expert).is_dir()]
+    settings = "\n".join(f"- {key}: {value}" for key, value in variant.params.items())
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n# {report.recipe}: {name}\n",
+        f"A merge of {', '.join(plan.recipe.experts)} on their common base, made by sensmerge without training.\n",
+        f"## Merge\n\n{settings}\n",
+        _route_text(route, variant.params) if route is not None else "",
+        f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
+        _heads_text(heads) if heads and route is None else "",
+        f"## Recipe\n\n```yaml\n{recipe_text}```\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _model_id(plan: Plan, name: str) -> str:
+    source = plan.inputs.listings[name].source
+    return source.repo if isinstance(source, HubModel) else source.folder.name
+
+
+def _score_lines(report: Report) -> str:
+    header = ["model", *(f"{task} ({metric})" for task, metric in report.tasks.items()), "mean normalised"]
+    rows = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for model in report.models:
+        scores = [report.scores.get(model, {}).get(task, {}).get(metric) for task, metric in report.tasks.items()]
+        cells = [_score(score) if score else "–" for score in (*scores, report.mean_normalised.get(model))]
+        rows.append("| " + " | ".join([model, *cells]) + " |")
+    return "\n".join(rows)
+
+
+def _score(score: Score) -> str:
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
+
+
+def _route_text(route: RouteInfo, params: Mapping[str, str]) -> str:
+    """How to load a dynamic model, what it routes by, how often that is right, and what becomes of it if it is not."""
+    rule = route.rule
+    metric = "" if rule["score"] in ("alignment", "discriminant") else f", {METRICS[str(rule['metric'])]}"
+    right = [f"- held-out calibration samples: {_score(route.calibration)}"]
+    if route.evaluation is not None:
+        right.append(f"- evaluation samples: {_score(route.evaluation)}")
+    if route.right_coefficient is not None:
+        right.append(f"- mean coefficient of the right expert, evaluation samples: {_score(route.right_coefficient)}")
+    shares, fallback = "\n".join(right), float(params["application.fallback"])
+    if route.trust == 1:
+        followed = "Here the route is followed fully."
+    else:
+        followed = (
+            f"Here they are: {route.trust:.0%} of each coefficient is the route's, {1 - route.trust:.0%} the static "
+            "merge's."
+        )
+    return f"""## Use
+
+The folder is a dynamic model (SE-Merging): the base, and beside it what each expert adds to it. Every input gets
+coefficients of its own. transformers cannot load it (the base alone is in `base/`); with sensmerge installed:
+
+```python
+from pathlib import Path
+
+from sensmerge import DynamicModel
+
+model = DynamicModel.load(Path("FOLDER"))
+for answer in model.predict(["a text", "another"]):
+    print(answer.prediction, answer.expert, answer.coefficients)
+```
+
+## Route
+
+An input goes to the experts that it resembles: {SCORES[str(rule["score"])]}
+(`{rule["score"]}`, output of block {rule["layer"]}, {POOLS[str(rule["pool"])]}{metric}).
+The right expert was found, as a share of samples [95 % interval]:
+
+{shares}
+
+Where a route finds the right expert of less than {fallback:.0%} of the held-out calibration samples
+(`application.fallback`; the lower end of the interval counts), its coefficients are drawn towards those of the static
+merge. {followed}
+"""
+
+
+def _heads_text(heads: list[str]) -> str:
+    return f"""## Heads
+
+The merged trunk is this folder's `model.safetensors`; `heads/` keeps the classifier of each task
+({", ".join(heads)}). A classifier for one of them:
+
+```python
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+task = "{heads[0]}"
+config = AutoConfig.from_pretrained(f"FOLDER/heads/{{task}}")
+model = AutoModelForSequenceClassification.from_pretrained("FOLDER", config=config)
+model.load_state_dict(load_file(f"FOLDER/heads/{{task}}/head.safetensors"), strict=False)
+```
+"""

@@ -1,0 +1,182 @@
+"""Whether a challenger may replace the champion: paired differences on the same samples, judged by their intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.table import Table
+
+from sensmerge.pipeline.recipe.schema import MEAN_NORMALISED, Gate
+from sensmerge.pipeline.report.report import Report, Score
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds import metrics
+
+
+class Outcomes(BaseModel):
+    """What a model did with each evaluation sample of a task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = Field(description="kind of the task")
+    metric: str = Field(description="main metric of the task")
+    samples: str = Field(description="digest of the samples and of how they are scored")
+    records: list[dict[str, Any]] = Field(description="one per sample, see tasks.metrics")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of one task."""
+
+    task: str
+    metric: str
+    old: Score | None
+    """of the champion; None where it was not scored"""
+    new: Score | None
+    """of the challenger"""
+    difference: Score | None
+    """new − old on the same samples, with its paired interval; None where their samples differ"""
+    passed: bool
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        word = "passed" if self.passed else "failed"
+        if self.difference is None or self.old is None or self.new is None:
+            return f"{self.metric}: {word}, for champion and challenger were not scored on the same samples"
+        d = self.difference
+        return (
+            f"{self.metric} {self.old.value:.4f} → {self.new.value:.4f}, "
+            f"difference {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}], n = {d.n}: {word}"
+        )
+
+
+def candidates(report: Report, gate: Gate) -> list[str]:
+    """Return the variants that may become champion: those that the gate names, else the static ones.
+
+    A static variant is a checkpoint, which any server loads. What serves a dynamic one has to be made for it, so the
+    recipe has to name it.
+    """
+    return gate.variants or [name for name in report.variants if name not in report.routes]
+
+
+def best_variant(report: Report, gate: Gate) -> str:
+    """Return the name of the candidate that scores best by the gate's metric; of equal ones the first.
+
+    It is chosen by one half of the evaluation samples, so that the other half can show what it is worth: the largest of
+    several scores is larger than it would be on other samples.
+
+    Raises:
+        InputError: no candidate has that metric.
+    """
+    task, _, metric = gate.metric.rpartition("/")
+    scores = report.first_half or _scores(report, gate)
+    values = {name: scores[name].value for name in candidates(report, gate) if name in scores}
+    if not values:
+        raise InputError(
+            f"gate.metric: no variant that may become champion has {gate.metric}; expected {MEAN_NORMALISED} (where "
+            f"every expert scores on its own task) or one of {', '.join(sorted(_keys(report))) or '(none)'}"
+        )
+    sign = 1 if not task or metrics.higher_is_better(metric) else -1
+    return max(values, key=lambda name: sign * values[name])
+
+
+def _scores(report: Report, gate: Gate) -> Mapping[str, Score]:
+    """Return the gate's metric of every model on all samples."""
+    task, _, metric = gate.metric.rpartition("/")
+    if not task:
+        return report.mean_normalised
+    return {name: found[task][metric] for name, found in report.scores.items() if metric in found.get(task, {})}
+
+
+def is_held_out(report: Report, gate: Gate) -> bool:
+    """Return whether the best variant was chosen among several, by one half of the samples."""
+    return len([name for name in candidates(report, gate) if name in report.second_half]) > 1
+
+
+def choice(report: Report, gate: Gate) -> str | None:
+    """Say in a line which variant was chosen, by which score, and what it scores where it was not chosen by it.
+
+    None where there was nothing to choose.
+    """
+    scores = _scores(report, gate)
+    names = [name for name in candidates(report, gate) if name in scores]
+    if len(names) < 2:
+        return None
+    best = best_variant(report, gate)
+    said = f"best of {len(names)} variants: {best}, chosen by {gate.metric}"
+    if not is_held_out(report, gate):
+        return f"{said} on all samples, {_brief(scores[best])}: too few to keep some apart, so this is optimistic"
+    first, second = report.first_half[best], report.second_half[best]
+    return f"{said} on half of the samples, {_brief(first)}; on the other half, which chose nothing: {_brief(second)}"
+
+
+def _brief(score: Score) -> str:
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
+
+
+def _keys(report: Report) -> set[str]:
+    return {
+        f"{task}/{metric}"
+        for name in report.variants
+        for task, found in report.scores.get(name, {}).items()
+        for metric in found
+    }
+
+
+def judge(
+    challenger: Mapping[str, Outcomes], champion: Mapping[str, Outcomes], tolerance: float, held_out: bool = False
+) -> list[Verdict]:
+    """Compare two models on every task that either was scored on, by the challenger's main metric.
+
+    With `held_out` only the half of the samples counts that the challenger was not chosen by.
+
+    A challenger passes a task if the worse end of the 95 % interval of its difference from the champion is no further
+    on the bad side than `tolerance` · |champion's score|: it is shown not to be worse (non-inferiority), so few
+    samples, which leave the interval wide, ask for a large tolerance. A task on which the two cannot be compared is
+    not passed.
+    """
+    verdicts = []
+    for task in dict.fromkeys((*challenger, *champion)):
+        new, old = (_part(models.get(task), held_out) for models in (challenger, champion))
+        metric = (new or champion[task]).metric
+        before, after = _score(old, metric), _score(new, metric)
+        if new is None or old is None or before is None or after is None or new.samples != old.samples:
+            verdicts.append(Verdict(task, metric, before, after, None, False))
+            continue
+        found = Score(**vars(metrics.paired_difference(new.kind, metric, new.records, old.records)))
+        worse = found.low if metrics.higher_is_better(metric) else -found.high
+        verdicts.append(Verdict(task, metric, before, after, found, worse >= -tolerance * abs(before.value)))
+    return verdicts
+
+
+def _part(one: Outcomes | None, held_out: bool) -> Outcomes | None:
+    if one is None or not held_out:
+        return one
+    return one.model_copy(update={"records": metrics.halves(one.records)[1]})
+
+
+def _score(one: Outcomes | None, metric: str) -> Score | None:
+    found = None if one is None else metrics.score_records(one.kind, one.records).get(metric)
+    return None if found is None else Score(**vars(found))
+
+
+def passes(verdicts: Sequence[Verdict]) -> bool:
+    """Return whether a challenger may become champion."""
+    return all(verdict.passed for verdict in verdicts)
+
+
+def comparison_table(first: str, second: str, verdicts: Sequence[Verdict]) -> Table:
+    """Return the scores of two models, A and B, and their difference: a row per task, with 95 % intervals."""
+    table = Table(title=f"A: {first}\nB: {second}", title_justify="left", show_lines=True)
+    table.add_column("task")
+    for column in ("A", "B", "B − A"):
+        table.add_column(column, justify="right")
+    for one in verdicts:
+        d = one.difference
+        difference = "other samples" if d is None else f"{d.value:+.3f}\n{d.low:+.3f} … {d.high:+.3f}\nn = {d.n}"
+        table.add_row(f"{one.task}\n{one.metric}", _cell(one.old), _cell(one.new), difference)
+    return table
+
+
+def _cell(score: Score | None) -> str:
+    return "–" if score is None else f"{score.value:.3f}\n{score.low:.3f}–{score.high:.3f}\nn = {score.n}"

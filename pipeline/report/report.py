@@ -1,0 +1,172 @@
+"""What one execution of a recipe found: the JSON of `--report`, the final table, and what MLflow is told."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.filesize import decimal
+from rich.table import Table
+
+
+class Score(BaseModel):
+    """One metric of one model on one task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    value: float = Field(description="the metric")
+    n: int = Field(description="samples it was measured on")
+    low: float = Field(description="lower end of the 95 % interval")
+    high: float = Field(description="upper end of the 95 % interval")
+
+
+class StageRecord(BaseModel):
+    """One step of the workflow, as it ran now or as its artifact remembers it."""
+
+    stage: str = Field(description="stage of the step")
+    name: str = Field(description="the model, variant or model/task the step is for")
+    status: Literal["run", "cached"] = Field(description="run now, or found in the store")
+    seconds: float = Field(description="time on the workers, when it ran, of all its pieces together")
+    bytes: int = Field(description="bytes of the artifact")
+    peak_memory: int = Field(description="largest resident memory of a worker process in the step, in bytes")
+    pieces: int = Field(description="how many pieces the step was done in")
+    pieces_run: int = Field(description="how many of them its last run did; the others an interrupted run had done")
+    tensors: int = Field(0, description="merge: tensors of the merged model")
+    tensor_bytes: int = Field(0, description="merge: their size")
+    taken_over: int = Field(0, description="merge: how many of them were taken over from an earlier merge")
+    taken_over_bytes: int = Field(0, description="merge: the size of these")
+    node: str = Field(description="name of the machine that finished it")
+    artifact: str = Field(description="folder of the artifact")
+    fingerprint: str = Field(description="sha256 of everything the result depends on")
+
+
+class VariantInfo(BaseModel):
+    """One merge of the recipe, with the coefficients it used."""
+
+    method: str = Field(description="merge method")
+    params: dict[str, str] = Field(
+        description="settings of the variant, flat: method, weight, density, coefficients.kind …"
+    )
+    weights: dict[str, dict[str, float]] = Field(description="weight used: weights[layer][expert]")
+    tau: dict[str, float] = Field({}, description="cross-task factor of each expert (sens only)")
+    sigma: dict[str, dict[str, float]] = Field({}, description="coefficients sigma[layer][expert] (sens only)")
+    digest: str = Field(description="sha256 over the names and digests of the merged folder's files")
+
+
+class RouteInfo(BaseModel):
+    """How a variant with application se told its samples apart."""
+
+    rule: dict[str, str | int] = Field(description="score, layer, pool and metric that were chosen")
+    trust: float = Field(description="how far the route is followed: 1 fully, 0 static coefficients")
+    calibration: Score = Field(description="share of held-out calibration samples whose expert was found")
+    candidates: list[dict[str, str | int | float]] = Field(description="every rule looked at, its accuracy and price")
+    projection: dict[str, list[tuple[float, float]]] = Field(
+        description="calibration samples of each task in the first two principal components of what the rule looks at"
+    )
+    evaluation: Score | None = Field(None, description="share of evaluation samples whose expert was found")
+    confusion: dict[str, dict[str, int]] = Field({}, description="confusion[task][expert]: evaluation samples")
+    right_coefficient: Score | None = Field(None, description="mean coefficient of the right expert")
+    routed: Score | None = Field(
+        None, description="mean over tasks of routed accuracy / own expert's accuracy (classification)"
+    )
+    passes: float | None = Field(None, description="forward passes per sample: the probes' share of the blocks, and 1")
+    milliseconds: float | None = Field(None, description="time per sample")
+    peak_memory: int | None = Field(None, description="largest resident memory of the evaluation, in bytes")
+    bytes: int = Field(description="size of the dynamic model's weights: base, task vectors, heads")
+    source_bytes: int = Field(description="size of the weights of base and experts they come from")
+
+
+class Report(BaseModel):
+    """Everything `run` found; `tau` and `sigma` are those of the first variant with sens coefficients."""
+
+    recipe: str = Field(description="name of the recipe")
+    dtype: str = Field("float32", description="torch name of the dtype in which models were scored")
+    stages: list[StageRecord] = Field(description="every step, in order")
+    models: dict[str, str] = Field(description="folder of base, experts and variants by name")
+    uris: dict[str, str] = Field(description="where these folders are for all who may read the store")
+    roles: dict[str, Literal["base", "expert", "variant"]] = Field(description="what each model is")
+    digests: dict[str, str] = Field(description="content digest of base and experts by name")
+    tasks: dict[str, str] = Field(description="main metric of each task")
+    notes: list[str] = Field([], description="what a user should know of the models and data: a line each")
+    scores: dict[str, dict[str, dict[str, Score]]] = Field(description="scores[model][task][metric]")
+    mean_normalised: dict[str, Score] = Field(description="mean over tasks of main metric / own expert's, by model")
+    first_half: dict[str, Score] = Field(
+        {}, description="the gate's metric on the half of the evaluation samples that the best variant is chosen by"
+    )
+    second_half: dict[str, Score] = Field({}, description="the same on the other half, which chooses nothing")
+    variants: dict[str, VariantInfo] = Field(description="the merges")
+    routes: dict[str, RouteInfo] = Field({}, description="routes of the variants with application se")
+    alpha: dict[str, dict[str, float]] = Field({}, description="alpha[expert][layer]")
+    distances: dict[str, dict[str, float]] = Field({}, description="distances[i][j]: expert i against j on j's samples")
+    tau: dict[str, float] = Field({}, description="tau[expert]")
+    sigma: dict[str, dict[str, float]] = Field({}, description="sigma[layer][expert]")
+
+
+def merge_summary(report: Report) -> str | None:
+    """Return in a line how much was merged now and how much taken over; None where no static variant was merged."""
+    merged = [stage for stage in report.stages if stage.stage == "merge" and stage.status == "run" and stage.tensors]
+    if not merged:
+        return None
+    tensors, taken = sum(stage.tensors for stage in merged), sum(stage.taken_over for stage in merged)
+    size, taken_size = sum(stage.tensor_bytes for stage in merged), sum(stage.taken_over_bytes for stage in merged)
+    return (
+        f"{tensors - taken} of {tensors} tensors merged ({decimal(size - taken_size)}), "
+        f"{taken} taken over from earlier merges ({decimal(taken_size)})"
+    )
+
+
+def score_table(report: Report) -> Table:
+    """The final table: a row per model, a column per task (main metric, n, 95 % interval), and the normalised mean."""
+    table = Table(title=f"{report.recipe}: main metric on each task, with its 95 % interval", show_lines=True)
+    table.add_column("model")
+    for task, metric in report.tasks.items():
+        table.add_column(f"{task}\n{metric}", justify="right")
+    table.add_column("mean\nnormalised", justify="right")
+    for model in report.models:
+        cells = [_cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
+        table.add_row(model, *cells, _cell(report.mean_normalised.get(model)))
+    return table
+
+
+def route_table(report: Report) -> Table:
+    """A row per variant with application se: its route, how often that is right, and what it costs.
+
+    Columns: right experts on held-out calibration samples and on evaluation samples, the right expert's mean
+    coefficient, mean normalised accuracy with routed heads (classification), forward passes per sample, and size ÷
+    that of base and experts.
+    """
+    classifies = any(route.routed for route in report.routes.values())
+    table = Table(title=f"{report.recipe}: routes of the variants with application se", show_lines=True)
+    table.add_column("variant")
+    table.add_column("route")
+    for column in ("held\nout", "tasks\nfound", "right\nexpert's λ", *(["routed\nnormalised"] if classifies else [])):
+        table.add_column(column, justify="right")
+    for column in ("passes", "size"):
+        table.add_column(column, justify="right")
+    for name, route in report.routes.items():
+        rule = "{score}\nlayer {layer}\n{pool}, {metric}".format(**route.rule)
+        trust = "" if route.trust == 1 else f"\nfollowed {route.trust:.0%}"
+        scores = (route.calibration, route.evaluation, route.right_coefficient, *([route.routed] if classifies else []))
+        table.add_row(
+            name,
+            rule + trust,
+            *(_cell(score) for score in scores),
+            "–" if route.passes is None else f"{route.passes:.1f}",
+            f"{route.bytes / route.source_bytes:.2f}",
+        )
+    return table
+
+
+def route_warnings(report: Report) -> list[str]:
+    """Return a line for every route that the calibration samples do not bear out."""
+    return [
+        f"{name}: the route ({route.rule['score']}) finds the right expert of {route.calibration.value:.0%} of "
+        f"{route.calibration.n} held-out calibration samples, surely of {route.calibration.low:.0%} only: it is "
+        f"followed by {route.trust:.0%}, the rest is the static merge; add calibration samples or choose another score"
+        for name, route in report.routes.items()
+        if route.trust < 1
+    ]
+
+
+def _cell(score: Score | None) -> str:
+    if score is None:
+        return "–"
+    return f"{score.value:.3f}\n{score.low:.3f}–{score.high:.3f}\nn = {score.n}"

@@ -1,0 +1,242 @@
+"""Reads the artifacts of a finished plan into a report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sensmerge.pipeline.plan.models import model_digest, weight_bytes
+from sensmerge.pipeline.plan.plan import Plan
+from sensmerge.pipeline.plan.steps import Step, scoring_settings
+from sensmerge.pipeline.recipe.schema import Stage
+from sensmerge.pipeline.report.gate import Outcomes
+from sensmerge.pipeline.report.report import Report, RouteInfo, Score, StageRecord, VariantInfo
+from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
+from sensmerge.tasks.coefficients import alpha
+from sensmerge.tasks.kinds import metrics
+from sensmerge.tasks.kinds.datasets import Task
+from sensmerge.tasks.kinds.metrics import Record
+from sensmerge.tasks.rows.source import DataSource, rows_digest
+
+STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
+"""Of a step's manifest, what its record in the report has too."""
+
+TENSOR_FIELDS = ("tensors", "tensor_bytes", "taken_over", "taken_over_bytes")
+"""Of what a merge returns, what its record has too."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows that a task's calibration or evaluation used."""
+
+    task: str  # name of the task
+    context: Literal["calibration", "evaluation"]
+    source: DataSource  # where the rows come from, as the recipe says it
+    digest: str  # sha256 over the rows that were used
+    rows: int  # how many were used
+
+
+def collect(plan: Plan) -> Report:
+    """Return the report of a plan whose steps are all in the store."""
+    recipe = plan.recipe
+    variants = {name: _variant(plan, name) for name in recipe.merges}
+    sens = recipe.sens_variants()
+    experts = list(recipe.experts) if sens else []
+    models = plan.models()
+    scores, records = _evaluations(plan)
+    evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
+    first, second = halved(records, evaluated, recipe.gate.metric, list(variants))
+    return Report(
+        recipe=recipe.name,
+        dtype=recipe.dtype,
+        stages=[_stage(plan, step) for step in plan.steps],
+        models={name: str(folder) for name, folder in models.items()},
+        uris={name: _uri(plan, name, folder) for name, folder in models.items()},
+        roles={name: _role(plan, name) for name in models},
+        digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
+        tasks={name: task.metric for name, task in evaluated.items()},
+        notes=[*plan.inputs.notes, *unchanged(plan)],
+        scores=scores,
+        mean_normalised=_normalised(records, evaluated),
+        first_half=first,
+        second_half=second,
+        variants=variants,
+        routes={name: _route(plan, name, records) for name in recipe.se_variants()},
+        alpha={name: alpha(_read(plan, "sensitivity", name, "sensitivity.json")["sensitivity"]) for name in experts},
+        distances=_read(plan, "cross_task", "all", "distances.json") if sens else {},
+        tau=variants[sens[0]].tau if sens else {},
+        sigma=variants[sens[0]].sigma if sens else {},
+    )
+
+
+def unchanged(plan: Plan) -> list[str]:
+    """Return a line for every expert that is the base itself."""
+    return [
+        f"experts.{name} changes nothing: all its weights are the base's"
+        for name, expert in plan.inputs.experts.items()
+        if not expert.head and not _manifest(plan, "task_vectors", name)["result"]["changed"]
+    ]
+
+
+def _uri(plan: Plan, name: str, folder: Path) -> str:
+    return plan.store.uri(folder) if name in plan.recipe.merges else folder.resolve().as_uri()
+
+
+def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
+    """Return what every variant did with each evaluation sample, by task."""
+    _, records = _evaluations(plan)
+    return {
+        name: {
+            task: Outcomes(kind=one.kind, metric=one.metric, samples=_samples(plan, task), records=found)
+            for task, found in records.get(name, {}).items()
+            if (one := plan.inputs.data[task].task)
+        }
+        for name in plan.recipe.merges
+    }
+
+
+def _samples(plan: Plan, task: str) -> str:
+    """Return a digest of a task's evaluation samples and of how they are scored."""
+    one = plan.inputs.data[task]
+    return sha256_text(canonical([scoring_settings(one.task), rows_digest(one.evaluation)]))
+
+
+def _read(plan: Plan, stage: Stage, name: str, file: str) -> Any:
+    return read_json(plan.artifact(stage, name) / file)
+
+
+def _manifest(plan: Plan, stage: Stage, name: str) -> dict[str, Any]:
+    manifest = plan.store.manifest(plan.step(stage, name).key)
+    assert manifest is not None, f"{stage} {name} has run"
+    return manifest
+
+
+def _role(plan: Plan, name: str) -> Literal["base", "expert", "variant"]:
+    if name == "base":
+        return "base"
+    return "expert" if name in plan.recipe.experts else "variant"
+
+
+def _stage(plan: Plan, step: Step) -> StageRecord:
+    manifest = _manifest(plan, step.stage, step.name)
+    return StageRecord(
+        stage=step.stage,
+        name=step.name,
+        status="run" if step.title in plan.todo else "cached",
+        artifact=str(plan.store.folder(step.key)),
+        **{key: manifest["result"].get(key, 0) for key in TENSOR_FIELDS if step.stage == "merge"},
+        **{key: manifest[key] for key in (*STEP_FIELDS, "fingerprint")},
+    )
+
+
+def _variant(plan: Plan, name: str) -> VariantInfo:
+    variant = plan.recipe.merges[name]
+    stage: Stage = "route" if name in plan.recipe.se_variants() else "merge"
+    manifest = _manifest(plan, stage, name)
+    table = _read(plan, "merge", name, "coefficients.json")
+    return VariantInfo(method=variant.method, params=variant.params(), digest=manifest["result"]["digest"], **table)
+
+
+def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], dict[str, dict[str, Any]]]:
+    """Return scores[model][task][metric] and the per-sample records behind them, records[model][task]."""
+    scores: dict[str, dict[str, dict[str, Score]]] = {}
+    records: dict[str, dict[str, Any]] = {}
+    for step in plan.steps:
+        if step.stage != "evaluate":
+            continue
+        model, _, task = step.name.partition("/")
+        taken, kept = (_read(plan, "evaluate", step.name, file) for file in ("scores.json", "records.json"))
+        # A dynamic model is scored on all tasks at once.
+        for name in [task] if task else taken:
+            found = taken if task else taken[name]
+            scores.setdefault(model, {})[name] = {metric: Score(**score) for metric, score in found.items()}
+            records.setdefault(model, {})[name] = kept if task else kept[name]
+    return scores, records
+
+
+def _route(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> RouteInfo:
+    manifest = _manifest(plan, "route", name)
+    chosen, found = manifest["result"], _read(plan, "route", name, "route.json")
+    info = {
+        "rule": chosen["rule"],
+        "trust": chosen["trust"],
+        "calibration": found["identification"],
+        "candidates": found["candidates"],
+        "projection": found["projection"],
+        "bytes": chosen["bytes"],
+        "source_bytes": sum(weight_bytes(listing) for listing in plan.inputs.listings.values()),
+    }
+    if name in records:
+        seen = _read(plan, "evaluate", name, "routes.json")
+        info |= {key: seen[key] for key in ("confusion", "right_coefficient", "passes", "milliseconds")}
+        info |= {
+            "evaluation": seen["identification"],
+            "peak_memory": _manifest(plan, "evaluate", name)["peak_memory"],
+            "routed": _routed(records, name),
+        }
+    return RouteInfo.model_validate(info)
+
+
+def _routed(records: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """Return the mean over tasks of routed accuracy ÷ the own expert's accuracy; None where nothing is classified."""
+    if not all("routed" in record for found in records[name].values() for record in found):
+        return None
+    mine = {task: [{"right": record["routed"]} for record in found] for task, found in records[name].items()}
+    own = {
+        task: [{"right": int(record["label"] == record["prediction"])} for record in records[task][task]]
+        for task in mine
+    }
+    mean = metrics.mean_ratio(mine, own, "right")
+    return None if mean is None else vars(mean)
+
+
+def _normalised(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Score]:
+    """Return, for every model, the mean over tasks of main metric ÷ that of the task's own expert, where it exists."""
+    own = {task: records[task][task] for task in tasks}
+    means = {model: metrics.mean_normalised(found, own, tasks) for model, found in records.items()}
+    return {model: Score(**vars(mean)) for model, mean in means.items() if mean is not None}
+
+
+def halved(
+    records: Mapping[str, Mapping[str, list[Record]]], tasks: Mapping[str, Task], metric: str, variants: Sequence[str]
+) -> tuple[dict[str, Score], dict[str, Score]]:
+    """Return the gate's metric of every variant on each half of the evaluation samples.
+
+    Both are empty where a task has too few samples to halve, or a half has no such score.
+
+    Args:
+        records: of every model by task.
+        tasks: those that are evaluated, of which each expert has its own by name.
+        metric: `mean_normalised` or `TASK/METRIC`.
+        variants: their names.
+    """
+    task, _, name = metric.rpartition("/")
+    used = {model: found for model, found in records.items() if model in variants or model in tasks}
+    parts = {model: {key: metrics.halves(one) for key, one in found.items()} for model, found in used.items()}
+    if any(not first for found in parts.values() for first, _ in found.values()):
+        return {}, {}
+    halves: list[dict[str, Score]] = []
+    for half in (0, 1):
+        split = {model: {key: both[half] for key, both in found.items()} for model, found in parts.items()}
+        if task:
+            found = {
+                model: metrics.score_of(tasks[task].kind, name, split[model][task])
+                for model in variants
+                if task in tasks and task in split.get(model, {})
+            }
+            scores = {model: Score(**vars(score)) for model, score in found.items() if score is not None}
+        else:
+            scores = {model: score for model, score in _normalised(split, tasks).items() if model in variants}
+        halves.append(scores)
+    return (halves[0], halves[1]) if halves[0].keys() == halves[1].keys() else ({}, {})
+
+
+def data_sets(plan: Plan) -> list[TaskData]:
+    """Return which rows the recipe's tasks used, for tracking."""
+    contexts: tuple[Literal["calibration", "evaluation"], ...] = ("calibration", "evaluation")
+    return [
+        TaskData(name, context, getattr(one.task, context), rows_digest(rows), len(rows))
+        for name, one in plan.inputs.data.items()
+        for context in contexts
+        if (rows := getattr(one, context))
+    ]

@@ -1,0 +1,91 @@
+"""Which runs a store has seen, and the artifacts of each: a small file per run in `runs/`, oldest first by name.
+
+A run that has begun and not ended yet is in `runs/unfinished/`, a file per recipe.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from sensmerge.pipeline.store.store import RUNS, Key, Store
+from sensmerge.tasks.artifacts import read_json
+
+SQLITE = "sqlite:///"
+"""Beginning of the tracking URI of a database file."""
+UNFINISHED = f"{RUNS}/unfinished"
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run that ended well and was recorded in MLflow; or one that has begun."""
+
+    recipe: str
+    """its name"""
+    command: Literal["run", "refresh"]
+    ended: str | None
+    """UTC, ISO 8601; None of a run that has not ended"""
+    artifacts: list[str]
+    """folders of all its steps, relative to the store"""
+    tracking_uri: str | None
+    """where it was recorded, without a password; None: the database in the store"""
+    gate: str | None = None
+    """settings of the gate that its best variant has passed or not; None of a `run`"""
+
+
+def begin(
+    store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key], tracking_uri: str | None
+) -> None:
+    """Write down a run that begins now, so that what it has made is kept until one of its recipe has ended."""
+    run = PastRun(recipe, command, None, _folders(store, keys), public(tracking_uri))
+    store.write_run(_unfinished(store, recipe), asdict(run))
+
+
+def remember(
+    store: Store,
+    recipe: str,
+    command: Literal["run", "refresh"],
+    keys: Iterable[Key],
+    tracking_uri: str | None,
+    gate: str | None = None,
+) -> None:
+    """Write down a run that has just ended."""
+    now = datetime.now(UTC)
+    ended = now.isoformat(timespec="seconds")
+    run = PastRun(recipe, command, ended, _folders(store, keys), public(tracking_uri), gate)
+    store.write_run(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
+    store.remove_run(_unfinished(store, recipe))
+
+
+def past_runs(store: Store) -> list[PastRun]:
+    """Return all runs that have ended, oldest first."""
+    return [PastRun(**read_json(path)) for path in sorted((store.root / RUNS).glob("*.json"))]
+
+
+def unfinished_runs(store: Store) -> list[PastRun]:
+    """Return the runs that have begun and not ended, by recipe."""
+    return [PastRun(**read_json(path)) for path in sorted((store.root / UNFINISHED).glob("*.json"))]
+
+
+def last_run(store: Store, recipe: str, keys: Iterable[Key]) -> PastRun | None:
+    """Return the last run of a recipe if it had these very steps."""
+    runs = [run for run in past_runs(store) if run.recipe == recipe]
+    return runs[-1] if runs and set(runs[-1].artifacts) == set(_folders(store, keys)) else None
+
+
+def public(uri: str | None) -> str | None:
+    """Return a tracking URI that can be kept: a database's with its whole path, a server's without its password."""
+    if uri is not None and uri.startswith(SQLITE):
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
+    parts = urlsplit(uri or "")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def _unfinished(store: Store, recipe: str) -> Path:
+    return store.root / UNFINISHED / f"{recipe}.json"
+
+
+def _folders(store: Store, keys: Iterable[Key]) -> list[str]:
+    return sorted({str(store.folder(key).relative_to(store.root)) for key in keys})

@@ -1,0 +1,363 @@
+"""The artifact store: one folder per step, found by the fingerprint of everything its content depends on.
+
+A store at a URL has a folder on this machine as well, where artifacts are made and read. What is made is uploaded at
+once; what others made is downloaded when it is needed, its small files as soon as the store is opened.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from filelock import FileLock, Timeout
+
+from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
+from sensmerge.tasks.artifacts import canonical, checksum_file, read_json, sha256_text, write_json
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.serving.lease import LEASES
+
+MANIFEST = "manifest.json"
+FINGERPRINT = "fingerprint.json"
+RUNS = "runs"
+"""Folder of what `pipeline.store.history` writes."""
+PARTIAL = ".partial"
+"""Ending of the folder of an artifact under construction."""
+CACHE = "SENSMERGE_CACHE"
+"""Environment variable: where the local folders of stores at URLs are."""
+LOOKS = 16
+"""How many folders at a URL are looked at side by side."""
+SMALL = 2**23
+"""Files of up to so many bytes are downloaded as soon as a store at a URL is opened."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What names an artifact: stage, readable name, and the canonical inputs whose sha256 is the fingerprint."""
+
+    stage: str
+    name: str
+    inputs: Mapping[str, Any]
+    """stage, version of the stage, semantic settings, digests of what is read"""
+
+    @classmethod
+    def of(cls, stage: str, name: str, version: int, settings: Mapping[str, Any], reads: Mapping[str, str]) -> "Key":
+        """Return the key of a step's artifact."""
+        return cls(stage, name, {"stage": stage, "version": version, "settings": dict(settings), "reads": dict(reads)})
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the canonical JSON of the inputs."""
+        return sha256_text(canonical(self.inputs))
+
+
+@dataclass(frozen=True)
+class Store:
+    """Artifacts under one root folder: `stage/name-hash8/`, manifest written last, then renamed into place."""
+
+    root: Path
+    """on this machine"""
+    remote: Remote | None = None
+    """of a store at a URL"""
+    _listed: dict[str, RemoteFile] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """files of the remote store when it was last looked at, by their path"""
+
+    @classmethod
+    def open(cls, place: str) -> "Store":
+        """Return the store at a URL that fsspec knows, or in a folder; neither need exist."""
+        if "://" not in place:
+            return cls(Path(place).absolute())
+        url = place.rstrip("/")
+        cache = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sensmerge")
+        return cls(cache.absolute() / f"{url.rpartition('/')[2]}-{sha256_text(url)[:8]}", Remote(url))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was listed behind when travelling to a worker, which reads and writes the local folder only."""
+        return {"root": self.root, "remote": self.remote, "_listed": {}}
+
+    def __str__(self) -> str:
+        """Return what `open` takes."""
+        return str(self.root) if self.remote is None else self.remote.url
+
+    def uri(self, folder: Path) -> str:
+        """Return the URI of an artifact for all who may read the store."""
+        if self.remote is None:
+            return folder.resolve().as_uri()
+        return f"{self.remote.url}/{self._path(folder)}"
+
+    def lacking(self, uri: str) -> str | None:
+        """Say what an artifact lacks, by its manifest and the sizes of its files; None if it is whole.
+
+        Another machine may have the store elsewhere: what is whole under the same name in this one is whole.
+
+        Args:
+            uri: of the artifact's folder, as `uri` gives it.
+        """
+        gone = _lacking_at(uri)
+        stage, name = uri.rstrip("/").split("/")[-2:]
+        here = self.uri(self.root / stage / name)
+        return gone if gone is None or here == uri or _lacking_at(here) else None
+
+    def _path(self, folder: Path) -> str:
+        return folder.relative_to(self.root).as_posix()
+
+    @property
+    def hub_cache(self) -> Path:
+        """Folder of the models that come from the hub, and of the digests of those that do not."""
+        return self.root / "hub"
+
+    def folder(self, key: Key) -> Path:
+        """Return the folder of an artifact, whether it exists or not."""
+        return self.root / key.stage / f"{key.name.replace('/', '--')}-{key.fingerprint[:8]}"
+
+    def partial(self, key: Key) -> Path:
+        """Return the folder where an artifact is under construction; it lies beside the final one."""
+        folder = self.folder(key)
+        return folder.with_name(f"{folder.name}{PARTIAL}")
+
+    def manifest(self, key: Key) -> dict[str, Any] | None:
+        """Return an artifact's manifest; None if it does not exist: without a manifest, or with files gone or cut.
+
+        At a URL, what was there when it was last looked at counts, not what is in the local folder.
+        """
+        if self.remote is None:
+            return self.local_manifest(key)
+        listed = self._listed
+        return self._manifest(key, lambda path: listed[self._path(path)].size if self._path(path) in listed else None)
+
+    def local_manifest(self, key: Key) -> dict[str, Any] | None:
+        """Return the manifest of an artifact that is whole on this machine; None if it is not."""
+        return self._manifest(key, lambda path: path.stat().st_size if path.is_file() else None)
+
+    def _manifest(self, key: Key, size_of: Callable[[Path], int | None]) -> dict[str, Any] | None:
+        folder = self.folder(key)
+        if size_of(folder / MANIFEST) is None:
+            return None
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        whole = all(size_of(folder / name) == size for name, size in manifest["files"].items())
+        return manifest if whole and manifest["fingerprint"] == key.fingerprint else None
+
+    def publish(self, key: Key, manifest: Mapping[str, Any], by_tensor: Collection[str] = ()) -> None:
+        """Turn the partial folder into the artifact: fingerprint and manifest written last, then one rename.
+
+        Args:
+            key: the artifact.
+            manifest: what else its manifest says.
+            by_tensor: large files that the stage has read back itself, and of which it has a digest by tensor.
+        """
+        partial, folder = self.partial(key), self.folder(key)
+        write_json(partial / FINGERPRINT, key.inputs)
+        about = {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint}
+        files = file_sizes(partial)
+        checksums = {name: checksum_file(partial / name) for name in files if name not in by_tensor}
+        write_json(partial / MANIFEST, about | dict(manifest) | {"files": files, "checksums": checksums})
+        if folder.exists():  # an artifact that lost files
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        self.upload(folder)
+
+    def upload(self, folder: Path, *names: str) -> None:
+        """Write an artifact, or some files of it, to where all see it; nothing to do for a store in a folder."""
+        if self.remote is None:
+            return
+        if names:
+            self.remote.upload(folder, self._path(folder), names)
+        else:
+            files = [name for name in file_sizes(folder) if name != SYNCED]
+            self.remote.upload(folder, self._path(folder), files, last=MANIFEST)
+
+    def look(self) -> None:
+        """See what is at the URL by now, and download the small files of it; nothing to do for a store in a folder."""
+        if self.remote is None:
+            return
+        found = self.remote.files()
+        self._listed.clear()
+        self._listed.update(found)
+        folders: dict[str, dict[str, RemoteFile]] = {}
+        for path, file in found.items():
+            stage, _, rest = path.partition("/")
+            if rest and stage != LEASES and file.size <= SMALL:
+                folders.setdefault(RUNS if stage == RUNS else "/".join(path.split("/")[:2]), {})[path] = file
+        download = self.remote.download
+        with ThreadPoolExecutor(LOOKS) as pool:
+            for done in [pool.submit(download, files, one, self.root / one) for one, files in folders.items()]:
+                done.result()
+        for local in (self.root / RUNS).rglob("*.json"):
+            if self._path(local) not in found:
+                local.unlink()
+
+    def fetch(self, key: Key, patterns: Sequence[str] = ("*",)) -> None:
+        """Have an artifact, or those files that a pattern matches, on this machine; a store in a folder has them."""
+        if self.remote is not None:
+            folder = self._path(self.folder(key))
+            listed = {path: file for path, file in self._listed.items() if path.startswith(f"{folder}/")}
+            files = {
+                path: file
+                for path, file in listed.items()
+                if any(fnmatch(path.removeprefix(f"{folder}/"), pattern) for pattern in patterns)
+            }
+            self.remote.download(files, folder, self.folder(key))
+
+    @contextmanager
+    def copy(self, folder: Path) -> Iterator[Path]:
+        """Give an artifact as it is where all see it: the folder itself, or what is at the URL downloaded anew."""
+        if self.remote is None:
+            yield folder
+            return
+        path = self._path(folder)
+        with TemporaryDirectory(dir=self.root) as temporary:
+            self.remote.download(self.remote.files(path), path, Path(temporary))
+            yield Path(temporary)
+
+    def remote_bytes(self, folder: Path) -> int:
+        """Return the bytes that an artifact takes at the URL."""
+        return sum(file.size for path, file in self._listed.items() if path.startswith(f"{self._path(folder)}/"))
+
+    def remove(self, folder: Path) -> None:
+        """Delete an artifact or what is left of one; the manifest goes first, so that none is left that looks whole."""
+        if self.remote is not None:
+            self.remote.remove(self._path(folder), first=MANIFEST)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+    def write_run(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Write a JSON file below `runs`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
+        if self.remote is not None:
+            self.remote.upload(self.root / RUNS, RUNS, [path.relative_to(self.root / RUNS).as_posix()])
+
+    def remove_run(self, path: Path) -> None:
+        """Delete a file below `runs`, if it is there."""
+        path.unlink(missing_ok=True)
+        if self.remote is not None:
+            self.remote.remove(self._path(path))
+
+    def why(self, key: Key) -> str:
+        """Say why an artifact has to be made: what differs from the newest artifact of the same stage and name."""
+        if self.partial(key).exists():
+            return "was interrupted"
+        if self.folder(key).exists():
+            return "files are gone"
+        last = self.last(key)
+        if last is None:
+            return "new"
+        return "; ".join(_differences(read_json(last / FINGERPRINT), dict(key.inputs))[:3]) or "changed"
+
+    def last(self, key: Key) -> Path | None:
+        """Return the newest artifact of the same stage and name, whatever its fingerprint; None if there is none."""
+        stem = f"{key.name.replace('/', '--')}-"
+        found = [
+            path for path in self.root.glob(f"{key.stage}/{stem}*/{MANIFEST}") if len(path.parent.name) == len(stem) + 8
+        ]
+        return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+
+    def artifacts(self, stage: str) -> list[Path]:
+        """Return the folders of all artifacts of a stage."""
+        return [
+            path.parent for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")) if path.parent.suffix != PARTIAL
+        ]
+
+    def make(self) -> None:
+        """Make the root folder.
+
+        Raises:
+            InputError: it cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror
+            raise InputError(f"--store {self.root}: cannot be made ({reason}); choose another folder") from error
+
+    @contextmanager
+    def lock(self, wait: float = 0) -> Iterator[None]:
+        """Hold the store for one run.
+
+        Args:
+            wait: seconds to wait for another run to end.
+
+        Raises:
+            InputError: another run holds it after that time, or it cannot be made or written.
+        """
+        self.make()
+        lock = FileLock(self.root / ".lock")
+        begin = time.monotonic()
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if wait:
+                    sys.stderr.write(f"{self.root}: locked by another run; waiting for it, {wait:g} s at most\n")
+                lock.acquire(timeout=wait, poll_interval=0.2)
+        except Timeout as error:
+            waited = f" still, after {wait:g} s" if wait else ""
+            raise InputError(
+                f"{self.root}: locked by another run{waited}; wait longer (--wait SECONDS) or pass another --store"
+            ) from error
+        except OSError as error:
+            reason = error.strerror
+            raise InputError(f"--store {self.root}: cannot be written ({reason}); choose another folder") from error
+        try:
+            if self.remote is None:
+                yield
+            else:
+                with self.remote.lock(max(0.0, begin + wait - time.monotonic())):
+                    self.look()
+                    yield
+        finally:
+            lock.release()
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file below a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _lacking_at(uri: str) -> str | None:
+    if uri.startswith("file:"):
+        folder = Path(url2pathname(urlparse(uri).path))
+        place, sizes = str(folder), file_sizes(folder) if folder.is_dir() else {}
+        manifest: Any = read_json(folder / MANIFEST) if MANIFEST in sizes else None
+    else:
+        remote = Remote(uri)
+        place, sizes = uri, {name: file.size for name, file in remote.files().items()}
+        manifest = json.loads(remote.read(MANIFEST)) if MANIFEST in sizes else None
+    if manifest is None:
+        return f"{place} is not there"
+    for name, size in manifest["files"].items():
+        if name not in sizes:
+            return f"{place}/{name} is not there"
+        if sizes[name] != size:
+            return f"{place}/{name} has {sizes[name]} bytes instead of {size}"
+    return None
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """List where two JSON values differ, `settings.weight: 0.4 → 0.5`; digests are only said to have changed."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in {**old, **new}:
+            inner = f"{path}.{key}" if path else str(key)
+            if key not in old:
+                found.append(f"{inner} is new")
+            elif key not in new:
+                found.append(f"{inner} is gone")
+            else:
+                found += _differences(old[key], new[key], inner)
+        return found
+    if old == new:
+        return []
+    if path.startswith("reads."):
+        return [f"{path.removeprefix('reads.')} changed"]
+    return [f"{path}: {old} → {new}"]

@@ -1,0 +1,222 @@
+"""How MLflow loads a merged model: a few files that say where it is and what it needs; the weights stay in the store.
+
+A model in a folder has these files in MLflow, with the folder's path in them. A model at a URL that MLflow can read has
+them beside its weights as well, and the registered version points there.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import transformers
+from fsspec import get_filesystem_class
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.pyfunc import save_model
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.transformers.flavor_config import FlavorKey
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+from sensmerge.pipeline.report.report import Report
+from sensmerge.pipeline.tracking.requirements import copy_source, requirements
+from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER
+from sensmerge.tasks.serving.scorer import MAX_NEW_TOKENS
+from sensmerge.tasks.serving.static_model import Form, form_of, head_names
+
+LOADER = "sensmerge.tasks.serving.scorer"
+MLMODEL = "MLmodel"
+NEEDED = (*TOKENIZER, CONFIG)
+"""Patterns of the files of a merged model that are read here."""
+COMPONENTS = "components"
+"""Folder in which mlflow.transformers looks for tokenizers."""
+
+PIPELINES: Mapping[Form, tuple[str, str, str]] = {
+    "language_model": ("text-generation", "TextGenerationPipeline", "AutoModelForCausalLM"),
+    "classifier": ("text-classification", "TextClassificationPipeline", "AutoModelForSequenceClassification"),
+}
+"""Of merges that are one whole network: task, pipeline and model class by which mlflow.transformers loads them."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model that MLflow is to know."""
+
+    recipe: str
+    variant: str
+    kind: Literal["static", "dynamic"]
+    folder: Path
+    """where its small files are on this machine"""
+    uri: str
+    """where all who may read the store find it"""
+    form: Form | None
+    """of a static merge; None where it is no model that answers texts"""
+    dtype: str
+    """torch name of the dtype that its scores were taken in"""
+    experts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, report: Report, variant: str) -> "Merged":
+        """Return a variant of a report."""
+        folder = Path(report.models[variant])
+        kind: Literal["static", "dynamic"] = "dynamic" if variant in report.routes else "static"
+        experts = next(iter(report.variants[variant].weights.values()), {})
+        return cls(
+            report.recipe,
+            variant,
+            kind,
+            folder,
+            report.uris[variant],
+            form_of(folder) if kind == "static" else None,
+            report.dtype,
+            tuple(experts),
+        )
+
+    @property
+    def place(self) -> str:
+        """Path of a folder, or a URL."""
+        return url2pathname(urlparse(self.uri).path) if self.is_local else self.uri
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is in a folder, not at a URL."""
+        return self.uri.startswith("file:")
+
+    @property
+    def answers(self) -> bool:
+        """Whether a pyfunc can answer texts with it."""
+        return self.kind == "dynamic" or self.form is not None
+
+    @property
+    def loaders(self) -> list[str]:
+        """What loads the registered version, or the folder itself."""
+        if self.kind == "dynamic":
+            return ["mlflow.pyfunc", "sensmerge"]
+        if self.form is None:
+            return ["transformers"]
+        if self.form == "trunk":
+            return ["mlflow.pyfunc"]
+        whole = ["mlflow.transformers"] if self.is_local or self.is_read_by_mlflow else []
+        return [*whole, "mlflow.pyfunc", "transformers"]
+
+    @property
+    def is_read_by_mlflow(self) -> bool:
+        """Whether MLflow itself can download the model from its URL."""
+        if self.is_local:
+            return False
+        try:
+            get_artifact_repository(self.uri)
+        except (MlflowException, ImportError):  # no such scheme, or no package for it
+            return False
+        return True
+
+
+def log_files(client: MlflowClient, model: LoggedModel, merged: Merged) -> None:
+    """Make a LoggedModel load a merged model from where it is."""
+    with TemporaryDirectory() as temporary:
+        files = Path(temporary) / "model"
+        mlmodel = Model(model.artifact_location, model.source_run_id, model_id=model.model_id)
+        _write(files, merged, mlmodel, beside=False)
+        client.log_model_artifacts(model.model_id, str(files))
+
+
+def write_beside(merged: Merged) -> list[str]:
+    """Write what MLflow loads a model by into the model's own folder, and return the names of the files."""
+    with TemporaryDirectory() as temporary:
+        files = Path(temporary) / "model"
+        _write(files, merged, Model(), beside=True)
+        names = sorted(str(path.relative_to(files)) for path in files.rglob("*") if path.is_file())
+        shutil.copytree(files, merged.folder, dirs_exist_ok=True)
+    return names
+
+
+def _write(target: Path, merged: Merged, mlmodel: Model, beside: bool) -> None:
+    settings = {"device": "cpu", "dtype": merged.dtype} | ({} if beside else {"folder": merged.place})
+    pipeline = PIPELINES.get(merged.form) if merged.form and (beside or merged.is_local) else None
+    if pipeline is not None:
+        mlmodel.add_flavor("transformers", **_transformers_flavor(pipeline, merged, beside))
+    fetching: list[str] = []
+    if not beside and not merged.is_local:
+        fetching = [get_filesystem_class(urlparse(merged.uri).scheme).__module__.partition(".")[0]]
+    save_model(
+        target,
+        loader_module=LOADER,
+        code_paths=[str(copy_source(target.parent))],
+        model_config=settings,
+        mlflow_model=mlmodel,
+        signature=_signature(merged),
+        input_example=["What is 3 plus 4?"],
+        # Given, for MLflow would load the model in another process to find them out.
+        pip_requirements=list(requirements(LOADER, *fetching)),
+    )
+    if pipeline is not None:
+        tokenizer = target / COMPONENTS / FlavorKey.TOKENIZER
+        for path in {path for pattern in NEEDED for path in merged.folder.glob(pattern)}:
+            component = tokenizer / path.relative_to(merged.folder)
+            component.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, component)
+
+
+def _transformers_flavor(pipeline: tuple[str, str, str], merged: Merged, beside: bool) -> dict[str, Any]:
+    """Return what mlflow.transformers finds a checkpoint by: beside the MLmodel, or by its path."""
+    task, instance, model = pipeline
+    where = {FlavorKey.MODEL_BINARY: "."} if beside else {FlavorKey.MODEL_LOCAL_BASE: merged.place}
+    return where | {
+        "transformers_version": transformers.__version__,
+        FlavorKey.TASK: task,
+        FlavorKey.INSTANCE_TYPE: instance,
+        FlavorKey.MODEL_TYPE: model,
+        FlavorKey.TORCH_DTYPE: f"torch.{merged.dtype}",
+        FlavorKey.COMPONENTS: [FlavorKey.TOKENIZER],
+        FlavorKey.COMPONENT_TYPE.format(FlavorKey.TOKENIZER): "AutoTokenizer",
+    }
+
+
+def _signature(merged: Merged) -> ModelSignature:
+    """Return what a pyfunc gives; an input schema would allow a table or a list, not both."""
+    outputs, params = [ColSpec("string", "prediction")], []
+    if merged.kind == "dynamic":
+        outputs += [ColSpec("string", "expert")]
+        outputs += [ColSpec("double", f"coefficient.{expert}") for expert in merged.experts]
+    if merged.form in (None, "language_model"):
+        params.append(ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS))
+    if merged.form == "trunk":
+        params.append(ParamSpec("task", "string", None))
+    return ModelSignature(outputs=Schema(outputs), params=ParamSchema(params) if params else None)
+
+
+def description(merged: Merged, version: str) -> str:
+    """Return what a registered version says of itself: what it is, and how it is loaded."""
+    name = f"models:/{merged.recipe}/{version}"
+    pyfunc = f'mlflow.pyfunc.load_model("{name}").predict(["a text"]'
+    folder = f'"{merged.place}"'
+    lines: Sequence[str]
+    match merged.kind, merged.form:
+        case "dynamic", _:
+            what = "Dynamic: every input gets coefficients of its own. Only sensmerge runs it, transformers does not."
+            lines = [f"{pyfunc})", f"sensmerge.DynamicModel.load(Path({folder}))"]
+        case _, "trunk":
+            heads = head_names(merged.folder)
+            what = (
+                f"Static: a trunk with the heads of {', '.join(heads)}; mlflow.transformers cannot load several heads."
+            )
+            lines = [f"{pyfunc}, params={json.dumps({'task': heads[0]})})"]
+        case _, None:
+            what = "Static: a Hugging Face checkpoint, of a kind that MLflow is not told how to load."
+            lines = [f"AutoModel.from_pretrained({folder})"]
+        case _:
+            form = merged.form
+            assert form is not None
+            what = "Static: a Hugging Face checkpoint."
+            lines = [f"{pyfunc})", f"transformers.{PIPELINES[form][2]}.from_pretrained({folder})"]
+            if "mlflow.transformers" in merged.loaders:
+                lines = [f'mlflow.transformers.load_model("{name}")', *lines]
+    code = "\n".join(f"    {line}" for line in lines)
+    return f"{what} Scores were taken in {merged.dtype}.\n\n{code}\n"

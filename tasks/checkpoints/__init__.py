@@ -1,0 +1,1 @@
+"""Model files: tensors read lazily, checkpoints planned and written; needs no transformers."""

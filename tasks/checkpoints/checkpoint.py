@@ -1,0 +1,350 @@
+"""Checkpoint folders of safetensors: validated headers, lazy reading, writing at planned offsets."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sensmerge.tasks.errors import InputError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: str
+    """safetensors code, e.g. BF16"""
+    shape: tuple[int, ...]
+    file: str
+    """file name inside the checkpoint's folder"""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether the tensor holds weights (and not, say, position ids)."""
+        return DTYPES[self.dtype].is_floating_point
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one folder, read one at a time."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...] = ()
+    """what a user should know of the files: a line each"""
+
+    @cached_property
+    def _open_files(self) -> dict[str, Any]:
+        return {}
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor in its stored dtype; its pages are read when it is used.
+
+        Raises:
+            InputError: the file is gone or corrupt.
+        """
+        file = self.tensors[name].file
+        if file not in self._open_files:
+            self._open_files[file] = _open(self.folder / file)
+        tensor: torch.Tensor = self._open_files[file].get_tensor(name)
+        return tensor
+
+    def require(self, *files: str) -> None:
+        """Check that some files of the checkpoint are here.
+
+        Raises:
+            FilesNeeded: one is not.
+        """
+        lacking = sorted({file for file in files if not (self.folder / file).exists()})
+        if lacking:
+            raise FilesNeeded(self.folder, lacking)
+
+    def holds_equal(self, first: str, second: str) -> bool:
+        """Return whether two tensors have the same dtype, shape and bytes.
+
+        Raises:
+            FilesNeeded: their files are not here yet.
+        """
+        one, other = self.tensors[first], self.tensors[second]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        self.require(one.file, other.file)
+        return tensor_bytes(self.read(first)) == tensor_bytes(self.read(second))
+
+
+class FilesNeeded(Exception):
+    """Headers alone do not tell what a model is: some files must be here first."""
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        """Name a model's folder and the files of it."""
+        super().__init__(f"{folder}: {', '.join(files)}")
+        self.folder, self.files = folder, files
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a folder with one `model.safetensors` or a sharded one with an index.
+
+    Raises:
+        InputError: no weights; an index that names files outside the folder or tensors they lack; a corrupt file.
+    """
+    if (folder / WEIGHTS).is_file():
+        notes: tuple[str, ...] = ()
+        if (folder / INDEX).is_file() and index_files(folder / INDEX) != [WEIGHTS]:
+            notes = (f"{folder} has both {WEIGHTS} and {INDEX}: {WEIGHTS} is read, as transformers does",)
+        return Checkpoint(folder, read_header(folder / WEIGHTS), notes)
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} in it; expected a checkpoint saved as safetensors")
+    for file in index_files(folder / INDEX):
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / INDEX}: names {file}, which is not in the folder; put the file there")
+    return Checkpoint(folder, indexed_tensors(folder / INDEX, lambda file: read_header(folder / file)))
+
+
+def indexed_tensors(index: Path, header: Callable[[str], Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Return the tensors of a sharded checkpoint: where two shards hold one, the index says which counts.
+
+    Args:
+        index: the index file.
+        header: reads the header of a shard.
+
+    Raises:
+        InputError: as `index_files`; a tensor is not where the index says, or in two shards without being in the index.
+    """
+    places = _weight_map(index)
+    tensors: dict[str, TensorInfo] = {}
+    for file in index_files(index):
+        for name, info in header(file).items():
+            if name not in places and name in tensors:
+                raise InputError(
+                    f"{index}: {tensors[name].file} and {file} both hold tensor {name}, which the index does not name; "
+                    "remove one of the files, or name the tensor in the index"
+                )
+            if places.get(name, file) == file:
+                tensors[name] = info
+    for name, file in places.items():
+        if name not in tensors:
+            raise InputError(
+                f"{index}: says that tensor {name} is in {file}, which does not hold it; the index was made for other "
+                "files: take index and shards from one place"
+            )
+    return tensors
+
+
+def index_files(index: Path) -> list[str]:
+    """Return the shard names of an index file, in order.
+
+    Raises:
+        InputError: the index is no JSON of the known form, or a name is not that of a plain file beside it.
+    """
+    files = sorted(set(_weight_map(index).values()))
+    for file in files:
+        if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
+            raise InputError(f"{index}: names {file!r}, which lies outside the folder; only files beside it are read")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors shards ({error!r}); download it again") from error
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Return what the header of one safetensors file says, checked against the file's size.
+
+    Raises:
+        InputError: the file is truncated, its header is corrupt or lies about its size, or a dtype is not supported.
+    """
+    handle = _open(path)
+    tensors = {}
+    for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+        entry = handle.get_slice(name)
+        tensors[name] = tensor_info(name, entry.get_dtype(), entry.get_shape(), path)
+    return tensors
+
+
+def tensor_info(name: str, dtype: str, shape: Iterable[int], path: Path) -> TensorInfo:
+    """Return a header entry as `TensorInfo`.
+
+    Raises:
+        InputError: the dtype is one that cannot be merged (quantised formats).
+    """
+    if dtype not in DTYPES:
+        raise InputError(
+            f"{path}: tensor {name} has dtype {dtype}, which is quantised or unknown; expected one of "
+            f"{', '.join(DTYPES)}: merge a copy of the model that is saved in bfloat16 or float32"
+        )
+    return TensorInfo(dtype, tuple(shape), path.name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise InputError(
+                    f"{path}: is a Git LFS pointer and not the file itself; run `git lfs pull` where it was cloned"
+                ) from error
+        raise InputError(f"{path}: truncated or corrupt safetensors file ({error}); get the file again") from error
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """Where one tensor of a checkpoint to be written will lie."""
+
+    file: str
+    offset: int
+    """first byte in the file"""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """The files of a checkpoint to be written, byte for byte known but for the tensors' values."""
+
+    tensors: Mapping[str, PlannedTensor]
+    headers: Mapping[str, bytes]
+    """first bytes of each file"""
+    sizes: Mapping[str, int]
+    """whole size of each file in bytes"""
+    index: str | None
+    """text of the index file, where there are several shards"""
+
+
+def plan_checkpoint(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_size: int) -> CheckpointPlan:
+    """Lay tensors out in their order in shards of at most `shard_size` bytes (a larger tensor has a shard of its own).
+
+    File names, index and metadata are those that transformers writes and reads.
+    """
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = dtype.itemsize * math.prod(shape)
+        if shards[-1] and filled + nbytes > shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (dtype, shape)
+        filled += nbytes
+    planned: dict[str, PlannedTensor] = {}
+    headers, sizes = {}, {}
+    for number, shard in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # Wide dtypes first keeps every tensor aligned to its own size, as the safetensors library does.
+        for name, (dtype, shape) in sorted(shard.items(), key=lambda item: -item[1][0].itemsize):
+            begin, end = end, end + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        headers[file] = struct.pack("<Q", len(text)) + text
+        sizes[file] = len(headers[file]) + end
+        for name, (dtype, shape) in shard.items():
+            planned[name] = PlannedTensor(file, len(headers[file]) + header[name]["data_offsets"][0], dtype, shape)
+    index = None
+    if len(shards) > 1:
+        weight_map = {name: tensor.file for name, tensor in planned.items()}
+        total = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in planned.values())
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    return CheckpointPlan(planned, headers, sizes, index)
+
+
+def preallocate(plan: CheckpointPlan, folder: Path) -> None:
+    """Create the planned files at their full size, headers written; files that are there already keep their tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, header in plan.headers.items():
+        descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(descriptor, header, 0)
+            os.truncate(descriptor, plan.sizes[file])
+        finally:
+            os.close(descriptor)
+    if plan.index is not None:
+        (folder / INDEX).write_text(plan.index)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor as safetensors stores them, without a copy where it lies contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+class CheckpointWriter:
+    """Writes tensors, whole or in pieces, at their planned offsets in preallocated files."""
+
+    def __init__(self, plan: CheckpointPlan, folder: Path) -> None:
+        """Prepare to write below a folder; files are opened as they are needed."""
+        self._plan = plan
+        self._folder = folder
+        self._descriptors: dict[str, int] = {}
+
+    def __enter__(self) -> "CheckpointWriter":
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
+        """Write some elements of a tensor, from element `start` on; they must have the planned dtype."""
+        planned = self._plan.tensors[name]
+        assert values.dtype == planned.dtype, (name, values.dtype, planned.dtype)
+        assert start + values.numel() <= math.prod(planned.shape), (name, start, values.shape, planned.shape)
+        if planned.file not in self._descriptors:
+            self._descriptors[planned.file] = os.open(self._folder / planned.file, os.O_WRONLY)
+        data, offset = tensor_bytes(values), planned.offset + start * planned.dtype.itemsize
+        written = 0
+        while written < len(data):
+            written += os.pwrite(self._descriptors[planned.file], data[written:], offset + written)
+
+    def begin_flush(self, name: str) -> None:
+        """Have the disk begin to write a tensor that is complete, where the system can be told so."""
+        planned = self._plan.tensors[name]
+        if hasattr(os, "posix_fadvise") and planned.file in self._descriptors:
+            size = math.prod(planned.shape) * planned.dtype.itemsize
+            # What is still to be written when it is called unneeded is written, and stays in the page cache meanwhile.
+            os.posix_fadvise(self._descriptors[planned.file], planned.offset, size, os.POSIX_FADV_DONTNEED)

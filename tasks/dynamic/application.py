@@ -1,0 +1,58 @@
+"""What a recipe says of SE-Merging."""
+
+from typing import Literal
+
+from pydantic import Field, FiniteFloat, field_validator, model_validator
+
+from sensmerge.tasks.strict import Strict
+
+ScoreName = Literal["nearest", "shift", "alignment", "centroid", "discriminant"]
+
+
+PoolName = Literal["cls", "mean", "last"]
+
+
+MetricName = Literal["l2", "cosine"]
+
+
+class SeApplication(Strict):
+    """SE-Merging (arXiv 2506.18135): coefficients for each input sample, from which experts it resembles."""
+
+    kind: Literal["se"]
+    score: Literal["auto", "nearest", "shift", "alignment", "centroid", "discriminant"] = Field(
+        "auto", description="how a sample's resemblance to an expert is measured; auto: the cheapest of the best"
+    )
+    layer: Literal["auto"] | int = Field("auto", description="block whose output is compared: 1 to their number")
+    pool: Literal["auto", "cls", "mean", "last"] = Field(
+        "auto", description="first token, mean over tokens or last token of the block's output"
+    )
+    metric: MetricName = Field(
+        "l2", description="distance of two pooled hidden states (not for alignment and discriminant)"
+    )
+    temperature: FiniteFloat = Field(
+        0.05, gt=0, description="T; large values approach the static merge, small ones take one expert"
+    )
+    mass: FiniteFloat | None = Field(
+        None, gt=0, description="sum of a sample's coefficients; that of the static merge if left out"
+    )
+    fallback: float = Field(
+        0.8,
+        ge=0,
+        le=1,
+        description="held-out accuracy on the calibration sets (lower end of its interval) below which coefficients "
+        "are drawn towards those of the static merge; 0: never",
+    )
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _layer(cls, value: object) -> object:
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        raise ValueError("expected auto, or the number of a block")
+
+    @model_validator(mode="after")
+    def _check(self) -> "SeApplication":
+        own = {"alignment": "a cosine", "discriminant": "a Euclidean distance"}
+        if self.score in own and "metric" in self.model_fields_set:
+            raise ValueError(f"metric has no meaning for score {self.score}, which is {own[self.score]}; leave it out")
+        return self

@@ -1,0 +1,132 @@
+"""The folder of a dynamic model: base, compact task vectors, heads, route, and the digests of it all.
+
+The base is a checkpoint in a folder of its own. The folder itself looks like none, so what loads checkpoints refuses it
+instead of taking the base for the merge.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedModel
+
+from sensmerge.tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
+from sensmerge.tasks.checkpoints.weights import HEADS
+from sensmerge.tasks.dynamic.network import DynamicNetwork
+from sensmerge.tasks.dynamic.parameters import by_parameter
+from sensmerge.tasks.dynamic.router import RouterSettings, Rule
+from sensmerge.tasks.dynamic.trial import try_network
+from sensmerge.tasks.dynamic.vectors import BASE, VECTORS, Vector, load_vectors
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.base import Base, open_base
+from sensmerge.tasks.networks.expert import load_network
+from sensmerge.tasks.networks.heads import DetachedHead, SavedHead
+from sensmerge.tasks.networks.networks import Head
+
+MANIFEST = "dynamic.json"
+"""A folder without it is no dynamic model."""
+STATISTICS = "statistics.safetensors"
+FORMAT = 2
+"""Version of the folder."""
+
+
+class Manifest(BaseModel):
+    """What the folder holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: int
+    experts: list[str]
+    """in the order of coefficients"""
+    head: Head
+    """what the network ends in"""
+    dtype: str
+    """torch name of the dtype that the route was made in"""
+    rule: Rule
+    router: RouterSettings
+    files: dict[str, str]
+    """sha256 of every other file, by its path in the folder"""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> str:
+    """Write a folder's manifest, sealed by its own digest, which is returned."""
+    content = manifest.model_dump(mode="json")
+    digest = sha256_text(canonical(content))
+    write_json(folder / MANIFEST, content | {"digest": digest})
+    return digest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a dynamic model's folder.
+
+    Raises:
+        InputError: there is none, it is altered, or it is of another version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder}: no {MANIFEST} in it; expected the folder of a variant with application se")
+    try:
+        content: dict[str, Any] = read_json(path)
+        version, digest = content["version"], content.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not the manifest of a dynamic model ({error!r}); copy the folder again") from error
+    if version != FORMAT:
+        raise InputError(f"{path}: version {version}, this sensmerge reads {FORMAT}; run the recipe again")
+    if sha256_text(canonical(content)) != digest:
+        raise InputError(f"{path}: is altered, its digest is not that of its content; copy the folder again")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        reason = " ".join(str(error.errors()[0]["msg"]).split())
+        raise InputError(f"{path}: not the manifest of a dynamic model ({reason}); copy the folder again") from error
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check every file of a dynamic model against its digest.
+
+    Raises:
+        InputError: a file is missing, altered, or named outside the folder.
+    """
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{folder / MANIFEST}: names {name!r}, which lies outside the folder")
+        if not path.is_file():
+            raise InputError(f"{path}: is missing; copy the folder again")
+        if sha256_file(path) != digest:
+            raise InputError(f"{path}: is altered, its sha256 is not that in {MANIFEST}; copy the folder again")
+
+
+def load_network_with_heads(
+    folder: Path, experts: Sequence[str], head: Head, dtype: str, device: str
+) -> tuple[DynamicNetwork, dict[str, DetachedHead]]:
+    """Return the network of a folder with base and vectors, and the heads of its experts.
+
+    Args:
+        folder: as stage merge writes it for SE-Merging.
+        experts: their names, in the order of coefficients.
+        head: `causal_lm` or `classification`.
+        dtype: torch name of the dtype.
+        device: torch device.
+    """
+    base = open_base(folder / BASE)
+    torch_dtype = getattr(torch, dtype)
+    saved = {name: SavedHead(folder / HEADS / name) for name in experts if (folder / HEADS / name).is_dir()}
+    first = next(iter(saved.values()), None)
+    network = load_network(base, head, torch_dtype, device, first)
+    heads = {name: DetachedHead.load(one, torch_dtype, device) for name, one in saved.items()}
+    vectors = parameter_vectors(folder, base, network, experts)
+    trial = try_network(network.config, network, vectors, str(folder))
+    return DynamicNetwork(network, vectors, len(experts), trial.written), heads
+
+
+def parameter_vectors(
+    folder: Path, base: Base, network: PreTrainedModel, experts: Sequence[str]
+) -> dict[str, dict[int, Vector]]:
+    """Return a folder's task vectors by the network's parameter names and the experts' indices, in its dtype."""
+    vectors: dict[str, dict[str, Vector]] = {}
+    for path in sorted((folder / VECTORS).glob("*.safetensors")):
+        vectors |= load_vectors(path)
+    return by_parameter(base, network, vectors, experts)

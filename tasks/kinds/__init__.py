@@ -1,0 +1,1 @@
+"""Kinds of task: how a row becomes tensors, losses, records and scores."""

@@ -1,0 +1,1 @@
+"""Networks of transformers: names, experts, adapters, blocks, and running them in parts."""

@@ -1,0 +1,366 @@
+"""PEFT LoRA adapters: which tensors their factors belong to, scaled exactly as peft scales them."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, TensorInfo
+from sensmerge.tasks.checkpoints.weights import BaseWeights, LowRank, Piece, View
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.names import Names, plain
+from sensmerge.tasks.networks.regions import regions
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_BASE_LAYER = ".base_layer.weight"
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B))\.(?!weight$)[\w-]+(?=\.weight$|$)")
+_SAVED_MODULE = re.compile(r"\.modules_to_save\.[\w-]+\.")
+_ORIGINAL_MODULE = ".original_module."
+
+# Settings that change the applied weights in no way, or in the way this module implements.
+_UNDERSTOOD = {
+    *(
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_core", "ensure_weight_tying"),
+}
+# Initialisations that leave the base's weights alone; the others (pissa, olora, …) need the base changed as well.
+_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter, matched with its base."""
+
+    low_rank: Mapping[str, LowRank]
+    """base's name of each adapted tensor → its task vector"""
+    pieces: Mapping[str, tuple[Piece, ...]]
+    """base's name → task vectors of its parts, where the base holds stacked what was adapted one by one"""
+    saved: Mapping[str, str]
+    """name of each parameter stored whole (modules_to_save, changed base layers) → its name in the adapter"""
+    unties: bool
+    """whether it changes one of two tied parameters, or each in its own way; then nothing else is told"""
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return the adapter's configuration with peft's defaults, checked to hold nothing that is not applied.
+
+    Raises:
+        InputError: another adapter type than LoRA, or a setting that cannot be handled, by name.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); get the adapter again") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise InputError(f"{path}: peft_type is {found!r}; only LORA adapters can be merged")
+    defaults: dict[str, Any] = LoraConfig().to_dict()
+    for key, value in config.items():
+        if key in _UNDERSTOOD or value == defaults.get(key) or not value:
+            continue
+        raise InputError(
+            f"{path}: {key} = {value!r} cannot be handled; merge the adapter into its base with peft first"
+        )
+    config = defaults | config
+    if config["init_lora_weights"] not in _HARMLESS_INITS:
+        raise InputError(
+            f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base's own weights; "
+            "convert the adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=…) first"
+        )
+    return config
+
+
+def parse_adapter(
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    network: PreTrainedModel,
+    names: Names,
+    base: BaseWeights,
+    weights: Mapping[str, str],
+) -> Adapter:
+    """Match an adapter's tensors with the parameters of the network it was trained on, and with the base's tensors.
+
+    Args:
+        checkpoint: the adapter's headers.
+        config: as `read_adapter_config` returns it.
+        network: the network on the meta device; module types and shapes are read from it.
+        names: of the network.
+        base: the base.
+        weights: name of each of its weights by key.
+
+    Raises:
+        InputError: a tensor that belongs to no module of the network or does not fit it: another base's adapter; one
+            that lacks tensors which its config asks for.
+        FilesNeeded: tensors must be compared whose files are not here yet.
+    """
+    path = checkpoint.folder / ADAPTER_WEIGHTS
+    modules = {_key(name, names): module for name, module in network.named_modules()}
+    # Whole dumps hold what was trained and the module as it was before.
+    stored: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        if _ORIGINAL_MODULE not in name and stored.setdefault(_peft_name(name, path), name) != name:
+            raise InputError(
+                f"{path}: {stored[_peft_name(name, path)]} and {name} belong to two adapters; save one alone with "
+                "peft's save_pretrained(selected_adapters=[NAME])"
+            )
+    pairs: dict[str, dict[str, str]] = {}
+    saved: dict[str, str] = {}
+    for stripped, name in stored.items():
+        module, kind = _split_lora_name(stripped)
+        if kind is not None:
+            pairs.setdefault(module, {})[kind] = name
+        elif stripped.endswith(_BASE_LAYER):
+            parameter = f"{stripped.removesuffix(_BASE_LAYER)}.weight"
+            if _changes_base(checkpoint, name, names.key(parameter), names, base, weights):
+                saved[parameter] = name
+        elif names.parameter(stripped) in names.parameters or _is_saved(stripped, config["modules_to_save"] or ()):
+            saved[stripped] = name
+        else:
+            raise InputError(
+                f"{path}: tensor {name} is neither a LoRA factor nor a parameter of {names.network}; it cannot be "
+                "handled: merge the adapter into its base with peft first"
+            )
+    found = {module: _module_key(_key(module, names), modules, names) for module in pairs}
+    if all(key == _key(module, names) and key in modules for module, key in found.items()):
+        _check_whole(path, set(stored), config, network, names)
+    tied = {*names.tied, *names.tied.values()}
+    # peft may store embedding and head as they are, without having been told to train them.
+    saved = {
+        parameter: name
+        for parameter, name in saved.items()
+        if names.key(parameter) not in tied
+        or _changes_base(checkpoint, name, names.key(parameter), names, base, weights)
+    }
+    changed = {names.key(f"{module}.weight") for module in pairs} | {names.key(parameter) for parameter in saved}
+    if not config["ensure_weight_tying"] and changed & tied:
+        return Adapter({}, {}, {}, unties=True)
+    saved = {parameter: name for parameter, name in saved.items() if names.key(parameter) not in names.tied}
+    low_rank: dict[str, LowRank] = {}
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    views = cache(partial(regions, network, names))
+    for module, pair in pairs.items():
+        key = found[module]
+        if f"{key}.weight" in names.tied:
+            continue
+        target = weights.get(f"{key}.weight")
+        if target is not None:
+            shape = base.info(target).shape
+            low_rank[target] = _low_rank(path, checkpoint.tensors, config, module, modules.get(key), shape, pair)
+            continue
+        stacked, view = _stacked_weight(path, f"{key}.weight", module, weights, names, views)
+        factors = _low_rank(path, checkpoint.tensors, config, module, None, view.shape, pair)
+        pieces[stacked] = (*pieces.get(stacked, ()), Piece(factors, inside=view))
+    return Adapter(low_rank, pieces, saved, unties=False)
+
+
+def _peft_name(name: str, path: Path) -> str:
+    """Return a stored name without what peft, torch.compile and data parallelism put there.
+
+    Raises:
+        InputError: it is no name that peft gives.
+    """
+    found = plain(name)
+    if not found.startswith(_PREFIX):
+        raise InputError(f"{path}: tensor {name} does not start with {_PREFIX}; expected a PEFT adapter")
+    # The adapter's own name and wrapper, which peft leaves out when it saves.
+    return _SAVED_MODULE.sub(".", _ADAPTER_NAME.sub(r"\1", plain(found.removeprefix(_PREFIX))))
+
+
+def _changes_base(
+    checkpoint: Checkpoint, name: str, key: str, names: Names, base: BaseWeights, weights: Mapping[str, str]
+) -> bool:
+    """Return whether peft's copy of a layer that it adapts is another than the base's."""
+    match = weights.get(names.tied.get(key, key))
+    if match is None or checkpoint.tensors[name].shape != base.info(match).shape:
+        return True
+    checkpoint.require(checkpoint.tensors[name].file)
+    base.checkpoint.require(base.info(match).file)
+    return not torch.equal(checkpoint.read(name).to(base.dtype(match)), base.read(match))
+
+
+def _module_key(key: str, modules: Mapping[str, nn.Module], names: Names) -> str:
+    """Return the key of a module that an adapter names, which may have been trained in another wrapper of the network.
+
+    The base may be the language model inside the network that was adapted, or the other way round.
+    """
+    if key in modules:
+        return key
+    if names.tower and names.tower + key in modules:
+        return names.tower + key
+    for wrapper in ("language_model.", "text_model."):
+        _, found, inner = key.partition(wrapper)
+        if found and inner in modules:
+            return inner
+    return key
+
+
+def _check_whole(
+    path: Path, stored: set[str], config: Mapping[str, Any], network: PreTrainedModel, names: Names
+) -> None:
+    """Check that an adapter has all tensors, and no other factors, that peft makes of its config for the network.
+
+    Args:
+        path: of the adapter.
+        stored: its tensors, as `_peft_name` returns them.
+        config: its config.
+        network: the network on the meta device.
+        names: of the network.
+
+    Raises:
+        InputError: a tensor is missing, or is one that peft would not load; peft finds nothing in the network that the
+            config names.
+    """
+    known = LoraConfig().to_dict().keys()
+    settings = {key: value for key, value in config.items() if key in known} | {"init_lora_weights": False}
+    try:
+        adapted = get_peft_model(copy.deepcopy(network), LoraConfig(**settings), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise InputError(
+            f"{path.parent / ADAPTER_CONFIG}: peft cannot apply it to {type(network).__name__} "
+            f"({' '.join(str(error).split())}); expected the config of an adapter of that network"
+        ) from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = {_factor(_peft_name(name, path), names): name for name in expected}
+    found = {_factor(name, names): name for name in stored}
+    more = [name for factor, name in found.items() if factor[1] is not None and factor not in wanted]
+    if more:
+        raise InputError(
+            f"{path}: holds {more[0]}{f' and {len(more) - 1} more' if more[1:] else ''}, which peft leaves out, as its "
+            f"config does not name it; add the module to target_modules in {ADAPTER_CONFIG}, or remove the tensors"
+        )
+    lacking = [name for factor, name in wanted.items() if factor not in found]
+    if lacking:
+        raise InputError(
+            f"{path}: has no tensor {lacking[0]}, which its config asks for ({len(wanted) - len(lacking)} of "
+            f"{len(wanted)} are there); save the whole adapter again (with ZeRO-3, gather the weights first)"
+        )
+
+
+def _key(module: str, names: Names) -> str:
+    """Return the key of a module, by that of its weight: transformers' patterns are made for whole names."""
+    return names.key(f"{module}.weight").removesuffix(".weight")
+
+
+def _factor(name: str, names: Names) -> tuple[str, str | None]:
+    module, kind = _split_lora_name(name)
+    return _key(module, names), kind
+
+
+def _stacked_weight(
+    path: Path,
+    key: str,
+    module: str,
+    weights: Mapping[str, str],
+    names: Names,
+    views: Callable[[str], dict[str, View] | None],
+) -> tuple[str, View]:
+    """Return the base's tensor that holds the weight of an adapted module stacked with others, and where in it.
+
+    Raises:
+        InputError: there is none.
+    """
+    parameter = names.parameter(key)
+    found = views(parameter) if parameter in names.parameters else None
+    if found is None or key not in found or parameter not in weights:
+        if any(parameter in names.all_parameters(name) for name in weights.values()):
+            raise InputError(
+                f"{path}: adapts {module}, whose weight the base's files hold in another form than {names.network}; "
+                "merge the adapter into its base with peft first"
+            )
+        raise InputError(
+            f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
+        )
+    return weights[parameter], found[key]
+
+
+def _is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
+    """Return whether a tensor is in one of the modules: peft compares the ends of module names."""
+    parts = name.split(".")
+    modules = [".".join(parts[:length]) for length in range(1, len(parts))]
+    return any(module.endswith(saved) for module in modules for saved in modules_to_save)
+
+
+def _split_lora_name(name: str) -> tuple[str, str | None]:
+    """Split `a.b.lora_A.weight` into module `a.b` and factor `A`; the factor is None where the tensor is none."""
+    for suffix, kind in (
+        (".lora_A.weight", "A"),
+        (".lora_B.weight", "B"),
+        (".lora_embedding_A", "embedding_A"),
+        (".lora_embedding_B", "embedding_B"),
+    ):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), kind
+    return name, None
+
+
+def _low_rank(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    name: str,
+    module: nn.Module | None,
+    shape: tuple[int, ...],
+    pair: Mapping[str, str],
+) -> LowRank:
+    """Return the task vector of an adapted module's weight.
+
+    Args:
+        path: of the adapter, for messages.
+        tensors: its headers.
+        config: its config.
+        name: of the module.
+        module: hollow; None for a linear layer that the network holds stacked with others.
+        shape: of the weight.
+        pair: factor → name of its tensor.
+
+    Raises:
+        InputError: another kind of module; a factor is missing, or has another shape.
+    """
+    embedding = isinstance(module, nn.Embedding)
+    if not (module is None or embedding or isinstance(module, nn.Linear | Conv1D)):
+        raise InputError(
+            f"{path}: adapts {name}, a {type(module).__name__}; only linear layers and embeddings are handled"
+        )
+    try:
+        first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
+    except KeyError as missing:
+        raise InputError(f"{path}: {name} has no factor {missing}; save the whole adapter again") from missing
+    rank_pattern, alpha_pattern = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
+    rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config["r"])
+    alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), config["lora_alpha"])
+    transpose = embedding or isinstance(module, Conv1D)
+    rows, columns = reversed(shape) if transpose else shape
+    found, expected = (tensors[first].shape, tensors[second].shape), ((rank, columns), (rows, rank))
+    if found != expected:
+        raise InputError(
+            f"{path}: the factors of {name} have shapes {found[0]} and {found[1]}, expected {expected[0]} and "
+            f"{expected[1]} for the base's weight and the rank of {ADAPTER_CONFIG}; it was made for another base"
+        )
+    # peft: LoraLayer.update_layer
+    scaling = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
+    return LowRank(first, second, scaling, transpose)

@@ -1,0 +1,382 @@
+"""A network in parts: some of its blocks, and the shell of all that is outside the blocks.
+
+In the shell the network's own code runs, with proxies in the places of the blocks. So masks, positions and whatever
+else blocks are given come from that code, and blocks do exactly what they do in the whole network.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
+
+from sensmerge.tasks.checkpoints.layers import block_names
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.networks import trunk_of
+from sensmerge.tasks.networks.products import GradientProducts
+from sensmerge.tasks.networks.source import Source
+
+Batch = Mapping[str, Tensor]
+"""Inputs of a network for one sample, as `calibration_batch` gives them, or for B of one length."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is given beside the hidden states: positional arguments and those with names."""
+Calls = Sequence[Call]
+"""All calls of one block, which is called again with what it gives where a network has one block for all layers."""
+Learned = Sequence[Tensor]
+"""What blocks are given that depends on weights outside them (embeddings of relative positions, say), detached."""
+
+
+class Entry(NamedTuple):
+    """What goes into the blocks."""
+
+    hidden: Tensor
+    """before the first block, (B, T, width)"""
+    calls: list[Calls]
+    """of each block, with a `Slot` in the place of what is learned"""
+    learned: Learned
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of one of the tensors that are learned."""
+
+    index: int
+
+
+TrunkOutput = dict[str, Tensor]
+"""`hidden`, (B, T, width), and `pooled`, (B, width), where the trunk has a pooler."""
+Sums = dict[str, float]
+"""Σ |p · ∂L/∂p| by layer."""
+
+
+def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the blocks of a network by name: the largest list of numbered modules in its decoder.
+
+    Of several lists, those count that hold modules of the kinds that transformers never splits, if it names any.
+
+    Raises:
+        InputError: there is no such list, or blocks share weights with others or with what is outside.
+    """
+    decoder = network.get_decoder()
+    inside = next(name for name, module in network.named_modules() if module is decoder)
+    lists: dict[str, dict[str, nn.Module]] = {}
+    for name in block_names(name for name, _ in network.named_parameters()):
+        lists.setdefault(name.rpartition(".")[0], {})[name] = network.get_submodule(name)
+    # What some networks call their decoder is the last matrix of their head.
+    lists = {name: one for name, one in lists.items() if name.startswith(inside)} or lists
+    kinds = network._no_split_modules or ()
+    named = [one for one in lists.values() if any(type(module).__name__ in kinds for module in one.values())]
+    chosen = max(named or lists.values(), key=_size, default={})
+    owners: dict[int, set[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(next((one for one in chosen if name.startswith(f"{one}.")), ""))
+    if not chosen or any(len(one) > 1 for one in owners.values()):
+        why = "blocks that share no weights" if chosen else "numbered blocks"
+        raise InputError(
+            f"{type(network).__name__} has no {why}, so it cannot be run in parts; set placement: whole, or use other "
+            "coefficients than sens"
+        )
+    return chosen
+
+
+def _size(blocks: Mapping[str, nn.Module]) -> int:
+    return sum(one.numel() for block in blocks.values() for one in block.parameters())
+
+
+class Part:
+    """Some consecutive blocks with their weights."""
+
+    def __init__(self, source: Source, blocks: Mapping[str, nn.Module]) -> None:
+        """Load blocks.
+
+        Args:
+            source: where the weights are.
+            blocks: hollow blocks by name, in order; they are left hollow.
+
+        Raises:
+            InputError: parameters are left without weights.
+        """
+        self._device = source.device
+        self._blocks: list[nn.Module] = []
+        self._products = GradientProducts()
+        for name, hollow in blocks.items():
+            block = copy.deepcopy(hollow)
+            source.load(block, f"{name}.")
+            watch(self._products, source, block, f"{name}.")
+            self._blocks.append(block)
+
+    def forward(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> Tensor:
+        """Return the hidden states behind the blocks, (B, T, width), from those before them.
+
+        Args:
+            hidden: hidden states before the blocks.
+            calls: of each block, from `Shell.enter`.
+            learned: from there too.
+        """
+        with torch.no_grad():
+            return self._run(hidden.to(self._device), calls, to_device(learned, self._device))
+
+    def backward(
+        self, hidden: Tensor, calls: Sequence[Calls], learned: Learned, gradient: Tensor
+    ) -> tuple[Tensor, Sums, Learned]:
+        """Run the blocks again and then backward.
+
+        Args:
+            hidden: hidden states before the blocks, (B, T, width).
+            calls: as in `forward`.
+            learned: as in `forward`.
+            gradient: ∂L/∂ hidden states behind them.
+
+        Returns:
+            ∂L/∂hidden, the sums of the blocks' layers, and the gradients of what is learned by way of these blocks.
+        """
+        leaf, *leaves = (tensor.detach().requires_grad_() for tensor in to_device([hidden, *learned], self._device))
+        with torch.enable_grad():
+            output = self._run(leaf, calls, leaves)
+        torch.autograd.backward(output, gradient.to(self._device))
+        assert leaf.grad is not None
+        grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in leaves]
+        return leaf.grad, self._products.take(), grads
+
+    def _run(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> Tensor:
+        def given(leaf: Any) -> Any:
+            return learned[leaf.index] if isinstance(leaf, Slot) else leaf
+
+        for block, several in zip(self._blocks, tree_map(given, to_device(calls, self._device)), strict=True):
+            for args, kwargs in several:
+                output = block(hidden, *args, **kwargs)
+                hidden = output if isinstance(output, Tensor) else output[0]
+        return hidden
+
+
+class Shell:
+    """The network without its blocks: embedding, final norm, head."""
+
+    def __init__(self, source: Source, network: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> None:
+        """Load all that is outside the blocks.
+
+        Args:
+            source: where the weights are.
+            network: hollow; it becomes the shell.
+            blocks: all its blocks by name.
+
+        Raises:
+            InputError: parameters are left without weights.
+        """
+        self.network = network
+        self._source = source
+        self._visit: Callable[[int, Tensor, Call], Tensor]
+        self._answer: Callable[[Tensor], Any] | None = None
+        self._visits = 0
+        for index, (name, block) in enumerate(blocks.items()):
+            network.set_submodule(name, _Proxy(self, index, block))
+        source.load(network, "")
+        network.tie_weights()
+        self._blocks = len(blocks)
+        self._products = GradientProducts()
+        watch(self._products, source, network, "")
+
+    def enter(self, batch: Batch) -> Entry:
+        """Return the hidden states before the first block, and what each block is given beside them.
+
+        Raises:
+            InputError: the network does more than hand the output of each block to the next.
+        """
+        self._learn(batch)
+        entry = self._enter(batch)
+        if entry is None:  # of another length than the first sample, say
+            raise self._refusal("")
+        return entry
+
+    def _learn(self, batch: Batch) -> None:
+        """Find out in which form the network expects what its blocks give, and how often it calls them."""
+        if self._answer is not None:
+            return
+        reasons = []
+        for self._answer in _ANSWERS:
+            try:
+                entry = self._enter(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # what a network makes of the wrong form may be anything
+                reasons.append(" ".join(str(error).split()))
+                continue
+            if entry is not None:
+                self._visits = sum(len(several) for several in entry.calls)
+                return
+        self._answer = None
+        raise self._refusal(f" ({reasons[0][:200]})" if len(reasons) == len(_ANSWERS) else "")
+
+    def _refusal(self, reason: str) -> InputError:
+        return InputError(
+            f"{self._source.base}: {type(self.network).__name__} does more than hand the output of each block to the "
+            f"next{reason}, so it cannot be run in parts; set placement: whole, or use other coefficients than sens"
+        )
+
+    def _enter(self, batch: Batch) -> Entry | None:
+        first: list[Tensor] = []
+        calls: list[list[Call]] = []
+        astray = False
+
+        def visit(index: int, hidden: Tensor, call: Call) -> Tensor:
+            nonlocal astray
+            if index not in (len(calls) - 1, len(calls)) or (first and hidden is not first[0]):
+                astray = True
+                raise _Stop
+            if index == len(calls):
+                calls.append([])
+            first.append(hidden)
+            calls[index].append(call)
+            if len(first) == self._visits:
+                raise _Stop
+            return hidden
+
+        with torch.enable_grad():
+            self._run(self.network, batch, visit)
+        if astray or len(calls) < self._blocks or any(leaf is _BESIDE for leaf in tree_leaves(calls)):
+            return None
+        learned = _learned(calls)
+        slots = {id(tensor): Slot(index) for index, tensor in enumerate(learned)}
+        placed = tree_map(lambda leaf: slots.get(id(leaf), leaf), calls)
+        return Entry(first[0].detach(), placed, [tensor.detach() for tensor in learned])
+
+    def loss(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
+        """Return the loss and ∂loss/∂hidden, from the hidden states behind the last block."""
+        leaf = hidden.to(self._source.device).detach().requires_grad_()
+        with torch.enable_grad():
+            output = self._forward(self.network, batch, self._replay(lambda _: leaf))
+        # Of the hidden states alone: parameters have their turn in `backward`, where tied ones see all their uses.
+        (gradient,) = torch.autograd.grad(output.loss, leaf)
+        return float(output.loss.detach()), gradient
+
+    def backward(self, batch: Batch, hidden: Tensor, gradient: Tensor, gradients: Learned) -> Sums:
+        """Run the shell and then backward, and return the sums of its layers.
+
+        Args:
+            batch: the sample.
+            hidden: hidden states behind the last block.
+            gradient: ∂L/∂ hidden states before the first block.
+            gradients: ∂L/∂ what is learned, by way of all blocks.
+        """
+        device = self._source.device
+        across: Callable[..., Tensor] = _AcrossBlocks.apply
+        replay = self._replay(lambda entered: across(entered, hidden.to(device), gradient.to(device)))
+        calls: list[Call] = []
+
+        def visit(index: int, entered: Tensor, call: Call) -> Tensor:
+            calls.append(call)
+            return replay(index, entered, call)
+
+        with torch.enable_grad():
+            output = self._forward(self.network, batch, visit)
+        roots = [output.loss, *_learned(calls)]
+        torch.autograd.backward(roots, [torch.ones_like(output.loss), *to_device(gradients, device)])
+        return self._products.take()
+
+    def trunk(self, batch: Batch, hidden: Tensor) -> TrunkOutput:
+        """Return what the trunk hands to the head, from the hidden states behind the last block."""
+        hidden = hidden.to(self._source.device)
+        with torch.no_grad():
+            return trunk_output(self._forward(trunk_of(self.network), batch, self._replay(lambda _: hidden)))
+
+    def _replay(self, output: Callable[[Tensor], Tensor]) -> Callable[[int, Tensor, Call], Tensor]:
+        return lambda index, hidden, _: output(hidden) if index == self._blocks - 1 else hidden
+
+    def _forward(self, network: nn.Module, batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
+        self._learn(batch)
+        return self._run(network, batch, visit)
+
+    def _run(self, network: nn.Module, batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
+        self._visit = visit
+        with suppress(_Stop):
+            return network(**to_device(batch, self._source.device))
+
+    def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
+        """Stand in for a block: called by its proxy."""
+        assert self._answer is not None
+        return self._answer(self._visit(index, hidden, call))
+
+
+def trunk_output(output: Any) -> TrunkOutput:
+    """Return what a head may take of the output of transformers' trunks."""
+    kept = {"hidden": output.last_hidden_state, "pooled": getattr(output, "pooler_output", None)}
+    return {name: tensor for name, tensor in kept.items() if tensor is not None}
+
+
+def _learned(calls: Any) -> list[Tensor]:
+    """Return the tensors in some calls that have a gradient, each once."""
+    found = {id(leaf): leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor) and leaf.requires_grad}
+    return list(found.values())
+
+
+def watch(products: GradientProducts, source: Source, module: nn.Module, prefix: str) -> None:
+    """Have the gradients of a module summed up by layer; those of an expert's own head are not wanted.
+
+    Args:
+        products: who sums them up.
+        source: says which layer a parameter belongs to.
+        module: with its weights.
+        prefix: its name in the network with a dot behind, empty for the network itself.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Embedding):
+            child.sparse = True  # of a vocabulary, a sample has few rows; the others' gradients are zero
+    for name, parameter in module.named_parameters():
+        layer = source.layer(prefix + name)
+        if layer is None:
+            parameter.requires_grad_(False)
+        else:
+            products.watch(parameter, layer)
+
+
+def to_device(values: Any, device: str) -> Any:
+    """Return lists, tuples, mappings and tensors in each other with all tensors on a device."""
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
+
+
+class _Stop(Exception):
+    """The network need not run on."""
+
+
+_BESIDE = object()
+"""Stands for what a block gives beside hidden states: no other block may be given it."""
+_ANSWERS: tuple[Callable[[Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden,),
+    lambda hidden: (hidden, _BESIDE),
+    lambda hidden: (hidden, _BESIDE, _BESIDE),
+)
+"""Forms in which networks expect what blocks give."""
+
+
+class _Proxy(nn.Module):
+    """Stands in the place of a block, whose attributes it has."""
+
+    def __init__(self, shell: Shell, index: int, block: nn.Module) -> None:
+        super().__init__()
+        self._apart = (shell, index, block)  # in a tuple: no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_apart"][2], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shell, index, _ = self._apart
+        return shell.visit(index, hidden_states, (args, kwargs))
+
+
+class _AcrossBlocks(torch.autograd.Function):
+    """All blocks in the eyes of autograd: what comes out of them, and what comes back, is known."""
+
+    @staticmethod
+    def forward(ctx: Any, entered: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient, None, None

@@ -1,0 +1,245 @@
+"""Transformers networks: their structure without weights, and networks filled with the weights of any model."""
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+
+from sensmerge.tasks.artifacts import canonical, sha256_text
+from sensmerge.tasks.errors import InputError
+
+_AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
+
+Head = str
+"""What a network ends in: `causal_lm` or `classification`."""
+
+_AUTO_MAPPINGS = {
+    "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Read a model's `config.json`. Code that comes with a model is never run.
+
+    Raises:
+        InputError: no or invalid config, an architecture that transformers does not know, or quantised weights.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a Hugging Face model folder")
+    try:
+        json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); get the file again") from error
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not the config of a model that transformers has; code of a model is never run ({reason})"
+        ) from error
+    quantised = _quantisation(json.loads(path.read_text()), "")
+    if quantised:
+        raise InputError(
+            f"{path}: the weights are quantised ({quantised}); expected float weights: merge a copy of the model that "
+            "is saved in bfloat16 or float32, without that key"
+        )
+    return config
+
+
+def _quantisation(value: Any, path: str) -> str | None:
+    """Return where a config says, at any depth, that weights are quantised."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        here = f"{path}{key}"
+        if key in ("quantization_config", "compression_config") and inner:
+            return here
+        if found := _quantisation(inner, f"{here}."):
+            return found
+    return None
+
+
+def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> type[PreTrainedModel]:
+    """Return the transformers class for a config: the one that ends in `head`, or the checkpoint's own if None.
+
+    Raises:
+        InputError: transformers has no such class for this architecture.
+    """
+    if head is not None:
+        mapping = _AUTO_MAPPINGS[head]
+        if type(config) not in mapping and head == "causal_lm":
+            # Text towers of some models have a language model of their own without being listed.
+            names = set(config.architectures or ()) & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+            for tower in (getattr(transformers, name) for name in sorted(names)):
+                if tower.config_class is type(config):
+                    return tower  # type: ignore[no-any-return]
+        if type(config) not in mapping:
+            raise InputError(f"{folder}: transformers has no {head} network for model_type {config.model_type!r}")
+        chosen: type[PreTrainedModel] = mapping[type(config)]
+        return chosen
+    listed = [mapping[type(config)] for mapping in _AUTO_MAPPINGS.values() if type(config) in mapping]
+    for name in config.architectures or ():
+        own: Any = getattr(transformers, name, None)
+        if (isinstance(own, type) and getattr(own, "config_class", None) is type(config)) or own in listed:
+            return own  # type: ignore[no-any-return]
+    raise InputError(
+        f"{folder / 'config.json'}: architectures = {config.architectures!r} names no network that transformers has "
+        f'for model_type {config.model_type!r}; expected one such as ["LlamaForCausalLM"]'
+    )
+
+
+def has_network(config: PretrainedConfig, head: Head) -> bool:
+    """Return whether transformers has a network that ends in `head` for a config."""
+    return type(config) in _AUTO_MAPPINGS[head]
+
+
+def untied_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a config that ties no parameters, in no part of the network."""
+    untied = copy.deepcopy(config)
+    for part in {id(one): one for one in (untied, untied.get_text_config())}.values():
+        part.tie_word_embeddings = False
+    return untied
+
+
+def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTrainedModel:
+    """Return the network on the meta device: modules, parameter names and shapes, no memory."""
+    cls = network_class(config, head, folder)
+    with torch.device("meta"):
+        return cls(config_of(cls, config))
+
+
+def config_of(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that a class of networks takes: of its text where the class is a text tower's."""
+    text = config.get_text_config()
+    return text if cls.config_class is type(text) else config
+
+
+def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
+    """Return the network in evaluation mode with its parameters on the meta device and all buffers that it computes.
+
+    Tied parameters are one; nothing is cached for generation.
+
+    Raises:
+        InputError: transformers has no such class for this architecture.
+    """
+    cls = network_class(config, head, folder)
+    with init_empty_weights():
+        network: PreTrainedModel = cls._from_config(copy.deepcopy(config_of(cls, config)), dtype=dtype)
+    network.tie_weights()  # each was registered on the meta device anew
+    return for_one_pass(network)
+
+
+def for_one_pass(network: PreTrainedModel) -> PreTrainedModel:
+    """Return a network in evaluation mode that caches nothing for generation and adds nothing to the loss of a sample.
+
+    What routers of mixtures add (`output_router_logits`) depends on all blocks at once, so a network in parts has none.
+    """
+    for config in (network.config, network.config.get_text_config()):
+        config.use_cache = False
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
+    return network.eval()
+
+
+def trunk_of(network: PreTrainedModel) -> nn.Module:
+    """Return what gives the hidden states that the head of a network takes."""
+    trunk: nn.Module = network.base_model
+    if trunk is not network:
+        return trunk
+    # Some name their trunk otherwise than `base_model_prefix` says.
+    return max(network.children(), key=lambda child: sum(one.numel() for one in child.parameters()))
+
+
+def fill_network(
+    config: PretrainedConfig,
+    head: Head,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    device: str,
+    folder: Path,
+) -> PreTrainedModel:
+    """Return a network in evaluation mode with the given weights, by any name that transformers knows them by.
+
+    Raises:
+        InputError: the weights leave a parameter of the network without a value of its shape.
+    """
+    cls = network_class(config, head, folder)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        network, loaded = cls.from_pretrained(
+            None,
+            config=config_of(cls, config),
+            state_dict=dict(tensors),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        transformers.logging.set_verbosity(level)
+    if loaded["missing_keys"] or loaded["mismatched_keys"]:
+        names = sorted([*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])])
+        raise InputError(f"{folder}: no fitting weights for {', '.join(names[:5])} of {cls.__name__}")
+    network.to(device)
+    network.eval()
+    filled: PreTrainedModel = network
+    return filled
+
+
+def after_padding(config: PretrainedConfig) -> bool:
+    """Return whether a network numbers positions from behind its padding token, as RoBERTa and its kin do."""
+    return bool(_AFTER_PADDING.search(config.model_type))
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a network takes at most; None where its positions have no table or stated limit."""
+    text = config.get_text_config()
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    offset = text.pad_token_id + 1 if limit and after_padding(text) else 0
+    return limit - offset if limit and limit > 0 else None
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        InputError: there is none, or it needs code of its own.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: no usable tokenizer ({reason}); get its files again") from error
+    return tokenizer
+
+
+def describe(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the settings that a base and its experts must share for their weights to be added."""
+    text = config.get_text_config()
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads")
+    return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads")}
+
+
+def computation_digest(config: PretrainedConfig) -> str:
+    """Return a digest of what a config says of the computation: all but classes and where it comes from."""
+    about = {"id2label", "label2id", "problem_type", "architectures", "transformers_version", "_name_or_path"}
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return sha256_text(canonical({key: value for key, value in settings.items() if key not in about}))
+
+
+def finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it is. Raises InputError if it holds NaN or infinity."""
+    if not tensor.isfinite().all():
+        raise InputError("the model gives NaN or infinite logits; merge with a smaller weight or a wider dtype")
+    return tensor

@@ -1,0 +1,133 @@
+"""Where an expert's network comes from, and the weights of any part of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.base import open_base
+from sensmerge.tasks.networks.expert import Expert, load_network, open_expert
+from sensmerge.tasks.networks.networks import Head, for_one_pass, hollow_network
+
+
+@dataclass(frozen=True)
+class Source:
+    """An expert's network on storage: all that a worker must know to load it or a part of it."""
+
+    base: Path
+    """folder of the base"""
+    folder: Path
+    """folder of the expert"""
+    key: str
+    """recipe key of the expert, for messages"""
+    head: Head
+    """what the network ends in"""
+    dtype: torch.dtype
+    """of the weights in memory"""
+    device: str
+    """torch device"""
+    base_config: bool = False
+    """whether the expert runs with the base's settings where its own config differs"""
+
+    @cached_property
+    def expert(self) -> Expert:
+        """The expert's headers."""
+        return open_expert(self.folder, open_base(self.base), self.key, base_config=self.base_config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was read behind when travelling to another process, which may have other files open."""
+        return {name: vars(self)[name] for name in self.__dataclass_fields__}
+
+    def network(self) -> PreTrainedModel:
+        """Return the whole network, made `for_one_pass`.
+
+        Raises:
+            InputError: parameters are left without weights.
+        """
+        expert = self.expert
+        network = load_network(expert, self.head, self.dtype, self.device, head_of=expert if expert.head else None)
+        return for_one_pass(network)
+
+    def hollow(self) -> PreTrainedModel:
+        """Return the network with its parameters on the meta device."""
+        return hollow_network(self.expert.config, self.head, self.dtype, self.base)
+
+    def layer(self, parameter: str) -> str | None:
+        """Return the layer of a parameter; None where it is of a head of the expert's own, which is no layer.
+
+        Raises:
+            InputError: neither the base nor the head of the expert has it.
+        """
+        names = self.expert.base.names
+        key = names.parameter(parameter)
+        if key in {names.parameter(name) for name in self.expert.head}:
+            return None
+        if key not in self._tensors:
+            raise InputError(f"{self.base}: no tensor is the parameter {parameter}, so it belongs to no layer")
+        return layer_of(self._tensors[key][0])
+
+    def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None) -> None:
+        """Give a module its weights, copied, in their dtype and on their device.
+
+        Args:
+            module: hollow; parameters that are tied get one tensor.
+            prefix: its name in the network with a dot behind, empty for the network itself.
+            names: by `id`, the names in the network of parameters that are tied to others outside the module.
+
+        Raises:
+            InputError: a parameter is left without a value of its shape.
+        """
+        weights: dict[str, Tensor] = {}
+        read: dict[int, Tensor] = {}
+        lacking = []
+        for name, hollow in module.state_dict(keep_vars=True).items():
+            tensor = read.get(id(hollow))  # of a parameter that is tied to this one
+            if tensor is None:
+                tensor = self._read((names or {}).get(id(hollow), prefix + name))
+                if tensor is None or tensor.shape != hollow.shape:
+                    if isinstance(hollow, nn.Parameter):
+                        lacking.append(prefix + name)
+                    continue
+                read[id(hollow)] = tensor
+            weights[name] = tensor
+        if lacking:
+            raise InputError(f"{self.base}: no fitting weights for {', '.join(lacking[:5])} of {type(module).__name__}")
+        module.load_state_dict(weights, strict=False, assign=True)
+        for child in module.modules():
+            for name, buffer in child._buffers.items():  # those that are in no checkpoint
+                child._buffers[name] = None if buffer is None else buffer.to(self.device)
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, Sequence[str]]:
+        """Key of a parameter or buffer → the tensors of the base's checkpoint that it holds."""
+        base = self.expert.base
+        found: dict[str, list[str]] = {}
+        for name in (*base.weights, *base.buffers):
+            for key in base.names.all_parameters(name):
+                found.setdefault(key, []).append(name)
+        return found
+
+    @cached_property
+    def _head(self) -> Mapping[str, Tensor]:
+        return self.expert.head_tensors()
+
+    def _read(self, name: str) -> Tensor | None:
+        """Return the value of a parameter or buffer of the network; None where no file has it."""
+        if name in self._head:
+            return self._placed(self._head[name])
+        names = self.expert.base.names
+        key = names.parameter(name)
+        found = {one: self._placed(self.expert.read(one)) for one in self._tensors.get(key, ())}
+        if any(names.is_converted(one) for one in found):
+            return names.convert(found, key)
+        return next(iter(found.values()), None)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

@@ -1,0 +1,110 @@
+"""A network block by block on one worker."""
+
+import ctypes
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sensmerge.tasks.networks.blocks import (
+    Part,
+    Shell,
+    blocks_of,
+)
+from sensmerge.tasks.networks.journeys import SHELL, Journey, PartsRunner, Result, Work
+from sensmerge.tasks.networks.source import Source
+
+LARGE = 2**22
+"""Bytes from which on a free piece of memory is given back to the system."""
+
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+KEPT_FILE = 2**28
+"""Bytes of hidden states in one file, but for larger ones."""
+
+
+class StreamedRunner(PartsRunner):
+    """One block at a time, for all samples; the next one is loaded meanwhile.
+
+    Memory: the shell (embedding, final norm, head); two blocks and one tensor's gradient, which is less than a third;
+    the activations of one sample in one block, or its logits in the head; and what the network gives its blocks beside
+    the hidden states, of all samples (for Llama 2 × head size numbers a token). The hidden states themselves, those of
+    all samples before all blocks, lie in files that are mapped into memory: tokens × width × (blocks + 1) numbers.
+    """
+
+    def __init__(self, source: Source, scratch: Path, loader: Executor) -> None:
+        """Load the shell.
+
+        Args:
+            source: where the network comes from.
+            scratch: folder for hidden states.
+            loader: one thread, which reads the blocks.
+        """
+        _hold_no_free_memory()
+        network = source.hollow()
+        blocks = blocks_of(network)
+        self._source = source
+        self._shell = Shell(source, network, blocks)
+        self._blocks = [{name: block} for name, block in blocks.items()]
+        self._parts = [slice(number, number + 1) for number in range(len(blocks))]
+        self._loader = loader
+        self._loading: dict[int, Future[Part]] = {}
+        self._scratch = scratch
+        self._file = torch.empty(0, dtype=torch.uint8)
+
+    def _travel(self, journeys: Sequence[Journey[Result]]) -> Iterator[tuple[int, Result]]:
+        works = [next(journey) for journey in journeys]
+        while works:
+            # All samples take the same way, so all are in the same place.
+            do = getattr(self._worker(works[0]), works[0].method)
+            following = []
+            for number, (journey, work) in enumerate(zip(journeys, works, strict=True)):
+                try:
+                    following.append(journey.send(do(*work.arguments)))
+                except StopIteration as end:
+                    yield number, end.value
+            works = following
+            del do  # with it goes the block, before another one is loaded
+
+    def _worker(self, work: Work) -> Shell | Part:
+        if work.place != SHELL:
+            return self._part(work.place, work.place + (1 if work.method == "forward" else -1))
+        if work.method == "backward":
+            self._loading.clear()  # no block is needed any more
+        return self._shell
+
+    def _part(self, place: int, following: int) -> Part:
+        """Return a block, and have the one that follows loaded if there is one."""
+        loading = self._loading.get(place) or self._load(place)
+        self._loading = {place: loading}  # the others are dropped before more is loaded
+        part = loading.result()
+        if 0 <= following < len(self._blocks):
+            self._loading[following] = self._load(following)
+        return part
+
+    def _load(self, place: int) -> "Future[Part]":
+        return self._loader.submit(Part, self._source, self._blocks[place])
+
+    def _keep(self, hidden: Tensor) -> Tensor:
+        """Copy hidden states to a mapped file, which takes disk rather than memory, and is gone when they are."""
+        size = -(-hidden.nbytes // 64) * 64  # aligned
+        if size > self._file.nbytes:
+            with tempfile.NamedTemporaryFile(dir=self._scratch) as file:
+                self._file = torch.from_file(file.name, shared=True, size=max(size, KEPT_FILE), dtype=torch.uint8)
+        place, self._file = self._file[:size], self._file[size:]
+        return place[: hidden.nbytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
+
+
+def _hold_no_free_memory() -> None:
+    """Have glibc, where it is the C library, give large pieces back to the system as soon as they are free.
+
+    By itself it learns to keep pieces of up to 32 MiB, which are most weights of a block: several blocks in time.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, LARGE)

@@ -1,0 +1,36 @@
+"""Texts as the tokens that a merged model reads, when it answers on its own and no task says what a row is."""
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.networks import positions
+from sensmerge.tasks.networks.tokens import class_tokens, tokens
+
+
+def text_tokens(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    max_new_tokens: int | None,
+    where: str,
+) -> list[int]:
+    """Return the tokens of one text: as a classifier reads it, or as a prompt that leaves room for its continuation.
+
+    Args:
+        text: the text.
+        tokenizer: of the model.
+        config: of the network.
+        max_new_tokens: length of the continuation at most; None for a classifier.
+        where: what messages call the text.
+
+    Raises:
+        InputError: a text without a token, or longer than the network takes.
+    """
+    ids = class_tokens(text, tokenizer) if max_new_tokens is None else tokens(text, tokenizer, front=True)
+    new = max_new_tokens or 0
+    room = (positions(config) or len(ids) + new) - new
+    if room < 1:
+        raise InputError(f"max_new_tokens is {new}; the model takes {room + new} tokens, prompt included: lower it")
+    if not 0 < len(ids) <= room:
+        raise InputError(f"{where} has {len(ids)} tokens; the model takes 1 to {room}: shorten it")
+    return ids

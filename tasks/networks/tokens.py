@@ -1,0 +1,68 @@
+"""Texts as tokens, and tokens as batches."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokens(text: str, tokenizer: "PreTrainedTokenizerBase", front: bool) -> list[int]:
+    """Token ids of a text, with the tokenizer's begin tokens if `front`; never with an end token of its own.
+
+    A text that begins with the begin token gets no second one.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=front, verbose=False)["input_ids"]
+    # Some tokenizers close every text with their end token; here only `end_token` says so.
+    if front and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        plain = tokens(text, tokenizer, front=False)
+        if ids[-1 - len(plain) : -1] == plain:
+            ids = ids[:-1]
+    return ids[1:] if front and _begins_twice(text, tokenizer) else ids
+
+
+def class_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None) -> list[int]:
+    """Token ids of a text to classify with the tokenizer's special tokens, the begin token once, cut from the right."""
+    twice = int(_begins_twice(text, tokenizer))
+    longest = None if max_length is None else max_length + twice
+    ids: list[int] = tokenizer(text, truncation=longest is not None, max_length=longest, verbose=False)["input_ids"]
+    return ids[twice:]
+
+
+def _begins_twice(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a text begins with the begin token, and the tokenizer sets another one before it."""
+    begins = [token for token in (tokenizer.bos_token, tokenizer.cls_token) if token]
+    if not text.lstrip().startswith(tuple(begins)):
+        return False
+    plain = tokens(text, tokenizer, front=False)
+    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ids = tokenizer.convert_tokens_to_ids(begins)
+    return whole[0] in ids and whole[0] == plain[0] and whole[1 : 1 + len(plain)] == plain
+
+
+def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "right"] = "right") -> "dict[str, Tensor]":
+    """Sequences of token ids as one batch: int64 `input_ids` and `attention_mask` (1 real, 0 padding), both (B, T).
+
+    Pad on the right to score and on the left to generate, where the next token must follow the last real one.
+    """
+
+    longest = max(map(len, sequences))
+    ids = torch.full((len(sequences), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, tokens in enumerate(sequences):
+        place = slice(longest - len(tokens), longest) if side == "left" else slice(len(tokens))
+        ids[i, place] = torch.tensor(tokens)
+        mask[i, place] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def pad_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token id to pad with. The config's comes first: a decoder with a classification head looks for it."""
+    for pad_id in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if pad_id is not None:
+            return int(pad_id)
+    return 0

@@ -1,0 +1,1 @@
+"""Rows of data sets, as their files have them."""

@@ -1,0 +1,32 @@
+"""Where the rows of a task come from."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from sensmerge.tasks.artifacts import sha256_text
+from sensmerge.tasks.strict import Strict
+
+if TYPE_CHECKING:
+    pass
+
+
+Row = dict[str, Any]
+
+
+class DataSource(Strict):
+    """Rows of a data set. `path`, `name`, `data_files`, `split` and `revision` are those of `datasets.load_dataset`."""
+
+    path: str = Field(description="builder (json, csv, parquet, …), local folder or hub id")
+    name: str | None = Field(None, description="configuration of the data set")
+    data_files: str | list[str] | None = Field(None, description="file or files, relative to the recipe's folder")
+    split: str = Field("train", description="split to read")
+    revision: str | None = Field(None, description="branch, tag or commit of a data set on the hub")
+    samples: int | None = Field(None, ge=1, description="how many rows to use; all if left out")
+    seed: int | None = Field(0, description="seed of the random choice of rows; null takes the first ones")
+
+
+def rows_digest(rows: list[Row]) -> str:
+    """Sha256 of the rows as canonical JSON: sorted keys, no spaces, dates as text. The order of rows counts."""
+    return sha256_text(json.dumps(rows, sort_keys=True, separators=(",", ":"), default=str))

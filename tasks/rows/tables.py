@@ -1,0 +1,234 @@
+"""The rows that a recipe names, found and chosen.
+
+`datasets` is imported where it is used: files of rows are read without it.
+"""
+
+import glob
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.rows.files import read_rows
+from sensmerge.tasks.rows.source import DataSource, Row
+
+TEXT_FORMATS = ("csv", "json")
+"""File formats whose rows are read here, so that values stay the text of the file."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows that a source has."""
+
+    what: str
+    """what it is called in messages"""
+    total: int
+    take: Callable[[Sequence[int]], list[Row]]
+    """returns the rows of some indices, in their order"""
+    place: Callable[[int], str]
+    """returns where the row of an index stands"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows, and where each stands."""
+
+    rows: list[Row]
+    places: list[str]
+
+
+def open_table(source: DataSource, key: str, folder: Path) -> Table:
+    """Open the rows that a recipe names.
+
+    `data_files` of a builder (json, csv, …) and a local `path` are relative to `folder`, the recipe's; `data_files` of
+    a hub data set or a local folder are relative to it, as in `datasets.load_dataset`. No code of a data set is run.
+    JSON and CSV files, named or in a local folder, are read as `tasks.rows.files` says, all else by `datasets`.
+
+    Raises:
+        InputError: missing or unreadable file, unknown or unreachable data set, no rows; it names `key`.
+    """
+    files = source.data_files
+    if source.path in TEXT_FORMATS and files:
+        found = [path for file in ([files] if isinstance(files, str) else files) for path in _paths(file, folder, key)]
+        table = _read_files({"train": found}, source.path, source.split, key)
+    else:
+        table = _load_dataset(source, key, folder)
+    if table.total == 0:
+        raise InputError(f"{key}: {table.what} has no rows")
+    return table
+
+
+def load_rows(source: DataSource, key: str, folder: Path) -> Rows:
+    """Read the rows that a recipe names, in the order of the data set.
+
+    With `samples` and a seed, the rows taken are the first of `draw_order`; with `samples` and a null seed the first of
+    the data set. A larger `samples` adds rows and keeps the others.
+
+    Raises:
+        InputError: as `open_table`, and fewer rows than `samples`; it names `key`.
+    """
+    table, samples = open_table(source, key, folder), source.samples
+    check_samples(table, samples, key)
+    chosen = sorted(draw_order(table.total, source.seed)[:samples])
+    return Rows(table.take(chosen), [table.place(index) for index in chosen])
+
+
+def check_samples(table: Table, samples: int | None, key: str) -> None:
+    """Raise InputError, which names `key`, if a table has fewer rows than are asked for."""
+    if samples is not None and samples > table.total:
+        raise InputError(
+            f"{key}.samples is {samples}, but {table.what} has {table.total} rows; ask for at most {table.total}"
+        )
+
+
+def draw_order(total: int, seed: int | None) -> Sequence[int]:
+    """Return the indices of rows in the order in which they are taken.
+
+    That is the order of the draws of `random.Random(seed).random()`, one draw per row: Python guarantees the sequence
+    on every machine and version. A null seed takes them as they stand.
+    """
+    if seed is None:
+        return range(total)
+    draw = random.Random(seed).random
+    draws = [draw() for _ in range(total)]
+    return sorted(range(total), key=draws.__getitem__)
+
+
+# Files of rows -------------------------------------------------------------------------------------------------------
+
+
+def _paths(file: str, folder: Path, key: str) -> list[Path]:
+    """Return the local paths of what an entry of `data_files` names: sorted, as `datasets` takes them."""
+    if "://" in file:
+        return _downloaded(file, key)
+    names = [file] if (folder / file).exists() else sorted(glob.glob(file, root_dir=folder, recursive=True))
+    if not names:
+        raise InputError(f"{key}.data_files: no such file: {folder / file}")
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    if not paths:
+        raise InputError(f"{key}.data_files: {folder / file} is a folder; name the files in it: {file}/*")
+    return paths
+
+
+def _downloaded(url: str, key: str) -> list[Path]:
+    import datasets
+    from datasets.data_files import resolve_pattern
+
+    if "::" in url:
+        raise InputError(f"{key}.data_files: {url} points into an archive; unpack it and name the file in it")
+    with _explained(url, key):
+        return [Path(datasets.DownloadManager().download(one)) for one in resolve_pattern(url, "")]
+
+
+def _read_files(files: Mapping[str, Sequence[Path]], form: str, split: str, key: str) -> Table:
+    """Return the rows of a split, or of slices of some, of which each has files of its own."""
+    what = ", ".join(dict.fromkeys(str(path) for paths in files.values() for path in paths))
+    found: dict[str, list[tuple[Row, Path, int]]] = {}
+    try:
+        for name, paths in files.items():
+            if len(files) == 1 or name in split or split == "all":  # else it is not read
+                found[name] = [(row, path, line) for path in paths for row, line in read_rows(path, form)]
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+    kept = [found[name][index] for name, indices in _parts(split, found, what, key) for index in indices]
+    return Table(
+        what,
+        len(kept),
+        lambda chosen: [kept[index][0] for index in chosen],
+        lambda index: f"line {kept[index][2]} of {kept[index][1]}",
+    )
+
+
+def _parts(split: str, found: Mapping[str, list[Any]], what: str, key: str) -> list[tuple[str, Sequence[int]]]:
+    """Return the splits that a text such as `train[:10%]` names, with the indices of their rows."""
+    if split in found or split == "all":
+        return [(name, range(len(rows))) for name, rows in found.items() if split in (name, "all")]
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in found.items()})
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"{key}: cannot read {what}: {_line(error)}") from None
+    return [(part.splitname, range(*slice(part.from_, part.to).indices(len(found[part.splitname])))) for part in parts]
+
+
+# Data sets -----------------------------------------------------------------------------------------------------------
+
+
+def _load_dataset(source: DataSource, key: str, folder: Path) -> Table:
+    import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
+
+    # Else every file that is read is reported to the hub, and without a network that is waited for.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    path, files = source.path, source.data_files
+    what = path
+    if path in BUILDERS:
+        if not files:
+            raise InputError(f"{key}: path '{path}' is a file format; name the files to read in data_files")
+        files = [_located(file, folder, key) for file in ([files] if isinstance(files, str) else files)]
+        what = ", ".join(files)
+    elif (folder / path).exists():
+        path = str(folder / path)
+        with _explained(what, key):
+            builder = datasets.load_dataset_builder(path, source.name, data_files=files)
+        if builder.name in TEXT_FORMATS and builder.info.features is None:
+            by_split = {str(name): [Path(file) for file in found] for name, found in builder.config.data_files.items()}
+            return _read_files(by_split, builder.name, source.split, key)
+    elif path.startswith((".", "/")):
+        raise InputError(f"{key}.path: no such folder: {folder / path}")
+    with _explained(what, key):
+        data = datasets.load_dataset(path, source.name, data_files=files, split=source.split, revision=source.revision)
+    return Table(
+        what,
+        len(data),
+        lambda chosen: data.select(chosen).to_list(),
+        lambda index: f"row {index} of {what}, split {source.split}",
+    )
+
+
+def _located(file: str, folder: Path, key: str) -> str:
+    if "://" in file:
+        return file
+    if not glob.glob(file, root_dir=folder, recursive=True):
+        raise InputError(f"{key}.data_files: no such file: {folder / file}")
+    return str(folder / file)
+
+
+@contextmanager
+def _explained(what: str, key: str) -> Iterator[None]:
+    """What `datasets` raises where it cannot read something becomes an InputError."""
+    import datasets
+
+    try:
+        with _quiet():
+            yield
+    except StopIteration:  # what some builders make of an empty file
+        raise InputError(f"{key}: {what} has no rows") from None
+    except ConnectionError as error:
+        raise InputError(f"{key}: {_line(error)}; it is not in the local cache either") from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{key}: cannot read {what}: {_line(error.__cause__ or error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no log lines of `datasets`: what goes wrong is raised."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    shown, level = not are_progress_bars_disabled(), logging.get_verbosity()
+    disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            enable_progress_bars()

@@ -1,0 +1,1 @@
+"""Merged models that answer, in this process or behind MLflow."""

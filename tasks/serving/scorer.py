@@ -1,0 +1,116 @@
+"""Merged models as MLflow's pyfunc serves them: this module is what an MLmodel names as its loader.
+
+It imports no MLflow and nothing of `pipeline`, so that what serves a model needs no more than what runs it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import fsspec
+import pandas as pd
+
+from sensmerge.tasks.dynamic.folder import MANIFEST
+from sensmerge.tasks.dynamic.model import DynamicModel
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.serving.lease import Lease
+from sensmerge.tasks.serving.static_model import StaticModel
+
+BATCH_SIZE = 32
+MAX_NEW_TOKENS = 64
+"""Length of a language model's answer, if `params` does not say otherwise."""
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "Scorer":
+    """Return what answers texts with a merged model; MLflow calls this.
+
+    Args:
+        path: folder of the MLmodel.
+        model_config: `folder`, where the merged model is if not in `path`, a folder or a URL that fsspec knows;
+            `device` and `dtype`, torch names.
+    """
+    settings = dict(model_config or {})
+    return Scorer(str(settings.get("folder") or path), settings.get("device", "cpu"), settings.get("dtype"))
+
+
+class Scorer:
+    """Answers a table with a column `text`, or a list of texts, with a table that has a row for each."""
+
+    def __init__(self, place: str, device: str, dtype: str | None) -> None:
+        """See `_load_pyfunc`."""
+        self._files = TemporaryDirectory()  # what is downloaded lives as long as the model
+        folder = Path(place)
+        if "://" in place:
+            files, path = fsspec.url_to_fs(place)
+            folder = Path(self._files.name)
+            try:
+                files.get(f"{path}/", f"{folder}/", recursive=True)
+            except FileNotFoundError:
+                raise _gone(place) from None
+        if not folder.is_dir():
+            raise _gone(place)
+        self._model: DynamicModel | StaticModel
+        if (folder / MANIFEST).is_file():
+            self._model = DynamicModel.load(folder, device, dtype)
+        else:
+            self._model = StaticModel.load(folder, device, dtype or "float32")
+        self._lease = Lease(place)
+
+    def get_raw_model(self) -> DynamicModel | StaticModel:
+        """Return the merged model; MLflow's `PyFuncModel.get_raw_model` calls this."""
+        return self._model
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """Return a table: `prediction`, and of a dynamic model `expert` and `coefficient.EXPERT` for each expert.
+
+        Args:
+            model_input: the texts.
+            params: `max_new_tokens` (language models); `task`, whose head answers (static classifiers with several).
+
+        Raises:
+            InputError: no texts, or one that the model cannot answer, named by its row.
+        """
+        texts, given = _texts(model_input), dict(params or {})
+        max_new_tokens = int(given.get("max_new_tokens", MAX_NEW_TOKENS))
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(texts), BATCH_SIZE):
+            try:
+                rows += self._rows(texts[start : start + BATCH_SIZE], max_new_tokens, given.get("task") or None)
+            except InputError as error:
+                raise InputError(f"counting from row {start}: {error}") from None
+        types: dict[str, type] = {"prediction": object}
+        if isinstance(self._model, DynamicModel):
+            types |= {"expert": object} | {f"coefficient.{expert}": float for expert in self._model.experts}
+        return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=kind) for name, kind in types.items()})
+
+    def _rows(self, texts: list[str], max_new_tokens: int, task: str | None) -> list[dict[str, Any]]:
+        if isinstance(self._model, StaticModel):
+            return [{"prediction": answer} for answer in self._model.predict(texts, max_new_tokens, task)]
+        return [
+            {"prediction": answer.prediction, "expert": answer.expert}
+            | {f"coefficient.{expert}": value for expert, value in answer.coefficients.items()}
+            for answer in self._model.predict(texts, max_new_tokens)
+        ]
+
+
+def _gone(place: str) -> InputError:
+    return InputError(
+        f"{place}: the merged model is not there; mount the store under this name, run the recipe again to make it "
+        "anew, or load another version"
+    )
+
+
+def _texts(given: Any) -> list[str]:
+    """Return the texts of a table with a column `text`, or of a list."""
+    if isinstance(given, pd.DataFrame | dict):
+        if "text" not in given:
+            raise InputError(f"found the columns {', '.join(map(str, given)) or '(none)'}; expected a column text")
+        given = given["text"]
+    if isinstance(given, str):
+        raise InputError("found a single text; expected a DataFrame with a column text, or a list of texts")
+    texts = list(given)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"row {row}: found {text!r}, expected a text")
+    return texts

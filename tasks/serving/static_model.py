@@ -1,0 +1,145 @@
+"""A static merge that answers texts: a language model continues them, a classifier names their class.
+
+model = StaticModel.load(Path("FOLDER"))
+model.predict(["What is 3 plus 4?"])
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+
+from sensmerge.tasks.checkpoints.weights import HEADS
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.base import open_base
+from sensmerge.tasks.networks.expert import load_network
+from sensmerge.tasks.networks.generation import generate, set_end_tokens
+from sensmerge.tasks.networks.heads import SavedHead
+from sensmerge.tasks.networks.networks import finite, load_config, load_tokenizer, network_class
+from sensmerge.tasks.networks.texts import text_tokens
+from sensmerge.tasks.networks.tokens import pad, pad_token
+
+Form = Literal["language_model", "classifier", "trunk"]
+"""What a static merge is: one whole network, or the trunk of several classifiers, whose heads lie beside it."""
+
+WHOLE = ""
+"""Name of the only network of a merge that is one whole network."""
+
+
+def form_of(folder: Path) -> Form | None:
+    """Return what the static merge in a folder is; None for a network that neither continues nor classifies texts.
+
+    Raises:
+        InputError: no config, or one that transformers does not know.
+    """
+    if head_names(folder):
+        return "trunk"
+    config = load_config(folder)
+    own = network_class(config, None, folder)
+    if own is modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):
+        return "language_model"
+    if own is modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None):
+        return "classifier"
+    return None
+
+
+def head_names(folder: Path) -> list[str]:
+    """Return the tasks whose heads lie beside a merged trunk."""
+    return sorted(path.name for path in (folder / HEADS).glob("*/"))
+
+
+class StaticModel:
+    """The networks of a static merge in memory, by the task whose head they end in; heads share one trunk."""
+
+    def __init__(self, networks: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, form: Form) -> None:
+        """See `load`."""
+        self.networks = networks
+        self.tokenizer = tokenizer
+        self.form = form
+        self._pad_id = pad_token(next(iter(networks.values())), tokenizer)
+        for network in networks.values():
+            network.config.pad_token_id = self._pad_id  # by it the head of a decoder finds the last token
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu", dtype: str = "float32") -> "StaticModel":
+        """Load a static merge.
+
+        Args:
+            folder: as stage merge wrote it, or a copy.
+            device: torch device.
+            dtype: torch name of the dtype to run in.
+
+        Raises:
+            InputError: the folder holds no merge that answers texts, or a file of it is missing.
+        """
+        form = form_of(folder)
+        if form is None:
+            raise InputError(f"{folder}: is no language model and no classifier; load it with transformers")
+        base, torch_dtype = open_base(folder), getattr(torch, dtype)
+        if form == "trunk":
+            networks: dict[str, PreTrainedModel] = {}
+            for name in head_names(folder):
+                head = SavedHead(folder / HEADS / name)
+                networks[name] = load_network(base, "classification", torch_dtype, device, head)
+                _share_trunk(networks, name, head)
+        else:
+            head_kind = "causal_lm" if form == "language_model" else "classification"
+            networks = {WHOLE: load_network(base, head_kind, torch_dtype, device)}
+            if form == "language_model":
+                set_end_tokens(networks[WHOLE], folder, folder)
+        return cls(networks, load_tokenizer(folder), form)
+
+    def network(self, task: str | None = None) -> PreTrainedModel:
+        """Return the network that answers: the only one, or the one with a task's head.
+
+        Raises:
+            InputError: the task is not one of those that have a head, or there are several and none is named.
+        """
+        names = [name for name in self.networks if name != WHOLE]
+        if task is None and len(self.networks) == 1:
+            return next(iter(self.networks.values()))
+        if task is None or task not in names:
+            expected = f"one of {', '.join(names)}" if names else "none, the model is one whole network"
+            raise InputError(f"task is {task}; expected {expected}")
+        return self.networks[task]
+
+    def predict(self, texts: Sequence[str], max_new_tokens: int = 64, task: str | None = None) -> list[str]:
+        """Answer texts in one batch: a greedy continuation of each, or the name of its class.
+
+        Args:
+            texts: the texts.
+            max_new_tokens: length of a continuation at most (language models).
+            task: whose head answers, where there are several (classifiers).
+
+        Raises:
+            InputError: a text without a token, or longer than the model takes; an unknown task; an answer that is NaN
+                or infinite.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        network = self.network(task)
+        new = max_new_tokens if self.form == "language_model" else None
+        sequences = [
+            text_tokens(text, self.tokenizer, network.config, new, f"text {number}")
+            for number, text in enumerate(texts)
+        ]
+        if not sequences:
+            return []
+        with torch.inference_mode():
+            if new is not None:
+                found = generate(network, self.tokenizer, sequences, new, self._pad_id, network.device)
+                return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+            batch = {name: values.to(network.device) for name, values in pad(sequences, self._pad_id).items()}
+            classes = finite(network(**batch).logits).argmax(-1).tolist()
+        return [str(network.config.id2label[index]) for index in classes]
+
+
+def _share_trunk(networks: Mapping[str, PreTrainedModel], name: str, head: SavedHead) -> None:
+    """Give a network the trunk of the first one, unless a part of its own head lies in the trunk: a pooler, say."""
+    first, network = next(iter(networks.values())), networks[name]
+    prefix = network.base_model_prefix
+    if network is not first and not any(key.startswith(f"{prefix}.") for key in head.head_tensors()):
+        setattr(network, prefix, getattr(first, prefix))

@@ -1,0 +1,318 @@
+"""Stage cross_task: how far the experts' logits lie apart on each other's calibration sets, pair by pair."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sensmerge.tasks.artifacts import read_json, write_json
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet, calibration_batch
+from sensmerge.tasks.networks.blocks import Batch, to_device
+from sensmerge.tasks.networks.head_inputs import (
+    HeadInput,
+    fingerprint_of,
+    head_input,
+    is_little,
+    load_head_inputs,
+    logits_of,
+    save_head_inputs,
+)
+from sensmerge.tasks.networks.heads import DetachedHead
+from sensmerge.tasks.networks.networks import Head, load_tokenizer
+from sensmerge.tasks.networks.placement import Actors, Placement
+from sensmerge.tasks.networks.runners import open_runner
+from sensmerge.tasks.networks.source import Source
+from sensmerge.tasks.rows.source import Row
+
+VERSION = 6
+DISTANCES = "distances.json"
+PAIRS = "pairs.json"
+_HEAD_INPUTS = "head_inputs.safetensors"
+CHUNK_TOKENS = 256
+"""Logits exist for this many tokens at a time, and short samples of one length are run together up to as many."""
+_TRUNKS = "trunks"
+"""Folder for what trunks gave: of completions until all distances are known, of classifiers for good."""
+
+Pairs = Mapping[str, Mapping[str, str]]
+"""pairs[i][j]: fingerprint of all that something of expert i and task j depends on"""
+Distances = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class CrossTaskJob:
+    """What distances are measured of, and where. Distances that are known are taken over.
+
+    Passes that only known distances need are left out: after a change of one expert of K, K of K² are made on
+    classification tasks, where what heads read of trunks is kept, and 3K − 2 on others. A pass is that of one trunk
+    over one calibration set.
+    """
+
+    base: Path
+    """folder of the base"""
+    experts: Mapping[str, Path]
+    """folder of each expert"""
+    calibration: Mapping[str, RowSet]
+    """calibration set of each expert"""
+    tokenizer: Path
+    """folder of the tokenizer that all models share"""
+    dtype: str
+    """torch name of the networks' dtype"""
+    device: str
+    """torch device"""
+    placement: Placement
+    """where the networks run; it changes no number"""
+    pairs: Pairs
+    """fingerprint of every distance"""
+    trunks: Pairs
+    """fingerprint of what every trunk gives for every calibration set"""
+    known: Mapping[str, float]
+    """distances of earlier artifacts by fingerprint, from `known_distances`"""
+    kept: Mapping[str, Path]
+    """what heads read of trunks: files of earlier artifacts by fingerprint, from `kept_trunks`"""
+    base_config: frozenset[str] = frozenset()
+    """experts that run with the base's settings where their own configs differ"""
+
+    def wanted(self, j: str) -> list[str]:
+        """Return the experts whose distance from expert j, on its calibration set, is to be measured."""
+        return [i for i in self.experts if i != j and self.pairs[i][j] not in self.known]
+
+    def looked_at(self, i: str) -> list[str]:
+        """Return the tasks over whose calibration sets the trunk of expert i runs."""
+        needed = [j for j in self.experts if (wanted := self.wanted(j)) and i in (j, *wanted)]
+        return [j for j in needed if self.trunks[i][j] not in self.kept]
+
+    def source(self, i: str) -> Source:
+        """Return where the network of expert i comes from."""
+        ending: Head = "classification" if self.is_classification(i) else "causal_lm"
+        dtype, base_config = getattr(torch, self.dtype), i in self.base_config
+        return Source(self.base, self.experts[i], f"experts.{i}", ending, dtype, self.device, base_config)
+
+    def head(self, i: str) -> DetachedHead:
+        """Return the head of expert i; on the CPU where networks run on actors, for they have the GPUs."""
+        source = self.source(i)
+        return DetachedHead.read(replace(source, device="cpu") if isinstance(self.placement, Actors) else source)
+
+    def is_classification(self, j: str) -> bool:
+        """Return whether task j has classes, and its expert a head of its own for them."""
+        return isinstance(self.calibration[j].task, ClassificationTask)
+
+    def batches(self, j: str) -> list[Batch]:
+        """Return the inputs of task j's calibration set, in batches without padding: no number depends on others."""
+        one, config = self.calibration[j], self.source(j).expert.config
+        reader, labels = load_tokenizer(self.tokenizer), config.label2id
+        # Without a padding token, some heads do not find the last token of more than one sample.
+        alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
+        by_length: dict[int, list[Batch]] = {}
+        for number, row in enumerate(one.rows):
+            sample = _inputs(one, row, reader, f"row {number} of tasks.{j}.calibration", labels)
+            by_length.setdefault(sample["input_ids"].shape[1], []).append(sample)
+        batches: list[Batch] = []
+        for length, samples in by_length.items():
+            size = 1 if alone else max(1, CHUNK_TOKENS // length)
+            for start in range(0, len(samples), size):
+                some = samples[start : start + size]
+                batches.append({key: torch.cat([sample[key] for sample in some]) for key in some[0]})
+        return batches
+
+
+def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
+    """Run the trunk of expert i over the calibration sets it is looked at on, and keep what it hands to its head.
+
+    Memory: one network, or what its placement takes of it (see `StreamedRunner`).
+
+    Args:
+        job: see there.
+        i: the expert.
+        out: folder of the step; what was kept there before is not made again.
+
+    Returns:
+        Whether there was something left to do.
+    """
+    left = [j for j in job.looked_at(i) if not _kept(out, i, j).exists()]
+    if not left:
+        return False
+    batches = {j: job.batches(j) for j in left}
+    places = [(j, number) for j in left for number in range(len(batches[j]))]
+    begun = {j: _kept(out, i, f"{j}.partial") for j in left}
+    for folder in begun.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    heads = {j: job.head(j) for j in left if job.is_classification(j)}
+    little: dict[str, dict[int, HeadInput]] = {j: {} for j in heads}
+    with torch.no_grad(), open_runner(job.source(i), job.placement, out / _TRUNKS / i) as runner:
+        for place, output in runner.trunk_outputs([batches[j][number] for j, number in places]):
+            j, number = places[place]
+            if j in heads:
+                kept = head_input(heads[j], output, batches[j][number])
+            else:
+                kept = {key: tensor.cpu().contiguous() for key, tensor in output.items()}
+            if j in heads and is_little(kept, batches[j][number]):
+                little[j][number] = kept
+            else:
+                save_file(dict(kept), _file(begun[j], number))
+    for j, inputs in little.items():
+        if len(inputs) == len(batches[j]):
+            save_head_inputs(inputs, job.trunks[i][j], begun[j] / _HEAD_INPUTS)
+        else:
+            for number, kept in inputs.items():
+                save_file(dict(kept), _file(begun[j], number))
+    for j, folder in begun.items():
+        folder.rename(_kept(out, i, j))
+    return True
+
+
+def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
+    """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂.
+
+    The heads run over what `run_trunk` kept, side by side, `CHUNK_TOKENS` tokens at a time. On a classification task
+    every trunk is followed by the head of the task's own expert, whole samples at a time.
+
+    Memory: K heads with two chunks of logits, K · vocabulary · width + 2 · CHUNK_TOKENS · vocabulary numbers, whatever
+    the samples are.
+
+    Args:
+        job: see there.
+        out: folder for `distances.json`, `pairs.json` (their fingerprints) and what is kept of trunks.
+
+    Returns:
+        The largest and smallest distance (`distances.json` in `out` has them all), and how many were measured.
+
+    Raises:
+        InputError: logits that are not finite.
+    """
+    names = list(job.experts)
+    distances: Distances = {
+        i: {j: 0.0 if i == j else job.known.get(job.pairs[i][j], math.nan) for j in names} for i in names
+    }
+    try:
+        for i, j, distance in _measured(job, out):
+            if not math.isfinite(distance):
+                raise InputError(
+                    f"tasks.{j}.calibration: the distance of experts.{i} from experts.{j} is {distance}; "
+                    "expected a finite number (try dtype: float32)"
+                )
+            distances[i][j] = distance
+    except InputError:
+        shutil.rmtree(out / _TRUNKS, ignore_errors=True)
+        raise
+    _keep_head_inputs(job, out)
+    write_json(out / DISTANCES, distances)
+    write_json(out / PAIRS, job.pairs)
+    apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
+    return {"min": min(apart), "max": max(apart), "measured": sum(len(job.wanted(j)) for j in names)}
+
+
+def known_distances(folder: Path) -> dict[str, float]:
+    """Return all distances of an artifact of this stage by their fingerprint."""
+    pairs, distances = read_json(folder / PAIRS), read_json(folder / DISTANCES)
+    return {print_: distances[i][j] for i, row in pairs.items() for j, print_ in row.items() if i != j}
+
+
+def kept_trunks(folder: Path, trunks: Pairs) -> dict[str, Path]:
+    """Return the files of an artifact of this stage with what heads read of trunks, by their fingerprint.
+
+    Args:
+        folder: of the artifact.
+        trunks: any of the same experts.
+    """
+    files = [_kept(folder, i, j) / _HEAD_INPUTS for i, row in trunks.items() for j in row]
+    return {fingerprint_of(file): file for file in files if file.is_file()}
+
+
+def _kept(out: Path, i: str, j: str) -> Path:
+    return out / _TRUNKS / i / j
+
+
+def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, labels: Mapping[str, int]) -> Batch:
+    batch = calibration_batch(one.task, row, tokenizer, where, labels)
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
+    """Yield i, j and g[i][j] of all distances that are not known."""
+    heads: dict[str, DetachedHead] = {}
+    for j in job.experts:
+        wanted = job.wanted(j)
+        if not wanted:
+            continue
+        sums = dict.fromkeys(wanted, 0.0)
+        if job.is_classification(j):
+            head, reads = job.head(j), {i: _head_inputs(job, out, i, j) for i in (j, *wanted)}
+            for number, batch in enumerate(job.batches(j)):
+                own = logits_of(head, reads[j](number), batch)
+                for i in wanted:
+                    apart = logits_of(head, reads[i](number), batch) - own
+                    sums[i] += float(apart.norm(dim=-1).double().sum())
+        else:
+            heads |= {i: job.head(i) for i in (j, *wanted) if i not in heads}
+            for number, batch in enumerate(job.batches(j)):
+                kept = {i: _file(_kept(out, i, j), number) for i in (j, *wanted)}
+                for i, norm in _token_norms(j, heads, kept, batch).items():
+                    sums[i] += norm
+        for i, total in sums.items():
+            yield i, j, total / len(job.calibration[j].rows)
+
+
+def _keep_head_inputs(job: CrossTaskJob, out: Path) -> None:
+    """Leave of what trunks gave what is little; that of earlier artifacts stays known."""
+    kept = {_kept(out, i, j) / _HEAD_INPUTS: job.trunks[i][j] for i, j in product(job.experts, job.experts)}
+    for file in (out / _TRUNKS).rglob("*"):
+        if file.is_file() and file not in kept:
+            file.unlink()
+    for file, print_ in kept.items():
+        if not file.is_file() and print_ in job.kept:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(job.kept[print_], file.with_suffix(".partial"))
+            file.with_suffix(".partial").rename(file)
+    if not any(file.is_file() for file in kept):
+        shutil.rmtree(out / _TRUNKS, ignore_errors=True)
+
+
+def _head_inputs(job: CrossTaskJob, out: Path, i: str, j: str) -> Callable[[int], HeadInput]:
+    """Return what gives what the head of task j reads of expert i's trunk, by the number of the batch."""
+    folder = _kept(out, i, j)
+    file = folder / _HEAD_INPUTS if folder.exists() else job.kept[job.trunks[i][j]]
+    if file.is_file():
+        return load_head_inputs(file).__getitem__
+    return lambda number: load_file(_file(folder, number))
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number}.safetensors"
+
+
+def _token_norms(j: str, heads: Mapping[str, DetachedHead], kept: Mapping[str, Path], batch: Batch) -> dict[str, float]:
+    """Return, for every expert i but j, the sum over samples of the mean over tokens of ‖logits_i − logits_j‖₂.
+
+    Args:
+        j: the expert that the others are compared with.
+        heads: of each expert.
+        kept: what each expert's trunk gave for the samples.
+        batch: samples of one length.
+    """
+    device = str(heads[j].network.device)
+    batch = to_device(batch, device)
+    trunks = {i: load_file(path, device=device) for i, path in kept.items()}
+    samples, length, _ = trunks[j]["hidden"].shape
+    step = max(1, CHUNK_TOKENS // samples)
+    norms: dict[str, list[torch.Tensor]] = {i: [] for i in kept if i != j}
+    with torch.no_grad():
+        for start in range(0, length, step):
+            chunk = slice(start, start + step)
+            reference = _logits(heads[j], trunks[j], chunk, batch)
+            for i, found in norms.items():
+                found.append((_logits(heads[i], trunks[i], chunk, batch) - reference).norm(dim=-1).double())
+    return {i: float(torch.cat(found, dim=1).mean(dim=1).sum()) for i, found in norms.items()}
+
+
+def _logits(head: DetachedHead, trunk: Mapping[str, torch.Tensor], chunk: slice, batch: Batch) -> torch.Tensor:
+    """Return the head's logits, float32, for a chunk of what the trunk gave."""
+    return head.logits(
+        trunk["hidden"][:, chunk], trunk.get("pooled"), {key: value[:, chunk] for key, value in batch.items()}
+    )

@@ -1,0 +1,187 @@
+"""Stage route: how a dynamic model tells which experts a sample resembles, judged on the calibration sets."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sensmerge.tasks.artifacts import read_json, sha256_file, write_json
+from sensmerge.tasks.dynamic.application import PoolName, SeApplication
+from sensmerge.tasks.dynamic.folder import FORMAT, STATISTICS, Manifest, load_network_with_heads, write_manifest
+from sensmerge.tasks.dynamic.network import DynamicNetwork
+from sensmerge.tasks.dynamic.probes import probe
+from sensmerge.tasks.dynamic.router import (
+    Features,
+    RouterSettings,
+    Rule,
+    candidates,
+    choose,
+    fit,
+    identified,
+    judge,
+    trust,
+)
+from sensmerge.tasks.dynamic.vectors import BASE
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet, encode
+from sensmerge.tasks.kinds.metrics import mean_score
+from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.tokens import pad, pad_token
+from sensmerge.tasks.stages.merge_vectors import FILES
+
+VERSION = 3
+BATCH_SIZE = 8
+"""Samples per forward pass; each is probed up to K + 2 times in it."""
+
+
+def route(
+    model: Path,
+    calibration: Mapping[str, RowSet],
+    application: SeApplication,
+    static: float,
+    dtype: str,
+    device: str,
+    out: Path,
+) -> dict[str, Any]:
+    """Choose the rule, estimate its statistics, and complete the dynamic model with them.
+
+    Args:
+        model: artifact of stage merge: base and task vectors.
+        calibration: the calibration set of every expert, in the order of coefficients.
+        application: the recipe's settings.
+        static: every expert's coefficient in the static merge.
+        dtype: torch name of the network's dtype.
+        device: torch device.
+        out: folder of the dynamic model: the files of `model`, hard-linked where the file system can, `dynamic.json`,
+            the statistics, and `route.json`: every rule looked at with its held-out accuracy and price, which expert
+            was taken for which, and the calibration samples in two dimensions.
+
+    Returns:
+        `digest` over the digests of all files; `rule`; `identification`: held-out accuracy with n and interval;
+        `trust`; `bytes`: size of all weights, heads and statistics included.
+
+    Raises:
+        InputError: hidden states that are not finite.
+    """
+    names = list(calibration)
+    head = "classification" if isinstance(next(iter(calibration.values())).task, ClassificationTask) else "causal_lm"
+    network, _ = load_network_with_heads(model, names, head, dtype, device)
+    rules = candidates(application, network.blocks)
+    features, owners = _features(model, network, calibration, rules, static, device)
+    judged = judge(rules, features, owners, len(names), network.blocks)
+    chosen = choose(judged, len(owners))
+    rule = chosen.rule
+    own = features[rule.layer, rule.pool]
+    statistics = fit(rule, own, owners, len(names))
+    found = identified(rule, own, owners, len(names))
+    identification = mean_score((found == owners).double().tolist(), is_proportion=True)
+    followed = trust(identification.low, len(names), application.fallback)
+    _link_files(model, out)
+    save_file(statistics.tensors(), out / STATISTICS)
+    report = {
+        "identification": asdict(identification),
+        "confusion": _confusion(names, owners, found),
+        "candidates": [asdict(each.rule) | {"accuracy": each.accuracy, "passes": each.passes} for each in judged],
+        "projection": _projection(names, owners, own),
+    }
+    write_json(out / "route.json", report)
+    digests: dict[str, str] = read_json(model / FILES)
+    digests |= {name: sha256_file(out / name) for name in (STATISTICS, "route.json")}
+    mass = application.mass if application.mass is not None else static * len(names)
+    manifest = Manifest(
+        version=FORMAT,
+        experts=names,
+        head=head,
+        dtype=dtype,
+        rule=rule,
+        router=RouterSettings(temperature=application.temperature, mass=mass, static=static, trust=followed),
+        files=digests,
+    )
+    return {
+        "digest": write_manifest(out, manifest),
+        "rule": asdict(rule),
+        "identification": asdict(identification),
+        "trust": followed,
+        "passes": chosen.passes,
+        "bytes": sum(path.stat().st_size for path in out.rglob("*.safetensors")),
+    }
+
+
+def _features(
+    model: Path,
+    network: DynamicNetwork,
+    calibration: Mapping[str, RowSet],
+    rules: list[Rule],
+    static: float,
+    device: str,
+) -> tuple[dict[tuple[int, PoolName], Features], Tensor]:
+    """Return the features of all calibration samples by layer and pool, on the CPU, and whose each sample is (N,)."""
+    tokenizer = load_tokenizer(model / BASE)
+    prompts: list[list[int]] = []
+    owners: list[int] = []
+    for number, (name, one) in enumerate(calibration.items()):
+        for i, row in enumerate(one.rows):
+            where = f"row {i} of tasks.{name}.calibration"
+            sample = encode(one.task, row, tokenizer, where, one.label2id)
+            assert sample.prompt_tokens, f"{where}: the plan refuses empty prompts"
+            prompts.append(sample.input_ids[: sample.prompt_tokens])
+            owners.append(number)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    prompts, owners = [prompts[i] for i in order], [owners[i] for i in order]
+    pad_id = pad_token(network.network, tokenizer)
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(prompts), BATCH_SIZE):
+            batch = pad(prompts[start : start + BATCH_SIZE], pad_id)
+            inputs = {key: values.to(device) for key, values in batch.items()}
+            parts.append(probe(network, inputs, rules, len(calibration), static))
+    features = {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    for (layer, _), found in features.items():
+        if not all(bool(each.isfinite().all()) for each in vars(found).values() if each is not None):
+            raise InputError(
+                f"hidden states of the calibration samples are NaN or infinite at layer {layer}; "
+                "merge with a smaller weight or a wider dtype"
+            )
+    return features, torch.tensor(owners)
+
+
+def _joined(parts: list[Features]) -> Features:
+    columns = ([getattr(part, name) for part in parts] for name in ("base", "merged", "experts"))
+    return Features(*(None if column[0] is None else torch.cat(column).cpu() for column in columns))
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """Give the target all files of the source but the store's own; hard links where the file system can."""
+    for name in (*read_json(source / FILES), FILES):
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, path)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source / name, path)
+
+
+def _confusion(names: list[str], owners: Tensor, found: Tensor) -> dict[str, dict[str, int]]:
+    """Count, for each task, the experts that its samples were taken for."""
+    return {
+        task: {expert: int(((owners == i) & (found == j)).sum()) for j, expert in enumerate(names)}
+        for i, task in enumerate(names)
+    }
+
+
+def _projection(names: list[str], owners: Tensor, features: Features) -> dict[str, list[list[float]]]:
+    """Return the samples of each task in the first two principal components of the features that the rule looks at."""
+    states = features.base if features.base is not None else features.merged
+    assert states is not None
+    centred = (states - states.mean(0)).double()
+    _, _, axes = torch.linalg.svd(centred, full_matrices=False)
+    # The sign of an axis is arbitrary: the largest entry decides.
+    axes = axes[:2] * axes[:2].gather(1, axes[:2].abs().argmax(1, keepdim=True)).sign()
+    points = centred @ axes.T
+    return {name: points[owners == i].tolist() for i, name in enumerate(names)}

@@ -1,0 +1,342 @@
+"""Recipes run on a real Ray cluster, with a real MLflow database, on tiny models."""
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sensmerge.pipeline.execute.run import execute, step_line
+from sensmerge.pipeline.execute.worker import Done, Spent
+from sensmerge.pipeline.plan import steps as steps_module
+from sensmerge.pipeline.plan.plan import Plan
+from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.store.store import Key
+from sensmerge.tasks.checkpoints import weights as weights_module
+from sensmerge.tasks.errors import StepError
+from tests.conftest import command_line, plan_of, tiny_recipe, write_recipe
+
+pytestmark = pytest.mark.ray
+
+SMALL_GROUPS = functools.partial(weights_module.layer_groups, group_bytes=1)
+"""Every layer a group of its own, as in a large model."""
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every weight file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def merged(store: Path, variant: str) -> Path:
+    (folder,) = (path for path in (store / "merge").glob(f"{variant}-*") if len(path.name) == len(variant) + 9)
+    return folder
+
+
+def run(recipe: Path, store: Path, address: str, *more: object) -> dict[str, Any]:
+    report = store.with_suffix(".json")
+    assert command_line("run", recipe, "--store", store, "--address", address, "--report", report, *more) == 0
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(
+    llamas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str
+) -> tuple[Path, Path, dict[str, Any]]:
+    """A recipe run to the end once: recipe, store, report."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = write_recipe(folder, tiny_recipe(llamas, folder))
+    return recipe, folder / "store", run(recipe, folder / "store", ray_address)
+
+
+def test_report_has_every_stage_model_and_score(finished: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, _, report = finished
+    assert {stage["stage"] for stage in report["stages"]} == {
+        *("download", "task_vectors", "sensitivity", "cross_task", "merge", "evaluate")
+    }
+    assert all(stage["status"] == "run" and stage["peak_memory"] > 0 for stage in report["stages"])
+    assert all(stage["pieces_run"] == stage["pieces"] > 0 for stage in report["stages"])
+    models = ["base", "math", "code", "ta", "ties-sens"]
+    assert list(report["models"]) == list(report["scores"]) == models
+    for model in models:
+        for task in ("math", "code"):
+            for score in report["scores"][model][task].values():
+                assert score["n"] == 6
+                assert score["low"] <= score["value"] <= score["high"]
+    layers = set(report["sigma"])
+    assert "model.layers.0" in layers
+    assert set(report["alpha"]["math"]) == layers
+    assert all(sum(row.values()) == pytest.approx(1) for row in report["sigma"].values())
+    assert sum(report["tau"].values()) == pytest.approx(1)
+    assert report["distances"]["math"]["math"] == 0
+    assert report["distances"]["math"]["code"] > 0
+
+
+def test_merged_folder_is_an_ordinary_checkpoint(finished: tuple[Path, Path, dict[str, Any]]) -> None:
+    folder = Path(finished[2]["models"]["ties-sens"])
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generated = network.generate(**tokenizer("1+2=", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] == 7
+    card = (folder / "README.md").read_text()
+    for expected in ("base_model:", "- merge", "ties", "mean normalised", "density: 0.3", "n = 6"):
+        assert expected in card
+
+
+def test_again_everything_is_cached_and_ray_is_not_needed(finished: tuple[Path, Path, dict[str, Any]]) -> None:
+    recipe, store, first = finished
+    again = run(recipe, store, "no such cluster")
+    assert {stage["status"] for stage in again["stages"]} == {"cached"}
+    assert again["scores"] == first["scores"]
+
+
+def test_only_what_depends_on_a_change_runs(finished: tuple[Path, Path, dict[str, Any]], ray_address: str) -> None:
+    recipe, store, _ = finished
+    report = run(recipe, store, ray_address, "--set", "merges.ta.weight=0.25")
+    ran = {f"{stage['stage']} {stage['name']}" for stage in report["stages"] if stage["status"] == "run"}
+    assert ran == {"merge ta", "evaluate ta/math", "evaluate ta/code"}
+
+
+def test_runs_are_tracked(finished: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, store, report = finished
+    client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id], "tags.mlflow.runName = 'ties-sens'")
+    keys = {key for key in runs[-1].data.metrics if key.startswith("eval/")}
+    assert {"eval/math/token_accuracy", "eval/mean_normalised"} <= keys
+    assert runs[-1].data.metrics["eval/math/token_accuracy"] == pytest.approx(
+        report["scores"]["ties-sens"]["math"]["token_accuracy"]["value"]
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weights_do_not_depend_on_the_number_of_workers(
+    finished: tuple[Path, Path, dict[str, Any]],
+    tmp_path: Path,
+    ray_address: str,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
+    recipe, store, _ = finished
+    stages = ("sensitivity", "task_vectors", "merge")
+    limits = [f"resources.{stage}.max_in_flight={workers}" for stage in stages]
+    run(recipe, tmp_path / "store", ray_address, *(word for limit in limits for word in ("--set", limit)))
+    assert weights(merged(tmp_path / "store", "ties-sens")) == weights(merged(store, "ties-sens"))
+
+
+def test_killed_while_merging_and_started_again(
+    finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path, ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, finished_store, _ = finished
+    store = tmp_path / "store"
+    driver = (
+        "import functools, sys\n"
+        "from sensmerge.pipeline.plan import steps\n"
+        "steps.layer_groups = functools.partial(steps.layer_groups, group_bytes=1)\n"
+        "from sensmerge.pipeline.cli import main\n"
+        "main()\n"
+    )
+    one_by_one = ["--set", "resources.merge.max_in_flight=1"]
+    arguments = ["run", recipe, "--store", store, *one_by_one]
+    killed = subprocess.Popen(
+        [sys.executable, "-c", driver, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    # This variant comes after all that sens coefficients need; the other one does not.
+    while not list(store.glob("merge/ties-sens-*.partial/.group-*.json")):
+        assert killed.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not list(store.glob("merge/*/manifest.json")) or list(store.glob("merge/*.partial"))
+    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
+    report = run(recipe, store, ray_address, *one_by_one)
+    status = {f"{stage['stage']} {stage['name']}": stage["status"] for stage in report["stages"]}
+    assert status["sensitivity math"] == "cached"
+    (record,) = (stage for stage in report["stages"] if (stage["stage"], stage["name"]) == ("merge", "ties-sens"))
+    assert record["status"] == "run"
+    assert record["pieces"] == 5
+    assert 0 < record["pieces_run"] < record["pieces"], "only what was not done before"
+    assert weights(merged(store, "ties-sens")) == weights(merged(finished_store, "ties-sens"))
+
+
+def test_a_node_lost_while_merging(
+    finished: tuple[Path, Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _, undisturbed = finished
+    store = tmp_path / "store"
+    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        first, _ = (cluster.add_node(num_cpus=1) for _ in range(2))
+        removed: list[Path] = []
+
+        def remove() -> None:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and not removed:
+                merging = list(store.glob("merge/*.partial/.group-*.json"))
+                if merging:
+                    cluster.remove_node(first, allow_graceful=False)
+                    removed.extend(merging)
+                time.sleep(0.005)
+
+        thread = threading.Thread(target=remove)
+        thread.start()
+        report = run(recipe, store, cluster.address)
+        thread.join()
+    finally:
+        cluster.shutdown()
+    assert removed, "the run ended before the node was removed"
+    assert {stage["status"] for stage in report["stages"]} == {"run"}
+    for variant in ("ta", "ties-sens"):
+        assert weights(Path(report["models"][variant])) == weights(Path(undisturbed["models"][variant]))
+
+
+def test_a_recipe_without_tasks_needs_no_data(
+    llamas: dict[str, Path], tmp_path: Path, ray_address: str, llama_recipe: dict[str, Any]
+) -> None:
+    del llama_recipe["tasks"]
+    llama_recipe["merges"] = {"soup": {"method": "linear"}}
+    report = run(write_recipe(tmp_path, llama_recipe), tmp_path / "store", ray_address)
+    assert report["scores"] == report["mean_normalised"] == {}
+    soup, *experts = (
+        AutoModelForCausalLM.from_pretrained(folder).model.norm.weight
+        for folder in (report["models"]["soup"], llamas["math"], llamas["code"])
+    )
+    torch.testing.assert_close(soup, sum(experts) / 2)
+
+
+def test_more_than_any_node_has(
+    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, llama_recipe)
+    arguments = ("--store", tmp_path / "store", "--address", ray_address, "--set", "resources.evaluate.num_gpus=8")
+    assert command_line("run", recipe, *arguments) == 2
+    assert "resources.evaluate: a step asks for 1 CPUs and 8 GPUs" in capsys.readouterr().err
+
+
+def test_nan_in_an_expert_stops_the_run_before_any_merge(
+    llama_recipe: dict[str, Any],
+    llamas: dict[str, Path],
+    tmp_path: Path,
+    ray_address: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    network = AutoModelForCausalLM.from_pretrained(llamas["math"])
+    network.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    network.save_pretrained(tmp_path / "broken")
+    del llama_recipe["tasks"]
+    llama_recipe["merges"] = {"ta": {"method": "task_arithmetic"}}
+    llama_recipe["experts"]["math"]["model"] = "broken"
+    recipe = write_recipe(tmp_path, llama_recipe)
+    capsys.readouterr()  # what was printed while the model was made
+    assert command_line("run", recipe, "--store", tmp_path / "store", "--address", ray_address) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "experts.math: tensor model.layers.1.mlp.up_proj.weight" in error
+    assert "1 NaN or Inf" in error
+    assert not list((tmp_path / "store" / "merge").glob("*"))
+
+
+def die_once(out: Path) -> dict[str, Any]:
+    """Kill the worker process the first time, as the kernel does when memory runs out."""
+    marker = out.parent / "died"
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"pid": os.getpid()}
+
+
+def die(out: Path) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def fail(out: Path) -> dict[str, Any]:
+    (out.parent / "calls").open("a").write("x")
+    raise RuntimeError("broken on purpose")
+
+
+def one_step(work: Any, llama_recipe: dict[str, Any], tmp_path: Path) -> Plan:
+    """A plan with nothing but one step that does this work."""
+    key = Key("download", "work", {"stage": "download", "settings": {}, "reads": {}})
+    step = Step("download", "work", key, (), work)
+    plan = plan_of(tmp_path, llama_recipe)
+    return replace(plan, steps=(step,), todo={step.title: "new"})
+
+
+def test_a_worker_that_dies_is_replaced(llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str) -> None:
+    plan = one_step(die_once, llama_recipe, tmp_path)
+    execute(plan, ray_address, Console(quiet=True))
+    manifest = plan.store.manifest(plan.steps[0].key)
+    assert manifest is not None
+    assert manifest["result"]["pid"] > 0
+
+
+def test_a_worker_that_keeps_dying_stops_the_run(
+    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
+) -> None:
+    plan = one_step(die, llama_recipe, tmp_path)
+    with pytest.raises(StepError, match="download work: its worker died 2 times"):
+        execute(plan, ray_address, Console(quiet=True))
+
+
+def test_a_worker_that_runs_out_of_memory_again_stops_the_run(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, llama_recipe))
+    command = [sys.executable, "-m", "pipeline", "run", recipe, "--store", str(tmp_path / "store")]
+    # Ray's memory monitor takes this machine for full, whatever runs.
+    full = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "50"}
+    done = subprocess.run(
+        [*command, "--address", "local"],
+        env=os.environ | full,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert re.search(r"download \w+: its worker ran out of memory 2 times; raise resources\.download\.", done.stderr)
+
+
+def test_an_exception_is_final_and_leaves_no_artifact(
+    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
+) -> None:
+    plan = one_step(fail, llama_recipe, tmp_path)
+    with pytest.raises(StepError, match=r"download work failed: .*broken on purpose") as raised:
+        execute(plan, ray_address, Console(quiet=True))
+    node, log = re.findall(r"^on (.*); its log: (.*)$", str(raised.value), re.MULTILINE)[0]
+    assert node == platform.node()
+    assert Path(log).is_file()
+    assert (tmp_path / "store" / "download" / "calls").read_text() == "x"
+    assert plan.store.manifest(plan.steps[0].key) is None
+
+
+def test_a_step_is_told_of_in_one_line(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
+    step = plan_of(tmp_path, llama_recipe).step("merge", "ta")
+    spent = Spent(seconds=2.34, peak_memory=1_500_000_000, pieces=4, pieces_run=3)
+    result = {"tensors": 20, "tensor_bytes": 4_000_000, "taken_over": 17, "taken_over_bytes": 3_000_000}
+    assert step_line(step, Done(result, spent, 5_000_000, "worker-1")) == (
+        f"merge ta ({step.key.fingerprint[:8]}) on worker-1: 2.3 s, 5.0 MB, 1.5 GB peak memory, "
+        "3 of 4 pieces, the others were done before, 17 of 20 tensors taken over (3.0 MB of 4.0 MB)"
+    )

@@ -1,0 +1,301 @@
+"""What a recipe may say, and what is said of what it may not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.recipe.schema import Recipe, Variant
+from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+MINIMAL: dict[str, Any] = {
+    "name": "r",
+    "base": "base",
+    "experts": {"math": {"model": "m"}, "code": {"model": "c"}},
+    "merges": {"ta": {"method": "task_arithmetic"}},
+}
+TASK = {"kind": "completion", "calibration": {"path": "json", "data_files": "rows.jsonl"}}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+    return path
+
+
+def test_minimal_recipe_has_mergekit_defaults(tmp_path: Path) -> None:
+    variant = load_recipe(write(tmp_path)).merges["ta"]
+    assert (variant.weight, variant.density, variant.lambda_, variant.normalize) == (1.0, 1.0, 1.0, None)
+    assert variant.coefficients.kind == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bass": "x"}, "unknown key bass"),
+        ({"merges": {"ta": {"method": "task_arithmetic", "wieght": 1}}}, "unknown key merges.ta.wieght"),
+        ({"tasks": {"math": {**TASK, "promt": "x"}}}, "unknown key tasks.math.promt"),
+        (
+            {"merges": {"x": {"method": "ties", "coefficients": {"kind": "sens", "temp": 1}}}},
+            "merges.x.coefficients.temp",
+        ),
+        ({"experts": {}}, "experts: found 0; expected at least two"),
+        ({"experts": {"math": {"model": "m"}}}, "experts: found 1; expected at least two"),
+        ({"experts": {"a": {"model": "m"}, "b": {"model": "m"}}}, "experts a and b are the same model m"),
+        (
+            {"merges": {"t": {"method": "ties", "density": 1.5}}},
+            "merges.t: density is 1.5; expected .* between 0 and 1",
+        ),
+        ({"merges": {"t": {"method": "ties", "density": -0.1}}}, "density is -0.1"),
+        (
+            {"merges": {"t": {"method": "ties", "density": {"math": 0.5}}}},
+            "merges.t.density: found math; expected every",
+        ),
+        ({"merges": {"t": {"method": "ties", "weight": 11}}}, "merges.t.weight: .* less than or equal to 10"),
+        ({"merges": {"t": {"method": "ties", "weight": float("nan")}}}, "merges.t.weight"),
+        ({"merges": {"t": {"method": "tie"}}}, "merges.t.method: .*'task_arithmetic'.*found 'tie'"),
+        (
+            {"merges": {"t": {"method": "task_arithmetic", "density": 0.5}}},
+            "density has no meaning for .* task_arithmetic",
+        ),
+        ({"merges": {"t": {"method": "ties", "seed": 1}}}, "seed has no meaning for method ties"),
+        ({"merges": {"t": {"method": "linear", "lambda": 2}}}, "lambda has no meaning for method linear"),
+        ({"merges": {"t": {"method": "linear", "weight": 0}}}, "merges.t: the weights sum to 0"),
+        ({"merges": {"math": {"method": "ties"}}}, "the name 'math' is used twice"),
+        ({"merges": {"base": {"method": "ties"}}}, "the name 'base' is used twice"),
+        ({"merges": {}}, "merges: .* at least 1 item"),
+        ({"merges": {"../x": {"method": "ties"}}}, "merges"),
+        (
+            {"merges": {"s": {"method": "ties", "coefficients": {"kind": "sens"}}}},
+            "merges.s: coefficients sens needs tasks.code.calibration; add it",
+        ),
+        ({"tasks": {"law": TASK}}, "tasks.law: there is no expert of that name"),
+        ({"base": None}, "base"),
+        (
+            {"merges": {"e": {"method": "ties", "coefficients": {"kind": "explicit", "weights": {"math": 1}}}}},
+            "merges.e.coefficients.weights: found math; expected every expert once: code, math",
+        ),
+        ({"resources": {"merge": {"num_gpus": 1}}}, "resources.merge.num_gpus: the stage uses no GPU"),
+        ({"tasks": {"math": {"kind": "completion"}}}, "tasks.math: has neither calibration nor evaluation"),
+        ({"merges": {"t": {"method": "ties", "weight": True}}}, "merges.t.weight: .* valid number"),
+        ({"merges": {"t": {"method": "ties", "weight": "0.5"}}}, "merges.t.weight: .* valid number"),
+        ({"base": ""}, "base: .* at least 1 character"),
+        ({"resources": {"merge": {"num_cpu": 1}}}, "unknown key resources.merge.num_cpu"),
+    ],
+)
+def test_bad_recipes_are_one_line_that_names_the_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(write(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key_and_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: r\n")
+    with pytest.raises(InputError, match="base is missing"):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(InputError, match=r"none\.yaml: cannot be read \(No such file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "found list"), ("", "found NoneType")]
+)
+def test_no_mapping(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_same_expert_twice_in_yaml(tmp_path: Path) -> None:
+    text = "name: r\nbase: b\nexperts:\n  m: {model: x}\n  m: {model: y}\nmerges: {t: {method: ties}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(InputError, match="key 'm' stands twice"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_override_of_a_variant_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path, merges={"ta-0.5": {"method": "task_arithmetic"}}, tasks=None)
+    assert load_recipe(path, ["merges.ta-0.5.weight=0.3"]).merges["ta-0.5"].weight == 0.3
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    recipe = load_recipe(path, ["merges.ta.weight=0.25", "dtype=bfloat16", "resources.merge.num_cpus=2"])
+    assert (recipe.merges["ta"].weight, recipe.dtype, recipe.resources_of("merge").num_cpus) == (0.25, "bfloat16", 2)
+    for override, message in (
+        ("merges.ta.wieght=1", "unknown key merges.ta.wieght"),
+        ("weight", "expected a.b=value"),
+        ("name.x=1", "name holds a single value"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_recipe(path, [override])
+
+
+def test_a_null_list_or_number_in_the_way_of_an_override(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--set base=\\[: not valid YAML"):
+        load_recipe(write(tmp_path), ["base=["])
+
+
+def test_every_field_of_the_schema_is_described() -> None:
+    def fields(node: Any, path: str = "") -> list[str]:
+        if isinstance(node, list):
+            return [found for item in node for found in fields(item, path)]
+        if not isinstance(node, dict):
+            return []
+        missing = []
+        for name, field in node.get("properties", {}).items():
+            # The constant `kind` of a union is described by the class it chooses.
+            if "description" not in field and "const" not in field:
+                missing.append(f"{path}.{name}")
+        return missing + [found for key, item in node.items() for found in fields(item, f"{path}.{key}")]
+
+    schema = Recipe.model_json_schema()
+    json.dumps(schema)
+    assert fields(schema) == []
+    assert "lambda" in schema["$defs"]["Variant"]["properties"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+def test_recipes_of_the_project_are_valid(path: Path) -> None:
+    load_recipe(path)
+
+
+methods = st.sampled_from(["task_arithmetic", "ties", "dare_linear", "dare_ties"])
+
+
+@given(method=methods, weight=st.floats(-10, 10), normalize=st.booleans(), lambda_=st.floats(-2, 2))
+def test_variants_survive_yaml(method: str, weight: float, normalize: bool, lambda_: float) -> None:
+    variant = Variant.model_validate({"method": method, "weight": weight, "normalize": normalize, "lambda": lambda_})
+    text = yaml.safe_dump(variant.model_dump(by_alias=True, exclude_unset=True))
+    assert Variant.model_validate(yaml.safe_load(text)) == variant
+
+
+def test_params_are_flat(tmp_path: Path) -> None:
+    settings = {"method": "ties", "density": {"math": 0.5, "code": 1.0}, "coefficients": {"kind": "sens"}}
+    tasks = {"math": TASK, "code": TASK}
+    variant = load_recipe(write(tmp_path, merges={"t": settings}, tasks=tasks)).merges["t"]
+    params = variant.params()
+    assert params["method"] == "ties"
+    assert params["density.math"] == "0.5"
+    assert params["coefficients.kind"] == "sens"
+    assert params["coefficients.direction"] == "distance"
+
+
+def test_recipe_fixture_is_valid(llama_recipe: dict[str, Any], tmp_path: Path, save: Callable[..., Path]) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(llama_recipe))
+    assert load_recipe(tmp_path / "r.yaml").sens_variants() == ["ties-sens"]
+
+
+# Application se -------------------------------------------------------------------------------------------------------
+
+LABELLED = {**TASK, "kind": "classification"}
+
+
+def se(folder: Path, tasks: Any = None, /, method: str = "task_arithmetic", **settings: Any) -> Path:
+    """A recipe with one SE variant; settings of its application are given as `application`."""
+    application = {"kind": "se", **settings.pop("application", {})}
+    merges = {"x": {"method": method, **settings, "application": application}}
+    return write(folder, merges=merges, tasks={"math": TASK, "code": TASK} if tasks is None else tasks)
+
+
+def test_se_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(se(tmp_path))
+    assert recipe.se_variants() == ["x"]
+    application = recipe.merges["x"].application
+    assert isinstance(application, SeApplication)
+    assert (application.score, application.layer, application.pool) == ("auto", "auto", "auto")
+    assert application.mass is None
+    assert recipe.merges["x"].params()["application.score"] == "auto"
+
+
+@pytest.mark.parametrize("application", [{}, {"application": {"kind": "static"}}])
+def test_static_is_the_default_and_can_be_said(application: dict[str, Any], tmp_path: Path) -> None:
+    merges = {"ta": {"method": "task_arithmetic", **application}}
+    recipe = load_recipe(write(tmp_path, merges=merges))
+    assert recipe.se_variants() == []
+    assert recipe.merges["ta"].params()["application.kind"] == "static"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ties", "density": 0.3, "coefficients": {"kind": "sens"}},
+        {"method": "ties", "weight": -1.0},  # the weights' common factor cancels
+        {"method": "linear"},
+        {"method": "dare_ties", "weight": 0.3, "seed": 3},
+        {"application": {"score": "nearest", "layer": 3, "pool": "cls", "metric": "cosine", "mass": 2, "fallback": 0}},
+    ],
+)
+def test_se_goes_with_every_method_and_coefficients(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert load_recipe(se(tmp_path, **settings)).se_variants() == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"out_dtype": "float16"}, "merges.x: out_dtype has no meaning for application se"),
+        ({"shard_size": 1000}, "merges.x: shard_size has no meaning for application se"),
+        ({"method": "linear", "normalize": False}, "merges.x: linear with normalize: false scales the base"),
+        ({"weight": 0}, "merges.x: application se needs coefficients to rescale; set weight and lambda above 0"),
+        ({"weight": -0.5}, "merges.x: application se needs coefficients to rescale"),
+        ({"method": "ties", "weight": 0.0}, "merges.x: application se needs coefficients to rescale"),
+        ({"method": "ties", "lambda": 0}, "merges.x: application se needs coefficients to rescale"),
+        ({"lambda": -1}, "merges.x: application se needs coefficients to rescale"),
+        ({"application": {"temprature": 1}}, "unknown key merges.x.application.temprature;"),
+        ({"application": {"temperature": 0}}, "merges.x.application.temperature: .*greater than 0"),
+        ({"application": {"temperature": float("inf")}}, "merges.x.application.temperature: "),
+        ({"application": {"mass": 0}}, "merges.x.application.mass: .*greater than 0"),
+        ({"application": {"fallback": 1.5}}, "merges.x.application.fallback: .*less than or equal to 1"),
+        ({"application": {"score": "near"}}, "merges.x.application.score: .*'nearest'.*found 'near'"),
+        ({"application": {"pool": "max"}}, "merges.x.application.pool: .*'mean'.*found 'max'"),
+        ({"application": {"metric": "l1"}}, "merges.x.application.metric: .*'cosine'.*found 'l1'"),
+        ({"application": {"layer": "last"}}, "merges.x.application.layer: .*found 'last'"),
+        ({"application": {"layer": 1.5}}, "merges.x.application.layer: .*found 1.5"),
+        ({"application": {"score": "discriminant", "metric": "l2"}}, "metric has no meaning for score discriminant, "),
+        ({"application": {"kind": "dynamic"}}, "merges.x.application: .*'static', 'se'"),
+        ({"application": {"kind": None}}, "merges.x.application"),
+    ],
+)
+def test_settings_that_se_refuses(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(se(tmp_path, **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_static_takes_no_settings_of_se(tmp_path: Path) -> None:
+    merges = {"x": {"method": "ties", "application": {"kind": "static", "temperature": 1.0}}}
+    with pytest.raises(InputError, match=r"unknown key merges\.x\.application\.temperature"):
+        load_recipe(write(tmp_path, merges=merges))
+
+
+EVALUATED = {"kind": "completion", "evaluation": TASK["calibration"]}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({}, "merges.x: application se needs tasks.code.calibration; add it"),
+        ({"math": TASK}, "application se needs tasks.code.calibration"),
+        ({"math": TASK, "code": EVALUATED}, "application se needs tasks.code.calibration"),
+        ({"math": TASK, "code": {"kind": "lm_eval", "names": ["arc_easy"]}}, "se needs tasks.code.calibration"),
+        ({"math": TASK, "code": LABELLED}, "merges.x: application se cannot compare classifiers with other kinds"),
+    ],
+)
+def test_se_needs_calibration_sets_of_one_kind(tasks: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load_recipe(se(tmp_path, tasks))
+
+
+def test_se_needs_two_experts(tmp_path: Path) -> None:
+    merges = {"x": {"method": "task_arithmetic", "application": {"kind": "se"}}}
+    with pytest.raises(InputError, match="experts: found 1; expected at least two experts"):
+        load_recipe(write(tmp_path, experts={"math": {"model": "m"}}, tasks={"math": TASK}, merges=merges))

@@ -1,0 +1,112 @@
+"""Artifacts: published whole or not at all, found by what they depend on."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.errors import InputError
+
+
+def key(weight: float = 0.4, expert: str = "a" * 64) -> Key:
+    inputs = {"stage": "merge", "version": 1, "settings": {"weight": weight}, "reads": {"math": expert}}
+    return Key("merge", "ta", inputs)
+
+
+def publish(store: Store, one: Key) -> Path:
+    store.partial(one).mkdir(parents=True)
+    (store.partial(one) / "data").write_text("x")
+    store.publish(one, {"seconds": 1.0})
+    return store.folder(one)
+
+
+def test_publish_and_find(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.manifest(key()) is None
+    folder = publish(store, key())
+    assert folder.name == f"ta-{key().fingerprint[:8]}"
+    manifest = store.manifest(key())
+    assert manifest is not None
+    assert (manifest["fingerprint"], manifest["seconds"]) == (key().fingerprint, 1.0)
+    assert not store.partial(key()).exists()
+
+
+def test_a_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (publish(store, key()) / "manifest.json").unlink()
+    assert store.manifest(key()) is None
+    assert (publish(store, key()) / "data").exists()
+
+
+def test_fingerprint_depends_on_content_and_not_on_order() -> None:
+    shuffled = Key("merge", "other name", dict(reversed(key().inputs.items())))
+    assert shuffled.fingerprint == key().fingerprint
+    assert key(0.5).fingerprint != key().fingerprint
+
+
+def test_why(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.why(key()) == "new"
+    publish(store, key())
+    assert store.why(key(weight=0.5)) == "settings.weight: 0.4 → 0.5"
+    assert store.why(key(expert="b" * 64)) == "math changed"
+    store.partial(key(0.5)).mkdir(parents=True)
+    assert store.why(key(0.5)) == "was interrupted"
+
+
+def test_an_artifact_that_lost_a_file_is_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = publish(store, key())
+    (folder / "data").unlink()
+    assert store.manifest(key()) is None
+    assert store.why(key()) == "files are gone"
+    assert (publish(store, key()) / "data").is_file()
+    (folder / "data").write_text("cut, or longer")
+    assert store.manifest(key()) is None
+
+
+def test_names_that_begin_alike_are_not_confused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    publish(store, Key("merge", "ta-sens", {"stage": "merge", "settings": {}, "reads": {}}))
+    assert store.why(key()) == "new"
+
+
+def test_lock_is_held_across_processes_and_released(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from sensmerge.pipeline.store.store import Store\n"
+        "with Store(Path(sys.argv[1])).lock(): print('ok')"
+    )
+
+    def other() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+
+    with Store(tmp_path).lock():
+        assert "locked by another run" in other().stderr
+    assert other().stdout == "ok\n"
+
+
+def test_a_run_waits_for_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from sensmerge.pipeline.store.store import Store\n"
+        "with Store(Path(sys.argv[1])).lock(): print('mine', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(InputError, match=r"locked by another run still, after 0\.5 s"), Store(tmp_path).lock(0.5):
+            pass
+        threading.Timer(1, other.stdin.close).start()
+        with Store(tmp_path).lock(60):
+            assert other.wait(60) == 0
+    assert "waiting for it, 60 s at most" in capsys.readouterr().err
+
+
+def test_store_in_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--store .*file: cannot be made"), Store(tmp_path / "file").lock():
+        pass

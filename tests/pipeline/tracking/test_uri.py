@@ -1,0 +1,45 @@
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from sensmerge.pipeline.store.store import Store
+from sensmerge.pipeline.tracking.uri import check_server, default_uri
+from sensmerge.tasks.errors import InputError
+from tests.pipeline.tracking.test_record import free_port
+
+
+def test_a_server_that_is_not_there_is_an_input_error() -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    remedy = f"MLflow server unreachable at {uri}: start it .mlflow server .*pass --tracking-uri"
+    with pytest.raises(InputError, match=remedy) as caught:
+        check_server(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_something_else_behind_the_address_is_an_input_error() -> None:
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers every request with 501
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(InputError, match="it answered 501"):
+            check_server(f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "mlruns", "file:mlruns", "sqlite://", "sqlite:///", "databricks", ""])
+def test_other_places_for_runs_are_refused_with_the_remedy(uri: str) -> None:
+    with pytest.raises(InputError, match=r"expected a server .* or a database file .*sqlite:///"):
+        check_server(uri)
+
+
+def test_sqlite_needs_a_folder_that_is_there_or_can_be_made(tmp_path: Path) -> None:
+    check_server(default_uri(Store(tmp_path / "new" / "store")))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is not a folder"):
+        check_server(f"sqlite:///{tmp_path}/file/mlflow.db")
+    with pytest.raises(InputError, match="is a folder: name the database file"):
+        check_server(f"sqlite:///{tmp_path}")

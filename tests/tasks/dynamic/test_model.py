@@ -1,0 +1,525 @@
+"""A dynamic model against weights that are written out for each sample, and against folders that are damaged."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from tokenizers import processors
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+    pipeline,
+)
+
+from sensmerge.tasks.artifacts import canonical, read_json, sha256_file, sha256_text
+from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.dynamic.folder import MANIFEST
+from sensmerge.tasks.dynamic.model import PADDING, DynamicModel, Routes, parts
+from sensmerge.tasks.dynamic.vectors import BASE
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, RowSet
+from sensmerge.tasks.methods.arithmetic import static_coefficient
+from sensmerge.tasks.rows.source import Row
+from sensmerge.tasks.stages.merge import MergeJob
+from sensmerge.tasks.stages.route import route
+from tests.conftest import (
+    llama_config,
+    make_adapter,
+    make_bert_expert,
+    make_bert_trunk,
+    make_llama,
+    perturbed,
+)
+from tests.tasks.stages.test_merge import make_job, merged
+from tests.tasks.stages.test_merge_vectors import dynamic, vectors_of, weights_of
+
+Save = Callable[..., Path]
+Folders = dict[str, Path]
+TEXTS = ["1+2=", "print(x", "9", "def g(a): return", "71+11="]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What stage merge left, and what it was made of."""
+
+    job: MergeJob
+    folder: Path
+    calibration: Mapping[str, RowSet]
+
+    @property
+    def static(self) -> float:
+        return static_coefficient(self.job.settings, self.job.weight, len(self.job.experts))
+
+    def routed(self, out: Path, **settings: Any) -> DynamicModel:
+        """Run stage route and load the result."""
+        self.run(out, **settings)
+        return DynamicModel.load(out)
+
+    def run(self, out: Path, **settings: Any) -> dict[str, Any]:
+        application = SeApplication(**{"kind": "se", "fallback": 0.0, **settings})
+        out.mkdir(parents=True, exist_ok=True)
+        return route(self.folder, self.calibration, application, self.static, "float32", "cpu", out)
+
+
+def completions(*prompts: str) -> RowSet:
+    task = CompletionTask(kind="completion", batch_size=3)
+    return RowSet(task, [{"prompt": prompt, "completion": "7"} for prompt in prompts])
+
+
+def classes(number: int, *texts: str) -> RowSet:
+    rows: list[Row] = [{"text": text, "label": i % number} for i, text in enumerate(texts)]
+    return RowSet(ClassificationTask(kind="classification"), rows, {f"LABEL_{i}": i for i in range(number)})
+
+
+CALIBRATION = {
+    "math": completions("1+1=", "23+4=", "6+66=", "8+9="),
+    "code": completions("def f(x):", "print(y)", "import os", "class A:"),
+    "lora": completions("ZZZZ", "YY ZZ", "ZYX", "XXZZY"),
+}
+
+
+def merge(folder: Path, base: Path, experts: Folders, sets: Mapping[str, RowSet], **how: Any) -> Merge:
+    job = make_job(folder, base, experts, **how)
+    dynamic(job, folder / "merge")
+    return Merge(job, folder / "merge", sets)
+
+
+@pytest.fixture(scope="module")
+def llama_experts(llamas: Folders, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    lora = make_adapter(make_llama(), tmp_path_factory.mktemp("lora") / "lora", 3, target_modules="all-linear")
+    return {"math": llamas["math"], "code": llamas["code"], "lora": lora}
+
+
+@pytest.fixture(scope="module")
+def causal(llamas: Folders, llama_experts: Folders, tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    """Two full fine-tunes and a LoRA adapter under task arithmetic."""
+    return merge(tmp_path_factory.mktemp("causal"), llamas["base"], llama_experts, CALIBRATION)
+
+
+@pytest.fixture(scope="module")
+def encoders(berts: Folders, tmp_path_factory: pytest.TempPathFactory) -> Merge:
+    """Classifiers with heads of their own."""
+    sets = {"mood": classes(2, "good", "bad", "fine", "sad"), "topic": classes(3, "12", "345", "6789", "0")}
+    experts = {name: berts[name] for name in sets}
+    return merge(tmp_path_factory.mktemp("encoders"), berts["base"], experts, sets)
+
+
+def tokenised(model: DynamicModel, texts: list[str]) -> list[list[int]]:
+    return [model.tokenizer(text)["input_ids"] for text in texts]
+
+
+def plain_logits(network: PreTrainedModel, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = network.eval()(torch.tensor([ids])).logits[0]
+    return logits
+
+
+def set_weights(network: PreTrainedModel, base: Path, vectors: Mapping[str, Any], row: Mapping[str, float]) -> None:
+    """Give a network, or its trunk, the weights base + Σ coefficient · vector."""
+    weights = weights_of(base)
+    for name, by_expert in vectors.items():
+        for expert, vector in by_expert.items():
+            weights[name] = weights[name] + row[expert] * vector.dense()
+    prefix = "" if set(weights) <= set(network.state_dict()) else f"{network.base_model_prefix}."
+    left = network.load_state_dict({prefix + name: tensor for name, tensor in weights.items()}, strict=False)
+    assert not left.unexpected_keys
+    network.tie_weights()
+
+
+def by_name(model: DynamicModel, routes: Routes, row: int) -> dict[str, float]:
+    return dict(zip(model.experts, routes.coefficients[row].tolist(), strict=True))
+
+
+# Limits ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [("task_arithmetic", {}), ("ties", {"densities": dict.fromkeys(CALIBRATION, 0.4)})],
+)
+def test_a_large_temperature_is_the_static_merge(
+    method: str, how: dict[str, Any], llamas: Folders, llama_experts: Folders, tmp_path: Path
+) -> None:
+    one = merge(tmp_path, llamas["base"], llama_experts, CALIBRATION, method=method, **how)
+    merged(one.job, tmp_path / "static")
+    model = one.routed(tmp_path / "out", temperature=1e9)
+    static, base = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "static", llamas["base"]))
+    sequences = tokenised(model, TEXTS)
+    found = model.logits(sequences, model.route(sequences))
+    for ids, logits in zip(sequences, found, strict=True):
+        expected = plain_logits(static, ids)
+        torch.testing.assert_close(logits[: len(ids)], expected, rtol=0, atol=1e-4)
+        assert (plain_logits(base, ids) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("score", ["centroid", "discriminant", "nearest", "shift", "alignment"])
+def test_a_small_temperature_with_mass_one_is_the_nearest_expert(
+    score: str, causal: Merge, llama_experts: Folders, tmp_path: Path
+) -> None:
+    model = causal.routed(tmp_path, temperature=1e-6, mass=1.0, score=score, layer=2, pool="mean")
+    sequences = tokenised(model, TEXTS)
+    routes = model.route(sequences)
+    assert torch.equal(routes.coefficients, torch.eye(3)[routes.experts])
+    found = model.logits(sequences, routes)
+    networks = {name: AutoModelForCausalLM.from_pretrained(llama_experts[name]) for name in ("math", "code")}
+    networks["lora"] = PeftModel.from_pretrained(make_llama(), llama_experts["lora"]).merge_and_unload()
+    for ids, logits, expert in zip(sequences, found, routes.experts, strict=True):
+        expected = plain_logits(networks[model.experts[expert]], ids)
+        torch.testing.assert_close(logits[: len(ids)], expected, rtol=0, atol=1e-4)
+
+
+def test_permuting_experts_permutes_coefficients(causal: Merge, tmp_path: Path) -> None:
+    settings = {"temperature": 0.3, "score": "shift", "layer": 1, "pool": "last"}
+    one = causal.routed(tmp_path / "one", **settings)
+    backwards = {name: causal.calibration[name] for name in reversed(causal.calibration)}
+    other = Merge(causal.job, causal.folder, backwards).routed(tmp_path / "other", **settings)
+    assert other.experts == one.experts[::-1]
+    sequences = tokenised(one, TEXTS)
+    first, second = one.route(sequences), other.route(sequences)
+    torch.testing.assert_close(second.coefficients.flip(1), first.coefficients, rtol=0, atol=1e-5)
+    assert [one.experts[i] for i in first.experts] == [other.experts[i] for i in second.experts]
+    torch.testing.assert_close(one.logits(sequences, first), other.logits(sequences, second), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("score", ["centroid", "discriminant", "nearest", "shift", "alignment"])
+def test_a_batch_gives_what_its_samples_give_one_by_one(score: str, causal: Merge, tmp_path: Path) -> None:
+    model = causal.routed(tmp_path, temperature=0.3, score=score)
+    sequences = tokenised(model, TEXTS)
+    together = model.route(sequences)
+    logits = model.logits(sequences, together)
+    for row, ids in enumerate(sequences):
+        alone = model.route([ids])
+        torch.testing.assert_close(alone.coefficients[0], together.coefficients[row], rtol=0, atol=1e-4)
+        torch.testing.assert_close(model.logits([ids], alone)[0], logits[row][: len(ids)], rtol=0, atol=1e-4)
+    assert len({tuple(row) for row in together.coefficients.tolist()}) == len(TEXTS)
+
+
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40))
+def test_parts_of_a_batch_hold_every_sample_once_and_little_padding(lengths: list[int]) -> None:
+    found = parts(lengths)
+    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
+    for rows in found:
+        longest = max(lengths[row] for row in rows)
+        assert all(longest - lengths[row] <= PADDING * longest for row in rows)
+    # No fewer parts would do: the longest of each is too long for the one before.
+    assert all(lengths[b[0]] < (1 - PADDING) * lengths[a[0]] for a, b in pairwise(found))
+
+
+def test_answers_come_in_the_order_of_the_samples(encoders: Merge, tmp_path: Path) -> None:
+    model = encoders.routed(tmp_path, temperature=0.2)
+    texts = ["x" * length for length in (3, 90, 1, 40, 3, 41, 12)]
+    sequences = tokenised(model, texts)
+    assert len(parts([len(ids) for ids in sequences])) > 3
+    routes = model.route(sequences)
+    given = ["mood", "topic", "topic", "mood", "topic", "mood", "mood"]
+    routed = [model.experts[i] for i in routes.experts]
+    for names, found in zip((given, routed), model.class_logits(sequences, routes, given, routed), strict=True):
+        for row, ids in enumerate(sequences):
+            alone = Routes(routes.coefficients[[row]], [routes.experts[row]])
+            ((expected,),) = model.class_logits([ids], alone, [names[row]])
+            torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-4)
+    assert [one.expert for one in model.predict(texts)] == routed
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+def test_generation_is_that_of_the_routed_weights(causal: Merge, llamas: Folders, tmp_path: Path) -> None:
+    model = causal.routed(tmp_path, temperature=0.2, mass=1.5)
+    sequences = tokenised(model, TEXTS)
+    routes = model.route(sequences)
+    found = model.generate(sequences, routes, 12)
+    network, vectors = make_llama().eval(), vectors_of(causal.folder)
+    for row, ids in enumerate(sequences):
+        set_weights(network, llamas["base"], vectors, by_name(model, routes, row))
+        expected = network.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=12
+        )[0, len(ids) :].tolist()
+        assert found[row] == (expected[: expected.index(1)] if 1 in expected else expected)
+    answers = model.predict(TEXTS, max_new_tokens=12)
+    assert [one.prediction for one in answers] == [
+        model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found
+    ]
+
+
+def test_every_end_token_of_the_folder_ends_an_answer(causal: Merge, tmp_path: Path) -> None:
+    model = causal.routed(tmp_path)
+    sequences = tokenised(model, TEXTS)
+    routes = model.route(sequences)
+    before = model.generate(sequences, routes, 12)
+    end = next(ids[3] for ids in before if len(ids) > 3)
+    (tmp_path / BASE / "generation_config.json").unlink()  # it is linked
+    (tmp_path / BASE / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, end]}))
+    after = DynamicModel.load(tmp_path, verify=False).generate(sequences, routes, 12)
+    assert after == [ids[: ids.index(end)] if end in ids else ids for ids in before] != before
+
+
+def test_a_text_that_begins_with_the_begin_token_gets_no_second_one(
+    causal: Merge, encoders: Merge, tmp_path: Path
+) -> None:
+    for number, merge_ in enumerate((causal, encoders)):
+        model = merge_.routed(tmp_path / str(number))
+        plain = model.predict(["<s>1+2="], max_new_tokens=4)
+        model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+        assert model.predict(["1+2="], max_new_tokens=4) == model.predict(["<s>1+2="], max_new_tokens=4) == plain
+
+
+def test_classes_by_given_and_by_routed_heads(encoders: Merge, berts: Folders, tmp_path: Path) -> None:
+    model = encoders.routed(tmp_path, temperature=0.2, mass=1.0)
+    texts = ["good", "45", "some longer text of words", "x"]
+    sequences = tokenised(model, texts)
+    routes = model.route(sequences)
+    given = ["topic", "mood", "topic", "topic"]
+    routed = [model.experts[i] for i in routes.experts]
+    by_assignment = model.class_logits(sequences, routes, given, routed)
+    networks = {name: AutoModelForSequenceClassification.from_pretrained(berts[name]).eval() for name in model.experts}
+    vectors = vectors_of(encoders.folder)
+    for names, found in zip((given, routed), by_assignment, strict=True):
+        for row, (name, ids, logits) in enumerate(zip(names, sequences, found, strict=True)):
+            set_weights(networks[name], berts["base"], vectors, by_name(model, routes, row))
+            torch.testing.assert_close(logits, plain_logits(networks[name], ids), rtol=0, atol=1e-4)
+    answers = model.predict(texts)
+    assert [one.expert for one in answers] == routed
+    assert [one.prediction for one in answers] == [f"LABEL_{int(logits.argmax())}" for logits in by_assignment[1]]
+
+
+@pytest.mark.parametrize("padding", [2, None])
+def test_decoders_with_classification_heads(padding: int | None, llamas: Folders, save: Save, tmp_path: Path) -> None:
+    """Their heads look for the last token of a text; without a padding token of the config, too."""
+    experts = {}
+    for seed, (name, labels) in enumerate({"mood": 2, "topic": 3}.items(), 1):
+        torch.manual_seed(seed)
+        network = LlamaForSequenceClassification(llama_config(num_labels=labels, pad_token_id=padding))
+        network.model.load_state_dict(make_llama().model.state_dict())
+        experts[name] = save(perturbed(network, seed), name, tmp_path)
+    sets = {"mood": classes(2, "good", "bad"), "topic": classes(3, "12", "345", "6789")}
+    one = merge(tmp_path, llamas["base"], experts, sets)
+    model = one.routed(tmp_path / "out", temperature=1e-6, mass=1.0)
+    sequences = tokenised(model, ["good", "45", "some longer text"])
+    routes = Routes(torch.eye(2)[[0, 1, 1]], [0, 1, 1])
+    names = ["mood", "topic", "topic"]
+    (found,) = model.class_logits(sequences, routes, names)
+    for name, ids, logits in zip(names, sequences, found, strict=True):
+        network = AutoModelForSequenceClassification.from_pretrained(experts[name])
+        torch.testing.assert_close(logits, plain_logits(network, ids), rtol=0, atol=1e-4)
+
+
+def classifier_base(save: Save, folder: Path) -> tuple[PreTrainedModel, Path]:
+    """A base that is itself a classifier with two classes."""
+    base = make_bert_expert(make_bert_trunk(), 5, 2)
+    return base, save(base, "base", folder)
+
+
+def test_a_head_of_the_base_is_merged_like_the_trunk(save: Save, tmp_path: Path) -> None:
+    network, base = classifier_base(save, tmp_path)
+    experts = {}
+    for seed, name in enumerate(("mood", "news"), 1):
+        _, folder = classifier_base(save, tmp_path / name)
+        experts[name] = save(
+            perturbed(AutoModelForSequenceClassification.from_pretrained(folder), seed), f"{name}-tuned", tmp_path
+        )
+    sets = {"mood": classes(2, "good", "bad"), "news": classes(2, "12", "345")}
+    one = merge(tmp_path, base, experts, sets)
+    model = one.routed(tmp_path / "out", temperature=0.3)
+    assert model.heads == {}
+    sequences = tokenised(model, ["good", "45"])
+    routes = model.route(sequences)
+    (found,) = model.class_logits(sequences, routes, ["mood", "news"])
+    for row, ids in enumerate(sequences):
+        set_weights(network, base, vectors_of(one.folder), by_name(model, routes, row))
+        torch.testing.assert_close(found[row], plain_logits(network, ids), rtol=0, atol=1e-4)
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_predictions(causal: Merge, tmp_path: Path) -> None:
+    model = causal.routed(tmp_path, temperature=0.05, mass=1.2)
+    assert model.predict([]) == []
+    (one,) = model.predict(["1+2="], max_new_tokens=3)
+    assert one.expert == max(one.coefficients, key=one.coefficients.__getitem__)
+    assert list(one.coefficients) == ["math", "code", "lora"]
+    assert sum(one.coefficients.values()) == pytest.approx(1.2, abs=1e-5)
+    assert model.predict(["def g(", "1+2="], max_new_tokens=3)[1].prediction == one.prediction
+
+
+def test_texts_that_the_model_cannot_take(causal: Merge, encoders: Merge, tmp_path: Path) -> None:
+    model = causal.routed(tmp_path / "causal")
+    assert len(model.predict(["x" * 120], max_new_tokens=8)) == 1
+    with pytest.raises(InputError, match="text 1 has 121 tokens; the model takes 1 to 120: shorten it"):
+        model.predict(["x", "x" * 121], max_new_tokens=8)
+    with pytest.raises(InputError, match="text 0 has 0 tokens"):
+        model.predict([""])
+    classifier = encoders.routed(tmp_path / "encoders")
+    assert len(classifier.predict(["x" * 128])) == 1
+    with pytest.raises(InputError, match="text 0 has 129 tokens; the model takes 1 to 128"):
+        classifier.predict(["x" * 129])
+
+
+def test_positions_of_roberta_start_behind_the_padding_token(save: Save, tmp_path: Path) -> None:
+    """Its config has more positions than it takes tokens."""
+    config = {
+        "vocab_size": 259,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 12,
+        "pad_token_id": 2,
+    }
+    trunk = RobertaModel(RobertaConfig(**config), add_pooling_layer=False)
+    experts = {}
+    for seed, name in enumerate(("mood", "news"), 1):
+        network = RobertaForSequenceClassification(RobertaConfig(**config))
+        network.roberta.load_state_dict(trunk.state_dict())
+        experts[name] = save(perturbed(network, seed), name, tmp_path)
+    sets = {"mood": classes(2, "good", "bad"), "news": classes(2, "12", "345")}
+    model = merge(tmp_path, save(trunk, "base", tmp_path), experts, sets).routed(tmp_path / "out")
+    assert len(model.predict(["x" * 9])) == 1
+    with pytest.raises(InputError, match="text 0 has 10 tokens"):
+        model.predict(["x" * 10])
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(causal: Merge, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("routed")
+    causal.run(out)
+    return out
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_copy_is_whole(folder: Path, copied: Path) -> None:
+    answers = DynamicModel.load(folder).predict(TEXTS, max_new_tokens=4)
+    assert DynamicModel.load(copied).predict(TEXTS, max_new_tokens=4) == answers
+
+
+def test_another_dtype(folder: Path) -> None:
+    model = DynamicModel.load(folder, dtype="bfloat16")
+    assert {parameter.dtype for parameter in model.network.network.parameters()} == {torch.bfloat16}
+    assert len(model.predict(TEXTS, max_new_tokens=2)) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base/model.safetensors",
+        "base/tokenizer.json",
+        "statistics.safetensors",
+        "route.json",
+        "vectors/group-00001.safetensors",
+    ],
+)
+def test_missing_and_altered_files_are_named(name: str, copied: Path) -> None:
+    content = bytearray((copied / name).read_bytes())
+    content[-1] ^= 1
+    (copied / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}: is altered, its sha256 is not that in {MANIFEST}"):
+        DynamicModel.load(copied)
+    (copied / name).unlink()
+    with pytest.raises(InputError, match=f"{name}: is missing; copy the folder again"):
+        DynamicModel.load(copied)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change a manifest and seal it again."""
+    content = read_json(folder / MANIFEST) | changes
+    del content["digest"]
+    (folder / MANIFEST).write_text(json.dumps(content | {"digest": sha256_text(canonical(content))}))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "vectors/../../secret"])
+def test_names_outside_the_folder(name: str, copied: Path) -> None:
+    (copied.parent / "secret").write_text("s")
+    edit(copied, files={name: sha256_file(copied.parent / "secret")})
+    with pytest.raises(InputError, match="which lies outside the folder"):
+        DynamicModel.load(copied)
+
+
+def test_manifests_that_are_none(copied: Path, llamas: Folders) -> None:
+    with pytest.raises(InputError, match=rf"no {MANIFEST} in it; expected the folder of a variant with application"):
+        DynamicModel.load(llamas["base"])
+    for version in (1, 99):
+        edit(copied, version=version)
+        with pytest.raises(InputError, match=f"version {version}, this sensmerge reads 2; run the recipe again"):
+            DynamicModel.load(copied)
+    for text in ("{", "[]", "{}", "\udcff"):
+        (copied / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
+        with pytest.raises(InputError, match="not the manifest of a dynamic model"):
+            DynamicModel.load(copied)
+
+
+@pytest.mark.parametrize("key", ["files", "experts", "router"])
+def test_a_manifest_that_lacks_something(key: str, copied: Path) -> None:
+    content = read_json(copied / MANIFEST)
+    del content[key], content["digest"]
+    (copied / MANIFEST).write_text(json.dumps(content | {"digest": sha256_text(canonical(content))}))
+    with pytest.raises(InputError, match=f"{MANIFEST}: not the manifest of a dynamic model"):
+        DynamicModel.load(copied)
+
+
+def test_an_altered_manifest(copied: Path) -> None:
+    content = read_json(copied / MANIFEST)
+    content["router"]["temperature"] = 9.0
+    (copied / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"{MANIFEST}: is altered"):
+        DynamicModel.load(copied)
+
+
+def test_verification_can_be_left_out(copied: Path) -> None:
+    (copied / "route.json").unlink()
+    assert DynamicModel.load(copied, verify=False).experts == ("math", "code", "lora")
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        LlamaForCausalLM,
+    ],
+)
+def test_no_loader_of_checkpoints_takes_the_base_for_the_merge(
+    loader: Any, folder: Path, causal: Merge, encoders: Merge
+) -> None:
+    for one in (folder, causal.folder, encoders.folder):
+        with pytest.raises((OSError, ValueError)):
+            loader.from_pretrained(one)
+        with pytest.raises((OSError, ValueError)):
+            pipeline(model=str(one), task="text-generation")
+    assert AutoModelForCausalLM.from_pretrained(folder / BASE).config.model_type == "llama"
+
+
+def test_the_tokenizer_is_that_of_the_base(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenised(DynamicModel.load(folder), TEXTS) == [tokenizer(text)["input_ids"] for text in TEXTS]

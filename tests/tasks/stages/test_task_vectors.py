@@ -1,0 +1,180 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.checkpoints.weights import ExpertWeights, layer_groups
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.methods.delta import Whole
+from sensmerge.tasks.methods.sparsify import histogram_of
+from sensmerge.tasks.networks.base import open_base
+from sensmerge.tasks.networks.expert import open_expert
+from sensmerge.tasks.stages.task_vectors import finish_task_vector, measure_group, read_histogram
+from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed
+
+Save = Callable[..., Path]
+Change = Callable[[torch.Tensor], object]
+
+
+def measured(expert: ExpertWeights, name: str, out: Path, group_bytes: int = 16 * 2**10) -> dict[str, Any]:
+    """Run all pieces of the stage."""
+    groups = layer_groups(expert.base, group_bytes)
+    for group in range(len(groups)):
+        assert measure_group(expert, name, groups, group, out)
+    return finish_task_vector(expert, name, groups, out)
+
+
+def of_folders(base: Path, expert: Path, name: str, out: Path) -> dict[str, Any]:
+    return measured(open_expert(expert, open_base(base), f"experts.{name}"), name, out)
+
+
+def altered(folder: Path, changes: dict[str, Change], file: str = "model.safetensors") -> Path:
+    """Change single tensors of a saved model in place."""
+    tensors = load_file(folder / file)
+    for name, change in changes.items():
+        change(tensors[name])
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    return folder
+
+
+def norms(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: entry[key] for key in ("changed", "l1", "l2", "max")}
+
+
+def poison(value: float, count: int = 1) -> Change:
+    return lambda tensor: tensor.view(-1)[:count].fill_(value)
+
+
+def test_norms_and_histograms(llamas: dict[str, Path], tmp_path: Path) -> None:
+    found = of_folders(llamas["base"], llamas["math"], "math", tmp_path)
+    base, expert = (load_file(llamas[name] / "model.safetensors") for name in ("base", "math"))
+    table = read_json(tmp_path / "task_vector.json")
+    assert set(table) == set(base)
+    squares = 0.0
+    for name, entry in table.items():
+        delta = expert[name].double() - base[name].double()
+        assert entry["changed"]
+        assert entry["l1"] == pytest.approx(float(delta.abs().sum()), rel=1e-5)
+        assert entry["l2"] == pytest.approx(float(delta.square().sum().sqrt()), rel=1e-5)
+        assert entry["max"] == pytest.approx(float(delta.abs().max()), rel=1e-5)
+        squares += float(delta.square().sum())
+        histogram = read_histogram(tmp_path, name)
+        assert histogram is not None
+        assert int(histogram.sum()) == delta.numel()
+        assert torch.equal(histogram, histogram_of(Whole((expert[name] - base[name]).flatten()), base[name].flatten()))
+    assert found == {"tensors": len(base), "changed": len(base), "l2": pytest.approx(squares**0.5, rel=1e-5)}
+
+
+def test_unchanged_tensors(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    one = "model.layers.1.mlp.up_proj.weight"
+    expert = altered(save(make_llama(), "expert", tmp_path), {one: lambda tensor: tensor.view(-1)[3].add_(0.5)})
+    assert of_folders(base, expert, "expert", tmp_path) == {
+        "tensors": len(load_file(base / "model.safetensors")),
+        "changed": 1,
+        "l2": pytest.approx(0.5),
+    }
+    table = read_json(tmp_path / "task_vector.json")
+    assert [name for name, entry in table.items() if entry["changed"]] == [one]
+    assert norms(table["model.norm.weight"]) == {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0}
+    assert read_histogram(tmp_path, "model.norm.weight") is None
+    histogram = read_histogram(tmp_path, one)
+    assert histogram is not None
+    assert histogram[0] == histogram.sum() - 1
+
+
+def test_an_expert_that_is_the_base(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    assert of_folders(base, base, "same", tmp_path) | {"tensors": 0} == {"tensors": 0, "changed": 0, "l2": 0.0}
+
+
+def test_adapter(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    adapter = make_adapter(make_llama(), tmp_path / "adapter", 1, target_modules=["q_proj", "down_proj"])
+    of_folders(base, adapter, "lora", tmp_path)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    table = read_json(tmp_path / "task_vector.json")
+    changed = {name for name, entry in table.items() if entry["changed"]}
+    assert changed == {f"model.layers.{i}.{m}.weight" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj")}
+    weights = load_file(base / "model.safetensors")
+    for name in changed:
+        delta = merged.state_dict()[name].double() - weights[name].double()
+        assert table[name]["l2"] == pytest.approx(float(delta.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_in_an_expert(value: float, save: Save, llamas: dict[str, Path], tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    expert = altered(save(make_llama(), "expert", tmp_path), {name: poison(value, 2)})
+    with pytest.raises(InputError, match=rf"experts\.math: tensor {name} of .*expert has 2 NaN or Inf of 512 values"):
+        of_folders(llamas["base"], expert, "math", tmp_path)
+    assert not (tmp_path / "task_vector.json").exists()
+
+
+def test_numbers_that_are_none_in_an_adapter(save: Save, llamas: dict[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(make_llama(), tmp_path / "adapter", 1, target_modules=["q_proj"])
+    factor = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    altered(adapter, {factor: poison(float("nan"))}, "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"experts\.lora: tensor model\.layers\.0\.self_attn\.q_proj\.weight of .*NaN"):
+        of_folders(llamas["base"], adapter, "lora", tmp_path)
+
+
+def test_numbers_that_are_none_in_a_head(save: Save, berts: dict[str, Path], tmp_path: Path) -> None:
+    expert = save(make_bert_expert(make_bert_trunk(), 1, 2), "mood", tmp_path)
+    altered(expert, {"classifier.bias": poison(float("inf"))})
+    with pytest.raises(InputError, match=r"experts\.mood: tensor classifier\.bias of .*has 1 NaN or Inf of 2 values"):
+        of_folders(berts["base"], expert, "mood", tmp_path)
+
+
+def test_half_precision_is_measured_in_float32(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama().bfloat16(), "base", tmp_path)
+    # 1 + 2⁻⁷ is the next number after 1 that bfloat16 has.
+    one = "model.norm.weight"
+    expert = altered(save(make_llama().bfloat16(), "expert", tmp_path), {one: poison(1 + 2**-7)})
+    of_folders(base, expert, "expert", tmp_path)
+    entry = read_json(tmp_path / "task_vector.json")[one]
+    assert norms(entry) == {"changed": True, "l1": 2**-7, "l2": 2**-7, "max": 2**-7}
+
+
+def test_content_tells_tensors_apart_and_nothing_else(save: Save, tmp_path: Path) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    one, other = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    folders = [save(perturbed(make_llama(), 1), name, tmp_path) for name in ("first", "second")]
+    altered(folders[1], {one: lambda tensor: tensor.view(-1)[3].add_(0.5)})
+    adapters = [
+        make_adapter(make_llama(), tmp_path / f"adapter-{alpha}", 1, target_modules=["up_proj"], lora_alpha=alpha)
+        for alpha in (8, 4)
+    ]
+    opened = open_base(base)
+    found = [open_expert(path, opened, "experts.x") for path in (*folders, *adapters)]
+    first, second, lora, weaker = ({name: each.content(name) for name in (one, other)} for each in found)
+    assert first[other] == second[other]
+    assert lora[other] == weaker[other] != first[other]  # an adapter leaves it as the base has it
+    assert len({each[one] for each in (first, second, lora, weaker)}) == 4
+    assert open_expert(folders[0], opened, "experts.y").content(one) == first[one]
+
+
+def test_groups_change_nothing_and_are_not_measured_twice(llamas: dict[str, Path], tmp_path: Path) -> None:
+    expert = open_expert(llamas["math"], open_base(llamas["base"]), "experts.math")
+    folders = [tmp_path / name for name in ("one", "many", "continued")]
+    for folder in folders:
+        folder.mkdir()
+    found = [measured(expert, "math", folders[0], 1 << 40), measured(expert, "math", folders[1], 1)]
+    groups = layer_groups(expert.base, 1)
+    # What an interrupted run leaves: some groups, and half of another.
+    assert measure_group(expert, "math", groups, 1, folders[2])
+    (folders[2] / ".group-0.safetensors").write_bytes(b"half")
+    assert [measure_group(expert, "math", groups, group, folders[2]) for group in range(len(groups))].count(False) == 1
+    found.append(finish_task_vector(expert, "math", groups, folders[2]))
+    assert found[0] == found[1] == found[2]
+    names = {"task_vector.json", "histograms.safetensors"}
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == names
+        for name in names:
+            assert (folder / name).read_bytes() == (folders[0] / name).read_bytes()
