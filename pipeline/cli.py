@@ -17,13 +17,13 @@ from rich.console import Console
 
 from sensmerge.pipeline.execute.stop import Stopped, stoppable
 from sensmerge.pipeline.options import Options
-from sensmerge.pipeline.plan.models import download_key, list_models
+from sensmerge.pipeline.plan.models import list_models
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.recipe.schema import Recipe
-from sensmerge.pipeline.store.store import Store
+from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.tracking.uri import TRACKING_URI, check_server, checked_uri
 from sensmerge.tasks.errors import InputError, StepError
-from sensmerge.tasks.stages.download import Listing
+from sensmerge.tasks.stages.download import DownloadJob, Listing
 
 app = typer.Typer(
     name="sensmerge",
@@ -201,7 +201,9 @@ def _begin(options: Options) -> dict[str, Listing]:
     """List the models; if any is new there will be work, and Ray starts."""
     check_server(options.uri)
     listings = list_models(options.recipe, options.folder, options.store.hub_cache)
-    if any(options.store.manifest(download_key(name, listing)) is None for name, listing in listings.items()):
+    cache = options.store.hub_cache
+    keys = [Key.of(name, DownloadJob(listing, cache)) for name, listing in listings.items()]
+    if any(options.store.manifest(key) is None for key in keys):
         from sensmerge.pipeline.execute.run import connect
 
         connect(options.address)

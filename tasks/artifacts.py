@@ -1,12 +1,15 @@
-"""Small JSON files of artifacts, written whole or not at all."""
+"""Artifacts, and their small JSON files, which are written whole or not at all."""
 
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from sensmerge.tasks.identity import Local
 
 _HASHED_AT_ONCE = 32 * 2**20
 
@@ -30,6 +33,11 @@ def read_json(path: Path) -> Any:
 def canonical(value: Any) -> str:
     """Return the one JSON text of a value that fingerprints are taken of: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def ordered(value: Any) -> str:
+    """Return the JSON text of a value in the order of its keys, which counts; no spaces."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def sha256_text(text: str) -> str:
@@ -58,3 +66,11 @@ def hash_file(path: Path, digest: "hashlib._Hash | xxhash.xxh3_128") -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What an earlier step has made."""
+
+    fingerprint: str
+    folder: Local[Path]

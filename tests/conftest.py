@@ -28,6 +28,7 @@ from transformers import (
 from sensmerge.pipeline.plan.models import list_models
 from sensmerge.pipeline.plan.plan import Plan, make_plan
 from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.stages.cross_task import CrossTaskJob, finish_distances, run_trunk
 from tests.merged import assert_store_loads
@@ -282,7 +283,8 @@ def do_steps(plan: Plan) -> None:
             continue
         out = plan.store.partial(step.key)
         out.mkdir(parents=True, exist_ok=True)
-        for part in step.parts:
-            part(out=out)
-        plan.store.publish(step.key, {"result": step.finish(out=out)})
+        job = step.job.resumed(EarlierArtifacts(plan.store, step.key))
+        for part in job.parts():
+            job.run(part, out)
+        plan.store.publish(step.key, {"result": job.finish(out)})
     assert_store_loads(plan.store.root)

@@ -22,7 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.pipeline.execute.worker import Done, Spent, run_finish, run_part
 from sensmerge.pipeline.recipe.schema import Stage
+from sensmerge.pipeline.store.earlier import EarlierArtifacts
+from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.errors import InputError, StepError
+from sensmerge.tasks.stages.job import Job
 
 if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does not wait for
     from sensmerge.pipeline.plan.plan import Plan
@@ -47,9 +50,16 @@ class _Running:
     """A step under way: its pieces not submitted yet, and what the finished ones took."""
 
     step: Step
-    waiting: deque[Callable[..., bool]]
+    job: ray.ObjectRef[Job]
+    waiting: deque[int | str]
     pending: int
     spent: Spent = field(default_factory=Spent)
+
+    @classmethod
+    def begin(cls, step: Step, store: Store) -> _Running:
+        """Look for what earlier runs left, and hand the job to Ray, once for all its pieces."""
+        job = step.job.resumed(EarlierArtifacts(store, step.key))
+        return cls(step, ray.put(job), deque(job.parts()), len(job.parts()) + 1)
 
 
 @dataclass
@@ -57,17 +67,20 @@ class _Schedule:
     """Which steps are ready, and how much of each stage is in flight."""
 
     steps: list[Step]
+    store: Store
     done: set[str]
     limits: Mapping[Stage, int]
     in_flight: dict[str, int] = field(default_factory=dict)
     running: dict[str, _Running] = field(default_factory=dict)
 
-    def take(self) -> Iterator[tuple[_Running, Callable[..., bool] | None]]:
+    def take(self) -> Iterator[tuple[_Running, int | str | None]]:
         """Yield pieces that may be submitted now; None stands for a step's finish."""
         for step in self.steps:
             if step.title in self.done or not set(step.needs) <= self.done:
                 continue
-            state = self.running.setdefault(step.title, _Running(step, deque(step.parts), len(step.parts) + 1))
+            if step.title not in self.running:
+                self.running[step.title] = _Running.begin(step, self.store)
+            state = self.running[step.title]
             while self._has_room(step.stage) and state.waiting:
                 self._count(step.stage, 1)
                 yield state, state.waiting.popleft()
@@ -143,7 +156,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
         done = {step.title for step in plan.steps} - set(plan.todo)
-        schedule = _Schedule(steps, done, limits)
+        schedule = _Schedule(steps, plan.store, done, limits)
         flying: dict[ray.ObjectRef, tuple[_Running, bool]] = {}
         while not schedule.finished():
             for state, part in schedule.take():
@@ -181,7 +194,7 @@ def _advice(plan: Plan, stage: Stage) -> str:
     return fewer
 
 
-def _submit(plan: Plan, state: _Running, part: Callable[..., bool] | None) -> ray.ObjectRef[Done]:
+def _submit(plan: Plan, state: _Running, part: int | str | None) -> ray.ObjectRef[Done]:
     step = state.step
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
@@ -194,10 +207,8 @@ def _submit(plan: Plan, state: _Running, part: Callable[..., bool] | None) -> ra
         "name": step.title,
     }
     if part is not None:
-        return _RUN_PART.options(**options).remote(part, plan.store.partial(step.key), threads)
-    return _RUN_FINISH.options(**options).remote(
-        step.finish, plan.store, step.key, bool(step.parts), state.spent, threads
-    )
+        return _RUN_PART.options(**options).remote(state.job, part, plan.store.partial(step.key), threads)
+    return _RUN_FINISH.options(**options).remote(state.job, plan.store, step.key, state.spent, threads)
 
 
 def _result(ready: ray.ObjectRef[Any], title: str, advice: str, others: Iterable[ray.ObjectRef[Any]]) -> Any:

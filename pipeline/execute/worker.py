@@ -12,6 +12,7 @@ from typing import Any
 
 from sensmerge.pipeline.store.store import Key, Store, file_sizes
 from sensmerge.tasks.errors import noted
+from sensmerge.tasks.stages.job import Job
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,16 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run_part(part: Callable[..., bool], partial: Path, threads: int) -> Done:
-    """Run one of a step's pieces in the folder under construction; it says whether there was something left to do."""
+def run_part(job: Job, part: int | str, partial: Path, threads: int) -> Done:
+    """Run one of a job's pieces in the folder under construction; it says whether there was something left to do."""
     partial.mkdir(parents=True, exist_ok=True)
-    was_left, spent = _measured(lambda: part(out=partial), threads)
+    was_left, spent = _measured(lambda: job.run(part, partial), threads)
     return Done({}, spent if was_left else replace(spent, pieces_run=0))
 
 
-def run_finish(
-    finish: Callable[..., dict[str, Any]], store: Store, key: Key, has_parts: bool, before: Spent, threads: int
-) -> Done:
-    """Run a step's last piece and publish its artifact, in one go on the worker."""
+def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int) -> Done:
+    """Complete a job and publish its artifact, in one go on the worker."""
+    has_parts = bool(job.parts())
     partial = store.partial(key)
     published = store.local_manifest(key)
     if has_parts and not partial.exists() and published is not None:
@@ -101,7 +101,7 @@ def run_finish(
     if not has_parts and partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    result, spent = _measured(lambda: finish(out=partial), threads)
+    result, spent = _measured(lambda: job.finish(partial), threads)
     done = Done(result, before + spent, sum(file_sizes(partial).values()), platform.node())
     manifest = asdict(done.spent) | {"bytes": done.bytes, "node": done.node, "result": result}
     store.publish(key, manifest, result.get("by_tensor", ()))

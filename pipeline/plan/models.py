@@ -7,13 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sensmerge.pipeline.recipe.schema import Recipe
-from sensmerge.pipeline.store.store import Key
 from sensmerge.tasks.artifacts import canonical, sha256_text
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages.download import Listing, parse_model_id, resolve
-
-VERSION = 2
-"""Of the download stage's artifact and of what all fingerprints have in common."""
 
 
 def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]:
@@ -37,11 +33,6 @@ def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]
         listings = dict(zip(texts, pool.map(listing, texts), strict=True))
     _check_distinct(listings)
     return listings
-
-
-def download_key(name: str, listing: Listing) -> Key:
-    """Return what names the artifact of a model's download."""
-    return Key.of("download", name, VERSION, {}, {"files": model_digest(listing)})
 
 
 def model_digest(listing: Listing) -> str:

@@ -1,15 +1,15 @@
 """The steps of a recipe: what each reads, its fingerprint, and the work."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from sensmerge.pipeline.plan.inputs import Inputs
-from sensmerge.pipeline.plan.models import download_key, weight_bytes
+from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.placement import Choice
 from sensmerge.pipeline.plan.rows import TaskRows
 from sensmerge.pipeline.recipe.schema import Recipe, Stage, Variant
@@ -28,16 +28,16 @@ from sensmerge.tasks.networks.placement import Actors
 from sensmerge.tasks.rows.source import rows_digest
 from sensmerge.tasks.stages import (
     cross_task,
-    download,
     evaluate,
     evaluate_dynamic,
     merge,
     merge_vectors,
     route,
     sensitivity,
-    task_vectors,
 )
-from sensmerge.tasks.stages.download import Listing
+from sensmerge.tasks.stages.download import DownloadJob, Listing
+from sensmerge.tasks.stages.job import Job
+from sensmerge.tasks.stages.task_vectors import TaskVectorsJob
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,11 @@ class Resolved:
 class Step:
     """One unit of work of a stage."""
 
-    stage: Stage
     name: str
     key: Key
     needs: tuple[str, ...]
     """titles of the steps that must be done before"""
-    finish: Callable[..., dict[str, Any]]
-    """called with out=folder on a worker; what it returns is kept in the manifest"""
-    parts: tuple[Callable[..., bool], ...] = ()
-    """pieces that may run side by side before `finish`, each called with out=folder; doing one twice is harmless; they
-    return whether there was something left to do"""
+    job: Job
     reads: int = 0
     """bytes read"""
     writes: int = 0
@@ -73,9 +68,55 @@ class Step:
     """workers that it starts for itself, each with the resources of the stage; then it takes none of its own"""
 
     @property
+    def stage(self) -> Stage:
+        """The stage that it is a step of."""
+        return cast(Stage, self.key.stage)
+
+    @property
     def title(self) -> str:
         """The step as logs and errors name it."""
         return f"{self.stage} {self.name}"
+
+
+@dataclass(frozen=True)
+class Callables(Job):
+    """The work of a stage that has no job of its own yet."""
+
+    inputs: Mapping[str, Any]
+    finishing: Callable[..., dict[str, Any]]
+    pieces: tuple[Callable[..., bool], ...] = ()
+
+    def identity(self) -> dict[str, Any]:
+        """See `Job`."""
+        return dict(self.inputs)
+
+    def parts(self) -> Sequence[int]:
+        """See `Job`."""
+        return range(len(self.pieces))
+
+    def run(self, part: int | str, out: Path) -> bool:
+        """See `Job`."""
+        return self.pieces[int(part)](out=out)
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        return self.finishing(out=out)
+
+
+def _key(stage: str, name: str, version: int, settings: Mapping[str, Any], reads: Mapping[str, str]) -> Key:
+    return Key(stage, name, {"stage": stage, "version": version, "settings": dict(settings), "reads": dict(reads)})
+
+
+def _step(
+    key: Key,
+    needs: tuple[str, ...],
+    finish: Callable[..., dict[str, Any]],
+    parts: tuple[Callable[..., bool], ...] = (),
+    reads: int = 0,
+    writes: int = 0,
+    actors: int = 0,
+) -> Step:
+    return Step(key.name, key, needs, Callables(key.inputs, finish, parts), reads, writes, actors)
 
 
 def lay_out(resolved: Resolved) -> list[Step]:
@@ -112,10 +153,9 @@ def lay_out(resolved: Resolved) -> list[Step]:
 
 
 def _download_step(name: str, listing: Listing, store: Store) -> Step:
-    key = download_key(name, listing)
-    missing = sum(file.size for file in listing.missing())
-    finish = partial(download.download, listing, store.hub_cache)
-    return Step("download", name, key, (), finish, reads=sum(file.size for file in listing.files), writes=missing)
+    job = DownloadJob(listing, store.hub_cache)
+    size, missing = (sum(file.size for file in files) for files in (listing.files, listing.missing()))
+    return Step(name, Key.of(name, job), (), job, reads=size, writes=missing)
 
 
 def _reads(steps: Mapping[str, Step], *names: str) -> dict[str, str]:
@@ -137,22 +177,18 @@ def _device(resolved: Resolved, stage: Stage) -> str:
 
 
 def _task_vectors_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
-    # Another expert may untie the base; then this one's vectors have tensors more.
-    settings = {"untied": True} if resolved.inputs.base.untied else {}
-    key = Key.of("task_vectors", name, task_vectors.VERSION, settings, _reads(downloads, "base", name))
     base, experts = resolved.inputs.only_weights()
-    groups = layer_groups(base)
-    finish = partial(task_vectors.finish_task_vector, experts[name], name, groups)
-    return Step(
-        "task_vectors",
-        name,
-        key,
-        _titles(downloads, "base", name),
-        finish,
-        tuple(partial(task_vectors.measure_group, experts[name], name, groups, group) for group in range(len(groups))),
-        reads=weight_bytes(resolved.inputs.listings["base"]) + weight_bytes(resolved.inputs.listings[name]),
-        writes=len(resolved.inputs.base.weights) * 32_000,
+    job = TaskVectorsJob(
+        base=downloads["base"].key.fingerprint,
+        expert=downloads[name].key.fingerprint,
+        untied=bool(resolved.inputs.base.untied),
+        name=name,
+        weights=experts[name],
+        groups=layer_groups(base),
     )
+    reads = weight_bytes(resolved.inputs.listings["base"]) + weight_bytes(resolved.inputs.listings[name])
+    writes = len(resolved.inputs.base.weights) * 32_000
+    return Step(name, Key.of(name, job), _titles(downloads, "base", name), job, reads, writes)
 
 
 def _calibration_settings(task: Task) -> dict[str, Any]:
@@ -184,10 +220,8 @@ def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Ste
         resolved.placements["sensitivity"].placement,
         base_config=resolved.inputs.experts[name].base_config,
     )
-    return Step(
-        "sensitivity",
-        name,
-        Key.of("sensitivity", name, sensitivity.VERSION, settings, reads),
+    return _step(
+        _key("sensitivity", name, sensitivity.VERSION, settings, reads),
         _titles(downloads, "base", name),
         finish,
         reads=weight_bytes(resolved.inputs.listings["base"]) + weight_bytes(resolved.inputs.listings[name]),
@@ -230,7 +264,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     # What the head of task j reads of a trunk depends on the head's config, a distance on all of expert j.
     trunks = _pair_prints(resolved, about, lambda i, j: ("base", i, f"head {j}", f"calibration {j}", "tokenizer"))
     pairs = _pair_prints(resolved, about, lambda i, j: ("base", i, j, f"calibration {j}", "tokenizer"))
-    key = Key.of("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
+    key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
     known: dict[str, float] = {}
     kept: dict[str, Path] = {}
     for folder in () if resolved.store.manifest(key) else resolved.store.artifacts("cross_task"):
@@ -260,9 +294,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
     tokens = sum(one.calibration_tokens for one in resolved.inputs.data.values())
     scratch = len(names) * _state_bytes(resolved, tokens) + _kept_bytes(resolved, "cross_task", tokens)
-    return Step(
-        "cross_task",
-        "all",
+    return _step(
         key,
         _titles(downloads, "base", *names),
         partial(cross_task.finish_distances, job),
@@ -351,11 +383,9 @@ def _merge_step(
         writes = sum(merge.plan_merged(resolved.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
         version, part, finish = merge.VERSION, merge.merge_group, merge.finish_merge
-    key = Key.of("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed})
+    key = _key("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed})
     job = replace(job, previous=resolved.store.last(key))
-    return Step(
-        "merge",
-        name,
+    return _step(
         key,
         tuple(step.title for step in needed),
         partial(finish, job, resolved.inputs.tokenizer.folder),
@@ -401,8 +431,8 @@ def _route_step(resolved: Resolved, name: str, variant: Variant, merged: Step) -
         device,
     )
     # The model's files are linked, not written again.
-    key = Key.of("route", name, route.VERSION, settings, reads)
-    return Step("route", name, key, (merged.title,), finish, reads=merged.writes)
+    key = _key("route", name, route.VERSION, settings, reads)
+    return _step(key, (merged.title,), finish, reads=merged.writes)
 
 
 def _evaluate_dynamic_step(resolved: Resolved, name: str, routed: Step) -> Step:
@@ -415,8 +445,8 @@ def _evaluate_dynamic_step(resolved: Resolved, name: str, routed: Step) -> Step:
     }
     device = _device(resolved, "evaluate")
     finish = partial(evaluate_dynamic.evaluate_dynamic, resolved.store.folder(routed.key), evaluation, device)
-    key = Key.of("evaluate", name, evaluate_dynamic.VERSION, settings, reads)
-    return Step("evaluate", name, key, (routed.title,), finish, reads=routed.reads)
+    key = _key("evaluate", name, evaluate_dynamic.VERSION, settings, reads)
+    return _step(key, (routed.title,), finish, reads=routed.reads)
 
 
 def _row_sets(resolved: Resolved, split: Literal["calibration", "evaluation"]) -> dict[str, RowSet]:
@@ -463,7 +493,7 @@ def _evaluate_step(
     labels = _labels(resolved, task_name, one.task)
     listing = resolved.inputs.listings.get(model)
     settings = {"dtype": resolved.recipe.dtype, "task": scoring_settings(one.task), "labels": labels}
-    key = Key.of("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
+    key = _key("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
     trunk = None
     if head and listing and model != head and not resolved.inputs.experts[head].has_trunk_in_head():
         # This model stays what it is when the task's expert changes, of which it only takes the head.
@@ -491,9 +521,7 @@ def _evaluate_step(
         _device(resolved, "evaluate"),
     )
     size = weight_bytes(resolved.inputs.listings["base"])
-    return Step(
-        "evaluate",
-        f"{model}/{task_name}",
+    return _step(
         key,
         tuple(step.title for _, step in needed.values()),
         finish,

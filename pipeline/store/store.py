@@ -6,6 +6,7 @@ once; what others made is downloaded when it is needed, its small files as soon 
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,9 +24,10 @@ from urllib.request import url2pathname
 from filelock import FileLock, Timeout
 
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
-from sensmerge.tasks.artifacts import canonical, checksum_file, read_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import checksum_file, ordered, read_json, sha256_text, write_json
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
+from sensmerge.tasks.stages.job import Job
 
 MANIFEST = "manifest.json"
 FINGERPRINT = "fingerprint.json"
@@ -48,17 +50,17 @@ class Key:
     stage: str
     name: str
     inputs: Mapping[str, Any]
-    """stage, version of the stage, semantic settings, digests of what is read"""
+    """what the job's identity says: stage, version, and all that the result depends on"""
 
     @classmethod
-    def of(cls, stage: str, name: str, version: int, settings: Mapping[str, Any], reads: Mapping[str, str]) -> "Key":
-        """Return the key of a step's artifact."""
-        return cls(stage, name, {"stage": stage, "version": version, "settings": dict(settings), "reads": dict(reads)})
+    def of(cls, name: str, job: Job) -> "Key":
+        """Return the key of the artifact that a job makes."""
+        return cls(job.stage, name, job.identity())
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the canonical JSON of the inputs."""
-        return sha256_text(canonical(self.inputs))
+        """sha256 over the JSON of the inputs, in their order."""
+        return sha256_text(ordered(self.inputs))
 
 
 @dataclass(frozen=True)
@@ -358,6 +360,10 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         return found
     if old == new:
         return []
-    if path.startswith("reads."):
-        return [f"{path.removeprefix('reads.')} changed"]
+    if _is_digest(old) and _is_digest(new):
+        return [f"{path.removesuffix('.fingerprint').removesuffix('.digest')} changed"]
     return [f"{path}: {old} → {new}"]
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None

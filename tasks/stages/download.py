@@ -30,6 +30,8 @@ from sensmerge.tasks.artifacts import hash_file, read_json, sha256_text, write_j
 from sensmerge.tasks.checkpoints.checkpoint import TensorInfo, read_header, tensor_info
 from sensmerge.tasks.checkpoints.companions import WEIGHTS, is_companion, is_plain, local_files
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.identity import Local
+from sensmerge.tasks.stages.job import Job
 
 CONFIGS = ["config.json", "adapter_config.json"]
 READ = [WEIGHTS, "*.safetensors.index.json", *CONFIGS]
@@ -87,10 +89,10 @@ class ListedFile:
 class Listing:
     """The files of a model, and where they lie or will lie."""
 
-    source: LocalModel | HubModel
-    folder: Path
+    source: Local[LocalModel | HubModel]
+    folder: Local[Path]
     """for a hub model, the snapshot folder of its commit in the cache"""
-    revision: str | None
+    revision: Local[str | None]
     """commit of a hub model"""
     files: tuple[ListedFile, ...]
 
@@ -255,7 +257,7 @@ def small_files(listing: Listing, cache: Path) -> Path:
     """Fetch and verify all but the weights of a model (configs, index, tokenizer) and return its folder.
 
     Raises:
-        InputError: as `download`.
+        InputError: as `DownloadJob`.
     """
     fetch_files(listing, [file.name for file in listing.files if not fnmatch(file.name, WEIGHTS)], cache)
     return listing.folder
@@ -265,7 +267,7 @@ def fetch_files(listing: Listing, names: Collection[str], cache: Path) -> None:
     """Fetch and verify some files of a model.
 
     Raises:
-        InputError: as `download`.
+        InputError: as `DownloadJob`.
     """
     if isinstance(listing.source, HubModel):
         with _hub(listing.source, cache) as api:
@@ -299,38 +301,50 @@ def safetensors_header(listing: Listing, name: str, cache: Path) -> dict[str, Te
     }
 
 
-def download(listing: Listing, cache: Path, out: Path) -> dict[str, Any]:
-    """Bring all files of a model to this machine and verify them; files of a local folder stay where they are.
+@dataclass(frozen=True)
+class DownloadJob(Job):
+    """Brings all files of a model to this machine and verifies them; files of a local folder stay where they are."""
 
-    Args:
-        listing: the model's files, from `resolve`.
-        cache: folder of the hub's cache.
-        out: folder of the artifact; `files.json` is written there: source, folder, revision and the files with
-            name, size in bytes and sha256.
+    stage = "download"
+    version = 2
 
-    Returns:
-        folder, revision and bytes (total size of the files).
+    listing: Listing
+    """the model's files, from `resolve`"""
+    cache: Local[Path]
+    """folder of the hub's cache"""
 
-    Raises:
-        InputError: not enough room on the disk; a file's digest is wrong twice; a local file changed after it was
-            listed; the hub cannot be reached and not everything is in the cache.
-    """
-    if isinstance(listing.source, LocalModel):
-        changed = {file.name for file in {*listing.files} ^ {*_local_files(listing.source, cache)}}
-        if changed:
-            raise InputError(
-                f"model {listing.source}: {', '.join(sorted(changed))} changed after it was planned; run again"
-            )
-        sha256 = {file.name: file.digest for file in listing.files}
-    else:
-        sha256 = _download(listing, listing.source, cache)
-    files = [
-        {"name": file.name, "size": file.size, "sha256": sha256[file.name].partition(":")[2]} for file in listing.files
-    ]
-    summary = {"folder": str(listing.folder), "revision": listing.revision}
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "files.json", {"source": str(listing.source), **summary, "files": files})
-    return {**summary, "bytes": sum(file.size for file in listing.files)}
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Write `files.json`: source, folder, revision, and the files with name, size in bytes and sha256.
+
+        Returns:
+            folder, revision and bytes (total size of the files).
+
+        Raises:
+            InputError: not enough room on the disk; a file's digest is wrong twice; a local file changed after it was
+                listed; the hub cannot be reached and not everything is in the cache.
+        """
+        listing = self.listing
+        sha256 = _verified(listing, self.cache)
+        files = [
+            {"name": file.name, "size": file.size, "sha256": sha256[file.name].partition(":")[2]}
+            for file in listing.files
+        ]
+        summary = {"folder": str(listing.folder), "revision": listing.revision}
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "files.json", {"source": str(listing.source), **summary, "files": files})
+        return {**summary, "bytes": sum(file.size for file in listing.files)}
+
+
+def _verified(listing: Listing, cache: Path) -> dict[str, str]:
+    """Return the sha256 digests of a model's files, fetched where they lie on the hub."""
+    if not isinstance(listing.source, LocalModel):
+        return _download(listing, listing.source, cache)
+    changed = {file.name for file in {*listing.files} ^ {*_local_files(listing.source, cache)}}
+    if changed:
+        raise InputError(
+            f"model {listing.source}: {', '.join(sorted(changed))} changed after it was planned; run again"
+        )
+    return {file.name: file.digest for file in listing.files}
 
 
 def _download(listing: Listing, source: HubModel, cache: Path) -> dict[str, str]:

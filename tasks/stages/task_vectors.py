@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,84 +15,99 @@ from sensmerge.tasks.artifacts import read_json, write_json
 from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.checkpoints.weights import ExpertWeights
 from sensmerge.tasks.errors import InputError, noted
+from sensmerge.tasks.identity import Local
 from sensmerge.tasks.methods import kernels
 from sensmerge.tasks.methods.delta import BLOCK, Delta, pieces
 from sensmerge.tasks.methods.sparsify import BINS
+from sensmerge.tasks.stages.job import Job
 
-VERSION = 4
 TABLE = "task_vector.json"
 HISTOGRAMS = "histograms.safetensors"
 
-Groups = Sequence[Sequence[str]]
 
+@dataclass(frozen=True)
+class TaskVectorsJob(Job):
+    """Measures one expert's task vector."""
 
-def measure_group(expert: ExpertWeights, name: str, groups: Groups, group: int, out: Path) -> bool:
-    """Measure the task vector of one expert on one group of layers, in one pass, piece by piece.
+    stage = "task_vectors"
+    version = 5
 
-    A group that an earlier, interrupted run finished is left as it is, and False returned.
+    base: str
+    """fingerprint of the base's artifact"""
+    expert: str
+    """fingerprint of the expert's artifact"""
+    untied: bool
+    """whether another expert unties the base, so that this one's vectors have tensors more"""
+    name: Local[str]
+    """of the expert, for messages"""
+    weights: Local[ExpertWeights]
+    groups: Local[Sequence[Sequence[str]]]
+    """the base's weights in groups of whole layers"""
 
-    Args:
-        expert: the expert.
-        name: its name, for messages.
-        groups: the base's weights in groups of whole layers.
-        group: which of them.
-        out: the folder under construction.
+    def parts(self) -> Sequence[int]:
+        """Return the numbers of the groups."""
+        return range(len(self.groups))
 
-    Raises:
-        InputError: NaN or Inf in the expert, naming the tensor.
-    """
-    done = out / _measured(group)
-    if done.exists():
-        return False
-    torch.set_num_threads(1)  # sums must not depend on how many threads share them
-    tensors: dict[str, dict[str, Any]] = {}
-    histograms: dict[str, torch.Tensor] = {}
-    for tensor in groups[group]:
-        content = {"content": expert.content(tensor)}
-        tensors[tensor] = {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0} | content
-        if not expert.touches(tensor):
-            continue
-        with noted(f"tensor {tensor} of layer {layer_of(tensor)}"):
-            entry, histogram = _measure(expert.task_vector(tensor), expert.base.read(tensor).view(-1))
-        if not math.isfinite(entry["max"]):
-            raise _not_finite(expert.delta(tensor), tensor, expert, name)
-        if entry["max"]:
-            tensors[tensor] = {"changed": True} | entry | content
-            bins = histogram.nonzero().flatten()
-            histograms[tensor] = torch.stack([bins, histogram[bins]])
-    save_file(histograms, out / _histograms(group))
-    write_json(done, tensors)
-    return True
+    def run(self, part: int | str, out: Path) -> bool:
+        """Measure one group of layers, in one pass, piece by piece.
 
+        A group that an earlier, interrupted run finished is left as it is, and False returned.
 
-def finish_task_vector(expert: ExpertWeights, name: str, groups: Groups, out: Path) -> dict[str, Any]:
-    """Put together what `measure_group` found in all groups.
+        Raises:
+            InputError: NaN or Inf in the expert, naming the tensor.
+        """
+        assert isinstance(part, int)
+        done = out / _measured(part)
+        if done.exists():
+            return False
+        torch.set_num_threads(1)  # sums must not depend on how many threads share them
+        tensors: dict[str, dict[str, Any]] = {}
+        histograms: dict[str, torch.Tensor] = {}
+        for tensor in self.groups[part]:
+            content = {"content": self.weights.content(tensor)}
+            tensors[tensor] = {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0} | content
+            if not self.weights.touches(tensor):
+                continue
+            with noted(f"tensor {tensor} of layer {layer_of(tensor)}"):
+                entry, histogram = _measure(self.weights.task_vector(tensor), self.weights.base.read(tensor).view(-1))
+            if not math.isfinite(entry["max"]):
+                raise _not_finite(self.weights.delta(tensor), tensor, self.weights, self.name)
+            if entry["max"]:
+                tensors[tensor] = {"changed": True} | entry | content
+                bins = histogram.nonzero().flatten()
+                histograms[tensor] = torch.stack([bins, histogram[bins]])
+        save_file(histograms, out / _histograms(part))
+        write_json(done, tensors)
+        return True
 
-    Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude, and `content`, the digest of what
-    they come from) and `histograms.safetensors` (per changed tensor: the filled bins of its magnitude histogram and
-    their counts, int64 (2, bins), from which TIES takes exact thresholds for any density).
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Put together what was found in all groups.
 
-    Returns:
-        The number of tensors and of changed ones, and the L2 norm of the whole task vector.
+        Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude, and `content`, the digest of
+        what they come from) and `histograms.safetensors` (per changed tensor: the filled bins of its magnitude
+        histogram and their counts, int64 (2, bins), from which TIES takes exact thresholds for any density).
 
-    Raises:
-        InputError: NaN or Inf in the expert's head, naming the tensor.
-    """
-    for tensor, values in expert.head_tensors().items():
-        if not bool(values.isfinite().all()):
-            raise _not_finite(values, tensor, expert, name)
-    tensors: dict[str, dict[str, Any]] = {}
-    histograms: dict[str, torch.Tensor] = {}
-    for group in range(len(groups)):
-        tensors |= read_json(out / _measured(group))
-        histograms |= load_file(out / _histograms(group))
-    save_file(histograms, out / HISTOGRAMS)
-    write_json(out / TABLE, tensors)
-    for group in range(len(groups)):
-        (out / _measured(group)).unlink()
-        (out / _histograms(group)).unlink()
-    total = math.hypot(*(entry["l2"] for entry in tensors.values()))
-    return {"tensors": len(tensors), "changed": sum(entry["changed"] for entry in tensors.values()), "l2": total}
+        Returns:
+            The number of tensors and of changed ones, and the L2 norm of the whole task vector.
+
+        Raises:
+            InputError: NaN or Inf in the expert's head, naming the tensor.
+        """
+        for tensor, values in self.weights.head_tensors().items():
+            if not bool(values.isfinite().all()):
+                raise _not_finite(values, tensor, self.weights, self.name)
+        tensors: dict[str, dict[str, Any]] = {}
+        histograms: dict[str, torch.Tensor] = {}
+        for group in self.parts():
+            tensors |= read_json(out / _measured(group))
+            histograms |= load_file(out / _histograms(group))
+        save_file(histograms, out / HISTOGRAMS)
+        write_json(out / TABLE, tensors)
+        for group in self.parts():
+            (out / _measured(group)).unlink()
+            (out / _histograms(group)).unlink()
+        total = math.hypot(*(entry["l2"] for entry in tensors.values()))
+        return {"tensors": len(tensors), "changed": sum(entry["changed"] for entry in tensors.values()), "l2": total}
 
 
 def _measured(group: int) -> str:

@@ -53,9 +53,9 @@ def _routed(plan: Plan, folder: Path) -> Path:
     for step in plan.steps:
         out = store.partial(step.key)
         out.mkdir(parents=True)
-        for part in step.parts:
-            part(out=out)
-        store.publish(step.key, step.finish(out=out))
+        for part in step.job.parts():
+            step.job.run(part, out)
+        store.publish(step.key, step.job.finish(out))
     (route,) = (step for step in plan.steps if step.stage == "route")
     return store.folder(route.key)
 

@@ -21,7 +21,8 @@ ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 (node,) = (one for one in ray.nodes() if one["Alive"])
 metrics = StepMetrics("counted")
 for name in ("ta", "ties"):
-    metrics.count(Step("merge", name, Key("merge", name, {}), (), print), Done({}, Spent(seconds=2.5), bytes=1000))
+    step = Step(name, Key("merge", name, {}), (), Callables({}, print))
+    metrics.count(step, Done({}, Spent(seconds=2.5), bytes=1000))
 print(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", flush=True)
 sys.stdin.read()
 """

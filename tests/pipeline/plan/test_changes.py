@@ -16,7 +16,7 @@ def download(plan: Plan) -> None:
     """Run the download steps, as workers do."""
     for step in plan.steps:
         if step.stage == "download":
-            run_finish(step.finish, plan.store, step.key, False, Spent(), 1)
+            run_finish(step.job, plan.store, step.key, Spent(), 1)
 
 
 def test_a_branch_that_moved(

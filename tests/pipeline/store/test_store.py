@@ -12,7 +12,7 @@ from sensmerge.tasks.errors import InputError
 
 
 def key(weight: float = 0.4, expert: str = "a" * 64) -> Key:
-    inputs = {"stage": "merge", "version": 1, "settings": {"weight": weight}, "reads": {"math": expert}}
+    inputs = {"stage": "merge", "version": 1, "settings": {"weight": weight}, "math": {"fingerprint": expert}}
     return Key("merge", "ta", inputs)
 
 
@@ -41,9 +41,9 @@ def test_a_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
     assert (publish(store, key()) / "data").exists()
 
 
-def test_fingerprint_depends_on_content_and_not_on_order() -> None:
-    shuffled = Key("merge", "other name", dict(reversed(key().inputs.items())))
-    assert shuffled.fingerprint == key().fingerprint
+def test_fingerprint_depends_on_content_and_order_and_not_on_the_name() -> None:
+    assert Key("merge", "other name", key().inputs).fingerprint == key().fingerprint
+    assert Key("merge", "ta", dict(reversed(key().inputs.items()))).fingerprint != key().fingerprint
     assert key(0.5).fingerprint != key().fingerprint
 
 

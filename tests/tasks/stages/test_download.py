@@ -17,11 +17,11 @@ from safetensors.torch import save, save_file
 from sensmerge.tasks.checkpoints.checkpoint import TensorInfo
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages.download import (
+    DownloadJob,
     HubModel,
     ListedFile,
     Listing,
     LocalModel,
-    download,
     parse_model_id,
     resolve,
     safetensors_header,
@@ -96,7 +96,7 @@ def test_download_lists_fetches_and_verifies(hub: HubServer, cache: Path, tmp_pa
     assert listing.files[1].digest == f"sha256:{sha256(files['model.safetensors']).hexdigest()}"
     assert [file.name for file in listing.missing()] == ["model.safetensors", "tokenizer.json"]
 
-    result = download(listing, cache, tmp_path / "out")
+    result = DownloadJob(listing, cache).finish(tmp_path / "out")
     total = sum(len(files[file.name]) for file in listing.files)
     assert result == {"folder": str(listing.folder), "revision": commit, "bytes": total}
     assert {path.name: path.read_bytes() for path in listing.folder.iterdir()} == {
@@ -110,7 +110,7 @@ def test_download_lists_fetches_and_verifies(hub: HubServer, cache: Path, tmp_pa
     assert listing.missing() == ()
 
     hub.requests.clear()
-    assert download(listing, cache, tmp_path / "again") == result
+    assert DownloadJob(listing, cache).finish(tmp_path / "again") == result
     assert hub.requests == []
 
 
@@ -135,7 +135,7 @@ def test_small_files_travel_from_known_subfolders(hub: HubServer, cache: Path, t
     small_files(listing, cache)
     lacking = [file.name for file in listing.missing()]
     assert lacking == ["2_Dense/model.safetensors", "model.safetensors"]
-    download(listing, cache, tmp_path / "out")
+    DownloadJob(listing, cache).finish(tmp_path / "out")
     assert {file.name: (listing.folder / file.name).read_bytes() for file in listing.files} == {
         name: files[name] for name in names
     }
@@ -157,7 +157,7 @@ def test_git_digest_is_the_one_of_git(hub: HubServer, cache: Path, tmp_path: Pat
     blob = subprocess.run([git, "hash-object", tmp_path / "config.json"], capture_output=True, text=True, check=True)
     listing = resolve(MAIN, cache)
     assert listing.files[0].digest == f"git:{blob.stdout.strip()}"
-    download(listing, cache, tmp_path / "out")
+    DownloadJob(listing, cache).finish(tmp_path / "out")
 
 
 def test_moving_branch_does_not_move_a_listing(hub: HubServer, cache: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_moving_branch_does_not_move_a_listing(hub: HubServer, cache: Path, tmp_
     after = resolve(MAIN, cache)
     assert (before.revision, after.revision) == (first, second)
     for listing, seed in ((before, 1), (after, 2)):
-        download(listing, cache, tmp_path / "out")
+        DownloadJob(listing, cache).finish(tmp_path / "out")
         assert (listing.folder / "model.safetensors").read_bytes() == model_files(seed)["model.safetensors"]
 
 
@@ -177,7 +177,7 @@ def test_broken_transfer_is_resumed(hub: HubServer, cache: Path, tmp_path: Path)
     hub.add_repo(REPO, files)
     hub.cut["model.safetensors"] = written + 50_000
     listing = resolve(MAIN, cache)
-    download(listing, cache, tmp_path / "out")
+    DownloadJob(listing, cache).finish(tmp_path / "out")
     assert [(r.range, r.sent) for r in hub.fetched("model.safetensors")] == [
         (None, written + 50_000),
         (f"bytes={written}-", size - written),
@@ -192,25 +192,25 @@ def test_wrong_checksum_is_refused_and_forgotten(name: str, hub: HubServer, cach
     hub.corrupt.add(name)
     expected = next(file.digest for file in listing.files if file.name == name)
     with pytest.raises(InputError, match=rf"{name} is damaged: expected .* {expected}, found twice .*"):
-        download(listing, cache, tmp_path / "out")
+        DownloadJob(listing, cache).finish(tmp_path / "out")
     assert len(hub.fetched(name)) == 2
     assert [file.name for file in listing.missing()] == [name]
     assert not os.path.lexists(listing.folder / name)
     assert not (tmp_path / "out").exists()
 
     hub.corrupt.clear()
-    download(listing, cache, tmp_path / "out")
+    DownloadJob(listing, cache).finish(tmp_path / "out")
     assert (listing.folder / name).read_bytes() == model_files()[name]
 
 
 def test_file_damaged_on_the_disk_is_fetched_again(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     hub.add_repo(REPO, model_files())
     listing = resolve(MAIN, cache)
-    download(listing, cache, tmp_path / "out")
+    DownloadJob(listing, cache).finish(tmp_path / "out")
     with (listing.folder / "model.safetensors").open("r+b") as file:
         file.truncate(100)
     hub.requests.clear()
-    download(listing, cache, tmp_path / "out")
+    DownloadJob(listing, cache).finish(tmp_path / "out")
     assert len(hub.fetched("model.safetensors")) == 1
     assert (listing.folder / "model.safetensors").read_bytes() == model_files()["model.safetensors"]
 
@@ -219,7 +219,7 @@ def test_file_damaged_on_the_disk_is_fetched_again(hub: HubServer, cache: Path, 
 def test_offline_repeat(how: str, hub: HubServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = hub.add_repo(REPO, model_files())
     listing = resolve(MAIN, cache)
-    result = download(listing, cache, tmp_path / "out")
+    result = DownloadJob(listing, cache).finish(tmp_path / "out")
     hub.requests.clear()
     if how == "stopped":
         hub.stop()
@@ -228,7 +228,7 @@ def test_offline_repeat(how: str, hub: HubServer, cache: Path, tmp_path: Path, m
     assert resolve(MAIN, cache) == listing
     assert resolve(HubModel(REPO, commit), cache).files == listing.files
     assert small_files(listing, cache) == listing.folder
-    assert download(listing, cache, tmp_path / "again") == result
+    assert DownloadJob(listing, cache).finish(tmp_path / "again") == result
     assert hub.requests == []
     with pytest.raises(InputError) as caught:
         resolve(HubModel(REPO, "v2"), cache)
@@ -246,7 +246,7 @@ def test_offline_with_a_partial_snapshot(
     with pytest.raises(InputError, match=r"cannot be reached .*; nothing of it is cached"):
         safetensors_header(listing, "model.safetensors", cache)
     with pytest.raises(InputError, match=r"cannot be reached .*; nothing of it is cached"):
-        download(listing, cache, tmp_path / "out")
+        DownloadJob(listing, cache).finish(tmp_path / "out")
     with pytest.raises(InputError, match=r"cannot be reached .*; nothing of it is cached"):
         resolve(HubModel(REPO, commit[::-1]), cache)
 
@@ -307,20 +307,20 @@ def test_no_room(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     known = resolve(MAIN, cache)
     huge = Listing(MAIN, known.folder, known.revision, (ListedFile("model.safetensors", 10**18, "sha256:0"),))
     with pytest.raises(InputError, match=rf"{10**18} bytes to download, but .* has room for \d+"):
-        download(huge, cache, tmp_path / "out")
+        DownloadJob(huge, cache).finish(tmp_path / "out")
     assert hub.fetched("model.safetensors") == []
 
 
 def test_room_is_not_needed_for_what_another_commit_brought(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     hub.add_repo(REPO, model_files())
-    download(resolve(MAIN, cache), cache, tmp_path / "out")
+    DownloadJob(resolve(MAIN, cache), cache).finish(tmp_path / "out")
     hub.add_repo(REPO, model_files() | {"config.json": b"{}"})
     listing = resolve(MAIN, cache)
     assert [file.name for file in listing.missing()] == ["model.safetensors", "tokenizer.json"]
     blob = listing.files[1].digest.partition(":")[2]
     huge = replace(listing, files=(listing.files[0], ListedFile("model.safetensors", 10**18, f"sha256:{blob}")))
     with pytest.raises(InputError, match=f"expected {10**18} bytes"):  # past the check for room, to that of the size
-        download(huge, cache, tmp_path / "out")
+        DownloadJob(huge, cache).finish(tmp_path / "out")
 
 
 def test_header_of_a_file_that_the_model_lacks(hub: HubServer, cache: Path) -> None:
@@ -339,7 +339,7 @@ def test_header_is_read_without_the_file(hub: HubServer, cache: Path, tmp_path: 
     assert transfer.sent <= 100_001
     assert [file.name for file in listing.missing()] == ["model.safetensors"]
 
-    download(listing, cache, tmp_path / "out")
+    DownloadJob(listing, cache).finish(tmp_path / "out")
     hub.requests.clear()
     assert safetensors_header(listing, "model.safetensors", cache) == header
     assert hub.requests == []
@@ -377,7 +377,11 @@ def test_local_folder_is_referenced(local: LocalModel, cache: Path, tmp_path: Pa
         for name in ("config.json", "model.safetensors", "tokenizer.json")
     ]
     total = sum(file.size for file in listing.files)
-    assert download(listing, cache, tmp_path / "out") == {"folder": str(local.folder), "revision": None, "bytes": total}
+    assert DownloadJob(listing, cache).finish(tmp_path / "out") == {
+        "folder": str(local.folder),
+        "revision": None,
+        "bytes": total,
+    }
     written = json.loads((tmp_path / "out/files.json").read_text())
     assert [f"sha256:{file['sha256']}" for file in written["files"]] == [file.digest for file in listing.files]
 
@@ -404,7 +408,7 @@ def test_local_file_changed_after_planning(change: str, local: LocalModel, cache
     else:
         (local.folder / name).write_text("other")
     with pytest.raises(InputError, match=f"{name} changed"):
-        download(listing, cache, tmp_path / "out")
+        DownloadJob(listing, cache).finish(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,7 @@ from sensmerge.tasks.methods.delta import Whole
 from sensmerge.tasks.methods.sparsify import histogram_of
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
-from sensmerge.tasks.stages.task_vectors import finish_task_vector, measure_group, read_histogram
+from sensmerge.tasks.stages.task_vectors import TaskVectorsJob, read_histogram
 from tests.conftest import make_adapter, make_bert_expert, make_bert_trunk, make_llama, perturbed
 
 Save = Callable[..., Path]
@@ -24,10 +24,15 @@ Change = Callable[[torch.Tensor], object]
 
 def measured(expert: ExpertWeights, name: str, out: Path, group_bytes: int = 16 * 2**10) -> dict[str, Any]:
     """Run all pieces of the stage."""
+    job = make_job(expert, name, group_bytes)
+    for group in job.parts():
+        assert job.run(group, out)
+    return job.finish(out)
+
+
+def make_job(expert: ExpertWeights, name: str, group_bytes: int) -> TaskVectorsJob:
     groups = layer_groups(expert.base, group_bytes)
-    for group in range(len(groups)):
-        assert measure_group(expert, name, groups, group, out)
-    return finish_task_vector(expert, name, groups, out)
+    return TaskVectorsJob("base", "expert", untied=False, name=name, weights=expert, groups=groups)
 
 
 def of_folders(base: Path, expert: Path, name: str, out: Path) -> dict[str, Any]:
@@ -166,12 +171,12 @@ def test_groups_change_nothing_and_are_not_measured_twice(llamas: dict[str, Path
     for folder in folders:
         folder.mkdir()
     found = [measured(expert, "math", folders[0], 1 << 40), measured(expert, "math", folders[1], 1)]
-    groups = layer_groups(expert.base, 1)
+    job = make_job(expert, "math", 1)
     # What an interrupted run leaves: some groups, and half of another.
-    assert measure_group(expert, "math", groups, 1, folders[2])
+    assert job.run(1, folders[2])
     (folders[2] / ".group-0.safetensors").write_bytes(b"half")
-    assert [measure_group(expert, "math", groups, group, folders[2]) for group in range(len(groups))].count(False) == 1
-    found.append(finish_task_vector(expert, "math", groups, folders[2]))
+    assert [job.run(group, folders[2]) for group in job.parts()].count(False) == 1
+    found.append(job.finish(folders[2]))
     assert found[0] == found[1] == found[2]
     names = {"task_vector.json", "histograms.safetensors"}
     for folder in folders:

@@ -1,0 +1,51 @@
+"""What a step does. Every stage has a job: a frozen dataclass whose fields are all that the step reads, and how."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+from sensmerge.tasks.identity import identity
+
+
+class Earlier(Protocol):
+    """Artifacts of earlier runs that a step may take results from."""
+
+    def last(self) -> Path | None:
+        """Return the newest artifact of the same stage and name; None if there is none, or it is damaged."""
+
+    def artifacts(self) -> Iterator[Path]:
+        """Yield all artifacts of the stage."""
+
+    def is_intact(self, folder: Path, name: str) -> bool:
+        """Return whether a file of an artifact is as it was written."""
+
+
+@dataclass(frozen=True)
+class Job(ABC):
+    """One step's work. It goes to the workers once; what it names is small, or is read from files."""
+
+    stage: ClassVar[str]
+    version: ClassVar[int]
+    """counts up whenever equal inputs give other results than before"""
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that the result depends on, as JSON: stage, version, and every field that is not local."""
+        return {"stage": self.stage, "version": self.version, **identity(self)}
+
+    def resumed(self, earlier: Earlier) -> Self:
+        """Return the job with what it can take over from earlier artifacts; called once, as the step begins."""
+        return self
+
+    def parts(self) -> Sequence[int | str]:
+        """Return what names the pieces that may run side by side before `finish`; doing one twice is harmless."""
+        return ()
+
+    def run(self, part: int | str, out: Path) -> bool:
+        """Do one of the pieces in the folder under construction; return whether there was something left to do."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Complete the artifact in its folder, after all pieces; what is returned is kept in the manifest."""

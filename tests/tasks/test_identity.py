@@ -1,0 +1,50 @@
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+
+from sensmerge.tasks.identity import For, Local, Only, identity
+from sensmerge.tasks.strict import Strict
+
+
+class Settings(Strict):
+    weight: float = 1.0
+    batch_size: Local[int] = 8
+    loss: Annotated[str, Only("calibration")] = "all"
+    metric: Annotated[str, Only("evaluation")] = "accuracy"
+
+
+@dataclass(frozen=True)
+class Work:
+    settings: Settings
+    calibrated: Annotated[Settings, For("calibration")]
+    folder: Local[Path]
+    names: tuple[str, ...] = ()
+
+
+def test_fields_count_but_those_that_are_local() -> None:
+    found = identity(Work(Settings(), Settings(), Path("anywhere"), ("b", "a")))
+    assert found == {
+        "settings": {"weight": 1.0, "loss": "all", "metric": "accuracy"},
+        "calibrated": {"weight": 1.0, "loss": "all"},
+        "names": ["b", "a"],
+    }
+
+
+def test_settings_of_one_use() -> None:
+    assert identity(Settings(), "evaluation") == {"weight": 1.0, "metric": "accuracy"}
+
+
+def test_the_order_of_keys_counts() -> None:
+    assert list(identity({"b": 1, "a": 2})) == ["b", "a"]
+    assert identity({"b", "a"}) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "value", [Path("folder"), torch.float32, torch.zeros(1), object(), float("nan"), {1: 2}, Settings, b"bytes"]
+)
+def test_what_has_no_stable_form_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"^names\[0\]: .* has no stable form"):
+        identity(Work(Settings(), Settings(), Path(), (value,)))
