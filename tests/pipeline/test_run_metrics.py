@@ -12,10 +12,10 @@ import pytest
 DRIVER = """
 import sys
 import ray
-from pipeline.steps import Step
-from pipeline.run import StepMetrics
-from pipeline.store import Key
-from pipeline.worker import Done, Spent
+from sensmerge.pipeline.plan.steps import Callables, Step
+from sensmerge.pipeline.execute.run import StepMetrics
+from sensmerge.pipeline.store.store import Key
+from sensmerge.pipeline.execute.worker import Done, Spent
 
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 (node,) = (one for one in ray.nodes() if one["Alive"])
