@@ -1,0 +1,50 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from sensmerge.tasks.registry import Registry
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A package with a module that registers a class, and an inner package that does not count."""
+    package = tmp_path / "some_room"
+    (package / "inner").mkdir(parents=True)
+    for name in ("__init__.py", "inner/__init__.py"):
+        (package / name).touch()
+    (package / "inner" / "__init__.py").write_text("raise AssertionError\n")
+    (package / "contract.py").write_text(
+        "from sensmerge.tasks.registry import Registry\nTHINGS = Registry('no.such.group', 'some_room')\n"
+    )
+    (package / "one.py").write_text(
+        "from some_room.contract import THINGS\n@THINGS.register('one')\nclass One:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return "some_room"
+
+
+def test_the_modules_of_the_room_are_found(room: str) -> None:
+    from some_room.contract import THINGS
+
+    assert list(THINGS) == ["one"]
+    assert THINGS["one"].__name__ == "One"
+    assert "two" not in THINGS
+    for name in [name for name in sys.modules if name.startswith(room)]:
+        del sys.modules[name]
+
+
+def test_a_name_has_one_class() -> None:
+    registry: Registry[object] = Registry("no.such.group", "json")
+
+    @registry.register("one")
+    class One:
+        pass
+
+    with pytest.raises(ValueError, match="both register 'one'"):
+
+        @registry.register("one")
+        class Other:
+            pass
+
+    assert registry["one"] is One
