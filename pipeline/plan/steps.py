@@ -1,7 +1,7 @@
 """The steps of a recipe: what each reads, its fingerprint, and the work."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,14 +15,14 @@ from sensmerge.pipeline.plan.rows import TaskRows
 from sensmerge.pipeline.recipe.schema import Recipe, Stage, Variant
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.store.verify import damaged_files, is_intact
-from sensmerge.tasks.artifacts import canonical, sha256_text
+from sensmerge.tasks.artifacts import Artifact, canonical, sha256_text
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import layer_groups
-from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients
+from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.kinds import lm_eval as evaluate_lm_eval
 from sensmerge.tasks.kinds.datasets import ClassificationTask, LmEvalTask, RowSet, Task
-from sensmerge.tasks.methods.arithmetic import keeps_low_rank, static_coefficient
+from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
 from sensmerge.tasks.rows.source import rows_digest
@@ -31,14 +31,15 @@ from sensmerge.tasks.stages import (
     cross_task,
     evaluate,
     evaluate_dynamic,
-    merge,
-    merge_vectors,
     route,
     sensitivity,
 )
 from sensmerge.tasks.stages.download import DownloadJob, Listing
 from sensmerge.tasks.stages.job import Job
+from sensmerge.tasks.stages.merge import MergeJob, plan_merged
+from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from sensmerge.tasks.stages.task_vectors import TaskVectorsJob
+from sensmerge.tasks.stages.variant import VariantJob
 
 
 @dataclass(frozen=True)
@@ -136,18 +137,13 @@ def lay_out(resolved: Resolved) -> list[Step]:
     downloads = {
         name: _download_step(name, listing, resolved.store) for name, listing in resolved.inputs.listings.items()
     }
-    vectors = {name: _task_vectors_step(resolved, name, downloads) for name in recipe.experts}
-    steps = [*downloads.values(), *vectors.values()]
-    sensitivities: dict[str, Step] = {}
-    cross: Step | None = None
+    made: dict[Stage, Mapping[str, Step]] = {"download": downloads}
+    made["task_vectors"] = {name: _task_vectors_step(resolved, name, downloads) for name in recipe.experts}
     if recipe.sens_variants():
-        sensitivities = {name: _sensitivity_step(resolved, name, downloads) for name in recipe.experts}
-        cross = _cross_task_step(resolved, downloads)
-        steps += [*sensitivities.values(), cross]
-    merges = {
-        name: _merge_step(resolved, name, variant, downloads, vectors, sensitivities, cross)
-        for name, variant in recipe.merges.items()
-    }
+        made["sensitivity"] = {name: _sensitivity_step(resolved, name, downloads) for name in recipe.experts}
+        made["cross_task"] = {"all": _cross_task_step(resolved, downloads)}
+    steps = [step for by_name in made.values() for step in by_name.values()]
+    merges = {name: _merge_step(resolved, name, made, {}) for name in recipe.merges}
     dynamic = recipe.se_variants()
     routes = {name: _route_step(resolved, name, recipe.merges[name], merges[name]) for name in dynamic}
     steps += [*merges.values(), *routes.values()]
@@ -337,81 +333,67 @@ def _pair_prints(
 def _merge_step(
     resolved: Resolved,
     name: str,
-    variant: Variant,
-    downloads: Mapping[str, Step],
-    vectors: Mapping[str, Step],
-    sensitivities: Mapping[str, Step],
-    cross: Step | None,
+    made: Mapping[Stage, Mapping[str, Step]],
+    statistics: Mapping[str, Mapping[str, Step]],
 ) -> Step:
-    experts = tuple(resolved.recipe.experts)
-    settings = variant.settings()
+    """Return the merge of one variant.
+
+    Args:
+        resolved: the recipe.
+        name: of the variant.
+        made: steps of the stages before, by name.
+        statistics: the steps that make a statistic, by its name and by expert.
+    """
+    variant, inputs = resolved.recipe.merges[name], resolved.inputs
+    base, opened = inputs.only_weights()
+    own = {statistic: statistics[statistic] for statistic in variant.method.statistics}
     sens = isinstance(variant.coefficients, SensCoefficients)
-    needed = [*downloads.values(), *vectors.values()]
-    if sens and cross is not None:
-        needed += [*sensitivities.values(), cross]
-    base, opened = resolved.inputs.only_weights()
-    job = merge.MergeJob(
-        base=base,
-        experts=opened,
-        head_configs={n: one.config.to_json_string() for n, one in resolved.inputs.experts.items() if one.head},
-        task_vectors={n: resolved.store.folder(vectors[n].key) for n in experts},
-        settings=settings,
-        weight=variant.weight,
-        densities=variant.densities(experts),
-        seed=variant.seed,
-        coefficients=variant.coefficients,
-        sensitivities={n: resolved.store.folder(s.key) for n, s in sensitivities.items()} if sens else {},
-        distances=resolved.store.folder(cross.key) if sens and cross is not None else None,
-        out_dtype=variant.out_dtype,
-        shard_size=variant.shard_size,
-        groups=layer_groups(base),
-        token_ids=resolved.inputs.tokenizer.token_ids,
-        classes=resolved.inputs.classes,
-    )
-    semantic: dict[str, Any] = {
+    sensitivities, cross = (made[stage] if sens else {} for stage in ("sensitivity", "cross_task"))
+    fields: dict[str, Any] = {
+        "models": _reads(made["download"], *made["download"]),
+        "task_vectors": _artifacts(resolved, made["task_vectors"]),
         "method": variant.method,
-        "normalize": settings.normalize,
-        "rescale": settings.rescale,
-        "lambda": settings.lambda_,
         "weight": variant.weight,
-        "density": job.densities,
-        "seed": variant.seed,
-        "coefficients": _coefficient_settings(variant),
-        "out_dtype": variant.out_dtype,
+        "coefficients": variant.coefficients,
+        "sensitivities": _artifacts(resolved, sensitivities),
+        "distances": _artifacts(resolved, cross).get("all"),
+        "statistics": {statistic: _artifacts(resolved, steps) for statistic, steps in own.items()},
         "shard_size": variant.shard_size,
-        "experts": experts,
-        "companions": resolved.inputs.tokenizer.companions_digest,
+        "companions": inputs.tokenizer.companions_digest,
+        "token_ids": inputs.tokenizer.token_ids,
+        "classes": inputs.classes,
+        "base_config": [n for n, one in inputs.experts.items() if one.head and one.base_config],
+        "base": base,
+        "experts": opened,
+        "head_configs": {n: one.config.to_json_string() for n, one in inputs.experts.items() if one.head},
+        "tokenizer": inputs.tokenizer.folder,
+        "groups": layer_groups(base),
     }
-    adopted = [n for n in job.head_configs if resolved.inputs.experts[n].base_config]
-    semantic |= {"heads with the base's config": adopted} if adopted else {}
-    reads = sum(weight_bytes(listing) for listing in resolved.inputs.listings.values())
+    reads = sum(weight_bytes(listing) for listing in inputs.listings.values())
+    job: VariantJob
+    # Which weights a variant is made of does not depend on how samples are routed.
     if isinstance(variant.application, SeApplication):
-        # Which weights a variant is made of does not depend on how samples are routed.
-        semantic |= {"application": "se"}
-        version, writes = merge_vectors.VERSION, _dynamic_bytes(resolved, job)
-        part, finish = merge_vectors.merge_group_vectors, merge_vectors.finish_vectors
+        job = MergeVectorsJob(**fields)
+        writes = _dynamic_bytes(resolved, job)
     else:
-        writes = sum(merge.plan_merged(resolved.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
+        job = MergeJob(**fields, out_dtype=variant.out_dtype)
+        writes = sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
-        version, part, finish = merge.VERSION, merge.merge_group, merge.finish_merge
-    key = _key("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed})
-    job = replace(job, previous=resolved.store.last(key))
-    return _step(
-        key,
-        tuple(step.title for step in needed),
-        partial(finish, job, resolved.inputs.tokenizer.folder),
-        tuple(partial(part, job, group) for group in range(len(job.groups))),
-        reads=reads,
-        writes=writes,
-    )
+    before = (made["download"], made["task_vectors"], sensitivities, cross, *own.values())
+    needs = tuple(dict.fromkeys(step.title for steps in before for step in steps.values()))
+    return Step(name, Key.of(name, job), needs, job, reads, writes)
 
 
-def _dynamic_bytes(resolved: Resolved, job: merge.MergeJob) -> int:
+def _artifacts(resolved: Resolved, steps: Mapping[str, Step]) -> dict[str, Artifact]:
+    return {name: Artifact(step.key.fingerprint, resolved.store.folder(step.key)) for name, step in steps.items()}
+
+
+def _dynamic_bytes(resolved: Resolved, job: MergeVectorsJob) -> int:
     """Return the size of base and task vectors at most: all whole but for the factors of adapters."""
     base, listings = resolved.inputs.base, resolved.inputs.listings
     size = weight_bytes(listings["base"])
     for name, expert in resolved.inputs.experts.items():
-        if expert.is_adapter and keeps_low_rank(job.settings, job.densities[name]):
+        if expert.is_adapter and job.method.keeps_whole(name):
             size += weight_bytes(listings[name])
         else:
             size += sum(base.info(tensor).nbytes for tensor in base.weights if expert.touches(tensor))
@@ -421,7 +403,8 @@ def _dynamic_bytes(resolved: Resolved, job: merge.MergeJob) -> int:
 def _route_step(resolved: Resolved, name: str, variant: Variant, merged: Step) -> Step:
     assert isinstance(variant.application, SeApplication)
     calibration = _row_sets(resolved, "calibration")
-    static = static_coefficient(variant.settings(), variant.weight, len(calibration))
+    assert isinstance(variant.method, Additive), "the recipe's schema refuses other methods"
+    static = variant.method.static_coefficient(variant.weight, len(calibration))
     settings = {
         "dtype": resolved.recipe.dtype,
         "application": variant.application.model_dump(),
@@ -479,15 +462,6 @@ def scoring_settings(task: Task) -> dict[str, Any]:
     """Return what a task says of how a model is scored: not where rows come from, nor how they are batched."""
     dump: dict[str, Any] = task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
     return dump | (evaluate_lm_eval.lm_eval_settings(task) if isinstance(task, LmEvalTask) else {})
-
-
-def _coefficient_settings(variant: Variant) -> dict[str, Any]:
-    """Return the coefficients' settings; layer patterns as lists, for the last match counts and JSON has no order."""
-    settings: dict[str, Any] = variant.coefficients.model_dump()
-    if isinstance(variant.coefficients, ExplicitCoefficients):
-        weights = variant.coefficients.weights.items()
-        settings["weights"] = {name: list(one.items()) if isinstance(one, dict) else one for name, one in weights}
-    return settings
 
 
 def _evaluate_step(

@@ -1,15 +1,26 @@
 """The recipe: what configs/*.yaml may say."""
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, field_validator, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    GetJsonSchemaHandler,
+    InstanceOf,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.kinds.datasets import LmEvalTask, Task
-from sensmerge.tasks.methods.arithmetic import METHODS, Settings, static_coefficient
+from sensmerge.tasks.methods.contract import METHODS, Additive, Method, method_of
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -40,9 +51,13 @@ Application = Annotated[StaticApplication | SeApplication, Field(discriminator="
 
 
 class Variant(Strict):
-    """One merge: a method, its coefficients, and how they are applied. Parameters and defaults are mergekit 0.1.5's."""
+    """One merge: a method with its settings, its coefficients, and how they are applied.
 
-    method: Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"] = Field(description="merge method")
+    In a recipe the method's name and its settings stand beside the other keys. Settings and defaults are mergekit
+    0.1.5's.
+    """
+
+    method: SerializeAsAny[InstanceOf[Method]]
     weight: float = Field(
         1.0, ge=-10, le=10, description="λ: weight of every expert; explicit and sens coefficients multiply it"
     )
@@ -50,65 +65,47 @@ class Variant(Strict):
     application: Application = Field(
         StaticApplication(), description="one set of weights, or coefficients for each input sample"
     )
-    density: float | dict[str, float] = Field(
-        1.0, description="share of each task vector's elements to keep (ties, dare_*); one number or one per expert"
-    )
-    normalize: bool | None = Field(
-        None, description="divide by the sum of weights; default: true for linear and ties, false for the others"
-    )
-    rescale: bool | None = Field(
-        None, description="restore the L1 norm of sparse task vectors (ties, dare_*); default: true for dare_*"
-    )
-    lambda_: float = Field(1.0, alias="lambda", description="factor of the whole mixed task vector (not for linear)")
-    seed: int = Field(0, description="seed of the random masks (dare_*)")
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; that of the base if left out")
     shard_size: int = Field(5_000_000_000, ge=1, description="largest file of the merged model, in bytes")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_method(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "method" not in data or isinstance(data["method"], Method):
+            return data
+        own = {key: value for key, value in data.items() if key in cls.model_fields and key != "method"}
+        return own | {"method": method_of({key: value for key, value in data.items() if key not in own})}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        method: dict[str, Any] = found.pop("method", {})
+        return method | found
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Put the settings of all methods beside the other keys."""
+        schema = handler.resolve_ref_schema(handler(core))
+        del schema["properties"]["method"]
+        schema["properties"] = _method_properties(handler) | schema["properties"]
+        return schema
+
     @model_validator(mode="after")
-    def _check(self) -> "Variant":
-        given = self.model_fields_set
-        sparse = self.method in METHODS and METHODS[self.method].sparsify is not None
-        for key in ("density", "rescale"):
-            if key in given and not sparse:
-                raise ValueError(f"{key} has no meaning for method {self.method}; leave it out")
-        if "seed" in given and not self.method.startswith("dare"):
-            raise ValueError(
-                f"seed has no meaning for method {self.method}, which draws no random numbers; leave it out"
-            )
-        if "lambda_" in given and self.method == "linear":
-            raise ValueError("lambda has no meaning for method linear; leave it out")
-        if isinstance(self.application, SeApplication):
-            self._check_se(given)
-        densities = self.density.values() if isinstance(self.density, dict) else [self.density]
-        for density in densities:
-            if not 0 <= density <= 1:
-                raise ValueError(f"density is {density}; expected a number between 0 and 1")
-        return self
-
-    def _check_se(self, given: set[str]) -> None:
+    def _check_se(self) -> "Variant":
+        if not isinstance(self.application, SeApplication):
+            return self
         for key in ("out_dtype", "shard_size"):
-            if key in given:
+            if key in self.model_fields_set:
                 raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
-        if self.method == "linear" and self.normalize is False:
-            raise ValueError("linear with normalize: false scales the base; application se needs normalize: true")
-        if static_coefficient(self.settings(), self.weight, 2) <= 0:
+        if not isinstance(self.method, Additive):
+            raise ValueError(
+                f"method {self.method.name} has no application se: {self.method.no_se}; "
+                "set application: {kind: static}"
+            )
+        self.method.check_se()
+        if self.method.static_coefficient(self.weight, 2) <= 0:
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
-
-    def settings(self) -> Settings:
-        """Return the method with its settings, defaults filled in."""
-        method = METHODS.get(self.method)
-        return Settings(
-            self.method,
-            normalize=self.normalize if self.normalize is not None else (method.normalize if method else True),
-            rescale=self.rescale if self.rescale is not None else bool(method and method.rescale),
-            lambda_=self.lambda_,
-        )
-
-    def densities(self, experts: Sequence[str]) -> dict[str, float]:
-        """Return the density of each expert."""
-        if isinstance(self.density, dict):
-            return {name: self.density[name] for name in experts}
-        return dict.fromkeys(experts, self.density)
+        return self
 
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
@@ -121,6 +118,33 @@ class Variant(Strict):
             else:
                 flat[key] = str(value)
         return flat
+
+
+def _method_properties(handler: GetJsonSchemaHandler) -> dict[str, JsonSchemaValue]:
+    """Return the JSON schemas of `method` and of the settings of all methods, by key."""
+    found: dict[str, dict[str, JsonSchemaValue]] = {}
+    for name, method in METHODS.items():
+        for key, schema in handler.resolve_ref_schema(handler(method.__pydantic_core_schema__))["properties"].items():
+            found.setdefault(key, {})[name] = schema
+    properties: dict[str, JsonSchemaValue] = {"method": {"enum": list(METHODS), "description": "merge method"}}
+    for key, by_method in found.items():
+        if key != "method":
+            properties[key] = _shared_property(by_method)
+    return properties
+
+
+def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
+    """Return the JSON schema of a setting that some methods have, and say which, and their defaults if they differ."""
+    schema = dict(next(iter(by_method.values())))
+    defaults: dict[str, list[str]] = {}
+    for name, one in by_method.items():
+        default = f"default: {json.dumps(one['default'])}" if "default" in one else "required"
+        defaults.setdefault(default, []).append(name)
+    said = [f"only for {', '.join(by_method)}"] if len(by_method) < len(METHODS) else []
+    if len(defaults) > 1:
+        schema.pop("default", None)
+        said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
+    return schema | {"description": "; ".join([schema["description"], *said])}
 
 
 class Resources(Strict):
@@ -259,23 +283,25 @@ class Recipe(Strict):
             )
 
     def _check_variant(self, key: str, variant: Variant) -> None:
-        for setting, per_expert in (
-            ("density", variant.density),
-            ("coefficients.weights", getattr(variant.coefficients, "weights", None)),
-        ):
-            if isinstance(per_expert, dict) and set(per_expert) != set(self.experts):
+        settings = variant.method.for_each_expert()
+        if isinstance(variant.coefficients, ExplicitCoefficients):
+            settings["coefficients.weights"] = variant.coefficients.weights
+        for setting, value in settings.items():
+            if set(value) != set(self.experts):
                 raise ValueError(
-                    f"{key}.{setting}: found {', '.join(sorted(per_expert))}; expected every expert once: "
+                    f"{key}.{setting}: found {', '.join(sorted(value))}; expected every expert once: "
                     f"{', '.join(sorted(self.experts))}"
                 )
         if isinstance(variant.coefficients, SensCoefficients):
             self._check_calibration(f"{key}: coefficients sens")
         if isinstance(variant.application, SeApplication):
             self._check_calibration(f"{key}: application se")
-        if variant.method == "linear" and variant.normalize is not False and self._weights_sum_to_zero(variant):
-            raise ValueError(
-                f"{key}: the weights sum to 0, which linear divides by; set normalize: false or other weights"
-            )
+        weights = self._weights_of_all_layers(variant)
+        try:
+            if weights is not None:
+                variant.method.check_weights(weights)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
 
     def _check_calibration(self, what: str) -> None:
         for name in self.experts:
@@ -286,11 +312,12 @@ class Recipe(Strict):
         if len({kind == "classification" for kind in kinds.values()}) > 1:
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
 
-    def _weights_sum_to_zero(self, variant: Variant) -> bool:
+    def _weights_of_all_layers(self, variant: Variant) -> list[float] | None:
+        """Return the experts' weights (with sens coefficients, their mean); None if they differ from layer to layer."""
+        numbers: list[float] = [1.0] * len(self.experts)
         if isinstance(variant.coefficients, ExplicitCoefficients):
-            numbers = [v for v in variant.coefficients.weights.values() if not isinstance(v, dict)]
-            return len(numbers) == len(self.experts) and abs(sum(numbers) * variant.weight) < 1e-8
-        return variant.weight == 0
+            numbers = [number for number in variant.coefficients.weights.values() if not isinstance(number, dict)]
+        return [number * variant.weight for number in numbers] if len(numbers) == len(self.experts) else None
 
     def resources_of(self, stage: Stage) -> Resources:
         """Return the resources of a stage's steps."""

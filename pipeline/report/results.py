@@ -134,7 +134,9 @@ def _variant(plan: Plan, name: str) -> VariantInfo:
     stage: Stage = "route" if name in plan.recipe.se_variants() else "merge"
     manifest = _manifest(plan, stage, name)
     table = _read(plan, "merge", name, "coefficients.json")
-    return VariantInfo(method=variant.method, params=variant.params(), digest=manifest["result"]["digest"], **table)
+    return VariantInfo(
+        method=variant.method.name, params=variant.params(), digest=manifest["result"]["digest"], **table
+    )
 
 
 def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], dict[str, dict[str, Any]]]:

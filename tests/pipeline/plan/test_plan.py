@@ -30,6 +30,7 @@ from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.methods.contract import method_of
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.evaluate import Subject
 from tests.conftest import (
@@ -255,7 +256,9 @@ def test_yaml_anchors_are_allowed(llama_recipe: Recipe, tmp_path: Path) -> None:
     text += "merges:\n  a: &a {method: ties, density: 0.5}\n  b: {<<: *a, density: 0.2}\n"
     (tmp_path / "r.yaml").write_text(text)
     merges = load_recipe(tmp_path / "r.yaml").merges
-    assert (merges["b"].method, merges["a"].density, merges["b"].density) == ("ties", 0.5, 0.2)
+    assert [merges[name].method for name in "ab"] == [
+        method_of({"method": "ties", "density": density}) for density in (0.5, 0.2)
+    ]
 
 
 def test_classification_heads_are_part_of_what_is_scored(berts: dict[str, Path], tmp_path: Path) -> None:

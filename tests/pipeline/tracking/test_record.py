@@ -39,10 +39,10 @@ from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError, StepError
 from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, RowSet
 from sensmerge.tasks.rows.source import DataSource
-from sensmerge.tasks.stages.merge_vectors import finish_vectors, merge_group_vectors
 from sensmerge.tasks.stages.route import route
 from tests.conftest import llama_config
 from tests.tasks.stages.test_merge import make_job
+from tests.tasks.stages.test_merge_vectors import of_vectors
 
 MODELS = {"base": "base", "math": "expert", "code": "expert", "ta": "variant", "ta-sens.3": "variant"}
 EMPTY = {"models": {}, "tasks": {}, "scores": {}, "mean_normalised": {}, "variants": {}}
@@ -378,13 +378,13 @@ def test_what_fails_leaves_no_run_running(client, store, uri):
 
 def make_dynamic(models, calibration, folder):
     """A real dynamic model of tiny networks: its folder, and what stage route returns."""
-    job = make_job(folder, models["base"], {name: models[name] for name in calibration})
+    job = of_vectors(make_job(folder, models["base"], {name: models[name] for name in calibration}))
     merged, out = folder / "merged", folder / "dynamic"
     merged.mkdir()
     out.mkdir()
-    for group in range(len(job.groups)):
-        merge_group_vectors(job, group, merged)
-    finish_vectors(job, job.base.folder, merged)
+    for group in job.parts():
+        job.run(group, merged)
+    job.finish(merged)
     return out, route(merged, calibration, SeApplication(kind="se"), 0.5, "float32", "cpu", out)
 
 

@@ -38,7 +38,6 @@ from sensmerge.tasks.dynamic.model import PADDING, DynamicModel, Routes, parts
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, RowSet
-from sensmerge.tasks.methods.arithmetic import static_coefficient
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.route import route
@@ -51,7 +50,7 @@ from tests.conftest import (
     perturbed,
 )
 from tests.tasks.stages.test_merge import make_job, merged
-from tests.tasks.stages.test_merge_vectors import dynamic, vectors_of, weights_of
+from tests.tasks.stages.test_merge_vectors import dynamic, of_vectors, vectors_of, weights_of
 
 Save = Callable[..., Path]
 Folders = dict[str, Path]
@@ -68,7 +67,7 @@ class Merge:
 
     @property
     def static(self) -> float:
-        return static_coefficient(self.job.settings, self.job.weight, len(self.job.experts))
+        return of_vectors(self.job).static
 
     def routed(self, out: Path, **settings: Any) -> DynamicModel:
         """Run stage route and load the result."""
@@ -155,7 +154,7 @@ def by_name(model: DynamicModel, routes: Routes, row: int) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("method", "how"),
-    [("task_arithmetic", {}), ("ties", {"densities": dict.fromkeys(CALIBRATION, 0.4)})],
+    [("task_arithmetic", {}), ("ties", {"settings": {"density": 0.4}})],
 )
 def test_a_large_temperature_is_the_static_merge(
     method: str, how: dict[str, Any], llamas: Folders, llama_experts: Folders, tmp_path: Path
