@@ -79,7 +79,7 @@ def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
     if not recipe.sens_variants():
         return {}
     longest = max(one.longest_calibration for one in inputs.data.values())
-    tokens: dict[Stage, int] = {"sensitivity": longest, "cross_task": max(longest, cross_task.CHUNK_TOKENS)}
+    tokens: dict[Stage, int] = {"statistics": longest, "cross_task": max(longest, cross_task.CHUNK_TOKENS)}
     return {stage: choose(recipe, stage, inputs.base, count, decimal) for stage, count in tokens.items()}
 
 

@@ -12,9 +12,10 @@ from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.placement import Choice
 from sensmerge.pipeline.plan.rows import TaskRows
+from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.recipe.schema import Recipe, Stage, Variant
 from sensmerge.pipeline.store.store import Key, Store
-from sensmerge.pipeline.store.verify import damaged_files, is_intact
+from sensmerge.pipeline.store.verify import damaged_files
 from sensmerge.tasks.artifacts import Artifact, canonical, sha256_text
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import layer_groups
@@ -27,17 +28,14 @@ from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
 from sensmerge.tasks.rows.source import rows_digest
 from sensmerge.tasks.rows.stored import StoredRows
-from sensmerge.tasks.stages import (
-    cross_task,
-    evaluate,
-    evaluate_dynamic,
-    route,
-    sensitivity,
-)
+from sensmerge.tasks.stages import evaluate, evaluate_dynamic, route
+from sensmerge.tasks.stages.calibration import CalibrationSet
+from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.download import DownloadJob, Listing
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.merge import MergeJob, plan_merged
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
+from sensmerge.tasks.stages.statistics import StatisticsJob
 from sensmerge.tasks.stages.task_vectors import TaskVectorsJob
 from sensmerge.tasks.stages.variant import VariantJob
 
@@ -137,13 +135,15 @@ def lay_out(resolved: Resolved) -> list[Step]:
     downloads = {
         name: _download_step(name, listing, resolved.store) for name, listing in resolved.inputs.listings.items()
     }
-    made: dict[Stage, Mapping[str, Step]] = {"download": downloads}
+    made: dict[Stage, Mapping[str, Step]] = {"download": downloads, "statistics": {}, "cross_task": {}}
     made["task_vectors"] = {name: _task_vectors_step(resolved, name, downloads) for name in recipe.experts}
+    if wanted_statistics(recipe):
+        made["statistics"] = {name: _statistics_step(resolved, name, downloads) for name in recipe.experts}
     if recipe.sens_variants():
-        made["sensitivity"] = {name: _sensitivity_step(resolved, name, downloads) for name in recipe.experts}
         made["cross_task"] = {"all": _cross_task_step(resolved, downloads)}
-    steps = [step for by_name in made.values() for step in by_name.values()]
-    merges = {name: _merge_step(resolved, name, made, {}) for name in recipe.merges}
+    order: tuple[Stage, ...] = ("download", "task_vectors", "statistics", "cross_task")
+    steps = [step for stage in order for step in made[stage].values()]
+    merges = {name: _merge_step(resolved, name, made) for name in recipe.merges}
     dynamic = recipe.se_variants()
     routes = {name: _route_step(resolved, name, recipe.merges[name], merges[name]) for name in dynamic}
     steps += [*merges.values(), *routes.values()]
@@ -206,34 +206,34 @@ def _calibration_settings(task: Task) -> dict[str, Any]:
     return dump
 
 
-def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
-    one = resolved.inputs.data[name]
-    assert not isinstance(one.task, LmEvalTask), "the recipe's schema refuses sens coefficients for it"
-    reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", name)} | {
-        "calibration": rows_digest(one.calibration),
-        "tokenizer": resolved.inputs.tokenizer.digest,
-    }
-    settings = {"dtype": resolved.recipe.dtype} | {"task": _calibration_settings(one.task)}
-    finish = partial(
-        sensitivity.sensitivity,
-        resolved.inputs.base.folder,
-        resolved.inputs.experts[name].folder,
-        name,
-        one.task,
-        one.calibration,
-        resolved.inputs.tokenizer.folder,
-        resolved.recipe.dtype,
-        _device(resolved, "sensitivity"),
-        resolved.placements["sensitivity"].placement,
-        base_config=resolved.inputs.experts[name].base_config,
+def _calibration_set(resolved: Resolved, name: str) -> CalibrationSet:
+    task = resolved.inputs.data[name].task
+    assert not isinstance(task, LmEvalTask), "the recipe's schema refuses statistics of it"
+    return CalibrationSet(_calibration_settings(task), resolved.rows(name, "calibration"), task)
+
+
+def _statistics_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
+    inputs = resolved.inputs
+    job = StatisticsJob(
+        base=Artifact(downloads["base"].key.fingerprint, inputs.base.folder),
+        expert=Artifact(downloads[name].key.fingerprint, inputs.experts[name].folder),
+        base_config=inputs.experts[name].base_config,
+        statistics=wanted_statistics(resolved.recipe),
+        calibration=_calibration_set(resolved, name),
+        tokenizer=Artifact(inputs.tokenizer.digest, inputs.tokenizer.folder),
+        dtype=resolved.recipe.dtype,
+        name=name,
+        device=_device(resolved, "statistics"),
+        placement=resolved.placements["statistics"].placement,
     )
-    return _step(
-        _key("sensitivity", name, sensitivity.VERSION, settings, reads),
+    return Step(
+        name,
+        Key.of(name, job),
         _titles(downloads, "base", name),
-        finish,
-        reads=weight_bytes(resolved.inputs.listings["base"]) + weight_bytes(resolved.inputs.listings[name]),
-        writes=_kept_bytes(resolved, "sensitivity", one.calibration_tokens),
-        actors=_actors(resolved, "sensitivity"),
+        job,
+        reads=weight_bytes(inputs.listings["base"]) + weight_bytes(inputs.listings[name]),
+        writes=_kept_bytes(resolved, "statistics", inputs.data[name].calibration_tokens),
+        actors=_actors(resolved, "statistics"),
     )
 
 
@@ -246,7 +246,7 @@ def _kept_bytes(resolved: Resolved, stage: Stage, tokens: int) -> int:
     """Return how many bytes of hidden states a streamed network keeps on disk while it runs: both ways at most."""
     if resolved.placements[stage].placement != "streamed":
         return 0
-    blocks = len(block_names(resolved.inputs.base.weights)) if stage == "sensitivity" else 1
+    blocks = len(block_names(resolved.inputs.base.weights)) if stage == "statistics" else 1
     return 2 * (blocks + 1) * _state_bytes(resolved, tokens)
 
 
@@ -257,84 +257,35 @@ def _state_bytes(resolved: Resolved, tokens: int) -> int:
 
 
 def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
-    names = tuple(resolved.recipe.experts)
-    reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", *names)} | {
-        f"calibration {name}": rows_digest(resolved.inputs.data[name].calibration) for name in names
-    }
-    tokenizer = {"tokenizer": resolved.inputs.tokenizer.digest}
-    settings = {"dtype": resolved.recipe.dtype} | {
-        "tasks": {name: _calibration_settings(resolved.inputs.data[name].task) for name in names},
-    }
-    about = (
-        reads | tokenizer | {f"head {name}": computation_digest(resolved.inputs.experts[name].config) for name in names}
-    )
-    # What the head of task j reads of a trunk depends on the head's config, a distance on all of expert j.
-    trunks = _pair_prints(resolved, about, lambda i, j: ("base", i, f"head {j}", f"calibration {j}", "tokenizer"))
-    pairs = _pair_prints(resolved, about, lambda i, j: ("base", i, j, f"calibration {j}", "tokenizer"))
-    key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
-    known: dict[str, float] = {}
-    kept: dict[str, Path] = {}
-    for folder in () if resolved.store.manifest(key) else resolved.store.artifacts("cross_task"):
-        if all(is_intact(folder, name) for name in (cross_task.PAIRS, cross_task.DISTANCES)):
-            known |= cross_task.known_distances(folder)
-        for print_, file in cross_task.kept_trunks(folder, trunks).items():
-            if is_intact(folder, str(file.relative_to(folder))):
-                kept[print_] = file
-    wanted = {print_ for prints in (pairs, trunks) for row in prints.values() for print_ in row.values()}
-    known = {print_: distance for print_, distance in known.items() if print_ in wanted}
-    kept = {print_: file for print_, file in kept.items() if print_ in wanted}
-    job = cross_task.CrossTaskJob(
-        base=resolved.inputs.base.folder,
-        experts={name: resolved.inputs.experts[name].folder for name in names},
-        calibration=_row_sets(resolved, "calibration"),
-        tokenizer=resolved.inputs.tokenizer.folder,
+    inputs, names = resolved.inputs, tuple(resolved.recipe.experts)
+    job = CrossTaskJob(
+        base=Artifact(downloads["base"].key.fingerprint, inputs.base.folder),
+        experts={name: Artifact(downloads[name].key.fingerprint, inputs.experts[name].folder) for name in names},
+        base_config={name for name in names if inputs.experts[name].base_config},
+        calibration={name: _calibration_set(resolved, name) for name in names},
+        tokenizer=Artifact(inputs.tokenizer.digest, inputs.tokenizer.folder),
         dtype=resolved.recipe.dtype,
+        heads={name: computation_digest(inputs.experts[name].config) for name in names},
         device=_device(resolved, "cross_task"),
         placement=resolved.placements["cross_task"].placement,
-        pairs=pairs,
-        trunks=trunks,
-        known=known,
-        kept=kept,
-        base_config=frozenset(name for name in names if resolved.inputs.experts[name].base_config),
     )
-    total = sum(weight_bytes(resolved.inputs.listings[name]) for name in ("base", *names))
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
-    tokens = sum(one.calibration_tokens for one in resolved.inputs.data.values())
-    scratch = len(names) * _state_bytes(resolved, tokens) + _kept_bytes(resolved, "cross_task", tokens)
-    return _step(
-        key,
+    tokens = sum(one.calibration_tokens for one in inputs.data.values())
+    return Step(
+        "all",
+        Key.of("all", job),
         _titles(downloads, "base", *names),
-        partial(cross_task.finish_distances, job),
-        tuple(partial(cross_task.run_trunk, job, name) for name in names if job.looked_at(name)),
-        reads=total,
-        writes=scratch,
+        job,
+        reads=sum(weight_bytes(inputs.listings[name]) for name in ("base", *names)),
+        writes=len(names) * _state_bytes(resolved, tokens) + _kept_bytes(resolved, "cross_task", tokens),
         actors=_actors(resolved, "cross_task"),
     )
-
-
-def _pair_prints(
-    resolved: Resolved, reads: Mapping[str, str], keys: Callable[[str, str], tuple[str, ...]]
-) -> dict[str, dict[str, str]]:
-    """Return fingerprints of something of expert i and task j, which depends on what `keys(i, j)` of `reads` names."""
-
-    def fingerprint(i: str, j: str) -> str:
-        about = {
-            "version": cross_task.VERSION,
-            "dtype": resolved.recipe.dtype,
-            "task": _calibration_settings(resolved.inputs.data[j].task),
-            "reads": [reads[key] for key in keys(i, j)],
-        }
-        return sha256_text(canonical(about))
-
-    names = resolved.recipe.experts
-    return {i: {j: fingerprint(i, j) for j in names} for i in names}
 
 
 def _merge_step(
     resolved: Resolved,
     name: str,
     made: Mapping[Stage, Mapping[str, Step]],
-    statistics: Mapping[str, Mapping[str, Step]],
 ) -> Step:
     """Return the merge of one variant.
 
@@ -342,22 +293,21 @@ def _merge_step(
         resolved: the recipe.
         name: of the variant.
         made: steps of the stages before, by name.
-        statistics: the steps that make a statistic, by its name and by expert.
     """
     variant, inputs = resolved.recipe.merges[name], resolved.inputs
     base, opened = inputs.only_weights()
-    own = {statistic: statistics[statistic] for statistic in variant.method.statistics}
     sens = isinstance(variant.coefficients, SensCoefficients)
-    sensitivities, cross = (made[stage] if sens else {} for stage in ("sensitivity", "cross_task"))
+    measured = _artifacts(resolved, made["statistics"])
+    cross = made["cross_task"] if sens else {}
     fields: dict[str, Any] = {
         "models": _reads(made["download"], *made["download"]),
         "task_vectors": _artifacts(resolved, made["task_vectors"]),
         "method": variant.method,
         "weight": variant.weight,
         "coefficients": variant.coefficients,
-        "sensitivities": _artifacts(resolved, sensitivities),
+        "sensitivities": measured if sens else {},
         "distances": _artifacts(resolved, cross).get("all"),
-        "statistics": {statistic: _artifacts(resolved, steps) for statistic, steps in own.items()},
+        "statistics": dict.fromkeys(variant.method.statistics, measured),
         "shard_size": variant.shard_size,
         "companions": inputs.tokenizer.companions_digest,
         "token_ids": inputs.tokenizer.token_ids,
@@ -379,7 +329,8 @@ def _merge_step(
         job = MergeJob(**fields, out_dtype=variant.out_dtype)
         writes = sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
-    before = (made["download"], made["task_vectors"], sensitivities, cross, *own.values())
+    before = [made["download"], made["task_vectors"], cross]
+    before += [made["statistics"]] if sens or variant.method.statistics else []
     needs = tuple(dict.fromkeys(step.title for steps in before for step in steps.values()))
     return Step(name, Key.of(name, job), needs, job, reads, writes)
 

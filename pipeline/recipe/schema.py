@@ -25,7 +25,7 @@ from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge", "route", "evaluate"]
+Stage = Literal["download", "task_vectors", "statistics", "cross_task", "merge", "route", "evaluate"]
 
 
 class ExpertModel(Strict):
@@ -217,7 +217,7 @@ class Recipe(Strict):
     resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
     placement: Literal["auto", "whole", "streamed"] | ActorPlacement = Field(
         "auto",
-        description="where networks run in the stages sensitivity and cross_task: whole on one worker; streamed, block "
+        description="where networks run in the stages statistics and cross_task: whole on one worker; streamed, block "
         "by block, on one worker; with their blocks on N workers, {actors: N}; auto: whole if a worker's memory allows",
     )
 
@@ -227,6 +227,13 @@ class Recipe(Strict):
     @classmethod
     def _null_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("resources", mode="before")
+    @classmethod
+    def _renamed_stage(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "sensitivity" in value:
+            raise ValueError("the stage sensitivity is called statistics now; write resources.statistics")
+        return value
 
     @field_validator("placement", mode="before")
     @classmethod

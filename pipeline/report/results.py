@@ -62,7 +62,7 @@ def collect(plan: Plan) -> Report:
         second_half=second,
         variants=variants,
         routes={name: _route(plan, name, records) for name in recipe.se_variants()},
-        alpha={name: alpha(_read(plan, "sensitivity", name, "sensitivity.json")["sensitivity"]) for name in experts},
+        alpha={name: alpha(_read(plan, "statistics", name, "sensitivity.json")["sensitivity"]) for name in experts},
         distances=_read(plan, "cross_task", "all", "distances.json") if sens else {},
         tau=variants[sens[0]].tau if sens else {},
         sigma=variants[sens[0]].sigma if sens else {},

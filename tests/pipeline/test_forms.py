@@ -92,7 +92,7 @@ def test_an_expert_that_runs_with_the_settings_of_its_base(
     for one in (alike, plan):
         do_steps(one)
     for stage, name, file in (
-        ("sensitivity", "code", "sensitivity.json"),
+        ("statistics", "code", "sensitivity.json"),
         ("cross_task", "all", "distances.json"),
         ("merge", "ties-sens", "model.safetensors"),
         ("evaluate", "code/math", "scores.json"),

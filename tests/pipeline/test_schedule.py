@@ -133,7 +133,7 @@ def test_stopped_in_the_middle_of_a_run(llama_recipe: dict[str, Any], tmp_path: 
     schedule = subprocess.Popen([*map(str, words), "--cron", EVERY_SECOND], stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (list(store.glob("sensitivity/*.partial")) and list(store.glob("download/*/manifest.json"))):
+        while not (list(store.glob("statistics/*.partial")) and list(store.glob("download/*/manifest.json"))):
             assert schedule.poll() is None, "the schedule ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -96,7 +96,7 @@ def test_right_choices_are_part_of_a_calibration(llama_recipe: Recipe, tmp_path:
     llama_recipe["tasks"]["math"] = {"kind": "multiple_choice", "calibration": data, "evaluation": test}
     before = plan_of(tmp_path, llama_recipe)
     touched = changed(before, plan_of(tmp_path, llama_recipe, "tasks.math.answer=other"))
-    assert {"sensitivity math", "cross_task all", "evaluate base/math"} <= touched
+    assert {"statistics math", "cross_task all", "evaluate base/math"} <= touched
 
 
 def test_weights_that_left_the_hub_cache_are_fetched_again_when_they_are_read(
@@ -138,7 +138,7 @@ def test_without_sens_coefficients_nothing_is_estimated(llama_recipe: Recipe, tm
         (
             "tasks.math.calibration.samples=2",
             {
-                *("sensitivity math", "cross_task all", "merge ties-sens"),
+                *("statistics math", "cross_task all", "merge ties-sens"),
                 *("evaluate ties-sens/math", "evaluate ties-sens/code"),
             },
         ),
@@ -169,8 +169,8 @@ def test_a_changed_expert_changes_only_what_reads_it(llama_recipe: Recipe, save:
     before = plan_of(tmp_path, llama_recipe)
     llama_recipe["experts"]["math"]["model"] = str(save(perturbed(make_llama(), 9), "math"))
     touched = changed(before, plan_of(tmp_path, llama_recipe))
-    assert {"download math", "task_vectors math", "sensitivity math", "cross_task all", "merge ta"} <= touched
-    assert not {"download code", "task_vectors code", "sensitivity code", "evaluate base/math"} & touched
+    assert {"download math", "task_vectors math", "statistics math", "cross_task all", "merge ta"} <= touched
+    assert not {"download code", "task_vectors code", "statistics code", "evaluate base/math"} & touched
 
 
 def test_whose_settings_an_expert_runs_with_changes_what_runs_it(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_whose_settings_an_expert_runs_with_changes_what_runs_it(llama_recipe: R
     experts = {name: replace(one, base_config=True) for name, one in before.inputs.experts.items()}
     after = {step.title: step.key for step in lay_out(replace(before, inputs=replace(before.inputs, experts=experts)))}
     assert {step.title for step in before.steps if after[step.title] != step.key} == {
-        "sensitivity math",
-        "sensitivity code",
+        "statistics math",
+        "statistics code",
         "cross_task all",
         "merge ties-sens",
         *(f"evaluate {one}/{task}" for one in ("math", "code", "ties-sens") for task in ("math", "code")),
@@ -372,7 +372,7 @@ ROUTED = {"route se", "evaluate se"}
         (
             "tasks.code.calibration.samples=2",
             {
-                *("sensitivity code", "cross_task all", "merge ties-sens"),
+                *("statistics code", "cross_task all", "merge ties-sens"),
                 *("evaluate ties-sens/math", "evaluate ties-sens/code"),
             }
             | ROUTED,
