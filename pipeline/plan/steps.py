@@ -20,8 +20,8 @@ from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.kinds import lm_eval as evaluate_lm_eval
-from sensmerge.tasks.kinds.datasets import ClassificationTask, LmEvalTask, RowSet, Task
+from sensmerge.tasks.identity import identity
+from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
 from sensmerge.tasks.methods.arithmetic import keeps_low_rank, static_coefficient
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
@@ -145,7 +145,7 @@ def lay_out(resolved: Resolved) -> list[Step]:
         steps += [
             _evaluate_step(resolved, model, step, name, one, downloads)
             for name, one in resolved.inputs.data.items()
-            if one.evaluation or isinstance(one.task, LmEvalTask)
+            if one.evaluation or not isinstance(one.task, RowTask)
         ]
     if any(one.evaluation for one in resolved.inputs.data.values()):
         steps += [_evaluate_dynamic_step(resolved, name, step) for name, step in routes.items()]
@@ -193,15 +193,12 @@ def _task_vectors_step(resolved: Resolved, name: str, downloads: Mapping[str, St
 
 def _calibration_settings(task: Task) -> dict[str, Any]:
     """Return what a task says of its samples: not where rows come from, nor how they are batched or scored."""
-    scoring = {"calibration", "evaluation", "batch_size", "metric", "generate"}
-    # A multiple-choice task's `answer` names the right choice, a completion's only what is compared in exact match.
-    dump: dict[str, Any] = task.model_dump(exclude=scoring | ({"answer"} if task.kind == "completion" else set()))
-    return dump
+    return dict(identity(task, "calibration"))
 
 
 def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
     one = resolved.inputs.data[name]
-    assert not isinstance(one.task, LmEvalTask), "the recipe's schema refuses sens coefficients for it"
+    assert isinstance(one.task, RowTask), "the recipe's schema refuses sens coefficients for other tasks"
     reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", name)} | {
         "calibration": rows_digest(one.calibration),
         "tokenizer": resolved.inputs.tokenizer.digest,
@@ -454,20 +451,19 @@ def _row_sets(resolved: Resolved, split: Literal["calibration", "evaluation"]) -
     sets = {}
     for name in resolved.recipe.experts:
         one = resolved.inputs.data.get(name)
-        if one is not None and not isinstance(one.task, LmEvalTask):
+        if one is not None and isinstance(one.task, RowTask):
             sets[name] = RowSet(one.task, getattr(one, split), _labels(resolved, name, one.task))
     return sets
 
 
 def _labels(resolved: Resolved, name: str, task: Task) -> Mapping[str, int] | None:
     """Return the classes of a task's own expert."""
-    return dict(resolved.inputs.experts[name].config.label2id) if isinstance(task, ClassificationTask) else None
+    return dict(resolved.inputs.experts[name].config.label2id) if task.has_own_head else None
 
 
 def scoring_settings(task: Task) -> dict[str, Any]:
     """Return what a task says of how a model is scored: not where rows come from, nor how they are batched."""
-    dump: dict[str, Any] = task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
-    return dump | (evaluate_lm_eval.lm_eval_settings(task) if isinstance(task, LmEvalTask) else {})
+    return {**identity(task, "evaluation"), **task.depends_on()}
 
 
 def _coefficient_settings(variant: Variant) -> dict[str, Any]:
@@ -483,7 +479,7 @@ def _evaluate_step(
     resolved: Resolved, model: str, model_step: Step, task_name: str, one: TaskRows, downloads: Mapping[str, Step]
 ) -> Step:
     adapter = model in resolved.inputs.experts and resolved.inputs.experts[model].is_adapter
-    head = task_name if isinstance(one.task, ClassificationTask) and resolved.inputs.experts[task_name].head else None
+    head = task_name if one.task.has_own_head and resolved.inputs.experts[task_name].head else None
     needed = {"model": (model, model_step), "base": ("base", downloads["base"])}
     needed |= {"head": (head, downloads[head])} if head else {}
     reads = {role: _as_run(resolved, name, step) for role, (name, step) in needed.items()} | {

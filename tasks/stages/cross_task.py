@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sensmerge.tasks.artifacts import read_json, write_json
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet, calibration_batch
+from sensmerge.tasks.kinds.kind import RowSet
 from sensmerge.tasks.networks.blocks import Batch, to_device
 from sensmerge.tasks.networks.head_inputs import (
     HeadInput,
@@ -25,7 +25,7 @@ from sensmerge.tasks.networks.head_inputs import (
     save_head_inputs,
 )
 from sensmerge.tasks.networks.heads import DetachedHead
-from sensmerge.tasks.networks.networks import Head, load_tokenizer
+from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.placement import Actors, Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
@@ -90,8 +90,7 @@ class CrossTaskJob:
 
     def source(self, i: str) -> Source:
         """Return where the network of expert i comes from."""
-        ending: Head = "classification" if self.is_classification(i) else "causal_lm"
-        dtype, base_config = getattr(torch, self.dtype), i in self.base_config
+        ending, dtype, base_config = self.calibration[i].task.head, getattr(torch, self.dtype), i in self.base_config
         return Source(self.base, self.experts[i], f"experts.{i}", ending, dtype, self.device, base_config)
 
     def head(self, i: str) -> DetachedHead:
@@ -101,7 +100,7 @@ class CrossTaskJob:
 
     def is_classification(self, j: str) -> bool:
         """Return whether task j has classes, and its expert a head of its own for them."""
-        return isinstance(self.calibration[j].task, ClassificationTask)
+        return self.calibration[j].task.has_own_head
 
     def batches(self, j: str) -> list[Batch]:
         """Return the inputs of task j's calibration set, in batches without padding: no number depends on others."""
@@ -230,7 +229,7 @@ def _kept(out: Path, i: str, j: str) -> Path:
 
 
 def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, labels: Mapping[str, int]) -> Batch:
-    batch = calibration_batch(one.task, row, tokenizer, where, labels)
+    batch = one.task.calibration_batch(row, tokenizer, where, labels)
     return {key: value for key, value in batch.items() if key != "labels"}
 
 

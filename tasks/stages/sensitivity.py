@@ -9,7 +9,7 @@ import torch
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowTask, calibration_batch
+from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.networks.journeys import Sensitivity
 from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.placement import Placement
@@ -54,11 +54,10 @@ def sensitivity(
     Raises:
         InputError: a loss or a sensitivity that is not finite.
     """
-    head = "classification" if isinstance(task, ClassificationTask) else "causal_lm"
-    source = Source(base, expert, f"experts.{name}", head, getattr(torch, dtype), device, base_config)
+    source = Source(base, expert, f"experts.{name}", task.head, getattr(torch, dtype), device, base_config)
     reader, label2id = load_tokenizer(tokenizer), source.expert.config.label2id
     batches = [
-        calibration_batch(task, row, reader, f"row {number} of tasks.{name}.calibration", label2id)
+        task.calibration_batch(row, reader, f"row {number} of tasks.{name}.calibration", label2id)
         for number, row in enumerate(rows)
     ]
 
