@@ -31,7 +31,7 @@ from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import Artifact
-from sensmerge.tasks.kinds.datasets import RowTask
+from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from sensmerge.tasks.networks.networks import computation_digest
@@ -251,7 +251,7 @@ def calibration_set(task: RowTask, rows: list[Row], folder: Path) -> Calibration
     """A calibration set whose rows are written to a folder."""
     stored = StoredRows.of(rows, folder)
     stored.write(rows)
-    return CalibrationSet(task.model_dump(), stored, task)
+    return CalibrationSet(task, stored)
 
 
 def statistics_job(

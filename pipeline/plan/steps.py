@@ -21,8 +21,8 @@ from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.kinds import lm_eval as evaluate_lm_eval
-from sensmerge.tasks.kinds.datasets import ClassificationTask, LmEvalTask, RowSet, Task
+from sensmerge.tasks.identity import identity
+from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
@@ -152,7 +152,7 @@ def lay_out(resolved: Resolved) -> list[Step]:
         steps += [
             _evaluate_step(resolved, model, step, name, one, downloads)
             for name, one in resolved.inputs.data.items()
-            if one.evaluation or isinstance(one.task, LmEvalTask)
+            if one.evaluation or not isinstance(one.task, RowTask)
         ]
     if any(one.evaluation for one in resolved.inputs.data.values()):
         steps += [_evaluate_dynamic_step(resolved, name, step) for name, step in routes.items()]
@@ -200,16 +200,13 @@ def _task_vectors_step(resolved: Resolved, name: str, downloads: Mapping[str, St
 
 def _calibration_settings(task: Task) -> dict[str, Any]:
     """Return what a task says of its samples: not where rows come from, nor how they are batched or scored."""
-    scoring = {"calibration", "evaluation", "batch_size", "metric", "generate"}
-    # A multiple-choice task's `answer` names the right choice, a completion's only what is compared in exact match.
-    dump: dict[str, Any] = task.model_dump(exclude=scoring | ({"answer"} if task.kind == "completion" else set()))
-    return dump
+    return dict(identity(task, "calibration"))
 
 
 def _calibration_set(resolved: Resolved, name: str) -> CalibrationSet:
     task = resolved.inputs.data[name].task
-    assert not isinstance(task, LmEvalTask), "the recipe's schema refuses statistics of it"
-    return CalibrationSet(_calibration_settings(task), resolved.rows(name, "calibration"), task)
+    assert isinstance(task, RowTask), "the recipe's schema refuses statistics of other tasks"
+    return CalibrationSet(task, resolved.rows(name, "calibration"))
 
 
 def _statistics_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
@@ -399,27 +396,26 @@ def _row_sets(resolved: Resolved, split: Literal["calibration", "evaluation"]) -
     sets = {}
     for name in resolved.recipe.experts:
         one = resolved.inputs.data.get(name)
-        if one is not None and not isinstance(one.task, LmEvalTask):
+        if one is not None and isinstance(one.task, RowTask):
             sets[name] = RowSet(one.task, getattr(one, split), _labels(resolved, name, one.task))
     return sets
 
 
 def _labels(resolved: Resolved, name: str, task: Task) -> Mapping[str, int] | None:
     """Return the classes of a task's own expert."""
-    return dict(resolved.inputs.experts[name].config.label2id) if isinstance(task, ClassificationTask) else None
+    return dict(resolved.inputs.experts[name].config.label2id) if task.has_own_head else None
 
 
 def scoring_settings(task: Task) -> dict[str, Any]:
     """Return what a task says of how a model is scored: not where rows come from, nor how they are batched."""
-    dump: dict[str, Any] = task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
-    return dump | (evaluate_lm_eval.lm_eval_settings(task) if isinstance(task, LmEvalTask) else {})
+    return {**identity(task, "evaluation"), **task.depends_on()}
 
 
 def _evaluate_step(
     resolved: Resolved, model: str, model_step: Step, task_name: str, one: TaskRows, downloads: Mapping[str, Step]
 ) -> Step:
     adapter = model in resolved.inputs.experts and resolved.inputs.experts[model].is_adapter
-    head = task_name if isinstance(one.task, ClassificationTask) and resolved.inputs.experts[task_name].head else None
+    head = task_name if one.task.has_own_head and resolved.inputs.experts[task_name].head else None
     needed = {"model": (model, model_step), "base": ("base", downloads["base"])}
     needed |= {"head": (head, downloads[head])} if head else {}
     reads = {role: _as_run(resolved, name, step) for role, (name, step) in needed.items()} | {

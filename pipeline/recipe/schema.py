@@ -17,9 +17,10 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.kinds.datasets import LmEvalTask, Task
+from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, method_of
 from sensmerge.tasks.strict import Strict
 
@@ -208,7 +209,7 @@ class Recipe(Strict):
         description="the model that all experts come from: local folder or hub:ORG/NAME@REVISION",
     )
     experts: dict[Name, ExpertModel] = Field(description="the experts by name")
-    tasks: dict[Name, Task] = Field({}, description="what each expert is good at, under the expert's name")
+    tasks: dict[Name, AnyTask] = Field({}, description="what each expert is good at, under the expert's name")
     tokenizer: TokenizerSource = Field(
         TokenizerSource.model_validate({}), description="where the tokenizer of merged models comes from"
     )
@@ -266,7 +267,7 @@ class Recipe(Strict):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():
-            if not isinstance(task, LmEvalTask) and task.calibration is None and task.evaluation is None:
+            if isinstance(task, RowTask) and task.calibration is None and task.evaluation is None:
                 raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
             if name not in self.experts:
                 raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
@@ -313,10 +314,10 @@ class Recipe(Strict):
     def _check_calibration(self, what: str) -> None:
         for name in self.experts:
             task = self.tasks.get(name)
-            if task is None or isinstance(task, LmEvalTask) or task.calibration is None:
+            if not isinstance(task, RowTask) or task.calibration is None:
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
-        kinds = {name: task.kind for name, task in self.tasks.items()}
-        if len({kind == "classification" for kind in kinds.values()}) > 1:
+        if len({task.has_own_head for task in self.tasks.values()}) > 1:
+            kinds = {name: task.kind for name, task in self.tasks.items()}
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
 
     def _weights_of_all_layers(self, variant: Variant) -> list[float] | None:

@@ -10,7 +10,8 @@ from rich.table import Table
 from sensmerge.pipeline.recipe.schema import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.report.report import Report, Score
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds import metrics
+from sensmerge.tasks.kinds.kind import KINDS, higher_is_better
+from sensmerge.tasks.kinds.scores import halves, paired_difference
 
 
 class Outcomes(BaseModel):
@@ -76,7 +77,7 @@ def best_variant(report: Report, gate: Gate) -> str:
             f"gate.metric: no variant that may become champion has {gate.metric}; expected {MEAN_NORMALISED} (where "
             f"every expert scores on its own task) or one of {', '.join(sorted(_keys(report))) or '(none)'}"
         )
-    sign = 1 if not task or metrics.higher_is_better(metric) else -1
+    sign = 1 if not task or higher_is_better(metric) else -1
     return max(values, key=lambda name: sign * values[name])
 
 
@@ -143,8 +144,10 @@ def judge(
         if new is None or old is None or before is None or after is None or new.samples != old.samples:
             verdicts.append(Verdict(task, metric, before, after, None, False))
             continue
-        found = Score(**vars(metrics.paired_difference(new.kind, metric, new.records, old.records)))
-        worse = found.low if metrics.higher_is_better(metric) else -found.high
+        compared = KINDS[new.kind].metric_of(metric, old.records)
+        assert compared is not None, "both have the score"
+        found = Score(**vars(paired_difference(compared, new.records, old.records)))
+        worse = found.low if compared.higher_is_better else -found.high
         verdicts.append(Verdict(task, metric, before, after, found, worse >= -tolerance * abs(before.value)))
     return verdicts
 
@@ -152,11 +155,11 @@ def judge(
 def _part(one: Outcomes | None, held_out: bool) -> Outcomes | None:
     if one is None or not held_out:
         return one
-    return one.model_copy(update={"records": metrics.halves(one.records)[1]})
+    return one.model_copy(update={"records": halves(one.records)[1]})
 
 
 def _score(one: Outcomes | None, metric: str) -> Score | None:
-    found = None if one is None else metrics.score_records(one.kind, one.records).get(metric)
+    found = None if one is None else KINDS[one.kind].score_of(metric, one.records)
     return None if found is None else Score(**vars(found))
 
 

@@ -201,7 +201,7 @@ class DynamicModel:
         """
         found: dict[int, list[int]] = {}
         for rows in self.network.together(routes.coefficients):
-            own = [prompts[row] for row in rows]
+            own = [{"input_ids": prompts[row]} for row in rows]
             with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
                 answers = generate(network, self.tokenizer, own, max_new_tokens, self._pad_id, self.device)
             found |= zip(rows, answers, strict=True)

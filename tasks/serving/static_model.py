@@ -130,7 +130,8 @@ class StaticModel:
             return []
         with torch.inference_mode():
             if new is not None:
-                found = generate(network, self.tokenizer, sequences, new, self._pad_id, network.device)
+                prompts = [{"input_ids": ids} for ids in sequences]
+                found = generate(network, self.tokenizer, prompts, new, self._pad_id, network.device)
                 return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
             batch = {name: values.to(network.device) for name, values in pad(sequences, self._pad_id).items()}
             classes = finite(network(**batch).logits).argmax(-1).tolist()

@@ -29,10 +29,10 @@ from sensmerge.tasks.dynamic.router import (
 )
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet, encode
-from sensmerge.tasks.kinds.metrics import mean_score
+from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.kinds.scores import mean_score
 from sensmerge.tasks.networks.networks import load_tokenizer
-from sensmerge.tasks.networks.tokens import pad, pad_token
+from sensmerge.tasks.networks.tokens import Inputs, collate, pad_token
 from sensmerge.tasks.stages.merge_vectors import FILES
 
 VERSION = 3
@@ -70,7 +70,7 @@ def route(
         InputError: hidden states that are not finite.
     """
     names = list(calibration)
-    head = "classification" if isinstance(next(iter(calibration.values())).task, ClassificationTask) else "causal_lm"
+    head = next(iter(calibration.values())).task.head
     network, _ = load_network_with_heads(model, names, head, dtype, device)
     rules = candidates(application, network.blocks)
     features, owners = _features(model, network, calibration, rules, static, device)
@@ -123,22 +123,22 @@ def _features(
 ) -> tuple[dict[tuple[int, PoolName], Features], Tensor]:
     """Return the features of all calibration samples by layer and pool, on the CPU, and whose each sample is (N,)."""
     tokenizer = load_tokenizer(model / BASE)
-    prompts: list[list[int]] = []
+    prompts: list[Inputs] = []
     owners: list[int] = []
     for number, (name, one) in enumerate(calibration.items()):
         for i, row in enumerate(one.rows):
             where = f"row {i} of tasks.{name}.calibration"
-            sample = encode(one.task, row, tokenizer, where, one.label2id)
-            assert sample.prompt_tokens, f"{where}: the plan refuses empty prompts"
-            prompts.append(sample.input_ids[: sample.prompt_tokens])
+            sample = one.task.sample(row, tokenizer, where, one.label2id)
+            assert sample.has_prompt, f"{where}: the plan refuses empty prompts"
+            prompts.append(sample.prompt)
             owners.append(number)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].get("input_ids", ())))  # little padding
     prompts, owners = [prompts[i] for i in order], [owners[i] for i in order]
     pad_id = pad_token(network.network, tokenizer)
     parts = []
     with torch.inference_mode():
         for start in range(0, len(prompts), BATCH_SIZE):
-            batch = pad(prompts[start : start + BATCH_SIZE], pad_id)
+            batch = collate(prompts[start : start + BATCH_SIZE], pad_id)
             inputs = {key: values.to(device) for key, values in batch.items()}
             parts.append(probe(network, inputs, rules, len(calibration), static))
     features = {key: _joined([part[key] for part in parts]) for key in parts[0]}

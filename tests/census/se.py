@@ -78,7 +78,7 @@ def _compare(case: Case, kind: str, model: DynamicModel) -> str:
             with torch.inference_mode():
                 expected = network(input_ids=torch.tensor([prompts[row]]), use_cache=False).logits[0]
                 # Not every network answers the same with padding: it gets what the dynamic one got.
-                batch = [prompts[one] for one in rows]
+                batch = [{"input_ids": prompts[one]} for one in rows]
                 text = generate(network, model.tokenizer, batch, NEW, pad_id, "cpu")[place]
             worst = max(worst, float((logits[row][: len(expected)] - expected).abs().max() / expected.abs().max()))
             if text != continued[row]:

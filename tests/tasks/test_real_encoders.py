@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from sensmerge.tasks.artifacts import read_json
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet
-from sensmerge.tasks.kinds.metrics import mean_normalised
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.kinds.scores import mean_normalised
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from sensmerge.tasks.rows.source import DataSource
@@ -59,6 +60,6 @@ def test_samples_find_their_experts(build: Path, tmp_path: Path) -> None:
         subject = Subject(build / "base-encoder", experts[name], True, experts[name], one.label2id)
         evaluate(subject, name, TASK, one.rows, build / "base-encoder", "float32", "cpu", tmp_path / name)
         own[name] = read_json(tmp_path / name / "records.json")
-    score = mean_normalised(records, own, dict.fromkeys(EXPERTS, TASK))
+    score = mean_normalised(dict.fromkeys(EXPERTS, TASK.metrics[TASK.metric]), records, own)
     assert score is not None
     assert score.value >= 0.97

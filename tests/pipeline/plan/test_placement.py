@@ -17,7 +17,7 @@ from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, TensorInfo
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.networks import skeleton
 from sensmerge.tasks.networks.placement import Actors, shares

@@ -37,7 +37,9 @@ from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError, StepError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, RowSet
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.kind import RowSet
 from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.stages.route import route
 from tests.conftest import llama_config

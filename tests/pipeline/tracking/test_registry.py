@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sensmerge.pipeline.tracking.registry import Registry, parse_version
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from tests.conftest import command_line, make_llama, perturbed, write_recipe, write_rows
 

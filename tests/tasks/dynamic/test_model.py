@@ -37,7 +37,9 @@ from sensmerge.tasks.dynamic.folder import MANIFEST
 from sensmerge.tasks.dynamic.model import PADDING, DynamicModel, Routes, parts
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, RowSet
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.kind import RowSet
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.route import route

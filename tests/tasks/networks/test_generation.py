@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.generation import end_tokens, generate, set_end_tokens
 from sensmerge.tasks.stages.evaluate import Subject, evaluate
 from tests.conftest import make_adapter, make_llama, perturbed
@@ -85,7 +85,7 @@ def test_continuations_are_greedy_up_to_any_end_token(tokenizer: PreTrainedToken
     for ids in whole:
         stop = next((i for i, token in enumerate(ids) if token in ends | {1}), 10)
         expected.append(ids[:stop])
-    assert generate(network, tokenizer, prompts, 10, 2, "cpu") == expected
+    assert generate(network, tokenizer, [{"input_ids": ids} for ids in prompts], 10, 2, "cpu") == expected
     assert len(expected[1]) <= 2
 
 

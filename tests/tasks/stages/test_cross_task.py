@@ -21,7 +21,8 @@ from transformers import (
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.stages import cross_task as module
 from tests.conftest import (
     TaskRows,

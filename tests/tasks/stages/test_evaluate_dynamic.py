@@ -10,8 +10,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
-from sensmerge.tasks.kinds.datasets import CompletionTask, MultipleChoiceTask, RowSet, encode, encode_choices
-from sensmerge.tasks.kinds.metrics import Record
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
+from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from sensmerge.tasks.stages.evaluate_dynamic import evaluate_dynamic
@@ -55,10 +57,7 @@ def prompts(one: RowSet, model: DynamicModel) -> list[list[int]]:
     """What each row is routed by: the text before what is scored."""
     found = []
     for row in one.rows:
-        if isinstance(one.task, MultipleChoiceTask):
-            sample = encode_choices(one.task, row, model.tokenizer, "")[0]
-        else:
-            sample = encode(one.task, row, model.tokenizer, "", one.label2id)
+        sample = one.task.samples(row, model.tokenizer, "", one.label2id)[0]
         found.append(sample.input_ids[: sample.prompt_tokens])
     return found
 

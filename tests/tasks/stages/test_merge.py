@@ -26,7 +26,7 @@ from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.methods.contract import TaskVector, method_of
 from sensmerge.tasks.methods.kernels.delta import Whole
 from sensmerge.tasks.networks.base import open_base
