@@ -27,6 +27,7 @@ from transformers import (
 from sensmerge.pipeline.plan.plan import Plan, plan_summary, plan_table
 from sensmerge.pipeline.plan.steps import Step, lay_out
 from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.errors import InputError
@@ -606,13 +607,14 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
 
     def prints() -> tuple[str | None, str, str]:
         plan = plan_of(tmp_path, recipe)
-        job: CrossTaskJob = plan.step("cross_task", "all").finish.args[0]
+        job = plan.step("cross_task", "all").job
+        assert isinstance(job, CrossTaskJob)
         for model in ("mood", "ta"):  # which change with the expert
-            assert plan.step("evaluate", f"{model}/mood").finish.args[0].trunk is None
+            assert plan.step("evaluate", f"{model}/mood").job.finishing.args[0].trunk is None
         return (
-            plan.step("evaluate", "base/mood").finish.args[0].trunk,
-            job.trunks["topic"]["mood"],
-            job.pairs["topic"]["mood"],
+            plan.step("evaluate", "base/mood").job.finishing.args[0].trunk,
+            job.trunk("topic", "mood"),
+            job.pair("topic", "mood"),
         )
 
     before = prints()
@@ -629,27 +631,30 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
 
 @pytest.mark.parametrize("damage", ["gone", "other content"])
 def test_only_distances_as_they_were_written_are_taken_over(damage: str, llama_recipe: Recipe, tmp_path: Path) -> None:
-    def planned() -> tuple[Step, CrossTaskJob]:
-        step = plan_of(tmp_path, llama_recipe).step("cross_task", "all")
-        return step, step.finish.args[0]
+    store, step = Store(tmp_path / "store"), plan_of(tmp_path, llama_recipe).step("cross_task", "all")
 
-    step, job = planned()
+    def resumed() -> CrossTaskJob:
+        job = step.job.resumed(EarlierArtifacts(store, step.key))
+        assert isinstance(job, CrossTaskJob)
+        return job
+
+    job = resumed()
     assert job.known == {}
-    assert len(step.parts) == len(job.experts)
-    pairs = job.pairs
-    store, earlier = Store(tmp_path / "store"), replace(step.key, inputs={"of": "other experts too"})
+    assert list(job.parts()) == list(job.experts)
+    pairs = {i: {j: job.pair(i, j) for j in job.experts} for i in job.experts}
+    earlier = replace(step.key, inputs={"of": "other experts too"})
     store.partial(earlier).mkdir(parents=True)
     write_json(store.partial(earlier) / "pairs.json", pairs)
     distances = {i: dict.fromkeys(row, 1.25) for i, row in pairs.items()}
     write_json(store.partial(earlier) / "distances.json", distances)
     store.publish(earlier, {"result": {}})
     every = {fingerprint for i, row in pairs.items() for j, fingerprint in row.items() if i != j}
-    job = planned()[1]
+    job = resumed()
     assert job.known == dict.fromkeys(every, 1.25)
-    assert not planned()[0].parts
+    assert not job.parts()
     file = store.folder(earlier) / "distances.json"
     if damage == "gone":
         file.unlink()
     else:
         file.write_text(file.read_text().replace("1.25", "1.75"))
-    assert planned()[1].known == {}
+    assert resumed().known == {}
