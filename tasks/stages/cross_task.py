@@ -109,7 +109,7 @@ class CrossTaskJob:
         # Without a padding token, some heads do not find the last token of more than one sample.
         alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
         by_length: dict[int, list[Batch]] = {}
-        for number, row in enumerate(one.rows):
+        for number, row in enumerate(one.rows.read()):
             sample = _inputs(one, row, reader, f"row {number} of tasks.{j}.calibration", labels)
             by_length.setdefault(sample["input_ids"].shape[1], []).append(sample)
         batches: list[Batch] = []
@@ -255,7 +255,7 @@ def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
                 for i, norm in _token_norms(j, heads, kept, batch).items():
                     sums[i] += norm
         for i, total in sums.items():
-            yield i, j, total / len(job.calibration[j].rows)
+            yield i, j, total / len(job.calibration[j].rows.read())
 
 
 def _keep_head_inputs(job: CrossTaskJob, out: Path) -> None:

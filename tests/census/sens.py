@@ -13,10 +13,10 @@ from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.placement import Placement
-from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
+from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.sensitivity import sensitivity
 from tests.census.cases import EXPERTS, ROWS, Case
-from tests.conftest import make_tokenizer, measure_distances, pair_names
+from tests.conftest import make_tokenizer, measure_distances, pair_names, row_set
 
 TOLERANCE = 2e-4
 """Of float32 numbers that are summed up in another order, relative."""
@@ -110,7 +110,7 @@ def _sensitivities(case: Case, placement: Placement) -> str:
 def _distances(case: Case) -> str:
     out, names = case.folder / "distances", pair_names(EXPERTS)
     out.mkdir()
-    sets = {name: RowSet(TASK, ROWS[name]) for name in EXPERTS}
+    sets = {name: row_set(TASK, ROWS[name]) for name in EXPERTS}
     experts = case.experts("full")
     job = CrossTaskJob(case.base, experts, sets, case.base, "float32", "cpu", "whole", names, names, {}, {})
     measure_distances(job, out)

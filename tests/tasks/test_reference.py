@@ -17,7 +17,7 @@ from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.rows.tables import load_rows
 from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
 from sensmerge.tasks.stages.sensitivity import sensitivity
-from tests.conftest import SHARED, measure_distances, pair_names
+from tests.conftest import SHARED, measure_distances, pair_names, row_set
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]
 EXPERTS = ("gsm8k", "mbpp", "dolly")
@@ -52,7 +52,7 @@ def calibration() -> dict[str, RowSet]:
     sets = {}
     for name in EXPERTS:
         source = DataSource(path="json", data_files=f"data/{name}/train.jsonl.gz", samples=8, seed=None)
-        sets[name] = RowSet(task, load_rows(source, f"tasks.{name}.calibration", SHARED).rows)
+        sets[name] = row_set(task, load_rows(source, f"tasks.{name}.calibration", SHARED).rows)
     return sets
 
 
@@ -78,7 +78,7 @@ def test_alpha(
     tmp_path: Path,
 ) -> None:
     one = calibration[name]
-    sensitivity(base, expert(name), name, one.task, one.rows, base, "float32", "cpu", placement, tmp_path)
+    sensitivity(base, expert(name), name, one.task, one.rows.read(), base, "float32", "cpu", placement, tmp_path)
     found = alpha(read_json(tmp_path / "sensitivity.json")["sensitivity"])
     assert found == pytest.approx(reference["alpha"][name], rel=1e-3)
 

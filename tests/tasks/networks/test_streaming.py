@@ -43,7 +43,7 @@ from sensmerge.tasks.networks.sharded import BlockOwner, _Lane, shares
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.sensitivity import sensitivity
-from tests.conftest import gpt2_config, llama_config, make_adapter, measure_distances, pair_names, perturbed
+from tests.conftest import gpt2_config, llama_config, make_adapter, measure_distances, pair_names, perturbed, row_set
 
 Save = Callable[..., Path]
 ROWS = [{"text": text} for text in ("1+2=3", "a rather longer text than the first", "x")]
@@ -88,12 +88,12 @@ def seeded(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
 
 def completions(names: list[str]) -> dict[str, RowSet]:
     task = CompletionTask(kind="completion", prompt="{text}", completion="!", loss_on="all")
-    return {name: RowSet(task, ROWS[: 2 + i]) for i, name in enumerate(names)}
+    return {name: row_set(task, ROWS[: 2 + i]) for i, name in enumerate(names)}
 
 
 def classes(names: list[str]) -> dict[str, RowSet]:
     rows = [{**row, "label": i % 2} for i, row in enumerate(ROWS)]
-    return {name: RowSet(ClassificationTask(kind="classification"), rows[: 2 + i]) for i, name in enumerate(names)}
+    return {name: row_set(ClassificationTask(kind="classification"), rows[: 2 + i]) for i, name in enumerate(names)}
 
 
 def sensitivity_of(
@@ -108,7 +108,7 @@ def sensitivity_of(
     """Return the sensitivity of an expert's layers, found in some placement."""
     folder, one = out / name, sets[name]
     folder.mkdir(parents=True)
-    sensitivity(base, experts[name], name, one.task, one.rows, base, dtype, "cpu", placement, folder)
+    sensitivity(base, experts[name], name, one.task, one.rows.read(), base, dtype, "cpu", placement, folder)
     assert [path.name for path in folder.iterdir()] == ["sensitivity.json"]
     found: dict[str, float] = read_json(folder / "sensitivity.json")["sensitivity"]
     return found

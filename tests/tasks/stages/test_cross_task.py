@@ -34,6 +34,7 @@ from tests.conftest import (
     measure_distances,
     pair_names,
     perturbed,
+    row_set,
 )
 
 Save = Callable[..., Path]
@@ -47,13 +48,13 @@ TEXTS = {
 
 def completions(names: list[str], loss_on: str = "completion") -> dict[str, RowSet]:
     task = CompletionTask(kind="completion", prompt="{text}", completion="!", loss_on=loss_on)
-    return {name: RowSet(task, [{"text": text} for text in TEXTS[name]]) for name in names}
+    return {name: row_set(task, [{"text": text} for text in TEXTS[name]]) for name in names}
 
 
 def classes(names: list[str]) -> dict[str, RowSet]:
     task = ClassificationTask(kind="classification")
     rows = [{"text": text, "label": 0} for text in ("good", "a much longer text than the first")]
-    return {name: RowSet(task, rows[: i + 1]) for i, name in enumerate(names)}
+    return {name: row_set(task, rows[: i + 1]) for i, name in enumerate(names)}
 
 
 def measure(
@@ -165,7 +166,7 @@ def test_classifiers_compare_through_the_head_of_the_task(
     found = measure(save(trunk, "base", tmp_path), folders, sets, tmp_path / "out")
     trunks = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]).bert for name in labels}
     heads = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]) for name in labels}
-    texts = {name: [row["text"] for row in one.rows] for name, one in sets.items()}
+    texts = {name: [row["text"] for row in one.rows.read()] for name, one in sets.items()}
     same(found, naive(own_head_logits(trunks, heads, tokenizer), texts))
 
 
@@ -192,7 +193,7 @@ def test_classifiers_whose_heads_read_differently(
     measure_distances(job, out)
     heads = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]) for name in poolings}
     trunks = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]).model for name in poolings}
-    texts = {name: [row["text"] for row in one.rows] for name, one in sets.items()}
+    texts = {name: [row["text"] for row in one.rows.read()] for name, one in sets.items()}
     same(read_json(out / "distances.json"), naive(own_head_logits(trunks, heads, tokenizer), texts))
     # Means are taken over all tokens, which are not kept.
     kept = {file.relative_to(out).as_posix() for file in (out / "trunks").rglob("*") if file.is_file()}
@@ -220,7 +221,7 @@ def test_classifiers_with_decoder_trunks(
     trunks = {name: AutoModelForCausalLM.from_pretrained(base).model for name in labels}
     for name in labels:
         trunks[name].load_state_dict(full[name].model.state_dict())
-    texts = {name: [row["text"] for row in one.rows] for name, one in sets.items()}
+    texts = {name: [row["text"] for row in one.rows.read()] for name, one in sets.items()}
     same(found, naive(own_head_logits(trunks, full, tokenizer), texts))
 
 
@@ -235,7 +236,7 @@ def test_classifiers_with_decoder_trunks_and_no_padding_token(
         networks[name] = perturbed(network, seed)
     folders = {name: save(network, name, tmp_path) for name, network in networks.items()}
     rows = [{"text": text, "label": 0} for text in ("good", "evil")]  # of one length, so that they could be one batch
-    sets = {name: RowSet(ClassificationTask(kind="classification"), rows) for name in networks}
+    sets = {name: row_set(ClassificationTask(kind="classification"), rows) for name in networks}
     found = measure(folder, folders, sets, tmp_path / "out")
     trunks = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]).model for name in networks}
     texts = {name: ["good", "evil"] for name in networks}
@@ -272,7 +273,7 @@ def test_each_trunk_runs_once_over_each_sample(llamas: dict[str, Path], tmp_path
     experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
     sets = completions(list(experts))
     measure(llamas["base"], experts, sets, tmp_path / "out")
-    assert sum(passes) == len(experts) * sum(len(one.rows) for one in sets.values())
+    assert sum(passes) == len(experts) * sum(len(one.rows.read()) for one in sets.values())
     assert len(passes) == len(experts) * sum(map(batches, experts))
 
 

@@ -32,7 +32,7 @@ from sensmerge.tasks.methods.delta import Whole
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network, open_expert
 from sensmerge.tasks.stages import merge
-from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
+from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.merge import MergeJob, finish_merge, merge_group, merge_weights, weights_digest
 from sensmerge.tasks.stages.sensitivity import sensitivity
 from tests.conftest import (
@@ -43,6 +43,7 @@ from tests.conftest import (
     measure_distances,
     pair_names,
     perturbed,
+    row_set,
 )
 from tests.merged import assert_loads
 from tests.tasks.methods.pieces import whole_tensor
@@ -562,7 +563,7 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
         (out / name).mkdir(parents=True)
     for name in names:
         sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", "whole", out / name)
-    sets = {name: RowSet(TASK, ROWS) for name in names}
+    sets = {name: row_set(TASK, ROWS) for name in names}
     experts = {name: llamas[name] for name in names}
     distances = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", *(pair_names(names),) * 2, {}, {})
     measure_distances(distances, out / "cross")
