@@ -1,9 +1,7 @@
 """The steps of a recipe: what each reads, its fingerprint, and the work."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -15,18 +13,15 @@ from sensmerge.pipeline.plan.rows import TaskRows
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.recipe.schema import Recipe, Stage, Variant
 from sensmerge.pipeline.store.store import Key, Store
-from sensmerge.pipeline.store.verify import damaged_files
-from sensmerge.tasks.artifacts import Artifact, canonical, sha256_text
+from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.identity import identity
 from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
-from sensmerge.tasks.rows.source import rows_digest
 from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.stages import evaluate, evaluate_dynamic, route
 from sensmerge.tasks.stages.calibration import CalibrationSet
@@ -86,47 +81,6 @@ class Step:
     def title(self) -> str:
         """The step as logs and errors name it."""
         return f"{self.stage} {self.name}"
-
-
-@dataclass(frozen=True)
-class Callables(Job):
-    """The work of a stage that has no job of its own yet."""
-
-    inputs: Mapping[str, Any]
-    finishing: Callable[..., dict[str, Any]]
-    pieces: tuple[Callable[..., bool], ...] = ()
-
-    def identity(self) -> dict[str, Any]:
-        """See `Job`."""
-        return dict(self.inputs)
-
-    def parts(self) -> Sequence[int]:
-        """See `Job`."""
-        return range(len(self.pieces))
-
-    def run(self, part: int | str, out: Path) -> bool:
-        """See `Job`."""
-        return self.pieces[int(part)](out=out)
-
-    def finish(self, out: Path) -> dict[str, Any]:
-        """See `Job`."""
-        return self.finishing(out=out)
-
-
-def _key(stage: str, name: str, version: int, settings: Mapping[str, Any], reads: Mapping[str, str]) -> Key:
-    return Key(stage, name, {"stage": stage, "version": version, "settings": dict(settings), "reads": dict(reads)})
-
-
-def _step(
-    key: Key,
-    needs: tuple[str, ...],
-    finish: Callable[..., dict[str, Any]],
-    parts: tuple[Callable[..., bool], ...] = (),
-    reads: int = 0,
-    writes: int = 0,
-    actors: int = 0,
-) -> Step:
-    return Step(key.name, key, needs, Callables(key.inputs, finish, parts), reads, writes, actors)
 
 
 def lay_out(resolved: Resolved) -> list[Step]:
@@ -196,11 +150,6 @@ def _task_vectors_step(resolved: Resolved, name: str, downloads: Mapping[str, St
     reads = weight_bytes(resolved.inputs.listings["base"]) + weight_bytes(resolved.inputs.listings[name])
     writes = len(resolved.inputs.base.weights) * 32_000
     return Step(name, Key.of(name, job), _titles(downloads, "base", name), job, reads, writes)
-
-
-def _calibration_settings(task: Task) -> dict[str, Any]:
-    """Return what a task says of its samples: not where rows come from, nor how they are batched or scored."""
-    return dict(identity(task, "calibration"))
 
 
 def _calibration_set(resolved: Resolved, name: str) -> CalibrationSet:
@@ -352,43 +301,33 @@ def _route_step(resolved: Resolved, name: str, variant: Variant, merged: Step) -
     assert isinstance(variant.application, SeApplication)
     calibration = _row_sets(resolved, "calibration")
     assert isinstance(variant.method, Additive), "the recipe's schema refuses other methods"
-    static = variant.method.static_coefficient(variant.weight, len(calibration))
-    settings = {
-        "dtype": resolved.recipe.dtype,
-        "application": variant.application.model_dump(),
-        "static": static,
-        "tasks": {key: _calibration_settings(one.task) | {"labels": one.label2id} for key, one in calibration.items()},
-    }
-    reads = {"model": merged.key.fingerprint} | {
-        f"calibration {key}": rows_digest(one.rows) for key, one in calibration.items()
-    }
-    device = _device(resolved, "route")
-    finish = partial(
-        route.route,
-        resolved.store.folder(merged.key),
-        calibration,
-        variant.application,
-        static,
-        resolved.recipe.dtype,
-        device,
+    job = route.RouteJob(
+        model=_made(resolved, merged),
+        calibration=calibration,
+        application=variant.application,
+        static=variant.method.static_coefficient(variant.weight, len(calibration)),
+        dtype=resolved.recipe.dtype,
+        device=_device(resolved, "route"),
     )
     # The model's files are linked, not written again.
-    key = _key("route", name, route.VERSION, settings, reads)
-    return _step(key, (merged.title,), finish, reads=merged.writes)
+    return Step(name, Key.of(name, job), (merged.title,), job, reads=merged.writes)
 
 
 def _evaluate_dynamic_step(resolved: Resolved, name: str, routed: Step) -> Step:
-    evaluation = {key: one for key, one in _row_sets(resolved, "evaluation").items() if one.rows}
-    settings = {
-        "tasks": {key: scoring_settings(one.task) | {"labels": one.label2id} for key, one in evaluation.items()}
-    }
-    reads = {"model": routed.key.fingerprint} | {
-        f"evaluation {key}": rows_digest(one.rows) for key, one in evaluation.items()
-    }
-    device = _device(resolved, "evaluate")
-    finish = partial(evaluate_dynamic.evaluate_dynamic, resolved.store.folder(routed.key), evaluation, device)
-    key = _key("evaluate", name, evaluate_dynamic.VERSION, settings, reads)
-    return _step(key, (routed.title,), finish, reads=routed.reads)
+    scored = [task for task, one in resolved.inputs.data.items() if one.evaluation]
+    evaluation = {task: one for task, one in _row_sets(resolved, "evaluation").items() if task in scored}
+    job = evaluate_dynamic.EvaluateDynamicJob(
+        model=_made(resolved, routed),
+        evaluation=evaluation,
+        depends={task: one.task.depends_on() for task, one in evaluation.items()},
+        device=_device(resolved, "evaluate"),
+    )
+    return Step(name, Key.of(name, job), (routed.title,), job, reads=routed.reads)
+
+
+def _made(resolved: Resolved, step: Step) -> Artifact:
+    """Return what a step makes."""
+    return Artifact(step.key.fingerprint, resolved.store.folder(step.key))
 
 
 def _row_sets(resolved: Resolved, split: Literal["calibration", "evaluation"]) -> dict[str, RowSet]:
@@ -397,7 +336,7 @@ def _row_sets(resolved: Resolved, split: Literal["calibration", "evaluation"]) -
     for name in resolved.recipe.experts:
         one = resolved.inputs.data.get(name)
         if one is not None and isinstance(one.task, RowTask):
-            sets[name] = RowSet(one.task, getattr(one, split), _labels(resolved, name, one.task))
+            sets[name] = RowSet(one.task, resolved.rows(name, split), _labels(resolved, name, one.task))
     return sets
 
 
@@ -406,62 +345,36 @@ def _labels(resolved: Resolved, name: str, task: Task) -> Mapping[str, int] | No
     return dict(resolved.inputs.experts[name].config.label2id) if task.has_own_head else None
 
 
-def scoring_settings(task: Task) -> dict[str, Any]:
-    """Return what a task says of how a model is scored: not where rows come from, nor how they are batched."""
-    return {**identity(task, "evaluation"), **task.depends_on()}
-
-
 def _evaluate_step(
     resolved: Resolved, model: str, model_step: Step, task_name: str, one: TaskRows, downloads: Mapping[str, Step]
 ) -> Step:
-    adapter = model in resolved.inputs.experts and resolved.inputs.experts[model].is_adapter
-    head = task_name if one.task.has_own_head and resolved.inputs.experts[task_name].head else None
-    needed = {"model": (model, model_step), "base": ("base", downloads["base"])}
-    needed |= {"head": (head, downloads[head])} if head else {}
-    reads = {role: _as_run(resolved, name, step) for role, (name, step) in needed.items()} | {
-        "evaluation": rows_digest(one.evaluation),
-        "tokenizer": resolved.inputs.tokenizer.digest,
-    }
-    labels = _labels(resolved, task_name, one.task)
-    listing = resolved.inputs.listings.get(model)
-    settings = {"dtype": resolved.recipe.dtype, "task": scoring_settings(one.task), "labels": labels}
-    key = _key("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
-    trunk = None
-    if head and listing and model != head and not resolved.inputs.experts[head].has_trunk_in_head():
+    experts, listing = resolved.inputs.experts, resolved.inputs.listings.get(model)
+    head = task_name if one.task.has_own_head and experts[task_name].head else None
+    needed = [model_step, downloads["base"], *([downloads[head]] if head else [])]
+    config = None
+    if head and listing and model != head and not experts[head].has_trunk_in_head():
         # This model stays what it is when the task's expert changes, of which it only takes the head.
-        version = {"version": evaluate.VERSION, "batch_size": one.task.batch_size}
-        trunk = sha256_text(
-            canonical(settings | reads | version | {"head": computation_digest(resolved.inputs.experts[head].config)})
-        )
-    finish = partial(
-        evaluate.evaluate,
-        evaluate.Subject(
-            base=resolved.inputs.base.folder,
-            model=listing.folder if listing else resolved.store.folder(model_step.key),
-            is_expert=model in resolved.inputs.experts,
-            head_of=resolved.inputs.experts[head].folder if head else None,
-            label2id=labels,
-            trunk=trunk,
-            earlier=_earlier(resolved.store, key) if trunk else None,
-            base_config=tuple(one.folder for one in resolved.inputs.experts.values() if one.base_config),
+        config = computation_digest(experts[head].config)
+    job = evaluate.EvaluateJob(
+        base=Artifact(downloads["base"].key.fingerprint, resolved.inputs.base.folder),
+        model=Artifact(
+            _as_run(resolved, model, model_step), listing.folder if listing else resolved.store.folder(model_step.key)
         ),
-        task_name,
-        one.task,
-        one.evaluation,
-        resolved.inputs.tokenizer.folder,
-        resolved.recipe.dtype,
-        _device(resolved, "evaluate"),
+        head=Artifact(_as_run(resolved, head, downloads[head]), experts[head].folder) if head else None,
+        tokenizer=Artifact(resolved.inputs.tokenizer.digest, resolved.inputs.tokenizer.folder),
+        task=one.task,
+        rows=resolved.rows(task_name, "evaluation"),
+        labels=_labels(resolved, task_name, one.task),
+        dtype=resolved.recipe.dtype,
+        depends=one.task.depends_on(),
+        name=task_name,
+        is_expert=model in experts,
+        device=_device(resolved, "evaluate"),
+        head_config=config,
+        base_config=tuple(expert.folder for expert in experts.values() if expert.base_config),
     )
-    size = weight_bytes(resolved.inputs.listings["base"])
-    return _step(
-        key,
-        tuple(step.title for _, step in needed.values()),
-        finish,
-        reads=size + (weight_bytes(resolved.inputs.listings[model]) if adapter else 0),
-    )
-
-
-def _earlier(store: Store, key: Key) -> Path | None:
-    """Return the last artifact of a step that is to run again, if all of it is as it was written."""
-    last = None if store.manifest(key) else store.last(key)
-    return None if last is None or any(damaged_files(last)) else last
+    reads = weight_bytes(resolved.inputs.listings["base"])
+    if model in experts and experts[model].is_adapter:
+        reads += weight_bytes(resolved.inputs.listings[model])
+    name = f"{model}/{task_name}"
+    return Step(name, Key.of(name, job), tuple(step.title for step in needed), job, reads=reads)

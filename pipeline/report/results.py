@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.plan.steps import Step, scoring_settings
+from sensmerge.pipeline.plan.steps import Step
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.report.gate import Outcomes
 from sensmerge.pipeline.report.report import Report, RouteInfo, Score, StageRecord, VariantInfo
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
 from sensmerge.tasks.coefficients import alpha
+from sensmerge.tasks.identity import identity
 from sensmerge.tasks.kinds import scores as scoring
 from sensmerge.tasks.kinds.kind import Task
 from sensmerge.tasks.kinds.scores import Metric, Record
@@ -98,7 +99,8 @@ def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
 def _samples(plan: Plan, task: str) -> str:
     """Return a digest of a task's evaluation samples and of how they are scored."""
     one = plan.inputs.data[task]
-    return sha256_text(canonical([scoring_settings(one.task), rows_digest(one.evaluation)]))
+    settings = {**identity(one.task, "evaluation"), **one.task.depends_on()}
+    return sha256_text(canonical([settings, rows_digest(one.evaluation)]))
 
 
 def _read(plan: Plan, stage: Stage, name: str, file: str) -> Any:

@@ -1,4 +1,8 @@
-"""Kind classification: every expert has a classification head of its own."""
+"""Kind classification: every expert has a classification head of its own.
+
+A record holds `prediction`, the class of the largest logit, and `label`; of a dynamic model also `routed` (0 or 1):
+whether the head that it chose itself is right.
+"""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,11 +25,7 @@ if TYPE_CHECKING:
 
 @KINDS.register("classification")
 class ClassificationTask(RowTask):
-    """The model has a classification head of its own for this task.
-
-    A record holds `prediction`, the class of the largest logit, and `label`; of a dynamic model also `routed` (0 or 1):
-    whether the head that it chose itself is right.
-    """
+    """The model has a classification head of its own for this task."""
 
     head: ClassVar[str] = "classification"
     fields: ClassVar[tuple[str, ...]] = ("label",)

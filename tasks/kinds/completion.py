@@ -1,4 +1,8 @@
-"""Kind completion: the model continues a prompt."""
+"""Kind completion: the model continues a prompt.
+
+The expected completion is read, not generated: a record is its `likelihood`, with the end token if the task appends it,
+and `exact` (0 or 1) if the model also generates.
+"""
 
 import re
 from collections.abc import Mapping
@@ -23,11 +27,7 @@ if TYPE_CHECKING:
 
 @KINDS.register("completion")
 class CompletionTask(RowTask):
-    """The model continues a prompt; scored on the tokens of the expected completion.
-
-    The expected completion is read, not generated: a record is its `likelihood`, and `exact` (0 or 1) if the model
-    also generates. The end token counts if the task appends it.
-    """
+    """The model continues a prompt; scored on the tokens of the expected completion."""
 
     templates: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     metrics: ClassVar[Mapping[str, Metric]] = {

@@ -20,6 +20,7 @@ from sensmerge.tasks.kinds.templates import template_fields
 from sensmerge.tasks.networks.tokens import Inputs, collate
 from sensmerge.tasks.registry import Registry
 from sensmerge.tasks.rows.source import DataSource, Row
+from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.strict import Strict
 
 if TYPE_CHECKING:
@@ -269,9 +270,9 @@ class RowTask(Task):
 
 @dataclass(frozen=True)
 class RowSet:
-    """Rows of one task."""
+    """Rows of one task, in a file."""
 
     task: RowTask
-    rows: list[Row]
+    rows: StoredRows
     label2id: Labels | None = None
     """classes of the task's own expert (classification)"""

@@ -1,4 +1,8 @@
-"""Kind lm_eval: what EleutherAI's lm-evaluation-harness scores. An extra, imported only where it is used."""
+"""Kind lm_eval: what EleutherAI's lm-evaluation-harness scores. An extra, imported only where it is used.
+
+It has rows of its own. A record is that of one document: `task`, its lm-eval name, and each metric of that task: one
+number, or the two that its aggregation divides.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +33,7 @@ LOWER_IS_BETTER = {*AGGREGATIONS, "brier_score", "ter"}
 
 @KINDS.register("lm_eval")
 class LmEvalTask(Task):
-    """Tasks of EleutherAI's lm-evaluation-harness (needs the extra `lm-eval`).
-
-    It has rows of its own. A record is that of one document: `task`, its lm-eval name, and each metric of that task:
-    one number, or the two that its aggregation divides.
-    """
+    """Tasks of EleutherAI's lm-evaluation-harness (needs the extra `lm-eval`)."""
 
     kind: Literal["lm_eval"]
     names: list[str] = Field(min_length=1, description="task names as lm-eval lists them")

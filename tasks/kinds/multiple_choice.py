@@ -1,4 +1,8 @@
-"""Kind multiple_choice: the model ranks the choices of a question."""
+"""Kind multiple_choice: the model ranks the choices of a question.
+
+A record holds `prediction`, the choice of the largest Σ ln p ÷ characters of its text (lm-eval's `acc_norm`), and
+`label`, the right choice.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -22,11 +26,7 @@ if TYPE_CHECKING:
 
 @KINDS.register("multiple_choice")
 class MultipleChoiceTask(RowTask):
-    """The model ranks choices by their likelihood per character after the prompt.
-
-    A record holds `prediction`, the choice of the largest Σ ln p ÷ characters of its text (lm-eval's `acc_norm`), and
-    `label`, the right choice.
-    """
+    """The model ranks choices by their likelihood per character after the prompt."""
 
     templates: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     fields: ClassVar[tuple[str, ...]] = ("choices", "answer")

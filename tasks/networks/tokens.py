@@ -83,6 +83,11 @@ def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right
     return batch
 
 
+def length(sample: Inputs) -> int:
+    """How many tokens a sample has; 0 where a network reads no text."""
+    return len(sample.get("input_ids", ()))
+
+
 def pad_token(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return a token id to pad with. The config's comes first: a decoder with a classification head looks for it."""
     for pad_id in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id):

@@ -16,7 +16,7 @@ from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.networks.blocks import to_device
 from sensmerge.tasks.networks.generation import generate
-from sensmerge.tasks.networks.tokens import Inputs, collate, pad_token
+from sensmerge.tasks.networks.tokens import Inputs, collate, length, pad_token
 from sensmerge.tasks.rows.source import Row
 
 
@@ -81,9 +81,9 @@ def records_of(model: Model, items: Sequence[Item]) -> list[Record]:
         judged[place] = items[owners[place]].task.judge(samples[place], logits)
     parts = iter(judged)
     records = [item.task.record(item.row, [next(parts) for _ in item.samples]) for item in items]
-    for length in sorted({item.task.answer_tokens for item in items} - {0}):
-        asked = [place for place, item in enumerate(items) if item.task.answer_tokens == length]
-        texts = model.generate([items[place].prompt for place in asked], asked, length)
+    for most in sorted({item.task.answer_tokens for item in items} - {0}):
+        asked = [place for place, item in enumerate(items) if item.task.answer_tokens == most]
+        texts = model.generate([items[place].prompt for place in asked], asked, most)
         for place, text in zip(asked, texts, strict=True):
             records[place] |= items[place].task.answer_record(items[place].row, text)
     return records
@@ -91,7 +91,7 @@ def records_of(model: Model, items: Sequence[Item]) -> list[Record]:
 
 def batches(samples: Sequence[Inputs], size: int) -> list[list[int]]:
     """Return places in batches of similar length, the longest first: little padding, and no memory surprise late."""
-    order = sorted(range(len(samples)), key=lambda place: len(samples[place].get("input_ids", ())), reverse=True)
+    order = sorted(range(len(samples)), key=lambda place: length(samples[place]), reverse=True)
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

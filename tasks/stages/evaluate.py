@@ -1,16 +1,17 @@
 """Scores of one model on one task: a record per row (see its kind in `tasks.kinds`), every metric with its interval."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sensmerge.tasks.artifacts import write_json
-from sensmerge.tasks.kinds.kind import RowTask, Sample, Task
+from sensmerge.tasks.artifacts import Artifact, canonical, sha256_text, write_json
+from sensmerge.tasks.identity import For, Local
+from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample, Task
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.blocks import to_device, trunk_output
@@ -30,10 +31,125 @@ from sensmerge.tasks.networks.networks import load_tokenizer, trunk_of
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.tokens import Inputs, collate, pad_token
 from sensmerge.tasks.rows.source import Row
+from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.stages.answers import NetworkModel, batches, classifier_batch_size, items_of, records_of
+from sensmerge.tasks.stages.job import Earlier, Job
 
-VERSION = 2
 _HEAD_INPUTS = "head_inputs.safetensors"
+
+
+@dataclass(frozen=True)
+class EvaluateJob(Job):
+    """Scores one model on one task.
+
+    Where the head of an expert follows the trunk of another model, what it reads may be kept, if it is little: a
+    changed head on the same trunk is scored without running that again, to the same bits.
+    """
+
+    stage = "evaluate"
+    version = 3
+
+    base: Artifact
+    model: Artifact
+    """the base itself, a merged model, or an expert"""
+    head: Artifact | None
+    """expert whose head follows the trunk (classification)"""
+    tokenizer: Artifact
+    """folder of the tokenizer that all models share"""
+    task: Annotated[Task, For("evaluation")]
+    rows: StoredRows
+    """the evaluation set (of no use to a kind that has its own)"""
+    labels: Labels | None
+    """classes of the task's own expert (classification): rows may name them"""
+    dtype: str
+    """torch name of the network's dtype"""
+    depends: Mapping[str, Any]
+    """what scores depend on beside all this, see `Task.depends_on`"""
+    name: Local[str]
+    """of the task"""
+    is_expert: Local[bool]
+    """whether the model is to be matched with the base (an adapter, a fine-tune under other tensor names)"""
+    device: Local[str]
+    """torch device"""
+    head_config: Local[str | None] = None
+    """digest of what the head's config computes; None where nothing of the trunk is to be kept"""
+    base_config: Local[tuple[Path, ...]] = ()
+    """experts that run with the base's settings where their own configs differ"""
+    earlier: Local[Path | None] = None
+    """an earlier artifact of the same step"""
+
+    def trunk(self) -> str | None:
+        """Return a fingerprint of what the head reads of the trunk, which outlasts the head."""
+        if self.head_config is None:
+            return None
+        return sha256_text(canonical(self.identity() | {"head": self.head_config, "batch_size": self.task.batch_size}))
+
+    def resumed(self, earlier: Earlier) -> Self:
+        """See `Job`: what the head reads of the trunk may be there from before."""
+        return self if self.head_config is None else replace(self, earlier=earlier.last())
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Write `records.json` (one record per row) and `scores.json` (metric → value, n, low, high).
+
+        Returns:
+            The scores.
+
+        Raises:
+            InputError: a row that has no sample, or logits that are not finite.
+        """
+        task, tokenizer = self.task, load_tokenizer(self.tokenizer.folder)
+        if not isinstance(task, RowTask):
+            records = task.evaluate(self._network(), tokenizer, f"tasks.{self.name}")
+        elif self.head_config is None:
+            key = f"tasks.{self.name}.evaluation"
+            records = evaluate_network(self._network(), tokenizer, task, self.rows.read(), key)
+        else:
+            records = self._through_head(task, tokenizer, out)
+        return write_evaluation(task, records, out)
+
+    def _network(self) -> PreTrainedModel:
+        base = open_base(self.base.folder)
+        model = self._expert(self.model, base) if self.is_expert else open_base(self.model.folder)
+        head_of = self._expert(self.head, base) if self.head else None
+        network = load_network(model, self.task.head, getattr(torch, self.dtype), self.device, head_of)
+        if self.labels is not None:
+            network.config.label2id = dict(self.labels)
+        if not self.task.has_own_head:
+            set_end_tokens(network, self.model.folder, self.base.folder)
+        return network
+
+    def _expert(self, one: Artifact, base: Base) -> Expert:
+        return open_expert(one.folder, base, self.name, base_config=one.folder in self.base_config)
+
+    def _through_head(self, task: RowTask, tokenizer: PreTrainedTokenizerBase, out: Path) -> list[Record]:
+        """Return records as `evaluate_network` does, and keep in `out` what the head reads of the trunk."""
+        trunk, kept, inputs = None, self.trunk(), self._kept()
+        assert self.head is not None
+        assert kept is not None
+        if inputs:
+            base_config = self.head.folder in self.base_config
+            dtype = getattr(torch, self.dtype)
+            head = DetachedHead.read(
+                Source(self.base.folder, self.head.folder, self.name, task.head, dtype, self.device, base_config)
+            )
+        else:
+            network = self._network()
+            trunk, head = trunk_of(network), DetachedHead(network)
+        labels = self.labels or head.network.config.label2id
+        items = items_of(self.name, task, self.rows.read(), tokenizer, f"tasks.{self.name}.evaluation", labels)
+        size = classifier_batch_size(head.network, task.batch_size)
+        model = _HeadModel(trunk, head, inputs, pad_token(head.network, tokenizer), size)
+        records = records_of(model, items)
+        if len(inputs) == model.batches:
+            save_head_inputs(inputs, kept, out / _HEAD_INPUTS)
+        return records
+
+    def _kept(self) -> dict[int, HeadInput]:
+        """Return what an earlier artifact has kept of the same trunk; nothing if there is none."""
+        file = None if self.earlier is None else self.earlier / _HEAD_INPUTS
+        if file is None or not file.is_file() or fingerprint_of(file) != self.trunk():
+            return {}
+        return load_head_inputs(file)
 
 
 def evaluate_network(
@@ -54,105 +170,6 @@ def write_evaluation(task: Task, records: list[Record], out: Path) -> dict[str, 
     write_json(out / "records.json", records)
     write_json(out / "scores.json", scores)
     return scores
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that is scored."""
-
-    base: Path
-    model: Path
-    """folder of the base itself, of a merged model, or of an expert"""
-    is_expert: bool
-    """whether `model` is to be matched with the base (an adapter, a fine-tune under other tensor names)"""
-    head_of: Path | None
-    """expert whose head follows the trunk (classification)"""
-    label2id: Mapping[str, int] | None = None
-    """classes of the task's own expert (classification): rows may name them"""
-    trunk: str | None = None
-    """fingerprint of what the head reads of its trunk for the evaluation set; None where nothing is to be kept"""
-    earlier: Path | None = None
-    """an earlier artifact of the same step"""
-    base_config: tuple[Path, ...] = ()
-    """experts that run with the base's settings where their own configs differ"""
-
-
-def evaluate(
-    subject: Subject, name: str, task: Task, rows: list[Row], tokenizer: Path, dtype: str, device: str, out: Path
-) -> dict[str, Any]:
-    """Score one model on one task.
-
-    Where the head of an expert follows the trunk of another model, what it reads may be kept, if it is little: a
-    changed head on the same trunk is scored without running that again, to the same bits.
-
-    Args:
-        subject: the model.
-        name: the task's name.
-        task: the task.
-        rows: the evaluation set (none for lm_eval, which has its own).
-        tokenizer: folder of the tokenizer that all models share.
-        dtype: torch name of the network's dtype.
-        device: torch device.
-        out: folder for `records.json` (one per row) and `scores.json` (metric → value, n, low, high).
-
-    Returns:
-        The scores.
-    """
-    reader, key = load_tokenizer(tokenizer), f"tasks.{name}.evaluation"
-    if not isinstance(task, RowTask):
-        records = task.evaluate(_network(subject, name, task, dtype, device), reader, f"tasks.{name}")
-    elif subject.trunk is None:
-        records = evaluate_network(_network(subject, name, task, dtype, device), reader, task, rows, key)
-    else:
-        records = _through_head(subject, name, task, rows, reader, dtype, device, out)
-    return write_evaluation(task, records, out)
-
-
-def _network(subject: Subject, name: str, task: Task, dtype: str, device: str) -> PreTrainedModel:
-    base = open_base(subject.base)
-    model = _expert(subject, subject.model, base, name) if subject.is_expert else open_base(subject.model)
-    head_of = _expert(subject, subject.head_of, base, name) if subject.head_of else None
-    network = load_network(model, task.head, getattr(torch, dtype), device, head_of)
-    if subject.label2id is not None:
-        network.config.label2id = dict(subject.label2id)
-    if not task.has_own_head:
-        set_end_tokens(network, subject.model, subject.base)
-    return network
-
-
-def _expert(subject: Subject, folder: Path, base: Base, name: str) -> Expert:
-    return open_expert(folder, base, name, base_config=folder in subject.base_config)
-
-
-def _through_head(
-    subject: Subject,
-    name: str,
-    task: RowTask,
-    rows: list[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: str,
-    device: str,
-    out: Path,
-) -> list[Record]:
-    """Return records as `evaluate_network` does, and keep in `out` what the head reads of the trunk."""
-    assert subject.head_of is not None
-    assert subject.trunk is not None
-    trunk, inputs = None, _kept(subject)
-    if inputs:
-        base_config = subject.head_of in subject.base_config
-        source = Source(subject.base, subject.head_of, name, task.head, getattr(torch, dtype), device, base_config)
-        head = DetachedHead.read(source)
-    else:
-        network = _network(subject, name, task, dtype, device)
-        trunk, head = trunk_of(network), DetachedHead(network)
-    labels = subject.label2id or head.network.config.label2id
-    items = items_of(name, task, rows, tokenizer, f"tasks.{name}.evaluation", labels)
-    size = classifier_batch_size(head.network, task.batch_size)
-    model = _HeadModel(trunk, head, inputs, pad_token(head.network, tokenizer), size)
-    records = records_of(model, items)
-    if len(inputs) == model.batches:
-        save_head_inputs(inputs, subject.trunk, out / _HEAD_INPUTS)
-    return records
 
 
 @dataclass
@@ -187,11 +204,3 @@ class _HeadModel:
     def generate(self, prompts: Sequence[Inputs], owners: Sequence[int], max_new_tokens: int) -> list[str]:
         """See `Model`; a classifier generates nothing."""
         raise NotImplementedError
-
-
-def _kept(subject: Subject) -> dict[int, HeadInput]:
-    """Return what an earlier artifact has kept of the same trunk; nothing if there is none."""
-    file = None if subject.earlier is None else subject.earlier / _HEAD_INPUTS
-    if file is None or not file.is_file() or fingerprint_of(file) != subject.trunk:
-        return {}
-    return load_head_inputs(file)

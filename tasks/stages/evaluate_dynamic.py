@@ -3,85 +3,106 @@
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sensmerge.tasks.artifacts import write_json
+from sensmerge.tasks.artifacts import Artifact, write_json
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
+from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import RowSet, Sample
 from sensmerge.tasks.kinds.scores import Record, mean_score
 from sensmerge.tasks.networks.tokens import Inputs
 from sensmerge.tasks.stages.answers import Item, items_of, records_of
+from sensmerge.tasks.stages.job import Job
 
-VERSION = 2
 
-
-def evaluate_dynamic(model: Path, evaluation: Mapping[str, RowSet], device: str, out: Path) -> dict[str, Any]:
-    """Score a dynamic model on all tasks at once; it is never told a sample's task.
+@dataclass(frozen=True)
+class EvaluateDynamicJob(Job):
+    """Scores a dynamic model on all tasks at once; it is never told a sample's task.
 
     Scores are those of stage evaluate, by task. Classification has two: in `accuracy` and its like the head of the
     sample's own task answers (the usual protocol), in `routed_accuracy` the head of the expert that the router chose,
     and a wrong head is a wrong answer.
-
-    Args:
-        model: folder of the dynamic model.
-        evaluation: the evaluation set of every task that has one.
-        device: torch device.
-        out: folder for `records.json` and `scores.json`, both by task, and `routes.json`: which expert was taken for
-            which, how often it was the right one, the right one's mean coefficient, forward passes and milliseconds
-            per sample.
-
-    Returns:
-        What `routes.json` says.
-
-    Raises:
-        InputError: logits that are not finite.
     """
-    loaded = DynamicModel.load(model, device)
-    items = [item for name, one in evaluation.items() for item in _items(name, one, loaded.tokenizer)]
-    batch_size = min(one.task.batch_size for one in evaluation.values())
-    random.Random(0).shuffle(items)
-    records: dict[str, dict[int, Record]] = {name: {} for name in evaluation}
-    taken: dict[str, list[int]] = {name: [] for name in evaluation}
-    right: list[float] = []
-    seconds = 0.0
-    for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        begin = time.perf_counter()
-        routes = loaded.route([item.prompt["input_ids"] for item in batch])
-        found = _records(loaded, batch, routes)
-        seconds += time.perf_counter() - begin
-        for item, record, expert, row in zip(batch, found, routes.experts, routes.coefficients.tolist(), strict=True):
-            records[item.name][item.number] = record
-            taken[item.name].append(expert)
-            right.append(row[loaded.experts.index(item.name)])
-    ordered = {name: [by_row[i] for i in range(len(by_row))] for name, by_row in records.items()}
-    scores = {
-        name: {metric: asdict(score) for metric, score in evaluation[name].task.scores(one).items()}
-        for name, one in ordered.items()
-    }
-    hits = [float(loaded.experts[expert] == name) for name, experts in taken.items() for expert in experts]
-    report = {
+
+    stage = "evaluate"
+    version = 3
+
+    model: Artifact
+    """the dynamic model"""
+    evaluation: Annotated[Mapping[str, RowSet], For("evaluation")]
+    """the evaluation set of every task that has one"""
+    depends: Mapping[str, Mapping[str, Any]]
+    """what the scores of each depend on beside all this, see `Task.depends_on`"""
+    device: Local[str]
+    """torch device"""
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Write scores and routes.
+
+        Args:
+            out: folder for `records.json` and `scores.json`, both by task, and `routes.json`: which expert was taken
+                for which, how often it was the right one, the right one's mean coefficient, forward passes and
+                milliseconds per sample.
+
+        Returns:
+            What `routes.json` says.
+
+        Raises:
+            InputError: logits that are not finite.
+        """
+        model = DynamicModel.load(self.model.folder, self.device)
+        items = [item for name, one in self.evaluation.items() for item in _items(name, one, model.tokenizer)]
+        batch_size = min(one.task.batch_size for one in self.evaluation.values())
+        random.Random(0).shuffle(items)
+        records: dict[str, dict[int, Record]] = {name: {} for name in self.evaluation}
+        taken: dict[str, list[int]] = {name: [] for name in self.evaluation}
+        right: list[float] = []
+        seconds = 0.0
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            begin = time.perf_counter()
+            routes = model.route([item.prompt for item in batch])
+            found = _records(model, batch, routes)
+            seconds += time.perf_counter() - begin
+            chosen = zip(batch, found, routes.experts, routes.coefficients.tolist(), strict=True)
+            for item, record, expert, coefficients in chosen:
+                records[item.name][item.number] = record
+                taken[item.name].append(expert)
+                right.append(coefficients[model.experts.index(item.name)])
+        ordered = {name: [by_row[i] for i in range(len(by_row))] for name, by_row in records.items()}
+        write_json(out / "records.json", ordered)
+        write_json(out / "scores.json", {name: self._scores(name, one) for name, one in ordered.items()})
+        report = {
+            **_identified(model.experts, taken),
+            "right_coefficient": asdict(mean_score(right)),
+            "passes": model.passes + 1,
+            "milliseconds": 1000 * seconds / len(items),
+        }
+        write_json(out / "routes.json", report)
+        return report
+
+    def _scores(self, name: str, records: list[Record]) -> dict[str, Any]:
+        return {metric: asdict(score) for metric, score in self.evaluation[name].task.scores(records).items()}
+
+
+def _identified(experts: Sequence[str], taken: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return which expert was taken for which, by task, and how often it was the right one."""
+    hits = [float(experts[expert] == name) for name, found in taken.items() for expert in found]
+    return {
         "confusion": {
-            name: {expert: taken[name].count(i) for i, expert in enumerate(loaded.experts)} for name in evaluation
+            name: {expert: found.count(i) for i, expert in enumerate(experts)} for name, found in taken.items()
         },
         "identification": asdict(mean_score(hits, is_proportion=True)),
-        "right_coefficient": asdict(mean_score(right)),
-        "passes": loaded.passes + 1,
-        "milliseconds": 1000 * seconds / len(items),
     }
-    write_json(out / "records.json", ordered)
-    write_json(out / "scores.json", scores)
-    write_json(out / "routes.json", report)
-    return report
 
 
 def _items(name: str, one: RowSet, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-    items = items_of(name, one.task, one.rows, tokenizer, f"tasks.{name}.evaluation", one.label2id)
+    items = items_of(name, one.task, one.rows.read(), tokenizer, f"tasks.{name}.evaluation", one.label2id)
     assert all(item.samples[0].has_prompt for item in items), "the plan refuses empty prompts"
     return items
 
@@ -114,7 +135,7 @@ class _RoutedModel:
 
     def logits(self, samples: Sequence[Sample], owners: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See `Model`."""
-        model, inputs = self._model, [sample.input_ids for sample in samples]
+        model, inputs = self._model, [sample.inputs for sample in samples]
         if model.classifies:
             given, chosen = model.class_logits(inputs, self._routes, self._names, self.heads)
             self.chosen = dict(enumerate(chosen))
@@ -127,8 +148,7 @@ class _RoutedModel:
 
     def generate(self, prompts: Sequence[Inputs], owners: Sequence[int], max_new_tokens: int) -> list[str]:
         """See `Model`."""
-        ids = [prompt["input_ids"] for prompt in prompts]
-        found = self._model.generate(ids, self._of(owners), max_new_tokens)
+        found = self._model.generate(prompts, self._of(owners), max_new_tokens)
         return [self._model.tokenizer.decode(one, skip_special_tokens=True) for one in found]
 
     def _of(self, places: Sequence[int]) -> Routes:

@@ -69,7 +69,7 @@ def test_an_expert_that_unties_its_base(
     dynamic = DynamicModel.load(plan.artifact("route", "se"))
     ids = list(range(3, 20))
     with torch.no_grad():
-        (logits,) = dynamic.logits([ids], dynamic.route([ids]))
+        (logits,) = dynamic.logits([{"input_ids": ids}], dynamic.route([{"input_ids": ids}]))
         torch.testing.assert_close(logits[: len(ids)], static(torch.tensor([ids])).logits[0], rtol=0, atol=1e-4)
 
 

@@ -33,7 +33,7 @@ from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.contract import method_of
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
-from sensmerge.tasks.stages.evaluate import Subject
+from sensmerge.tasks.stages.evaluate import EvaluateJob
 from tests.conftest import (
     bert_config,
     command_line,
@@ -274,8 +274,8 @@ def test_classification_heads_are_part_of_what_is_scored(berts: dict[str, Path],
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
     plan = plan_of(tmp_path, recipe)
-    inputs = plan.step("evaluate", "ta/topic").key.inputs["reads"]
-    assert inputs["head"] == plan.step("download", "topic").key.fingerprint
+    inputs = plan.step("evaluate", "ta/topic").key.inputs
+    assert inputs["head"]["fingerprint"] == plan.step("download", "topic").key.fingerprint
 
 
 @pytest.mark.parametrize("kind", ["completion", "multiple_choice", "lm_eval"])
@@ -536,7 +536,7 @@ def test_a_dynamic_variant_of_classifiers(berts: dict[str, Path], tmp_path: Path
         "merges": {"se": {"method": "ties", "density": 0.3, "application": {"kind": "se"}}},
     }
     plan = plan_of(tmp_path, recipe)
-    assert plan.step("evaluate", "se").key.inputs["settings"]["tasks"]["topic"]["labels"] == {
+    assert plan.step("evaluate", "se").key.inputs["evaluation"]["topic"]["label2id"] == {
         f"LABEL_{i}": i for i in range(3)
     }
     assert "evaluate base/mood" in {step.title for step in plan.steps}
@@ -555,13 +555,14 @@ def test_what_heads_read_is_looked_for_in_the_last_evaluation(
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
 
-    def planned() -> tuple[Step, Subject]:
+    def planned() -> tuple[Step, EvaluateJob]:
         step = plan_of(tmp_path, recipe).step("evaluate", "base/mood")
-        return step, step.finish.args[0]
+        assert isinstance(step.job, EvaluateJob)
+        return step, step.job.resumed(EarlierArtifacts(store, step.key))
 
-    step, subject = planned()
-    assert subject.earlier is None
     store = Store(tmp_path / "store")
+    step, job = planned()
+    assert job.earlier is None
     store.partial(step.key).mkdir(parents=True)
     (store.partial(step.key) / "records.json").write_text("[]")
     store.publish(step.key, {"result": {}})
@@ -576,7 +577,7 @@ def test_what_heads_read_is_looked_for_in_the_last_evaluation(
     again, changed = planned()
     assert again.key.fingerprint != step.key.fingerprint
     assert changed.earlier == (store.folder(step.key) if damage == "none" else None)
-    assert changed.trunk == subject.trunk
+    assert changed.trunk() == job.trunk() is not None
 
 
 @pytest.mark.parametrize("change", ["weights", "classes", "padding", "pooler"])

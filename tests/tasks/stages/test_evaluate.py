@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
@@ -26,8 +27,8 @@ from sensmerge.tasks.kinds.lm_eval import LmEvalTask
 from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.rows.source import Row
-from sensmerge.tasks.stages.evaluate import Subject, evaluate, evaluate_network, write_evaluation
-from tests.conftest import make_bert_expert, make_bert_trunk, perturbed
+from sensmerge.tasks.stages.evaluate import EvaluateJob, evaluate_network, write_evaluation
+from tests.conftest import make_bert_expert, make_bert_trunk, perturbed, stored
 
 KEY = "tasks.math.evaluation"
 WORDS = [f"w{i}" for i in range(90)] + ["elephant", "zebra"]
@@ -290,8 +291,23 @@ def test_a_changed_head_is_scored_without_the_trunk(
     def records(name: str, head: str, trunk: str, earlier: str | None) -> tuple[list[Record], int]:
         (tmp_path / name).mkdir()
         before = len(passes)
-        subject = Subject(base, base, False, heads[head], None, trunk, None if earlier is None else tmp_path / earlier)
-        evaluate(subject, "mood", task, rows, base, "float32", "cpu", tmp_path / name)
+        job = EvaluateJob(
+            base=Artifact("base", base),
+            model=Artifact(trunk, base),
+            head=Artifact(head, heads[head]),
+            tokenizer=Artifact("tokenizer", base),
+            task=task,
+            rows=stored(rows),
+            labels=None,
+            dtype="float32",
+            depends={},
+            name="mood",
+            is_expert=False,
+            device="cpu",
+            head_config="of all heads",
+            earlier=None if earlier is None else tmp_path / earlier,
+        )
+        job.finish(tmp_path / name)
         return json.loads((tmp_path / name / "records.json").read_text()), len(passes) - before
 
     old, new = records("before", "old", "one", None), records("anew", "new", "one", None)
