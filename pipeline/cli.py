@@ -188,7 +188,7 @@ def _work(command: Literal["run", "refresh"], options: Options) -> int:
         listings = beside.submit(_begin, options)
         with _quick_imports():
             from sensmerge.pipeline import workflow
-            from sensmerge.pipeline.execute.run import closed
+            from sensmerge.pipeline.execute.cluster import closed
         work = workflow.run if command == "run" else workflow.refresh
         found = listings.result()
         # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
@@ -204,7 +204,7 @@ def _begin(options: Options) -> dict[str, Listing]:
     cache = options.store.hub_cache
     keys = [Key.of(name, DownloadJob(listing, cache)) for name, listing in listings.items()]
     if any(options.store.manifest(key) is None for key in keys):
-        from sensmerge.pipeline.execute.run import connect
+        from sensmerge.pipeline.execute.cluster import connect
 
         connect(options.address)
     return listings
@@ -225,12 +225,12 @@ def predict(
     address: AddressOption = None,
 ) -> None:
     """Answer every row of a file by a dynamic model: the row, its prediction, expert and coefficients."""
-    from sensmerge.pipeline.execute.run import Workers
-    from sensmerge.pipeline.predict import predict_file
+    from sensmerge.pipeline.execute.batches import Workers
+    from sensmerge.pipeline.predict import Settings, predict_file
 
-    console, size = Console(), Workers(workers, num_gpus)
+    console, settings = Console(), Settings(field, batch_size, max_new_tokens, Workers(workers, num_gpus))
     with stoppable():
-        rows = predict_file(folder, source, target, field, batch_size, max_new_tokens, size, address, console)
+        rows = predict_file(folder, source, target, settings, address, console)
     console.print(f"{target}: {rows} rows", highlight=False, soft_wrap=True)
 
 

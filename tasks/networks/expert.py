@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
+from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from sensmerge.tasks.checkpoints.header import read_header
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
@@ -19,7 +20,7 @@ from sensmerge.tasks.networks.compare import check_sizes, differences, listed, w
 from sensmerge.tasks.networks.inventory import check_complete
 from sensmerge.tasks.networks.names import Names, names_of, parameter_names
 from sensmerge.tasks.networks.networks import Head, fill_network, has_network, load_config, network_class, skeleton
-from sensmerge.tasks.networks.placing import Placed, check_whole, in_tower, place
+from sensmerge.tasks.networks.placing import Placed, Stored, check_whole, in_tower, place
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_conf
     notes += said
     order = _class_order(network, config, base)
     kin = not names.has_task_head or (names.network == base.names.network and order is not None)
-    placed = place(where, stored, source, base, names, network, kin)
+    placed = place(Stored(where, source, stored), base, names, network, kin)
     own_classes: dict[int, str] = {}
     if order is None:
         notes.append(f"{where} has other classes than the base: its head stays its own, beside the merged model")
@@ -226,7 +227,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         return replace(opened, notes=(*opened.notes, untied_note(key, untied, "changes one without the other")))
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
     kin = not names.has_task_head or names.network == base.names.network
-    placed = place(f"{key}: {folder}", stored, source, base, names, network, kin)
+    placed = place(Stored(f"{key}: {folder}", source, stored), base, names, network, kin)
     notes: tuple[str, ...] = ()
     if class_names(base.config) and any(base.names.key(name) not in base.names.trunk for name in placed.own):
         notes = (f"{key}: an adapter does not name its classes: they count as the base's, in the base's order",)
