@@ -84,7 +84,7 @@ class MergeJob:
     groups: tuple[tuple[str, ...], ...]
     """the base's weights in groups of whole layers; each is merged in one go"""
     token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
-    """what the merged model's config says of special tokens otherwise than the base's"""
+    """special tokens for which the merged model's config differs from the base's"""
     classes: Sequence[str] = ()
     """names of the merged head's classes, where the base's config has none"""
     previous: Path | None = None
@@ -281,7 +281,9 @@ def finish_merge(job: MergeJob, tokenizer: Path, out: Path) -> dict[str, Any]:
         for marker, entries in written.items():
             if not entries.keys().isdisjoint(altered):
                 marker.unlink()
-        raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to merge them anew")
+        raise OSError(
+            f"{out}: {', '.join(altered)} read back differently from what was written; run again to merge them again"
+        )
     write_companions(job, tokenizer, out)
     write_heads(job, out)
     weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
