@@ -1,4 +1,4 @@
-"""The command line: python -m pipeline plan | run | refresh | predict | compare | promote | rollback | verify | gc."""
+"""The command line: plan | run | refresh | predict | compare | promote | rollback | verify | gc | schema."""
 
 import atexit
 import gc

@@ -1,4 +1,4 @@
-"""What one execution of a recipe found: the JSON of `--report`, the final table, and what MLflow is told."""
+"""The result of one execution of a recipe: the JSON of `--report`, the final tables, and what MLflow records."""
 
 from typing import Literal
 
