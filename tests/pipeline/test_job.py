@@ -104,7 +104,7 @@ def test_the_nightly_pod_that_is_ended_ends_its_job(head: tuple[dict[str, str], 
     environment, address = head
     manifest = yaml.safe_load((PROJECT / "infra" / "kubernetes" / "cronjob.yaml").read_text())
     (pod,) = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    script, _, rest = pod["args"][0].partition("python -m pipeline")
+    script, _, rest = pod["args"][0].partition("sensmerge refresh")
     script += "sleep 300 &" + rest.partition("&")[2]  # in place of the refresh
     path = f"{RAY.parent}:{os.environ['PATH']}"
     own = environment | {"RAY_ADDRESS": address, "JOB": "nightly-1", "PATH": path}
