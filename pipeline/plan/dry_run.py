@@ -55,7 +55,9 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
             with _refused(key, way_out):
                 tiny = stand_in(asked.config, asked.head, asked.folder, Path(scratch))
             if tiny is None:
-                notes.append(f"{asked.folder}: no small network can be made of its config to try the recipe with")
+                notes.append(
+                    f"{asked.folder}: no small network can be made from its config, so the recipe was not tried on one"
+                )
                 continue
             if placements:
                 with _refused(key, way_out):

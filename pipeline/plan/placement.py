@@ -78,7 +78,7 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
         _blocks(base)
         return Choice("streamed", f"as the recipe says: {human(memory.streamed())} of memory")
     if room is None:
-        return Choice("whole", "auto: this machine has no GPU that tells how much memory those of workers have")
+        return Choice("whole", "auto: this machine has no GPU, so the memory of the workers' GPUs is unknown")
     return _auto(memory, stage, room, human)
 
 

@@ -1,4 +1,4 @@
-"""The recipe: what configs/*.yaml may say."""
+"""The schema of recipes."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -37,8 +37,8 @@ class ExpertModel(Strict):
     )
     config: Literal["own", "base"] = Field(
         "own",
-        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which have "
-        "to be the base's, or base, where they are not",
+        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which must "
+        "equal the base's, or base",
     )
 
 
@@ -149,38 +149,38 @@ def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
 
 
 class Resources(Strict):
-    """What one step of a stage needs, and how many of them may be under way at once."""
+    """What one step of a stage may use, and how many steps may run at once."""
 
     num_cpus: float = Field(
         1, gt=0, description="CPU cores of one step, or of one layer group of a task vector or a merge"
     )
-    num_gpus: float = Field(0, ge=0, description="GPUs of one step; with any, its network runs on cuda")
+    num_gpus: float = Field(0, ge=0, description="GPUs of one step; above 0, its network runs on cuda")
     max_in_flight: int = Field(
-        64, ge=1, description="how many steps (of task vectors and merges: layer groups) are under way at once"
+        64, ge=1, description="how many steps (of task vectors and merges: layer groups) may run at once"
     )
 
 
 class ActorPlacement(Strict):
     """The blocks of a network are shared out among workers."""
 
-    actors: int = Field(ge=1, description="how many; each has what `resources` gives a step of the stage")
+    actors: int = Field(ge=1, description="number of workers; each has the resources of a step of the stage")
 
 
 MEAN_NORMALISED = "mean_normalised"
 
 
 class Gate(Strict):
-    """Which variant a refresh proposes as champion, and how much worse than the present one it may be."""
+    """Which variant `refresh` proposes as champion, and how much worse than the present champion it may be."""
 
     metric: str = Field(
         MEAN_NORMALISED,
-        description="what the best variant is chosen by: mean_normalised, or TASK/METRIC such as math/exact_match",
+        description="metric that chooses the best variant: mean_normalised, or TASK/METRIC such as math/exact_match",
     )
     variants: list[str] | None = Field(
         None,
         min_length=1,
         description="variants that may become champion; default: the static ones. A dynamic one (application se) "
-        "has to be named, for servers of checkpoints cannot load it",
+        "has to be named, because servers of checkpoints cannot load it",
     )
     tolerance: FiniteFloat = Field(
         0.02,
@@ -195,8 +195,8 @@ class TokenizerSource(Strict):
 
     source: str = Field(
         "union",
-        description="base, or the name of an expert: all of it as it is there; union: that of the base (of the first "
-        "expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
+        description="base or the name of an expert: everything comes from that model; union: that of the base (of the "
+        "first expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
     )
 
 
@@ -218,8 +218,8 @@ class Recipe(Strict):
     resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
     placement: Literal["auto", "whole", "streamed"] | ActorPlacement = Field(
         "auto",
-        description="where networks run in the stages statistics and cross_task: whole on one worker; streamed, block "
-        "by block, on one worker; with their blocks on N workers, {actors: N}; auto: whole if a worker's memory allows",
+        description="how networks run in the stages statistics and cross_task: whole on one worker; streamed, block "
+        "by block on one worker; {actors: N}, with the blocks on N workers; auto: whole if a worker has the memory",
     )
 
     gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")

@@ -104,7 +104,7 @@ def _keep(files: fsspec.AbstractFileSystem, path: str, ended: threading.Event) -
         try:
             _renew(files, path)
         except OSError as error:  # the next time may be in time
-            logging.getLogger(__name__).warning("%s: the lease is not renewed (%s)", path, type(error).__name__)
+            logging.getLogger(__name__).warning("%s: the lease could not be renewed (%s)", path, type(error).__name__)
 
 
 def _end(files: fsspec.AbstractFileSystem, path: str, ended: threading.Event) -> None:
@@ -112,4 +112,4 @@ def _end(files: fsspec.AbstractFileSystem, path: str, ended: threading.Event) ->
     try:
         files.rm_file(path)
     except OSError as error:  # it ends by itself
-        logging.getLogger(__name__).warning("%s: the lease is left behind (%s)", path, type(error).__name__)
+        logging.getLogger(__name__).warning("%s: the lease could not be removed (%s)", path, type(error).__name__)

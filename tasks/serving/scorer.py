@@ -78,7 +78,7 @@ class Scorer:
             try:
                 rows += self._rows(texts[start : start + BATCH_SIZE], max_new_tokens, given.get("task") or None)
             except InputError as error:
-                raise InputError(f"counting from row {start}: {error}") from None
+                raise InputError(f"rows counted from {start}: {error}") from None
         types: dict[str, type] = {"prediction": object}
         if isinstance(self._model, DynamicModel):
             types |= {"expert": object} | {f"coefficient.{expert}": float for expert in self._model.experts}
@@ -96,8 +96,8 @@ class Scorer:
 
 def _gone(place: str) -> InputError:
     return InputError(
-        f"{place}: the merged model is not there; mount the store under this name, run the recipe again to make it "
-        "anew, or load another version"
+        f"{place}: the merged model is not there; mount the store under this name, run the recipe again to "
+        "restore it, or load another version"
     )
 
 

@@ -499,7 +499,7 @@ def test_heads_of_which_some_are_merged(save: Any, berts: dict[str, Path], tmp_p
     recipe = classifiers(
         tmp_path, base, {"mood": save(perturbed(network, 1), "mood", tmp_path), "topic": berts["topic"]}
     )
-    with pytest.raises(InputError, match=r"experts.topic has a head of its own, the head of experts.mood is merged"):
+    with pytest.raises(InputError, match=r"experts.topic has its own head, but the head of experts.mood is merged"):
         plan_of(tmp_path, recipe)
 
 

@@ -629,7 +629,7 @@ def test_no_texts_are_no_rows(scorer):
         (pd.DataFrame({"text": ["a", None]}), r"row 1: found (None|nan), expected a text"),
         ([3], "row 0: found 3, expected a text"),
         ("a text", "found a single text; expected a DataFrame with a column text, or a list"),
-        (["short"] * 35 + ["long" * 99], "counting from row 32: text 3 has 396 tokens; the model takes 1 to 128"),
+        (["short"] * 35 + ["long" * 99], "rows counted from 32: text 3 has 396 tokens; the model takes 1 to 128"),
     ],
 )
 def test_what_is_no_table_of_texts_is_an_input_error(given, message, scorer):
@@ -666,7 +666,7 @@ def test_a_dynamic_model_whose_folder_is_altered_does_not_load(classifier, clien
     runs = children(client, record(report, store, uri))
     (output,) = runs["se.3"].outputs.model_outputs
     (folder / "heads" / "mood" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"copy/heads/mood/config\.json: is altered"):
+    with pytest.raises(InputError, match=r"copy/heads/mood/config\.json: was altered"):
         load(uri, monkeypatch, f"models:/{output.model_id}")
 
 

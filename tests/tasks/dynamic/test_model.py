@@ -446,7 +446,7 @@ def test_missing_and_altered_files_are_named(name: str, copied: Path) -> None:
     content = bytearray((copied / name).read_bytes())
     content[-1] ^= 1
     (copied / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: is altered, its sha256 is not that in {MANIFEST}"):
+    with pytest.raises(InputError, match=rf"{name}: was altered: its sha256 is not the one in {MANIFEST}"):
         DynamicModel.load(copied)
     (copied / name).unlink()
     with pytest.raises(InputError, match=f"{name}: is missing; copy the folder again"):
@@ -473,7 +473,7 @@ def test_manifests_that_are_none(copied: Path, llamas: Folders) -> None:
         DynamicModel.load(llamas["base"])
     for version in (1, 99):
         edit(copied, version=version)
-        with pytest.raises(InputError, match=f"version {version}, this sensmerge reads 2; run the recipe again"):
+        with pytest.raises(InputError, match=f"has format {version}, but this sensmerge reads 2; run the recipe again"):
             DynamicModel.load(copied)
     for text in ("{", "[]", "{}", "\udcff"):
         (copied / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
@@ -494,7 +494,7 @@ def test_an_altered_manifest(copied: Path) -> None:
     content = read_json(copied / MANIFEST)
     content["router"]["temperature"] = 9.0
     (copied / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(InputError, match=f"{MANIFEST}: is altered"):
+    with pytest.raises(InputError, match=f"{MANIFEST}: was altered"):
         DynamicModel.load(copied)
 
 
