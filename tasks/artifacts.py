@@ -15,11 +15,15 @@ _HASHED_AT_ONCE = 32 * 2**20
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside the target, flush it to disk and rename it into place."""
+    """Write JSON to a file, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text beside the target, flush it to disk and rename it into place."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w") as file:
-        json.dump(value, file, indent=2, sort_keys=False, allow_nan=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -151,6 +151,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
     for step in plan.steps:
         if step.title in read:
             plan.store.fetch(step.key)
+    plan.write_rows()
     with cluster(address), _progress(console, len(steps), "steps") as advance:
         _check_resources(plan, steps)
         metrics = StepMetrics(plan.recipe.name) if count_steps else None

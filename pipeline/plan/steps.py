@@ -26,6 +26,7 @@ from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
 from sensmerge.tasks.rows.source import rows_digest
+from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.stages import (
     cross_task,
     evaluate,
@@ -50,6 +51,16 @@ class Resolved:
     inputs: Inputs
     placements: Mapping[Stage, Choice]
     """of the stages whose networks may run in several ways"""
+
+    def rows(self, task: str, split: Literal["calibration", "evaluation"]) -> StoredRows:
+        """Return the rows of a task as its steps read them."""
+        return StoredRows.of(getattr(self.inputs.data[task], split), self.store.rows)
+
+    def write_rows(self) -> None:
+        """Write the rows of all tasks to the files that steps read."""
+        for one in self.inputs.data.values():
+            for rows in (one.calibration, one.evaluation):
+                StoredRows.of(rows, self.store.rows).write(rows)
 
 
 @dataclass(frozen=True)

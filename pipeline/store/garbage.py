@@ -10,7 +10,7 @@ from huggingface_hub import CachedRepoInfo, scan_cache_dir
 
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.store.history import past_runs, unfinished_runs
-from sensmerge.pipeline.store.store import PARTIAL, Store
+from sensmerge.pipeline.store.store import FINGERPRINT, PARTIAL, Store
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.serving import lease
 
@@ -35,6 +35,8 @@ class Garbage:
     """artifacts, and what is left of some that were never finished"""
     revisions: list[str]
     """commits of hub models that no kept artifact is of"""
+    rows: list[Path]
+    """files of rows that no kept artifact was made with"""
     freed: dict[str, int]
     """bytes, by each of both; what hard links share counts where its last link goes"""
 
@@ -79,19 +81,30 @@ def find_garbage(store: Store, needed: Iterable[str]) -> Garbage:
             unused = sorted(revision.commit_hash for revision in repo.revisions if revision.commit_hash not in used)
             revisions += unused
             freed |= {f"hub:{repo.repo_id}@{commit[:12]}": _size(repo, commit) for commit in unused}
-    return Garbage(folders, revisions, freed)
+    rows = _unused_rows(store, keep)
+    freed |= {f"rows/{file.name}": file.stat().st_size for file in rows}
+    return Garbage(folders, revisions, rows, freed)
 
 
 def delete(store: Store, garbage: Garbage) -> set[str]:
     """Delete what was found, and the leases of servers that are gone; return the artifacts, `stage/name-hash8`."""
     for folder in garbage.folders:
         store.remove(folder)
+    for file in garbage.rows:
+        file.unlink()
     for one in lease.held(str(store)):
         if not one.is_live:
             lease.release(str(store), one)
     if garbage.revisions:
         scan_cache_dir(store.hub_cache).delete_revisions(*garbage.revisions).execute()
     return {f"{folder.parent.name}/{folder.name}" for folder in garbage.folders}
+
+
+def _unused_rows(store: Store, keep: set[str]) -> list[Path]:
+    """Return the files of rows whose digest is in no kept fingerprint; an unfinished run writes its rows anew."""
+    prints = [store.root / name / FINGERPRINT for name in keep]
+    used = [path.read_text() for path in prints if path.is_file()]
+    return [file for file in sorted(store.rows.glob("*.json")) if not any(file.stem in one for one in used)]
 
 
 def _used_revisions(store: Store, keep: set[str]) -> set[str] | None:

@@ -118,6 +118,11 @@ class Store:
         """Folder of the models that come from the hub, and of the digests of those that do not."""
         return self.root / "hub"
 
+    @property
+    def rows(self) -> Path:
+        """Folder of the rows that steps read, on this machine; every run writes those that it needs."""
+        return self.root / "rows"
+
     def folder(self, key: Key) -> Path:
         """Return the folder of an artifact, whether it exists or not."""
         return self.root / key.stage / f"{key.name.replace('/', '--')}-{key.fingerprint[:8]}"

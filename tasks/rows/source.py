@@ -1,16 +1,12 @@
 """Where the rows of a task come from."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from sensmerge.tasks.artifacts import sha256_text
 from sensmerge.tasks.strict import Strict
-
-if TYPE_CHECKING:
-    pass
-
 
 Row = dict[str, Any]
 
@@ -27,6 +23,11 @@ class DataSource(Strict):
     seed: int | None = Field(0, description="seed of the random choice of rows; null takes the first ones")
 
 
+def rows_text(rows: list[Row]) -> str:
+    """Return rows as canonical JSON: sorted keys, no spaces, dates as text. The order of rows counts."""
+    return json.dumps(rows, sort_keys=True, separators=(",", ":"), default=str)
+
+
 def rows_digest(rows: list[Row]) -> str:
-    """Sha256 of the rows as canonical JSON: sorted keys, no spaces, dates as text. The order of rows counts."""
-    return sha256_text(json.dumps(rows, sort_keys=True, separators=(",", ":"), default=str))
+    """Return the sha256 of rows as canonical JSON."""
+    return sha256_text(rows_text(rows))

@@ -13,6 +13,7 @@ from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.tracking.registry import Registered
 from sensmerge.pipeline.tracking.versions import known_versions
 from sensmerge.tasks.artifacts import write_json
+from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.serving.lease import Lease
 from tests.conftest import command_line
 
@@ -87,6 +88,22 @@ def test_only_what_was_listed_is_deleted(tmp_path: Path) -> None:
     assert store.manifest(key(1)) is not None
     assert new.is_dir()
     assert (tmp_path / "mlflow.db").exists()
+
+
+def test_rows_stay_with_the_artifacts_that_were_made_with_them(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    sets = [[{"number": number}] for number in range(2)]
+    stored = [StoredRows.of(rows, store.rows) for rows in sets]
+    made = [Key("route", "se", {"stage": "route", "rows": {"digest": one.digest}}) for one in stored]
+    for number, one in enumerate(made):
+        stored[number].write(sets[number])
+        publish(store, one)
+        remember(store, "one", "run", [one], None)
+    found = find_garbage(store, needed_artifacts(store, 1, []))
+    assert found.rows == [stored[0].path]
+    assert found.freed[f"rows/{stored[0].path.name}"] == stored[0].path.stat().st_size
+    delete(store, found)
+    assert [one.path.exists() for one in stored] == [False, True]
 
 
 def test_bytes_that_links_share_count_where_the_last_goes(tmp_path: Path) -> None:
