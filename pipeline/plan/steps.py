@@ -143,7 +143,7 @@ def lay_out(resolved: Resolved) -> list[Step]:
         made["sensitivity"] = {name: _sensitivity_step(resolved, name, downloads) for name in recipe.experts}
         made["cross_task"] = {"all": _cross_task_step(resolved, downloads)}
     steps = [step for by_name in made.values() for step in by_name.values()]
-    merges = {name: _merge_step(resolved, name, made, {}) for name in recipe.merges}
+    merges = {name: _merge_step(resolved, name, made) for name in recipe.merges}
     dynamic = recipe.se_variants()
     routes = {name: _route_step(resolved, name, recipe.merges[name], merges[name]) for name in dynamic}
     steps += [*merges.values(), *routes.values()]
@@ -334,7 +334,6 @@ def _merge_step(
     resolved: Resolved,
     name: str,
     made: Mapping[Stage, Mapping[str, Step]],
-    statistics: Mapping[str, Mapping[str, Step]],
 ) -> Step:
     """Return the merge of one variant.
 
@@ -342,22 +341,20 @@ def _merge_step(
         resolved: the recipe.
         name: of the variant.
         made: steps of the stages before, by name.
-        statistics: the steps that make a statistic, by its name and by expert.
     """
     variant, inputs = resolved.recipe.merges[name], resolved.inputs
     base, opened = inputs.only_weights()
-    own = {statistic: statistics[statistic] for statistic in variant.method.statistics}
     sens = isinstance(variant.coefficients, SensCoefficients)
-    sensitivities, cross = (made[stage] if sens else {} for stage in ("sensitivity", "cross_task"))
+    cross = made["cross_task"] if sens else {}
+    statistics = made["sensitivity"] if sens or variant.method.statistics else {}
     fields: dict[str, Any] = {
         "models": _reads(made["download"], *made["download"]),
         "task_vectors": _artifacts(resolved, made["task_vectors"]),
         "method": variant.method,
         "weight": variant.weight,
         "coefficients": variant.coefficients,
-        "sensitivities": _artifacts(resolved, sensitivities),
+        "statistics": _artifacts(resolved, statistics),
         "distances": _artifacts(resolved, cross).get("all"),
-        "statistics": {statistic: _artifacts(resolved, steps) for statistic, steps in own.items()},
         "shard_size": variant.shard_size,
         "companions": inputs.tokenizer.companions_digest,
         "token_ids": inputs.tokenizer.token_ids,
@@ -379,7 +376,7 @@ def _merge_step(
         job = MergeJob(**fields, out_dtype=variant.out_dtype)
         writes = sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
-    before = (made["download"], made["task_vectors"], sensitivities, cross, *own.values())
+    before = (made["download"], made["task_vectors"], statistics, cross)
     needs = tuple(dict.fromkeys(step.title for steps in before for step in steps.values()))
     return Step(name, Key.of(name, job), needs, job, reads, writes)
 

@@ -1,6 +1,7 @@
 """Methods of other people: one that needs whole matrices, and one that reads a statistic of every expert."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ class Importance(ElementsMethod):
     power: ForEachExpert = Field(1.0, description="exponent of the statistic; one number or one per expert")
 
     def parts(self, base: Tensor, vectors: Sequence[TaskVector]) -> Iterator[tuple[slice, Tensor]]:
-        found = [load_file(one.statistics["importance"] / "tensors.safetensors")[one.tensor] for one in vectors]
+        found = [load_file(one.statistics / "tensors.safetensors")[one.tensor] for one in vectors]
         for where, parts in super().parts(base, vectors):
             scores = torch.stack([one.flatten()[where] for one in found])
             yield where, parts * scores / scores.sum(0)
@@ -108,16 +109,19 @@ def test_a_method_that_needs_a_statistic(job: Callable[..., MergeJob], tmp_path:
         artifacts[name] = Artifact(name, tmp_path / f"importance-{name}")
         artifacts[name].folder.mkdir()
         save_file(scores[name], artifacts[name].folder / "tensors.safetensors")
-    one = job("importance", statistics={"importance": artifacts})
+    one = job("importance", statistics=artifacts)
     merged(one, tmp_path / "out")
     base, deltas = tensors_of(one)
     for name, tensor in weights_of(tmp_path / "out").items():
         total = scores["math"][name] + scores["code"][name]
         mean = sum(scores[key][name] / total * deltas[key][name] for key in deltas)
         torch.testing.assert_close(tensor, base[name] + 0.5 * mean)
-    # Another statistic is another merge.
-    other = job("importance", statistics={"importance": artifacts | {"math": Artifact("anew", tmp_path)}})
+    # Another statistic makes all anew.
+    anew = artifacts | {"math": replace(artifacts["math"], fingerprint="anew")}
+    other = replace(one, previous=tmp_path / "out", statistics=anew)
     assert one.identity() != other.identity()
+    assert merged(other, tmp_path / "other")["taken_over"] == 0
+    assert merged(replace(one, previous=tmp_path / "out"), tmp_path / "same")["taken_over"] == len(base)
 
 
 def test_a_result_of_another_shape_is_no_merge(job: Callable[..., MergeJob], tmp_path: Path) -> None:
