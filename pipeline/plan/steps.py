@@ -243,17 +243,16 @@ def _merge_step(
     variant, inputs = resolved.recipe.merges[name], resolved.inputs
     base, opened = inputs.only_weights()
     sens = isinstance(variant.coefficients, SensCoefficients)
-    measured = _artifacts(resolved, made["statistics"])
     cross = made["cross_task"] if sens else {}
+    statistics = made["statistics"] if sens or variant.method.statistics else {}
     fields: dict[str, Any] = {
         "models": _reads(made["download"], *made["download"]),
         "task_vectors": _artifacts(resolved, made["task_vectors"]),
         "method": variant.method,
         "weight": variant.weight,
         "coefficients": variant.coefficients,
-        "sensitivities": measured if sens else {},
+        "statistics": _artifacts(resolved, statistics),
         "distances": _artifacts(resolved, cross).get("all"),
-        "statistics": dict.fromkeys(variant.method.statistics, measured),
         "shard_size": variant.shard_size,
         "companions": inputs.tokenizer.companions_digest,
         "token_ids": inputs.tokenizer.token_ids,
@@ -275,8 +274,7 @@ def _merge_step(
         job = MergeJob(**fields, out_dtype=variant.out_dtype)
         writes = sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
-    before = [made["download"], made["task_vectors"], cross]
-    before += [made["statistics"]] if sens or variant.method.statistics else []
+    before = (made["download"], made["task_vectors"], statistics, cross)
     needs = tuple(dict.fromkeys(step.title for steps in before for step in steps.values()))
     return Step(name, Key.of(name, job), needs, job, reads, writes)
 

@@ -7,7 +7,7 @@ declares a method imports torch and what else is heavy inside its functions.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -44,8 +44,8 @@ class TaskVector:
     """of the expert in the tensor's layer"""
     histogram: Callable[[], "Tensor | None"] = _unknown
     """reads `magnitude_histogram` of delta, if it was counted before"""
-    statistics: Mapping[str, Path] = field(default_factory=dict)
-    """by name of a statistic that the method asks for, the expert's artifact of it"""
+    statistics: Path | None = None
+    """the expert's artifact of stage statistics, for a method that asks for some"""
 
     def whole(self, base: "Tensor") -> "Tensor":
         """Return the whole task vector: float32, in the shape of `base`, the base's tensor in any float dtype."""

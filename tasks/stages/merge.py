@@ -190,7 +190,7 @@ def _inputs(
     if not contents:
         return None
     experts = [[key, weights.get(key), content] for key, content in zip(job.experts, contents, strict=True)]
-    how = [job.version, identity(job.method), identity(job.statistics)]
+    how = [job.version, identity(job.method), identity(job.statistics if job.method.statistics else {})]
     return sha256_text(canonical([*how, name, str(dtype), experts]))
 
 

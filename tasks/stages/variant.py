@@ -51,12 +51,10 @@ class VariantJob(Job):
     method: Method
     weight: float
     coefficients: Coefficients
-    sensitivities: Mapping[str, Artifact] = field(default_factory=dict)
-    """by expert (sens coefficients only)"""
+    statistics: Mapping[str, Artifact] = field(default_factory=dict)
+    """by expert: its sensitivity (sens coefficients), and what the method asks for"""
     distances: Artifact | None = None
     """of stage cross_task (sens coefficients only)"""
-    statistics: Mapping[str, Mapping[str, Artifact]] = field(default_factory=dict)
-    """by name of a statistic that the method asks for, and by expert"""
     shard_size: int
     """bytes"""
     companions: str
@@ -93,7 +91,7 @@ class VariantJob(Job):
         assert self.distances is not None
         alphas = {
             name: _with_tied_layers(alpha(read_json(one.folder / "sensitivity.json")["sensitivity"]), self.base)
-            for name, one in self.sensitivities.items()
+            for name, one in self.statistics.items()
         }
         taus = tau(read_json(self.distances.folder / "distances.json"), self.coefficients.direction)
         sigmas = sigma(alphas, taus, self.coefficients.temperature, layers)
@@ -107,7 +105,7 @@ class VariantJob(Job):
             self.experts[expert].task_vector(tensor),
             weight,
             partial(read_histogram, self.task_vectors[expert].folder, tensor),
-            {name: by_expert[expert].folder for name, by_expert in self.statistics.items()},
+            self.statistics[expert].folder if self.method.statistics else None,
         )
 
     def mean_pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:

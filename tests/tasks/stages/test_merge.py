@@ -510,10 +510,9 @@ def test_tensors_whose_inputs_are_the_same_are_taken_over(
         {"method": {"seed": 8}},
         {"method": {"density": {"math": 0.6, "code": 0.5}}},
         {"method": {"normalize": True}},
-        {"statistics": {"fisher": dict.fromkeys(("math", "code"), Artifact("anew", Path()))}},
         {"out_dtype": "bfloat16"},
     ],
-    ids=["weight", "seed", "density", "normalize", "statistics", "out_dtype"],
+    ids=["weight", "seed", "density", "normalize", "out_dtype"],
 )
 def test_other_settings_take_nothing_over(change: dict[str, Any], job: Callable[..., MergeJob], tmp_path: Path) -> None:
     settings = {"method": "dare_ties", "density": 0.5, "seed": 7}
@@ -568,7 +567,7 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
     do_job(cross_task_job(base, {name: llamas[name] for name in names}, sets), out / "cross")
     return job(
         coefficients=SensCoefficients(kind="sens", **settings),
-        sensitivities={name: Artifact("", out / name) for name in names},
+        statistics={name: Artifact("", out / name) for name in names},
         distances=Artifact("", out / "cross"),
     )
 
@@ -581,7 +580,7 @@ def test_sens_end_to_end(direction: str, job: Callable[..., MergeJob], llamas: d
     assert set(table) == {"weights", "tau", "sigma"}
 
     # The formulas written out.
-    raw = {name: read_json(one.sensitivities[name].folder / "sensitivity.json")["sensitivity"] for name in one.experts}
+    raw = {name: read_json(one.statistics[name].folder / "sensitivity.json")["sensitivity"] for name in one.experts}
     g = read_json(tmp_path / "sens" / "cross" / "distances.json")
     rows = {"math": g["math"]["code"], "code": g["code"]["math"]}
     if direction == "similarity":

@@ -99,7 +99,7 @@ def sens(folder: Path, base: Path, experts: Folders) -> dict[str, Any]:
     distances = {i: {j: 1.0 + x + 2 * y for y, j in enumerate(experts) if j != i} for x, i in enumerate(experts)}
     (folder / "distances.json").write_text(json.dumps(distances))
     coefficients = SensCoefficients(kind="sens", temperature=0.1)
-    return {"coefficients": coefficients, "sensitivities": sensitivities, "distances": Artifact("", folder)}
+    return {"coefficients": coefficients, "statistics": sensitivities, "distances": Artifact("", folder)}
 
 
 # Method, density and settings by name.
