@@ -304,6 +304,8 @@ class Recipe(Strict):
             self._check_calibration(f"{key}: coefficients sens")
         if isinstance(variant.application, SeApplication):
             self._check_calibration(f"{key}: application se")
+        if variant.method.statistics:
+            self._check_calibration_sets(f"{key}: method {variant.method.name}")
         weights = self._weights_of_all_layers(variant)
         try:
             if weights is not None:
@@ -311,11 +313,14 @@ class Recipe(Strict):
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
 
-    def _check_calibration(self, what: str) -> None:
+    def _check_calibration_sets(self, what: str) -> None:
         for name in self.experts:
             task = self.tasks.get(name)
             if not isinstance(task, RowTask) or task.calibration is None:
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
+
+    def _check_calibration(self, what: str) -> None:
+        self._check_calibration_sets(what)
         if len({task.has_own_head for task in self.tasks.values()}) > 1:
             kinds = {name: task.kind for name, task in self.tasks.items()}
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")

@@ -10,13 +10,13 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.steps import Step
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.report.gate import Outcomes
-from sensmerge.pipeline.report.report import Report, RouteInfo, Score, StageRecord, VariantInfo
+from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, VariantInfo
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.identity import identity
 from sensmerge.tasks.kinds import scores as scoring
 from sensmerge.tasks.kinds.kind import Task
-from sensmerge.tasks.kinds.scores import Metric, Record
+from sensmerge.tasks.kinds.scores import Metric, Record, Score
 from sensmerge.tasks.rows.source import DataSource, rows_digest
 
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
@@ -199,7 +199,7 @@ def _normalised(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Ta
     own = {task: records[task][task] for task in tasks}
     metrics = {name: _main_metric(task, own[name]) for name, task in tasks.items()}
     means = {model: scoring.mean_normalised(metrics, found, own) for model, found in records.items()}
-    return {model: Score(**vars(mean)) for model, mean in means.items() if mean is not None}
+    return {model: mean for model, mean in means.items() if mean is not None}
 
 
 def _main_metric(task: Task, records: Sequence[Record]) -> Metric:
@@ -235,7 +235,7 @@ def halved(
                 for model in variants
                 if task in tasks and task in split.get(model, {})
             }
-            scores = {model: Score(**vars(score)) for model, score in found.items() if score is not None}
+            scores = {model: score for model, score in found.items() if score is not None}
         else:
             scores = {model: score for model, score in _normalised(split, tasks).items() if model in variants}
         halves.append(scores)

@@ -19,11 +19,12 @@ from sensmerge.pipeline.report.gate import (
     judge,
     passes,
 )
-from sensmerge.pipeline.report.report import Report, RouteInfo, Score
+from sensmerge.pipeline.report.report import Report, RouteInfo
 from sensmerge.pipeline.report.results import halved
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds import scores
 from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.scores import Score
 from tests.pipeline.tracking.test_record import make_report
 
 Flags = list[bool]
