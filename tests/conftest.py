@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from sensmerge.tasks.kinds.kind import Labels, RowSet, RowTask
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from sensmerge.tasks.networks.networks import computation_digest
+from sensmerge.tasks.registry import Registry
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.stages.calibration import CalibrationSet
@@ -360,3 +362,14 @@ def do_steps(plan: Plan) -> None:
         job = step.job.resumed(EarlierArtifacts(plan.store, step.key))
         plan.store.publish(step.key, {"result": do_job(job, out)})
     assert_store_loads(plan.store.root)
+
+
+@contextmanager
+def known(registry: Registry[Any], **classes: type) -> Iterator[None]:
+    """Classes that a registry knows, by their names, until the block is left."""
+    assert len(registry), "the registry has looked for its own"
+    for name, one in classes.items():
+        registry.register(name)(one)
+    yield
+    for name in classes:
+        del registry._classes[name]

@@ -145,7 +145,8 @@ def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
     if len(defaults) > 1:
         schema.pop("default", None)
         said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
-    return schema | {"description": "; ".join([schema["description"], *said])}
+    described = [schema["description"]] if "description" in schema else []
+    return schema | {"description": "; ".join([*described, *said])}
 
 
 class Resources(Strict):
