@@ -76,7 +76,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
 
 
 def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
-    if not recipe.sens_variants():
+    if not recipe.statistics():
         return {}
     longest = max(one.longest_calibration for one in inputs.data.values())
     tokens: dict[Stage, int] = {"sensitivity": longest, "cross_task": max(longest, cross_task.CHUNK_TOKENS)}

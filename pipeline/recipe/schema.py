@@ -292,10 +292,12 @@ class Recipe(Strict):
                     f"{key}.{setting}: found {', '.join(sorted(value))}; expected every expert once: "
                     f"{', '.join(sorted(self.experts))}"
                 )
+        if variant.method.statistics:
+            self._check_calibration(f"{key}: method {variant.method.name}")
         if isinstance(variant.coefficients, SensCoefficients):
-            self._check_calibration(f"{key}: coefficients sens")
+            self._check_comparable(f"{key}: coefficients sens")
         if isinstance(variant.application, SeApplication):
-            self._check_calibration(f"{key}: application se")
+            self._check_comparable(f"{key}: application se")
         weights = self._weights_of_all_layers(variant)
         try:
             if weights is not None:
@@ -308,6 +310,9 @@ class Recipe(Strict):
             task = self.tasks.get(name)
             if task is None or isinstance(task, LmEvalTask) or task.calibration is None:
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
+
+    def _check_comparable(self, what: str) -> None:
+        self._check_calibration(what)
         kinds = {name: task.kind for name, task in self.tasks.items()}
         if len({kind == "classification" for kind in kinds.values()}) > 1:
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
@@ -330,3 +335,8 @@ class Recipe(Strict):
     def sens_variants(self) -> list[str]:
         """Return the names of the variants with sens coefficients."""
         return [name for name, variant in self.merges.items() if isinstance(variant.coefficients, SensCoefficients)]
+
+    def statistics(self) -> list[str]:
+        """Return the names of the statistics that variants need of every expert."""
+        names = {name for variant in self.merges.values() for name in variant.method.statistics}
+        return sorted(names | ({"sensitivity"} if self.sens_variants() else set()))

@@ -168,6 +168,17 @@ def test_settings_per_expert_name_every_expert() -> None:
         Recipe.model_validate({**recipe, "merges": {"i": {"method": "importance", "power": {"x": 2.0}}}})
 
 
+def test_a_statistic_needs_calibration_sets() -> None:
+    recipe: dict[str, Any] = {"name": "r", "base": "b", "experts": {"x": {"model": "m"}, "y": {"model": "n"}}}
+    recipe["merges"] = {"i": {"method": "importance"}}
+    with pytest.raises(ValidationError, match=r"merges\.i: method importance needs tasks\.x\.calibration; add it"):
+        Recipe.model_validate(recipe)
+    # Classifiers and others need not be compared.
+    task = {"calibration": {"path": "json", "data_files": "rows.jsonl"}}
+    recipe["tasks"] = {"x": {"kind": "completion", **task}, "y": {"kind": "classification", **task}}
+    assert Recipe.model_validate(recipe).statistics() == ["importance"]
+
+
 def test_the_table_says_what_methods_need() -> None:
     lines = {line.split("`")[1]: line for line in methods_table().splitlines()[2:]}
     assert list(lines) == list(METHODS)
