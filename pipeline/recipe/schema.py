@@ -20,7 +20,7 @@ from pydantic_core import CoreSchema
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.kinds.datasets import LmEvalTask, Task
-from sensmerge.tasks.methods.contract import METHODS, Additive, Method, method_of
+from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -74,7 +74,10 @@ class Variant(Strict):
         if not isinstance(data, dict) or "method" not in data or isinstance(data["method"], Method):
             return data
         own = {key: value for key, value in data.items() if key in cls.model_fields and key != "method"}
-        return own | {"method": method_of({key: value for key, value in data.items() if key not in own})}
+        method = method_of({key: value for key, value in data.items() if key not in own})
+        for key in keys_of(type(method)).keys() & cls.model_fields.keys():
+            raise TypeError(f"method {method.name} has a setting {key}, as every variant has; it needs another name")
+        return own | {"method": method}
 
     @model_serializer(mode="wrap")
     def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
     if len(defaults) > 1:
         schema.pop("default", None)
         said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
-    return schema | {"description": "; ".join([schema["description"], *said])}
+    return schema | {"description": "; ".join(([schema["description"]] if "description" in schema else []) + said)}
 
 
 class Resources(Strict):

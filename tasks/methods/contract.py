@@ -57,14 +57,15 @@ class TaskVector:
 
 
 class Method(Strict, ABC):
-    """A merge method. Its fields are its settings, under the recipe's keys; its docstring begins with what it does."""
+    """A merge method. Its fields are its settings, under the recipe's keys; its docstring begins with what it does.
+
+    A method that draws random numbers has a setting `seed`, and draws the same ones for an element on every device.
+    """
 
     needs: ClassVar[Literal["elements", "matrix"]]
     """how much of a tensor it sees at a time: pieces in any order, or all of it with its shape"""
     statistics: ClassVar[tuple[str, ...]] = ()
     """names of the statistics that it reads of every expert"""
-    is_random: ClassVar[bool] = False
-    """whether it draws random numbers, from a setting `seed`"""
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """types of the torch devices that it gives the same result on"""
     changes_untouched: ClassVar[bool] = False

@@ -1,5 +1,6 @@
 """Methods of other people: one that needs whole matrices, and one that reads a statistic of every expert."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,13 @@ class WrongShape(MatrixMethod):
         return base[:-1]
 
 
-OWN = {"top_rank": TopRank, "importance": Importance, "wrong_shape": WrongShape}
+class Heavy(TopRank):
+    """Has a setting that every variant has."""
+
+    weight: float = 2.0
+
+
+OWN = {"top_rank": TopRank, "importance": Importance, "wrong_shape": WrongShape, "heavy": Heavy}
 
 
 @pytest.fixture(autouse=True)
@@ -129,10 +136,22 @@ def test_a_result_of_another_shape_is_no_merge(job: Callable[..., MergeJob], tmp
         merged(job("wrong_shape"), tmp_path / "out")
 
 
+def test_a_setting_that_every_variant_has_is_no_methods_own() -> None:
+    with pytest.raises(TypeError, match="method heavy has a setting weight, as every variant has; it needs another"):
+        Variant.model_validate({"method": "heavy", "weight": 0.5})
+
+
 def test_identity_is_the_methods_name_and_settings(job: Callable[..., MergeJob]) -> None:
     assert job("top_rank", {"rank": 3}).identity()["method"] == {"name": "top_rank", "rank": 3}
     assert job("top_rank", {"rank": 2}).identity() != job("top_rank", {"rank": 3}).identity()
     assert job("linear").identity() != job("task_arithmetic").identity()
+
+
+def test_identity_holds_no_path(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    one = job("ties", {"density": {"math": 0.3, "code": 0.5}})
+    assert str(tmp_path) not in json.dumps(one.identity())
+    moved = replace(one, tokenizer=tmp_path, previous=tmp_path, groups=one.groups[:1])
+    assert moved.identity() == one.identity()
 
 
 def test_recipes_and_their_schema_know_the_settings() -> None:
