@@ -1,4 +1,4 @@
-"""The recipe: what configs/*.yaml may say."""
+"""The schema of recipes."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -17,15 +17,16 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.kinds.datasets import LmEvalTask, Task
+from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge", "route", "evaluate"]
+Stage = Literal["download", "task_vectors", "statistics", "cross_task", "merge", "route", "evaluate"]
 
 
 class ExpertModel(Strict):
@@ -36,8 +37,8 @@ class ExpertModel(Strict):
     )
     config: Literal["own", "base"] = Field(
         "own",
-        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which have "
-        "to be the base's, or base, where they are not",
+        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which must "
+        "equal the base's, or base",
     )
 
 
@@ -151,38 +152,38 @@ def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
 
 
 class Resources(Strict):
-    """What one step of a stage needs, and how many of them may be under way at once."""
+    """What one step of a stage may use, and how many steps may run at once."""
 
     num_cpus: float = Field(
         1, gt=0, description="CPU cores of one step, or of one layer group of a task vector or a merge"
     )
-    num_gpus: float = Field(0, ge=0, description="GPUs of one step; with any, its network runs on cuda")
+    num_gpus: float = Field(0, ge=0, description="GPUs of one step; above 0, its network runs on cuda")
     max_in_flight: int = Field(
-        64, ge=1, description="how many steps (of task vectors and merges: layer groups) are under way at once"
+        64, ge=1, description="how many steps (of task vectors and merges: layer groups) may run at once"
     )
 
 
 class ActorPlacement(Strict):
     """The blocks of a network are shared out among workers."""
 
-    actors: int = Field(ge=1, description="how many; each has what `resources` gives a step of the stage")
+    actors: int = Field(ge=1, description="number of workers; each has the resources of a step of the stage")
 
 
 MEAN_NORMALISED = "mean_normalised"
 
 
 class Gate(Strict):
-    """Which variant a refresh proposes as champion, and how much worse than the present one it may be."""
+    """Which variant `refresh` proposes as champion, and how much worse than the present champion it may be."""
 
     metric: str = Field(
         MEAN_NORMALISED,
-        description="what the best variant is chosen by: mean_normalised, or TASK/METRIC such as math/exact_match",
+        description="metric that chooses the best variant: mean_normalised, or TASK/METRIC such as math/exact_match",
     )
     variants: list[str] | None = Field(
         None,
         min_length=1,
         description="variants that may become champion; default: the static ones. A dynamic one (application se) "
-        "has to be named, for servers of checkpoints cannot load it",
+        "has to be named, because servers of checkpoints cannot load it",
     )
     tolerance: FiniteFloat = Field(
         0.02,
@@ -197,8 +198,8 @@ class TokenizerSource(Strict):
 
     source: str = Field(
         "union",
-        description="base, or the name of an expert: all of it as it is there; union: that of the base (of the first "
-        "expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
+        description="base or the name of an expert: everything comes from that model; union: that of the base (of the "
+        "first expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
     )
 
 
@@ -211,7 +212,7 @@ class Recipe(Strict):
         description="the model that all experts come from: local folder or hub:ORG/NAME@REVISION",
     )
     experts: dict[Name, ExpertModel] = Field(description="the experts by name")
-    tasks: dict[Name, Task] = Field({}, description="what each expert is good at, under the expert's name")
+    tasks: dict[Name, AnyTask] = Field({}, description="what each expert is good at, under the expert's name")
     tokenizer: TokenizerSource = Field(
         TokenizerSource.model_validate({}), description="where the tokenizer of merged models comes from"
     )
@@ -220,8 +221,8 @@ class Recipe(Strict):
     resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
     placement: Literal["auto", "whole", "streamed"] | ActorPlacement = Field(
         "auto",
-        description="where networks run in the stages sensitivity and cross_task: whole on one worker; streamed, block "
-        "by block, on one worker; with their blocks on N workers, {actors: N}; auto: whole if a worker's memory allows",
+        description="how networks run in the stages statistics and cross_task: whole on one worker; streamed, block "
+        "by block on one worker; {actors: N}, with the blocks on N workers; auto: whole if a worker has the memory",
     )
 
     gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")
@@ -230,6 +231,13 @@ class Recipe(Strict):
     @classmethod
     def _null_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("resources", mode="before")
+    @classmethod
+    def _renamed_stage(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "sensitivity" in value:
+            raise ValueError("the stage sensitivity is called statistics now; write resources.statistics")
+        return value
 
     @field_validator("placement", mode="before")
     @classmethod
@@ -262,7 +270,7 @@ class Recipe(Strict):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():
-            if not isinstance(task, LmEvalTask) and task.calibration is None and task.evaluation is None:
+            if isinstance(task, RowTask) and task.calibration is None and task.evaluation is None:
                 raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
             if name not in self.experts:
                 raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
@@ -311,13 +319,13 @@ class Recipe(Strict):
     def _check_calibration(self, what: str) -> None:
         for name in self.experts:
             task = self.tasks.get(name)
-            if task is None or isinstance(task, LmEvalTask) or task.calibration is None:
+            if not isinstance(task, RowTask) or task.calibration is None:
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
 
     def _check_comparable(self, what: str) -> None:
         self._check_calibration(what)
-        kinds = {name: task.kind for name, task in self.tasks.items()}
-        if len({kind == "classification" for kind in kinds.values()}) > 1:
+        if len({task.has_own_head for task in self.tasks.values()}) > 1:
+            kinds = {name: task.kind for name, task in self.tasks.items()}
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
 
     def _weights_of_all_layers(self, variant: Variant) -> list[float] | None:
@@ -338,8 +346,3 @@ class Recipe(Strict):
     def sens_variants(self) -> list[str]:
         """Return the names of the variants with sens coefficients."""
         return [name for name, variant in self.merges.items() if isinstance(variant.coefficients, SensCoefficients)]
-
-    def statistics(self) -> list[str]:
-        """Return the names of the statistics that variants need of every expert."""
-        names = {name for variant in self.merges.values() for name in variant.method.statistics}
-        return sorted(names | ({"sensitivity"} if self.sens_variants() else set()))

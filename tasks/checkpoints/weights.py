@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import xxhash
 
-from sensmerge.tasks.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, tensor_bytes
+from sensmerge.tasks.checkpoints.checkpoint import DTYPES, Checkpoint, tensor_bytes
+from sensmerge.tasks.checkpoints.header import TensorInfo
 from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.methods.kernels.delta import Delta, Difference, Unchanged, Whole
 

@@ -47,6 +47,13 @@ class TaskVector:
     statistics: Path | None = None
     """the expert's artifact of stage statistics, for a method that asks for some"""
 
+    def statistic(self, name: str) -> "Tensor | None":
+        """Return the sum over the expert's samples of a statistic by tensor; None if this tensor has none."""
+        from sensmerge.tasks.statistics.statistic import read_tensor
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        return read_tensor(self.statistics, name, self.tensor)
+
     def whole(self, base: "Tensor") -> "Tensor":
         """Return the whole task vector: float32, in the shape of `base`, the base's tensor in any float dtype."""
         import torch

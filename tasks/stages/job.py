@@ -32,6 +32,8 @@ class Job(ABC):
     stage: ClassVar[str]
     version: ClassVar[int]
     """counts up whenever equal inputs give other results than before"""
+    uses_torch: ClassVar[bool] = True
+    """whether torch computes in it; where it does not, a worker starts without it"""
 
     def identity(self) -> dict[str, Any]:
         """Return all that the result depends on, as JSON: stage, version, and every field that is not local."""

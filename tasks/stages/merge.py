@@ -148,7 +148,9 @@ def _verified(plan: CheckpointPlan, markers: Sequence[Path], out: Path) -> dict[
         for marker, entries in written.items():
             if not entries.keys().isdisjoint(altered):
                 marker.unlink()
-        raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to merge them anew")
+        raise OSError(
+            f"{out}: {', '.join(altered)} read back differently from what was written; run again to merge them again"
+        )
     return tensors
 
 

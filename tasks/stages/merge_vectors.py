@@ -152,4 +152,6 @@ def _write_base(job: MergeVectorsJob, out: Path) -> None:
     found = tensor_digests(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
     altered = [name for name, checksum in written.items() if found[name] != checksum]
     if altered:
-        raise OSError(f"{out}: {', '.join(altered)} read back otherwise than written; run again to write them anew")
+        raise OSError(
+            f"{out}: {', '.join(altered)} read back differently from what was written; run again to write them again"
+        )

@@ -29,22 +29,22 @@ from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.methods.contract import TaskVector, method_of
 from sensmerge.tasks.methods.kernels.delta import Whole
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network, open_expert
 from sensmerge.tasks.stages import merge
-from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
 from sensmerge.tasks.stages.merge import MergeJob, weights_digest
-from sensmerge.tasks.stages.sensitivity import sensitivity
 from tests.conftest import (
+    TaskRows,
+    cross_task_job,
+    do_job,
     make_adapter,
     make_bert_expert,
     make_bert_trunk,
     make_llama,
-    measure_distances,
-    pair_names,
+    measure_sensitivity,
     perturbed,
 )
 from tests.merged import assert_loads
@@ -579,11 +579,9 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
     for name in (*names, "cross"):
         (out / name).mkdir(parents=True)
     for name in names:
-        sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", "whole", out / name)
-    sets = {name: RowSet(TASK, ROWS) for name in names}
-    experts = {name: llamas[name] for name in names}
-    distances = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", *(pair_names(names),) * 2, {}, {})
-    measure_distances(distances, out / "cross")
+        measure_sensitivity(base, llamas[name], TASK, ROWS, out / name)
+    sets = {name: TaskRows(TASK, ROWS) for name in names}
+    do_job(cross_task_job(base, {name: llamas[name] for name in names}, sets), out / "cross")
     return job(
         coefficients=SensCoefficients(kind="sens", **settings),
         statistics={name: Artifact("", out / name) for name in names},
