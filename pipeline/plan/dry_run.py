@@ -50,7 +50,7 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
     for asked in _asked(recipe, inputs):
         key, way_out = f"tasks.{''.join(asked.generating[:1])}.generate", "set it to 0"
         if statistics:
-            key, way_out = _measuring(recipe)
+            key, way_out = _measured_for(recipe)
         with TemporaryDirectory(prefix="sensmerge-") as scratch:
             with _refused(key, way_out):
                 tiny = stand_in(asked.config, asked.head, asked.folder, Path(scratch))
@@ -59,11 +59,11 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
                     f"{asked.folder}: no small network can be made from its config, so the recipe was not tried on one"
                 )
                 continue
-            with _refused(key, way_out):
-                if statistics:
+            if statistics:
+                with _refused(key, way_out):
                     tiny.check_statistics(statistics)
-                if recipe.sens_variants():
-                    tiny.check_head()
+                    if recipe.sens_variants():
+                        tiny.check_head()
             if in_parts:
                 with _refused("placement", f"set placement: whole, or {way_out}"):
                     tiny.check_parts(statistics)
@@ -71,6 +71,14 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
                 with _refused(f"tasks.{name}.generate", "set it to 0"):
                     tiny.check_generation()
     return tuple(notes)
+
+
+def _measured_for(recipe: Recipe) -> tuple[str, str]:
+    """Return the key of a recipe for which statistics are measured, and what to do where they cannot be."""
+    for name in recipe.sens_variants():
+        return f"merges.{name}.coefficients", "use other coefficients than sens"
+    name = next(name for name, variant in recipe.merges.items() if variant.method.statistics)
+    return f"merges.{name}.method", "use another method"
 
 
 def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
@@ -85,14 +93,6 @@ def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
         asked = found.setdefault((task.head, computation_digest(expert.config)), asked)
         asked.generating += [name] * generates
     return list(found.values())
-
-
-def _measuring(recipe: Recipe) -> tuple[str, str]:
-    """Return the recipe's key that asks for statistics, and what to do without them."""
-    for name in recipe.sens_variants():
-        return f"merges.{name}.coefficients", "use other coefficients than sens"
-    name = next(name for name, variant in recipe.merges.items() if variant.method.statistics)
-    return f"merges.{name}.method", "use another method"
 
 
 @contextmanager

@@ -77,10 +77,10 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
 
 
 def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
-    longest = max((one.longest_calibration for one in inputs.data.values()), default=0)
-    tokens: dict[Stage, int] = {}
-    if wanted_statistics(recipe):
-        tokens["statistics"] = longest
+    if not wanted_statistics(recipe):
+        return {}
+    longest = max(one.longest_calibration for one in inputs.data.values())
+    tokens: dict[Stage, int] = {"statistics": longest}
     if recipe.sens_variants():
         tokens["cross_task"] = max(longest, cross_task.CHUNK_TOKENS)
     return {stage: choose(recipe, stage, inputs.base, count, decimal) for stage, count in tokens.items()}

@@ -21,7 +21,7 @@ from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.kinds.kind import RowTask
-from sensmerge.tasks.methods.contract import METHODS, Additive, Method, method_of
+from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -75,7 +75,10 @@ class Variant(Strict):
         if not isinstance(data, dict) or "method" not in data or isinstance(data["method"], Method):
             return data
         own = {key: value for key, value in data.items() if key in cls.model_fields and key != "method"}
-        return own | {"method": method_of({key: value for key, value in data.items() if key not in own})}
+        method = method_of({key: value for key, value in data.items() if key not in own})
+        for key in keys_of(type(method)).keys() & cls.model_fields.keys():
+            raise TypeError(f"method {method.name} has a setting {key}, as every variant has; it needs another name")
+        return own | {"method": method}
 
     @model_serializer(mode="wrap")
     def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -145,8 +148,7 @@ def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
     if len(defaults) > 1:
         schema.pop("default", None)
         said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
-    described = [schema["description"]] if "description" in schema else []
-    return schema | {"description": "; ".join([*described, *said])}
+    return schema | {"description": "; ".join(([schema["description"]] if "description" in schema else []) + said)}
 
 
 class Resources(Strict):
@@ -301,12 +303,12 @@ class Recipe(Strict):
                     f"{key}.{setting}: found {', '.join(sorted(value))}; expected every expert once: "
                     f"{', '.join(sorted(self.experts))}"
                 )
-        if isinstance(variant.coefficients, SensCoefficients):
-            self._check_calibration(f"{key}: coefficients sens")
-        if isinstance(variant.application, SeApplication):
-            self._check_calibration(f"{key}: application se")
         if variant.method.statistics:
-            self._check_calibration_sets(f"{key}: method {variant.method.name}")
+            self._check_calibration(f"{key}: method {variant.method.name}")
+        if isinstance(variant.coefficients, SensCoefficients):
+            self._check_comparable(f"{key}: coefficients sens")
+        if isinstance(variant.application, SeApplication):
+            self._check_comparable(f"{key}: application se")
         weights = self._weights_of_all_layers(variant)
         try:
             if weights is not None:
@@ -314,14 +316,14 @@ class Recipe(Strict):
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
 
-    def _check_calibration_sets(self, what: str) -> None:
+    def _check_calibration(self, what: str) -> None:
         for name in self.experts:
             task = self.tasks.get(name)
             if not isinstance(task, RowTask) or task.calibration is None:
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
 
-    def _check_calibration(self, what: str) -> None:
-        self._check_calibration_sets(what)
+    def _check_comparable(self, what: str) -> None:
+        self._check_calibration(what)
         if len({task.has_own_head for task in self.tasks.values()}) > 1:
             kinds = {name: task.kind for name, task in self.tasks.items()}
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
