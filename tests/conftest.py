@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -31,7 +32,7 @@ from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import Artifact
-from sensmerge.tasks.kinds.datasets import RowTask
+from sensmerge.tasks.kinds.kind import Labels, RowSet, RowTask
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from sensmerge.tasks.networks.networks import computation_digest
@@ -63,6 +64,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+_ROWS = TemporaryDirectory(prefix="sensmerge-rows-")
+
+
+def stored(rows: list[Row]) -> StoredRows:
+    """Rows in a file that is there as long as the tests run."""
+    found = StoredRows.of(rows, Path(_ROWS.name))
+    found.write(rows)
+    return found
+
+
+def row_set(task: RowTask, rows: list[Row], labels: Labels | None = None) -> RowSet:
+    """Rows of a task in a file, see `stored`."""
+    return RowSet(task, stored(rows), labels)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -251,7 +267,7 @@ def calibration_set(task: RowTask, rows: list[Row], folder: Path) -> Calibration
     """A calibration set whose rows are written to a folder."""
     stored = StoredRows.of(rows, folder)
     stored.write(rows)
-    return CalibrationSet(task.model_dump(), stored, task)
+    return CalibrationSet(task, stored)
 
 
 def statistics_job(

@@ -9,7 +9,6 @@ import torch
 from sensmerge.pipeline.plan.memory import Memory, machine_memory
 from sensmerge.pipeline.recipe.schema import ActorPlacement, Recipe, Stage
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.blocks import blocks_of
 from sensmerge.tasks.networks.networks import skeleton
@@ -68,7 +67,7 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
     """
     asked, room = recipe.placement, _room(recipe, stage)
     memory = Memory(base, getattr(torch, recipe.dtype), tokens, gradients=stage == "statistics")
-    completes = any(not isinstance(task, ClassificationTask) for task in recipe.tasks.values())
+    completes = any(not task.has_own_head for task in recipe.tasks.values())
     if room and stage == "cross_task" and completes and asked not in ("whole", "streamed"):
         _check_heads(memory, len(recipe.experts), room, human)
     if isinstance(asked, ActorPlacement):
@@ -79,7 +78,7 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
         _blocks(base)
         return Choice("streamed", f"as the recipe says: {human(memory.streamed())} of memory")
     if room is None:
-        return Choice("whole", "auto: this machine has no GPU that tells how much memory those of workers have")
+        return Choice("whole", "auto: this machine has no GPU, so the memory of the workers' GPUs is unknown")
     return _auto(memory, stage, room, human)
 
 

@@ -89,8 +89,8 @@ def _check_room(plan: Plan) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"{plan.store.root}: no room on the disk: the run writes {decimal(needed)}, "
-            f"{decimal(free)} are free; free some or choose another --store"
+            f"{plan.store.root}: no room on the disk: the run writes {decimal(needed)}, but "
+            f"{decimal(free)} are free; free some space or choose another --store"
         )
 
 

@@ -208,4 +208,4 @@ def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         raise ValueError(f"it gives {', '.join(sorted(found.keys() ^ expected.keys())[:3])} in one way only")
     for name, values in expected.items():
         if not torch.allclose(found[name], values, rtol=TOLERANCE, atol=TOLERANCE * float(values.abs().max())):
-            raise ValueError(f"{name} is another one")
+            raise ValueError(f"{name} differs")

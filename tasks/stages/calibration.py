@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
-from sensmerge.tasks.identity import Local
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowTask, calibration_batch
+from sensmerge.tasks.identity import For
+from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.networks.blocks import Batch
 from sensmerge.tasks.networks.networks import Head
 from sensmerge.tasks.rows.stored import StoredRows
@@ -16,15 +16,13 @@ from sensmerge.tasks.rows.stored import StoredRows
 class CalibrationSet:
     """Rows, and how they become samples."""
 
-    settings: Mapping[str, Any]
-    """what of the task changes its samples and their losses"""
+    task: Annotated[RowTask, For("calibration")]
     rows: StoredRows
-    task: Local[RowTask]
 
     @property
     def head(self) -> Head:
         """What the network of the task's expert ends in."""
-        return "classification" if isinstance(self.task, ClassificationTask) else "causal_lm"
+        return self.task.head
 
     @cached_property
     def count(self) -> int:
@@ -44,4 +42,4 @@ class CalibrationSet:
         """
         for number, row in enumerate(self.rows.read()):
             where = f"row {number} of tasks.{name}.calibration"
-            yield calibration_batch(self.task, row, tokenizer, where, label2id)
+            yield self.task.calibration_batch(row, tokenizer, where, label2id)

@@ -135,7 +135,7 @@ class CrossTaskJob(Job):
 
     def is_classification(self, j: str) -> bool:
         """Return whether task j has classes, and its expert a head of its own for them."""
-        return self.calibration[j].head == "classification"
+        return self.calibration[j].task.has_own_head
 
     def batches(self, j: str) -> list[Batch]:
         """Return the inputs of task j's calibration set, in batches without padding: no number depends on others."""

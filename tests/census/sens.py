@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.placement import Placement
 from tests.census.cases import EXPERTS, ROWS, Case
 from tests.conftest import TaskRows, cross_task_job, do_job, make_tokenizer, measure_sensitivity

@@ -11,7 +11,7 @@ import torch
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.coefficients import alpha, sigma, tau
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.rows.tables import load_rows

@@ -14,10 +14,11 @@ from sensmerge.pipeline.plan.placement import Choice, choose
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.tasks.artifacts import read_json
-from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, TensorInfo
+from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
+from sensmerge.tasks.checkpoints.header import TensorInfo
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.networks import skeleton
 from sensmerge.tasks.networks.placement import Actors, shares

@@ -31,8 +31,9 @@ from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.methods.contract import method_of
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
-from sensmerge.tasks.stages.evaluate import Subject
+from sensmerge.tasks.stages.evaluate import EvaluateJob
 from tests.conftest import (
     bert_config,
     command_line,
@@ -256,7 +257,9 @@ def test_yaml_anchors_are_allowed(llama_recipe: Recipe, tmp_path: Path) -> None:
     text += "merges:\n  a: &a {method: ties, density: 0.5}\n  b: {<<: *a, density: 0.2}\n"
     (tmp_path / "r.yaml").write_text(text)
     merges = load_recipe(tmp_path / "r.yaml").merges
-    assert (merges["b"].method, merges["a"].density, merges["b"].density) == ("ties", 0.5, 0.2)
+    assert [merges[name].method for name in "ab"] == [
+        method_of({"method": "ties", "density": density}) for density in (0.5, 0.2)
+    ]
 
 
 def test_classification_heads_are_part_of_what_is_scored(berts: dict[str, Path], tmp_path: Path) -> None:
@@ -271,8 +274,8 @@ def test_classification_heads_are_part_of_what_is_scored(berts: dict[str, Path],
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
     plan = plan_of(tmp_path, recipe)
-    inputs = plan.step("evaluate", "ta/topic").key.inputs["reads"]
-    assert inputs["head"] == plan.step("download", "topic").key.fingerprint
+    inputs = plan.step("evaluate", "ta/topic").key.inputs
+    assert inputs["head"]["fingerprint"] == plan.step("download", "topic").key.fingerprint
 
 
 @pytest.mark.parametrize("kind", ["completion", "multiple_choice", "lm_eval"])
@@ -496,7 +499,7 @@ def test_heads_of_which_some_are_merged(save: Any, berts: dict[str, Path], tmp_p
     recipe = classifiers(
         tmp_path, base, {"mood": save(perturbed(network, 1), "mood", tmp_path), "topic": berts["topic"]}
     )
-    with pytest.raises(InputError, match=r"experts.topic has a head of its own, the head of experts.mood is merged"):
+    with pytest.raises(InputError, match=r"experts.topic has its own head, but the head of experts.mood is merged"):
         plan_of(tmp_path, recipe)
 
 
@@ -533,7 +536,7 @@ def test_a_dynamic_variant_of_classifiers(berts: dict[str, Path], tmp_path: Path
         "merges": {"se": {"method": "ties", "density": 0.3, "application": {"kind": "se"}}},
     }
     plan = plan_of(tmp_path, recipe)
-    assert plan.step("evaluate", "se").key.inputs["settings"]["tasks"]["topic"]["labels"] == {
+    assert plan.step("evaluate", "se").key.inputs["evaluation"]["topic"]["label2id"] == {
         f"LABEL_{i}": i for i in range(3)
     }
     assert "evaluate base/mood" in {step.title for step in plan.steps}
@@ -552,13 +555,14 @@ def test_what_heads_read_is_looked_for_in_the_last_evaluation(
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
 
-    def planned() -> tuple[Step, Subject]:
+    def planned() -> tuple[Step, EvaluateJob]:
         step = plan_of(tmp_path, recipe).step("evaluate", "base/mood")
-        return step, step.finish.args[0]
+        assert isinstance(step.job, EvaluateJob)
+        return step, step.job.resumed(EarlierArtifacts(store, step.key))
 
-    step, subject = planned()
-    assert subject.earlier is None
     store = Store(tmp_path / "store")
+    step, job = planned()
+    assert job.earlier is None
     store.partial(step.key).mkdir(parents=True)
     (store.partial(step.key) / "records.json").write_text("[]")
     store.publish(step.key, {"result": {}})
@@ -573,7 +577,7 @@ def test_what_heads_read_is_looked_for_in_the_last_evaluation(
     again, changed = planned()
     assert again.key.fingerprint != step.key.fingerprint
     assert changed.earlier == (store.folder(step.key) if damage == "none" else None)
-    assert changed.trunk == subject.trunk
+    assert changed.trunk() == job.trunk() is not None
 
 
 @pytest.mark.parametrize("change", ["weights", "classes", "padding", "pooler"])

@@ -32,7 +32,8 @@ from transformers import (
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.coefficients import alpha
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.blocks import blocks_of
 from sensmerge.tasks.networks.journeys import Journey, PartsRunner, Runner
 from sensmerge.tasks.networks.placement import Actors, Placement

@@ -19,7 +19,10 @@ from transformers import (
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, MultipleChoiceTask, RowTask
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.kind import RowTask
+from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.rows.source import Row
 from tests.conftest import (
