@@ -605,11 +605,11 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
 
     def prints() -> tuple[str | None, str, str]:
         plan = plan_of(tmp_path, recipe)
-        job: CrossTaskJob = plan.step("cross_task", "all").finish.args[0]
+        job: CrossTaskJob = plan.step("cross_task", "all").job.finishing.args[0]
         for model in ("mood", "ta"):  # which change with the expert
-            assert plan.step("evaluate", f"{model}/mood").finish.args[0].trunk is None
+            assert plan.step("evaluate", f"{model}/mood").job.trunk() is None
         return (
-            plan.step("evaluate", "base/mood").finish.args[0].trunk,
+            plan.step("evaluate", "base/mood").job.trunk(),
             job.trunks["topic"]["mood"],
             job.pairs["topic"]["mood"],
         )
