@@ -1,10 +1,10 @@
-"""Answers the rows of a JSON Lines file by a dynamic model, in batches on Ray."""
+"""Answers the rows of a JSON Lines file with a dynamic model, in batches on Ray."""
 
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -13,7 +13,8 @@ from typing import TextIO
 
 from rich.console import Console
 
-from sensmerge.pipeline.execute.run import Workers, work_in_batches
+from sensmerge.pipeline.execute.batches import Workers, work_in_batches
+from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.tasks.dynamic.folder import check_files, read_manifest
 from sensmerge.tasks.dynamic.model import DynamicModel, Prediction
 from sensmerge.tasks.errors import InputError
@@ -26,14 +27,24 @@ Batch = list[tuple[str, Row]]
 """Rows, each with the file and line where it stands."""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How the rows of a file are answered."""
+
+    field: str
+    """field that holds a row's text"""
+    batch_size: int
+    """rows in a batch"""
+    max_new_tokens: int
+    """length of a continuation at most (language models)"""
+    workers: Workers
+
+
 def predict_file(
     folder: Path,
     source: Path,
     target: Path,
-    field: str,
-    batch_size: int,
-    max_new_tokens: int,
-    workers: Workers,
+    settings: Settings,
     address: str | None,
     console: Console,
 ) -> int:
@@ -46,11 +57,8 @@ def predict_file(
         folder: the dynamic model; workers read it under this path.
         source: JSON Lines file, UTF-8.
         target: file to write; one that exists is replaced.
-        field: field that holds a row's text.
-        batch_size: rows in a batch.
-        max_new_tokens: length of a continuation at most (language models).
-        workers: how many, and their GPUs.
-        address: as in `pipeline.execute.run.execute`.
+        settings: how.
+        address: as in `pipeline.execute.cluster.connect`.
         console: where progress goes.
 
     Returns:
@@ -62,19 +70,20 @@ def predict_file(
     """
     _check_paths(source, target)
     manifest = read_manifest(folder)
+    field, size = settings.field, settings.batch_size
     count = sum(1 for _ in _rows(source, field))
     if count == 0:
         raise InputError(f"{source}: has no rows; expected JSON Lines")
     check_files(folder, manifest)
-    load = partial(_load, folder.absolute(), "cuda" if workers.num_gpus else "cpu", field, max_new_tokens)
-    with _written_whole(target) as file:
+    device = "cuda" if settings.workers.num_gpus else "cpu"
+    load = partial(_load, folder.absolute(), device, field, settings.max_new_tokens)
+    with _written_whole(target) as file, cluster(address):
         work_in_batches(
             load,
-            _batches(source, field, batch_size, count),
-            ceil(count / batch_size),
+            _batches(source, field, size, count),
+            ceil(count / size),
             lambda rows: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-            workers,
-            address,
+            settings.workers,
             console,
         )
     return count

@@ -1,48 +1,36 @@
-"""Executes plans and work in batches on Ray: bounded fan-out, resources, retries of system failures, progress."""
+"""Executes plans on Ray: bounded fan-out, resources, retries of system failures, progress."""
 
 from __future__ import annotations
 
-import math
-import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import ray
 from ray.util.metrics import Counter, Histogram
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sensmerge.pipeline.execute.stop import Stopped
+from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
+from sensmerge.pipeline.execute.progress import progress
 from sensmerge.pipeline.execute.worker import Done, Spent, run_finish, run_part
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
-from sensmerge.tasks.errors import InputError, StepError
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages.job import Job
 
 if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does not wait for
     from sensmerge.pipeline.plan.plan import Plan
     from sensmerge.pipeline.plan.steps import Step
 
-Batch = TypeVar("Batch")
-Answer = TypeVar("Answer")
-SYSTEM_RETRIES = 1
-"""How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
 # One remote function for all steps: Ray takes calls of one function in their order, those of several in any.
 _RUN_PART, _RUN_FINISH = ray.remote(run_part), ray.remote(run_finish)
 SECONDS_BOUNDS = [1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
 """Of the histogram of steps' times."""
 TAGS = ("recipe", "stage")
 """Of Ray's metrics."""
-BATCHES_AHEAD = 4
-"""How many batches for each worker may be sent before the first of them is taken."""
 
 
 @dataclass
@@ -152,7 +140,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
         if step.title in read:
             plan.store.fetch(step.key)
     plan.write_rows()
-    with cluster(address), _progress(console, len(steps), "steps") as advance:
+    with cluster(address), progress(console, len(steps), "steps") as advance:
         _check_resources(plan, steps)
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
@@ -164,7 +152,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
                 flying[_submit(plan, state, part)] = (state, part is None)
             (ready, *_), _ = ray.wait(list(flying), num_returns=1)
             state, last = flying.pop(ready)
-            result = _result(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
+            result = answer_of(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
             schedule.piece_done(state, last, result)
             if last:
                 advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
@@ -212,143 +200,12 @@ def _submit(plan: Plan, state: _Running, part: int | str | None) -> ray.ObjectRe
     return _RUN_FINISH.options(**options).remote(state.job, plan.store, step.key, state.spent, threads)
 
 
-def _result(ready: ray.ObjectRef[Any], title: str, advice: str, others: Iterable[ray.ObjectRef[Any]]) -> Any:
-    try:
-        return ray.get(ready)
-    except ray.exceptions.RayTaskError as error:
-        for other in others:
-            ray.cancel(other)
-        if isinstance(error.cause, InputError):
-            raise InputError(str(error.cause)) from None
-        if _is_out_of_memory(error.cause):
-            raise StepError(f"{title}: its worker ran out of memory; {advice}. It says: {error.cause}") from None
-        raise StepError(f"{title} failed: {error.cause!r}\n{error}") from None  # Ray's text has process and node
-    except ray.exceptions.OutOfMemoryError as error:  # Ray's memory monitor killed the worker
-        what = str(error).partition("\n")[0]
-        raise StepError(
-            f"{title}: its worker ran out of memory {SYSTEM_RETRIES + 1} times; {advice}. Ray says: {what}"
-        ) from None
-    except ray.exceptions.RayError as error:
-        raise StepError(
-            f"{title}: its worker died {SYSTEM_RETRIES + 1} times; if it ran out of memory, {advice}. Ray says: {error}"
-        ) from None
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether an exception says that a CPU's or a GPU's memory is full."""
-    import torch
-
-    # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Processes that each load something once and then work on batch after batch, on one CPU and some GPUs."""
-
-    count: int | None
-    """how many; None for as many as the cluster has room for"""
-    num_gpus: float
-    """GPUs of each"""
-
-
-class _Worker(Generic[Batch, Answer]):
-    """Loads with its first batch, so that a worker started again loads again, and errors in it are as any others."""
-
-    def __init__(self, load: Callable[[], Callable[[Batch], Answer]]) -> None:
-        self._load = load
-
-    @cached_property
-    def _work(self) -> Callable[[Batch], Answer]:
-        import torch
-
-        torch.set_num_threads(1)  # of one CPU; and the number of threads decides how sums are rounded
-        return self._load()
-
-    def started(self) -> None:
-        """Return as soon as Ray has found a place for this worker."""
-
-    def work(self, batch: Batch) -> Answer:
-        return self._work(batch)
-
-
-def work_in_batches(
-    load: Callable[[], Callable[[Batch], Answer]],
-    batches: Iterator[Batch],
-    total: int,
-    take: Callable[[Answer], None],
-    workers: Workers,
-    address: str | None,
-    console: Console,
-) -> None:
-    """Work on batches and take what comes out in their order. A batch whose worker died is done again.
-
-    Args:
-        load: called once on each worker; what it returns is called with batches.
-        batches: read as workers have room, so that few are in memory.
-        total: number of batches.
-        take: called here with the answer to each batch.
-        workers: how many, and their GPUs.
-        address: as in `execute`.
-        console: where progress goes.
-
-    Raises:
-        InputError: bad input that the work found, or more workers than the cluster has room for.
-        StepError: the work failed otherwise, or a batch's worker died `SYSTEM_RETRIES` + 1 times.
-    """
-    with cluster(address), _progress(console, total, "batches") as advance:
-        count = min(_count(workers), total)
-        # Workers are replaced without limit: what is counted is how often a batch is tried.
-        options = {"num_gpus": workers.num_gpus, "max_restarts": -1, "max_task_retries": SYSTEM_RETRIES}
-        actors = [ray.remote(_Worker).options(num_cpus=1, **options).remote(load) for _ in range(count)]
-        # A worker gets batches once it has started: one that waits for its CPU must not hold any up.
-        flying = {actor.started.remote(): (actor, -1) for actor in actors}
-        idle: list[Any] = []
-        answers: dict[int, Answer] = {}
-        sent = 0
-        for number in range(total):
-            while number not in answers:
-                while idle and sent < min(total, number + BATCHES_AHEAD * count):
-                    actor = idle.pop()
-                    flying[actor.work.remote(next(batches))] = (actor, sent)
-                    sent += 1
-                (ready, *_), _ = ray.wait(list(flying), num_returns=1)
-                actor, place = flying.pop(ready)
-                answer = _result(ready, "a batch", "use fewer --workers or a smaller --batch-size", ())
-                idle.append(actor)
-                if place >= 0:
-                    answers[place] = answer
-            take(answers.pop(number))
-            advance("batches" if (number + 1) * 10 // total > number * 10 // total else None)
-
-
-def _count(workers: Workers) -> int:
-    """Return how many workers are wanted. Refuses more than the cluster has room for: Ray would wait for ever."""
-    gpus = workers.num_gpus
-    if not (gpus <= 1 or gpus.is_integer()):
-        raise InputError(f"--num-gpus: is {gpus:g}; above 1, Ray gives only whole GPUs")
-    room = _room(1, gpus)
-    count = workers.count or room
-    if not 0 < count <= room:
-        raise InputError(
-            f"--workers: the cluster has room for {room} workers with 1 CPU and {gpus:g} GPUs each, "
-            f"{workers.count or 'one or more'} wanted; lower --workers or --num-gpus, or use another --address"
-        )
-    return count
-
-
-def _room(cpus: float, gpus: float) -> int:
-    """Return how many workers of so many CPUs and GPUs each the cluster has room for."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
-
-
 def _check_resources(plan: Plan, steps: list[Step]) -> None:
     """Refuse a recipe that asks for more than any node has: Ray would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for step in steps:
         wanted = plan.recipe.resources_of(step.stage)
-        room = _room(wanted.num_cpus, wanted.num_gpus)
+        room = room_for(wanted.num_cpus, wanted.num_gpus)
         if step.actors > room:
             raise InputError(
                 f"placement.actors is {step.actors}; the cluster has room for {room} with {wanted.num_cpus:g} CPUs and "
@@ -362,73 +219,3 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
                 f"resources.{stage}: a step asks for {wanted.num_cpus:g} CPUs and {wanted.num_gpus:g} GPUs, "
                 f"the largest node has {largest[0]:.0f} and {largest[1]:.0f}; lower them or use another --address"
             )
-
-
-def connect(address: str | None) -> None:
-    """Connect to a cluster, or start one. It ends with the thread that does so.
-
-    Args:
-        address: of the cluster; None takes RAY_ADDRESS (as a Ray job has it) or starts Ray on this machine.
-
-    Raises:
-        InputError: no cluster answers.
-    """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
-    # Left to itself Ray tries a task that its memory monitor killed again without end.
-    os.environ.setdefault("RAY_task_oom_retries", str(SYSTEM_RETRIES))
-    here = {"include_dashboard": False} if address == "local" else {}
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=address, logging_level="ERROR", **here)
-    except (ConnectionError, ValueError) as error:
-        raise InputError(
-            f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"
-        ) from error
-    except SystemExit:  # of the handler that Ray has while it starts
-        ray.shutdown()
-        raise Stopped(signal.SIGTERM) from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
-
-
-@contextmanager
-def closed() -> Iterator[None]:
-    """Leave no connection behind when the block is left."""
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """Be connected to a cluster within the block; a connection that there is already is used, and closed too.
-
-    Args:
-        address: as in `connect`.
-
-    Raises:
-        InputError: no cluster answers.
-    """
-    with closed():
-        if not ray.is_initialized():
-            connect(address)
-        yield
-
-
-@contextmanager
-def _progress(console: Console, total: int, what: str) -> Iterator[Callable[[str | None], None]]:
-    """Show a bar of what is finished, and the lines said with it; without a terminal only the lines."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(what, total=total)
-        finished = 0
-
-        def advance(line: str | None) -> None:
-            nonlocal finished
-            finished += 1
-            if line is not None:
-                progress.console.print(f"[{finished}/{total}] {line}", highlight=False, markup=False, soft_wrap=True)
-            progress.advance(bar)
-
-        yield advance

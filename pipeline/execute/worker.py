@@ -49,11 +49,12 @@ class Done:
     """name of the machine"""
 
 
-def _measured(work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
-    """Run work in this worker process and measure it; memory is the process's largest resident size meanwhile."""
-    import torch
+def _measured(job: Job, work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
+    """Run work of a job in this worker process and measure it; memory is its largest resident size meanwhile."""
+    if job.uses_torch:
+        import torch
 
-    torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
     _reset_peak_memory()
     start = time.monotonic()
     with noted(f"on {platform.node()}; its log: {_log()}"):
@@ -84,7 +85,7 @@ def _peak_memory() -> int:
 def run_part(job: Job, part: int | str, partial: Path, threads: int) -> Done:
     """Run one of a job's pieces in the folder under construction; it says whether there was something left to do."""
     partial.mkdir(parents=True, exist_ok=True)
-    was_left, spent = _measured(lambda: job.run(part, partial), threads)
+    was_left, spent = _measured(job, lambda: job.run(part, partial), threads)
     return Done({}, spent if was_left else replace(spent, pieces_run=0))
 
 
@@ -101,7 +102,7 @@ def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int) ->
     if not has_parts and partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    result, spent = _measured(lambda: job.finish(partial), threads)
+    result, spent = _measured(job, lambda: job.finish(partial), threads)
     done = Done(result, before + spent, sum(file_sizes(partial).values()), platform.node())
     manifest = asdict(done.spent) | {"bytes": done.bytes, "node": done.node, "result": result}
     store.publish(key, manifest, result.get("by_tensor", ()))

@@ -190,11 +190,11 @@ def _check_heads(key: str, trunk: str, experts: Mapping[str, Expert]) -> None:
         own = [parameter for parameter in expert.head if parameter.startswith(f"{trunk}.")]
         if own:
             raise InputError(
-                f"{key}: experts.{name} has {own[0]}, which the base lacks: the experts share no trunk; "
+                f"{key}: experts.{name} has {own[0]}, which the base lacks, so the experts share no trunk; "
                 "use application: {kind: static}"
             )
         if expert.head and lacking:
             raise InputError(
-                f"{key}: experts.{name} has a head of its own, the head of experts.{lacking[0]} is merged; "
+                f"{key}: experts.{name} has its own head, but the head of experts.{lacking[0]} is merged; "
                 "use application: {kind: static}"
             )

@@ -1,4 +1,4 @@
-"""The rows of a recipe's tasks: chosen, checked, and kept apart, for no sample may calibrate and be scored too."""
+"""The rows of a recipe's tasks: chosen, checked, and kept apart: no sample both calibrates and is scored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

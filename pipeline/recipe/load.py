@@ -1,4 +1,4 @@
-"""Reads recipes: YAML, overrides, and what the schema refuses as one line."""
+"""Reads recipes: YAML, overrides, and one line for what the schema refuses."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -43,7 +43,7 @@ class Verdict:
         """Say it in a line."""
         word = "passed" if self.passed else "failed"
         if self.difference is None or self.old is None or self.new is None:
-            return f"{self.metric}: {word}, for champion and challenger were not scored on the same samples"
+            return f"{self.metric}: {word}, because champion and challenger were not scored on the same samples"
         d = self.difference
         return (
             f"{self.metric} {self.old.value:.4f} → {self.new.value:.4f}, "
@@ -106,9 +106,9 @@ def choice(report: Report, gate: Gate) -> str | None:
     best = best_variant(report, gate)
     said = f"best of {len(names)} variants: {best}, chosen by {gate.metric}"
     if not is_held_out(report, gate):
-        return f"{said} on all samples, {_brief(scores[best])}: too few to keep some apart, so this is optimistic"
+        return f"{said} on all samples, {_brief(scores[best])}: too few to hold some out, so this is optimistic"
     first, second = report.first_half[best], report.second_half[best]
-    return f"{said} on half of the samples, {_brief(first)}; on the other half, which chose nothing: {_brief(second)}"
+    return f"{said} on half of the samples: {_brief(first)}; on the held-out half: {_brief(second)}"
 
 
 def _brief(score: Score) -> str:

@@ -63,7 +63,7 @@ def collect(plan: Plan) -> Report:
         second_half=second,
         variants=variants,
         routes={name: _route(plan, name, records) for name in recipe.se_variants()},
-        alpha={name: alpha(_read(plan, "sensitivity", name, "sensitivity.json")["sensitivity"]) for name in experts},
+        alpha={name: alpha(_read(plan, "statistics", name, "sensitivity.json")["sensitivity"]) for name in experts},
         distances=_read(plan, "cross_task", "all", "distances.json") if sens else {},
         tau=variants[sens[0]].tau if sens else {},
         sigma=variants[sens[0]].sigma if sens else {},
@@ -136,7 +136,9 @@ def _variant(plan: Plan, name: str) -> VariantInfo:
     stage: Stage = "route" if name in plan.recipe.se_variants() else "merge"
     manifest = _manifest(plan, stage, name)
     table = _read(plan, "merge", name, "coefficients.json")
-    return VariantInfo(method=variant.method, params=variant.params(), digest=manifest["result"]["digest"], **table)
+    return VariantInfo(
+        method=variant.method.name, params=variant.params(), digest=manifest["result"]["digest"], **table
+    )
 
 
 def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], dict[str, dict[str, Any]]]:

@@ -1,23 +1,22 @@
-"""Checkpoint folders of safetensors: validated headers, lazy reading, writing at planned offsets."""
+"""Checkpoint folders of safetensors: lazy reading, and writing at planned offsets."""
 
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from sensmerge.tasks.checkpoints.header import TensorInfo, open_file, read_header
 from sensmerge.tasks.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_POINTER = b"version https://git-lfs"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -32,32 +31,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of one tensor."""
-
-    dtype: str
-    """safetensors code, e.g. BF16"""
-    shape: tuple[int, ...]
-    file: str
-    """file name inside the checkpoint's folder"""
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.numel * DTYPES[self.dtype].itemsize
-
-    @property
-    def is_floating_point(self) -> bool:
-        """Whether the tensor holds weights (and not, say, position ids)."""
-        return DTYPES[self.dtype].is_floating_point
 
 
 @dataclass(frozen=True)
@@ -81,7 +54,7 @@ class Checkpoint:
         """
         file = self.tensors[name].file
         if file not in self._open_files:
-            self._open_files[file] = _open(self.folder / file)
+            self._open_files[file] = open_file(self.folder / file, "pt")
         tensor: torch.Tensor = self._open_files[file].get_tensor(name)
         return tensor
 
@@ -185,48 +158,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         return {str(name): str(file) for name, file in weight_map.items()}
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not an index of safetensors shards ({error!r}); download it again") from error
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return what the header of one safetensors file says, checked against the file's size.
-
-    Raises:
-        InputError: the file is truncated, its header is corrupt or lies about its size, or a dtype is not supported.
-    """
-    handle = _open(path)
-    tensors = {}
-    for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-        entry = handle.get_slice(name)
-        tensors[name] = tensor_info(name, entry.get_dtype(), entry.get_shape(), path)
-    return tensors
-
-
-def tensor_info(name: str, dtype: str, shape: Iterable[int], path: Path) -> TensorInfo:
-    """Return a header entry as `TensorInfo`.
-
-    Raises:
-        InputError: the dtype is one that cannot be merged (quantised formats).
-    """
-    if dtype not in DTYPES:
-        raise InputError(
-            f"{path}: tensor {name} has dtype {dtype}, which is quantised or unknown; expected one of "
-            f"{', '.join(DTYPES)}: merge a copy of the model that is saved in bfloat16 or float32"
-        )
-    return TensorInfo(dtype, tuple(shape), path.name)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except SafetensorError as error:
-        with path.open("rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
-                raise InputError(
-                    f"{path}: is a Git LFS pointer and not the file itself; run `git lfs pull` where it was cloned"
-                ) from error
-        raise InputError(f"{path}: truncated or corrupt safetensors file ({error}); get the file again") from error
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, TensorInfo
+from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
 from sensmerge.tasks.checkpoints.weights import BaseWeights, LowRank, Piece, View
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.names import Names, plain
@@ -71,6 +69,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: another adapter type than LoRA, or a setting that cannot be handled, by name.
     """
+    from peft import LoraConfig  # takes its time, which recipes without adapters save
+
     path = folder / ADAPTER_CONFIG
     try:
         config = json.loads(path.read_text())
@@ -118,64 +118,181 @@ def parse_adapter(
             that lacks tensors which its config asks for.
         FilesNeeded: tensors must be compared whose files are not here yet.
     """
-    path = checkpoint.folder / ADAPTER_WEIGHTS
-    modules = {_key(name, names): module for name, module in network.named_modules()}
-    # Whole dumps hold what was trained and the module as it was before.
-    stored: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        if _ORIGINAL_MODULE not in name and stored.setdefault(_peft_name(name, path), name) != name:
+    return _Match(checkpoint, config, network, names, base, weights).adapter()
+
+
+@dataclass(frozen=True)
+class _Match:
+    """An adapter beside the network and the base that it belongs to; see `parse_adapter`."""
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    network: PreTrainedModel
+    names: Names
+    base: BaseWeights
+    weights: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        """The adapter's file, for messages."""
+        return self.checkpoint.folder / ADAPTER_WEIGHTS
+
+    def adapter(self) -> Adapter:
+        """Match all tensors."""
+        names = self.names
+        modules = {_key(name, names): module for name, module in self.network.named_modules()}
+        stored = self._stored()
+        pairs, saved = self._split(stored)
+        found = {module: _module_key(_key(module, names), modules, names) for module in pairs}
+        if all(key == _key(module, names) and key in modules for module, key in found.items()):
+            _check_whole(self.path, set(stored), self.config, self.network, names)
+        tied = {*names.tied, *names.tied.values()}
+        # peft may store embedding and head as they are, without having been told to train them.
+        saved = {
+            parameter: name
+            for parameter, name in saved.items()
+            if names.key(parameter) not in tied or self._changes_base(name, names.key(parameter))
+        }
+        changed = {names.key(f"{module}.weight") for module in pairs} | {names.key(parameter) for parameter in saved}
+        if not self.config["ensure_weight_tying"] and changed & tied:
+            return Adapter({}, {}, {}, unties=True)
+        saved = {parameter: name for parameter, name in saved.items() if names.key(parameter) not in names.tied}
+        low_rank: dict[str, LowRank] = {}
+        pieces: dict[str, tuple[Piece, ...]] = {}
+        views = cache(partial(regions, self.network, names))
+        for module, pair in pairs.items():
+            key = found[module]
+            if f"{key}.weight" in names.tied:
+                continue
+            target = self.weights.get(f"{key}.weight")
+            if target is not None:
+                low_rank[target] = self._low_rank(module, modules.get(key), self.base.info(target).shape, pair)
+                continue
+            stacked, view = self._stacked_weight(f"{key}.weight", module, views)
+            factors = self._low_rank(module, None, view.shape, pair)
+            pieces[stacked] = (*pieces.get(stacked, ()), Piece(factors, inside=view))
+        return Adapter(low_rank, pieces, saved, unties=False)
+
+    def _stored(self) -> dict[str, str]:
+        """Return the adapter's names of its tensors, by what `_peft_name` returns.
+
+        Raises:
+            InputError: two adapters are in the file, or a name is none that peft gives.
+        """
+        stored: dict[str, str] = {}
+        for name in self.checkpoint.tensors:
+            # Whole dumps hold what was trained and the module as it was before.
+            if _ORIGINAL_MODULE in name:
+                continue
+            stripped = _peft_name(name, self.path)
+            if stored.setdefault(stripped, name) != name:
+                raise InputError(
+                    f"{self.path}: {stored[stripped]} and {name} belong to two adapters; save one alone with "
+                    "peft's save_pretrained(selected_adapters=[NAME])"
+                )
+        return stored
+
+    def _split(self, stored: Mapping[str, str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """Split an adapter's tensors.
+
+        Returns:
+            Of every adapted module its factors' names; and of every parameter that is stored whole its name.
+
+        Raises:
+            InputError: a tensor that is neither.
+        """
+        pairs: dict[str, dict[str, str]] = {}
+        saved: dict[str, str] = {}
+        names, modules_to_save = self.names, self.config["modules_to_save"] or ()
+        for stripped, name in stored.items():
+            module, kind = _split_lora_name(stripped)
+            if kind is not None:
+                pairs.setdefault(module, {})[kind] = name
+            elif stripped.endswith(_BASE_LAYER):
+                parameter = f"{stripped.removesuffix(_BASE_LAYER)}.weight"
+                if self._changes_base(name, names.key(parameter)):
+                    saved[parameter] = name
+            elif names.parameter(stripped) in names.parameters or _is_saved(stripped, modules_to_save):
+                saved[stripped] = name
+            else:
+                raise InputError(
+                    f"{self.path}: tensor {name} is neither a LoRA factor nor a parameter of {names.network}; it "
+                    "cannot be handled: merge the adapter into its base with peft first"
+                )
+        return pairs, saved
+
+    def _changes_base(self, name: str, key: str) -> bool:
+        """Return whether peft's copy of a layer that it adapts is another than the base's."""
+        checkpoint, base = self.checkpoint, self.base
+        match = self.weights.get(self.names.tied.get(key, key))
+        if match is None or checkpoint.tensors[name].shape != base.info(match).shape:
+            return True
+        checkpoint.require(checkpoint.tensors[name].file)
+        base.checkpoint.require(base.info(match).file)
+        return not torch.equal(checkpoint.read(name).to(base.dtype(match)), base.read(match))
+
+    def _stacked_weight(
+        self, key: str, module: str, views: Callable[[str], dict[str, View] | None]
+    ) -> tuple[str, View]:
+        """Return the base's tensor that holds the weight of an adapted module stacked with others, and where in it.
+
+        Raises:
+            InputError: there is none.
+        """
+        names, weights = self.names, self.weights
+        parameter = names.parameter(key)
+        found = views(parameter) if parameter in names.parameters else None
+        if found is None or key not in found or parameter not in weights:
+            if any(parameter in names.all_parameters(name) for name in weights.values()):
+                raise InputError(
+                    f"{self.path}: adapts {module}, whose weight the base's files hold in another form than "
+                    f"{names.network}; merge the adapter into its base with peft first"
+                )
             raise InputError(
-                f"{path}: {stored[_peft_name(name, path)]} and {name} belong to two adapters; save one alone with "
-                "peft's save_pretrained(selected_adapters=[NAME])"
+                f"{self.path}: adapts {module}, which the base does not have; the adapter was made for another base"
             )
-    pairs: dict[str, dict[str, str]] = {}
-    saved: dict[str, str] = {}
-    for stripped, name in stored.items():
-        module, kind = _split_lora_name(stripped)
-        if kind is not None:
-            pairs.setdefault(module, {})[kind] = name
-        elif stripped.endswith(_BASE_LAYER):
-            parameter = f"{stripped.removesuffix(_BASE_LAYER)}.weight"
-            if _changes_base(checkpoint, name, names.key(parameter), names, base, weights):
-                saved[parameter] = name
-        elif names.parameter(stripped) in names.parameters or _is_saved(stripped, config["modules_to_save"] or ()):
-            saved[stripped] = name
-        else:
+        return weights[parameter], found[key]
+
+    def _low_rank(
+        self, name: str, module: nn.Module | None, shape: tuple[int, ...], pair: Mapping[str, str]
+    ) -> LowRank:
+        """Return the task vector of an adapted module's weight.
+
+        Args:
+            name: of the module.
+            module: hollow; None for a linear layer that the network holds stacked with others.
+            shape: of the weight.
+            pair: factor → name of its tensor.
+
+        Raises:
+            InputError: another kind of module; a factor is missing, or has another shape.
+        """
+        from peft.utils.other import get_pattern_key
+
+        path, tensors, config = self.path, self.checkpoint.tensors, self.config
+        embedding = isinstance(module, nn.Embedding)
+        if not (module is None or embedding or isinstance(module, nn.Linear | Conv1D)):
             raise InputError(
-                f"{path}: tensor {name} is neither a LoRA factor nor a parameter of {names.network}; it cannot be "
-                "handled: merge the adapter into its base with peft first"
+                f"{path}: adapts {name}, a {type(module).__name__}; only linear layers and embeddings are handled"
             )
-    found = {module: _module_key(_key(module, names), modules, names) for module in pairs}
-    if all(key == _key(module, names) and key in modules for module, key in found.items()):
-        _check_whole(path, set(stored), config, network, names)
-    tied = {*names.tied, *names.tied.values()}
-    # peft may store embedding and head as they are, without having been told to train them.
-    saved = {
-        parameter: name
-        for parameter, name in saved.items()
-        if names.key(parameter) not in tied
-        or _changes_base(checkpoint, name, names.key(parameter), names, base, weights)
-    }
-    changed = {names.key(f"{module}.weight") for module in pairs} | {names.key(parameter) for parameter in saved}
-    if not config["ensure_weight_tying"] and changed & tied:
-        return Adapter({}, {}, {}, unties=True)
-    saved = {parameter: name for parameter, name in saved.items() if names.key(parameter) not in names.tied}
-    low_rank: dict[str, LowRank] = {}
-    pieces: dict[str, tuple[Piece, ...]] = {}
-    views = cache(partial(regions, network, names))
-    for module, pair in pairs.items():
-        key = found[module]
-        if f"{key}.weight" in names.tied:
-            continue
-        target = weights.get(f"{key}.weight")
-        if target is not None:
-            shape = base.info(target).shape
-            low_rank[target] = _low_rank(path, checkpoint.tensors, config, module, modules.get(key), shape, pair)
-            continue
-        stacked, view = _stacked_weight(path, f"{key}.weight", module, weights, names, views)
-        factors = _low_rank(path, checkpoint.tensors, config, module, None, view.shape, pair)
-        pieces[stacked] = (*pieces.get(stacked, ()), Piece(factors, inside=view))
-    return Adapter(low_rank, pieces, saved, unties=False)
+        try:
+            first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
+        except KeyError as missing:
+            raise InputError(f"{path}: {name} has no factor {missing}; save the whole adapter again") from missing
+        rank_pattern, alpha_pattern = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
+        rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config["r"])
+        alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), config["lora_alpha"])
+        transpose = embedding or isinstance(module, Conv1D)
+        rows, columns = reversed(shape) if transpose else shape
+        found, expected = (tensors[first].shape, tensors[second].shape), ((rank, columns), (rows, rank))
+        if found != expected:
+            raise InputError(
+                f"{path}: the factors of {name} have shapes {found[0]} and {found[1]}, expected {expected[0]} and "
+                f"{expected[1]} for the base's weight and the rank of {ADAPTER_CONFIG}; it was made for another base"
+            )
+        # peft: LoraLayer.update_layer
+        scaling = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
+        return LowRank(first, second, scaling, transpose)
 
 
 def _peft_name(name: str, path: Path) -> str:
@@ -189,18 +306,6 @@ def _peft_name(name: str, path: Path) -> str:
         raise InputError(f"{path}: tensor {name} does not start with {_PREFIX}; expected a PEFT adapter")
     # The adapter's own name and wrapper, which peft leaves out when it saves.
     return _SAVED_MODULE.sub(".", _ADAPTER_NAME.sub(r"\1", plain(found.removeprefix(_PREFIX))))
-
-
-def _changes_base(
-    checkpoint: Checkpoint, name: str, key: str, names: Names, base: BaseWeights, weights: Mapping[str, str]
-) -> bool:
-    """Return whether peft's copy of a layer that it adapts is another than the base's."""
-    match = weights.get(names.tied.get(key, key))
-    if match is None or checkpoint.tensors[name].shape != base.info(match).shape:
-        return True
-    checkpoint.require(checkpoint.tensors[name].file)
-    base.checkpoint.require(base.info(match).file)
-    return not torch.equal(checkpoint.read(name).to(base.dtype(match)), base.read(match))
 
 
 def _module_key(key: str, modules: Mapping[str, nn.Module], names: Names) -> str:
@@ -235,6 +340,8 @@ def _check_whole(
         InputError: a tensor is missing, or is one that peft would not load; peft finds nothing in the network that the
             config names.
     """
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
     known = LoraConfig().to_dict().keys()
     settings = {key: value for key, value in config.items() if key in known} | {"init_lora_weights": False}
     try:
@@ -250,8 +357,8 @@ def _check_whole(
     more = [name for factor, name in found.items() if factor[1] is not None and factor not in wanted]
     if more:
         raise InputError(
-            f"{path}: holds {more[0]}{f' and {len(more) - 1} more' if more[1:] else ''}, which peft leaves out, as its "
-            f"config does not name it; add the module to target_modules in {ADAPTER_CONFIG}, or remove the tensors"
+            f"{path}: holds {more[0]}{f' and {len(more) - 1} more' if more[1:] else ''}, which peft ignores because "
+            f"its config does not name it; add the module to target_modules in {ADAPTER_CONFIG}, or remove the tensors"
         )
     lacking = [name for factor, name in wanted.items() if factor not in found]
     if lacking:
@@ -269,33 +376,6 @@ def _key(module: str, names: Names) -> str:
 def _factor(name: str, names: Names) -> tuple[str, str | None]:
     module, kind = _split_lora_name(name)
     return _key(module, names), kind
-
-
-def _stacked_weight(
-    path: Path,
-    key: str,
-    module: str,
-    weights: Mapping[str, str],
-    names: Names,
-    views: Callable[[str], dict[str, View] | None],
-) -> tuple[str, View]:
-    """Return the base's tensor that holds the weight of an adapted module stacked with others, and where in it.
-
-    Raises:
-        InputError: there is none.
-    """
-    parameter = names.parameter(key)
-    found = views(parameter) if parameter in names.parameters else None
-    if found is None or key not in found or parameter not in weights:
-        if any(parameter in names.all_parameters(name) for name in weights.values()):
-            raise InputError(
-                f"{path}: adapts {module}, whose weight the base's files hold in another form than {names.network}; "
-                "merge the adapter into its base with peft first"
-            )
-        raise InputError(
-            f"{path}: adapts {module}, which the base does not have; the adapter was made for another base"
-        )
-    return weights[parameter], found[key]
 
 
 def _is_saved(name: str, modules_to_save: Iterable[str]) -> bool:
@@ -316,51 +396,3 @@ def _split_lora_name(name: str) -> tuple[str, str | None]:
         if name.endswith(suffix):
             return name.removesuffix(suffix), kind
     return name, None
-
-
-def _low_rank(
-    path: Path,
-    tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    name: str,
-    module: nn.Module | None,
-    shape: tuple[int, ...],
-    pair: Mapping[str, str],
-) -> LowRank:
-    """Return the task vector of an adapted module's weight.
-
-    Args:
-        path: of the adapter, for messages.
-        tensors: its headers.
-        config: its config.
-        name: of the module.
-        module: hollow; None for a linear layer that the network holds stacked with others.
-        shape: of the weight.
-        pair: factor → name of its tensor.
-
-    Raises:
-        InputError: another kind of module; a factor is missing, or has another shape.
-    """
-    embedding = isinstance(module, nn.Embedding)
-    if not (module is None or embedding or isinstance(module, nn.Linear | Conv1D)):
-        raise InputError(
-            f"{path}: adapts {name}, a {type(module).__name__}; only linear layers and embeddings are handled"
-        )
-    try:
-        first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
-    except KeyError as missing:
-        raise InputError(f"{path}: {name} has no factor {missing}; save the whole adapter again") from missing
-    rank_pattern, alpha_pattern = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
-    rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config["r"])
-    alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), config["lora_alpha"])
-    transpose = embedding or isinstance(module, Conv1D)
-    rows, columns = reversed(shape) if transpose else shape
-    found, expected = (tensors[first].shape, tensors[second].shape), ((rank, columns), (rows, rank))
-    if found != expected:
-        raise InputError(
-            f"{path}: the factors of {name} have shapes {found[0]} and {found[1]}, expected {expected[0]} and "
-            f"{expected[1]} for the base's weight and the rank of {ADAPTER_CONFIG}; it was made for another base"
-        )
-    # peft: LoraLayer.update_layer
-    scaling = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
-    return LowRank(first, second, scaling, transpose)

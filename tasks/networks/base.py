@@ -56,7 +56,7 @@ class Base(BaseWeights):
                 f"{self.folder}: {names.network} always ties {', '.join(names.tied)} to another parameter; "
                 "expected experts that change both alike"
             )
-        return _lay_out(self.checkpoint, config, network, names, stored, True, self.notes)
+        return replace(_lay_out(self.checkpoint, config, network, names, stored, untied=True), notes=self.notes)
 
 
 def open_base(folder: Path, checkpoint: Checkpoint | None = None) -> Base:
@@ -83,7 +83,7 @@ def open_base(folder: Path, checkpoint: Checkpoint | None = None) -> Base:
             "they are kept apart",
         )
     check_complete(inventory, checkpoint, network, names, str(folder))
-    return _lay_out(checkpoint, config, network, names, inventory.stored, untied, notes)
+    return replace(_lay_out(checkpoint, config, network, names, inventory.stored, untied), notes=notes)
 
 
 def examine(
@@ -115,7 +115,6 @@ def _lay_out(
     names: Names,
     by_key: Mapping[str, str],
     untied: bool,
-    notes: tuple[str, ...],
 ) -> Base:
     """Return a base whose tensors, by key, have some names in the checkpoint."""
     full = {names.key(name): name for name in parameter_names(network)}
@@ -142,7 +141,6 @@ def _lay_out(
         untied,
         config=config,
         names=names,
-        notes=notes,
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, read_header
+from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from sensmerge.tasks.checkpoints.header import read_header
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
@@ -19,7 +20,7 @@ from sensmerge.tasks.networks.compare import check_sizes, differences, listed, w
 from sensmerge.tasks.networks.inventory import check_complete
 from sensmerge.tasks.networks.names import Names, names_of, parameter_names
 from sensmerge.tasks.networks.networks import Head, fill_network, has_network, load_config, network_class, skeleton
-from sensmerge.tasks.networks.placing import Placed, check_whole, in_tower, place
+from sensmerge.tasks.networks.placing import Placed, Stored, check_whole, in_tower, place
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,17 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_conf
     check_complete(inventory, source, network, names, where)
     notes = [f"{key}: {note}" for note in source.notes]
     if (folder / ADAPTER_CONFIG).is_file():
-        notes.append(f"{where} holds a whole checkpoint; its {ADAPTER_CONFIG} is left over and not read")
+        notes.append(f"{where} holds a whole checkpoint; its {ADAPTER_CONFIG} is ignored")
     stored, base, said = _changed_tensors(key, folder, source, inventory.stored, names, base)
     notes += said
     order = _class_order(network, config, base)
     kin = not names.has_task_head or (names.network == base.names.network and order is not None)
-    placed = place(where, stored, source, base, names, network, kin)
+    placed = place(Stored(where, source, stored), base, names, network, kin)
     own_classes: dict[int, str] = {}
     if order is None:
-        notes.append(f"{where} has other classes than the base: its head stays its own, beside the merged model")
+        notes.append(f"{where} has other classes than the base: its head is kept apart, beside the merged model")
     elif order and class_names(base.config) and not class_names(config):
-        notes.append(f"{where} does not name its classes: they count as the base's, in the base's order")
+        notes.append(f"{where} does not name its classes: they are taken to be the base's, in the base's order")
     elif order != sorted(order):
         _reorder(placed, order, network, names, base)
         own_classes, config = dict(config.id2label), with_classes_of(base.config, config)
@@ -226,10 +227,10 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         return replace(opened, notes=(*opened.notes, untied_note(key, untied, "changes one without the other")))
     stored = {names.key(parameter): name for parameter, name in adapter.saved.items()}
     kin = not names.has_task_head or names.network == base.names.network
-    placed = place(f"{key}: {folder}", stored, source, base, names, network, kin)
+    placed = place(Stored(f"{key}: {folder}", source, stored), base, names, network, kin)
     notes: tuple[str, ...] = ()
     if class_names(base.config) and any(base.names.key(name) not in base.names.trunk for name in placed.own):
-        notes = (f"{key}: an adapter does not name its classes: they count as the base's, in the base's order",)
+        notes = (f"{key}: an adapter does not name its classes: they are taken to be the base's, in the base's order",)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
     config, ends_in = base.config, names.network
     if head and has_network(base.config, "classification"):

@@ -31,21 +31,23 @@ class Placed:
         return name in self.own or name in self.pieces
 
 
-def place(
-    where: str,
-    stored: Mapping[str, str],
-    source: Checkpoint,
-    base: Base,
-    names: Names,
-    network: PreTrainedModel,
-    kin: bool,
-) -> Placed:
+@dataclass(frozen=True)
+class Stored:
+    """Tensors that an expert stores whole."""
+
+    where: str
+    """recipe key and folder of the expert, for messages"""
+    checkpoint: Checkpoint
+    """the expert's headers"""
+    names: Mapping[str, str]
+    """key → name in the checkpoint"""
+
+
+def place(stored: Stored, base: Base, names: Names, network: PreTrainedModel, kin: bool) -> Placed:
     """Split tensors that an expert stores whole into those that the base has too and those of the expert's head.
 
     Args:
-        where: recipe key and folder of the expert, for messages.
-        stored: key → name in `source`.
-        source: the expert's headers.
+        stored: the tensors.
         base: the base.
         names: of the expert's network.
         network: the expert's, on the meta device.
@@ -57,9 +59,9 @@ def place(
     weights = base.by_key()
     placed = Placed({}, {}, [])
     views = cache(partial(regions, network, names))
-    for key, name in stored.items():
+    for key, name in stored.names.items():
         match = weights.get(key)
-        shape = source.tensors[name].shape
+        shape = stored.checkpoint.tensors[name].shape
         # A head is another task's, even where its names and shapes are those of the base's own.
         if match is not None and base.info(match).shape == shape and (kin or key in names.trunk or in_block(key)):
             placed.own[match] = name
@@ -71,7 +73,7 @@ def place(
         else:
             other = "has no such tensor" if match is None else f"has {base.info(match).shape}"
             raise InputError(
-                f"{where}: tensor {name} has shape {shape}, the base {other}; expected a fine-tune of the base"
+                f"{stored.where}: tensor {name} has shape {shape}, the base {other}; expected a fine-tune of the base"
             )
     return placed
 

@@ -1,4 +1,4 @@
-"""Texts as a merged model reads them, when it answers on its own and no task says what a row is."""
+"""Texts as the tokens that a merged model reads when it answers texts without a task."""
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 

@@ -27,8 +27,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from sensmerge.tasks.artifacts import hash_file, read_json, sha256_text, write_json
-from sensmerge.tasks.checkpoints.checkpoint import TensorInfo, read_header, tensor_info
 from sensmerge.tasks.checkpoints.companions import WEIGHTS, is_companion, is_plain, local_files
+from sensmerge.tasks.checkpoints.header import TensorInfo, read_header, tensor_info
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.stages.job import Job
@@ -307,6 +307,7 @@ class DownloadJob(Job):
 
     stage = "download"
     version = 2
+    uses_torch = False
 
     listing: Listing
     """the model's files, from `resolve`"""

@@ -12,6 +12,9 @@ from sensmerge.tasks.identity import identity
 class Earlier(Protocol):
     """Artifacts of earlier runs that a step may take results from."""
 
+    def newest(self) -> Path | None:
+        """Return the newest artifact of the same stage and name, whether whole or damaged; None if there is none."""
+
     def last(self) -> Path | None:
         """Return the newest artifact of the same stage and name; None if there is none, or it is damaged."""
 
@@ -29,6 +32,8 @@ class Job(ABC):
     stage: ClassVar[str]
     version: ClassVar[int]
     """counts up whenever equal inputs give other results than before"""
+    uses_torch: ClassVar[bool] = True
+    """whether torch computes in it; where it does not, a worker starts without it"""
 
     def identity(self) -> dict[str, Any]:
         """Return all that the result depends on, as JSON: stage, version, and every field that is not local."""

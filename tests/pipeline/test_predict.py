@@ -1,23 +1,18 @@
 """The rows of a file answered by dynamic models of tiny networks, on a real Ray cluster."""
 
 import json
-import os
 import resource
 import shutil
-import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from sensmerge.pipeline import predict
-from sensmerge.pipeline.execute.run import BATCHES_AHEAD, Workers, work_in_batches
 from sensmerge.pipeline.tracking.registry import Registry
 from sensmerge.tasks.dynamic.model import DynamicModel
-from sensmerge.tasks.errors import InputError, StepError
+from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, tiny_recipe, write_recipe, write_rows
 
 pytestmark = pytest.mark.ray
@@ -215,7 +210,7 @@ def altered_file(folder: Path) -> str:
     content = path.read_bytes()
     path.unlink()  # the copy may be a link
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    return f"{path.name}: is altered"
+    return f"{path.name}: was altered"
 
 
 @pytest.mark.parametrize("damage", [no_manifest, missing_file, altered_file])
@@ -261,76 +256,6 @@ def test_a_file_that_cannot_be_finished_is_not_left_behind(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def squares(marker: Path) -> Callable[[int], int]:
-    """Load a worker that squares; batch 5 kills it the first time, as the kernel does when memory runs out."""
-
-    def work(batch: int) -> int:
-        if batch == 5 and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return batch**2
-
-    return work
-
-
-def killer() -> Callable[[int], int]:
-    def work(batch: int) -> int:
-        if batch == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return batch
-
-    return work
-
-
-def broken_model(calls: Path) -> Callable[[int], int]:
-    with calls.open("a") as file:
-        file.write("x")
-    raise RuntimeError("broken on purpose")
-
-
-def work(load: Callable[[], Callable[[int], int]], total: int, workers: int, address: str) -> list[int]:
-    found: list[int] = []
-    batches = iter(range(total))
-    work_in_batches(load, batches, total, found.append, Workers(workers, 0), address, Console(quiet=True))
-    return found
-
-
-def test_the_batch_of_a_worker_that_dies_is_done_again(tmp_path: Path, ray_address: str) -> None:
-    found = work(partial(squares, tmp_path / "died"), 20, 2, ray_address)
-    assert (tmp_path / "died").exists()
-    assert found == [i**2 for i in range(20)]
-
-
-def test_a_batch_that_keeps_killing_workers_stops_the_work(ray_address: str) -> None:
-    with pytest.raises(StepError, match="a batch: its worker died 2 times"):
-        work(killer, 8, 1, ray_address)
-
-
-def test_an_exception_is_final(tmp_path: Path, ray_address: str) -> None:
-    with pytest.raises(StepError, match=r"a batch failed: .*broken on purpose"):
-        work(partial(broken_model, tmp_path / "calls"), 3, 1, ray_address)
-    assert (tmp_path / "calls").read_text() == "x"
-
-
-def test_few_batches_are_read_before_the_first_is_taken(tmp_path: Path, ray_address: str) -> None:
-    taken, most = 0, 0
-
-    def batches() -> Any:
-        nonlocal most
-        for number in range(60):
-            most = max(most, number + 1 - taken)
-            yield number
-
-    def take(_: int) -> None:
-        nonlocal taken
-        taken += 1
-
-    load = partial(squares, tmp_path)
-    work_in_batches(load, batches(), 60, take, Workers(1, 0), ray_address, Console(quiet=True))
-    assert taken == 60
-    assert most <= BATCHES_AHEAD
-
-
 def test_a_dynamic_model_becomes_champion_only_where_the_recipe_names_it(
     writer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,10 +264,10 @@ def test_a_dynamic_model_becomes_champion_only_where_the_recipe_names_it(
     refresh = ("refresh", store.parent / "recipe.yaml", "--store", store, "--address", "no such cluster")
     for _ in range(2):
         assert command_line(*refresh) == 0
-    assert "no static variant; se: name them in gate.variants to have a new champion" in capsys.readouterr().out
+    assert "there is no static variant; name se in gate.variants to get a new champion" in capsys.readouterr().out
     assert registry.champion() is None
     assert command_line(*refresh, "--set", "gate.variants=[se]") == 0
-    assert "tiny/1 (se, dynamic) is champion, the first" in capsys.readouterr().out
+    assert "tiny/1 (se, dynamic) is the first champion" in capsys.readouterr().out
     champion = registry.champion()
     assert champion is not None
     assert champion.kind == "dynamic"

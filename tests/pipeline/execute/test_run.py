@@ -30,7 +30,9 @@ from sensmerge.pipeline.plan.steps import Step
 from sensmerge.pipeline.store.store import Key
 from sensmerge.tasks.checkpoints import weights as weights_module
 from sensmerge.tasks.errors import StepError
+from sensmerge.tasks.stages.job import Job
 from tests.conftest import command_line, plan_of, tiny_recipe, write_recipe
+from tests.pipeline.execute.jobs import Die, DieOnce, Fail
 
 pytestmark = pytest.mark.ray
 
@@ -68,7 +70,7 @@ def finished(
 def test_report_has_every_stage_model_and_score(finished: tuple[Path, Path, dict[str, Any]]) -> None:
     _, _, report = finished
     assert {stage["stage"] for stage in report["stages"]} == {
-        *("download", "task_vectors", "sensitivity", "cross_task", "merge", "evaluate")
+        *("download", "task_vectors", "statistics", "cross_task", "merge", "evaluate")
     }
     assert all(stage["status"] == "run" and stage["peak_memory"] > 0 for stage in report["stages"])
     assert all(stage["pieces_run"] == stage["pieces"] > 0 for stage in report["stages"])
@@ -135,7 +137,7 @@ def test_weights_do_not_depend_on_the_number_of_workers(
 ) -> None:
     monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
     recipe, store, _ = finished
-    stages = ("sensitivity", "task_vectors", "merge")
+    stages = ("statistics", "task_vectors", "merge")
     limits = [f"resources.{stage}.max_in_flight={workers}" for stage in stages]
     run(recipe, tmp_path / "store", ray_address, *(word for limit in limits for word in ("--set", limit)))
     assert weights(merged(tmp_path / "store", "ties-sens")) == weights(merged(store, "ties-sens"))
@@ -173,7 +175,7 @@ def test_killed_while_merging_and_started_again(
     monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
     report = run(recipe, store, ray_address, *one_by_one)
     status = {f"{stage['stage']} {stage['name']}": stage["status"] for stage in report["stages"]}
-    assert status["sensitivity math"] == "cached"
+    assert status["statistics math"] == "cached"
     (record,) = (stage for stage in report["stages"] if (stage["stage"], stage["name"]) == ("merge", "ties-sens"))
     assert record["status"] == "run"
     assert record["pieces"] == 5
@@ -259,35 +261,15 @@ def test_nan_in_an_expert_stops_the_run_before_any_merge(
     assert not list((tmp_path / "store" / "merge").glob("*"))
 
 
-def die_once(out: Path) -> dict[str, Any]:
-    """Kill the worker process the first time, as the kernel does when memory runs out."""
-    marker = out.parent / "died"
-    if not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return {"pid": os.getpid()}
-
-
-def die(out: Path) -> dict[str, Any]:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return {}
-
-
-def fail(out: Path) -> dict[str, Any]:
-    (out.parent / "calls").open("a").write("x")
-    raise RuntimeError("broken on purpose")
-
-
-def one_step(work: Any, llama_recipe: dict[str, Any], tmp_path: Path) -> Plan:
-    """A plan with nothing but one step that does this work."""
-    key = Key("download", "work", {"stage": "download", "settings": {}, "reads": {}})
-    step = Step("download", "work", key, (), work)
+def one_step(job: Job, llama_recipe: dict[str, Any], tmp_path: Path) -> Plan:
+    """A plan with nothing but one step that does this job."""
+    step = Step("work", Key.of("work", job), (), job)
     plan = plan_of(tmp_path, llama_recipe)
     return replace(plan, steps=(step,), todo={step.title: "new"})
 
 
 def test_a_worker_that_dies_is_replaced(llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str) -> None:
-    plan = one_step(die_once, llama_recipe, tmp_path)
+    plan = one_step(DieOnce(), llama_recipe, tmp_path)
     execute(plan, ray_address, Console(quiet=True))
     manifest = plan.store.manifest(plan.steps[0].key)
     assert manifest is not None
@@ -297,7 +279,7 @@ def test_a_worker_that_dies_is_replaced(llama_recipe: dict[str, Any], tmp_path: 
 def test_a_worker_that_keeps_dying_stops_the_run(
     llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
 ) -> None:
-    plan = one_step(die, llama_recipe, tmp_path)
+    plan = one_step(Die(), llama_recipe, tmp_path)
     with pytest.raises(StepError, match="download work: its worker died 2 times"):
         execute(plan, ray_address, Console(quiet=True))
 
@@ -322,7 +304,7 @@ def test_a_worker_that_runs_out_of_memory_again_stops_the_run(llama_recipe: dict
 def test_an_exception_is_final_and_leaves_no_artifact(
     llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
 ) -> None:
-    plan = one_step(fail, llama_recipe, tmp_path)
+    plan = one_step(Fail(), llama_recipe, tmp_path)
     with pytest.raises(StepError, match=r"download work failed: .*broken on purpose") as raised:
         execute(plan, ray_address, Console(quiet=True))
     node, log = re.findall(r"^on (.*); its log: (.*)$", str(raised.value), re.MULTILINE)[0]

@@ -1,9 +1,7 @@
 """A signal becomes an exception that closes what is open."""
 
-import functools
 import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from sensmerge.pipeline.execute.stop import SIGNALS, Stopped, stoppable
 from sensmerge.pipeline.plan.steps import Step
 from sensmerge.pipeline.store.store import Key
 from tests.conftest import plan_of
+from tests.pipeline.execute.jobs import Tell
 
 BOTH = pytest.mark.parametrize(("told", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 
@@ -35,22 +34,16 @@ def test_what_goes_wrong_without_a_signal_is_what_it_was() -> None:
         raise KeyError("absent")
 
 
-def tell(process: int, told: signal.Signals, out: Path) -> dict[str, Any]:
-    os.kill(process, told)
-    time.sleep(60)
-    return {}
-
-
 @pytest.mark.ray
 @BOTH
 def test_while_ray_waits_for_a_step(
     llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str, told: signal.Signals, status: int
 ) -> None:
     plan = plan_of(tmp_path, llama_recipe)
-    key = Key("download", "work", {"stage": "download", "settings": {}, "reads": {}})
-    step = Step("download", "work", key, (), functools.partial(tell, os.getpid(), told))
+    job = Tell(os.getpid(), told)
+    step = Step("work", Key.of("work", job), (), job)
     with pytest.raises(Stopped, match=told.name) as raised, stoppable():
         execute(replace(plan, steps=(step,), todo={step.title: "new"}), ray_address, Console(quiet=True))
     assert raised.value.exit_status == status
-    assert plan.store.partial(key).is_dir()
-    assert plan.store.manifest(key) is None
+    assert plan.store.partial(step.key).is_dir()
+    assert plan.store.manifest(step.key) is None

@@ -201,13 +201,13 @@ def test_a_choice_is_said_with_what_it_is_worth(report: Report) -> None:
     assert best_variant(halved_report, gate()) == "ta"
     assert is_held_out(halved_report, gate())
     assert choice(halved_report, gate()) == (
-        "best of 2 variants: ta, chosen by mean_normalised on half of the samples, 0.800 [0.700, 0.900], n = 9; "
-        "on the other half, which chose nothing: 0.500 [0.400, 0.600], n = 9"
+        "best of 2 variants: ta, chosen by mean_normalised on half of the samples: 0.800 [0.700, 0.900], n = 9; "
+        "on the held-out half: 0.500 [0.400, 0.600], n = 9"
     )
     assert choice(halved_report, gate(variants=["ta"])) is None
     assert not is_held_out(halved_report, gate(variants=["ta"]))
     assert "ta-sens.3, chosen by mean_normalised on all samples" in str(choice(report, gate()))
-    assert "too few to keep some apart, so this is optimistic" in str(choice(report, gate()))
+    assert "too few to hold some out, so this is optimistic" in str(choice(report, gate()))
     assert choice(report, gate(metric="math/bleu")) is None
 
 

@@ -20,9 +20,9 @@ from sensmerge.tasks.checkpoints.checkpoint import (
     open_checkpoint,
     plan_checkpoint,
     preallocate,
-    read_header,
     tensor_bytes,
 )
+from sensmerge.tasks.checkpoints.header import SIZES, TensorInfo, read_header
 from sensmerge.tasks.errors import InputError
 from tests.conftest import make_llama
 
@@ -177,6 +177,12 @@ def test_an_index_that_is_none(text: str, sharded: Path) -> None:
     with pytest.raises(InputError, match="not an index of safetensors shards") as error:
         open_checkpoint(sharded)
     assert one_line(error).startswith(str(sharded / INDEX))
+
+
+def test_headers_tell_of_dtypes_what_torch_does() -> None:
+    assert {code: dtype.itemsize for code, dtype in DTYPES.items()} == SIZES
+    for code, dtype in DTYPES.items():
+        assert TensorInfo(code, (1,), WEIGHTS).is_floating_point == dtype.is_floating_point
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)

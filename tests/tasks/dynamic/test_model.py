@@ -40,7 +40,6 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.kinds.kind import RowSet
-from sensmerge.tasks.methods.arithmetic import static_coefficient
 from sensmerge.tasks.networks.tokens import Inputs, length
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.stages.merge import MergeJob
@@ -55,7 +54,7 @@ from tests.conftest import (
     row_set,
 )
 from tests.tasks.stages.test_merge import make_job, merged
-from tests.tasks.stages.test_merge_vectors import dynamic, vectors_of, weights_of
+from tests.tasks.stages.test_merge_vectors import dynamic, of_vectors, vectors_of, weights_of
 
 Save = Callable[..., Path]
 Folders = dict[str, Path]
@@ -72,7 +71,7 @@ class Merge:
 
     @property
     def static(self) -> float:
-        return static_coefficient(self.job.settings, self.job.weight, len(self.job.experts))
+        return of_vectors(self.job).static
 
     def routed(self, out: Path, **settings: Any) -> DynamicModel:
         """Run stage route and load the result."""
@@ -160,7 +159,7 @@ def by_name(model: DynamicModel, routes: Routes, row: int) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("method", "how"),
-    [("task_arithmetic", {}), ("ties", {"densities": dict.fromkeys(CALIBRATION, 0.4)})],
+    [("task_arithmetic", {}), ("ties", {"settings": {"density": 0.4}})],
 )
 def test_a_large_temperature_is_the_static_merge(
     method: str, how: dict[str, Any], llamas: Folders, llama_experts: Folders, tmp_path: Path
@@ -447,7 +446,7 @@ def test_missing_and_altered_files_are_named(name: str, copied: Path) -> None:
     content = bytearray((copied / name).read_bytes())
     content[-1] ^= 1
     (copied / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: is altered, its sha256 is not that in {MANIFEST}"):
+    with pytest.raises(InputError, match=rf"{name}: was altered: its sha256 is not the one in {MANIFEST}"):
         DynamicModel.load(copied)
     (copied / name).unlink()
     with pytest.raises(InputError, match=f"{name}: is missing; copy the folder again"):
@@ -474,7 +473,7 @@ def test_manifests_that_are_none(copied: Path, llamas: Folders) -> None:
         DynamicModel.load(llamas["base"])
     for version in (1, 99):
         edit(copied, version=version)
-        with pytest.raises(InputError, match=f"version {version}, this sensmerge reads 2; run the recipe again"):
+        with pytest.raises(InputError, match=f"has format {version}, but this sensmerge reads 2; run the recipe again"):
             DynamicModel.load(copied)
     for text in ("{", "[]", "{}", "\udcff"):
         (copied / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
@@ -495,7 +494,7 @@ def test_an_altered_manifest(copied: Path) -> None:
     content = read_json(copied / MANIFEST)
     content["router"]["temperature"] = 9.0
     (copied / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(InputError, match=f"{MANIFEST}: is altered"):
+    with pytest.raises(InputError, match=f"{MANIFEST}: was altered"):
         DynamicModel.load(copied)
 
 

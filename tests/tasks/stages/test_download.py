@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save, save_file
 
-from sensmerge.tasks.checkpoints.checkpoint import TensorInfo
+from sensmerge.tasks.checkpoints.header import TensorInfo
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages.download import (
     DownloadJob,

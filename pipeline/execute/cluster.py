@@ -1,0 +1,117 @@
+"""The Ray cluster: how it is reached, what it has room for, and what it answers when work fails."""
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from sensmerge.pipeline.execute.stop import Stopped
+from sensmerge.tasks.errors import InputError, StepError
+
+SYSTEM_RETRIES = 1
+"""How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
+
+
+def connect(address: str | None) -> None:
+    """Connect to a cluster, or start one. It ends with the thread that does so.
+
+    Args:
+        address: of the cluster; None takes RAY_ADDRESS (as a Ray job has it) or starts Ray on this machine.
+
+    Raises:
+        InputError: no cluster answers.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    # Left to itself Ray tries a task that its memory monitor killed again without end.
+    os.environ.setdefault("RAY_task_oom_retries", str(SYSTEM_RETRIES))
+    here = {"include_dashboard": False} if address == "local" else {}
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, logging_level="ERROR", **here)
+    except (ConnectionError, ValueError) as error:
+        raise InputError(
+            f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"
+        ) from error
+    except SystemExit:  # of the handler that Ray has while it starts
+        ray.shutdown()
+        raise Stopped(signal.SIGTERM) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
+
+
+@contextmanager
+def closed() -> Iterator[None]:
+    """Leave no connection behind when the block is left."""
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Be connected to a cluster within the block; a connection that there is already is used, and closed too.
+
+    Args:
+        address: as in `connect`.
+
+    Raises:
+        InputError: no cluster answers.
+    """
+    with closed():
+        if not ray.is_initialized():
+            connect(address)
+        yield
+
+
+def room_for(cpus: float, gpus: float) -> int:
+    """Return how many workers of so many CPUs and GPUs each the cluster has room for."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
+
+
+def answer_of(ready: ray.ObjectRef[Any], title: str, advice: str, others: Iterable[ray.ObjectRef[Any]]) -> Any:
+    """Return what a piece of work gave.
+
+    Args:
+        ready: the piece, which has ended.
+        title: what it is called in messages.
+        advice: what to do where memory ran out.
+        others: pieces that are cancelled if this one failed.
+
+    Raises:
+        InputError: bad input that the work found.
+        StepError: the work failed otherwise, or its worker died `SYSTEM_RETRIES` + 1 times.
+    """
+    try:
+        return ray.get(ready)
+    except ray.exceptions.RayTaskError as error:
+        for other in others:
+            ray.cancel(other)
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        if _is_out_of_memory(error.cause):
+            raise StepError(f"{title}: its worker ran out of memory; {advice}. It says: {error.cause}") from None
+        raise StepError(f"{title} failed: {error.cause!r}\n{error}") from None  # Ray's text has process and node
+    except ray.exceptions.OutOfMemoryError as error:  # Ray's memory monitor killed the worker
+        what = str(error).partition("\n")[0]
+        raise StepError(
+            f"{title}: its worker ran out of memory {SYSTEM_RETRIES + 1} times; {advice}. Ray says: {what}"
+        ) from None
+    except ray.exceptions.RayError as error:
+        raise StepError(
+            f"{title}: its worker died {SYSTEM_RETRIES + 1} times; if it ran out of memory, {advice}. Ray says: {error}"
+        ) from None
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an exception says that a CPU's or a GPU's memory is full."""
+    import torch
+
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,70 @@
+"""Jobs that go wrong; workers import this module, so it imports little."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sensmerge.tasks.identity import Local
+from sensmerge.tasks.stages.job import Job
+
+
+@dataclass(frozen=True)
+class DieOnce(Job):
+    """Kills its worker process the first time, as the kernel does when memory runs out."""
+
+    stage = "download"
+    version = 1
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        marker = out.parent / "died"
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"pid": os.getpid()}
+
+
+@dataclass(frozen=True)
+class Die(Job):
+    """Kills its worker process every time."""
+
+    stage = "download"
+    version = 1
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+
+@dataclass(frozen=True)
+class Fail(Job):
+    """Raises; every call leaves an x in the file `calls`."""
+
+    stage = "download"
+    version = 1
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        (out.parent / "calls").open("a").write("x")
+        raise RuntimeError("broken on purpose")
+
+
+@dataclass(frozen=True)
+class Tell(Job):
+    """Sends a signal to a process, and then takes long."""
+
+    stage = "download"
+    version = 1
+
+    process: Local[int]
+    told: Local[int]
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        os.kill(self.process, self.told)
+        time.sleep(60)
+        return {}
