@@ -106,7 +106,7 @@ def lay_out(resolved: Resolved) -> list[Step]:
         steps += [
             _evaluate_step(resolved, model, step, name, one, downloads)
             for name, one in resolved.inputs.data.items()
-            if one.evaluation or not isinstance(one.task, RowTask)
+            if one.task.is_scored
         ]
     if any(one.evaluation for one in resolved.inputs.data.values()):
         steps += [_evaluate_dynamic_step(resolved, name, step) for name, step in routes.items()]

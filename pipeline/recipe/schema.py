@@ -20,7 +20,6 @@ from pydantic_core import CoreSchema
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.strict import Strict
 
@@ -270,7 +269,7 @@ class Recipe(Strict):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():
-            if isinstance(task, RowTask) and task.calibration is None and task.evaluation is None:
+            if not (task.has_calibration or task.is_scored):
                 raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
             if name not in self.experts:
                 raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
@@ -319,7 +318,7 @@ class Recipe(Strict):
     def _check_calibration(self, what: str) -> None:
         for name in self.experts:
             task = self.tasks.get(name)
-            if not isinstance(task, RowTask) or task.calibration is None:
+            if task is None or not task.has_calibration:
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
 
     def _check_comparable(self, what: str) -> None:

@@ -53,6 +53,16 @@ class Task(Strict):
         """How many tokens are generated for each evaluation sample at most; 0 if none are."""
         return 0
 
+    @property
+    def has_calibration(self) -> bool:
+        """Whether statistics can be taken on rows of the task."""
+        return False
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether models are scored on the task."""
+        return True
+
     def check_installed(self, key: str) -> None:
         """Raise InputError if something is missing that the task needs; `key` (`tasks.science`) names it."""
 
@@ -154,6 +164,16 @@ class RowTask(Task):
     evaluation: Local[DataSource | None] = Field(None, description="rows that every model is scored on")
     max_length: int = Field(512, ge=2, description="a sample is cut to this many tokens")
     batch_size: Local[int] = Field(8, ge=1, description="samples per forward pass in evaluation; it changes no score")
+
+    @property
+    def has_calibration(self) -> bool:
+        """See `Task`."""
+        return self.calibration is not None
+
+    @property
+    def is_scored(self) -> bool:
+        """See `Task`."""
+        return self.evaluation is not None
 
     # Rows
 
