@@ -1,4 +1,4 @@
-"""The command line: python -m pipeline plan | run | refresh | predict | compare | promote | rollback | verify | gc."""
+"""The command line: plan | run | refresh | predict | compare | promote | rollback | verify | gc | schema."""
 
 import atexit
 import gc
@@ -80,7 +80,7 @@ DEFAULT_STORE: Any = "store"  # parsed as what the user gives
 
 @app.command()
 def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetOption = None) -> None:
-    """Print every step, RUN or SKIP and why, and the bytes to read and write. Finds bad input; does no work."""
+    """Check a recipe and print its steps: RUN or SKIP and why, and the bytes to read and write. Does no work."""
     loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
     store.make()
     store.look()
@@ -108,7 +108,7 @@ def run(
     wait: WaitOption = 0,
     metrics: MetricsOption = False,
 ) -> None:
-    """Run all stages of a recipe, as far as the store lacks their results, and print the scores."""
+    """Run every step of a recipe that the store lacks, and print the scores."""
     _work("run", _options(recipe, store, overrides, tracking_uri, address, report, wait, metrics))
 
 
@@ -126,11 +126,11 @@ def refresh(
     cron: CronOption = None,
     timezone: TimezoneOption = None,
 ) -> None:
-    """Look at all models again, run what depends on those that changed, and let the best variant pass the gate.
+    """Run what depends on models that changed, and make the best variant champion if it passes the gate.
 
-    Where nothing changed, nothing is done. Exit status 3: the best variant stays challenger.
+    If nothing changed, it does nothing. Exit status 3: the best variant did not pass and stays challenger.
 
-    With --cron: SIGTERM and Ctrl-C end the schedule and a refresh that is under way; exit status 0.
+    With --cron, SIGTERM and Ctrl-C end the schedule and the refresh that is under way, with exit status 0.
     """
     options = _options(recipe, store, overrides, tracking_uri, address, report, wait, metrics)
     if cron is not None:
@@ -139,7 +139,7 @@ def refresh(
         again = [sys.executable, "-m", "sensmerge.pipeline", *_words(context, leave_out=("cron", "timezone"))]
         keep(again, Times(cron, timezone or "UTC"), options.store, Console())
     elif timezone is not None:
-        raise InputError(f"--timezone {timezone}: has no meaning without --cron; give both or neither")
+        raise InputError(f"--timezone {timezone}: needs --cron; give both or neither")
     elif status := _work("refresh", options):
         raise typer.Exit(status)
 
@@ -212,19 +212,20 @@ def _begin(options: Options) -> dict[str, Listing]:
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="dynamic model, as `run` makes it")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="dynamic model that `run` made")],
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file with a text in each row")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON Lines file to write")],
     field: Annotated[str, typer.Option(metavar="NAME", help="field of the row that holds the text")] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="rows that a worker answers at once")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation; language models")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation, in tokens (language models)")] = 64,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="how many; each loads the model. Default: as many as the cluster has room")
+        int | None,
+        typer.Option(min=1, help="number of workers, each with the model; default: as many as fit in the cluster"),
     ] = None,
-    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker; with any, the model runs on cuda")] = 0,
+    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker; above 0, the model runs on cuda")] = 0,
     address: AddressOption = None,
 ) -> None:
-    """Answer every row of a file by a dynamic model: the row, its prediction, expert and coefficients."""
+    """Answer every row of a file with a dynamic model: adds prediction, expert and coefficients to the row."""
     from sensmerge.pipeline.execute.batches import Workers
     from sensmerge.pipeline.predict import Settings, predict_file
 
@@ -236,8 +237,8 @@ def predict(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(metavar="A", help="RECIPE@ALIAS or RECIPE/NUMBER, as MLflow has it")],
-    second: Annotated[str, typer.Argument(metavar="B", help="as A")],
+    first: Annotated[str, typer.Argument(metavar="A", help="version in MLflow: RECIPE@ALIAS or RECIPE/NUMBER")],
+    second: Annotated[str, typer.Argument(metavar="B", help="version to compare it with")],
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingOption = None,
 ) -> None:
@@ -258,11 +259,11 @@ def compare(
 
 @app.command()
 def promote(
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="RECIPE@ALIAS or RECIPE/NUMBER, as MLflow has it")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="version in MLflow: RECIPE@ALIAS or RECIPE/NUMBER")],
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Make a version of a registered model champion, whatever the gate says of it."""
+    """Make a version of a registered model champion, regardless of the gate."""
     from sensmerge.pipeline.tracking.registry import Registry, check_whole, parse_version
 
     recipe, which = parse_version(version)
@@ -295,7 +296,7 @@ def verify(
     remove: Annotated[bool, typer.Option("--delete", help="delete what is damaged; a run makes it again")] = False,
     wait: WaitOption = 0,
 ) -> None:
-    """Read all artifacts and downloaded models again, and compare them with their digests. Exit status 1: damage."""
+    """Check all artifacts and downloaded models against their digests. Exit status 1 means damage."""
     from sensmerge.pipeline.store.verify import find_damage
 
     check_exists(store)
@@ -308,7 +309,7 @@ def verify(
                 console.print(f"{folder.relative_to(store.root)}: {what}", highlight=False, soft_wrap=True)
             if wrong and remove:
                 store.remove(folder)
-    said = f", {damaged} of them damaged" if damaged else ", all as they were written"
+    said = f", {damaged} of them damaged" if damaged else ", all intact"
     done = "; deleted, run the recipe again" if remove else "; delete them with --delete, and run the recipe again"
     console.print(f"{count} artifacts{said}{done if damaged else ''}", highlight=False)
     if damaged:
@@ -323,14 +324,14 @@ def collect_garbage(
         typer.Option(
             "--tracking-uri",
             metavar="URI",
-            help=f"MLflow to ask for champions; default: all that runs used, and {TRACKING_URI}",
+            help=f"MLflow that knows the champions; default: every one that runs used, and {TRACKING_URI}",
         ),
     ] = None,
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="keep what the last N runs of each recipe need")] = 3,
     remove: Annotated[bool, typer.Option("--delete", help="delete what is listed")] = False,
     wait: WaitOption = 0,
 ) -> None:
-    """List the artifacts that no alias, no pinned version and none of the last runs needs; delete with --delete."""
+    """List the artifacts that no alias, pinned version or recent run needs; --delete deletes them."""
     from rich.filesize import decimal
 
     from sensmerge.pipeline.store.garbage import delete, find_garbage, needed_artifacts
@@ -346,11 +347,11 @@ def collect_garbage(
             console.print(f"{name}: {decimal(size)}", highlight=False, soft_wrap=True)
         marked = mark_deleted(store, delete(store, garbage), versions) if remove else []
     for one in marked:
-        console.print(f"{one.recipe}/{one.number}: has no weights any more", highlight=False, soft_wrap=True)
+        console.print(f"{one.recipe}/{one.number}: its weights are deleted", highlight=False, soft_wrap=True)
     total = decimal(sum(garbage.freed.values()))
     for why in sorted(set(needed.values())):
         console.print(f"kept: {why}", highlight=False, soft_wrap=True)
-    done = "freed" if remove else "would be freed; free it with --delete"
+    done = "freed" if remove else "can be freed with --delete"
     console.print(f"{total} {done}", highlight=False)
 
 
@@ -398,5 +399,5 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except Stopped as stopped:
-        sys.stderr.write(f"error: stopped by {stopped}; start it again to finish\n")
+        sys.stderr.write(f"error: stopped by {stopped}; run it again to finish\n")
         sys.exit(stopped.exit_status)

@@ -1,4 +1,4 @@
-"""What a command that runs a recipe was told."""
+"""The options of a command that runs a recipe."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Answers the rows of a JSON Lines file by a dynamic model, in batches on Ray."""
+"""Answers the rows of a JSON Lines file with a dynamic model, in batches on Ray."""
 
 import json
 import os

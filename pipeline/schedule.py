@@ -25,11 +25,11 @@ BEAT = 30.0
 """The health file is written at every event and this often in between, in seconds. One that is older than a few of
 these belongs to a schedule that hangs or is gone."""
 MEANING = {
-    0: "ended well",
+    0: "succeeded",
     1: "failed",
     2: "could not start, see above",
-    3: "ended, its challenger is not promoted",
-    143: "was stopped, the next one continues it",
+    3: "succeeded, but its challenger was not promoted",
+    143: "was stopped; the next one continues it",
 }
 """What the exit status of a refresh says."""
 
@@ -59,7 +59,7 @@ class Times:
                 f'--cron "{cron}": {error}; give minute, hour, day of month, month and day of week, as in "0 3 * * *"'
             ) from error
         except StopIteration as error:
-            raise InputError(f'--cron "{cron}": never comes in the next 50 years; check day and month') from error
+            raise InputError(f'--cron "{cron}": does not occur in the next 50 years; check day and month') from error
 
     def next(self, moment: datetime | None = None) -> datetime:
         """Return the first of the moments that is later than the given one, or than now."""
@@ -98,8 +98,8 @@ class Health:
 def keep(command: Sequence[str], times: Times, store: Store, console: Console) -> None:
     """Run a command at its times until SIGTERM or SIGINT; a run that is under way is told to stop, and waited for.
 
-    Runs never overlap: times that pass during a run are made up for by one run right after it. How a run ended is
-    said, and never ends the schedule.
+    Runs never overlap: if times pass during a run, one run follows right after it. A run that fails does not end the
+    schedule; a line says how each run ended.
 
     Args:
         command: the refresh.
@@ -115,7 +115,7 @@ def keep(command: Sequence[str], times: Times, store: Store, console: Console) -
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise InputError(f"{store.root}: another schedule holds it; stop that one or pass another --store") from error
+        raise InputError(f"{store.root}: another schedule uses this store; stop it or pass another --store") from error
     try:
         asyncio.run(_Schedule(command, times, store.root / HEALTH, console).keep())
     finally:
@@ -161,7 +161,7 @@ class _Schedule:
             ended = asyncio.ensure_future(process.wait())
             await self._wait(told, ended)
             if not ended.done():
-                self._event(f"{told.result().name}, the refresh is told to stop")
+                self._event(f"{told.result().name}: stopping the refresh")
         finally:
             if process.returncode is None:
                 process.terminate()

@@ -1,1 +1,1 @@
-"""Data plane: one module per stage, each a plain function that Ray runs on a worker."""
+"""Data plane: what workers do; importable and testable without Ray."""

@@ -21,11 +21,11 @@ class UniformCoefficients(Strict):
 
 
 class ExplicitCoefficients(Strict):
-    """Numbers of the user's own; each is multiplied by the variant's `weight`."""
+    """Your own numbers; each is multiplied by the variant's `weight`."""
 
     kind: Literal["explicit"]
     weights: dict[str, FiniteFloat | dict[str, FiniteFloat]] = Field(
-        description="expert → number, or expert → {layer pattern: number}; the last pattern that matches counts"
+        description="expert → number, or expert → {layer pattern: number}; the last matching pattern counts"
     )
 
 

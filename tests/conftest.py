@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
@@ -30,7 +31,18 @@ from sensmerge.pipeline.plan.plan import Plan, make_plan
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
-from sensmerge.tasks.stages.cross_task import CrossTaskJob, finish_distances, run_trunk
+from sensmerge.tasks.artifacts import Artifact
+from sensmerge.tasks.kinds.kind import Labels, RowSet, RowTask
+from sensmerge.tasks.networks.base import open_base
+from sensmerge.tasks.networks.expert import open_expert
+from sensmerge.tasks.networks.networks import computation_digest
+from sensmerge.tasks.rows.source import Row
+from sensmerge.tasks.rows.stored import StoredRows
+from sensmerge.tasks.stages.calibration import CalibrationSet
+from sensmerge.tasks.stages.cross_task import CrossTaskJob
+from sensmerge.tasks.stages.job import Job
+from sensmerge.tasks.stages.statistics import StatisticsJob
+from sensmerge.tasks.statistics.statistic import STATISTICS, read_layers
 from tests.merged import assert_store_loads
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -52,6 +64,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+_ROWS = TemporaryDirectory(prefix="sensmerge-rows-")
+
+
+def stored(rows: list[Row]) -> StoredRows:
+    """Rows in a file that is there as long as the tests run."""
+    found = StoredRows.of(rows, Path(_ROWS.name))
+    found.write(rows)
+    return found
+
+
+def row_set(task: RowTask, rows: list[Row], labels: Labels | None = None) -> RowSet:
+    """Rows of a task in a file, see `stored`."""
+    return RowSet(task, stored(rows), labels)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -236,17 +263,63 @@ def ray_address() -> Iterator[str]:
     cluster.shutdown()
 
 
-def pair_names(experts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """A name for every cross-task distance, or what a trunk gives, in place of its fingerprint."""
-    names = list(experts)
-    return {i: {j: f"{i} against {j}" for j in names} for i in names}
+class TaskRows(NamedTuple):
+    """A task and its calibration rows."""
+
+    task: RowTask
+    rows: list[Row]
 
 
-def measure_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
-    """Do all pieces of the stage cross_task and return its result."""
-    for name in job.experts:
-        run_trunk(job, name, out)
-    return finish_distances(job, out)
+def calibration_set(task: RowTask, rows: list[Row], folder: Path) -> CalibrationSet:
+    """A calibration set whose rows are written to a folder."""
+    stored = StoredRows.of(rows, folder)
+    stored.write(rows)
+    return CalibrationSet(task, stored)
+
+
+def statistics_job(
+    base: Path, expert: Path, calibration: CalibrationSet, statistics: Iterable[str] = ("sensitivity",), **settings: Any
+) -> StatisticsJob:
+    """The job that measures statistics of the expert `math`, float32 and whole on the CPU unless settings say more."""
+    found = {name: STATISTICS[name]() for name in statistics}
+    parts = {"base": base, "expert": expert, "tokenizer": base}
+    fields = {name: Artifact(str(folder), folder) for name, folder in parts.items()}
+    usual = {"base_config": False, "dtype": "float32", "name": "math", "device": "cpu", "placement": "whole"}
+    return StatisticsJob(**fields, calibration=calibration, statistics=found, **(usual | settings))
+
+
+def measure_sensitivity(
+    base: Path, expert: Path, task: RowTask, rows: list[Row], out: Path, **settings: Any
+) -> dict[str, float]:
+    """Measure the sensitivity of an expert by layer; settings as in `statistics_job`."""
+    job = statistics_job(base, expert, calibration_set(task, rows, out.parent / "rows"), **settings)
+    job.finish(out)
+    return read_layers(out, "sensitivity")
+
+
+def cross_task_job(
+    base: Path, experts: Mapping[str, Path], sets: Mapping[str, TaskRows], **settings: Any
+) -> CrossTaskJob:
+    """The job that measures all distances, float32 and whole on the CPU unless settings say more."""
+    rows = base.parent / "rows"
+    opened = open_base(base)
+    configs = {name: open_expert(folder, opened, f"experts.{name}").config for name, folder in experts.items()}
+    usual = {"base_config": frozenset(), "dtype": "float32", "device": "cpu", "placement": "whole"}
+    return CrossTaskJob(
+        base=Artifact(str(base), base),
+        experts={name: Artifact(str(folder), folder) for name, folder in experts.items()},
+        calibration={name: calibration_set(*sets[name], rows) for name in experts},
+        tokenizer=Artifact(str(base), base),
+        heads={name: computation_digest(config) for name, config in configs.items()},
+        **(usual | settings),
+    )
+
+
+def do_job(job: Job, out: Path) -> dict[str, Any]:
+    """Do all pieces of a job and return its result."""
+    for part in job.parts():
+        job.run(part, out)
+    return job.finish(out)
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:
@@ -285,13 +358,12 @@ def command_line(*arguments: object) -> int:
 
 def do_steps(plan: Plan) -> None:
     """Do the steps of a plan that its store lacks in this process, one after the other, and publish their artifacts."""
+    plan.write_rows()
     for step in plan.steps:
         if step.title not in plan.todo:
             continue
         out = plan.store.partial(step.key)
         out.mkdir(parents=True, exist_ok=True)
         job = step.job.resumed(EarlierArtifacts(plan.store, step.key))
-        for part in job.parts():
-            job.run(part, out)
-        plan.store.publish(step.key, {"result": job.finish(out)})
+        plan.store.publish(step.key, {"result": do_job(job, out)})
     assert_store_loads(plan.store.root)

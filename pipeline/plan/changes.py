@@ -1,4 +1,4 @@
-"""What became of a recipe's models since they were last used, and what follows from it."""
+"""How a recipe's models changed since they were last used, and which steps depend on that."""
 
 from typing import Any
 

@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.placement import Choice
+from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.recipe.schema import Recipe, Stage
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, LmEvalTask
 from sensmerge.tasks.networks.dry_run import stand_in
 from sensmerge.tasks.networks.networks import Head, computation_digest
 
@@ -45,6 +45,7 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
         InputError: a network that cannot do it; it names the recipe's key and a way out.
     """
     notes = []
+    statistics = wanted_statistics(recipe)
     in_parts = any(one.placement != "whole" for one in placements.values())
     for asked in _asked(recipe, inputs):
         key, way_out = f"tasks.{''.join(asked.generating[:1])}.generate", "set it to 0"
@@ -54,15 +55,17 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
             with _refused(key, way_out):
                 tiny = stand_in(asked.config, asked.head, asked.folder, Path(scratch))
             if tiny is None:
-                notes.append(f"{asked.folder}: no small network can be made of its config to try the recipe with")
+                notes.append(
+                    f"{asked.folder}: no small network can be made from its config, so the recipe was not tried on one"
+                )
                 continue
             if placements:
                 with _refused(key, way_out):
-                    tiny.check_sensitivity()
+                    tiny.check_statistics(statistics)
                     tiny.check_head()
             if in_parts:
                 with _refused("placement", f"set placement: whole, or {way_out}"):
-                    tiny.check_parts()
+                    tiny.check_parts(statistics)
             for name in asked.generating:
                 with _refused(f"tasks.{name}.generate", "set it to 0"):
                     tiny.check_generation()
@@ -73,13 +76,12 @@ def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
     """Return what is asked of each kind of network, without those of which nothing is."""
     found: dict[tuple[Head, str], _Asked] = {}
     for name, task in recipe.tasks.items():
-        generates = isinstance(task, CompletionTask) and task.generate > 0 and task.evaluation is not None
-        if isinstance(task, LmEvalTask) or not (generates or recipe.sens_variants()):
+        generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
+        if not (generates or recipe.sens_variants()):
             continue
-        head: Head = "classification" if isinstance(task, ClassificationTask) else "causal_lm"
         expert = inputs.experts[name]
-        asked = _Asked(expert.config, expert.folder, head)
-        asked = found.setdefault((head, computation_digest(expert.config)), asked)
+        asked = _Asked(expert.config, expert.folder, task.head)
+        asked = found.setdefault((task.head, computation_digest(expert.config)), asked)
         asked.generating += [name] * generates
     return list(found.values())
 

@@ -17,7 +17,6 @@ from sensmerge.tasks.dynamic.network import trunk_blocks
 from sensmerge.tasks.dynamic.parameters import holdings
 from sensmerge.tasks.dynamic.trial import try_network
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.classes import class_names
@@ -167,9 +166,9 @@ def _check_application(
     Returns:
         What a user should know of it.
     """
-    classifies = any(isinstance(task, ClassificationTask) for task in recipe.tasks.values())
+    head = next(task.head for task in recipe.tasks.values())  # all tasks have one: the schema refuses others
     config = next((expert.config for expert in experts.values() if expert.head), base.config)
-    network = skeleton(config, "classification" if classifies else "causal_lm", base.folder)
+    network = skeleton(config, head, base.folder)
     _check_heads(key, network.base_model_prefix, experts)
     changed = [
         name
@@ -191,11 +190,11 @@ def _check_heads(key: str, trunk: str, experts: Mapping[str, Expert]) -> None:
         own = [parameter for parameter in expert.head if parameter.startswith(f"{trunk}.")]
         if own:
             raise InputError(
-                f"{key}: experts.{name} has {own[0]}, which the base lacks: the experts share no trunk; "
+                f"{key}: experts.{name} has {own[0]}, which the base lacks, so the experts share no trunk; "
                 "use application: {kind: static}"
             )
         if expert.head and lacking:
             raise InputError(
-                f"{key}: experts.{name} has a head of its own, the head of experts.{lacking[0]} is merged; "
+                f"{key}: experts.{name} has its own head, but the head of experts.{lacking[0]} is merged; "
                 "use application: {kind: static}"
             )

@@ -9,7 +9,6 @@ import torch
 from sensmerge.pipeline.plan.memory import Memory, machine_memory
 from sensmerge.pipeline.recipe.schema import ActorPlacement, Recipe, Stage
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.blocks import blocks_of
 from sensmerge.tasks.networks.networks import skeleton
@@ -57,7 +56,7 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
 
     Args:
         recipe: its `placement`, and `auto` by the memory of a worker of the stage.
-        stage: sensitivity or cross_task.
+        stage: statistics or cross_task.
         base: the base's headers.
         tokens: length of the longest calibration sample.
         human: how to write a number of bytes.
@@ -67,8 +66,8 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
             actors takes does not fit in the memory of workers on machines like this one.
     """
     asked, room = recipe.placement, _room(recipe, stage)
-    memory = Memory(base, getattr(torch, recipe.dtype), tokens, gradients=stage == "sensitivity")
-    completes = any(not isinstance(task, ClassificationTask) for task in recipe.tasks.values())
+    memory = Memory(base, getattr(torch, recipe.dtype), tokens, gradients=stage == "statistics")
+    completes = any(not task.has_own_head for task in recipe.tasks.values())
     if room and stage == "cross_task" and completes and asked not in ("whole", "streamed"):
         _check_heads(memory, len(recipe.experts), room, human)
     if isinstance(asked, ActorPlacement):
@@ -79,7 +78,7 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
         _blocks(base)
         return Choice("streamed", f"as the recipe says: {human(memory.streamed())} of memory")
     if room is None:
-        return Choice("whole", "auto: this machine has no GPU that tells how much memory those of workers have")
+        return Choice("whole", "auto: this machine has no GPU, so the memory of the workers' GPUs is unknown")
     return _auto(memory, stage, room, human)
 
 
@@ -138,7 +137,7 @@ def _room(recipe: Recipe, stage: Stage) -> _Room | None:
         share = min(1, resources.num_gpus)
         return _Room(int(torch.cuda.mem_get_info()[1] * share), 1, "the GPU of a worker")
     actors = recipe.placement.actors if isinstance(recipe.placement, ActorPlacement) else 1
-    # An expert's sensitivity and its trunk for the distances may both be under way.
+    # An expert's statistics and its trunk for the distances may both be under way.
     steps = min(resources.max_in_flight, 2 * len(recipe.experts))
     most = max(1, min(steps * actors, int((os.cpu_count() or 1) / resources.num_cpus)))
     return _Room(machine_memory(), most, f"a worker ({most} at once on a machine like this one)")

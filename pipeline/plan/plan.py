@@ -79,7 +79,7 @@ def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
     if not recipe.sens_variants():
         return {}
     longest = max(one.longest_calibration for one in inputs.data.values())
-    tokens: dict[Stage, int] = {"sensitivity": longest, "cross_task": max(longest, cross_task.CHUNK_TOKENS)}
+    tokens: dict[Stage, int] = {"statistics": longest, "cross_task": max(longest, cross_task.CHUNK_TOKENS)}
     return {stage: choose(recipe, stage, inputs.base, count, decimal) for stage, count in tokens.items()}
 
 
@@ -89,8 +89,8 @@ def _check_room(plan: Plan) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"{plan.store.root}: no room on the disk: the run writes {decimal(needed)}, "
-            f"{decimal(free)} are free; free some or choose another --store"
+            f"{plan.store.root}: no room on the disk: the run writes {decimal(needed)}, but "
+            f"{decimal(free)} are free; free some space or choose another --store"
         )
 
 

@@ -1,4 +1,4 @@
-"""The rows of a recipe's tasks: chosen, checked, and kept apart, for no sample may calibrate and be scored too."""
+"""The rows of a recipe's tasks: chosen, checked, and kept apart: no sample both calibrates and is scored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,18 +8,7 @@ from typing import Any, Literal
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds import lm_eval as evaluate_lm_eval
-from sensmerge.tasks.kinds.datasets import (
-    ClassificationTask,
-    CompletionTask,
-    LmEvalTask,
-    RowTask,
-    Sample,
-    Task,
-    check_rows,
-    encode,
-    whole_number,
-)
+from sensmerge.tasks.kinds.kind import RowTask, Sample, Task
 from sensmerge.tasks.networks.base import missing_parameters
 from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
@@ -57,27 +46,19 @@ class _Reader:
 
         The expert's head is read in the base's order, as that of merged models is.
         """
-        names, task = self.expert.own_classes, self.task
-        if not names or not isinstance(task, ClassificationTask):
-            return rows
-        named = []
-        for row in rows:
-            label = row.get(task.label)
-            number = None if label in names.values() else whole_number(label)
-            named.append(row if number is None else row | {task.label: names.get(number, label)})
-        return named
+        names = self.expert.own_classes
+        return [self.task.named(row, names) for row in rows] if names else rows
 
     def samples(self, split: Literal["calibration", "evaluation"], found: Rows) -> list[Sample]:
         """Return rows as samples. Raises InputError for the first row that does not fit the task or its network."""
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
-        classes = label2id if isinstance(self.task, ClassificationTask) else None
-        check_rows(self.task, found.rows, key, classes, found.places)
+        self.task.check_rows(found.rows, key, label2id, found.places)
         samples = []
         for row, place in zip(found.rows, found.places, strict=True):
             where = f"{key}: {place}"
-            sample = encode(self.task, row, self.tokenizer, where, label2id)
+            sample = self.task.sample(row, self.tokenizer, where, label2id)
             _check_sample(f"tasks.{self.name}", where, self.task, sample, self.expert)
-            if self.routed and not sample.prompt_tokens:
+            if self.routed and not sample.has_prompt:
                 raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
             samples.append(sample)
         return samples
@@ -110,7 +91,7 @@ def gather_rows(
     taken: dict[object, str] = {}
     for name, task in tasks.items():
         _check_kind(name, task, experts[name])
-        if isinstance(task, LmEvalTask):
+        if not isinstance(task, RowTask):
             continue
         readers[name] = _Reader(name, task, experts[name], tokenizer, routed)
         found = Rows([], [])
@@ -121,20 +102,19 @@ def gather_rows(
         for row, place, sample in zip(found.rows, found.places, samples, strict=True):
             taken |= dict.fromkeys(_marks(row, sample), place)
         calibration[name], tokens[name] = found.rows, [len(sample.input_ids) for sample in samples]
-    data, notes = {}, []
-    for name, task in tasks.items():
-        if isinstance(task, LmEvalTask):
-            data[name] = TaskRows(task, [], [])
-            continue
-        rows, lines = _evaluation(readers[name], task.evaluation, folder, taken) if task.evaluation else ([], [])
+    data: dict[str, TaskRows] = {}
+    notes: list[str] = []
+    for name, reader in readers.items():
+        source = reader.task.evaluation
+        rows, lines = _evaluation(reader, source, folder, taken) if source else ([], [])
         notes += lines
-        data[name] = TaskRows(task, calibration[name], rows, sum(tokens[name]), max(tokens[name], default=0))
-    return data, notes
+        data[name] = TaskRows(reader.task, calibration[name], rows, sum(tokens[name]), max(tokens[name], default=0))
+    return {name: data.get(name) or TaskRows(task, [], []) for name, task in tasks.items()}, notes
 
 
 def _marks(row: Row, sample: Sample) -> tuple[object, object]:
     """Return what two rows must not share: their content, or what a model reads and should answer."""
-    return rows_digest([row]), (tuple(sample.input_ids), sample.prompt_tokens, sample.label)
+    return rows_digest([row]), sample.content
 
 
 def _evaluation(
@@ -181,15 +161,14 @@ def _ascending(chosen: Mapping[int, Row]) -> list[Row]:
 
 def _check_kind(name: str, task: Task, expert: Expert) -> None:
     """Check that a task's kind has a meaning for the expert's network."""
-    if not isinstance(task, ClassificationTask):
+    if not task.has_own_head:
         _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
     elif not _classifies(expert):
         raise InputError(
-            f"tasks.{name}.kind: classification, but {expert.folder} is a {expert.network}; expected a classifier of "
+            f"tasks.{name}.kind: {task.kind}, but {expert.folder} is a {expert.network}; expected a classifier of "
             "texts (its own, or a LoRA adapter with task_type SEQ_CLS and its head in modules_to_save)"
         )
-    if isinstance(task, LmEvalTask):
-        evaluate_lm_eval.check_lm_eval(task, f"tasks.{name}")
+    task.check_installed(f"tasks.{name}")
 
 
 def _check_continues(needs: str, expert: Expert) -> None:
@@ -214,8 +193,8 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     unknown = [token for token in sample.input_ids if token >= config.vocab_size]
     if unknown:
         raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {config.vocab_size}")
-    generate = task.generate if isinstance(task, CompletionTask) else 0
-    if generate and not sample.prompt_tokens:
+    generate = task.answer_tokens
+    if generate and not sample.has_prompt:
         raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
     length = max(len(sample.input_ids), sample.prompt_tokens + generate)
     limit = positions(expert.config) or length

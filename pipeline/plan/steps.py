@@ -1,9 +1,7 @@
 """The steps of a recipe: what each reads, its fingerprint, and the work."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -12,33 +10,29 @@ from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.placement import Choice
 from sensmerge.pipeline.plan.rows import TaskRows
+from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.recipe.schema import Recipe, Stage, Variant
 from sensmerge.pipeline.store.store import Key, Store
-from sensmerge.pipeline.store.verify import damaged_files, is_intact
-from sensmerge.tasks.artifacts import canonical, sha256_text
+from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import layer_groups
-from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients
+from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.kinds import lm_eval as evaluate_lm_eval
-from sensmerge.tasks.kinds.datasets import ClassificationTask, LmEvalTask, RowSet, Task
-from sensmerge.tasks.methods.arithmetic import keeps_low_rank, static_coefficient
+from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
+from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
-from sensmerge.tasks.rows.source import rows_digest
 from sensmerge.tasks.rows.stored import StoredRows
-from sensmerge.tasks.stages import (
-    cross_task,
-    evaluate,
-    evaluate_dynamic,
-    merge,
-    merge_vectors,
-    route,
-    sensitivity,
-)
+from sensmerge.tasks.stages import evaluate, evaluate_dynamic, route
+from sensmerge.tasks.stages.calibration import CalibrationSet
+from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.download import DownloadJob, Listing
 from sensmerge.tasks.stages.job import Job
+from sensmerge.tasks.stages.merge import MergeJob, plan_merged
+from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
+from sensmerge.tasks.stages.statistics import StatisticsJob
 from sensmerge.tasks.stages.task_vectors import TaskVectorsJob
+from sensmerge.tasks.stages.variant import VariantJob
 
 
 @dataclass(frozen=True)
@@ -89,65 +83,21 @@ class Step:
         return f"{self.stage} {self.name}"
 
 
-@dataclass(frozen=True)
-class Callables(Job):
-    """The work of a stage that has no job of its own yet."""
-
-    inputs: Mapping[str, Any]
-    finishing: Callable[..., dict[str, Any]]
-    pieces: tuple[Callable[..., bool], ...] = ()
-
-    def identity(self) -> dict[str, Any]:
-        """See `Job`."""
-        return dict(self.inputs)
-
-    def parts(self) -> Sequence[int]:
-        """See `Job`."""
-        return range(len(self.pieces))
-
-    def run(self, part: int | str, out: Path) -> bool:
-        """See `Job`."""
-        return self.pieces[int(part)](out=out)
-
-    def finish(self, out: Path) -> dict[str, Any]:
-        """See `Job`."""
-        return self.finishing(out=out)
-
-
-def _key(stage: str, name: str, version: int, settings: Mapping[str, Any], reads: Mapping[str, str]) -> Key:
-    return Key(stage, name, {"stage": stage, "version": version, "settings": dict(settings), "reads": dict(reads)})
-
-
-def _step(
-    key: Key,
-    needs: tuple[str, ...],
-    finish: Callable[..., dict[str, Any]],
-    parts: tuple[Callable[..., bool], ...] = (),
-    reads: int = 0,
-    writes: int = 0,
-    actors: int = 0,
-) -> Step:
-    return Step(key.name, key, needs, Callables(key.inputs, finish, parts), reads, writes, actors)
-
-
 def lay_out(resolved: Resolved) -> list[Step]:
     """Return all steps of a recipe, each after those it needs."""
     recipe = resolved.recipe
     downloads = {
         name: _download_step(name, listing, resolved.store) for name, listing in resolved.inputs.listings.items()
     }
-    vectors = {name: _task_vectors_step(resolved, name, downloads) for name in recipe.experts}
-    steps = [*downloads.values(), *vectors.values()]
-    sensitivities: dict[str, Step] = {}
-    cross: Step | None = None
+    made: dict[Stage, Mapping[str, Step]] = {"download": downloads, "statistics": {}, "cross_task": {}}
+    made["task_vectors"] = {name: _task_vectors_step(resolved, name, downloads) for name in recipe.experts}
+    if wanted_statistics(recipe):
+        made["statistics"] = {name: _statistics_step(resolved, name, downloads) for name in recipe.experts}
     if recipe.sens_variants():
-        sensitivities = {name: _sensitivity_step(resolved, name, downloads) for name in recipe.experts}
-        cross = _cross_task_step(resolved, downloads)
-        steps += [*sensitivities.values(), cross]
-    merges = {
-        name: _merge_step(resolved, name, variant, downloads, vectors, sensitivities, cross)
-        for name, variant in recipe.merges.items()
-    }
+        made["cross_task"] = {"all": _cross_task_step(resolved, downloads)}
+    order: tuple[Stage, ...] = ("download", "task_vectors", "statistics", "cross_task")
+    steps = [step for stage in order for step in made[stage].values()]
+    merges = {name: _merge_step(resolved, name, made) for name in recipe.merges}
     dynamic = recipe.se_variants()
     routes = {name: _route_step(resolved, name, recipe.merges[name], merges[name]) for name in dynamic}
     steps += [*merges.values(), *routes.values()]
@@ -156,7 +106,7 @@ def lay_out(resolved: Resolved) -> list[Step]:
         steps += [
             _evaluate_step(resolved, model, step, name, one, downloads)
             for name, one in resolved.inputs.data.items()
-            if one.evaluation or isinstance(one.task, LmEvalTask)
+            if one.evaluation or not isinstance(one.task, RowTask)
         ]
     if any(one.evaluation for one in resolved.inputs.data.values()):
         steps += [_evaluate_dynamic_step(resolved, name, step) for name, step in routes.items()]
@@ -202,42 +152,34 @@ def _task_vectors_step(resolved: Resolved, name: str, downloads: Mapping[str, St
     return Step(name, Key.of(name, job), _titles(downloads, "base", name), job, reads, writes)
 
 
-def _calibration_settings(task: Task) -> dict[str, Any]:
-    """Return what a task says of its samples: not where rows come from, nor how they are batched or scored."""
-    scoring = {"calibration", "evaluation", "batch_size", "metric", "generate"}
-    # A multiple-choice task's `answer` names the right choice, a completion's only what is compared in exact match.
-    dump: dict[str, Any] = task.model_dump(exclude=scoring | ({"answer"} if task.kind == "completion" else set()))
-    return dump
+def _calibration_set(resolved: Resolved, name: str) -> CalibrationSet:
+    task = resolved.inputs.data[name].task
+    assert isinstance(task, RowTask), "the recipe's schema refuses statistics of other tasks"
+    return CalibrationSet(task, resolved.rows(name, "calibration"))
 
 
-def _sensitivity_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
-    one = resolved.inputs.data[name]
-    assert not isinstance(one.task, LmEvalTask), "the recipe's schema refuses sens coefficients for it"
-    reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", name)} | {
-        "calibration": rows_digest(one.calibration),
-        "tokenizer": resolved.inputs.tokenizer.digest,
-    }
-    settings = {"dtype": resolved.recipe.dtype} | {"task": _calibration_settings(one.task)}
-    finish = partial(
-        sensitivity.sensitivity,
-        resolved.inputs.base.folder,
-        resolved.inputs.experts[name].folder,
-        name,
-        one.task,
-        one.calibration,
-        resolved.inputs.tokenizer.folder,
-        resolved.recipe.dtype,
-        _device(resolved, "sensitivity"),
-        resolved.placements["sensitivity"].placement,
-        base_config=resolved.inputs.experts[name].base_config,
+def _statistics_step(resolved: Resolved, name: str, downloads: Mapping[str, Step]) -> Step:
+    inputs = resolved.inputs
+    job = StatisticsJob(
+        base=Artifact(downloads["base"].key.fingerprint, inputs.base.folder),
+        expert=Artifact(downloads[name].key.fingerprint, inputs.experts[name].folder),
+        base_config=inputs.experts[name].base_config,
+        statistics=wanted_statistics(resolved.recipe),
+        calibration=_calibration_set(resolved, name),
+        tokenizer=Artifact(inputs.tokenizer.digest, inputs.tokenizer.folder),
+        dtype=resolved.recipe.dtype,
+        name=name,
+        device=_device(resolved, "statistics"),
+        placement=resolved.placements["statistics"].placement,
     )
-    return _step(
-        _key("sensitivity", name, sensitivity.VERSION, settings, reads),
+    return Step(
+        name,
+        Key.of(name, job),
         _titles(downloads, "base", name),
-        finish,
-        reads=weight_bytes(resolved.inputs.listings["base"]) + weight_bytes(resolved.inputs.listings[name]),
-        writes=_kept_bytes(resolved, "sensitivity", one.calibration_tokens),
-        actors=_actors(resolved, "sensitivity"),
+        job,
+        reads=weight_bytes(inputs.listings["base"]) + weight_bytes(inputs.listings[name]),
+        writes=_kept_bytes(resolved, "statistics", inputs.data[name].calibration_tokens),
+        actors=_actors(resolved, "statistics"),
     )
 
 
@@ -250,7 +192,7 @@ def _kept_bytes(resolved: Resolved, stage: Stage, tokens: int) -> int:
     """Return how many bytes of hidden states a streamed network keeps on disk while it runs: both ways at most."""
     if resolved.placements[stage].placement != "streamed":
         return 0
-    blocks = len(block_names(resolved.inputs.base.weights)) if stage == "sensitivity" else 1
+    blocks = len(block_names(resolved.inputs.base.weights)) if stage == "statistics" else 1
     return 2 * (blocks + 1) * _state_bytes(resolved, tokens)
 
 
@@ -261,157 +203,92 @@ def _state_bytes(resolved: Resolved, tokens: int) -> int:
 
 
 def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
-    names = tuple(resolved.recipe.experts)
-    reads = {one: _as_run(resolved, one, downloads[one]) for one in ("base", *names)} | {
-        f"calibration {name}": rows_digest(resolved.inputs.data[name].calibration) for name in names
-    }
-    tokenizer = {"tokenizer": resolved.inputs.tokenizer.digest}
-    settings = {"dtype": resolved.recipe.dtype} | {
-        "tasks": {name: _calibration_settings(resolved.inputs.data[name].task) for name in names},
-    }
-    about = (
-        reads | tokenizer | {f"head {name}": computation_digest(resolved.inputs.experts[name].config) for name in names}
-    )
-    # What the head of task j reads of a trunk depends on the head's config, a distance on all of expert j.
-    trunks = _pair_prints(resolved, about, lambda i, j: ("base", i, f"head {j}", f"calibration {j}", "tokenizer"))
-    pairs = _pair_prints(resolved, about, lambda i, j: ("base", i, j, f"calibration {j}", "tokenizer"))
-    key = _key("cross_task", "all", cross_task.VERSION, settings, reads | tokenizer)
-    known: dict[str, float] = {}
-    kept: dict[str, Path] = {}
-    for folder in () if resolved.store.manifest(key) else resolved.store.artifacts("cross_task"):
-        if all(is_intact(folder, name) for name in (cross_task.PAIRS, cross_task.DISTANCES)):
-            known |= cross_task.known_distances(folder)
-        for print_, file in cross_task.kept_trunks(folder, trunks).items():
-            if is_intact(folder, str(file.relative_to(folder))):
-                kept[print_] = file
-    wanted = {print_ for prints in (pairs, trunks) for row in prints.values() for print_ in row.values()}
-    known = {print_: distance for print_, distance in known.items() if print_ in wanted}
-    kept = {print_: file for print_, file in kept.items() if print_ in wanted}
-    job = cross_task.CrossTaskJob(
-        base=resolved.inputs.base.folder,
-        experts={name: resolved.inputs.experts[name].folder for name in names},
-        calibration=_row_sets(resolved, "calibration"),
-        tokenizer=resolved.inputs.tokenizer.folder,
+    inputs, names = resolved.inputs, tuple(resolved.recipe.experts)
+    job = CrossTaskJob(
+        base=Artifact(downloads["base"].key.fingerprint, inputs.base.folder),
+        experts={name: Artifact(downloads[name].key.fingerprint, inputs.experts[name].folder) for name in names},
+        base_config={name for name in names if inputs.experts[name].base_config},
+        calibration={name: _calibration_set(resolved, name) for name in names},
+        tokenizer=Artifact(inputs.tokenizer.digest, inputs.tokenizer.folder),
         dtype=resolved.recipe.dtype,
+        heads={name: computation_digest(inputs.experts[name].config) for name in names},
         device=_device(resolved, "cross_task"),
         placement=resolved.placements["cross_task"].placement,
-        pairs=pairs,
-        trunks=trunks,
-        known=known,
-        kept=kept,
-        base_config=frozenset(name for name in names if resolved.inputs.experts[name].base_config),
     )
-    total = sum(weight_bytes(resolved.inputs.listings[name]) for name in ("base", *names))
     # While it runs, the stage keeps what every expert's trunk gives for every calibration token.
-    tokens = sum(one.calibration_tokens for one in resolved.inputs.data.values())
-    scratch = len(names) * _state_bytes(resolved, tokens) + _kept_bytes(resolved, "cross_task", tokens)
-    return _step(
-        key,
+    tokens = sum(one.calibration_tokens for one in inputs.data.values())
+    return Step(
+        "all",
+        Key.of("all", job),
         _titles(downloads, "base", *names),
-        partial(cross_task.finish_distances, job),
-        tuple(partial(cross_task.run_trunk, job, name) for name in names if job.looked_at(name)),
-        reads=total,
-        writes=scratch,
+        job,
+        reads=sum(weight_bytes(inputs.listings[name]) for name in ("base", *names)),
+        writes=len(names) * _state_bytes(resolved, tokens) + _kept_bytes(resolved, "cross_task", tokens),
         actors=_actors(resolved, "cross_task"),
     )
-
-
-def _pair_prints(
-    resolved: Resolved, reads: Mapping[str, str], keys: Callable[[str, str], tuple[str, ...]]
-) -> dict[str, dict[str, str]]:
-    """Return fingerprints of something of expert i and task j, which depends on what `keys(i, j)` of `reads` names."""
-
-    def fingerprint(i: str, j: str) -> str:
-        about = {
-            "version": cross_task.VERSION,
-            "dtype": resolved.recipe.dtype,
-            "task": _calibration_settings(resolved.inputs.data[j].task),
-            "reads": [reads[key] for key in keys(i, j)],
-        }
-        return sha256_text(canonical(about))
-
-    names = resolved.recipe.experts
-    return {i: {j: fingerprint(i, j) for j in names} for i in names}
 
 
 def _merge_step(
     resolved: Resolved,
     name: str,
-    variant: Variant,
-    downloads: Mapping[str, Step],
-    vectors: Mapping[str, Step],
-    sensitivities: Mapping[str, Step],
-    cross: Step | None,
+    made: Mapping[Stage, Mapping[str, Step]],
 ) -> Step:
-    experts = tuple(resolved.recipe.experts)
-    settings = variant.settings()
+    """Return the merge of one variant.
+
+    Args:
+        resolved: the recipe.
+        name: of the variant.
+        made: steps of the stages before, by name.
+    """
+    variant, inputs = resolved.recipe.merges[name], resolved.inputs
+    base, opened = inputs.only_weights()
     sens = isinstance(variant.coefficients, SensCoefficients)
-    needed = [*downloads.values(), *vectors.values()]
-    if sens and cross is not None:
-        needed += [*sensitivities.values(), cross]
-    base, opened = resolved.inputs.only_weights()
-    job = merge.MergeJob(
-        base=base,
-        experts=opened,
-        head_configs={n: one.config.to_json_string() for n, one in resolved.inputs.experts.items() if one.head},
-        task_vectors={n: resolved.store.folder(vectors[n].key) for n in experts},
-        settings=settings,
-        weight=variant.weight,
-        densities=variant.densities(experts),
-        seed=variant.seed,
-        coefficients=variant.coefficients,
-        sensitivities={n: resolved.store.folder(s.key) for n, s in sensitivities.items()} if sens else {},
-        distances=resolved.store.folder(cross.key) if sens and cross is not None else None,
-        out_dtype=variant.out_dtype,
-        shard_size=variant.shard_size,
-        groups=layer_groups(base),
-        token_ids=resolved.inputs.tokenizer.token_ids,
-        classes=resolved.inputs.classes,
-    )
-    semantic: dict[str, Any] = {
+    cross = made["cross_task"] if sens else {}
+    statistics = made["statistics"] if sens or variant.method.statistics else {}
+    fields: dict[str, Any] = {
+        "models": _reads(made["download"], *made["download"]),
+        "task_vectors": _artifacts(resolved, made["task_vectors"]),
         "method": variant.method,
-        "normalize": settings.normalize,
-        "rescale": settings.rescale,
-        "lambda": settings.lambda_,
         "weight": variant.weight,
-        "density": job.densities,
-        "seed": variant.seed,
-        "coefficients": _coefficient_settings(variant),
-        "out_dtype": variant.out_dtype,
+        "coefficients": variant.coefficients,
+        "statistics": _artifacts(resolved, statistics),
+        "distances": _artifacts(resolved, cross).get("all"),
         "shard_size": variant.shard_size,
-        "experts": experts,
-        "companions": resolved.inputs.tokenizer.companions_digest,
+        "companions": inputs.tokenizer.companions_digest,
+        "token_ids": inputs.tokenizer.token_ids,
+        "classes": inputs.classes,
+        "base_config": [n for n, one in inputs.experts.items() if one.head and one.base_config],
+        "base": base,
+        "experts": opened,
+        "head_configs": {n: one.config.to_json_string() for n, one in inputs.experts.items() if one.head},
+        "tokenizer": inputs.tokenizer.folder,
+        "groups": layer_groups(base),
     }
-    adopted = [n for n in job.head_configs if resolved.inputs.experts[n].base_config]
-    semantic |= {"heads with the base's config": adopted} if adopted else {}
-    reads = sum(weight_bytes(listing) for listing in resolved.inputs.listings.values())
+    reads = sum(weight_bytes(listing) for listing in inputs.listings.values())
+    job: VariantJob
+    # Which weights a variant is made of does not depend on how samples are routed.
     if isinstance(variant.application, SeApplication):
-        # Which weights a variant is made of does not depend on how samples are routed.
-        semantic |= {"application": "se"}
-        version, writes = merge_vectors.VERSION, _dynamic_bytes(resolved, job)
-        part, finish = merge_vectors.merge_group_vectors, merge_vectors.finish_vectors
+        job = MergeVectorsJob(**fields)
+        writes = _dynamic_bytes(resolved, job)
     else:
-        writes = sum(merge.plan_merged(resolved.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
+        job = MergeJob(**fields, out_dtype=variant.out_dtype)
+        writes = sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
-        version, part, finish = merge.VERSION, merge.merge_group, merge.finish_merge
-    key = _key("merge", name, version, semantic, {step.title: step.key.fingerprint for step in needed})
-    job = replace(job, previous=resolved.store.last(key))
-    return _step(
-        key,
-        tuple(step.title for step in needed),
-        partial(finish, job, resolved.inputs.tokenizer.folder),
-        tuple(partial(part, job, group) for group in range(len(job.groups))),
-        reads=reads,
-        writes=writes,
-    )
+    before = (made["download"], made["task_vectors"], statistics, cross)
+    needs = tuple(dict.fromkeys(step.title for steps in before for step in steps.values()))
+    return Step(name, Key.of(name, job), needs, job, reads, writes)
 
 
-def _dynamic_bytes(resolved: Resolved, job: merge.MergeJob) -> int:
+def _artifacts(resolved: Resolved, steps: Mapping[str, Step]) -> dict[str, Artifact]:
+    return {name: Artifact(step.key.fingerprint, resolved.store.folder(step.key)) for name, step in steps.items()}
+
+
+def _dynamic_bytes(resolved: Resolved, job: MergeVectorsJob) -> int:
     """Return the size of base and task vectors at most: all whole but for the factors of adapters."""
     base, listings = resolved.inputs.base, resolved.inputs.listings
     size = weight_bytes(listings["base"])
     for name, expert in resolved.inputs.experts.items():
-        if expert.is_adapter and keeps_low_rank(job.settings, job.densities[name]):
+        if expert.is_adapter and job.method.keeps_whole(name):
             size += weight_bytes(listings[name])
         else:
             size += sum(base.info(tensor).nbytes for tensor in base.weights if expert.touches(tensor))
@@ -421,43 +298,34 @@ def _dynamic_bytes(resolved: Resolved, job: merge.MergeJob) -> int:
 def _route_step(resolved: Resolved, name: str, variant: Variant, merged: Step) -> Step:
     assert isinstance(variant.application, SeApplication)
     calibration = _row_sets(resolved, "calibration")
-    static = static_coefficient(variant.settings(), variant.weight, len(calibration))
-    settings = {
-        "dtype": resolved.recipe.dtype,
-        "application": variant.application.model_dump(),
-        "static": static,
-        "tasks": {key: _calibration_settings(one.task) | {"labels": one.label2id} for key, one in calibration.items()},
-    }
-    reads = {"model": merged.key.fingerprint} | {
-        f"calibration {key}": rows_digest(one.rows) for key, one in calibration.items()
-    }
-    device = _device(resolved, "route")
-    finish = partial(
-        route.route,
-        resolved.store.folder(merged.key),
-        calibration,
-        variant.application,
-        static,
-        resolved.recipe.dtype,
-        device,
+    assert isinstance(variant.method, Additive), "the recipe's schema refuses other methods"
+    job = route.RouteJob(
+        model=_made(resolved, merged),
+        calibration=calibration,
+        application=variant.application,
+        static=variant.method.static_coefficient(variant.weight, len(calibration)),
+        dtype=resolved.recipe.dtype,
+        device=_device(resolved, "route"),
     )
     # The model's files are linked, not written again.
-    key = _key("route", name, route.VERSION, settings, reads)
-    return _step(key, (merged.title,), finish, reads=merged.writes)
+    return Step(name, Key.of(name, job), (merged.title,), job, reads=merged.writes)
 
 
 def _evaluate_dynamic_step(resolved: Resolved, name: str, routed: Step) -> Step:
-    evaluation = {key: one for key, one in _row_sets(resolved, "evaluation").items() if one.rows}
-    settings = {
-        "tasks": {key: scoring_settings(one.task) | {"labels": one.label2id} for key, one in evaluation.items()}
-    }
-    reads = {"model": routed.key.fingerprint} | {
-        f"evaluation {key}": rows_digest(one.rows) for key, one in evaluation.items()
-    }
-    device = _device(resolved, "evaluate")
-    finish = partial(evaluate_dynamic.evaluate_dynamic, resolved.store.folder(routed.key), evaluation, device)
-    key = _key("evaluate", name, evaluate_dynamic.VERSION, settings, reads)
-    return _step(key, (routed.title,), finish, reads=routed.reads)
+    scored = [task for task, one in resolved.inputs.data.items() if one.evaluation]
+    evaluation = {task: one for task, one in _row_sets(resolved, "evaluation").items() if task in scored}
+    job = evaluate_dynamic.EvaluateDynamicJob(
+        model=_made(resolved, routed),
+        evaluation=evaluation,
+        depends={task: one.task.depends_on() for task, one in evaluation.items()},
+        device=_device(resolved, "evaluate"),
+    )
+    return Step(name, Key.of(name, job), (routed.title,), job, reads=routed.reads)
+
+
+def _made(resolved: Resolved, step: Step) -> Artifact:
+    """Return what a step makes."""
+    return Artifact(step.key.fingerprint, resolved.store.folder(step.key))
 
 
 def _row_sets(resolved: Resolved, split: Literal["calibration", "evaluation"]) -> dict[str, RowSet]:
@@ -465,82 +333,46 @@ def _row_sets(resolved: Resolved, split: Literal["calibration", "evaluation"]) -
     sets = {}
     for name in resolved.recipe.experts:
         one = resolved.inputs.data.get(name)
-        if one is not None and not isinstance(one.task, LmEvalTask):
-            sets[name] = RowSet(one.task, getattr(one, split), _labels(resolved, name, one.task))
+        if one is not None and isinstance(one.task, RowTask):
+            sets[name] = RowSet(one.task, resolved.rows(name, split), _labels(resolved, name, one.task))
     return sets
 
 
 def _labels(resolved: Resolved, name: str, task: Task) -> Mapping[str, int] | None:
     """Return the classes of a task's own expert."""
-    return dict(resolved.inputs.experts[name].config.label2id) if isinstance(task, ClassificationTask) else None
-
-
-def scoring_settings(task: Task) -> dict[str, Any]:
-    """Return what a task says of how a model is scored: not where rows come from, nor how they are batched."""
-    dump: dict[str, Any] = task.model_dump(exclude={"calibration", "evaluation", "batch_size", "metric", "loss_on"})
-    return dump | (evaluate_lm_eval.lm_eval_settings(task) if isinstance(task, LmEvalTask) else {})
-
-
-def _coefficient_settings(variant: Variant) -> dict[str, Any]:
-    """Return the coefficients' settings; layer patterns as lists, for the last match counts and JSON has no order."""
-    settings: dict[str, Any] = variant.coefficients.model_dump()
-    if isinstance(variant.coefficients, ExplicitCoefficients):
-        weights = variant.coefficients.weights.items()
-        settings["weights"] = {name: list(one.items()) if isinstance(one, dict) else one for name, one in weights}
-    return settings
+    return dict(resolved.inputs.experts[name].config.label2id) if task.has_own_head else None
 
 
 def _evaluate_step(
     resolved: Resolved, model: str, model_step: Step, task_name: str, one: TaskRows, downloads: Mapping[str, Step]
 ) -> Step:
-    adapter = model in resolved.inputs.experts and resolved.inputs.experts[model].is_adapter
-    head = task_name if isinstance(one.task, ClassificationTask) and resolved.inputs.experts[task_name].head else None
-    needed = {"model": (model, model_step), "base": ("base", downloads["base"])}
-    needed |= {"head": (head, downloads[head])} if head else {}
-    reads = {role: _as_run(resolved, name, step) for role, (name, step) in needed.items()} | {
-        "evaluation": rows_digest(one.evaluation),
-        "tokenizer": resolved.inputs.tokenizer.digest,
-    }
-    labels = _labels(resolved, task_name, one.task)
-    listing = resolved.inputs.listings.get(model)
-    settings = {"dtype": resolved.recipe.dtype, "task": scoring_settings(one.task), "labels": labels}
-    key = _key("evaluate", f"{model}/{task_name}", evaluate.VERSION, settings, reads)
-    trunk = None
-    if head and listing and model != head and not resolved.inputs.experts[head].has_trunk_in_head():
+    experts, listing = resolved.inputs.experts, resolved.inputs.listings.get(model)
+    head = task_name if one.task.has_own_head and experts[task_name].head else None
+    needed = [model_step, downloads["base"], *([downloads[head]] if head else [])]
+    config = None
+    if head and listing and model != head and not experts[head].has_trunk_in_head():
         # This model stays what it is when the task's expert changes, of which it only takes the head.
-        version = {"version": evaluate.VERSION, "batch_size": one.task.batch_size}
-        trunk = sha256_text(
-            canonical(settings | reads | version | {"head": computation_digest(resolved.inputs.experts[head].config)})
-        )
-    finish = partial(
-        evaluate.evaluate,
-        evaluate.Subject(
-            base=resolved.inputs.base.folder,
-            model=listing.folder if listing else resolved.store.folder(model_step.key),
-            is_expert=model in resolved.inputs.experts,
-            head_of=resolved.inputs.experts[head].folder if head else None,
-            label2id=labels,
-            trunk=trunk,
-            earlier=_earlier(resolved.store, key) if trunk else None,
-            base_config=tuple(one.folder for one in resolved.inputs.experts.values() if one.base_config),
+        config = computation_digest(experts[head].config)
+    job = evaluate.EvaluateJob(
+        base=Artifact(downloads["base"].key.fingerprint, resolved.inputs.base.folder),
+        model=Artifact(
+            _as_run(resolved, model, model_step), listing.folder if listing else resolved.store.folder(model_step.key)
         ),
-        task_name,
-        one.task,
-        one.evaluation,
-        resolved.inputs.tokenizer.folder,
-        resolved.recipe.dtype,
-        _device(resolved, "evaluate"),
+        head=Artifact(_as_run(resolved, head, downloads[head]), experts[head].folder) if head else None,
+        tokenizer=Artifact(resolved.inputs.tokenizer.digest, resolved.inputs.tokenizer.folder),
+        task=one.task,
+        rows=resolved.rows(task_name, "evaluation"),
+        labels=_labels(resolved, task_name, one.task),
+        dtype=resolved.recipe.dtype,
+        depends=one.task.depends_on(),
+        name=task_name,
+        is_expert=model in experts,
+        device=_device(resolved, "evaluate"),
+        head_config=config,
+        base_config=tuple(expert.folder for expert in experts.values() if expert.base_config),
     )
-    size = weight_bytes(resolved.inputs.listings["base"])
-    return _step(
-        key,
-        tuple(step.title for _, step in needed.values()),
-        finish,
-        reads=size + (weight_bytes(resolved.inputs.listings[model]) if adapter else 0),
-    )
-
-
-def _earlier(store: Store, key: Key) -> Path | None:
-    """Return the last artifact of a step that is to run again, if all of it is as it was written."""
-    last = None if store.manifest(key) else store.last(key)
-    return None if last is None or any(damaged_files(last)) else last
+    reads = weight_bytes(resolved.inputs.listings["base"])
+    if model in experts and experts[model].is_adapter:
+        reads += weight_bytes(resolved.inputs.listings[model])
+    name = f"{model}/{task_name}"
+    return Step(name, Key.of(name, job), tuple(step.title for step in needed), job, reads=reads)

@@ -33,7 +33,7 @@ class Tokenizer:
     companions_digest: str
     """content digest of these, the generation config and `token_ids`"""
     token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
-    """what configs of merged models say of special tokens otherwise than the base's"""
+    """special tokens for which configs of merged models differ from the base's"""
 
 
 def choose_tokenizer(

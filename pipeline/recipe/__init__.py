@@ -1,1 +1,1 @@
-"""What a recipe may say, and reading it; needs neither torch nor transformers."""
+"""The schema of recipes, and how they are read; needs neither torch nor transformers."""

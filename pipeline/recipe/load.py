@@ -1,4 +1,4 @@
-"""Reads recipes: YAML, overrides, and what the schema refuses as one line."""
+"""Reads recipes: YAML, overrides, and one line for what the schema refuses."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,8 +79,7 @@ def _first_error(error: ValidationError) -> str:
     """Return the first of pydantic's findings as one line: key, what was found, what was expected."""
     first = error.errors()[0]
     # Discriminated unions put the chosen kind into the path; the recipe's own keys have no such part.
-    tasks = {"completion", "classification", "multiple_choice", "lm_eval"}
-    kinds = tasks | {"uniform", "explicit", "sens", "static", "se", "[key]"}
+    kinds = {"uniform", "explicit", "sens", "static", "se", "[key]"}
     parts = [str(part) for part in first["loc"]]
     shown = [
         part for position, part in enumerate(parts) if not (part in kinds and position > 0 and _is_tag(parts, position))
@@ -97,7 +96,6 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _is_tag(parts: list[str], position: int) -> bool:
-    """Return whether a part of an error's path is the kind of a task, coefficients or application, and no key."""
+    """Return whether a part of an error's path is the kind of coefficients or application, and no key."""
     before = parts[position - 1]
-    is_task = position == 2 and parts[0] == "tasks"
-    return is_task or before in ("coefficients", "application") or parts[position] == "[key]"
+    return before in ("coefficients", "application") or parts[position] == "[key]"

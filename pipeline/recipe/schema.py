@@ -1,20 +1,32 @@
-"""The recipe: what configs/*.yaml may say."""
+"""The schema of recipes."""
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, field_validator, model_validator
+from pydantic import (
+    Field,
+    FiniteFloat,
+    GetJsonSchemaHandler,
+    InstanceOf,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
+from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.kinds.datasets import LmEvalTask, Task
-from sensmerge.tasks.methods.arithmetic import METHODS, Settings, static_coefficient
+from sensmerge.tasks.kinds.kind import RowTask
+from sensmerge.tasks.methods.contract import METHODS, Additive, Method, method_of
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Stage = Literal["download", "task_vectors", "sensitivity", "cross_task", "merge", "route", "evaluate"]
+Stage = Literal["download", "task_vectors", "statistics", "cross_task", "merge", "route", "evaluate"]
 
 
 class ExpertModel(Strict):
@@ -25,8 +37,8 @@ class ExpertModel(Strict):
     )
     config: Literal["own", "base"] = Field(
         "own",
-        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which have "
-        "to be the base's, or base, where they are not",
+        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which must "
+        "equal the base's, or base",
     )
 
 
@@ -40,9 +52,13 @@ Application = Annotated[StaticApplication | SeApplication, Field(discriminator="
 
 
 class Variant(Strict):
-    """One merge: a method, its coefficients, and how they are applied. Parameters and defaults are mergekit 0.1.5's."""
+    """One merge: a method with its settings, its coefficients, and how they are applied.
 
-    method: Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"] = Field(description="merge method")
+    In a recipe the method's name and its settings stand beside the other keys. Settings and defaults are mergekit
+    0.1.5's.
+    """
+
+    method: SerializeAsAny[InstanceOf[Method]]
     weight: float = Field(
         1.0, ge=-10, le=10, description="λ: weight of every expert; explicit and sens coefficients multiply it"
     )
@@ -50,65 +66,47 @@ class Variant(Strict):
     application: Application = Field(
         StaticApplication(), description="one set of weights, or coefficients for each input sample"
     )
-    density: float | dict[str, float] = Field(
-        1.0, description="share of each task vector's elements to keep (ties, dare_*); one number or one per expert"
-    )
-    normalize: bool | None = Field(
-        None, description="divide by the sum of weights; default: true for linear and ties, false for the others"
-    )
-    rescale: bool | None = Field(
-        None, description="restore the L1 norm of sparse task vectors (ties, dare_*); default: true for dare_*"
-    )
-    lambda_: float = Field(1.0, alias="lambda", description="factor of the whole mixed task vector (not for linear)")
-    seed: int = Field(0, description="seed of the random masks (dare_*)")
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; that of the base if left out")
     shard_size: int = Field(5_000_000_000, ge=1, description="largest file of the merged model, in bytes")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_method(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "method" not in data or isinstance(data["method"], Method):
+            return data
+        own = {key: value for key, value in data.items() if key in cls.model_fields and key != "method"}
+        return own | {"method": method_of({key: value for key, value in data.items() if key not in own})}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        method: dict[str, Any] = found.pop("method", {})
+        return method | found
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Put the settings of all methods beside the other keys."""
+        schema = handler.resolve_ref_schema(handler(core))
+        del schema["properties"]["method"]
+        schema["properties"] = _method_properties(handler) | schema["properties"]
+        return schema
+
     @model_validator(mode="after")
-    def _check(self) -> "Variant":
-        given = self.model_fields_set
-        sparse = self.method in METHODS and METHODS[self.method].sparsify is not None
-        for key in ("density", "rescale"):
-            if key in given and not sparse:
-                raise ValueError(f"{key} has no meaning for method {self.method}; leave it out")
-        if "seed" in given and not self.method.startswith("dare"):
-            raise ValueError(
-                f"seed has no meaning for method {self.method}, which draws no random numbers; leave it out"
-            )
-        if "lambda_" in given and self.method == "linear":
-            raise ValueError("lambda has no meaning for method linear; leave it out")
-        if isinstance(self.application, SeApplication):
-            self._check_se(given)
-        densities = self.density.values() if isinstance(self.density, dict) else [self.density]
-        for density in densities:
-            if not 0 <= density <= 1:
-                raise ValueError(f"density is {density}; expected a number between 0 and 1")
-        return self
-
-    def _check_se(self, given: set[str]) -> None:
+    def _check_se(self) -> "Variant":
+        if not isinstance(self.application, SeApplication):
+            return self
         for key in ("out_dtype", "shard_size"):
-            if key in given:
+            if key in self.model_fields_set:
                 raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
-        if self.method == "linear" and self.normalize is False:
-            raise ValueError("linear with normalize: false scales the base; application se needs normalize: true")
-        if static_coefficient(self.settings(), self.weight, 2) <= 0:
+        if not isinstance(self.method, Additive):
+            raise ValueError(
+                f"method {self.method.name} has no application se: {self.method.no_se}; "
+                "set application: {kind: static}"
+            )
+        self.method.check_se()
+        if self.method.static_coefficient(self.weight, 2) <= 0:
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
-
-    def settings(self) -> Settings:
-        """Return the method with its settings, defaults filled in."""
-        method = METHODS.get(self.method)
-        return Settings(
-            self.method,
-            normalize=self.normalize if self.normalize is not None else (method.normalize if method else True),
-            rescale=self.rescale if self.rescale is not None else bool(method and method.rescale),
-            lambda_=self.lambda_,
-        )
-
-    def densities(self, experts: Sequence[str]) -> dict[str, float]:
-        """Return the density of each expert."""
-        if isinstance(self.density, dict):
-            return {name: self.density[name] for name in experts}
-        return dict.fromkeys(experts, self.density)
+        return self
 
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
@@ -123,39 +121,66 @@ class Variant(Strict):
         return flat
 
 
+def _method_properties(handler: GetJsonSchemaHandler) -> dict[str, JsonSchemaValue]:
+    """Return the JSON schemas of `method` and of the settings of all methods, by key."""
+    found: dict[str, dict[str, JsonSchemaValue]] = {}
+    for name, method in METHODS.items():
+        for key, schema in handler.resolve_ref_schema(handler(method.__pydantic_core_schema__))["properties"].items():
+            found.setdefault(key, {})[name] = schema
+    properties: dict[str, JsonSchemaValue] = {"method": {"enum": list(METHODS), "description": "merge method"}}
+    for key, by_method in found.items():
+        if key != "method":
+            properties[key] = _shared_property(by_method)
+    return properties
+
+
+def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
+    """Return the JSON schema of a setting that some methods have, and say which, and their defaults if they differ."""
+    schema = dict(next(iter(by_method.values())))
+    defaults: dict[str, list[str]] = {}
+    for name, one in by_method.items():
+        default = f"default: {json.dumps(one['default'])}" if "default" in one else "required"
+        defaults.setdefault(default, []).append(name)
+    said = [f"only for {', '.join(by_method)}"] if len(by_method) < len(METHODS) else []
+    if len(defaults) > 1:
+        schema.pop("default", None)
+        said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
+    return schema | {"description": "; ".join([schema["description"], *said])}
+
+
 class Resources(Strict):
-    """What one step of a stage needs, and how many of them may be under way at once."""
+    """What one step of a stage may use, and how many steps may run at once."""
 
     num_cpus: float = Field(
         1, gt=0, description="CPU cores of one step, or of one layer group of a task vector or a merge"
     )
-    num_gpus: float = Field(0, ge=0, description="GPUs of one step; with any, its network runs on cuda")
+    num_gpus: float = Field(0, ge=0, description="GPUs of one step; above 0, its network runs on cuda")
     max_in_flight: int = Field(
-        64, ge=1, description="how many steps (of task vectors and merges: layer groups) are under way at once"
+        64, ge=1, description="how many steps (of task vectors and merges: layer groups) may run at once"
     )
 
 
 class ActorPlacement(Strict):
     """The blocks of a network are shared out among workers."""
 
-    actors: int = Field(ge=1, description="how many; each has what `resources` gives a step of the stage")
+    actors: int = Field(ge=1, description="number of workers; each has the resources of a step of the stage")
 
 
 MEAN_NORMALISED = "mean_normalised"
 
 
 class Gate(Strict):
-    """Which variant a refresh proposes as champion, and how much worse than the present one it may be."""
+    """Which variant `refresh` proposes as champion, and how much worse than the present champion it may be."""
 
     metric: str = Field(
         MEAN_NORMALISED,
-        description="what the best variant is chosen by: mean_normalised, or TASK/METRIC such as math/exact_match",
+        description="metric that chooses the best variant: mean_normalised, or TASK/METRIC such as math/exact_match",
     )
     variants: list[str] | None = Field(
         None,
         min_length=1,
         description="variants that may become champion; default: the static ones. A dynamic one (application se) "
-        "has to be named, for servers of checkpoints cannot load it",
+        "has to be named, because servers of checkpoints cannot load it",
     )
     tolerance: FiniteFloat = Field(
         0.02,
@@ -170,8 +195,8 @@ class TokenizerSource(Strict):
 
     source: str = Field(
         "union",
-        description="base, or the name of an expert: all of it as it is there; union: that of the base (of the first "
-        "expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
+        description="base or the name of an expert: everything comes from that model; union: that of the base (of the "
+        "first expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
     )
 
 
@@ -184,7 +209,7 @@ class Recipe(Strict):
         description="the model that all experts come from: local folder or hub:ORG/NAME@REVISION",
     )
     experts: dict[Name, ExpertModel] = Field(description="the experts by name")
-    tasks: dict[Name, Task] = Field({}, description="what each expert is good at, under the expert's name")
+    tasks: dict[Name, AnyTask] = Field({}, description="what each expert is good at, under the expert's name")
     tokenizer: TokenizerSource = Field(
         TokenizerSource.model_validate({}), description="where the tokenizer of merged models comes from"
     )
@@ -193,8 +218,8 @@ class Recipe(Strict):
     resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
     placement: Literal["auto", "whole", "streamed"] | ActorPlacement = Field(
         "auto",
-        description="where networks run in the stages sensitivity and cross_task: whole on one worker; streamed, block "
-        "by block, on one worker; with their blocks on N workers, {actors: N}; auto: whole if a worker's memory allows",
+        description="how networks run in the stages statistics and cross_task: whole on one worker; streamed, block "
+        "by block on one worker; {actors: N}, with the blocks on N workers; auto: whole if a worker has the memory",
     )
 
     gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")
@@ -203,6 +228,13 @@ class Recipe(Strict):
     @classmethod
     def _null_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("resources", mode="before")
+    @classmethod
+    def _renamed_stage(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "sensitivity" in value:
+            raise ValueError("the stage sensitivity is called statistics now; write resources.statistics")
+        return value
 
     @field_validator("placement", mode="before")
     @classmethod
@@ -235,7 +267,7 @@ class Recipe(Strict):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():
-            if not isinstance(task, LmEvalTask) and task.calibration is None and task.evaluation is None:
+            if isinstance(task, RowTask) and task.calibration is None and task.evaluation is None:
                 raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
             if name not in self.experts:
                 raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
@@ -259,38 +291,41 @@ class Recipe(Strict):
             )
 
     def _check_variant(self, key: str, variant: Variant) -> None:
-        for setting, per_expert in (
-            ("density", variant.density),
-            ("coefficients.weights", getattr(variant.coefficients, "weights", None)),
-        ):
-            if isinstance(per_expert, dict) and set(per_expert) != set(self.experts):
+        settings = variant.method.for_each_expert()
+        if isinstance(variant.coefficients, ExplicitCoefficients):
+            settings["coefficients.weights"] = variant.coefficients.weights
+        for setting, value in settings.items():
+            if set(value) != set(self.experts):
                 raise ValueError(
-                    f"{key}.{setting}: found {', '.join(sorted(per_expert))}; expected every expert once: "
+                    f"{key}.{setting}: found {', '.join(sorted(value))}; expected every expert once: "
                     f"{', '.join(sorted(self.experts))}"
                 )
         if isinstance(variant.coefficients, SensCoefficients):
             self._check_calibration(f"{key}: coefficients sens")
         if isinstance(variant.application, SeApplication):
             self._check_calibration(f"{key}: application se")
-        if variant.method == "linear" and variant.normalize is not False and self._weights_sum_to_zero(variant):
-            raise ValueError(
-                f"{key}: the weights sum to 0, which linear divides by; set normalize: false or other weights"
-            )
+        weights = self._weights_of_all_layers(variant)
+        try:
+            if weights is not None:
+                variant.method.check_weights(weights)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
 
     def _check_calibration(self, what: str) -> None:
         for name in self.experts:
             task = self.tasks.get(name)
-            if task is None or isinstance(task, LmEvalTask) or task.calibration is None:
+            if not isinstance(task, RowTask) or task.calibration is None:
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
-        kinds = {name: task.kind for name, task in self.tasks.items()}
-        if len({kind == "classification" for kind in kinds.values()}) > 1:
+        if len({task.has_own_head for task in self.tasks.values()}) > 1:
+            kinds = {name: task.kind for name, task in self.tasks.items()}
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
 
-    def _weights_sum_to_zero(self, variant: Variant) -> bool:
+    def _weights_of_all_layers(self, variant: Variant) -> list[float] | None:
+        """Return the experts' weights (with sens coefficients, their mean); None if they differ from layer to layer."""
+        numbers: list[float] = [1.0] * len(self.experts)
         if isinstance(variant.coefficients, ExplicitCoefficients):
-            numbers = [v for v in variant.coefficients.weights.values() if not isinstance(v, dict)]
-            return len(numbers) == len(self.experts) and abs(sum(numbers) * variant.weight) < 1e-8
-        return variant.weight == 0
+            numbers = [number for number in variant.coefficients.weights.values() if not isinstance(number, dict)]
+        return [number * variant.weight for number in numbers] if len(numbers) == len(self.experts) else None
 
     def resources_of(self, stage: Stage) -> Resources:
         """Return the resources of a stage's steps."""

@@ -1,1 +1,1 @@
-"""What came out of a run: scores, tables, pictures, model card, and the gate."""
+"""The results of a run: scores, tables, pictures, model card, and the gate."""

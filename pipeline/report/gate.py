@@ -10,7 +10,8 @@ from rich.table import Table
 from sensmerge.pipeline.recipe.schema import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.report.report import Report, Score
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds import metrics
+from sensmerge.tasks.kinds.kind import KINDS, higher_is_better
+from sensmerge.tasks.kinds.scores import halves, paired_difference
 
 
 class Outcomes(BaseModel):
@@ -42,7 +43,7 @@ class Verdict:
         """Say it in a line."""
         word = "passed" if self.passed else "failed"
         if self.difference is None or self.old is None or self.new is None:
-            return f"{self.metric}: {word}, for champion and challenger were not scored on the same samples"
+            return f"{self.metric}: {word}, because champion and challenger were not scored on the same samples"
         d = self.difference
         return (
             f"{self.metric} {self.old.value:.4f} → {self.new.value:.4f}, "
@@ -76,7 +77,7 @@ def best_variant(report: Report, gate: Gate) -> str:
             f"gate.metric: no variant that may become champion has {gate.metric}; expected {MEAN_NORMALISED} (where "
             f"every expert scores on its own task) or one of {', '.join(sorted(_keys(report))) or '(none)'}"
         )
-    sign = 1 if not task or metrics.higher_is_better(metric) else -1
+    sign = 1 if not task or higher_is_better(metric) else -1
     return max(values, key=lambda name: sign * values[name])
 
 
@@ -105,9 +106,9 @@ def choice(report: Report, gate: Gate) -> str | None:
     best = best_variant(report, gate)
     said = f"best of {len(names)} variants: {best}, chosen by {gate.metric}"
     if not is_held_out(report, gate):
-        return f"{said} on all samples, {_brief(scores[best])}: too few to keep some apart, so this is optimistic"
+        return f"{said} on all samples, {_brief(scores[best])}: too few to hold some out, so this is optimistic"
     first, second = report.first_half[best], report.second_half[best]
-    return f"{said} on half of the samples, {_brief(first)}; on the other half, which chose nothing: {_brief(second)}"
+    return f"{said} on half of the samples: {_brief(first)}; on the held-out half: {_brief(second)}"
 
 
 def _brief(score: Score) -> str:
@@ -143,8 +144,10 @@ def judge(
         if new is None or old is None or before is None or after is None or new.samples != old.samples:
             verdicts.append(Verdict(task, metric, before, after, None, False))
             continue
-        found = Score(**vars(metrics.paired_difference(new.kind, metric, new.records, old.records)))
-        worse = found.low if metrics.higher_is_better(metric) else -found.high
+        compared = KINDS[new.kind].metric_of(metric, old.records)
+        assert compared is not None, "both have the score"
+        found = Score(**vars(paired_difference(compared, new.records, old.records)))
+        worse = found.low if compared.higher_is_better else -found.high
         verdicts.append(Verdict(task, metric, before, after, found, worse >= -tolerance * abs(before.value)))
     return verdicts
 
@@ -152,11 +155,11 @@ def judge(
 def _part(one: Outcomes | None, held_out: bool) -> Outcomes | None:
     if one is None or not held_out:
         return one
-    return one.model_copy(update={"records": metrics.halves(one.records)[1]})
+    return one.model_copy(update={"records": halves(one.records)[1]})
 
 
 def _score(one: Outcomes | None, metric: str) -> Score | None:
-    found = None if one is None else metrics.score_records(one.kind, one.records).get(metric)
+    found = None if one is None else KINDS[one.kind].score_of(metric, one.records)
     return None if found is None else Score(**vars(found))
 
 

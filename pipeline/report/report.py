@@ -1,4 +1,4 @@
-"""What one execution of a recipe found: the JSON of `--report`, the final table, and what MLflow is told."""
+"""The result of one execution of a recipe: the JSON of `--report`, the final tables, and what MLflow records."""
 
 from typing import Literal
 
@@ -158,9 +158,10 @@ def route_table(report: Report) -> Table:
 def route_warnings(report: Report) -> list[str]:
     """Return a line for every route that the calibration samples do not bear out."""
     return [
-        f"{name}: the route ({route.rule['score']}) finds the right expert of {route.calibration.value:.0%} of "
-        f"{route.calibration.n} held-out calibration samples, surely of {route.calibration.low:.0%} only: it is "
-        f"followed by {route.trust:.0%}, the rest is the static merge; add calibration samples or choose another score"
+        f"{name}: the route ({route.rule['score']}) finds the right expert for {route.calibration.value:.0%} of "
+        f"{route.calibration.n} held-out calibration samples (95 % interval from {route.calibration.low:.0%}), so "
+        f"{route.trust:.0%} of each coefficient comes from the route and the rest from the static merge; add "
+        "calibration samples or choose another score"
         for name, route in report.routes.items()
         if route.trust < 1
     ]

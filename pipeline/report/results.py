@@ -7,15 +7,16 @@ from typing import Any, Literal
 
 from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.plan.steps import Step, scoring_settings
+from sensmerge.pipeline.plan.steps import Step
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.report.gate import Outcomes
 from sensmerge.pipeline.report.report import Report, RouteInfo, Score, StageRecord, VariantInfo
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
 from sensmerge.tasks.coefficients import alpha
-from sensmerge.tasks.kinds import metrics
-from sensmerge.tasks.kinds.datasets import Task
-from sensmerge.tasks.kinds.metrics import Record
+from sensmerge.tasks.identity import identity
+from sensmerge.tasks.kinds import scores as scoring
+from sensmerge.tasks.kinds.kind import Task
+from sensmerge.tasks.kinds.scores import Metric, Record
 from sensmerge.tasks.rows.source import DataSource, rows_digest
 
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
@@ -62,7 +63,7 @@ def collect(plan: Plan) -> Report:
         second_half=second,
         variants=variants,
         routes={name: _route(plan, name, records) for name in recipe.se_variants()},
-        alpha={name: alpha(_read(plan, "sensitivity", name, "sensitivity.json")["sensitivity"]) for name in experts},
+        alpha={name: alpha(_read(plan, "statistics", name, "sensitivity.json")["sensitivity"]) for name in experts},
         distances=_read(plan, "cross_task", "all", "distances.json") if sens else {},
         tau=variants[sens[0]].tau if sens else {},
         sigma=variants[sens[0]].sigma if sens else {},
@@ -98,7 +99,8 @@ def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
 def _samples(plan: Plan, task: str) -> str:
     """Return a digest of a task's evaluation samples and of how they are scored."""
     one = plan.inputs.data[task]
-    return sha256_text(canonical([scoring_settings(one.task), rows_digest(one.evaluation)]))
+    settings = {**identity(one.task, "evaluation"), **one.task.depends_on()}
+    return sha256_text(canonical([settings, rows_digest(one.evaluation)]))
 
 
 def _read(plan: Plan, stage: Stage, name: str, file: str) -> Any:
@@ -134,7 +136,9 @@ def _variant(plan: Plan, name: str) -> VariantInfo:
     stage: Stage = "route" if name in plan.recipe.se_variants() else "merge"
     manifest = _manifest(plan, stage, name)
     table = _read(plan, "merge", name, "coefficients.json")
-    return VariantInfo(method=variant.method, params=variant.params(), digest=manifest["result"]["digest"], **table)
+    return VariantInfo(
+        method=variant.method.name, params=variant.params(), digest=manifest["result"]["digest"], **table
+    )
 
 
 def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], dict[str, dict[str, Any]]]:
@@ -186,15 +190,22 @@ def _routed(records: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | N
         task: [{"right": int(record["label"] == record["prediction"])} for record in records[task][task]]
         for task in mine
     }
-    mean = metrics.mean_ratio(mine, own, "right")
+    mean = scoring.mean_ratio(mine, own, "right")
     return None if mean is None else vars(mean)
 
 
 def _normalised(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Score]:
     """Return, for every model, the mean over tasks of main metric ÷ that of the task's own expert, where it exists."""
     own = {task: records[task][task] for task in tasks}
-    means = {model: metrics.mean_normalised(found, own, tasks) for model, found in records.items()}
+    metrics = {name: _main_metric(task, own[name]) for name, task in tasks.items()}
+    means = {model: scoring.mean_normalised(metrics, found, own) for model, found in records.items()}
     return {model: Score(**vars(mean)) for model, mean in means.items() if mean is not None}
+
+
+def _main_metric(task: Task, records: Sequence[Record]) -> Metric:
+    metric = task.metric_of(task.metric, records)
+    assert metric is not None, f"{task.metric} is a metric of {task.kind}"
+    return metric
 
 
 def halved(
@@ -212,7 +223,7 @@ def halved(
     """
     task, _, name = metric.rpartition("/")
     used = {model: found for model, found in records.items() if model in variants or model in tasks}
-    parts = {model: {key: metrics.halves(one) for key, one in found.items()} for model, found in used.items()}
+    parts = {model: {key: scoring.halves(one) for key, one in found.items()} for model, found in used.items()}
     if any(not first for found in parts.values() for first, _ in found.values()):
         return {}, {}
     halves: list[dict[str, Score]] = []
@@ -220,7 +231,7 @@ def halved(
         split = {model: {key: both[half] for key, both in found.items()} for model, found in parts.items()}
         if task:
             found = {
-                model: metrics.score_of(tasks[task].kind, name, split[model][task])
+                model: tasks[task].score_of(name, split[model][task])
                 for model in variants
                 if task in tasks and task in split.get(model, {})
             }

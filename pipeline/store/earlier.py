@@ -16,9 +16,13 @@ class EarlierArtifacts:
     key: Key
     """of the step"""
 
+    def newest(self) -> Path | None:
+        """Return the newest artifact of the same stage and name, whether whole or damaged; None if there is none."""
+        return self.store.last(self.key)
+
     def last(self) -> Path | None:
         """Return the newest artifact of the same stage and name; None if there is none, or it is damaged."""
-        last = self.store.last(self.key)
+        last = self.newest()
         return None if last is None or any(damaged_files(last)) else last
 
     def artifacts(self) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""What a store could do without: artifacts that no champion, no challenger and none of the last runs needs."""
+"""What a store does not need: artifacts that no alias, pinned version, server or recent run uses."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -11,7 +11,7 @@ def loss_of_champion(plan: Plan, uri: str) -> str | None:
     """Say what is gone of the champion's model; None if it is whole, or there is no champion."""
     champion = Registry(uri, plan.recipe.name).champion()
     gone = None if champion is None else plan.store.lacking(champion.folder)
-    return None if gone is None else f"{champion} is champion, but cannot be loaded any more: {gone}"
+    return None if gone is None else f"{champion} is champion, but can no longer be loaded: {gone}"
 
 
 def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
@@ -31,13 +31,13 @@ def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[st
         return True, [*said, "no task has evaluation samples, so there is no champion"]
     if not candidates(report, gate):
         names = ", ".join(report.routes)
-        return loss is None, [*said, f"no static variant; {names}: name them in gate.variants to have a new champion"]
+        return loss is None, [*said, f"there is no static variant; name {names} in gate.variants to get a new champion"]
     registry, best = Registry(uri, plan.recipe.name), best_variant(report, gate)
     said += _better_ones(report, gate, best)
     version, champion = registry.of_variant(report, best), registry.champion()
     if champion is None:
         registry.promote(version)
-        return True, [*said, f"{version} is champion, the first"]
+        return True, [*said, f"{version} is the first champion"]
     if champion.number == version.number:
         return True, [*said, f"{version} stays champion: it is still the best variant"]
     held_out = is_held_out(report, gate)
@@ -45,10 +45,10 @@ def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[st
     registry.propose(version, champion, verdicts)
     said += [f"gate, {verdict.task}: {verdict}" for verdict in verdicts]
     if not passes(verdicts):
-        remedy = "" if loss is None else f"; promote {version.recipe}/{version.number} by hand to have one that loads"
-        return False, [*said, f"{version} stays challenger, {champion} champion{remedy}"]
+        remedy = "" if loss is None else f"; promote {version.recipe}/{version.number} by hand to get one that loads"
+        return False, [*said, f"{version} stays challenger, {champion} stays champion{remedy}"]
     registry.promote(version)
-    return True, [*said, f"{version} is champion, after {champion}"]
+    return True, [*said, f"{version} is champion, replacing {champion}"]
 
 
 def _better_ones(report: Report, gate: Gate, best: str) -> list[str]:

@@ -200,7 +200,7 @@ def description(merged: Merged, version: str) -> str:
     lines: Sequence[str]
     match merged.kind, merged.form:
         case "dynamic", _:
-            what = "Dynamic: every input gets coefficients of its own. Only sensmerge runs it, transformers does not."
+            what = "Dynamic: every input gets its own coefficients. sensmerge runs it; transformers cannot."
             lines = [f"{pyfunc})", f"sensmerge.DynamicModel.load(Path({folder}))"]
         case _, "trunk":
             heads = head_names(merged.folder)
@@ -209,7 +209,7 @@ def description(merged: Merged, version: str) -> str:
             )
             lines = [f"{pyfunc}, params={json.dumps({'task': heads[0]})})"]
         case _, None:
-            what = "Static: a Hugging Face checkpoint, of a kind that MLflow is not told how to load."
+            what = "Static: a Hugging Face checkpoint of a kind that MLflow cannot load."
             lines = [f"AutoModel.from_pretrained({folder})"]
         case _:
             form = merged.form

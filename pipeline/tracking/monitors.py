@@ -1,4 +1,4 @@
-"""What MLflow looks at a machine with."""
+"""The monitors by which MLflow measures a machine."""
 
 from contextlib import suppress
 

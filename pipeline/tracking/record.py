@@ -360,7 +360,7 @@ def mark_weights(client: MlflowClient, recipe: str, number: str, folder: str, fr
         client.set_model_version_tag(recipe, number, FREED, f"freed {freed}")
     said = client.get_model_version(recipe, number).description or ""
     kept = [line for line in said.split("\n\n") if not line.startswith(WEIGHTS_GONE)]
-    first = [] if freed is None else [f"{WEIGHTS_GONE} on {freed}. A run of the recipe as it was makes them anew."]
+    first = [] if freed is None else [f"{WEIGHTS_GONE} on {freed}. Run the same recipe again to restore them."]
     client.update_model_version(recipe, number, "\n\n".join([*first, *kept]))
     experiment = client.get_experiment_by_name(recipe)
     if experiment is not None:
@@ -419,7 +419,7 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise StepError(
-            f"MLflow at {uri} failed: {error}; the results are in the store, run again to record them"
+            f"MLflow at {uri} failed: {error}; the results are in the store; run again to record them"
         ) from error
 
 

@@ -106,8 +106,8 @@ class Registry:
     def propose(self, version: Version, champion: Version, verdicts: Sequence[Verdict]) -> None:
         """Make a version challenger, with what the gate says of it as tags: `gate`, and `gate/TASK` for each task."""
         failed = [verdict.task for verdict in verdicts if not verdict.passed]
-        said = f"refused beside version {champion.number}: {', '.join(failed)}"
-        tags = {"gate": said if failed else f"passed beside version {champion.number}"}
+        said = f"refused against version {champion.number}: {', '.join(failed)}"
+        tags = {"gate": said if failed else f"passed against version {champion.number}"}
         tags |= {f"gate/{verdict.task}": str(verdict) for verdict in verdicts}
         assert passes(verdicts) == (not failed)
         with connected(self.uri) as client:
@@ -160,7 +160,7 @@ def check_whole(version: Version, store: Store) -> None:
     gone = store.lacking(version.folder)
     if gone is not None:
         raise InputError(
-            f"{version}: {gone}; run the recipe as it was to make it anew, name the store with --store if this machine "
+            f"{version}: {gone}; run the recipe as it was to restore it, name the store with --store if this machine "
             "has it elsewhere, or choose another version with promote"
         )
 

@@ -1,4 +1,4 @@
-"""What has to be installed where a merged model is served: found from the imports of the module that serves it."""
+"""What has to be installed to serve a merged model: found from the imports of the module that serves it."""
 
 import ast
 import shutil

@@ -19,7 +19,7 @@ def default_uri(store: Store) -> str:
     """
     if store.remote is not None:
         raise InputError(
-            f"--store {store}: runs cannot be recorded in a store at a URL; name an MLflow by --tracking-uri "
+            f"--store {store}: runs cannot be recorded in a store at a URL; name an MLflow server with --tracking-uri "
             f"or {TRACKING_URI}"
         )
     return f"{SQLITE}{store.root.resolve() / 'mlflow.db'}"

@@ -16,7 +16,7 @@ def known_versions(store: Store, tracking_uri: str | None) -> dict[str, list[Reg
 
     Args:
         store: the store.
-        tracking_uri: whom to ask; None for every place where runs of the store were recorded, and that which
+        tracking_uri: the MLflow to ask; None for every one in which runs of the store were recorded, and the one that
             `MLFLOW_TRACKING_URI` names.
 
     Raises:

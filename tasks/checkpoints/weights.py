@@ -14,7 +14,7 @@ import xxhash
 from sensmerge.tasks.checkpoints.checkpoint import DTYPES, Checkpoint, tensor_bytes
 from sensmerge.tasks.checkpoints.header import TensorInfo
 from sensmerge.tasks.checkpoints.layers import group_by_layer
-from sensmerge.tasks.methods.delta import Delta, Difference, Unchanged, Whole
+from sensmerge.tasks.methods.kernels.delta import Delta, Difference, Unchanged, Whole
 
 GROUP_BYTES = 64 * 2**20
 """Layers are worked on in groups of about this size: enough groups to keep workers busy, few enough to schedule."""

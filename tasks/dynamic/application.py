@@ -20,9 +20,9 @@ class SeApplication(Strict):
 
     kind: Literal["se"]
     score: Literal["auto", "nearest", "shift", "alignment", "centroid", "discriminant"] = Field(
-        "auto", description="how a sample's resemblance to an expert is measured; auto: the cheapest of the best"
+        "auto", description="rule that measures how much a sample resembles an expert; auto: the cheapest of the best"
     )
-    layer: Literal["auto"] | int = Field("auto", description="block whose output is compared: 1 to their number")
+    layer: Literal["auto"] | int = Field("auto", description="number of the block whose output is compared, from 1")
     pool: Literal["auto", "cls", "mean", "last"] = Field(
         "auto", description="first token, mean over tokens or last token of the block's output"
     )

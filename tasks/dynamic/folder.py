@@ -73,9 +73,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not the manifest of a dynamic model ({error!r}); copy the folder again") from error
     if version != FORMAT:
-        raise InputError(f"{path}: version {version}, this sensmerge reads {FORMAT}; run the recipe again")
+        raise InputError(f"{path}: has format {version}, but this sensmerge reads {FORMAT}; run the recipe again")
     if sha256_text(canonical(content)) != digest:
-        raise InputError(f"{path}: is altered, its digest is not that of its content; copy the folder again")
+        raise InputError(f"{path}: was altered: its digest does not match its content; copy the folder again")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
@@ -96,7 +96,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         if not path.is_file():
             raise InputError(f"{path}: is missing; copy the folder again")
         if sha256_file(path) != digest:
-            raise InputError(f"{path}: is altered, its sha256 is not that in {MANIFEST}; copy the folder again")
+            raise InputError(f"{path}: was altered: its sha256 is not the one in {MANIFEST}; copy the folder again")
 
 
 def load_network_with_heads(

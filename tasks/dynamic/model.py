@@ -23,8 +23,8 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import finite, load_tokenizer
-from sensmerge.tasks.networks.texts import text_tokens
-from sensmerge.tasks.networks.tokens import pad, pad_token
+from sensmerge.tasks.networks.texts import text_inputs
+from sensmerge.tasks.networks.tokens import Inputs, collate, length, pad_token
 
 PADDING = 0.25
 """Share of a part of a batch that is padding, at most."""
@@ -126,17 +126,17 @@ class DynamicModel:
         reader = load_tokenizer(folder / BASE)
         return cls(network, heads, manifest.experts, reader, router, manifest.head == "classification")
 
-    def route(self, sequences: Sequence[list[int]]) -> Routes:
-        """Return the routes of token sequences: probes up to the rule's block, then the router's mathematics."""
+    def route(self, samples: Sequence[Inputs]) -> Routes:
+        """Return the routes of samples: probes up to the rule's block, then the router's mathematics."""
         router, rule = self.router, self.router.rule
 
         def resemblance(rows: list[int]) -> Tensor:
-            inputs = self.batch([sequences[row] for row in rows])
+            inputs = self.batch([samples[row] for row in rows])
             features = probe(self.network, inputs, [rule], len(self.experts), router.settings.static)
             return affinities(rule, features[rule.layer, rule.pool], router.statistics)
 
         with torch.inference_mode():
-            affinity = torch.stack(_in_parts(sequences, resemblance, [list(range(len(sequences)))]))
+            affinity = torch.stack(_in_parts(samples, resemblance, [list(range(len(samples)))]))
             chosen = coefficients(affinity, router.settings)
         return Routes(chosen, affinity.argmax(1).tolist())
 
@@ -145,21 +145,21 @@ class DynamicModel:
         """Forward passes of the plain model that the route of one sample costs."""
         return self.router.rule.passes(len(self.experts), self.network.blocks)
 
-    def batch(self, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Return token sequences as a batch on the model's device, padded on the right."""
-        return {name: values.to(self.device) for name, values in pad(sequences, self._pad_id).items()}
+    def batch(self, samples: Sequence[Inputs]) -> dict[str, Tensor]:
+        """Return samples as a batch on the model's device, padded on the right."""
+        return {name: values.to(self.device) for name, values in collate(samples, self._pad_id).items()}
 
-    def logits(self, sequences: Sequence[list[int]], routes: Routes) -> list[Tensor]:
+    def logits(self, samples: Sequence[Inputs], routes: Routes) -> list[Tensor]:
         """Return the language model's logits of each sample, (tokens, vocabulary), or more rows that are padding."""
 
         def answers(rows: list[int]) -> Tensor:
             with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
-                found: Tensor = network(**self.batch([sequences[row] for row in rows]), use_cache=False).logits
+                found: Tensor = network(**self.batch([samples[row] for row in rows]), use_cache=False).logits
                 return found
 
-        return _in_parts(sequences, answers, self.network.together(routes.coefficients))
+        return _in_parts(samples, answers, self.network.together(routes.coefficients))
 
-    def class_logits(self, sequences: Sequence[list[int]], routes: Routes, *heads: Sequence[str]) -> list[list[Tensor]]:
+    def class_logits(self, samples: Sequence[Inputs], routes: Routes, *heads: Sequence[str]) -> list[list[Tensor]]:
         """Return, for each assignment of heads (expert names) to the samples, the logits of every sample, float32.
 
         The trunk runs once for all assignments. Where the base itself is the classifier, its head is merged like
@@ -167,7 +167,7 @@ class DynamicModel:
         """
 
         def answers(rows: list[int]) -> list[tuple[Tensor, ...]]:
-            inputs = self.batch([sequences[row] for row in rows])
+            inputs = self.batch([samples[row] for row in rows])
             with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
                 if not self.heads:
                     return [(values,) * len(heads) for values in network(**inputs).logits.float()]
@@ -176,7 +176,7 @@ class DynamicModel:
             assigned = [[names[row] for row in rows] for names in heads]
             return list(zip(*(self._head_logits(hidden, pooled, inputs, names) for names in assigned), strict=True))
 
-        found = _in_parts(sequences, answers, self.network.together(routes.coefficients))
+        found = _in_parts(samples, answers, self.network.together(routes.coefficients))
         return [list(one) for one in zip(*found, strict=True)]
 
     def _head_logits(
@@ -194,7 +194,7 @@ class DynamicModel:
             logits |= dict(zip(rows, found, strict=True))
         return [logits[row] for row in range(len(assigned))]
 
-    def generate(self, prompts: Sequence[list[int]], routes: Routes, max_new_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Inputs], routes: Routes, max_new_tokens: int) -> list[list[int]]:
         """Return greedy continuations in tokens, up to an end token (left out).
 
         The route, taken on the prompt, stays for the whole continuation, so the KV cache holds.
@@ -226,18 +226,18 @@ class DynamicModel:
             return []
         places = places or [f"text {number}" for number in range(len(texts))]
         config, new = self.network.network.config, None if self.classifies else max_new_tokens
-        sequences = [
-            text_tokens(text, self.tokenizer, config, new, place) for text, place in zip(texts, places, strict=True)
+        samples = [
+            text_inputs(text, self.tokenizer, config, new, place) for text, place in zip(texts, places, strict=True)
         ]
-        routes = self.route(sequences)
+        routes = self.route(samples)
         finite(routes.coefficients)
         names = [self.experts[expert] for expert in routes.experts]
         if self.classifies:
-            logits = self.class_logits(sequences, routes, names)[0]
+            logits = self.class_logits(samples, routes, names)[0]
             classes = [int(finite(values).argmax()) for values in logits]
             answers = [self._label(name, index) for name, index in zip(names, classes, strict=True)]
         else:
-            generated = self.generate(sequences, routes, max_new_tokens)
+            generated = self.generate(samples, routes, max_new_tokens)
             answers = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
         table = routes.coefficients.tolist()
         return [
@@ -251,12 +251,12 @@ class DynamicModel:
 
 
 def _in_parts(
-    sequences: Sequence[list[int]], work: Callable[[list[int]], Iterable[Found]], groups: Sequence[list[int]]
+    samples: Sequence[Inputs], work: Callable[[list[int]], Iterable[Found]], groups: Sequence[list[int]]
 ) -> list[Found]:
     """Return what some work finds for each sample; it is given the places of one part of a group at a time."""
     found: dict[int, Found] = {}
     for group in groups:
-        for places in parts([len(sequences[row]) for row in group]):
+        for places in parts([length(samples[row]) for row in group]):
             rows = [group[place] for place in places]
             found |= zip(rows, work(rows), strict=True)
-    return [found[row] for row in range(len(sequences))]
+    return [found[row] for row in range(len(samples))]

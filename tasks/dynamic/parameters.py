@@ -51,7 +51,7 @@ def holdings(base: Base, network: PreTrainedModel) -> list[Holding]:
         if name.startswith(trunk) and key not in held | base.names.optional:
             raise InputError(
                 f"{base.folder}: no tensor could be told by its name to be {name} of {type(network).__name__}; "
-                "save the base anew with transformers"
+                "save the base again with transformers"
             )
     return found
 
@@ -63,7 +63,7 @@ def _converted_keys(base: Base, tensors: Sequence[str]) -> list[str]:
     except Exception as error:  # whatever a conversion of transformers raises that asks for more than the tensors
         raise InputError(
             f"{base.folder}: {base.names.network} holds tensor {tensors[0]} in another form, which needs the whole "
-            "network to be made; save the base anew with transformers"
+            "network to be made; save the base again with transformers"
         ) from error
 
 

@@ -165,7 +165,7 @@ def load_vectors(path: Path, device: str = "cpu") -> dict[str, dict[str, Vector]
     try:
         stored = load_file(path, device=device)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: no readable file of task vectors ({error}); write the artifact again") from error
+        raise InputError(f"{path}: not a readable file of task vectors ({error}); run the recipe again") from error
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key in sorted(stored):
         tensor, expert, part = key.split("/")

@@ -1,73 +1,136 @@
-"""Scores that lm-eval computes: one record per document of its tasks. An extra, imported only where it is used."""
+"""Kind lm_eval: what EleutherAI's lm-evaluation-harness scores. An extra, imported only where it is used.
+
+It has rows of its own. A record is that of one document: `task`, its lm-eval name, and each metric of that task: one
+number, or the two that its aggregation divides.
+"""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import Field
 
 from sensmerge.tasks.artifacts import sha256_file
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import LmEvalTask
-from sensmerge.tasks.kinds.metrics import Record, lm_eval_value
+from sensmerge.tasks.kinds.kind import KINDS, Task
+from sensmerge.tasks.kinds.scores import Columns, Metric, Record, Score, mean, ratio, score, strata, value_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# How lm-eval aggregates where it is not the mean; per sample it gives ln p, or ln p and the number of words or bytes.
+AGGREGATIONS: dict[str, Callable[[Columns], float]] = {
+    "perplexity": lambda columns: float(np.exp(-mean(columns))),
+    "word_perplexity": lambda columns: float(np.exp(-ratio(columns))),
+    "byte_perplexity": lambda columns: float(np.exp(-ratio(columns))),
+    "bits_per_byte": lambda columns: -ratio(columns) / float(np.log(2)),
+}
+LOWER_IS_BETTER = {*AGGREGATIONS, "brier_score", "ter"}
 
 
-def check_lm_eval(task: LmEvalTask, key: str) -> None:
-    """Raise InputError if lm-eval is not installed or does not know a name; `key` (`tasks.science`) names the task."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise InputError(f"{key}: kind lm_eval needs the extra: pip install 'sensmerge[lm-eval]'") from error
-    manager = TaskManager()
-    for name in task.names:
-        if not manager.match_tasks([name]) and not Path(name).is_file():
-            raise InputError(f"{key}.names: lm-eval has no task {name!r}; `lm-eval ls tasks` lists them")
+@KINDS.register("lm_eval")
+class LmEvalTask(Task):
+    """Tasks of EleutherAI's lm-evaluation-harness (needs the extra `lm-eval`)."""
+
+    kind: Literal["lm_eval"]
+    names: list[str] = Field(min_length=1, description="task names as lm-eval lists them")
+    limit: int | None = Field(None, ge=1, description="samples per lm-eval task; all if left out")
+    metric: str = Field("acc", description="main metric, one that the named tasks report")
+
+    def check_installed(self, key: str) -> None:
+        """Raise InputError if lm-eval is not installed or does not know a name; `key` (`tasks.science`) names it."""
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise InputError(f"{key}: kind lm_eval needs the extra: pip install 'sensmerge[lm-eval]'") from error
+        manager = TaskManager()
+        for name in self.names:
+            if not manager.match_tasks([name]) and not Path(name).is_file():
+                raise InputError(f"{key}.names: lm-eval has no task {name!r}; `lm-eval ls tasks` lists them")
+
+    def depends_on(self) -> Mapping[str, Any]:
+        """Return lm-eval's version, and the content of task files."""
+        files = {name: sha256_file(Path(name)) for name in self.names if Path(name).is_file()}
+        return {"lm_eval": version("lm_eval"), "files": files}
+
+    def evaluate(self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", key: str) -> list[Record]:
+        """Run lm-eval's tasks on a loaded network and return one record per document, with the lm-eval task it is of.
+
+        A group of lm-eval (`mmlu`) gives records of its members. A metric of another filter than lm-eval's `none` is
+        named `METRIC.FILTER` (`exact_match.strict-match`). Metrics that cannot be computed from single documents to the
+        same value as lm-eval's (F1, BLEU, …) are left out, for they would have no interval.
+
+        `key` (`tasks.science`) names the task in messages. Raises InputError if lm-eval is not installed, does not know
+        a name, or a task does not report the main metric.
+        """
+        self.check_installed(key)
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        report = simple_evaluate(
+            model=HFLM(pretrained=network, tokenizer=tokenizer, batch_size=self.batch_size),
+            tasks=list(self.names),
+            limit=self.limit,
+            bootstrap_iters=0,  # intervals are ours
+        )
+        records: list[Record] = []
+        for name, samples in report["samples"].items():
+            documents = _documents(name, samples)
+            usable = {
+                metric: value
+                for metric, value in _reported(report["results"][name]).items()
+                if metric in documents[0] and _agrees(metric, documents, value)
+            }
+            if self.metric not in usable:
+                raise InputError(
+                    f"{key}.metric is {self.metric!r}, {name} reports {', '.join(sorted(usable)) or 'none'}"
+                )
+            for document in documents:
+                values = {metric: np.asarray(document[metric], float).tolist() for metric in sorted(usable)}
+                records.append({"task": name, **values})
+        return records
+
+    @classmethod
+    def metric_of(cls, name: str, records: Sequence[Record]) -> Metric | None:
+        """See `Task`: a mean, but for the few that lm-eval aggregates in another way."""
+        if not all(name in record for record in records):
+            return None
+        value = AGGREGATIONS.get(_plain(name), mean)
+        is_proportion = value is mean and all(record[name] in (0, 1) for record in records)
+        return Metric((name,), value, is_proportion, not cls.lower_is_better(name))
+
+    @classmethod
+    def lower_is_better(cls, name: str) -> bool:
+        """See `Task`."""
+        return _plain(name) in LOWER_IS_BETTER
+
+    @classmethod
+    def scores(cls, records: Sequence[Record]) -> dict[str, Score]:
+        """Return `NAME/METRIC` for each lm-eval task, and `METRIC`, its mean over them, if all of them report it."""
+        found = {}
+        groups = strata(records)
+        for name in sorted(set().union(*records) - {"task"}):
+            metric = cls.metric_of(name, records)
+            if metric is not None:
+                found[name] = score(metric, records)
+            for group in groups:
+                metric = cls.metric_of(name, group)
+                if metric is not None:
+                    found[f"{group[0]['task']}/{name}"] = score(metric, group)
+        return found
+
+    @classmethod
+    def score_of(cls, name: str, records: Sequence[Record]) -> Score | None:
+        """See `Task`."""
+        return cls.scores(records).get(name)
 
 
-def lm_eval_settings(task: LmEvalTask) -> dict[str, Any]:
-    """Return what lm-eval's scores depend on beside the task's settings: its version, and task files' content."""
-    files = {name: sha256_file(Path(name)) for name in task.names if Path(name).is_file()}
-    return {"lm_eval": version("lm_eval"), "files": files, "metric": task.metric}
-
-
-def evaluate_lm_eval(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: LmEvalTask, key: str
-) -> list[Record]:
-    """Run lm-eval's tasks on a loaded network and return one record per document, with the lm-eval task it is of.
-
-    A group of lm-eval (`mmlu`) gives records of its members. A metric of another filter than lm-eval's `none` is named
-    `METRIC.FILTER` (`exact_match.strict-match`). Metrics that `tasks.kinds.metrics` cannot compute from single
-    documents to the same value as lm-eval (F1, BLEU, …) are left out, for they would have no interval.
-
-    `key` (`tasks.science`) names the task in messages. Raises InputError if lm-eval is not installed, does not know a
-    name, or a task does not report the main metric.
-    """
-    check_lm_eval(task, key)
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    report = simple_evaluate(
-        model=HFLM(pretrained=network, tokenizer=tokenizer, batch_size=task.batch_size),
-        tasks=list(task.names),
-        limit=task.limit,
-        bootstrap_iters=0,  # intervals are ours
-    )
-    records: list[Record] = []
-    for name, samples in report["samples"].items():
-        documents = _documents(name, samples)
-        usable = {
-            metric: value
-            for metric, value in _reported(report["results"][name]).items()
-            if metric in documents[0] and _agrees(metric, documents, value)
-        }
-        if task.metric not in usable:
-            raise InputError(f"{key}.metric is {task.metric!r}, {name} reports {', '.join(sorted(usable)) or 'none'}")
-        for document in documents:
-            values = {metric: np.asarray(document[metric], float).tolist() for metric in sorted(usable)}
-            records.append({"task": name, **values})
-    return records
+def _plain(metric: str) -> str:
+    """A metric's own name, without the lm-eval task before it and the lm-eval filter after it."""
+    return metric.rpartition("/")[2].partition(".")[0]
 
 
 def _metric_name(metric: str, filter_name: str) -> str:
@@ -91,6 +154,7 @@ def _reported(results: dict[str, Any]) -> dict[str, Any]:
 
 def _agrees(metric: str, documents: list[Record], reported: Any) -> bool:
     try:
-        return math.isclose(lm_eval_value(metric, documents), reported, rel_tol=1e-6, abs_tol=1e-9)
+        found = LmEvalTask.metric_of(metric, documents)
+        return found is not None and math.isclose(value_of(found, documents), reported, rel_tol=1e-6, abs_tol=1e-9)
     except (TypeError, ValueError):  # outcomes of single documents that are no numbers
         return False

@@ -357,8 +357,8 @@ def _check_whole(
     more = [name for factor, name in found.items() if factor[1] is not None and factor not in wanted]
     if more:
         raise InputError(
-            f"{path}: holds {more[0]}{f' and {len(more) - 1} more' if more[1:] else ''}, which peft leaves out, as its "
-            f"config does not name it; add the module to target_modules in {ADAPTER_CONFIG}, or remove the tensors"
+            f"{path}: holds {more[0]}{f' and {len(more) - 1} more' if more[1:] else ''}, which peft ignores because "
+            f"its config does not name it; add the module to target_modules in {ADAPTER_CONFIG}, or remove the tensors"
         )
     lacking = [name for factor, name in wanted.items() if factor not in found]
     if lacking:

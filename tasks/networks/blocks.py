@@ -6,8 +6,9 @@ else blocks are given come from that code, and blocks do exactly what they do in
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from transformers import PreTrainedModel
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import trunk_of
-from sensmerge.tasks.networks.products import GradientProducts
 from sensmerge.tasks.networks.source import Source
+from sensmerge.tasks.networks.watching import Statistics, Sums, Watch, added
 
 Batch = Mapping[str, Tensor]
 """Inputs of a network for one sample, as `calibration_batch` gives them, or for B of one length."""
@@ -50,8 +51,6 @@ class Slot:
 
 TrunkOutput = dict[str, Tensor]
 """`hidden`, (B, T, width), and `pooled`, (B, width), where the trunk has a pooler."""
-Sums = dict[str, float]
-"""Σ |p · ∂L/∂p| by layer."""
 
 
 def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
@@ -91,35 +90,42 @@ def _size(blocks: Mapping[str, nn.Module]) -> int:
 class Part:
     """Some consecutive blocks with their weights."""
 
-    def __init__(self, source: Source, blocks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, source: Source, blocks: Mapping[str, nn.Module], statistics: Statistics) -> None:
         """Load blocks.
 
         Args:
             source: where the weights are.
             blocks: hollow blocks by name, in order; they are left hollow.
+            statistics: what is added up over samples.
 
         Raises:
             InputError: parameters are left without weights.
         """
         self._device = source.device
         self._blocks: list[nn.Module] = []
-        self._products = GradientProducts()
+        self._watches: dict[str, Watch] = {}
         for name, hollow in blocks.items():
             block = copy.deepcopy(hollow)
             source.load(block, f"{name}.")
-            watch(self._products, source, block, f"{name}.")
+            self._watches[name] = Watch(statistics, source, block, f"{name}.")
             self._blocks.append(block)
 
-    def forward(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> Tensor:
-        """Return the hidden states behind the blocks, (B, T, width), from those before them.
+    def forward(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> tuple[Tensor, Sums]:
+        """Run the blocks, whose inputs are seen.
 
         Args:
             hidden: hidden states before the blocks.
             calls: of each block, from `Shell.enter`.
             learned: from there too.
+
+        Returns:
+            The hidden states behind the blocks, (B, T, width), and what the sample adds to statistics by layer.
         """
-        with torch.no_grad():
-            return self._run(hidden.to(self._device), calls, to_device(learned, self._device))
+        with torch.no_grad(), ExitStack() as stack:
+            for watch in self._watches.values():
+                stack.enter_context(watch.inputs())
+            output = self._run(hidden.to(self._device), calls, to_device(learned, self._device))
+        return output, self._take()
 
     def backward(
         self, hidden: Tensor, calls: Sequence[Calls], learned: Learned, gradient: Tensor
@@ -133,7 +139,8 @@ class Part:
             gradient: ∂L/∂ hidden states behind them.
 
         Returns:
-            ∂L/∂hidden, the sums of the blocks' layers, and the gradients of what is learned by way of these blocks.
+            ∂L/∂hidden, what the sample adds to statistics by layer, and the gradients of what is learned by way of
+            these blocks.
         """
         leaf, *leaves = (tensor.detach().requires_grad_() for tensor in to_device([hidden, *learned], self._device))
         with torch.enable_grad():
@@ -141,7 +148,18 @@ class Part:
         torch.autograd.backward(output, gradient.to(self._device))
         assert leaf.grad is not None
         grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in leaves]
-        return leaf.grad, self._products.take(), grads
+        return leaf.grad, self._take(), grads
+
+    def _take(self) -> Sums:
+        sums: Sums = {}
+        for watch in self._watches.values():
+            sums = added(sums, watch.take())
+        return sums
+
+    def write(self, folder: Path) -> None:
+        """Write the totals of statistics by tensor, a file for each block, and let go of them."""
+        for name, watch in self._watches.items():
+            watch.write(folder, name)
 
     def _run(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> Tensor:
         def given(leaf: Any) -> Any:
@@ -157,13 +175,16 @@ class Part:
 class Shell:
     """The network without its blocks: embedding, final norm, head."""
 
-    def __init__(self, source: Source, network: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, source: Source, network: PreTrainedModel, blocks: Mapping[str, nn.Module], statistics: Statistics
+    ) -> None:
         """Load all that is outside the blocks.
 
         Args:
             source: where the weights are.
             network: hollow; it becomes the shell.
             blocks: all its blocks by name.
+            statistics: what is added up over samples.
 
         Raises:
             InputError: parameters are left without weights.
@@ -178,8 +199,7 @@ class Shell:
         source.load(network, "")
         network.tie_weights()
         self._blocks = len(blocks)
-        self._products = GradientProducts()
-        watch(self._products, source, network, "")
+        self._watch = Watch(statistics, source, network)
 
     def enter(self, batch: Batch) -> Entry:
         """Return the hidden states before the first block, and what each block is given beside them.
@@ -245,17 +265,25 @@ class Shell:
         placed = tree_map(lambda leaf: slots.get(id(leaf), leaf), calls)
         return Entry(first[0].detach(), placed, [tensor.detach() for tensor in learned])
 
-    def loss(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
-        """Return the loss and ∂loss/∂hidden, from the hidden states behind the last block."""
+    def loss(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor, Sums]:
+        """Run the shell, whose inputs are seen.
+
+        Args:
+            batch: the sample.
+            hidden: hidden states behind the last block.
+
+        Returns:
+            The loss, ∂loss/∂hidden, and what the sample adds to statistics by layer.
+        """
         leaf = hidden.to(self._source.device).detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._watch.inputs():
             output = self._forward(self.network, batch, self._replay(lambda _: leaf))
         # Of the hidden states alone: parameters have their turn in `backward`, where tied ones see all their uses.
         (gradient,) = torch.autograd.grad(output.loss, leaf)
-        return float(output.loss.detach()), gradient
+        return float(output.loss.detach()), gradient, self._watch.take()
 
     def backward(self, batch: Batch, hidden: Tensor, gradient: Tensor, gradients: Learned) -> Sums:
-        """Run the shell and then backward, and return the sums of its layers.
+        """Run the shell and then backward, and return what the sample adds to statistics by layer.
 
         Args:
             batch: the sample.
@@ -276,7 +304,11 @@ class Shell:
             output = self._forward(self.network, batch, visit)
         roots = [output.loss, *_learned(calls)]
         torch.autograd.backward(roots, [torch.ones_like(output.loss), *to_device(gradients, device)])
-        return self._products.take()
+        return self._watch.take()
+
+    def write(self, folder: Path) -> None:
+        """Write the totals of statistics by tensor, and let go of them."""
+        self._watch.write(folder, "shell")
 
     def trunk(self, batch: Batch, hidden: Tensor) -> TrunkOutput:
         """Return what the trunk hands to the head, from the hidden states behind the last block."""
@@ -312,26 +344,6 @@ def _learned(calls: Any) -> list[Tensor]:
     """Return the tensors in some calls that have a gradient, each once."""
     found = {id(leaf): leaf for leaf in tree_leaves(calls) if isinstance(leaf, Tensor) and leaf.requires_grad}
     return list(found.values())
-
-
-def watch(products: GradientProducts, source: Source, module: nn.Module, prefix: str) -> None:
-    """Have the gradients of a module summed up by layer; those of an expert's own head are not wanted.
-
-    Args:
-        products: who sums them up.
-        source: says which layer a parameter belongs to.
-        module: with its weights.
-        prefix: its name in the network with a dot behind, empty for the network itself.
-    """
-    for child in module.modules():
-        if isinstance(child, nn.Embedding):
-            child.sparse = True  # of a vocabulary, a sample has few rows; the others' gradients are zero
-    for name, parameter in module.named_parameters():
-        layer = source.layer(prefix + name)
-        if layer is None:
-            parameter.requires_grad_(False)
-        else:
-            products.watch(parameter, layer)
 
 
 def to_device(values: Any, device: str) -> Any:

@@ -1,4 +1,4 @@
-"""The classes of classifiers, which configs name in an order of their own."""
+"""The classes of classifiers, which each config names in its own order."""
 
 import copy
 import re

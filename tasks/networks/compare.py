@@ -1,4 +1,4 @@
-"""What an expert's config says of the computation otherwise than its base's."""
+"""In which settings of the computation an expert's config differs from its base's."""
 
 import importlib
 import inspect

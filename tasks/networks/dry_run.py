@@ -17,12 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.blocks import Batch, TrunkOutput
 from sensmerge.tasks.networks.heads import DetachedHead
-from sensmerge.tasks.networks.journeys import Runner, Sensitivity
+from sensmerge.tasks.networks.journeys import Measured, Runner
 from sensmerge.tasks.networks.networks import Head, for_one_pass, skeleton
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.stand_in import stand_ins
+from sensmerge.tasks.networks.watching import Statistics
 
 Result = TypeVar("Result")
 TOLERANCE = 1e-3
@@ -45,13 +46,13 @@ class StandIn:
         network.save_pretrained(folder / "model")
         self._source = Source(folder / "model", folder / "model", self.name, head, torch.float32, "cpu")
 
-    def check_sensitivity(self) -> None:
-        """Check that the network has a loss, and that every parameter belongs to a layer.
+    def check_statistics(self, statistics: Statistics) -> None:
+        """Check that the network has a loss, and that statistics can be made of its parameters, each in a layer.
 
         Raises:
             InputError: it is not so; without a recipe key.
         """
-        self._try("its sensitivity cannot be measured", lambda: self._sensitivity("whole"))
+        self._try(f"its {', '.join(statistics)} cannot be measured", lambda: self._measured("whole", statistics))
 
     def check_head(self) -> None:
         """Check that the head gives on its trunk's output what it gives in the whole network.
@@ -71,16 +72,21 @@ class StandIn:
 
         self._try("its head cannot be run apart from its trunk", compare)
 
-    def check_parts(self) -> None:
+    def check_parts(self, statistics: Statistics) -> None:
         """Check that the network gives the same in parts as whole.
+
+        Args:
+            statistics: of what it gives.
 
         Raises:
             InputError: it does not; without a recipe key.
         """
 
         def compare() -> None:
-            parts, whole = self._sensitivity("streamed"), self._sensitivity("whole")
-            _same(*({key: torch.tensor(value) for key, value in one.sums.items()} for one in (parts, whole)))
+            parts, whole = self._measured("streamed", statistics), self._measured("whole", statistics)
+            for name, sums in whole.sums.items():
+                found = parts.sums.get(name, {})
+                _same(*({key: torch.tensor(value) for key, value in one.items()} for one in (found, sums)))
             _same(self._trunk("streamed"), self._trunk("whole"))
 
         self._try("it cannot be run in parts", compare)
@@ -97,18 +103,20 @@ class StandIn:
 
         self._try("it cannot generate", generate)
 
-    def _sensitivity(self, placement: Placement) -> Sensitivity:
-        def run(runner: Runner) -> Sensitivity:
-            return dict(runner.sensitivities([self._batch], lambda *_: None))[0]
+    def _measured(self, placement: Placement, statistics: Statistics) -> Measured:
+        def run(runner: Runner) -> Measured:
+            return dict(runner.run([self._batch], lambda *_: None))[0]
 
-        return self._with_runner(placement, run)
+        return self._with_runner(placement, run, statistics)
 
     def _trunk(self, placement: Placement) -> TrunkOutput:
         with torch.no_grad():
             return self._with_runner(placement, lambda runner: dict(runner.trunk_outputs([_inputs(self._batch)]))[0])
 
-    def _with_runner(self, placement: Placement, run: Callable[[Runner], Result]) -> Result:
-        with open_runner(self._source, placement, self._folder) as runner:
+    def _with_runner(
+        self, placement: Placement, run: Callable[[Runner], Result], statistics: Statistics | None = None
+    ) -> Result:
+        with open_runner(self._source, placement, self._folder, statistics) as runner:
             return run(runner)
 
     def _try(self, what: str, check: Callable[[], object]) -> None:
@@ -200,4 +208,4 @@ def _same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         raise ValueError(f"it gives {', '.join(sorted(found.keys() ^ expected.keys())[:3])} in one way only")
     for name, values in expected.items():
         if not torch.allclose(found[name], values, rtol=TOLERANCE, atol=TOLERANCE * float(values.abs().max())):
-            raise ValueError(f"{name} is another one")
+            raise ValueError(f"{name} differs")

@@ -116,7 +116,7 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_conf
     check_complete(inventory, source, network, names, where)
     notes = [f"{key}: {note}" for note in source.notes]
     if (folder / ADAPTER_CONFIG).is_file():
-        notes.append(f"{where} holds a whole checkpoint; its {ADAPTER_CONFIG} is left over and not read")
+        notes.append(f"{where} holds a whole checkpoint; its {ADAPTER_CONFIG} is ignored")
     stored, base, said = _changed_tensors(key, folder, source, inventory.stored, names, base)
     notes += said
     order = _class_order(network, config, base)
@@ -124,9 +124,9 @@ def _open_full(folder: Path, base: Base, key: str, source: Checkpoint, base_conf
     placed = place(Stored(where, source, stored), base, names, network, kin)
     own_classes: dict[int, str] = {}
     if order is None:
-        notes.append(f"{where} has other classes than the base: its head stays its own, beside the merged model")
+        notes.append(f"{where} has other classes than the base: its head is kept apart, beside the merged model")
     elif order and class_names(base.config) and not class_names(config):
-        notes.append(f"{where} does not name its classes: they count as the base's, in the base's order")
+        notes.append(f"{where} does not name its classes: they are taken to be the base's, in the base's order")
     elif order != sorted(order):
         _reorder(placed, order, network, names, base)
         own_classes, config = dict(config.id2label), with_classes_of(base.config, config)
@@ -230,7 +230,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
     placed = place(Stored(f"{key}: {folder}", source, stored), base, names, network, kin)
     notes: tuple[str, ...] = ()
     if class_names(base.config) and any(base.names.key(name) not in base.names.trunk for name in placed.own):
-        notes = (f"{key}: an adapter does not name its classes: they count as the base's, in the base's order",)
+        notes = (f"{key}: an adapter does not name its classes: they are taken to be the base's, in the base's order",)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
     config, ends_in = base.config, names.network
     if head and has_network(base.config, "classification"):

@@ -11,7 +11,7 @@ from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.checkpoints.companions import GENERATION_CONFIG, has_tokenizer
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import load_tokenizer
-from sensmerge.tasks.networks.tokens import pad
+from sensmerge.tasks.networks.tokens import Inputs, collate
 
 
 def set_end_tokens(network: PreTrainedModel, folder: Path, base: Path) -> None:
@@ -65,7 +65,7 @@ def end_tokens(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 def generate(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Inputs],
     max_new_tokens: int,
     pad_id: int,
     device: torch.device | str,
@@ -75,7 +75,7 @@ def generate(
     greedy = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad_id
     )
-    batch = {name: values.to(device) for name, values in pad(prompts, pad_id, side="left").items()}
+    batch = {name: values.to(device) for name, values in collate(prompts, pad_id, side="left").items()}
     with _generation_config(network, greedy):
         generated = network.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
     places = [next((i for i, token in enumerate(ids) if token in ends), len(ids)) for ids in generated]

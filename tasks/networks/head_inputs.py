@@ -1,4 +1,4 @@
-"""What a classifier's head reads of what a trunk gives: mostly so little that it is kept, for trunks outlast heads."""
+"""What a classifier's head reads of a trunk's output: mostly so little that it is kept, as trunks outlast heads."""
 
 from collections.abc import Mapping
 from pathlib import Path

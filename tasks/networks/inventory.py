@@ -1,4 +1,4 @@
-"""What a checkpoint holds for a network: each parameter once, all of them, and nothing that only looks like one."""
+"""Checks that a checkpoint holds every parameter of a network exactly once, and nothing that only looks like one."""
 
 import re
 from collections.abc import Mapping

@@ -15,11 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.networks.blocks import (
-    Batch,
-    Sums,
-    TrunkOutput,
-)
+from sensmerge.tasks.networks.blocks import Batch, TrunkOutput
+from sensmerge.tasks.networks.watching import Statistics, Sums, added, needs_gradients
 
 Result = TypeVar("Result")
 
@@ -40,11 +37,12 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Measured:
     """What one sample says."""
 
     loss: float
     sums: Sums
+    """what it adds to statistics by layer"""
 
 
 Journey = Generator[Work, Any, Result]
@@ -58,55 +56,64 @@ Check = Callable[[int, float], None]
 """Called with the number of a sample and its loss as soon as it is known."""
 
 
-def sensitivity_journey(
-    batch: Batch, parts: Sequence[slice], keep: Keep, check: Callable[[float], None]
-) -> Journey[Sensitivity]:
-    """Return a sample's loss and Σ |p · ∂L/∂p| by layer. A piece of work counts once, however often it is tried.
+def statistics_journey(
+    batch: Batch, parts: Sequence[slice], keep: Keep, check: Callable[[float], None], backward: bool
+) -> Journey[Measured]:
+    """Have all statistics see a sample, and return its loss and what it adds to those by layer.
+
+    A piece of work counts once, however often it is tried: what it adds is in its answer.
 
     Args:
         batch: the sample, with labels.
         parts: the blocks of each part.
         keep: what becomes of hidden states between the way forward and the way back.
         check: called with the loss.
+        backward: whether gradients are needed.
     """
     hidden, calls, learned = yield Work(SHELL, "enter", (batch,))
     states = [keep(hidden)]
-    for place, blocks in enumerate(parts):
-        hidden = yield Work(place, "forward", (states[-1], calls[blocks], learned))
-        states.append(keep(hidden))
-    end = states.pop()
-    loss, gradient = yield Work(SHELL, "loss", (batch, end))
-    check(loss)
     sums: Sums = {}
+    for place, blocks in enumerate(parts):
+        hidden, found = yield Work(place, "forward", (states[-1], calls[blocks], learned))
+        states = [*(states if backward else ()), keep(hidden)]
+        sums = added(sums, found)
+    end = states.pop()
+    loss, gradient, found = yield Work(SHELL, "loss", (batch, end))
+    check(loss)
+    sums = added(sums, found)
+    if not backward:
+        return Measured(loss, sums)
     gradients = [torch.zeros_like(one) for one in learned]
     for place, blocks in reversed(list(enumerate(parts))):
         work = Work(place, "backward", (states.pop(), calls[blocks], learned, keep(gradient)))
         gradient, found, more = yield work
         gradients = [one + other for one, other in zip(gradients, more, strict=True)]
-        sums = _added(sums, found)
+        sums = added(sums, found)
     found = yield Work(SHELL, "backward", (batch, end, keep(gradient), gradients))
-    return Sensitivity(loss, _added(sums, found))
-
-
-def _added(sums: Sums, others: Sums) -> Sums:
-    return {layer: sums.get(layer, 0.0) + others.get(layer, 0.0) for layer in {**sums, **others}}
+    return Measured(loss, added(sums, found))
 
 
 def trunk_journey(batch: Batch, parts: Sequence[slice], keep: Keep) -> Journey[TrunkOutput]:
-    """Return what the trunk hands to the head; arguments as in `sensitivity_journey`."""
+    """Return what the trunk hands to the head; arguments as in `statistics_journey`."""
     hidden, calls, learned = yield Work(SHELL, "enter", (batch,))
     for place, blocks in enumerate(parts):
-        hidden = yield Work(place, "forward", (keep(hidden), calls[blocks], learned))
+        hidden, _ = yield Work(place, "forward", (keep(hidden), calls[blocks], learned))
     output: TrunkOutput = yield Work(SHELL, "trunk", (batch, hidden))
     return output
 
 
 class Runner(ABC):
-    """A network in some placement."""
+    """A network in some placement, watched by statistics."""
 
     @abstractmethod
-    def sensitivities(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Sensitivity]]:
-        """Yield number and `Sensitivity` of every sample, in any order."""
+    def run(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Measured]]:
+        """Have all statistics see all samples, in one pass.
+
+        What statistics by tensor add up is written to the runner's folder, in the order of the samples.
+
+        Yields:
+            Number and `Measured` of every sample, in any order; after a loss of totals again, with the same numbers.
+        """
 
     @abstractmethod
     def trunk_outputs(self, batches: Sequence[Batch]) -> Iterator[tuple[int, TrunkOutput]]:
@@ -117,6 +124,7 @@ class PartsRunner(Runner):
     """A network in parts, on which journeys are made."""
 
     _parts: Sequence[slice]
+    _statistics: Statistics
 
     @abstractmethod
     def _travel(self, journeys: Sequence[Journey[Result]]) -> Iterator[tuple[int, Result]]:
@@ -126,11 +134,12 @@ class PartsRunner(Runner):
     def _keep(self, hidden: Tensor) -> Tensor:
         """Put hidden states away until they are needed."""
 
-    def sensitivities(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Sensitivity]]:
+    def run(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Measured]]:
         """See `Runner`."""
+        backward = needs_gradients(self._statistics)
         return self._travel(
             [
-                sensitivity_journey(batch, self._parts, self._keep, partial(check, number))
+                statistics_journey(batch, self._parts, self._keep, partial(check, number), backward)
                 for number, batch in enumerate(batches)
             ]
         )

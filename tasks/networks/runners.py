@@ -1,70 +1,72 @@
 """An expert's network run whole, block by block, or with its blocks on other workers: the same numbers each way."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from sensmerge.tasks.networks.blocks import (
-    Batch,
-    TrunkOutput,
-    to_device,
-    trunk_output,
-    watch,
-)
-from sensmerge.tasks.networks.journeys import Check, Runner, Sensitivity
+from sensmerge.tasks.networks.blocks import Batch, TrunkOutput, to_device, trunk_output
+from sensmerge.tasks.networks.journeys import Check, Measured, Runner
 from sensmerge.tasks.networks.networks import trunk_of
 from sensmerge.tasks.networks.placement import Actors, Placement
-from sensmerge.tasks.networks.products import GradientProducts
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.streaming import StreamedRunner
+from sensmerge.tasks.networks.watching import Statistics, Watch, needs_gradients
+from sensmerge.tasks.statistics.statistic import Statistic
 
 
 @contextmanager
-def open_runner(source: Source, placement: Placement, scratch: Path) -> Iterator[Runner]:
+def open_runner(
+    source: Source, placement: Placement, scratch: Path, statistics: Mapping[str, Statistic] | None = None
+) -> Iterator[Runner]:
     """Load a network, or have it loaded, and let go of it in the end.
 
     Args:
         source: where it comes from.
         placement: where it runs.
-        scratch: folder of the step, on a disk: for hidden states, of which no file is left, and by its name nothing
-            else runs at the same time.
+        scratch: folder of the step, on a disk: for the totals of statistics by tensor, and for hidden states, of which
+            no file is left; by its name nothing else runs at the same time.
+        statistics: what sees its samples, by name.
 
     Raises:
         InputError: parameters are left without weights; a network whose blocks cannot be run apart.
     """
+    statistics = statistics or {}
     if isinstance(placement, Actors):
         from sensmerge.tasks.networks.sharded import ShardedRunner
 
-        with ShardedRunner.open(source, placement, str(scratch)) as runner:
+        with ShardedRunner.open(source, placement, scratch, statistics) as runner:
             yield runner
     elif placement == "streamed":
         with ThreadPoolExecutor(1) as loader:
-            yield StreamedRunner(source, scratch, loader)
+            yield StreamedRunner(source, scratch, loader, statistics)
     else:
-        yield WholeRunner(source)
+        yield WholeRunner(source, scratch, statistics)
 
 
 class WholeRunner(Runner):
-    """Memory: the network, one tensor's gradient, and the activations of one sample."""
+    """Memory: the network, one tensor's gradient, the activations of one sample, and totals by tensor."""
 
-    def __init__(self, source: Source) -> None:
-        """Load the network."""
-        self._source = source
+    def __init__(self, source: Source, scratch: Path, statistics: Statistics) -> None:
+        """Load the network; see `open_runner`."""
+        self._source, self._scratch = source, scratch
         self._network = source.network()
-        self._products = GradientProducts()
-        watch(self._products, source, self._network, "")
+        self._watch = Watch(statistics, source, self._network)
+        self._backward = needs_gradients(statistics)
 
-    def sensitivities(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Sensitivity]]:
+    def run(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Measured]]:
         """See `Runner`."""
         for number, batch in enumerate(batches):
-            loss = self._network(**to_device(batch, self._source.device)).loss
+            with self._watch.inputs(), torch.set_grad_enabled(self._backward):
+                loss = self._network(**to_device(batch, self._source.device)).loss
             value = float(loss.detach())
             check(number, value)
-            loss.backward()
-            yield number, Sensitivity(value, self._products.take())
+            if self._backward:
+                loss.backward()
+            yield number, Measured(value, self._watch.take())
+        self._watch.write(self._scratch, "network")
 
     def trunk_outputs(self, batches: Sequence[Batch]) -> Iterator[tuple[int, TrunkOutput]]:
         """See `Runner`."""

@@ -1,7 +1,8 @@
 """A network with its blocks on Ray actors: activations and gradients travel, and several samples are under way at once.
 
 This process has no weights; it sends each piece of work to the actor that owns the blocks, and keeps what comes back.
-So an actor that dies takes nothing with it: it is replaced, and what it was at work on is sent again.
+So an actor that dies takes nothing with it but totals of statistics by tensor: it is replaced, and what it was at work
+on is sent again, or everything where it had totals.
 """
 
 from collections import deque
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -18,10 +20,11 @@ from ray.util import get_placement_group, placement_group, remove_placement_grou
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from sensmerge.tasks.networks.blocks import Part, Shell, blocks_of, to_device
-from sensmerge.tasks.networks.journeys import SHELL, Journey, PartsRunner, Work
+from sensmerge.tasks.networks.blocks import Batch, Part, Shell, blocks_of, to_device
+from sensmerge.tasks.networks.journeys import SHELL, Check, Journey, Measured, PartsRunner, Work
 from sensmerge.tasks.networks.placement import Actors, shares
 from sensmerge.tasks.networks.source import Source
+from sensmerge.tasks.networks.watching import Statistics, holds_totals
 
 Result = TypeVar("Result")
 SAMPLES_PER_ACTOR = 3
@@ -33,48 +36,75 @@ MAX_TRIES = 2
 
 
 class ShardedRunner(PartsRunner):
-    """A range of blocks on each actor, the shell with the first. Actors keep nothing but weights.
+    """A range of blocks on each actor, the shell with the first. Actors keep weights, and totals of statistics.
 
-    Memory of an actor: its weights, one tensor's gradient, and the activations of one sample in its blocks. This
-    process holds the hidden states between actors, of `SAMPLES_PER_ACTOR` samples for each actor.
+    Every actor gets the samples in their order, for each method of its own: what is sent first is taken first, on every
+    stretch of the way. If an actor with totals dies, all samples set out again.
+
+    Memory of an actor: its weights, one tensor's gradient, the activations of one sample in its blocks, and the totals
+    of statistics by tensor. This process holds the hidden states between actors, of `SAMPLES_PER_ACTOR` samples for
+    each actor.
     """
 
-    def __init__(self, source: Source, actors: Actors, group: Any) -> None:
-        """Start the actors.
+    def __init__(self, source: Source, actors: Actors, group: Any, scratch: Path, statistics: Statistics) -> None:
+        """Start the actors; see `open`.
 
         Args:
-            source: where the network comes from.
-            actors: how many, and what each needs.
+            source: see there.
+            actors: see there.
             group: placement group with a bundle for each.
+            scratch: see there.
+            statistics: see there.
         """
+        self._scratch, self._statistics = scratch, statistics
         network = source.hollow()
         sizes = [sum(one.numel() for one in block.parameters()) for block in blocks_of(network).values()]
         assert actors.count <= len(sizes), f"{actors.count} actors for {len(sizes)} blocks"
         self._parts = shares(network.num_parameters() - sum(sizes), sizes, actors.count)
-        self._lanes = [_Lane(source, actors, group, place, part) for place, part in enumerate(self._parts)]
+        self._lanes = [
+            _Lane(Owned(source, part, place == 0, statistics), actors, group, place)
+            for place, part in enumerate(self._parts)
+        ]
 
     @classmethod
     @contextmanager
-    def open(cls, source: Source, actors: Actors, name: str) -> "Iterator[ShardedRunner]":
+    def open(cls, source: Source, actors: Actors, scratch: Path, statistics: Statistics) -> "Iterator[ShardedRunner]":
         """Reserve a place for all actors together and start them; stop them in the end.
 
         Args:
             source: where the network comes from.
             actors: how many, and what each needs.
-            name: of the placement group; one that an earlier try left behind is removed.
+            scratch: folder for totals; it names the placement group, of which one that an earlier try left behind is
+                removed.
+            statistics: what sees the samples, by name.
         """
+        name = str(scratch)
         with suppress(ValueError):  # there is none
             remove_placement_group(get_placement_group(name))
         bundle = {"CPU": actors.num_cpus} | ({"GPU": actors.num_gpus} if actors.num_gpus else {})
         group = placement_group([bundle] * actors.count, name=name)
         try:
             ray.get(group.ready())
-            yield cls(source, actors, group)
+            yield cls(source, actors, group, scratch, statistics)
         finally:
             remove_placement_group(group)  # ends the actors in it
 
     def _keep(self, hidden: Tensor) -> Tensor:
         return hidden
+
+    def run(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Measured]]:
+        """See `Runner`."""
+        for tries in range(1, MAX_TRIES + 1):
+            try:
+                yield from super().run(batches, check)
+                for lane in self._lanes:
+                    lane.write(self._scratch)
+                return
+            except _TotalsLost as lost:
+                if tries == MAX_TRIES:
+                    raise RuntimeError(str(lost)) from lost
+                for lane in self._lanes:
+                    lane.restart()
 
     def _travel(self, journeys: Sequence[Journey[Result]]) -> Iterator[tuple[int, Result]]:
         waiting = deque(enumerate(journeys))
@@ -103,6 +133,23 @@ class ShardedRunner(PartsRunner):
         heappush(self._lanes[max(work.place, 0)].queue, _Piece(number, work))
 
 
+class _TotalsLost(Exception):
+    """An actor died, and with it what statistics had added up."""
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What an actor owns."""
+
+    source: Source
+    """where the network comes from"""
+    blocks: slice
+    """which are its own"""
+    has_shell: bool
+    statistics: Statistics
+    """what sees the samples, by name"""
+
+
 @dataclass(order=True)
 class _Piece:
     """Samples that set out first go first: they are nearest to their end, where they take no more memory."""
@@ -115,8 +162,8 @@ class _Piece:
 class _Lane:
     """One actor, the work it has, and the work it will get."""
 
-    def __init__(self, source: Source, actors: Actors, group: Any, place: int, blocks: slice) -> None:
-        self._source, self._actors, self._group, self._place, self._blocks = source, actors, group, place, blocks
+    def __init__(self, owned: Owned, actors: Actors, group: Any, place: int) -> None:
+        self._owned, self._actors, self._group, self._place = owned, actors, group, place
         self.queue: list[_Piece] = []
         self.sent: dict[Any, _Piece] = {}
         self._start()
@@ -129,7 +176,30 @@ class _Lane:
         }
         threads = max(1, int(self._actors.num_cpus))
         actor = ray.remote(BlockOwner).options(**options)
-        self._actor = actor.remote(self._source, self._blocks, self._place == 0, threads)
+        self._actor = actor.remote(
+            self._owned.source, self._owned.blocks, self._owned.has_shell, threads, self._owned.statistics
+        )
+
+    def restart(self) -> None:
+        """Start anew with nothing to do and nothing added up."""
+        ray.kill(self._actor)
+        self.queue.clear()
+        self.sent.clear()
+        self._start()
+
+    def write(self, folder: Path) -> None:
+        """Have the actor write what statistics have added up."""
+        if holds_totals(self._owned.statistics):
+            try:
+                ray.get(self._actor.write.remote(folder))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except ray.exceptions.RayError as error:
+                raise _TotalsLost(f"{self._owned.source.key}: {self._blocks}: its actor died: {error}") from error
+
+    @property
+    def _blocks(self) -> str:
+        return f"blocks {self._owned.blocks.start} to {self._owned.blocks.stop - 1}"
 
     def send(self) -> None:
         """Let the actor have as much work as it may have at once."""
@@ -159,15 +229,20 @@ class _Lane:
         return piece.number, answer
 
     def _replace(self, error: Exception) -> None:
+        if holds_totals(self._owned.statistics):
+            raise _TotalsLost(
+                f"{self._owned.source.key}: the actor of {self._blocks} died, again after all samples had set out "
+                f"{MAX_TRIES} times; if it ran out of memory, raise placement.actors or set placement: streamed. "
+                f"Ray says: {error}"
+            ) from error
         ray.kill(self._actor)
         at_work, *others = self.sent.values()
         at_work.failures += 1
         if at_work.failures == MAX_TRIES:
-            blocks = f"blocks {self._blocks.start} to {self._blocks.stop - 1}"
-            where = "the shell" if at_work.work.place == SHELL else blocks
+            where = "the shell" if at_work.work.place == SHELL else self._blocks
             raise RuntimeError(
-                f"{self._source.key}: {at_work.work.method} of {where} on sample {at_work.number}: its actor died "
-                f"{MAX_TRIES} times; if it ran out of memory, raise placement.actors or set placement: streamed. "
+                f"{self._owned.source.key}: {at_work.work.method} of {where} on sample {at_work.number}: its actor "
+                f"died {MAX_TRIES} times; if it ran out of memory, raise placement.actors or set placement: streamed. "
                 f"Ray says: {error}"
             ) from error
         for piece in (at_work, *others):
@@ -179,25 +254,29 @@ class _Lane:
 class BlockOwner:
     """A Ray actor: a range of blocks, and the shell if it is the first."""
 
-    def __init__(self, source: Source, blocks: slice, has_shell: bool, threads: int) -> None:
+    def __init__(self, owned: Owned, threads: int) -> None:
         """Load nothing yet, so that errors of loading are as any others.
 
         Args:
-            source: where the network comes from.
-            blocks: which are its own.
-            has_shell: whether it has the shell.
+            owned: what is its own.
             threads: how many torch may use.
         """
         torch.set_num_threads(threads)
-        self._source, self._range, self._has_shell = source, blocks, has_shell
+        self._owned = owned
 
     @cached_property
     def _loaded(self) -> tuple[Part, Shell | None]:
-        network = self._source.hollow()
+        source, statistics = self._owned.source, self._owned.statistics
+        network = source.hollow()
         blocks = blocks_of(network)
-        own = dict(list(blocks.items())[self._range])
-        part = Part(self._source, own)
-        return part, Shell(self._source, network, blocks) if self._has_shell else None
+        part = Part(source, dict(list(blocks.items())[self._owned.blocks]), statistics)
+        return part, Shell(source, network, blocks, statistics) if self._owned.has_shell else None
+
+    def write(self, folder: Path) -> None:
+        """Write what statistics have added up."""
+        for one in self._loaded:
+            if one is not None:
+                one.write(folder)
 
     def work(self, in_shell: bool, method: str, arguments: tuple[Any, ...]) -> Any:
         """Call a method of the shell or of the blocks; tensors in what it returns are on the CPU, to travel."""

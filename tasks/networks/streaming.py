@@ -10,13 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.networks.blocks import (
-    Part,
-    Shell,
-    blocks_of,
-)
+from sensmerge.tasks.networks.blocks import Part, Shell, blocks_of
 from sensmerge.tasks.networks.journeys import SHELL, Journey, PartsRunner, Result, Work
 from sensmerge.tasks.networks.source import Source
+from sensmerge.tasks.networks.watching import Statistics
 
 LARGE = 2**22
 """Bytes from which on a free piece of memory is given back to the system."""
@@ -33,24 +30,27 @@ class StreamedRunner(PartsRunner):
     """One block at a time, for all samples; the next one is loaded meanwhile.
 
     Memory: the shell (embedding, final norm, head); two blocks and one tensor's gradient, which is less than a third;
-    the activations of one sample in one block, or its logits in the head; and what the network gives its blocks beside
-    the hidden states, of all samples (for Llama 2 × head size numbers a token). The hidden states themselves, those of
-    all samples before all blocks, lie in files that are mapped into memory: tokens × width × (blocks + 1) numbers.
+    the totals of one block; the activations of one sample in one block, or its logits in the head; and what the network
+    gives its blocks beside the hidden states, of all samples (for Llama 2 × head size numbers a token). The hidden
+    states themselves, those of all samples before all blocks, lie in files that are mapped into memory: tokens × width
+    × (blocks + 1) numbers.
     """
 
-    def __init__(self, source: Source, scratch: Path, loader: Executor) -> None:
+    def __init__(self, source: Source, scratch: Path, loader: Executor, statistics: Statistics) -> None:
         """Load the shell.
 
         Args:
             source: where the network comes from.
-            scratch: folder for hidden states.
+            scratch: folder for hidden states and the totals of statistics by tensor.
             loader: one thread, which reads the blocks.
+            statistics: what sees the samples, by name.
         """
         _hold_no_free_memory()
         network = source.hollow()
         blocks = blocks_of(network)
         self._source = source
-        self._shell = Shell(source, network, blocks)
+        self._shell = Shell(source, network, blocks, statistics)
+        self._statistics = statistics
         self._blocks = [{name: block} for name, block in blocks.items()]
         self._parts = [slice(number, number + 1) for number in range(len(blocks))]
         self._loader = loader
@@ -62,7 +62,8 @@ class StreamedRunner(PartsRunner):
         works = [next(journey) for journey in journeys]
         while works:
             # All samples take the same way, so all are in the same place.
-            do = getattr(self._worker(works[0]), works[0].method)
+            worker = self._worker(works[0])
+            do = getattr(worker, works[0].method)
             following = []
             for number, (journey, work) in enumerate(zip(journeys, works, strict=True)):
                 try:
@@ -70,7 +71,8 @@ class StreamedRunner(PartsRunner):
                 except StopIteration as end:
                     yield number, end.value
             works = following
-            del do  # with it goes the block, before another one is loaded
+            worker.write(self._scratch)
+            del worker, do  # with them goes the block, before another one is loaded
 
     def _worker(self, work: Work) -> Shell | Part:
         if work.place != SHELL:
@@ -89,7 +91,7 @@ class StreamedRunner(PartsRunner):
         return part
 
     def _load(self, place: int) -> "Future[Part]":
-        return self._loader.submit(Part, self._source, self._blocks[place])
+        return self._loader.submit(Part, self._source, self._blocks[place], self._statistics)
 
     def _keep(self, hidden: Tensor) -> Tensor:
         """Copy hidden states to a mapped file, which takes disk rather than memory, and is gone when they are."""

@@ -1,20 +1,20 @@
-"""Texts as the tokens that a merged model reads, when it answers on its own and no task says what a row is."""
+"""Texts as the tokens that a merged model reads when it answers texts without a task."""
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import positions
-from sensmerge.tasks.networks.tokens import class_tokens, tokens
+from sensmerge.tasks.networks.tokens import Inputs, class_tokens, tokens
 
 
-def text_tokens(
+def text_inputs(
     text: str,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     max_new_tokens: int | None,
     where: str,
-) -> list[int]:
-    """Return the tokens of one text: as a classifier reads it, or as a prompt that leaves room for its continuation.
+) -> Inputs:
+    """Return what a network reads of one text: one to classify, or a prompt that leaves room for its continuation.
 
     Args:
         text: the text.
@@ -33,4 +33,4 @@ def text_tokens(
         raise InputError(f"max_new_tokens is {new}; the model takes {room + new} tokens, prompt included: lower it")
     if not 0 < len(ids) <= room:
         raise InputError(f"{where} has {len(ids)} tokens; the model takes 1 to {room}: shorten it")
-    return ids
+    return {"input_ids": ids}

@@ -57,7 +57,7 @@ class Choice:
     """what a user should know of it: a line each"""
 
     def token_ids(self) -> dict[str, int | list[int]]:
-        """Return the token ids that the config of merged models states otherwise than the base's."""
+        """Return the token ids in which the config of merged models differs from the base's."""
         if self.source.key == BASE:
             return {"eos_token_id": _one_or_list(self.ends)} if self.ends else {}
         tokenizer = load_tokenizer(self.source.folder)
@@ -99,7 +99,7 @@ def choose(base: Owner, experts: Sequence[Owner], named: str, rows: int, generat
     notes = []
     if source is not base:
         what = "tokenizer, chat template, special tokens and generation config"
-        why = "" if exact else f", for the base has no {'chat template' if base in owners else 'tokenizer'}"
+        why = "" if exact else f", because the base has no {'chat template' if base in owners else 'tokenizer'}"
         notes.append(f"tokenizer: merged models have the {what} of {source.key}{why}")
     maps = _distinct_maps(source, owners, notes)
     added, said = ({}, _conflicts(source, maps)) if exact else _union(source, maps, owners, rows)
@@ -192,7 +192,7 @@ def _distinct_maps(source: Owner, owners: Sequence[Owner], notes: list[str]) -> 
         seen.add(one.digest)
         tokens = token_ids(one.folder)
         if tokens is None:
-            notes.append(f"tokenizer: that of {one.key} cannot be read and is not compared with the others")
+            notes.append(f"tokenizer: the one of {one.key} cannot be read, so it is not compared with the others")
         else:
             maps[one.key] = tokens
     return maps
@@ -213,7 +213,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _conflicts(source: Owner, maps: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Return a line for every tokenizer that says of a token or an id otherwise than the source's."""
+    """Return a line for every tokenizer that disagrees with the source's about a token or an id."""
     notes = []
     ours = maps.get(source.key, {})
     for key, tokens in maps.items():
@@ -258,14 +258,14 @@ def _union(
         if beyond:
             notes.append(
                 f"tokenizer: {', '.join(map(repr, beyond[:5]))} of {key} {'is' if len(beyond) == 1 else 'are'} left "
-                f"out: the embedding has {rows} rows and none for {'it' if len(beyond) == 1 else 'them'}"
+                f"out: the embedding has {rows} rows and no row for {'it' if len(beyond) == 1 else 'them'}"
             )
         new = {token: one for token, one in new.items() if one < rows}
         ordinary = sorted(new.keys() - added_tokens(folders[key]).keys())
         if ordinary:
             raise InputError(
                 f"{key}: its tokenizer has {ordinary[0]!r} (id {new[ordinary[0]]}), which that of {source.key} lacks "
-                f"and which is no added token; {WAY_OUT}"
+                f"and which is not an added token; {WAY_OUT}"
             )
         if new:
             listed = ", ".join(f"{token!r} ({one})" for token, one in sorted(new.items(), key=lambda item: item[1])[:5])

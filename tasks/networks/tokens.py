@@ -1,14 +1,17 @@
-"""Texts as tokens, and tokens as batches."""
+"""Texts as tokens, and samples as batches.
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+torch is imported where it is used: kinds of task, which a recipe is read by, are made of this.
+"""
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Inputs = Mapping[str, Any]
+"""what a network reads of one sample, by its argument: a list of token ids, or a tensor"""
 
 
 def tokens(text: str, tokenizer: "PreTrainedTokenizerBase", front: bool) -> list[int]:
@@ -49,6 +52,7 @@ def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "righ
 
     Pad on the right to score and on the left to generate, where the next token must follow the last real one.
     """
+    import torch
 
     longest = max(map(len, sequences))
     ids = torch.full((len(sequences), longest), pad_id)
@@ -60,7 +64,31 @@ def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "righ
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def pad_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right"] = "right") -> "dict[str, Tensor]":
+    """Samples as one batch: token ids as `pad` does, other lists padded with 0 alike, tensors stacked.
+
+    All samples have the same inputs, and tensors of one name one shape.
+    """
+    import torch
+
+    batch: dict[str, Tensor] = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if name == "input_ids":
+            batch |= pad(values, pad_id, side)
+        elif isinstance(values[0], list):
+            batch[name] = pad(values, 0, side)["input_ids"]
+        else:
+            batch[name] = torch.stack(values)
+    return batch
+
+
+def length(sample: Inputs) -> int:
+    """How many tokens a sample has; 0 where a network reads no text."""
+    return len(sample.get("input_ids", ()))
+
+
+def pad_token(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return a token id to pad with. The config's comes first: a decoder with a classification head looks for it."""
     for pad_id in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
         if pad_id is not None:

@@ -1,4 +1,4 @@
-"""Rows of JSON and CSV files as the text that stands in them: nothing is inferred, over a row or over many.
+"""Rows of JSON and CSV files as the text in them: nothing is inferred, neither from one row nor from many.
 
 A file is UTF-8, with or without a byte order mark, and may be compressed with gzip, bzip2 or xz.
 

@@ -7,6 +7,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
@@ -46,14 +47,15 @@ class Lease:
         Args:
             place: the artifact's folder in its store, or its URL; anything else has no lease.
         """
+        self._finalizer: weakref.finalize[..., Lease] | None = None
         root, stage, name = ("", "", *place.rstrip("/").rsplit("/", 2))[-3:]
-        self._files, folder = fsspec.url_to_fs(root or ".")
-        self._path = f"{folder}/{LEASES}/{stage}--{name}/{uuid4().hex}.json"
-        if not self._files.exists(f"{folder}/{stage}/{name}/manifest.json"):
+        files, folder = fsspec.url_to_fs(root or ".")
+        path = f"{folder}/{LEASES}/{stage}--{name}/{uuid4().hex}.json"
+        if not files.exists(f"{folder}/{stage}/{name}/manifest.json"):
             return
         try:
-            _renew(self._files, self._path)
-        except OSError as error:
+            _renew(files, path)
+        except Exception as error:  # each file system has its own for "only read"; a model can be served all the same
             logging.getLogger(__name__).warning(
                 "%s: the store cannot be written, so gc does not know that this version is served (%s); give it an "
                 "alias or the tag `pinned`",
@@ -62,8 +64,13 @@ class Lease:
             )
             return
         ended = threading.Event()
-        threading.Thread(target=_keep, args=(self._files, self._path, ended), daemon=True).start()
-        self.release = weakref.finalize(self, _end, self._files, self._path, ended)
+        threading.Thread(target=_keep, args=(files, path, ended), daemon=True).start()
+        self._finalizer = weakref.finalize(self, _end, files, path, ended, os.getpid())
+
+    def release(self) -> None:
+        """Let go of the lease; nothing happens if there is none, or the second time."""
+        if self._finalizer is not None:
+            self._finalizer()
 
 
 def held(place: str) -> list[Held]:
@@ -78,19 +85,34 @@ def held(place: str) -> list[Held]:
 
 
 def release(place: str, lease: Held) -> None:
-    """Remove a lease from a store."""
+    """Remove a lease from a store; its server may do so at the same moment."""
     files, _ = fsspec.url_to_fs(place)
-    files.rm_file(lease.path)
+    with suppress(FileNotFoundError):
+        files.rm_file(lease.path)
 
 
 def _read(files: fsspec.AbstractFileSystem, folder: str) -> Iterator[Held]:
     for path in files.find(folder) if files.exists(folder) else ():
         stage, _, name = path.rsplit("/", 2)[1].partition("--")
+        with suppress(FileNotFoundError):  # let go of meanwhile
+            host, renewed = _content(files, path)
+            yield Held(f"{stage}/{name}", host, renewed if renewed.tzinfo else renewed.replace(tzinfo=UTC), path)
+
+
+def _content(files: fsspec.AbstractFileSystem, path: str) -> tuple[str, datetime]:
+    """Return the host and the last renewal of a lease.
+
+    A file that cannot be read counts from when it was written: it may just be being written, and is gone after `LIFE`.
+    Where a file system does not know when that was, objects appear whole, so the lease has ended.
+    """
+    try:
+        found = json.loads(files.cat_file(path))
+        return str(found["host"]), datetime.fromisoformat(found["renewed"])
+    except (KeyError, TypeError, ValueError):
         try:
-            found = json.loads(files.cat_file(path))
-            yield Held(f"{stage}/{name}", str(found["host"]), datetime.fromisoformat(found["renewed"]), path)
-        except (FileNotFoundError, KeyError, TypeError, ValueError):
-            continue  # let go of meanwhile, or just being written
+            return "an unknown host", files.modified(path)
+        except NotImplementedError:
+            return "an unknown host", datetime.min
 
 
 def _renew(files: fsspec.AbstractFileSystem, path: str) -> None:
@@ -103,13 +125,15 @@ def _keep(files: fsspec.AbstractFileSystem, path: str, ended: threading.Event) -
     while not ended.wait(RENEWAL.total_seconds()):
         try:
             _renew(files, path)
-        except OSError as error:  # the next time may be in time
+        except Exception as error:  # the next time may be in time
             logging.getLogger(__name__).warning("%s: the lease is not renewed (%s)", path, type(error).__name__)
 
 
-def _end(files: fsspec.AbstractFileSystem, path: str, ended: threading.Event) -> None:
+def _end(files: fsspec.AbstractFileSystem, path: str, ended: threading.Event, owner: int) -> None:
+    if os.getpid() != owner:  # a fork of the server, which goes on serving
+        return
     ended.set()
     try:
         files.rm_file(path)
-    except OSError as error:  # it ends by itself
+    except Exception as error:  # it ends by itself
         logging.getLogger(__name__).warning("%s: the lease is left behind (%s)", path, type(error).__name__)

@@ -40,22 +40,12 @@ class Scorer:
     def __init__(self, place: str, device: str, dtype: str | None) -> None:
         """See `_load_pyfunc`."""
         self._files = TemporaryDirectory()  # what is downloaded lives as long as the model
-        folder = Path(place)
-        if "://" in place:
-            files, path = fsspec.url_to_fs(place)
-            folder = Path(self._files.name)
-            try:
-                files.get(f"{path}/", f"{folder}/", recursive=True)
-            except FileNotFoundError:
-                raise _gone(place) from None
-        if not folder.is_dir():
-            raise _gone(place)
-        self._model: DynamicModel | StaticModel
-        if (folder / MANIFEST).is_file():
-            self._model = DynamicModel.load(folder, device, dtype)
-        else:
-            self._model = StaticModel.load(folder, device, dtype or "float32")
-        self._lease = Lease(place)
+        self._lease = Lease(place)  # before anything is read, so that gc does not free half of it meanwhile
+        try:
+            self._model = _load(place, Path(self._files.name), device, dtype)
+        except BaseException:
+            self._lease.release()
+            raise
 
     def get_raw_model(self) -> DynamicModel | StaticModel:
         """Return the merged model; MLflow's `PyFuncModel.get_raw_model` calls this."""
@@ -78,7 +68,7 @@ class Scorer:
             try:
                 rows += self._rows(texts[start : start + BATCH_SIZE], max_new_tokens, given.get("task") or None)
             except InputError as error:
-                raise InputError(f"counting from row {start}: {error}") from None
+                raise InputError(f"rows counted from {start}: {error}") from None
         types: dict[str, type] = {"prediction": object}
         if isinstance(self._model, DynamicModel):
             types |= {"expert": object} | {f"coefficient.{expert}": float for expert in self._model.experts}
@@ -94,10 +84,27 @@ class Scorer:
         ]
 
 
+def _load(place: str, cache: Path, device: str, dtype: str | None) -> DynamicModel | StaticModel:
+    """Load a merged model from a folder, or from a URL by way of the folder `cache`."""
+    folder = Path(place)
+    if "://" in place:
+        files, path = fsspec.url_to_fs(place)
+        folder = cache
+        try:
+            files.get(f"{path}/", f"{folder}/", recursive=True)
+        except FileNotFoundError:
+            raise _gone(place) from None
+    if not folder.is_dir():
+        raise _gone(place)
+    if (folder / MANIFEST).is_file():
+        return DynamicModel.load(folder, device, dtype)
+    return StaticModel.load(folder, device, dtype or "float32")
+
+
 def _gone(place: str) -> InputError:
     return InputError(
-        f"{place}: the merged model is not there; mount the store under this name, run the recipe again to make it "
-        "anew, or load another version"
+        f"{place}: the merged model is not there; mount the store under this name, run the recipe again to "
+        "restore it, or load another version"
     )
 
 

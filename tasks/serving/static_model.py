@@ -19,8 +19,8 @@ from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
 from sensmerge.tasks.networks.networks import finite, load_config, load_tokenizer, network_class
-from sensmerge.tasks.networks.texts import text_tokens
-from sensmerge.tasks.networks.tokens import pad, pad_token
+from sensmerge.tasks.networks.texts import text_inputs
+from sensmerge.tasks.networks.tokens import collate, pad_token
 
 Form = Literal["language_model", "classifier", "trunk"]
 """What a static merge is: one whole network, or the trunk of several classifiers, whose heads lie beside it."""
@@ -122,17 +122,17 @@ class StaticModel:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         network = self.network(task)
         new = max_new_tokens if self.form == "language_model" else None
-        sequences = [
-            text_tokens(text, self.tokenizer, network.config, new, f"text {number}")
+        samples = [
+            text_inputs(text, self.tokenizer, network.config, new, f"text {number}")
             for number, text in enumerate(texts)
         ]
-        if not sequences:
+        if not samples:
             return []
         with torch.inference_mode():
             if new is not None:
-                found = generate(network, self.tokenizer, sequences, new, self._pad_id, network.device)
+                found = generate(network, self.tokenizer, samples, new, self._pad_id, network.device)
                 return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
-            batch = {name: values.to(network.device) for name, values in pad(sequences, self._pad_id).items()}
+            batch = {name: values.to(network.device) for name, values in collate(samples, self._pad_id).items()}
             classes = finite(network(**batch).logits).argmax(-1).tolist()
         return [str(network.config.id2label[index]) for index in classes]
 

@@ -2,18 +2,18 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from sensmerge.tasks.artifacts import read_json, write_json
+from sensmerge.tasks.artifacts import Artifact, canonical, read_json, sha256_text, write_json
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet, calibration_batch
+from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.networks.blocks import Batch, to_device
 from sensmerge.tasks.networks.head_inputs import (
     HeadInput,
@@ -25,13 +25,13 @@ from sensmerge.tasks.networks.head_inputs import (
     save_head_inputs,
 )
 from sensmerge.tasks.networks.heads import DetachedHead
-from sensmerge.tasks.networks.networks import Head, load_tokenizer
+from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.placement import Actors, Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.rows.source import Row
+from sensmerge.tasks.stages.calibration import CalibrationSet
+from sensmerge.tasks.stages.job import Earlier, Job
 
-VERSION = 6
 DISTANCES = "distances.json"
 PAIRS = "pairs.json"
 _HEAD_INPUTS = "head_inputs.safetensors"
@@ -40,59 +40,93 @@ CHUNK_TOKENS = 256
 _TRUNKS = "trunks"
 """Folder for what trunks gave: of completions until all distances are known, of classifiers for good."""
 
-Pairs = Mapping[str, Mapping[str, str]]
-"""pairs[i][j]: fingerprint of all that something of expert i and task j depends on"""
 Distances = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class CrossTaskJob:
-    """What distances are measured of, and where. Distances that are known are taken over.
+class CrossTaskJob(Job):
+    """Measures the distances of all experts. Those that earlier artifacts have are taken over.
 
     Passes that only known distances need are left out: after a change of one expert of K, K of K² are made on
     classification tasks, where what heads read of trunks is kept, and 3K − 2 on others. A pass is that of one trunk
     over one calibration set.
     """
 
-    base: Path
-    """folder of the base"""
-    experts: Mapping[str, Path]
-    """folder of each expert"""
-    calibration: Mapping[str, RowSet]
+    stage = "cross_task"
+    version = 7
+
+    base: Artifact
+    experts: Mapping[str, Artifact]
+    base_config: Set[str]
+    """experts that run with the base's settings where their own configs differ"""
+    calibration: Mapping[str, CalibrationSet]
     """calibration set of each expert"""
-    tokenizer: Path
-    """folder of the tokenizer that all models share"""
+    tokenizer: Artifact
+    """that all models share"""
     dtype: str
     """torch name of the networks' dtype"""
-    device: str
+    heads: Local[Mapping[str, str]]
+    """digest of each expert's config, on which depends what its head reads of a trunk"""
+    device: Local[str]
     """torch device"""
-    placement: Placement
-    """where the networks run; it changes no number"""
-    pairs: Pairs
-    """fingerprint of every distance"""
-    trunks: Pairs
-    """fingerprint of what every trunk gives for every calibration set"""
-    known: Mapping[str, float]
-    """distances of earlier artifacts by fingerprint, from `known_distances`"""
-    kept: Mapping[str, Path]
-    """what heads read of trunks: files of earlier artifacts by fingerprint, from `kept_trunks`"""
-    base_config: frozenset[str] = frozenset()
-    """experts that run with the base's settings where their own configs differ"""
+    placement: Local[Placement]
+    """where the networks run"""
+    known: Local[Mapping[str, float]] = field(default_factory=dict)
+    """distances of earlier artifacts by fingerprint"""
+    kept: Local[Mapping[str, Path]] = field(default_factory=dict)
+    """what heads read of trunks: files of earlier artifacts by fingerprint"""
+
+    def pair(self, i: str, j: str) -> str:
+        """Return the fingerprint of the distance of expert i from expert j: it depends on all of expert j."""
+        return self._fingerprint(i, j, [self.experts[j].fingerprint, j in self.base_config])
+
+    def trunk(self, i: str, j: str) -> str:
+        """Return the fingerprint of what the head of task j reads of expert i's trunk: of j, its config counts."""
+        return self._fingerprint(i, j, self.heads[j])
+
+    def _fingerprint(self, i: str, j: str, head: Any) -> str:
+        about = {
+            "version": self.version,
+            "dtype": self.dtype,
+            "base": self.base,
+            "expert": [self.experts[i], i in self.base_config],
+            "head": head,
+            "calibration": self.calibration[j],
+            "tokenizer": self.tokenizer,
+        }
+        return sha256_text(canonical(identity(about)))
+
+    def resumed(self, earlier: Earlier) -> Self:
+        """Take over the distances, and what heads read of trunks, that intact files of earlier artifacts have."""
+        names = list(product(self.experts, self.experts))
+        pairs, trunks = {self.pair(i, j) for i, j in names}, {self.trunk(i, j) for i, j in names}
+        known: dict[str, float] = {}
+        kept: dict[str, Path] = {}
+        for folder in earlier.artifacts():
+            if all(earlier.is_intact(folder, name) for name in (PAIRS, DISTANCES)):
+                known |= {one: g for one, g in known_distances(folder).items() if one in pairs}
+            for print_, file in kept_trunks(folder).items():
+                if print_ in trunks and earlier.is_intact(folder, str(file.relative_to(folder))):
+                    kept[print_] = file
+        return replace(self, known=known, kept=kept)
+
+    def parts(self) -> Sequence[str]:
+        """Return the experts whose trunks have to run."""
+        return [name for name in self.experts if self.looked_at(name)]
 
     def wanted(self, j: str) -> list[str]:
         """Return the experts whose distance from expert j, on its calibration set, is to be measured."""
-        return [i for i in self.experts if i != j and self.pairs[i][j] not in self.known]
+        return [i for i in self.experts if i != j and self.pair(i, j) not in self.known]
 
     def looked_at(self, i: str) -> list[str]:
         """Return the tasks over whose calibration sets the trunk of expert i runs."""
         needed = [j for j in self.experts if (wanted := self.wanted(j)) and i in (j, *wanted)]
-        return [j for j in needed if self.trunks[i][j] not in self.kept]
+        return [j for j in needed if self.trunk(i, j) not in self.kept]
 
     def source(self, i: str) -> Source:
         """Return where the network of expert i comes from."""
-        ending: Head = "classification" if self.is_classification(i) else "causal_lm"
-        dtype, base_config = getattr(torch, self.dtype), i in self.base_config
-        return Source(self.base, self.experts[i], f"experts.{i}", ending, dtype, self.device, base_config)
+        ending, dtype, base_config = self.calibration[i].head, getattr(torch, self.dtype), i in self.base_config
+        return Source(self.base.folder, self.experts[i].folder, f"experts.{i}", ending, dtype, self.device, base_config)
 
     def head(self, i: str) -> DetachedHead:
         """Return the head of expert i; on the CPU where networks run on actors, for they have the GPUs."""
@@ -101,18 +135,17 @@ class CrossTaskJob:
 
     def is_classification(self, j: str) -> bool:
         """Return whether task j has classes, and its expert a head of its own for them."""
-        return isinstance(self.calibration[j].task, ClassificationTask)
+        return self.calibration[j].task.has_own_head
 
     def batches(self, j: str) -> list[Batch]:
         """Return the inputs of task j's calibration set, in batches without padding: no number depends on others."""
-        one, config = self.calibration[j], self.source(j).expert.config
-        reader, labels = load_tokenizer(self.tokenizer), config.label2id
+        config, reader = self.source(j).expert.config, load_tokenizer(self.tokenizer.folder)
         # Without a padding token, some heads do not find the last token of more than one sample.
         alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
         by_length: dict[int, list[Batch]] = {}
-        for number, row in enumerate(one.rows):
-            sample = _inputs(one, row, reader, f"row {number} of tasks.{j}.calibration", labels)
-            by_length.setdefault(sample["input_ids"].shape[1], []).append(sample)
+        for sample in self.calibration[j].samples(j, reader, config.label2id):
+            inputs = {key: value for key, value in sample.items() if key != "labels"}
+            by_length.setdefault(sample["input_ids"].shape[1], []).append(inputs)
         batches: list[Batch] = []
         for length, samples in by_length.items():
             size = 1 if alone else max(1, CHUNK_TOKENS // length)
@@ -121,29 +154,65 @@ class CrossTaskJob:
                 batches.append({key: torch.cat([sample[key] for sample in some]) for key in some[0]})
         return batches
 
+    def run(self, part: int | str, out: Path) -> bool:
+        """Run the trunk of an expert over the calibration sets it is looked at on, and keep what it hands to its head.
 
-def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
-    """Run the trunk of expert i over the calibration sets it is looked at on, and keep what it hands to its head.
+        What was kept before is not made again. Memory: one network, or what its placement takes of it (see
+        `StreamedRunner`).
+        """
+        assert isinstance(part, str)
+        left = [j for j in self.looked_at(part) if not _kept(out, part, j).exists()]
+        if left:
+            _run_trunk(self, part, left, out)
+        return bool(left)
 
-    Memory: one network, or what its placement takes of it (see `StreamedRunner`).
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂.
 
-    Args:
-        job: see there.
-        i: the expert.
-        out: folder of the step; what was kept there before is not made again.
+        The heads run over what `run` kept, side by side, `CHUNK_TOKENS` tokens at a time. On a classification task
+        every trunk is followed by the head of the task's own expert, whole samples at a time.
 
-    Returns:
-        Whether there was something left to do.
-    """
-    left = [j for j in job.looked_at(i) if not _kept(out, i, j).exists()]
-    if not left:
-        return False
-    batches = {j: job.batches(j) for j in left}
-    places = [(j, number) for j in left for number in range(len(batches[j]))]
-    begun = {j: _kept(out, i, f"{j}.partial") for j in left}
+        Memory: K heads with two chunks of logits, K · vocabulary · width + 2 · CHUNK_TOKENS · vocabulary numbers,
+        whatever the samples are.
+
+        Args:
+            out: folder for `distances.json`, `pairs.json` (their fingerprints) and what is kept of trunks.
+
+        Returns:
+            The largest and smallest distance (`distances.json` in `out` has them all), and how many were measured.
+
+        Raises:
+            InputError: logits that are not finite.
+        """
+        names = list(self.experts)
+        pairs = {i: {j: self.pair(i, j) for j in names} for i in names}
+        distances = {i: {j: 0.0 if i == j else self.known.get(pairs[i][j], math.nan) for j in names} for i in names}
+        try:
+            for i, j, distance in _measured(self, out):
+                if not math.isfinite(distance):
+                    raise InputError(
+                        f"tasks.{j}.calibration: the distance of experts.{i} from experts.{j} is {distance}; "
+                        "expected a finite number (try dtype: float32)"
+                    )
+                distances[i][j] = distance
+        except InputError:
+            shutil.rmtree(out / _TRUNKS, ignore_errors=True)
+            raise
+        _keep_head_inputs(self, out)
+        write_json(out / DISTANCES, distances)
+        write_json(out / PAIRS, pairs)
+        apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
+        return {"min": min(apart), "max": max(apart), "measured": sum(len(self.wanted(j)) for j in names)}
+
+
+def _run_trunk(job: CrossTaskJob, i: str, tasks: Sequence[str], out: Path) -> None:
+    """Run the trunk of expert i over the calibration sets of some tasks and keep what it hands to its head."""
+    batches = {j: job.batches(j) for j in tasks}
+    places = [(j, number) for j in tasks for number in range(len(batches[j]))]
+    begun = {j: _kept(out, i, f"{j}.partial") for j in tasks}
     for folder in begun.values():
         folder.mkdir(parents=True, exist_ok=True)
-    heads = {j: job.head(j) for j in left if job.is_classification(j)}
+    heads = {j: job.head(j) for j in tasks if job.is_classification(j)}
     little: dict[str, dict[int, HeadInput]] = {j: {} for j in heads}
     with torch.no_grad(), open_runner(job.source(i), job.placement, out / _TRUNKS / i) as runner:
         for place, output in runner.trunk_outputs([batches[j][number] for j, number in places]):
@@ -158,54 +227,12 @@ def run_trunk(job: CrossTaskJob, i: str, out: Path) -> bool:
                 save_file(dict(kept), _file(begun[j], number))
     for j, inputs in little.items():
         if len(inputs) == len(batches[j]):
-            save_head_inputs(inputs, job.trunks[i][j], begun[j] / _HEAD_INPUTS)
+            save_head_inputs(inputs, job.trunk(i, j), begun[j] / _HEAD_INPUTS)
         else:
             for number, kept in inputs.items():
                 save_file(dict(kept), _file(begun[j], number))
     for j, folder in begun.items():
         folder.rename(_kept(out, i, j))
-    return True
-
-
-def finish_distances(job: CrossTaskJob, out: Path) -> dict[str, Any]:
-    """Measure g[i][j] = mean over samples of D_j of the mean over tokens of ‖logits_i − logits_j‖₂.
-
-    The heads run over what `run_trunk` kept, side by side, `CHUNK_TOKENS` tokens at a time. On a classification task
-    every trunk is followed by the head of the task's own expert, whole samples at a time.
-
-    Memory: K heads with two chunks of logits, K · vocabulary · width + 2 · CHUNK_TOKENS · vocabulary numbers, whatever
-    the samples are.
-
-    Args:
-        job: see there.
-        out: folder for `distances.json`, `pairs.json` (their fingerprints) and what is kept of trunks.
-
-    Returns:
-        The largest and smallest distance (`distances.json` in `out` has them all), and how many were measured.
-
-    Raises:
-        InputError: logits that are not finite.
-    """
-    names = list(job.experts)
-    distances: Distances = {
-        i: {j: 0.0 if i == j else job.known.get(job.pairs[i][j], math.nan) for j in names} for i in names
-    }
-    try:
-        for i, j, distance in _measured(job, out):
-            if not math.isfinite(distance):
-                raise InputError(
-                    f"tasks.{j}.calibration: the distance of experts.{i} from experts.{j} is {distance}; "
-                    "expected a finite number (try dtype: float32)"
-                )
-            distances[i][j] = distance
-    except InputError:
-        shutil.rmtree(out / _TRUNKS, ignore_errors=True)
-        raise
-    _keep_head_inputs(job, out)
-    write_json(out / DISTANCES, distances)
-    write_json(out / PAIRS, job.pairs)
-    apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
-    return {"min": min(apart), "max": max(apart), "measured": sum(len(job.wanted(j)) for j in names)}
 
 
 def known_distances(folder: Path) -> dict[str, float]:
@@ -214,24 +241,13 @@ def known_distances(folder: Path) -> dict[str, float]:
     return {print_: distances[i][j] for i, row in pairs.items() for j, print_ in row.items() if i != j}
 
 
-def kept_trunks(folder: Path, trunks: Pairs) -> dict[str, Path]:
-    """Return the files of an artifact of this stage with what heads read of trunks, by their fingerprint.
-
-    Args:
-        folder: of the artifact.
-        trunks: any of the same experts.
-    """
-    files = [_kept(folder, i, j) / _HEAD_INPUTS for i, row in trunks.items() for j in row]
-    return {fingerprint_of(file): file for file in files if file.is_file()}
+def kept_trunks(folder: Path) -> dict[str, Path]:
+    """Return the files of an artifact of this stage with what heads read of trunks, by their fingerprint."""
+    return {fingerprint_of(file): file for file in sorted((folder / _TRUNKS).glob(f"*/*/{_HEAD_INPUTS}"))}
 
 
 def _kept(out: Path, i: str, j: str) -> Path:
     return out / _TRUNKS / i / j
-
-
-def _inputs(one: RowSet, row: Row, tokenizer: Any, where: str, labels: Mapping[str, int]) -> Batch:
-    batch = calibration_batch(one.task, row, tokenizer, where, labels)
-    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
@@ -256,12 +272,12 @@ def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
                 for i, norm in _token_norms(j, heads, kept, batch).items():
                     sums[i] += norm
         for i, total in sums.items():
-            yield i, j, total / len(job.calibration[j].rows)
+            yield i, j, total / job.calibration[j].count
 
 
 def _keep_head_inputs(job: CrossTaskJob, out: Path) -> None:
     """Leave of what trunks gave what is little; that of earlier artifacts stays known."""
-    kept = {_kept(out, i, j) / _HEAD_INPUTS: job.trunks[i][j] for i, j in product(job.experts, job.experts)}
+    kept = {_kept(out, i, j) / _HEAD_INPUTS: job.trunk(i, j) for i, j in product(job.experts, job.experts)}
     for file in (out / _TRUNKS).rglob("*"):
         if file.is_file() and file not in kept:
             file.unlink()
@@ -277,7 +293,7 @@ def _keep_head_inputs(job: CrossTaskJob, out: Path) -> None:
 def _head_inputs(job: CrossTaskJob, out: Path, i: str, j: str) -> Callable[[int], HeadInput]:
     """Return what gives what the head of task j reads of expert i's trunk, by the number of the batch."""
     folder = _kept(out, i, j)
-    file = folder / _HEAD_INPUTS if folder.exists() else job.kept[job.trunks[i][j]]
+    file = folder / _HEAD_INPUTS if folder.exists() else job.kept[job.trunk(i, j)]
     if file.is_file():
         return load_head_inputs(file).__getitem__
     return lambda number: load_file(_file(folder, number))

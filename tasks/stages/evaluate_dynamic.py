@@ -2,167 +2,155 @@
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from sensmerge.tasks.artifacts import write_json
+from sensmerge.tasks.artifacts import Artifact, write_json
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
-from sensmerge.tasks.kinds.datasets import CompletionTask, MultipleChoiceTask, RowSet, Sample, encode, encode_choices
-from sensmerge.tasks.kinds.metrics import Record, mean_score, score_records
-from sensmerge.tasks.networks.networks import finite
-from sensmerge.tasks.stages.evaluate import choose, is_exact, likelihood
-
-VERSION = 2
+from sensmerge.tasks.identity import For, Local
+from sensmerge.tasks.kinds.kind import RowSet, Sample
+from sensmerge.tasks.kinds.scores import Record, mean_score
+from sensmerge.tasks.networks.tokens import Inputs
+from sensmerge.tasks.stages.answers import Item, items_of, records_of
+from sensmerge.tasks.stages.job import Job
 
 
 @dataclass(frozen=True)
-class _Item:
-    """One row: what the model reads, and what only the scoring knows."""
-
-    prompt: list[int]
-    """what it is routed by"""
-    samples: list[Sample]
-    """one, or one per choice"""
-    task: str
-    row: int
-
-
-def evaluate_dynamic(model: Path, evaluation: Mapping[str, RowSet], device: str, out: Path) -> dict[str, Any]:
-    """Score a dynamic model on all tasks at once; it is never told a sample's task.
+class EvaluateDynamicJob(Job):
+    """Scores a dynamic model on all tasks at once; it is never told a sample's task.
 
     Scores are those of stage evaluate, by task. Classification has two: in `accuracy` and its like the head of the
     sample's own task answers (the usual protocol), in `routed_accuracy` the head of the expert that the router chose,
     and a wrong head is a wrong answer.
-
-    Args:
-        model: folder of the dynamic model.
-        evaluation: the evaluation set of every task that has one.
-        device: torch device.
-        out: folder for `records.json` and `scores.json`, both by task, and `routes.json`: which expert was taken for
-            which, how often it was the right one, the right one's mean coefficient, forward passes and milliseconds
-            per sample.
-
-    Returns:
-        What `routes.json` says.
-
-    Raises:
-        InputError: logits that are not finite.
     """
-    loaded = DynamicModel.load(model, device)
-    items = [item for name, one in evaluation.items() for item in _items(name, one, loaded)]
-    batch_size = min(one.task.batch_size for one in evaluation.values())
-    random.Random(0).shuffle(items)
-    records: dict[str, dict[int, Record]] = {name: {} for name in evaluation}
-    taken: dict[str, list[int]] = {name: [] for name in evaluation}
-    right: list[float] = []
-    seconds = 0.0
-    for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        begin = time.perf_counter()
-        routes = loaded.route([item.prompt for item in batch])
-        found = _answers(loaded, batch, routes, evaluation)
-        seconds += time.perf_counter() - begin
-        for item, record, expert, row in zip(batch, found, routes.experts, routes.coefficients.tolist(), strict=True):
-            records[item.task][item.row] = record
-            taken[item.task].append(expert)
-            right.append(row[loaded.experts.index(item.task)])
-    ordered = {name: [by_row[i] for i in range(len(by_row))] for name, by_row in records.items()}
-    scores = {
-        name: {metric: asdict(score) for metric, score in score_records(evaluation[name].task.kind, one).items()}
-        for name, one in ordered.items()
-    }
-    hits = [float(loaded.experts[expert] == name) for name, experts in taken.items() for expert in experts]
-    report = {
+
+    stage = "evaluate"
+    version = 3
+
+    model: Artifact
+    """the dynamic model"""
+    evaluation: Annotated[Mapping[str, RowSet], For("evaluation")]
+    """the evaluation set of every task that has one"""
+    depends: Mapping[str, Mapping[str, Any]]
+    """what the scores of each depend on beside all this, see `Task.depends_on`"""
+    device: Local[str]
+    """torch device"""
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Write scores and routes.
+
+        Args:
+            out: folder for `records.json` and `scores.json`, both by task, and `routes.json`: which expert was taken
+                for which, how often it was the right one, the right one's mean coefficient, forward passes and
+                milliseconds per sample.
+
+        Returns:
+            What `routes.json` says.
+
+        Raises:
+            InputError: logits that are not finite.
+        """
+        model = DynamicModel.load(self.model.folder, self.device)
+        items = [item for name, one in self.evaluation.items() for item in _items(name, one, model.tokenizer)]
+        batch_size = min(one.task.batch_size for one in self.evaluation.values())
+        random.Random(0).shuffle(items)
+        records: dict[str, dict[int, Record]] = {name: {} for name in self.evaluation}
+        taken: dict[str, list[int]] = {name: [] for name in self.evaluation}
+        right: list[float] = []
+        seconds = 0.0
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            begin = time.perf_counter()
+            routes = model.route([item.prompt for item in batch])
+            found = _records(model, batch, routes)
+            seconds += time.perf_counter() - begin
+            chosen = zip(batch, found, routes.experts, routes.coefficients.tolist(), strict=True)
+            for item, record, expert, coefficients in chosen:
+                records[item.name][item.number] = record
+                taken[item.name].append(expert)
+                right.append(coefficients[model.experts.index(item.name)])
+        ordered = {name: [by_row[i] for i in range(len(by_row))] for name, by_row in records.items()}
+        write_json(out / "records.json", ordered)
+        write_json(out / "scores.json", {name: self._scores(name, one) for name, one in ordered.items()})
+        report = {
+            **_identified(model.experts, taken),
+            "right_coefficient": asdict(mean_score(right)),
+            "passes": model.passes + 1,
+            "milliseconds": 1000 * seconds / len(items),
+        }
+        write_json(out / "routes.json", report)
+        return report
+
+    def _scores(self, name: str, records: list[Record]) -> dict[str, Any]:
+        return {metric: asdict(score) for metric, score in self.evaluation[name].task.scores(records).items()}
+
+
+def _identified(experts: Sequence[str], taken: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return which expert was taken for which, by task, and how often it was the right one."""
+    hits = [float(experts[expert] == name) for name, found in taken.items() for expert in found]
+    return {
         "confusion": {
-            name: {expert: taken[name].count(i) for i, expert in enumerate(loaded.experts)} for name in evaluation
+            name: {expert: found.count(i) for i, expert in enumerate(experts)} for name, found in taken.items()
         },
         "identification": asdict(mean_score(hits, is_proportion=True)),
-        "right_coefficient": asdict(mean_score(right)),
-        "passes": loaded.passes + 1,
-        "milliseconds": 1000 * seconds / len(items),
     }
-    write_json(out / "records.json", ordered)
-    write_json(out / "scores.json", scores)
-    write_json(out / "routes.json", report)
-    return report
 
 
-def _items(name: str, one: RowSet, model: DynamicModel) -> list[_Item]:
-    items = []
-    for number, row in enumerate(one.rows):
-        where = f"row {number} of tasks.{name}.evaluation"
-        if isinstance(one.task, MultipleChoiceTask):
-            samples = encode_choices(one.task, row, model.tokenizer, where)
-        else:
-            samples = [encode(one.task, row, model.tokenizer, where, one.label2id)]
-        prompt = samples[0].input_ids[: samples[0].prompt_tokens]
-        assert prompt, f"{where}: the plan refuses empty prompts"
-        items.append(_Item(prompt, samples, name, number))
+def _items(name: str, one: RowSet, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    items = items_of(name, one.task, one.rows.read(), tokenizer, f"tasks.{name}.evaluation", one.label2id)
+    assert all(item.samples[0].has_prompt for item in items), "the plan refuses empty prompts"
     return items
 
 
-def _answers(
-    model: DynamicModel, batch: Sequence[_Item], routes: Routes, evaluation: Mapping[str, RowSet]
-) -> list[Record]:
+def _records(model: DynamicModel, batch: Sequence[Item], routes: Routes) -> list[Record]:
     """Return the record of each item of a batch."""
-    samples = [sample for item in batch for sample in item.samples]
-    if model.classifies:
-        given, routed = [item.task for item in batch], [model.experts[expert] for expert in routes.experts]
-        found = model.class_logits([sample.input_ids for sample in samples], routes, given, routed)
+    routed = _RoutedModel(model, routes, [item.name for item in batch])
+    records = records_of(routed, batch)
+    for place, logits in routed.chosen.items():
+        item = batch[place]
         # With a single head, which is merged, there is none to be chosen wrongly.
-        return [
-            _class_record(item, own, other, head == item.task or not model.heads)
-            for item, head, own, other in zip(batch, routed, *found, strict=True)
-        ]
-    owner = [i for i, item in enumerate(batch) for _ in item.samples]
-    likely: list[Record] = []
-    for start in range(0, len(samples), len(batch)):  # choices are more samples than the batch has rows
-        chosen = slice(start, start + len(batch))
-        logits = model.logits([sample.input_ids for sample in samples[chosen]], _of(routes, owner[chosen]))
-        likely += [likelihood(sample, one) for sample, one in zip(samples[chosen], logits, strict=True)]
-    parts = iter(likely)
-    records: list[Record] = []
-    for item in batch:
-        likelihoods = [next(parts) for _ in item.samples]
-        one = evaluation[item.task]
-        if isinstance(one.task, MultipleChoiceTask):
-            records += choose(one.task, [one.rows[item.row]], likelihoods)
-        else:
-            records += likelihoods
-    _add_exact(model, batch, routes, evaluation, records)
+        own_head = routed.heads[place] == item.name or not model.heads
+        right = own_head and item.task.is_right(item.task.record(item.row, [item.task.judge(item.samples[0], logits)]))
+        records[place]["routed"] = int(right)
     return records
 
 
-def _class_record(item: _Item, given: Tensor, routed: Tensor, own_head: bool) -> Record:
-    label, prediction = item.samples[0].label, int(finite(given).argmax())
-    return {"prediction": prediction, "label": label, "routed": int(own_head and int(finite(routed).argmax()) == label)}
+class _RoutedModel:
+    """A dynamic model that answers the items of one batch, whose routes are known."""
 
+    def __init__(self, model: DynamicModel, routes: Routes, names: Sequence[str]) -> None:
+        """Take the routes of some items, and the names of their tasks."""
+        self._model = model
+        self._routes = routes
+        self._names = names
+        self.heads = [model.experts[expert] for expert in routes.experts]
+        """the expert of each item whose head the router chose"""
+        self.chosen: dict[int, Tensor] = {}
+        """logits of these heads, where experts have heads of their own; `logits` gives those of the tasks' heads"""
 
-def _add_exact(
-    model: DynamicModel,
-    batch: Sequence[_Item],
-    routes: Routes,
-    evaluation: Mapping[str, RowSet],
-    records: list[Record],
-) -> None:
-    """Generate for the items whose task asks for it, and add `exact` to their records."""
-    wanted: dict[int, list[int]] = {}
-    for i, item in enumerate(batch):
-        task = evaluation[item.task].task
-        if isinstance(task, CompletionTask) and task.generate:
-            wanted.setdefault(task.generate, []).append(i)
-    for length, rows in wanted.items():
-        generated = model.generate([batch[i].prompt for i in rows], _of(routes, rows), length)
-        for i, ids in zip(rows, generated, strict=True):
-            one = evaluation[batch[i].task]
-            assert isinstance(one.task, CompletionTask)
-            text = model.tokenizer.decode(ids, skip_special_tokens=True)
-            records[i]["exact"] = int(is_exact(one.task, text, one.rows[batch[i].row]))
+    def logits(self, samples: Sequence[Sample], owners: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """See `Model`."""
+        model, inputs = self._model, [sample.inputs for sample in samples]
+        if model.classifies:
+            given, chosen = model.class_logits(inputs, self._routes, self._names, self.heads)
+            self.chosen = dict(enumerate(chosen))
+            yield from enumerate(given)
+            return
+        size = len(self._names)
+        for start in range(0, len(samples), size):  # choices are more samples than the batch has rows
+            some = slice(start, start + size)
+            yield from enumerate(model.logits(inputs[some], self._of(owners[some])), start)
 
+    def generate(self, prompts: Sequence[Inputs], owners: Sequence[int], max_new_tokens: int) -> list[str]:
+        """See `Model`."""
+        found = self._model.generate(prompts, self._of(owners), max_new_tokens)
+        return [self._model.tokenizer.decode(one, skip_special_tokens=True) for one in found]
 
-def _of(routes: Routes, rows: list[int]) -> Routes:
-    return Routes(routes.coefficients[rows], [routes.experts[i] for i in rows])
+    def _of(self, places: Sequence[int]) -> Routes:
+        rows = list(places)
+        return Routes(self._routes.coefficients[rows], [self._routes.experts[row] for row in rows])

@@ -12,6 +12,9 @@ from sensmerge.tasks.identity import identity
 class Earlier(Protocol):
     """Artifacts of earlier runs that a step may take results from."""
 
+    def newest(self) -> Path | None:
+        """Return the newest artifact of the same stage and name, whether whole or damaged; None if there is none."""
+
     def last(self) -> Path | None:
         """Return the newest artifact of the same stage and name; None if there is none, or it is damaged."""
 

@@ -3,15 +3,15 @@
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sensmerge.tasks.artifacts import read_json, sha256_file, write_json
+from sensmerge.tasks.artifacts import Artifact, read_json, sha256_file, write_json
 from sensmerge.tasks.dynamic.application import PoolName, SeApplication
 from sensmerge.tasks.dynamic.folder import FORMAT, STATISTICS, Manifest, load_network_with_heads, write_manifest
 from sensmerge.tasks.dynamic.network import DynamicNetwork
@@ -29,88 +29,98 @@ from sensmerge.tasks.dynamic.router import (
 )
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet, encode
-from sensmerge.tasks.kinds.metrics import mean_score
+from sensmerge.tasks.identity import For, Local
+from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.kinds.scores import mean_score
 from sensmerge.tasks.networks.networks import load_tokenizer
-from sensmerge.tasks.networks.tokens import pad, pad_token
+from sensmerge.tasks.networks.tokens import Inputs, collate, length, pad_token
+from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.merge_vectors import FILES
 
-VERSION = 3
 BATCH_SIZE = 8
 """Samples per forward pass; each is probed up to K + 2 times in it."""
 
 
-def route(
-    model: Path,
-    calibration: Mapping[str, RowSet],
-    application: SeApplication,
-    static: float,
-    dtype: str,
-    device: str,
-    out: Path,
-) -> dict[str, Any]:
-    """Choose the rule, estimate its statistics, and complete the dynamic model with them.
+@dataclass(frozen=True)
+class RouteJob(Job):
+    """Chooses the rule of a dynamic model, estimates its statistics, and completes the model with them."""
 
-    Args:
-        model: artifact of stage merge: base and task vectors.
-        calibration: the calibration set of every expert, in the order of coefficients.
-        application: the recipe's settings.
-        static: every expert's coefficient in the static merge.
-        dtype: torch name of the network's dtype.
-        device: torch device.
-        out: folder of the dynamic model: the files of `model`, hard-linked where the file system can, `dynamic.json`,
-            the statistics, and `route.json`: every rule looked at with its held-out accuracy and price, which expert
-            was taken for which, and the calibration samples in two dimensions.
+    stage = "route"
+    version = 4
 
-    Returns:
-        `digest` over the digests of all files; `rule`; `identification`: held-out accuracy with n and interval;
-        `trust`; `bytes`: size of all weights, heads and statistics included.
+    model: Artifact
+    """of stage merge: base and task vectors"""
+    calibration: Annotated[Mapping[str, RowSet], For("calibration")]
+    """the calibration set of every expert, in the order of coefficients"""
+    application: SeApplication
+    """the recipe's settings"""
+    static: float
+    """every expert's coefficient in the static merge"""
+    dtype: str
+    """torch name of the network's dtype"""
+    device: Local[str]
+    """torch device"""
 
-    Raises:
-        InputError: hidden states that are not finite.
-    """
-    names = list(calibration)
-    head = "classification" if isinstance(next(iter(calibration.values())).task, ClassificationTask) else "causal_lm"
-    network, _ = load_network_with_heads(model, names, head, dtype, device)
-    rules = candidates(application, network.blocks)
-    features, owners = _features(model, network, calibration, rules, static, device)
-    judged = judge(rules, features, owners, len(names), network.blocks)
-    chosen = choose(judged, len(owners))
-    rule = chosen.rule
-    own = features[rule.layer, rule.pool]
-    statistics = fit(rule, own, owners, len(names))
-    found = identified(rule, own, owners, len(names))
-    identification = mean_score((found == owners).double().tolist(), is_proportion=True)
-    followed = trust(identification.low, len(names), application.fallback)
-    _link_files(model, out)
-    save_file(statistics.tensors(), out / STATISTICS)
-    report = {
-        "identification": asdict(identification),
-        "confusion": _confusion(names, owners, found),
-        "candidates": [asdict(each.rule) | {"accuracy": each.accuracy, "passes": each.passes} for each in judged],
-        "projection": _projection(names, owners, own),
-    }
-    write_json(out / "route.json", report)
-    digests: dict[str, str] = read_json(model / FILES)
-    digests |= {name: sha256_file(out / name) for name in (STATISTICS, "route.json")}
-    mass = application.mass if application.mass is not None else static * len(names)
-    manifest = Manifest(
-        version=FORMAT,
-        experts=names,
-        head=head,
-        dtype=dtype,
-        rule=rule,
-        router=RouterSettings(temperature=application.temperature, mass=mass, static=static, trust=followed),
-        files=digests,
-    )
-    return {
-        "digest": write_manifest(out, manifest),
-        "rule": asdict(rule),
-        "identification": asdict(identification),
-        "trust": followed,
-        "passes": chosen.passes,
-        "bytes": sum(path.stat().st_size for path in out.rglob("*.safetensors")),
-    }
+    def finish(self, out: Path) -> dict[str, Any]:
+        """Make the dynamic model.
+
+        Args:
+            out: its folder: the files of `model`, hard-linked where the file system can, `dynamic.json`, the
+                statistics, and `route.json`: every rule looked at with its held-out accuracy and price, which expert
+                was taken for which, and the calibration samples in two dimensions.
+
+        Returns:
+            `digest` over the digests of all files; `rule`; `identification`: held-out accuracy with n and interval;
+            `trust`; `bytes`: size of all weights, heads and statistics included.
+
+        Raises:
+            InputError: hidden states that are not finite.
+        """
+        model, calibration = self.model.folder, self.calibration
+        names = list(calibration)
+        head = next(iter(calibration.values())).task.head
+        network, _ = load_network_with_heads(model, names, head, self.dtype, self.device)
+        rules = candidates(self.application, network.blocks)
+        features, owners = _features(model, network, calibration, rules, self.static, self.device)
+        judged = judge(rules, features, owners, len(names), network.blocks)
+        chosen = choose(judged, len(owners))
+        rule = chosen.rule
+        own = features[rule.layer, rule.pool]
+        statistics = fit(rule, own, owners, len(names))
+        found = identified(rule, own, owners, len(names))
+        identification = mean_score((found == owners).double().tolist(), is_proportion=True)
+        followed = trust(identification.low, len(names), self.application.fallback)
+        _link_files(model, out)
+        save_file(statistics.tensors(), out / STATISTICS)
+        report = {
+            "identification": asdict(identification),
+            "confusion": _confusion(names, owners, found),
+            "candidates": [asdict(each.rule) | {"accuracy": each.accuracy, "passes": each.passes} for each in judged],
+            "projection": _projection(names, owners, own),
+        }
+        write_json(out / "route.json", report)
+        digests: dict[str, str] = read_json(model / FILES)
+        digests |= {name: sha256_file(out / name) for name in (STATISTICS, "route.json")}
+        mass = self.application.mass if self.application.mass is not None else self.static * len(names)
+        manifest = Manifest(
+            version=FORMAT,
+            experts=names,
+            head=head,
+            dtype=self.dtype,
+            rule=rule,
+            router=RouterSettings(
+                temperature=self.application.temperature, mass=mass, static=self.static, trust=followed
+            ),
+            files=digests,
+        )
+        return {
+            "digest": write_manifest(out, manifest),
+            "rule": asdict(rule),
+            "identification": asdict(identification),
+            "trust": followed,
+            "passes": chosen.passes,
+            "bytes": sum(path.stat().st_size for path in out.rglob("*.safetensors")),
+        }
 
 
 def _features(
@@ -123,22 +133,22 @@ def _features(
 ) -> tuple[dict[tuple[int, PoolName], Features], Tensor]:
     """Return the features of all calibration samples by layer and pool, on the CPU, and whose each sample is (N,)."""
     tokenizer = load_tokenizer(model / BASE)
-    prompts: list[list[int]] = []
+    prompts: list[Inputs] = []
     owners: list[int] = []
     for number, (name, one) in enumerate(calibration.items()):
-        for i, row in enumerate(one.rows):
+        for i, row in enumerate(one.rows.read()):
             where = f"row {i} of tasks.{name}.calibration"
-            sample = encode(one.task, row, tokenizer, where, one.label2id)
-            assert sample.prompt_tokens, f"{where}: the plan refuses empty prompts"
-            prompts.append(sample.input_ids[: sample.prompt_tokens])
+            sample = one.task.sample(row, tokenizer, where, one.label2id)
+            assert sample.has_prompt, f"{where}: the plan refuses empty prompts"
+            prompts.append(sample.prompt)
             owners.append(number)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    order = sorted(range(len(prompts)), key=lambda i: length(prompts[i]))  # little padding
     prompts, owners = [prompts[i] for i in order], [owners[i] for i in order]
     pad_id = pad_token(network.network, tokenizer)
     parts = []
     with torch.inference_mode():
         for start in range(0, len(prompts), BATCH_SIZE):
-            batch = pad(prompts[start : start + BATCH_SIZE], pad_id)
+            batch = collate(prompts[start : start + BATCH_SIZE], pad_id)
             inputs = {key: values.to(device) for key, values in batch.items()}
             parts.append(probe(network, inputs, rules, len(calibration), static))
     features = {key: _joined([part[key] for part in parts]) for key in parts[0]}

@@ -16,9 +16,9 @@ from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.checkpoints.weights import ExpertWeights
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local
-from sensmerge.tasks.methods import kernels
-from sensmerge.tasks.methods.delta import BLOCK, Delta, pieces
-from sensmerge.tasks.methods.sparsify import BINS
+from sensmerge.tasks.methods.kernels import loops
+from sensmerge.tasks.methods.kernels.delta import BLOCK, Delta, pieces
+from sensmerge.tasks.methods.kernels.sparsify import BINS
 from sensmerge.tasks.stages.job import Job
 
 TABLE = "task_vector.json"
@@ -125,7 +125,7 @@ def _measure(delta: Delta, base: torch.Tensor) -> tuple[dict[str, float], torch.
     norms: list[float] = []
     largest = 0
     for _, piece in pieces(delta, base):
-        largest = max(largest, kernels.count_bins(piece.numpy(), histogram.numpy()))
+        largest = max(largest, loops.count_bins(piece.numpy(), histogram.numpy()))
         for block in torch.split(piece, BLOCK):
             sums.append(float(torch.linalg.vector_norm(block, 1)))
             norms.append(_norm(block))

@@ -26,6 +26,7 @@ from sensmerge.tasks.dynamic.model import DynamicModel, Routes, parts
 from sensmerge.tasks.dynamic.vectors import BASE, Vector
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.networks import load_config, load_tokenizer
+from sensmerge.tasks.networks.tokens import Inputs, length
 
 MATERIALISED = 4
 """Samples per batch that are answered by weights of their own."""
@@ -53,26 +54,26 @@ def peak(work: Callable[[], object]) -> int:
     return max(0, memory("VmHWM") - before)
 
 
-def plain(model: DynamicModel, sequences: list[list[int]]) -> None:
+def plain(model: DynamicModel, samples: list[Inputs]) -> None:
     """Answer a batch by the base."""
     with torch.inference_mode():
         network = model.network.network
-        (network.base_model if model.heads else network)(**model.batch(sequences))
+        (network.base_model if model.heads else network)(**model.batch(samples))
 
 
-def plain_in_parts(model: DynamicModel, sequences: list[list[int]]) -> None:
+def plain_in_parts(model: DynamicModel, samples: list[Inputs]) -> None:
     """Answer a batch by the base, in parts of similar length."""
-    for rows in parts([len(sequence) for sequence in sequences]):
-        plain(model, [sequences[row] for row in rows])
+    for rows in parts([length(sample) for sample in samples]):
+        plain(model, [samples[row] for row in rows])
 
 
-def dynamic(model: DynamicModel, sequences: list[list[int]]) -> Routes:
+def dynamic(model: DynamicModel, samples: list[Inputs]) -> Routes:
     """Route and answer a batch."""
-    routes = model.route(sequences)
+    routes = model.route(samples)
     if model.classifies:
-        model.class_logits(sequences, routes, [model.experts[expert] for expert in routes.experts])
+        model.class_logits(samples, routes, [model.experts[expert] for expert in routes.experts])
     else:
-        model.logits(sequences, routes)
+        model.logits(samples, routes)
     return routes
 
 
@@ -89,33 +90,33 @@ class Materialised:
             for expert in range(len(model.experts))
         ]
 
-    def in_place(self, sequences: list[list[int]], coefficients: torch.Tensor) -> None:
+    def in_place(self, samples: list[Inputs], coefficients: torch.Tensor) -> None:
         """Answer each sample after overwriting what the experts change in the network by its own weights."""
         changed = {name for delta in self.deltas for name in delta}
         parameters = {name: parameter for name, parameter in self.network.named_parameters() if name in changed}
         with torch.inference_mode():
-            for sequence, row in zip(sequences, coefficients.tolist(), strict=True):
+            for sample, row in zip(samples, coefficients.tolist(), strict=True):
                 for name, parameter in parameters.items():
                     parameter.data.copy_(self.own[name])
                 for delta, coefficient in zip(self.deltas, row, strict=True):
                     for name, values in delta.items():
                         parameters[name].data.add_(values, alpha=coefficient)
-                plain(self.model, [sequence])
+                plain(self.model, [sample])
             for name, parameter in parameters.items():
                 parameter.data.copy_(self.own[name])
 
-    def new_weights(self, sequences: list[list[int]], coefficients: torch.Tensor) -> None:
+    def new_weights(self, samples: list[Inputs], coefficients: torch.Tensor) -> None:
         """Answer each sample by a state dict of its own."""
         network = self.network.base_model if self.model.heads else self.network
         prefix = f"{self.network.base_model_prefix}." if self.model.heads else ""
         with torch.inference_mode():
-            for sequence, row in zip(sequences, coefficients, strict=True):
+            for sample, row in zip(samples, coefficients, strict=True):
                 state = dict(self.own)
                 for delta, weight in zip(self.deltas, row, strict=True):
                     for name, values in delta.items():
                         state[name] = state[name] + values * weight
                 own = {name.removeprefix(prefix): values for name, values in state.items() if name.startswith(prefix)}
-                functional_call(network, own, (), self.model.batch([sequence]))
+                functional_call(network, own, (), self.model.batch([sample]))
 
 
 def main() -> None:
@@ -136,9 +137,9 @@ def main() -> None:
     random.Random(0).shuffle(rows)
     tokenizer = load_tokenizer(arguments.folder / BASE)
 
-    def batch(number: int) -> list[list[int]]:
+    def batch(number: int) -> list[Inputs]:
         texts = rows[number * arguments.batch_size : (number + 1) * arguments.batch_size]
-        return [tokenizer(text)["input_ids"][:MAX_TOKENS] for text in texts]
+        return [{"input_ids": tokenizer(text)["input_ids"][:MAX_TOKENS]} for text in texts]
 
     found: list[DynamicModel] = []
 
@@ -159,18 +160,18 @@ def main() -> None:
     ways = ("plain", "plain, in parts", "dynamic", "in place", "new weights")
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):  # the first round is for warming up
-        sequences = batch(number)
-        routes = dynamic(model, sequences)
-        few, own_coefficients = sequences[:MATERIALISED], routes.coefficients[:MATERIALISED]
+        samples = batch(number)
+        routes = dynamic(model, samples)
+        few, own_coefficients = samples[:MATERIALISED], routes.coefficients[:MATERIALISED]
         taken = {
-            "plain": seconds(lambda batch=sequences: plain(model, batch)),
-            "plain, in parts": seconds(lambda batch=sequences: plain_in_parts(model, batch)),
-            "dynamic": seconds(lambda batch=sequences: dynamic(model, batch)),
+            "plain": seconds(lambda batch=samples: plain(model, batch)),
+            "plain, in parts": seconds(lambda batch=samples: plain_in_parts(model, batch)),
+            "dynamic": seconds(lambda batch=samples: dynamic(model, batch)),
             "in place": seconds(lambda batch=few, rows=own_coefficients: materialised.in_place(batch, rows)),
             "new weights": seconds(lambda batch=few, rows=own_coefficients: materialised.new_weights(batch, rows)),
         }
         for way in ("in place", "new weights"):
-            taken[way] *= len(sequences) / MATERIALISED
+            taken[way] *= len(samples) / MATERIALISED
         for way, value in taken.items():
             times[way] += [value] * (number > 0)
     passes, experts = model.passes, len(model.experts)

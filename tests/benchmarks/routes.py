@@ -28,8 +28,9 @@ from sensmerge.tasks.dynamic.network import DynamicNetwork
 from sensmerge.tasks.dynamic.probes import probe
 from sensmerge.tasks.dynamic.router import POOLS, SCORES, Features, Rule, affinities, fit
 from sensmerge.tasks.dynamic.vectors import BASE
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowTask, render
-from sensmerge.tasks.kinds.metrics import mean_score
+from sensmerge.tasks.kinds.kind import RowTask
+from sensmerge.tasks.kinds.scores import mean_score
+from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.tokens import pad, pad_token, tokens
 from sensmerge.tasks.rows.source import Row
@@ -59,7 +60,7 @@ def dynamic_folder(recipe: Recipe, experts: list[str], folder: Path, store: Path
 
 def prompt(task: RowTask, row: Row, tokenizer: Any) -> list[int]:
     """Return what a sample is routed by."""
-    if isinstance(task, ClassificationTask):
+    if task.has_own_head:
         ids: list[int] = tokenizer(render(task.prompt, row), truncation=True, max_length=task.max_length)["input_ids"]
         return ids
     return tokens(render(task.prompt, row), tokenizer, front=True)[-task.max_length :]

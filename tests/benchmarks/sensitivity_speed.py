@@ -25,10 +25,11 @@ import psutil
 import torch
 
 from sensmerge.tasks.networks.blocks import Batch
-from sensmerge.tasks.networks.journeys import Sensitivity
+from sensmerge.tasks.networks.journeys import Measured
 from sensmerge.tasks.networks.placement import Actors
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
+from sensmerge.tasks.statistics.sensitivity import Sensitivity
 from tests.benchmarks.memory import children, watched
 from tests.benchmarks.synthetic import SIZES, make_model
 
@@ -78,18 +79,18 @@ def step(source: Source, batches: list[Batch], actors: int, streamed: bool) -> d
 
     def check(number: int, loss: float) -> None: ...
 
-    found: dict[int, Sensitivity] = {}
+    found: dict[int, Measured] = {}
     with (
         tempfile.TemporaryDirectory(dir=source.folder) as scratch,
         watched(lambda: measured(actors=False)) as own,
-        open_runner(source, placement, Path(scratch)) as runner,
+        open_runner(source, placement, Path(scratch), {"sensitivity": Sensitivity()}) as runner,
         watched(lambda: measured(actors=bool(actors))) as peak,
     ):
-        list(runner.sensitivities(batches[:1], check))
+        list(runner.run(batches[:1], check))
         begin, cpu = time.perf_counter(), cpu_seconds(bool(actors))
-        found.update(runner.sensitivities(batches, check))
+        found.update(runner.run(batches, check))
         seconds, cpu = time.perf_counter() - begin, cpu_seconds(bool(actors)) - cpu
-    total = sum(value for number in sorted(found) for value in found[number].sums.values())
+    total = sum(value for number in sorted(found) for value in found[number].sums["sensitivity"].values())
     memory = peak.largest if actors else own.largest - own.first
     return {"seconds": seconds, "cpu": cpu, "memory": memory, "total": total}
 

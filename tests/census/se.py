@@ -13,7 +13,7 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.tokens import pad_token
+from sensmerge.tasks.networks.tokens import Inputs, pad_token
 from sensmerge.tasks.stages.evaluate import generate
 from tests.census.cases import ROWS, Case
 
@@ -62,8 +62,8 @@ def _routed(plan: Plan, folder: Path) -> Path:
 
 def _compare(case: Case, kind: str, model: DynamicModel) -> str:
     """Compare logits and greedy continuations of a batch of mixed coefficients."""
-    prompts: list[list[int]] = [
-        model.tokenizer(str(row["prompt"]))["input_ids"] for rows in ROWS.values() for row in rows
+    prompts: list[Inputs] = [
+        {"input_ids": model.tokenizer(str(row["prompt"]))["input_ids"]} for rows in ROWS.values() for row in rows
     ]
     assert model.route(prompts).coefficients.isfinite().all()
     routes = Routes(torch.tensor(COEFFICIENTS), [0, 0, 1, 1])
@@ -76,7 +76,7 @@ def _compare(case: Case, kind: str, model: DynamicModel) -> str:
         for place, row in enumerate(rows):
             network = _written(base, experts, COEFFICIENTS[row])
             with torch.inference_mode():
-                expected = network(input_ids=torch.tensor([prompts[row]]), use_cache=False).logits[0]
+                expected = network(input_ids=torch.tensor([prompts[row]["input_ids"]]), use_cache=False).logits[0]
                 # Not every network answers the same with padding: it gets what the dynamic one got.
                 batch = [prompts[one] for one in rows]
                 text = generate(network, model.tokenizer, batch, NEW, pad_id, "cpu")[place]

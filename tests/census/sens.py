@@ -11,12 +11,10 @@ from transformers import PreTrainedModel
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.placement import Placement
-from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
-from sensmerge.tasks.stages.sensitivity import sensitivity
 from tests.census.cases import EXPERTS, ROWS, Case
-from tests.conftest import make_tokenizer, measure_distances, pair_names
+from tests.conftest import TaskRows, cross_task_job, do_job, make_tokenizer, measure_sensitivity
 
 TOLERANCE = 2e-4
 """Of float32 numbers that are summed up in another order, relative."""
@@ -96,8 +94,7 @@ def _sensitivities(case: Case, placement: Placement) -> str:
     name = EXPERTS[0]
     expert, out = case.experts("full")[name], case.folder / f"sensitivity-{placement}"
     out.mkdir()
-    sensitivity(case.base, expert, name, TASK, ROWS[name], case.base, "float32", "cpu", placement, out)
-    found: dict[str, float] = read_json(out / "sensitivity.json")["sensitivity"]
+    found = measure_sensitivity(case.base, expert, TASK, ROWS[name], out, placement=placement)
     network = case.network(expert)
     expected = _plain(network, ROWS[name], _layers(network, out / "marked"))
     ours, theirs = ({key: value for key, value in one.items() if value} for one in (found, expected))
@@ -108,12 +105,9 @@ def _sensitivities(case: Case, placement: Placement) -> str:
 
 
 def _distances(case: Case) -> str:
-    out, names = case.folder / "distances", pair_names(EXPERTS)
+    out, experts = case.folder / "distances", case.experts("full")
     out.mkdir()
-    sets = {name: RowSet(TASK, ROWS[name]) for name in EXPERTS}
-    experts = case.experts("full")
-    job = CrossTaskJob(case.base, experts, sets, case.base, "float32", "cpu", "whole", names, names, {}, {})
-    measure_distances(job, out)
+    do_job(cross_task_job(case.base, experts, {name: TaskRows(TASK, ROWS[name]) for name in EXPERTS}), out)
     found = read_json(out / "distances.json")
     first, second = (case.network(folder) for folder in experts.values())
     worst = 0.0

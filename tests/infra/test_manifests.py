@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,9 @@ def test_the_token_is_asked_for_everywhere() -> None:
 
 @pytest.mark.parametrize("name", ["cronjob", "rayjob", "raycronjob"])
 def test_commands_are_the_command_lines(name: str) -> None:
-    python, module, package, command, *arguments = refreshes()[name]
-    assert (python, module, package) == ("python", "-m", "pipeline")
+    script, command, *arguments = refreshes()[name]
+    scripts = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts[script] == "sensmerge.pipeline.cli:main"
     group = typer.main.get_command(app)
     context = click.Context(group)
     refresh = group.get_command(context, command)  # type: ignore[attr-defined]
@@ -130,7 +132,7 @@ def test_commands_are_the_command_lines(name: str) -> None:
     mounts = cluster_specs()["cluster"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     for path in (parsed["recipe"], parsed["store"].root):
         assert path.is_relative_to(mounts[0]["mountPath"])
-    assert parsed == refresh.make_context(command, refreshes()["rayjob"][4:], parent=context).params
+    assert parsed == refresh.make_context(command, refreshes()["rayjob"][2:], parent=context).params
 
 
 def test_cluster_launcher_takes_the_cluster() -> None:

@@ -69,7 +69,7 @@ def test_an_expert_that_unties_its_base(
     dynamic = DynamicModel.load(plan.artifact("route", "se"))
     ids = list(range(3, 20))
     with torch.no_grad():
-        (logits,) = dynamic.logits([ids], dynamic.route([ids]))
+        (logits,) = dynamic.logits([{"input_ids": ids}], dynamic.route([{"input_ids": ids}]))
         torch.testing.assert_close(logits[: len(ids)], static(torch.tensor([ids])).logits[0], rtol=0, atol=1e-4)
 
 
@@ -92,7 +92,7 @@ def test_an_expert_that_runs_with_the_settings_of_its_base(
     for one in (alike, plan):
         do_steps(one)
     for stage, name, file in (
-        ("sensitivity", "code", "sensitivity.json"),
+        ("statistics", "code", "sensitivity.json"),
         ("cross_task", "all", "distances.json"),
         ("merge", "ties-sens", "model.safetensors"),
         ("evaluate", "code/math", "scores.json"),
@@ -178,7 +178,7 @@ def test_other_classes_stay_beside_a_merged_classifier(save: Save, tokenizer: An
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
     plan = plan_of(tmp_path, recipe)
-    assert any("a has other classes than the base: its head stays its own" in note for note in plan.inputs.notes)
+    assert any("a has other classes than the base: its head is kept apart" in note for note in plan.inputs.notes)
     do_steps(plan)
     scores = json.loads((plan.artifact("evaluate", "a/a") / "scores.json").read_text())
     assert scores["accuracy"]["value"] == 1.0

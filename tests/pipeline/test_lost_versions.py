@@ -77,7 +77,7 @@ def test_gc_marks_what_it_frees_and_keeps_what_is_named(
     assert {number for number in found if store.manifest(key(number)) is None} == {4, 5}
     for number, one in found.items():
         freed = number in (4, 5)
-        assert (f"lost/{number}: has no weights any more" in said) == freed
+        assert (f"lost/{number}: its weights are deleted" in said) == freed
         assert ("weights" in one.tags) == freed
         assert one.description.startswith("Its weights were freed by gc on ") == freed
         assert logged_model(client, str(number)).status == ("FAILED" if freed else "READY")

@@ -210,7 +210,7 @@ def altered_file(folder: Path) -> str:
     content = path.read_bytes()
     path.unlink()  # the copy may be a link
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    return f"{path.name}: is altered"
+    return f"{path.name}: was altered"
 
 
 @pytest.mark.parametrize("damage", [no_manifest, missing_file, altered_file])
@@ -264,10 +264,10 @@ def test_a_dynamic_model_becomes_champion_only_where_the_recipe_names_it(
     refresh = ("refresh", store.parent / "recipe.yaml", "--store", store, "--address", "no such cluster")
     for _ in range(2):
         assert command_line(*refresh) == 0
-    assert "no static variant; se: name them in gate.variants to have a new champion" in capsys.readouterr().out
+    assert "there is no static variant; name se in gate.variants to get a new champion" in capsys.readouterr().out
     assert registry.champion() is None
     assert command_line(*refresh, "--set", "gate.variants=[se]") == 0
-    assert "tiny/1 (se, dynamic) is champion, the first" in capsys.readouterr().out
+    assert "tiny/1 (se, dynamic) is the first champion" in capsys.readouterr().out
     champion = registry.champion()
     assert champion is not None
     assert champion.kind == "dynamic"

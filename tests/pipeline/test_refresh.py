@@ -98,7 +98,7 @@ def test_one_changed_expert(team: Path, ray_address: str, capsys: pytest.Capture
     steps = {f"{stage['stage']} {stage['name']}": stage for stage in report["stages"]}
     ran = {title for title, stage in steps.items() if stage["status"] == "run"}
     assert ran == {
-        *("download code", "task_vectors code", "sensitivity code", "cross_task all", "merge ta", "merge ties-sens"),
+        *("download code", "task_vectors code", "statistics code", "cross_task all", "merge ta", "merge ties-sens"),
         *(f"evaluate {model}/math" for model in ("code", "ta", "ties-sens")),
     }
     tensors = len(load_file(Path(report["models"]["ta"]) / "model.safetensors"))

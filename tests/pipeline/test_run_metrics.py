@@ -11,17 +11,20 @@ import pytest
 # A process of its own: Ray exports metrics once for every connection that a process has had.
 DRIVER = """
 import sys
+from pathlib import Path
 import ray
-from sensmerge.pipeline.plan.steps import Callables, Step
+from sensmerge.pipeline.plan.steps import Step
 from sensmerge.pipeline.execute.run import StepMetrics
 from sensmerge.pipeline.store.store import Key
+from sensmerge.tasks.stages.download import DownloadJob, Listing, LocalModel
 from sensmerge.pipeline.execute.worker import Done, Spent
 
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 (node,) = (one for one in ray.nodes() if one["Alive"])
 metrics = StepMetrics("counted")
+job = DownloadJob(Listing(LocalModel(Path()), Path(), None, ()), Path())
 for name in ("ta", "ties"):
-    step = Step(name, Key("merge", name, {}), (), Callables({}, print))
+    step = Step(name, Key("merge", name, {}), (), job)
     metrics.count(step, Done({}, Spent(seconds=2.5), bytes=1000))
 print(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", flush=True)
 sys.stdin.read()

@@ -52,10 +52,10 @@ def test_times_are_those_of_cron(cron: str, after: str, expected: list[str]) -> 
     [
         (["--cron", "0 25 * * *"], '--cron "0 25 * * *": Bad hour; give minute, hour, day of month'),
         (["--cron", "daily"], '--cron "daily": Wrong number of fields'),
-        (["--cron", "0 3 */20 * 1L"], '--cron "0 3 */20 * 1L": never comes'),
+        (["--cron", "0 3 */20 * 1L"], '--cron "0 3 */20 * 1L": does not occur'),
         (["--cron", "0 3 * * *", "--timezone", "Europe/Bonn"], "--timezone Europe/Bonn: unknown; give an IANA name"),
         (["--cron", "0 3 * * *", "--timezone", "../etc/passwd"], "--timezone ../etc/passwd: unknown"),
-        (["--timezone", "Europe/Berlin"], "--timezone Europe/Berlin: has no meaning without --cron"),
+        (["--timezone", "Europe/Berlin"], "--timezone Europe/Berlin: needs --cron"),
         (["--cron", "0 3 * * *", "--set", "merges.ta.weigth=1"], "merges.ta"),
     ],
 )
@@ -100,10 +100,10 @@ def test_runs_never_overlap_and_what_they_end_with_ends_nothing(tmp_path: Path) 
     lines = said.getvalue().splitlines()
     for expected in (
         f"schedule: up, pid {os.getpid()}, next run ",
-        "schedule: refresh ended well (exit status 0), ",
-        "schedule: refresh ended, its challenger is not promoted (exit status 3), ",
+        "schedule: refresh succeeded (exit status 0), ",
+        "schedule: refresh succeeded, but its challenger was not promoted (exit status 3), ",
         "schedule: refresh could not start, see above (exit status 2), ",
-        "schedule: SIGTERM, the refresh is told to stop",
+        "schedule: SIGTERM: stopping the refresh",
         "schedule: refresh was ended by SIGTERM, ",
         "schedule: stopped by SIGTERM",
     ):
@@ -133,7 +133,7 @@ def test_stopped_in_the_middle_of_a_run(llama_recipe: dict[str, Any], tmp_path: 
     schedule = subprocess.Popen([*map(str, words), "--cron", EVERY_SECOND], stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (list(store.glob("sensitivity/*.partial")) and list(store.glob("download/*/manifest.json"))):
+        while not (list(store.glob("statistics/*.partial")) and list(store.glob("download/*/manifest.json"))):
             assert schedule.poll() is None, "the schedule ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -152,7 +152,7 @@ def test_stopped_in_the_middle_of_a_run(llama_recipe: dict[str, Any], tmp_path: 
     assert datetime.fromisoformat(running["next_run"]).utcoffset() == timedelta(0)
     stopped = json.loads((store / "health.json").read_text())
     assert (stopped["state"], stopped["last_run"]["exit_status"]) == ("stopped", 143)
-    assert "refresh was stopped, the next one continues it (exit status 143)" in said
+    assert "refresh was stopped; the next one continues it (exit status 143)" in said
     assert len(family) > 3, "the run, and its Ray"
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, "nothing that the run started is left"

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 
-from sensmerge.tasks.artifacts import read_json
-from sensmerge.tasks.kinds.datasets import ClassificationTask, RowSet
-from sensmerge.tasks.kinds.metrics import mean_normalised
+from sensmerge.tasks.artifacts import Artifact, read_json
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.kinds.scores import mean_normalised
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.rows.tables import load_rows
-from sensmerge.tasks.stages.evaluate import Subject, evaluate
-from sensmerge.tasks.stages.evaluate_dynamic import evaluate_dynamic
-from tests.conftest import SHARED
+from sensmerge.tasks.stages.evaluate import EvaluateJob
+from sensmerge.tasks.stages.evaluate_dynamic import EvaluateDynamicJob
+from tests.conftest import SHARED, row_set
 from tests.tasks.dynamic.test_model import merge
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]
@@ -39,7 +40,7 @@ def rows(build: Path, split: str, samples: int) -> dict[str, RowSet]:
     for name in EXPERTS:
         source = DataSource(path="json", data_files=f"data/{name}/{split}.jsonl.gz", samples=samples)
         labels = open_expert(build / f"full-{name}", base, name).config.label2id
-        sets[name] = RowSet(TASK, load_rows(source, f"tasks.{name}.{split}", SHARED).rows, labels)
+        sets[name] = row_set(TASK, load_rows(source, f"tasks.{name}.{split}", SHARED).rows, labels)
     return sets
 
 
@@ -50,15 +51,16 @@ def test_samples_find_their_experts(build: Path, tmp_path: Path) -> None:
     out.mkdir()
     evaluation = rows(build, "test", 60)
     made.run(tmp_path / "model", mass=1.0, fallback=0.8)
-    report = evaluate_dynamic(tmp_path / "model", evaluation, "cpu", out)
+    report = EvaluateDynamicJob(Artifact("", tmp_path / "model"), evaluation, {}, "cpu").finish(out)
     assert report["identification"]["value"] >= 0.9
     records = read_json(out / "records.json")
     own: dict[str, Any] = {}
     for name, one in evaluation.items():
         (tmp_path / name).mkdir()
-        subject = Subject(build / "base-encoder", experts[name], True, experts[name], one.label2id)
-        evaluate(subject, name, TASK, one.rows, build / "base-encoder", "float32", "cpu", tmp_path / name)
+        base, expert = Artifact("", build / "base-encoder"), Artifact("", experts[name])
+        job = EvaluateJob(base, expert, expert, base, TASK, one.rows, one.label2id, "float32", {}, name, True, "cpu")
+        job.finish(tmp_path / name)
         own[name] = read_json(tmp_path / name / "records.json")
-    score = mean_normalised(records, own, dict.fromkeys(EXPERTS, TASK))
+    score = mean_normalised(dict.fromkeys(EXPERTS, TASK.metrics[TASK.metric]), records, own)
     assert score is not None
     assert score.value >= 0.97

@@ -11,13 +11,11 @@ import torch
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.coefficients import alpha, sigma, tau
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.rows.tables import load_rows
-from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
-from sensmerge.tasks.stages.sensitivity import sensitivity
-from tests.conftest import SHARED, measure_distances, pair_names
+from tests.conftest import SHARED, TaskRows, cross_task_job, do_job, measure_sensitivity
 
 pytestmark = [pytest.mark.shared, pytest.mark.timeout(1800)]
 EXPERTS = ("gsm8k", "mbpp", "dolly")
@@ -39,7 +37,7 @@ def reference() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def calibration() -> dict[str, RowSet]:
+def calibration() -> dict[str, TaskRows]:
     """As the reference says: the first 8 rows, no end token, all tokens in the loss."""
     task = CompletionTask(
         kind="completion",
@@ -52,7 +50,7 @@ def calibration() -> dict[str, RowSet]:
     sets = {}
     for name in EXPERTS:
         source = DataSource(path="json", data_files=f"data/{name}/train.jsonl.gz", samples=8, seed=None)
-        sets[name] = RowSet(task, load_rows(source, f"tasks.{name}.calibration", SHARED).rows)
+        sets[name] = TaskRows(task, load_rows(source, f"tasks.{name}.calibration", SHARED).rows)
     return sets
 
 
@@ -73,20 +71,19 @@ def test_alpha(
     name: str,
     placement: Placement,
     base: Path,
-    calibration: dict[str, RowSet],
+    calibration: dict[str, TaskRows],
     reference: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     one = calibration[name]
-    sensitivity(base, expert(name), name, one.task, one.rows, base, "float32", "cpu", placement, tmp_path)
-    found = alpha(read_json(tmp_path / "sensitivity.json")["sensitivity"])
+    (tmp_path / "out").mkdir()
+    found = alpha(measure_sensitivity(base, expert(name), one.task, one.rows, tmp_path / "out", placement=placement))
     assert found == pytest.approx(reference["alpha"][name], rel=1e-3)
 
 
-def test_tau_and_sigma(base: Path, calibration: dict[str, RowSet], reference: dict[str, Any], tmp_path: Path) -> None:
+def test_tau_and_sigma(base: Path, calibration: dict[str, TaskRows], reference: dict[str, Any], tmp_path: Path) -> None:
     experts = {name: expert(name) for name in EXPERTS}
-    job = CrossTaskJob(base, experts, calibration, base, "float32", "cpu", "whole", *(pair_names(experts),) * 2, {}, {})
-    measure_distances(job, tmp_path)
+    do_job(cross_task_job(base, experts, calibration), tmp_path)
     taus = tau(read_json(tmp_path / "distances.json"), reference["direction"])
     assert taus == pytest.approx(reference["tau"], rel=1e-3)
     sigmas = sigma(reference["alpha"], taus, reference["temperature"], reference["sigma"])

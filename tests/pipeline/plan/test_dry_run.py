@@ -18,7 +18,7 @@ def test_a_network_that_cannot_be_run_in_parts(tmp_path: Path) -> None:
     message = r"^placement: ZayaForCausalLM: it cannot be run in parts \(.*\); set placement: whole, or use other coeff"
     with pytest.raises(InputError, match=message):
         case.plan(case.recipe("full", SENS, placement="streamed"), "streamed")
-    assert case.plan(case.recipe("full", SENS, placement="whole"), "whole").placements["sensitivity"].name == "whole"
+    assert case.plan(case.recipe("full", SENS, placement="whole"), "whole").placements["statistics"].name == "whole"
 
 
 def test_a_network_without_a_loss_on_text(tmp_path: Path) -> None:

@@ -18,14 +18,13 @@ from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
 from sensmerge.tasks.checkpoints.header import TensorInfo
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.networks import skeleton
 from sensmerge.tasks.networks.placement import Actors, shares
 from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.rows.tables import load_rows
-from sensmerge.tasks.stages.sensitivity import sensitivity
-from tests.conftest import command_line, plan_of, write_recipe
+from tests.conftest import command_line, measure_sensitivity, plan_of, write_recipe
 
 Recipe = dict[str, Any]
 PLACES = ("whole", "streamed", "{actors: 2}")
@@ -41,15 +40,15 @@ def test_auto_goes_by_the_memory_of_a_worker(
     cases = ((8 * needed, 4, "whole"), (8 * needed - 4, 4, "streamed"), (2 * needed, 1, "whole"))
     for memory, at_once, expected in cases:
         monkeypatch.setattr(placement, "machine_memory", lambda memory=memory: memory)
-        settings = [f"resources.sensitivity.max_in_flight={at_once}"]
+        settings = [f"resources.statistics.max_in_flight={at_once}"]
         recipe = load_recipe(write_recipe(tmp_path, llama_recipe), settings)
-        found = choose(recipe, "sensitivity", base, 6, decimal)
+        found = choose(recipe, "statistics", base, 6, decimal)
         assert found.placement == expected
         assert f"{at_once} at once" in found.why
 
 
 def test_hidden_states_on_disk_are_planned_for(llama_recipe: Recipe, tmp_path: Path) -> None:
-    kept = [plan_of(tmp_path, llama_recipe, f"placement={one}").step("sensitivity", "math").writes for one in PLACES]
+    kept = [plan_of(tmp_path, llama_recipe, f"placement={one}").step("statistics", "math").writes for one in PLACES]
     assert [one > 0 for one in kept] == [False, True, False]
 
 
@@ -101,7 +100,7 @@ def test_what_a_network_of_70_billion_parameters_takes(large: Base) -> None:
 def test_a_large_network_must_fit(
     large: Base, llama_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chosen(memory: int, cpus: int, *settings: str, stage: Stage = "sensitivity") -> Choice:
+    def chosen(memory: int, cpus: int, *settings: str, stage: Stage = "statistics") -> Choice:
         monkeypatch.setattr("os.cpu_count", lambda: cpus)
         monkeypatch.setattr(placement, "machine_memory", lambda: memory)
         recipe = load_recipe(write_recipe(tmp_path, llama_recipe), settings)
@@ -112,7 +111,7 @@ def test_a_large_network_must_fit(
     assert "block by block 22.8 GB" in one.why
     with pytest.raises(InputError, match=r"placement: auto: .* more than the 12.9 GB .*\.max_in_flight: 1, set "):
         chosen(24 * GIB, 2)
-    assert chosen(24 * GIB, 2, "resources.sensitivity.max_in_flight=1").placement == "streamed"
+    assert chosen(24 * GIB, 2, "resources.statistics.max_in_flight=1").placement == "streamed"
     with pytest.raises(InputError, match=r"more than the 17.2 GB .*; set placement: {actors: N} on several"):
         chosen(16 * GIB, 1)
     assert "22.8 GB of memory" in chosen(16 * GIB, 1, "placement=streamed").why  # asked for: said, not refused
@@ -135,9 +134,9 @@ def test_plan_says_what_and_why(
         assert command_line("plan", recipe, "--store", tmp_path / "store", *more) == 0
         return " ".join(capsys.readouterr().out.split())
 
-    assert "sensitivity runs whole (auto: a whole network with the activations of 6 tokens takes" in said()
+    assert "statistics runs whole (auto: a whole network with the activations of 6 tokens takes" in said()
     assert "cross_task runs streamed (as the recipe says: " in said("--set", "placement=streamed")
-    assert "sensitivity runs {actors: 2} (as the recipe says: " in said("--set", "placement.actors=2")
+    assert "statistics runs {actors: 2} (as the recipe says: " in said("--set", "placement.actors=2")
     del llama_recipe["merges"]["ties-sens"]
     write_recipe(tmp_path, llama_recipe)
     assert " runs " not in said()
@@ -145,9 +144,9 @@ def test_plan_says_what_and_why(
 
 def test_actors_have_the_resources_of_the_stage(llama_recipe: Recipe, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, llama_recipe, "placement={actors: 2}", "resources.cross_task.num_cpus=3")
-    assert plan.placements["sensitivity"].placement == Actors(2, 1, 0)
+    assert plan.placements["statistics"].placement == Actors(2, 1, 0)
     assert plan.placements["cross_task"].placement == Actors(2, 3, 0)
-    assert {step.actors for step in plan.steps if step.stage in ("sensitivity", "cross_task")} == {2}
+    assert {step.actors for step in plan.steps if step.stage in ("statistics", "cross_task")} == {2}
     assert {step.actors for step in plan.steps if step.stage in ("merge", "evaluate")} == {0}
 
 
@@ -190,8 +189,8 @@ def test_a_run_with_actors(llama_recipe: Recipe, llamas: dict[str, Path], tmp_pa
     rows = load_rows(source, "tasks.math.calibration", tmp_path).rows
     task = CompletionTask(kind="completion")
     base = llamas["base"]
-    sensitivity(base, llamas["math"], "math", task, rows, base, "float32", "cpu", "whole", tmp_path)
-    whole = alpha(read_json(tmp_path / "sensitivity.json")["sensitivity"])
+    (tmp_path / "whole").mkdir()
+    whole = alpha(measure_sensitivity(base, llamas["math"], task, rows, tmp_path / "whole"))
     assert report["alpha"]["math"] == pytest.approx(whole, rel=1e-5)
 
 

@@ -27,11 +27,13 @@ from transformers import (
 from sensmerge.pipeline.plan.plan import Plan, plan_summary, plan_table
 from sensmerge.pipeline.plan.steps import Step, lay_out
 from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.methods.contract import method_of
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
-from sensmerge.tasks.stages.evaluate import Subject
+from sensmerge.tasks.stages.evaluate import EvaluateJob
 from tests.conftest import (
     bert_config,
     command_line,
@@ -95,7 +97,7 @@ def test_right_choices_are_part_of_a_calibration(llama_recipe: Recipe, tmp_path:
     llama_recipe["tasks"]["math"] = {"kind": "multiple_choice", "calibration": data, "evaluation": test}
     before = plan_of(tmp_path, llama_recipe)
     touched = changed(before, plan_of(tmp_path, llama_recipe, "tasks.math.answer=other"))
-    assert {"sensitivity math", "cross_task all", "evaluate base/math"} <= touched
+    assert {"statistics math", "cross_task all", "evaluate base/math"} <= touched
 
 
 def test_weights_that_left_the_hub_cache_are_fetched_again_when_they_are_read(
@@ -137,7 +139,7 @@ def test_without_sens_coefficients_nothing_is_estimated(llama_recipe: Recipe, tm
         (
             "tasks.math.calibration.samples=2",
             {
-                *("sensitivity math", "cross_task all", "merge ties-sens"),
+                *("statistics math", "cross_task all", "merge ties-sens"),
                 *("evaluate ties-sens/math", "evaluate ties-sens/code"),
             },
         ),
@@ -168,8 +170,8 @@ def test_a_changed_expert_changes_only_what_reads_it(llama_recipe: Recipe, save:
     before = plan_of(tmp_path, llama_recipe)
     llama_recipe["experts"]["math"]["model"] = str(save(perturbed(make_llama(), 9), "math"))
     touched = changed(before, plan_of(tmp_path, llama_recipe))
-    assert {"download math", "task_vectors math", "sensitivity math", "cross_task all", "merge ta"} <= touched
-    assert not {"download code", "task_vectors code", "sensitivity code", "evaluate base/math"} & touched
+    assert {"download math", "task_vectors math", "statistics math", "cross_task all", "merge ta"} <= touched
+    assert not {"download code", "task_vectors code", "statistics code", "evaluate base/math"} & touched
 
 
 def test_whose_settings_an_expert_runs_with_changes_what_runs_it(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -179,8 +181,8 @@ def test_whose_settings_an_expert_runs_with_changes_what_runs_it(llama_recipe: R
     experts = {name: replace(one, base_config=True) for name, one in before.inputs.experts.items()}
     after = {step.title: step.key for step in lay_out(replace(before, inputs=replace(before.inputs, experts=experts)))}
     assert {step.title for step in before.steps if after[step.title] != step.key} == {
-        "sensitivity math",
-        "sensitivity code",
+        "statistics math",
+        "statistics code",
         "cross_task all",
         "merge ties-sens",
         *(f"evaluate {one}/{task}" for one in ("math", "code", "ties-sens") for task in ("math", "code")),
@@ -255,7 +257,9 @@ def test_yaml_anchors_are_allowed(llama_recipe: Recipe, tmp_path: Path) -> None:
     text += "merges:\n  a: &a {method: ties, density: 0.5}\n  b: {<<: *a, density: 0.2}\n"
     (tmp_path / "r.yaml").write_text(text)
     merges = load_recipe(tmp_path / "r.yaml").merges
-    assert (merges["b"].method, merges["a"].density, merges["b"].density) == ("ties", 0.5, 0.2)
+    assert [merges[name].method for name in "ab"] == [
+        method_of({"method": "ties", "density": density}) for density in (0.5, 0.2)
+    ]
 
 
 def test_classification_heads_are_part_of_what_is_scored(berts: dict[str, Path], tmp_path: Path) -> None:
@@ -270,8 +274,8 @@ def test_classification_heads_are_part_of_what_is_scored(berts: dict[str, Path],
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
     plan = plan_of(tmp_path, recipe)
-    inputs = plan.step("evaluate", "ta/topic").key.inputs["reads"]
-    assert inputs["head"] == plan.step("download", "topic").key.fingerprint
+    inputs = plan.step("evaluate", "ta/topic").key.inputs
+    assert inputs["head"]["fingerprint"] == plan.step("download", "topic").key.fingerprint
 
 
 @pytest.mark.parametrize("kind", ["completion", "multiple_choice", "lm_eval"])
@@ -369,7 +373,7 @@ ROUTED = {"route se", "evaluate se"}
         (
             "tasks.code.calibration.samples=2",
             {
-                *("sensitivity code", "cross_task all", "merge ties-sens"),
+                *("statistics code", "cross_task all", "merge ties-sens"),
                 *("evaluate ties-sens/math", "evaluate ties-sens/code"),
             }
             | ROUTED,
@@ -495,7 +499,7 @@ def test_heads_of_which_some_are_merged(save: Any, berts: dict[str, Path], tmp_p
     recipe = classifiers(
         tmp_path, base, {"mood": save(perturbed(network, 1), "mood", tmp_path), "topic": berts["topic"]}
     )
-    with pytest.raises(InputError, match=r"experts.topic has a head of its own, the head of experts.mood is merged"):
+    with pytest.raises(InputError, match=r"experts.topic has its own head, but the head of experts.mood is merged"):
         plan_of(tmp_path, recipe)
 
 
@@ -532,7 +536,7 @@ def test_a_dynamic_variant_of_classifiers(berts: dict[str, Path], tmp_path: Path
         "merges": {"se": {"method": "ties", "density": 0.3, "application": {"kind": "se"}}},
     }
     plan = plan_of(tmp_path, recipe)
-    assert plan.step("evaluate", "se").key.inputs["settings"]["tasks"]["topic"]["labels"] == {
+    assert plan.step("evaluate", "se").key.inputs["evaluation"]["topic"]["label2id"] == {
         f"LABEL_{i}": i for i in range(3)
     }
     assert "evaluate base/mood" in {step.title for step in plan.steps}
@@ -551,13 +555,14 @@ def test_what_heads_read_is_looked_for_in_the_last_evaluation(
         "merges": {"ta": {"method": "task_arithmetic"}},
     }
 
-    def planned() -> tuple[Step, Subject]:
+    def planned() -> tuple[Step, EvaluateJob]:
         step = plan_of(tmp_path, recipe).step("evaluate", "base/mood")
-        return step, step.finish.args[0]
+        assert isinstance(step.job, EvaluateJob)
+        return step, step.job.resumed(EarlierArtifacts(store, step.key))
 
-    step, subject = planned()
-    assert subject.earlier is None
     store = Store(tmp_path / "store")
+    step, job = planned()
+    assert job.earlier is None
     store.partial(step.key).mkdir(parents=True)
     (store.partial(step.key) / "records.json").write_text("[]")
     store.publish(step.key, {"result": {}})
@@ -572,7 +577,7 @@ def test_what_heads_read_is_looked_for_in_the_last_evaluation(
     again, changed = planned()
     assert again.key.fingerprint != step.key.fingerprint
     assert changed.earlier == (store.folder(step.key) if damage == "none" else None)
-    assert changed.trunk == subject.trunk
+    assert changed.trunk() == job.trunk() is not None
 
 
 @pytest.mark.parametrize("change", ["weights", "classes", "padding", "pooler"])
@@ -603,13 +608,14 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
 
     def prints() -> tuple[str | None, str, str]:
         plan = plan_of(tmp_path, recipe)
-        job: CrossTaskJob = plan.step("cross_task", "all").finish.args[0]
+        job = plan.step("cross_task", "all").job
+        assert isinstance(job, CrossTaskJob)
         for model in ("mood", "ta"):  # which change with the expert
-            assert plan.step("evaluate", f"{model}/mood").finish.args[0].trunk is None
+            assert plan.step("evaluate", f"{model}/mood").job.finishing.args[0].trunk is None
         return (
-            plan.step("evaluate", "base/mood").finish.args[0].trunk,
-            job.trunks["topic"]["mood"],
-            job.pairs["topic"]["mood"],
+            plan.step("evaluate", "base/mood").job.finishing.args[0].trunk,
+            job.trunk("topic", "mood"),
+            job.pair("topic", "mood"),
         )
 
     before = prints()
@@ -626,27 +632,30 @@ def test_what_a_head_reads_of_a_trunk_depends_on_its_config_and_its_pooler(
 
 @pytest.mark.parametrize("damage", ["gone", "other content"])
 def test_only_distances_as_they_were_written_are_taken_over(damage: str, llama_recipe: Recipe, tmp_path: Path) -> None:
-    def planned() -> tuple[Step, CrossTaskJob]:
-        step = plan_of(tmp_path, llama_recipe).step("cross_task", "all")
-        return step, step.finish.args[0]
+    store, step = Store(tmp_path / "store"), plan_of(tmp_path, llama_recipe).step("cross_task", "all")
 
-    step, job = planned()
+    def resumed() -> CrossTaskJob:
+        job = step.job.resumed(EarlierArtifacts(store, step.key))
+        assert isinstance(job, CrossTaskJob)
+        return job
+
+    job = resumed()
     assert job.known == {}
-    assert len(step.parts) == len(job.experts)
-    pairs = job.pairs
-    store, earlier = Store(tmp_path / "store"), replace(step.key, inputs={"of": "other experts too"})
+    assert list(job.parts()) == list(job.experts)
+    pairs = {i: {j: job.pair(i, j) for j in job.experts} for i in job.experts}
+    earlier = replace(step.key, inputs={"of": "other experts too"})
     store.partial(earlier).mkdir(parents=True)
     write_json(store.partial(earlier) / "pairs.json", pairs)
     distances = {i: dict.fromkeys(row, 1.25) for i, row in pairs.items()}
     write_json(store.partial(earlier) / "distances.json", distances)
     store.publish(earlier, {"result": {}})
     every = {fingerprint for i, row in pairs.items() for j, fingerprint in row.items() if i != j}
-    job = planned()[1]
+    job = resumed()
     assert job.known == dict.fromkeys(every, 1.25)
-    assert not planned()[0].parts
+    assert not job.parts()
     file = store.folder(earlier) / "distances.json"
     if damage == "gone":
         file.unlink()
     else:
         file.write_text(file.read_text().replace("1.25", "1.75"))
-    assert planned()[1].known == {}
+    assert resumed().known == {}

@@ -1,6 +1,8 @@
 """What a recipe may say, and what is said of what it may not."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.recipe.schema import Recipe, Variant
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.methods.contract import METHODS, method_of
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -34,8 +37,48 @@ def write(folder: Path, **changes: Any) -> Path:
 
 def test_minimal_recipe_has_mergekit_defaults(tmp_path: Path) -> None:
     variant = load_recipe(write(tmp_path)).merges["ta"]
-    assert (variant.weight, variant.density, variant.lambda_, variant.normalize) == (1.0, 1.0, 1.0, None)
-    assert variant.coefficients.kind == "uniform"
+    assert variant.params() == {
+        "method": "task_arithmetic",
+        "weight": "1.0",
+        "coefficients.kind": "uniform",
+        "application.kind": "static",
+        "normalize": "False",
+        "lambda": "1.0",
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "defaults"),
+    [
+        ("linear", {"normalize": True}),
+        ("task_arithmetic", {"normalize": False, "lambda": 1.0}),
+        ("ties", {"density": 1.0, "normalize": True, "rescale": False, "lambda": 1.0}),
+        ("dare_linear", {"density": 1.0, "normalize": False, "rescale": True, "lambda": 1.0, "seed": 0}),
+        ("dare_ties", {"density": 1.0, "normalize": False, "rescale": True, "lambda": 1.0, "seed": 0}),
+    ],
+)
+def test_settings_of_methods_have_mergekit_defaults(method: str, defaults: dict[str, Any]) -> None:
+    assert method_of({"method": method}).model_dump(by_alias=True) == {"method": method, **defaults}
+
+
+def test_the_schema_has_the_settings_of_all_methods() -> None:
+    properties = Recipe.model_json_schema()["$defs"]["Variant"]["properties"]
+    assert properties["method"]["enum"] == list(METHODS)
+    assert properties["seed"]["description"] == "seed of the random masks; only for dare_linear, dare_ties"
+    assert properties["seed"]["default"] == 0
+    assert "default" not in properties["rescale"]
+    assert properties["rescale"]["description"].endswith(
+        "default: false for ties; default: true for dare_linear, dare_ties"
+    )
+
+
+def test_reading_methods_needs_no_torch() -> None:
+    code = (
+        "import sys; from sensmerge.tasks.methods.contract import METHODS; from sensmerge.tasks.methods import table; "
+        "table.methods_table(); assert METHODS; print(*{'torch', 'numba', 'numpy'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize(

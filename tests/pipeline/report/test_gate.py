@@ -22,8 +22,8 @@ from sensmerge.pipeline.report.gate import (
 from sensmerge.pipeline.report.report import Report, RouteInfo, Score
 from sensmerge.pipeline.report.results import halved
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds import metrics
-from sensmerge.tasks.kinds.datasets import ClassificationTask
+from sensmerge.tasks.kinds import scores
+from sensmerge.tasks.kinds.classification import ClassificationTask
 from tests.pipeline.tracking.test_record import make_report
 
 Flags = list[bool]
@@ -180,8 +180,8 @@ def test_halves_are_those_of_normalised_means_too() -> None:
     generator = np.random.default_rng(0)
     records = {name: {"math": classified(generator.random(50) < 0.7)} for name in ("math", "ta", "base")}
     for half, found in enumerate(halved(records, {"math": task}, "mean_normalised", ["ta"])):
-        mine, own = (metrics.halves(records[name]["math"])[half] for name in ("ta", "math"))
-        score = metrics.mean_normalised({"math": mine}, {"math": own}, {"math": task})
+        mine, own = (scores.halves(records[name]["math"])[half] for name in ("ta", "math"))
+        score = scores.mean_normalised({"math": task.metrics[task.metric]}, {"math": mine}, {"math": own})
         assert score is not None
         assert found == {"ta": Score(**vars(score))}
     one = {name: {"math": found["math"][:1]} for name, found in records.items()}
@@ -201,20 +201,20 @@ def test_a_choice_is_said_with_what_it_is_worth(report: Report) -> None:
     assert best_variant(halved_report, gate()) == "ta"
     assert is_held_out(halved_report, gate())
     assert choice(halved_report, gate()) == (
-        "best of 2 variants: ta, chosen by mean_normalised on half of the samples, 0.800 [0.700, 0.900], n = 9; "
-        "on the other half, which chose nothing: 0.500 [0.400, 0.600], n = 9"
+        "best of 2 variants: ta, chosen by mean_normalised on half of the samples: 0.800 [0.700, 0.900], n = 9; "
+        "on the held-out half: 0.500 [0.400, 0.600], n = 9"
     )
     assert choice(halved_report, gate(variants=["ta"])) is None
     assert not is_held_out(halved_report, gate(variants=["ta"]))
     assert "ta-sens.3, chosen by mean_normalised on all samples" in str(choice(report, gate()))
-    assert "too few to keep some apart, so this is optimistic" in str(choice(report, gate()))
+    assert "too few to hold some out, so this is optimistic" in str(choice(report, gate()))
     assert choice(report, gate(metric="math/bleu")) is None
 
 
 def test_a_challenger_is_judged_by_the_half_that_did_not_choose_it() -> None:
     """It wins every sample of the half that it was chosen by, and loses every other."""
     records = [{"label": 1, "prediction": 0, "number": i} for i in range(40)]
-    first, second = ({one["number"] for one in half} for half in metrics.halves(records))
+    first, second = ({one["number"] for one in half} for half in scores.halves(records))
     assert (len(first), len(second), first & second) == (20, 20, set())
     new, old = outcomes([i in first for i in range(40)]), outcomes([i in second for i in range(40)])
     (verdict,) = judge({"math": new}, {"math": old}, 0.0, held_out=True)

@@ -78,7 +78,7 @@ def test_a_store_is_verified_healed_and_tidied(
     run("--set", "merges.ta.weight=0.4")
     (second,) = set((store / "merge").glob("ta-????????")) - {first}
     assert command_line("verify", "--store", store) == 0
-    assert "all as they were written" in capsys.readouterr().out
+    assert "all intact" in capsys.readouterr().out
 
     weights = second / "model.safetensors"
     before = weights.read_bytes()

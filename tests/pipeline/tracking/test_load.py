@@ -154,10 +154,10 @@ def assert_loads_the_dynamic_model_or_nothing(uri: str, folder: Path) -> None:
     model, pyfunc = DynamicModel.load(folder), mlflow.pyfunc.load_model(uri)
     table = pyfunc.predict(TEXTS, params={"max_new_tokens": 4})
     assert list(table["prediction"]) == [one.prediction for one in model.predict(TEXTS, 4)]
-    sequences = [model.tokenizer(text)["input_ids"] for text in TEXTS]
+    samples = [{"input_ids": model.tokenizer(text)["input_ids"]} for text in TEXTS]
     loaded = pyfunc.get_raw_model()
     for found, expected in zip(
-        loaded.logits(sequences, loaded.route(sequences)), model.logits(sequences, model.route(sequences)), strict=True
+        loaded.logits(samples, loaded.route(samples)), model.logits(samples, model.route(samples)), strict=True
     ):
         assert torch.equal(found, expected)
     with pytest.raises(MlflowException, match='does not have the "transformers" flavor'):

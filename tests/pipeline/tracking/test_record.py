@@ -33,16 +33,17 @@ from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking import record as tracking
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import check_server, default_uri
-from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.artifacts import Artifact, read_json
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError, StepError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, RowSet
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.rows.source import DataSource
-from sensmerge.tasks.stages.merge_vectors import finish_vectors, merge_group_vectors
-from sensmerge.tasks.stages.route import route
-from tests.conftest import llama_config
+from sensmerge.tasks.stages.route import RouteJob
+from tests.conftest import llama_config, row_set
 from tests.tasks.stages.test_merge import make_job
+from tests.tasks.stages.test_merge_vectors import of_vectors
 
 MODELS = {"base": "base", "math": "expert", "code": "expert", "ta": "variant", "ta-sens.3": "variant"}
 EMPTY = {"models": {}, "tasks": {}, "scores": {}, "mean_normalised": {}, "variants": {}}
@@ -378,14 +379,15 @@ def test_what_fails_leaves_no_run_running(client, store, uri):
 
 def make_dynamic(models, calibration, folder):
     """A real dynamic model of tiny networks: its folder, and what stage route returns."""
-    job = make_job(folder, models["base"], {name: models[name] for name in calibration})
+    job = of_vectors(make_job(folder, models["base"], {name: models[name] for name in calibration}))
     merged, out = folder / "merged", folder / "dynamic"
     merged.mkdir()
     out.mkdir()
-    for group in range(len(job.groups)):
-        merge_group_vectors(job, group, merged)
-    finish_vectors(job, job.base.folder, merged)
-    return out, route(merged, calibration, SeApplication(kind="se"), 0.5, "float32", "cpu", out)
+    for group in job.parts():
+        job.run(group, merged)
+    job.finish(merged)
+    routes = RouteJob(Artifact("", merged), calibration, SeApplication(kind="se"), 0.5, "float32", "cpu")
+    return out, routes.finish(out)
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +396,7 @@ def classifier(berts, tmp_path_factory):
     task, calibration = ClassificationTask(kind="classification"), {}
     for name, classes in (("mood", 2), ("topic", 3)):
         rows = [{"text": f"{name} {'?!' * i}", "label": i % classes} for i in range(6)]
-        calibration[name] = RowSet(task, rows, {f"LABEL_{i}": i for i in range(classes)})
+        calibration[name] = row_set(task, rows, {f"LABEL_{i}": i for i in range(classes)})
     return make_dynamic(berts, calibration, tmp_path_factory.mktemp("classifier"))
 
 
@@ -403,7 +405,7 @@ def writer(llamas, tmp_path_factory):
     """A dynamic language model of the experts math and code."""
     task = CompletionTask(kind="completion")
     calibration = {
-        name: RowSet(task, [{"prompt": f"{i}{sign}{i}=", "completion": str(i)} for i in range(3)])
+        name: row_set(task, [{"prompt": f"{i}{sign}{i}=", "completion": str(i)} for i in range(3)])
         for name, sign in (("math", "+"), ("code", "-"))
     }
     return make_dynamic(llamas, calibration, tmp_path_factory.mktemp("writer"))
@@ -627,7 +629,7 @@ def test_no_texts_are_no_rows(scorer):
         (pd.DataFrame({"text": ["a", None]}), r"row 1: found (None|nan), expected a text"),
         ([3], "row 0: found 3, expected a text"),
         ("a text", "found a single text; expected a DataFrame with a column text, or a list"),
-        (["short"] * 35 + ["long" * 99], "counting from row 32: text 3 has 396 tokens; the model takes 1 to 128"),
+        (["short"] * 35 + ["long" * 99], "rows counted from 32: text 3 has 396 tokens; the model takes 1 to 128"),
     ],
 )
 def test_what_is_no_table_of_texts_is_an_input_error(given, message, scorer):
@@ -664,7 +666,7 @@ def test_a_dynamic_model_whose_folder_is_altered_does_not_load(classifier, clien
     runs = children(client, record(report, store, uri))
     (output,) = runs["se.3"].outputs.model_outputs
     (folder / "heads" / "mood" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"copy/heads/mood/config\.json: is altered"):
+    with pytest.raises(InputError, match=r"copy/heads/mood/config\.json: was altered"):
         load(uri, monkeypatch, f"models:/{output.model_id}")
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sensmerge.pipeline.tracking.registry import Registry, parse_version
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from tests.conftest import command_line, make_llama, perturbed, write_recipe, write_rows
 
@@ -76,7 +76,7 @@ def test_only_what_is_not_worse_becomes_champion(
     assert command_line("run", recipe, *options) == 0
     assert registry.champion() is None
     assert command_line("refresh", recipe, "--store", store, "--address", "no such cluster") == 0
-    assert "pair/1 (ta) is champion, the first" in capsys.readouterr().out
+    assert "pair/1 (ta) is the first champion" in capsys.readouterr().out
     assert aliases() == {"champion": "1"}
 
     # What those load who deploy it gives the very answers that it was scored by.
@@ -99,10 +99,10 @@ def test_only_what_is_not_worse_becomes_champion(
     assert command_line("refresh", recipe, *options) == 3
     said = capsys.readouterr().out
     assert "math: 1 of 5 files changed" in said
-    assert "pair/2 (ta) stays challenger, pair/1 (ta) champion" in said
+    assert "pair/2 (ta) stays challenger, pair/1 (ta) stays champion" in said
     assert aliases() == {"champion": "1", "challenger": "2"}
     tags = client.get_model_version("pair", "2").tags
-    assert tags["gate"].startswith("refused beside version 1: math")
+    assert tags["gate"].startswith("refused against version 1: math")
     assert tags["gate/math"].startswith("perplexity ")
     assert tags["gate/math"].endswith(", n = 4: failed")
     assert command_line("refresh", recipe, "--store", store, "--address", "no such cluster") == 0
@@ -113,7 +113,7 @@ def test_only_what_is_not_worse_becomes_champion(
     for name, text in TEXTS.items():
         save(trained(tokenizer, text, 60), name, tmp_path)
     assert command_line("refresh", recipe, *options) == 0
-    assert "pair/3 (ta) is champion, after pair/1 (ta)" in capsys.readouterr().out
+    assert "pair/3 (ta) is champion, replacing pair/1 (ta)" in capsys.readouterr().out
     assert aliases() == {"champion": "3"}
 
     # By hand.
@@ -138,8 +138,8 @@ def test_only_what_is_not_worse_becomes_champion(
     shutil.move(weights["2"], tmp_path / "kept")
     assert command_line("refresh", recipe, *idle) == 0
     said = capsys.readouterr().out
-    assert f"pair/2 (ta) is champion, but cannot be loaded any more: {weights['2']} is not there" in said
-    assert "pair/3 (ta) is champion, after pair/2 (ta)" in said
+    assert f"pair/2 (ta) is champion, but can no longer be loaded: {weights['2']} is not there" in said
+    assert "pair/3 (ta) is champion, replacing pair/2 (ta)" in said
     for arguments in (("promote", "pair/2"), ("rollback", "pair"), ("compare", "pair/2", "pair/3")):
         assert command_line(*arguments, "--store", store) == 2
         assert re.fullmatch(
@@ -164,8 +164,8 @@ def test_only_what_is_not_worse_becomes_champion(
     capsys.readouterr()
     assert command_line("refresh", recipe, *idle) == 3
     said = capsys.readouterr().out
-    assert f"pair/3 (ta) is champion, but cannot be loaded any more: {weights['3']} is not there" in said
-    assert "pair/2 (ta) stays challenger, pair/3 (ta) champion; promote pair/2 by hand" in said
+    assert f"pair/3 (ta) is champion, but can no longer be loaded: {weights['3']} is not there" in said
+    assert "pair/2 (ta) stays challenger, pair/3 (ta) stays champion; promote pair/2 by hand" in said
     assert aliases() == {"champion": "3", "challenger": "2"}
 
 

@@ -135,8 +135,8 @@ def test_the_file_depends_on_the_vectors_only(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"missing\.safetensors: no readable file of task vectors"):
+    with pytest.raises(InputError, match=r"missing\.safetensors: not a readable file of task vectors"):
         load_vectors(tmp_path / "missing.safetensors")
     (tmp_path / "broken").write_bytes(b"not a file of tensors")
-    with pytest.raises(InputError, match="broken: no readable file of task vectors"):
+    with pytest.raises(InputError, match="broken: not a readable file of task vectors"):
         load_vectors(tmp_path / "broken")

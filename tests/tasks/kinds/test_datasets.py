@@ -11,20 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import (
-    ClassificationTask,
-    CompletionTask,
-    LmEvalTask,
-    MultipleChoiceTask,
-    calibration_batch,
-    check_rows,
-    class_index,
-    encode,
-    encode_choices,
-    find_answer,
-    render,
-    template_fields,
-)
+from sensmerge.tasks.kinds.classification import ClassificationTask, class_index
+from sensmerge.tasks.kinds.completion import CompletionTask, find_answer
+from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
+from sensmerge.tasks.kinds.templates import render, template_fields
 from sensmerge.tasks.networks.tokens import pad, tokens
 from sensmerge.tasks.rows.source import rows_digest
 
@@ -61,7 +51,10 @@ def test_digest_is_of_content_and_order() -> None:
 
 
 def test_schemas_are_read_without_torch() -> None:
-    code = "import sys, sensmerge.tasks.kinds.datasets; print({'torch', 'datasets', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys; from sensmerge.tasks.kinds.kind import KINDS; assert len(KINDS) >= 4; "
+        "print({'torch', 'datasets', 'transformers'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
@@ -96,12 +89,11 @@ def completion_task(**settings: Any) -> CompletionTask:
 
 
 def test_good_rows_pass() -> None:
-    check_rows(completion_task(answer=r"#### (\d+)"), [{"prompt": "", "completion": "so #### 12"}], KEY)
+    completion_task(answer=r"#### (\d+)").check_rows([{"prompt": "", "completion": "so #### 12"}], KEY)
     classification = ClassificationTask(kind="classification")
-    check_rows(classification, [{"text": "a", "label": 1}, {"text": "b", "label": "no"}], KEY, {"yes": 0, "no": 1})
-    check_rows(classification, [{"text": "a", "label": 99}], KEY)
-    check_rows(MultipleChoiceTask(**CHOICE), [{"prompt": "p", "choices": ["a", "b"], "answer": 1}], KEY)
-    check_rows(LmEvalTask(kind="lm_eval", names=["arc_easy"]), [], KEY)
+    classification.check_rows([{"text": "a", "label": 1}, {"text": "b", "label": "no"}], KEY, {"yes": 0, "no": 1})
+    classification.check_rows([{"text": "a", "label": 99}], KEY)
+    MultipleChoiceTask(**CHOICE).check_rows([{"prompt": "p", "choices": ["a", "b"], "answer": 1}], KEY)
 
 
 @pytest.mark.parametrize(
@@ -159,13 +151,13 @@ def test_good_rows_pass() -> None:
 def test_bad_rows(settings: dict[str, Any], row: dict[str, Any], message: str) -> None:
     kinds = {"completion": CompletionTask, "classification": ClassificationTask, "multiple_choice": MultipleChoiceTask}
     with pytest.raises(InputError, match=message):
-        check_rows(kinds[settings["kind"]](**settings), [row], KEY, {"no": 0, "yes": 1})
+        kinds[settings["kind"]](**settings).check_rows([row], KEY, {"no": 0, "yes": 1})
 
 
 def test_the_bad_row_is_named() -> None:
     rows = [{"prompt": "p", "completion": "c"}] * 4 + [{"prompt": "p"}]
     with pytest.raises(InputError, match="row 4 of"):
-        check_rows(completion_task(), rows, KEY)
+        completion_task().check_rows(rows, KEY)
 
 
 def test_a_bad_row_is_named_by_its_place() -> None:
@@ -173,7 +165,7 @@ def test_a_bad_row_is_named_by_its_place() -> None:
     with pytest.raises(
         InputError, match=r"tasks\.math\.completion names field 'completion', line 7 of a\.csv has 'prompt'"
     ):
-        check_rows(completion_task(), rows, KEY, places=places)
+        completion_task().check_rows(rows, KEY, places=places)
 
 
 def test_numbers_of_classes_and_choices_may_be_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -181,9 +173,9 @@ def test_numbers_of_classes_and_choices_may_be_text(tokenizer: PreTrainedTokeniz
     # A class that is called by a number is found by its name first.
     assert [class_index(label, {"1": 0, "0": 1}, "") for label in ("1", "0", 1, 0)] == [0, 1, 1, 0]
     task, row = MultipleChoiceTask(**CHOICE), {"prompt": "seven", "choices": ["1.50", 2], "answer": "1"}
-    check_rows(task, [row], KEY)
-    assert encode(task, row, tokenizer, "row 0") == encode(task, row | {"answer": 1}, tokenizer, "row 0")
-    whole = calibration_batch(MultipleChoiceTask(**CHOICE, loss_on="all"), row, tokenizer, "row 0")["input_ids"]
+    task.check_rows([row], KEY)
+    assert task.sample(row, tokenizer, "row 0") == task.sample(row | {"answer": 1}, tokenizer, "row 0")
+    whole = MultipleChoiceTask(**CHOICE, loss_on="all").calibration_batch(row, tokenizer, "row 0")["input_ids"]
     assert whole[0].tolist() == tokenizer("seven 2")["input_ids"]
 
 
@@ -200,12 +192,12 @@ ROW = {"prompt": "how many are seven", "completion": "fifteen"}
 
 def test_completion_is_tokenised_apart_with_begin_and_end_once(tokenizer: PreTrainedTokenizerFast) -> None:
     task = completion_task(prompt="Question: {prompt}\nAnswer:", completion=" {completion}")
-    sample = encode(task, ROW, tokenizer, "row 0")
+    sample = task.sample(ROW, tokenizer, "row 0")
     prompt, completion = sample.input_ids[: sample.prompt_tokens], sample.input_ids[sample.prompt_tokens :]
     assert prompt == tokenizer("Question: how many are seven\nAnswer:")["input_ids"]
     assert completion == tokenizer(" fifteen", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     assert sample.input_ids.count(tokenizer.bos_token_id) == 1
-    bare = encode(completion_task(end_token=False), ROW, tokenizer, "row 0")
+    bare = completion_task(end_token=False).sample(ROW, tokenizer, "row 0")
     assert bare.input_ids[-1] != tokenizer.eos_token_id
 
 
@@ -213,8 +205,8 @@ def test_a_tokenizer_that_closes_every_text(tokenizer: PreTrainedTokenizerFast) 
     closing = bpe_tokenizer("<s> $A </s>")
     assert closing("a")["input_ids"][-1] == closing.eos_token_id
     for task in (completion_task(), completion_task(loss_on="all", end_token=False)):
-        assert encode(task, ROW, closing, "row 0") == encode(task, ROW, tokenizer, "row 0")
-        batches = [calibration_batch(task, ROW, each, "row 0")["input_ids"] for each in (closing, tokenizer)]
+        assert task.sample(ROW, closing, "row 0") == task.sample(ROW, tokenizer, "row 0")
+        batches = [task.calibration_batch(ROW, each, "row 0")["input_ids"] for each in (closing, tokenizer)]
         assert torch.equal(*batches)
 
 
@@ -224,11 +216,11 @@ def test_begin_and_end_that_a_text_has_itself_stand_there_once(template: str) ->
     tokenizer = bpe_tokenizer(template)
     row = {"prompt": "<s>how many", "completion": " fifteen</s>"}
     whole = tokenizer("<s>how many fifteen</s>", add_special_tokens=False)["input_ids"]
-    assert encode(completion_task(), row, tokenizer, "row 0").input_ids == whole
-    batch = calibration_batch(completion_task(loss_on="all"), row, tokenizer, "row 0")
+    assert completion_task().sample(row, tokenizer, "row 0").input_ids == whole
+    batch = completion_task(loss_on="all").calibration_batch(row, tokenizer, "row 0")
     assert batch["input_ids"][0].tolist() == whole
     choice = {"prompt": "<s>how many", "choices": ["fifteen"], "answer": 0}
-    assert encode(MultipleChoiceTask(**CHOICE), choice, tokenizer, "row 0").input_ids == whole[:-1]
+    assert MultipleChoiceTask(**CHOICE).sample(choice, tokenizer, "row 0").input_ids == whole[:-1]
     # Two that the text has itself are its own.
     assert tokens("<s><s>a", tokenizer, front=True)[:2] == [0, 0] != tokens("<s><s>a", tokenizer, front=True)[1:3]
     assert tokens("a</s></s>", tokenizer, front=True)[-3:] == [
@@ -246,7 +238,7 @@ def test_a_text_to_classify_begins_once(name: str) -> None:
     for max_length in (512, 5):
         settings = {"max_length": max_length}
         plain, own = (
-            encode(task.model_copy(update=settings), {"text": text, "label": 0}, tokenizer, "row 0", {"a": 0})
+            task.model_copy(update=settings).sample({"text": text, "label": 0}, tokenizer, "row 0", {"a": 0})
             for text in ("how many are seven", "<s>how many are seven")
         )
         assert plain == own
@@ -255,48 +247,48 @@ def test_a_text_to_classify_begins_once(name: str) -> None:
 
 def test_a_long_prompt_loses_its_beginning_then_the_completion_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "a b c d e f g h", "completion": "x y z"}
-    whole = encode(completion_task(), row, tokenizer, "row 0")
+    whole = completion_task().sample(row, tokenizer, "row 0")
     prompt, completion = whole.input_ids[: whole.prompt_tokens], whole.input_ids[whole.prompt_tokens :]
     assert len(prompt) > len(completion) > 2
-    shorter = encode(completion_task(max_length=len(whole.input_ids) - 1), row, tokenizer, "row 0")
+    shorter = completion_task(max_length=len(whole.input_ids) - 1).sample(row, tokenizer, "row 0")
     assert (shorter.input_ids, shorter.prompt_tokens) == (prompt[1:] + completion, len(prompt) - 1)
-    tight = encode(completion_task(max_length=4), row, tokenizer, "row 0")
+    tight = completion_task(max_length=4).sample(row, tokenizer, "row 0")
     assert (tight.input_ids, tight.prompt_tokens) == (prompt[-2:] + completion[:2], 2)
 
 
 def test_a_completion_without_a_token(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InputError, match="row 7: the completion has no token to score"):
-        encode(completion_task(end_token=False), {"prompt": "a", "completion": ""}, tokenizer, "row 7")
+        completion_task(end_token=False).sample({"prompt": "a", "completion": ""}, tokenizer, "row 7")
 
 
 def test_no_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(InputError, match="end_token: false"):
-        encode(completion_task(), ROW, plain, "row 0")
+        completion_task().sample(ROW, plain, "row 0")
     # Without begin token and prompt, the first token has nothing to be predicted from.
-    empty = encode(completion_task(end_token=False), {"prompt": "", "completion": "a"}, bpe_tokenizer("$A <s>"), "row")
+    empty = completion_task(end_token=False).sample({"prompt": "", "completion": "a"}, bpe_tokenizer("$A <s>"), "row")
     assert (empty.prompt_tokens, empty.scored_from) == (1, 1)
 
 
 def test_classification_keeps_special_tokens_when_cut() -> None:
     closing = bpe_tokenizer("<s> $A </s>")
     task = ClassificationTask(kind="classification", max_length=5)
-    sample = encode(task, {"text": "how many are seven and eight", "label": "b"}, closing, "row 0", {"a": 0, "b": 1})
+    sample = task.sample({"text": "how many are seven and eight", "label": "b"}, closing, "row 0", {"a": 0, "b": 1})
     assert len(sample.input_ids) == 5
     assert (sample.input_ids[0], sample.input_ids[-1], sample.label) == (0, 1, 1)
 
 
 def test_choices_are_whole_and_the_prompt_is_cut_from_the_left(tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "how many are seven and eight?", "choices": ["fifteen", "x"], "answer": 1}
-    whole = encode_choices(MultipleChoiceTask(**CHOICE), row, tokenizer, "row 0")
+    whole = MultipleChoiceTask(**CHOICE).samples(row, tokenizer, "row 0")
     longest = max(len(sample.input_ids) for sample in whole)
-    cut = encode_choices(MultipleChoiceTask(**CHOICE, max_length=longest - 1), row, tokenizer, "row 0")
+    cut = MultipleChoiceTask(**CHOICE, max_length=longest - 1).samples(row, tokenizer, "row 0")
     for before, after in zip(whole, cut, strict=True):
         assert after.input_ids == before.input_ids[-(longest - 1) :]
         assert after.input_ids[after.prompt_tokens :] == before.input_ids[before.prompt_tokens :]
-    assert encode(MultipleChoiceTask(**CHOICE), row, tokenizer, "row 0") == whole[1]
+    assert MultipleChoiceTask(**CHOICE).sample(row, tokenizer, "row 0") == whole[1]
     with pytest.raises(InputError, match="row 0: choice 'x y' needs"):
-        encode_choices(MultipleChoiceTask(**CHOICE, max_length=2), row | {"choices": ["x y"]}, tokenizer, "row 0")
+        MultipleChoiceTask(**CHOICE, max_length=2).samples(row | {"choices": ["x y"]}, tokenizer, "row 0")
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +303,7 @@ def test_calibration_loss_is_the_mean_over_the_counted_tokens(
     network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, loss_on: str
 ) -> None:
     task = completion_task(loss_on=loss_on, completion=" {completion}")
-    batch = calibration_batch(task, ROW, tokenizer, "row 0")
+    batch = task.calibration_batch(ROW, tokenizer, "row 0")
     ids = batch["input_ids"][0].tolist()
     start = len(tokenizer(ROW["prompt"])["input_ids"]) if loss_on == "completion" else 1
     log_p = network(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -321,25 +313,25 @@ def test_calibration_loss_is_the_mean_over_the_counted_tokens(
 
 def test_loss_on_all_reads_the_text_as_one(tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "how ma", "completion": "ny are"}
-    apart = encode(completion_task(end_token=False), row, tokenizer, "row 0").input_ids
-    whole = calibration_batch(completion_task(end_token=False, loss_on="all"), row, tokenizer, "row 0")["input_ids"]
+    apart = completion_task(end_token=False).sample(row, tokenizer, "row 0").input_ids
+    whole = completion_task(end_token=False, loss_on="all").calibration_batch(row, tokenizer, "row 0")["input_ids"]
     assert whole[0].tolist() == tokenizer("how many are")["input_ids"] != apart
     empty = {"prompt": "", "completion": ""}
     with pytest.raises(InputError, match="row 0: a text of 1 tokens"):
-        calibration_batch(completion_task(end_token=False, loss_on="all"), empty, tokenizer, "row 0")
+        completion_task(end_token=False, loss_on="all").calibration_batch(empty, tokenizer, "row 0")
 
 
 def test_calibration_of_a_choice_is_the_right_one(tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": "seven?", "choices": ["x", "fifteen"], "answer": 1}
-    labels = calibration_batch(MultipleChoiceTask(**CHOICE), row, tokenizer, "row 0")["labels"][0]
+    labels = MultipleChoiceTask(**CHOICE).calibration_batch(row, tokenizer, "row 0")["labels"][0]
     assert tokenizer.decode(labels[labels != -100]) == " fifteen"
-    everything = calibration_batch(MultipleChoiceTask(**CHOICE, loss_on="all"), row, tokenizer, "row 0")["labels"][0]
+    everything = MultipleChoiceTask(**CHOICE, loss_on="all").calibration_batch(row, tokenizer, "row 0")["labels"][0]
     assert everything.tolist() == tokenizer("seven? fifteen")["input_ids"]
 
 
 def test_calibration_of_a_class(tokenizer: PreTrainedTokenizerFast) -> None:
     task = ClassificationTask(kind="classification")
-    batch = calibration_batch(task, {"text": "seven", "label": "b"}, tokenizer, "row 0", {"a": 0, "b": 1})
+    batch = task.calibration_batch({"text": "seven", "label": "b"}, tokenizer, "row 0", {"a": 0, "b": 1})
     assert batch["labels"].tolist() == [1]
     assert batch["input_ids"].tolist() == [tokenizer("seven")["input_ids"]]
     assert batch["attention_mask"].shape == batch["input_ids"].shape
@@ -355,4 +347,4 @@ def test_padding() -> None:
 
 def test_half_a_character_is_refused_by_its_row() -> None:
     with pytest.raises(InputError, match=r"field .prompt., which has half a surrogate pair in row 0 of .*; repair"):
-        check_rows(completion_task(), [{"prompt": "a \ud800", "completion": "b"}], KEY)
+        completion_task().check_rows([{"prompt": "a \ud800", "completion": "b"}], KEY)

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from sensmerge.tasks.methods.arithmetic import Settings, TaskVector, agreed_pieces, contribution_pieces, merged_pieces
-from sensmerge.tasks.methods.delta import Whole, pieces
-from sensmerge.tasks.methods.sparsify import Sparsifier
+from sensmerge.tasks.methods.contract import Additive, Method, TaskVector
+from sensmerge.tasks.methods.kernels.delta import Whole, pieces
+from sensmerge.tasks.methods.kernels.sparsify import Sparsifier
 
 
 def joined(found: Iterable[tuple[slice, torch.Tensor]], shape: torch.Size) -> torch.Tensor:
@@ -17,22 +17,22 @@ def joined(found: Iterable[tuple[slice, torch.Tensor]], shape: torch.Size) -> to
     return torch.cat([part for _, part in parts]).view(shape) if parts else torch.empty(shape)
 
 
-def whole_tensor(base: torch.Tensor, vectors: Sequence[TaskVector], settings: Settings) -> torch.Tensor:
-    return joined(merged_pieces(base.reshape(-1), vectors, settings), base.shape)
+def whole_tensor(base: torch.Tensor, vectors: Sequence[TaskVector], method: Method) -> torch.Tensor:
+    return joined(method.merged_pieces(base, vectors), base.shape)
 
 
-def contribution(base: torch.Tensor, vector: TaskVector, share: float, settings: Settings) -> torch.Tensor:
-    return joined(contribution_pieces(base.reshape(-1), vector, share, settings), base.shape)
+def contribution(base: torch.Tensor, vector: TaskVector, share: float, method: Additive) -> torch.Tensor:
+    return joined(method.contribution_pieces(base.reshape(-1), vector, share), base.shape)
 
 
-def agreed_contributions(base: torch.Tensor, vectors: Sequence[TaskVector], settings: Settings) -> list[torch.Tensor]:
-    found = list(agreed_pieces(base.reshape(-1), vectors, settings))
+def agreed_contributions(base: torch.Tensor, vectors: Sequence[TaskVector], method: Additive) -> list[torch.Tensor]:
+    found = list(method.agreed_pieces(base.reshape(-1), vectors))
     columns = range(len(vectors))
     return [joined(((where, parts[k]) for where, parts in found), base.shape) for k in columns]
 
 
-def vector(delta: torch.Tensor, weight: float = 1.0, density: float = 1.0, mask_key: str = "") -> TaskVector:
-    return TaskVector(Whole(delta.reshape(-1)), weight, density, mask_key)
+def vector(delta: torch.Tensor, weight: float = 1.0, expert: str = "expert") -> TaskVector:
+    return TaskVector(expert, "tensor", Whole(delta.reshape(-1)), weight)
 
 
 def sparse(delta: torch.Tensor, sparsify: Sparsifier) -> torch.Tensor:

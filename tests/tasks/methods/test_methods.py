@@ -6,24 +6,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sensmerge.tasks.methods import delta as delta_module
-from sensmerge.tasks.methods.arithmetic import (
-    METHODS,
-    Settings,
-    TaskVector,
-    has_consensus,
-    keeps_low_rank,
-    merged_pieces,
-    shares,
-    static_coefficient,
-)
-from sensmerge.tasks.methods.delta import BLOCK, CHUNK, Difference
-from sensmerge.tasks.methods.sparsify import norm_ratio
+from sensmerge.tasks.methods.contract import Additive, TaskVector, method_of
+from sensmerge.tasks.methods.kernels import delta as delta_module
+from sensmerge.tasks.methods.kernels.delta import BLOCK, CHUNK, Difference
+from sensmerge.tasks.methods.kernels.sparsify import norm_ratio
 from tests.conftest import SHARED
 from tests.tasks.methods.pieces import agreed_contributions, contribution, joined, vector, whole_tensor
 
 REFERENCE = SHARED / "reference" / "merge_methods.json"
-NAMES = ["linear", *METHODS]
+NAMES = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
+SPARSE = ["ties", "dare_linear", "dare_ties"]
 WEIGHTS = [0.5, 0.3, 0.4]
 
 
@@ -34,17 +26,16 @@ def reference_cases() -> list[Any]:
     return [pytest.param(case, id=case["output"].removeprefix("out.")) for case in cases]
 
 
-def settings(method: str, **changes: Any) -> Settings:
-    row = METHODS.get(method)
-    defaults = {"normalize": row.normalize if row else True, "rescale": bool(row and row.rescale)}
-    return Settings(method, **{**defaults, **changes})
+def of(name: str, density: Any = None, **settings: Any) -> Additive:
+    """A method with its settings, `density` among them if it has one; the others are mergekit's defaults."""
+    given = {"density": density} if density is not None and name in SPARSE else {}
+    found = method_of({"method": name, **given, **settings})
+    assert isinstance(found, Additive)
+    return found
 
 
-def vectors(deltas: list[torch.Tensor], weights: list[float], density: float = 1.0) -> list[TaskVector]:
-    return [
-        vector(delta, weight, density, mask_key=f"expert{i}/tensor")
-        for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))
-    ]
+def vectors(deltas: list[torch.Tensor], weights: list[float]) -> list[TaskVector]:
+    return [vector(delta, weight, f"expert{i}") for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))]
 
 
 @pytest.fixture
@@ -83,17 +74,13 @@ def test_mergekit_gives_the_same(case: dict[str, Any]) -> None:
     given = dict(case["parameters"])
     weights, number = given.pop("weight"), case["tensor"]
     densities = given.pop("density", [1.0] * case["experts"])
-    if "lambda" in given:
-        given["lambda_"] = given.pop("lambda")
+    of_experts = {f"expert{i}": density for i, density in enumerate(densities)}
     with safe_open(REFERENCE.with_suffix(".safetensors"), framework="pt") as tensors:
         base = tensors.get_tensor(f"{number}.base")
         experts = [tensors.get_tensor(f"{number}.expert{k}") for k in range(case["experts"])]
         expected = tensors.get_tensor(case["output"])
-    given_vectors = [
-        vector(expert - base, weight, density)
-        for expert, weight, density in zip(experts, weights, densities, strict=True)
-    ]
-    merged = whole_tensor(base, given_vectors, settings(case["method"], **given))
+    deltas = [expert - base for expert in experts]
+    merged = whole_tensor(base, vectors(deltas, weights), of(case["method"], of_experts, **given))
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
 
 
@@ -105,9 +92,9 @@ def test_no_reference_case_of_our_methods_is_left_out() -> None:
 def test_linear_is_the_mean_of_the_experts(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
     experts = [(base + delta).double() for delta in deltas]
     total = sum(w * e for w, e in zip(WEIGHTS, experts, strict=True))
-    mean = whole_tensor(base, vectors(deltas, WEIGHTS), settings("linear"))
+    mean = whole_tensor(base, vectors(deltas, WEIGHTS), of("linear"))
     torch.testing.assert_close(mean, (total / sum(WEIGHTS)).float(), rtol=1e-6, atol=1e-6)
-    raw = whole_tensor(base, vectors(deltas, WEIGHTS), settings("linear", normalize=False))
+    raw = whole_tensor(base, vectors(deltas, WEIGHTS), of("linear", normalize=False))
     torch.testing.assert_close(raw, total.float(), rtol=1e-6, atol=1e-6)
 
 
@@ -118,7 +105,7 @@ def test_sum_of_task_vectors(
     method: str, normalize: bool, lambda_: float, base: torch.Tensor, deltas: list[torch.Tensor]
 ) -> None:
     mixed = sum(w * d.double() for w, d in zip(WEIGHTS, deltas, strict=True)) / (sum(WEIGHTS) if normalize else 1)
-    merged = whole_tensor(base, vectors(deltas, WEIGHTS), settings(method, normalize=normalize, lambda_=lambda_))
+    merged = whole_tensor(base, vectors(deltas, WEIGHTS), of(method, normalize=normalize, **{"lambda": lambda_}))
     torch.testing.assert_close(merged, (base + lambda_ * mixed).float(), rtol=1e-6, atol=1e-6)
 
 
@@ -128,43 +115,43 @@ def test_sum_of_task_vectors(
 def test_ties_of_the_paper(
     weights: list[float], density: float, normalize: bool, base: torch.Tensor, deltas: list[torch.Tensor]
 ) -> None:
-    merged = whole_tensor(base, vectors(deltas, weights, density), settings("ties", normalize=normalize))
+    merged = whole_tensor(base, vectors(deltas, weights), of("ties", density, normalize=normalize))
     expected = naive_ties(base, deltas, weights, density, normalize)
     torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_dense_dare_ties_is_dense_ties(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
-    dare = whole_tensor(base, vectors(deltas, WEIGHTS), settings("dare_ties", normalize=True))
+    dare = whole_tensor(base, vectors(deltas, WEIGHTS), of("dare_ties", normalize=True))
     torch.testing.assert_close(dare.double(), naive_ties(base, deltas, WEIGHTS, 1.0, True), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_order_of_experts_does_not_matter(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
-    given = vectors(deltas, WEIGHTS, 0.5 if method != "linear" else 1.0)
-    first = whole_tensor(base, given, settings(method))
+    given = vectors(deltas, WEIGHTS)
+    first = whole_tensor(base, given, of(method, 0.5))
     for order in itertools.permutations(given):
-        torch.testing.assert_close(whole_tensor(base, order, settings(method)), first, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(whole_tensor(base, order, of(method, 0.5)), first, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", NAMES)
 def test_one_dense_expert_is_itself(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
-    merged = whole_tensor(base, vectors(deltas[:1], [1.0]), settings(method))
+    merged = whole_tensor(base, vectors(deltas[:1], [1.0]), of(method))
     torch.testing.assert_close(merged, base + deltas[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sparsify])
+@pytest.mark.parametrize("method", SPARSE)
 def test_density_zero_is_the_base(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
-    assert torch.equal(whole_tensor(base, vectors(deltas, WEIGHTS, 0.0), settings(method)), base)
+    assert torch.equal(whole_tensor(base, vectors(deltas, WEIGHTS), of(method, 0.0)), base)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in NAMES if name != "linear"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_weights_that_cancel_divide_by_one(
     method: str, normalize: bool, base: torch.Tensor, deltas: list[torch.Tensor]
 ) -> None:
     # Equal task vectors with weights +1 and −1: their sum is zero everywhere, and so is the sum of all weights.
-    merged = whole_tensor(base, vectors([deltas[0], deltas[0]], [1.0, -1.0]), settings(method, normalize=normalize))
-    if METHODS[method].consensus:
+    merged = whole_tensor(base, vectors([deltas[0], deltas[0]], [1.0, -1.0]), of(method, normalize=normalize))
+    if of(method).consensus:
         # A sum of zero counts as positive: of +δ and −δ the positive one stays, divided by its own weight.
         sign = deltas[0].sign() if normalize else torch.ones_like(base)
         torch.testing.assert_close(merged, base + sign * deltas[0].abs(), rtol=1e-6, atol=1e-6)
@@ -175,15 +162,15 @@ def test_weights_that_cancel_divide_by_one(
 def test_consensus_with_agreeing_weights_that_cancel_divides_by_one(base: torch.Tensor) -> None:
     # w·δ is +2 and +3 with w = 1 and −1: both agree, their weights sum to zero.
     given = vectors([torch.full_like(base, 2.0), torch.full_like(base, -3.0)], [1.0, -1.0])
-    torch.testing.assert_close(whole_tensor(base, given, settings("ties")), base + 5)
+    torch.testing.assert_close(whole_tensor(base, given, of("ties")), base + 5)
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sparsify])
+@pytest.mark.parametrize("method", SPARSE)
 def test_rescale_restores_the_l1_norm(method: str, deltas: list[torch.Tensor]) -> None:
     zero = torch.zeros_like(deltas[0])
     for rescale in (True, False):
-        given = vectors(deltas[:1], [1.0], 0.3)
-        task_vector = whole_tensor(zero, given, settings(method, rescale=rescale, normalize=False))
+        given = vectors(deltas[:1], [1.0])
+        task_vector = whole_tensor(zero, given, of(method, 0.3, rescale=rescale, normalize=False))
         kept = task_vector != 0
         l1 = (deltas[0] if rescale else deltas[0][kept]).abs().sum()
         torch.testing.assert_close(task_vector.abs().sum(), l1)
@@ -209,35 +196,26 @@ def test_size_of_chunks_changes_no_bit(
     base = torch.randn(numel, generator=generator).to(dtype)
     # Rounding to half precision leaves many differences of equal magnitude.
     experts = [(base.float() + 0.05 * torch.randn(numel, generator=generator)).to(dtype) for _ in range(3)]
-    density = 0.37 if method in METHODS and METHODS[method].sparsify else 1.0
     given = [
-        TaskVector(Difference(expert), weight, density, mask_key=f"{k}")
+        TaskVector(f"expert{k}", "tensor", Difference(expert), weight)
         for k, (expert, weight) in enumerate(zip(experts, WEIGHTS, strict=True))
     ]
-    how = settings(method, **({"rescale": rescale} if density < 1 else {}))
+    how = of(method, 0.37, **({"rescale": rescale} if method in SPARSE else {}))
     found = []
     for size in (BLOCK, 2 * BLOCK, 8 * BLOCK):
         monkeypatch.setattr(delta_module, "CHUNK", size)
-        found.append(joined(merged_pieces(base, given, how), base.shape))
+        found.append(joined(how.merged_pieces(base, given), base.shape))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     deltas = [expert.float() - base.float() for expert in experts]
-    torch.testing.assert_close(found[0], whole_tensor(base.float(), vectors_of(deltas, density), how), rtol=0, atol=0)
-
-
-def vectors_of(deltas: list[torch.Tensor], density: float) -> list[TaskVector]:
-    return [
-        vector(delta, weight, density, mask_key=f"{k}")
-        for k, (delta, weight) in enumerate(zip(deltas, WEIGHTS, strict=True))
-    ]
+    torch.testing.assert_close(found[0], whole_tensor(base.float(), vectors(deltas, WEIGHTS), how), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3, 4)])
 def test_any_shape(method: str, shape: tuple[int, ...]) -> None:
     ones = torch.ones(shape)
-    density = 1.0 if method == "linear" or not METHODS[method].sparsify else 0.5
-    merged = whole_tensor(ones, vectors([ones, ones * 2], [0.5, 0.5], density), settings(method))
+    merged = whole_tensor(ones, vectors([ones, ones * 2], [0.5, 0.5]), of(method, 0.5))
     assert merged.shape == shape
     assert merged.dtype == torch.float32
 
@@ -245,7 +223,7 @@ def test_any_shape(method: str, shape: tuple[int, ...]) -> None:
 def test_inputs_are_left_alone(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
     before = [tensor.clone() for tensor in (base, *deltas)]
     for method in NAMES:
-        whole_tensor(base, vectors(deltas, WEIGHTS, 0.5), settings(method, normalize=True))
+        whole_tensor(base, vectors(deltas, WEIGHTS), of(method, 0.5, normalize=True))
     assert all(torch.equal(a, b) for a, b in zip(before, (base, *deltas), strict=True))
 
 
@@ -256,9 +234,9 @@ def test_large_tensors_are_merged_in_chunks(method: str) -> None:
     rows, width = 5, CHUNK // 3
     base, *deltas = (torch.randn(rows, width, generator=generator) for _ in range(4))
     transposed = [deltas[0].T.contiguous().T, *deltas[1:]]
-    merged = whole_tensor(base.T.contiguous().T, vectors(transposed, WEIGHTS), settings(method))
+    merged = whole_tensor(base.T.contiguous().T, vectors(transposed, WEIGHTS), of(method))
     for row in range(rows):
-        alone = whole_tensor(base[row], vectors([delta[row] for delta in deltas], WEIGHTS), settings(method))
+        alone = whole_tensor(base[row], vectors([delta[row] for delta in deltas], WEIGHTS), of(method))
         assert torch.equal(merged[row], alone)
 
 
@@ -278,8 +256,8 @@ def test_agreed_contributions_sum_to_the_merge(
     base: torch.Tensor,
     deltas: list[torch.Tensor],
 ) -> None:
-    how = settings(method, normalize=normalize, lambda_=lambda_)
-    given = vectors(deltas, weights, density)
+    how = of(method, density, normalize=normalize, **{"lambda": lambda_})
+    given = vectors(deltas, weights)
     before = [delta.clone() for delta in deltas]
     parts = agreed_contributions(base, given, how)
     torch.testing.assert_close(base + sum(parts), whole_tensor(base, given, how), rtol=0, atol=1e-6)
@@ -291,7 +269,7 @@ def test_agreed_contributions_sum_to_the_merge(
 def test_agreed_contributions_by_hand() -> None:
     # Weighted: 1, −4, 6 → positive, of weights 1 + 3; −2, −2, 3 → negative, of weights 1 + 2.
     given = [torch.tensor([1.0, -2.0]), torch.tensor([-2.0, -1.0]), torch.tensor([2.0, 1.0])]
-    parts = agreed_contributions(torch.zeros(2), vectors(given, [1.0, 2.0, 3.0]), settings("ties"))
+    parts = agreed_contributions(torch.zeros(2), vectors(given, [1.0, 2.0, 3.0]), of("ties"))
     expected = torch.tensor([[1 / 4, -2 / 3], [0.0, -2 / 3], [6 / 4, 0.0]])
     torch.testing.assert_close(torch.stack(parts), expected)
 
@@ -308,37 +286,37 @@ def test_contributions_sum_to_the_merge(
     base: torch.Tensor,
     deltas: list[torch.Tensor],
 ) -> None:
-    how = settings(method, normalize=normalize, lambda_=lambda_)
-    given = vectors(deltas, weights, 0.5)
-    parts = [contribution(base, one, share, how) for one, share in zip(given, shares(weights, how), strict=True)]
+    how = of(method, 0.5, normalize=normalize, **{"lambda": lambda_})
+    given = vectors(deltas, weights)
+    parts = [contribution(base, one, share, how) for one, share in zip(given, how.shares(weights), strict=True)]
     torch.testing.assert_close(base + sum(parts), whole_tensor(base, given, how), rtol=0, atol=2e-6)
 
 
 def test_contributions_of_normalised_linear_sum_to_the_merge(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
-    how = settings("linear")
+    how = of("linear")
     given = vectors(deltas, WEIGHTS)
-    parts = [contribution(base, one, share, how) for one, share in zip(given, shares(WEIGHTS, how), strict=True)]
+    parts = [contribution(base, one, share, how) for one, share in zip(given, how.shares(WEIGHTS), strict=True)]
     torch.testing.assert_close(base + sum(parts), whole_tensor(base, given, how), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        (settings("task_arithmetic"), 0.4),
-        (settings("task_arithmetic", lambda_=0.5), 0.2),
-        (settings("task_arithmetic", normalize=True), 1 / 3),
-        (settings("ties"), 1 / 3),
-        (settings("ties", normalize=False), 0.4),
-        (settings("ties", lambda_=1.5), 0.5),
-        (settings("dare_ties"), 0.4),
-        (settings("dare_linear"), 0.4),
-        (settings("linear"), 1 / 3),
+        (of("task_arithmetic"), 0.4),
+        (of("task_arithmetic", **{"lambda": 0.5}), 0.2),
+        (of("task_arithmetic", normalize=True), 1 / 3),
+        (of("ties"), 1 / 3),
+        (of("ties", normalize=False), 0.4),
+        (of("ties", **{"lambda": 1.5}), 0.5),
+        (of("dare_ties"), 0.4),
+        (of("dare_linear"), 0.4),
+        (of("linear"), 1 / 3),
     ],
 )
-def test_static_coefficient_is_what_uniform_weights_give_each_expert(how: Settings, expected: float) -> None:
-    assert static_coefficient(how, 0.4, 3) == pytest.approx(expected)
+def test_static_coefficient_is_what_uniform_weights_give_each_expert(how: Additive, expected: float) -> None:
+    assert how.static_coefficient(0.4, 3) == pytest.approx(expected)
     # Task vectors that do not overlap: in each element a merge without consensus adds that much of one expert.
-    if not has_consensus(how):
+    if not how.consensus:
         merged = whole_tensor(torch.zeros(3), vectors(list(torch.eye(3)), [0.4] * 3), how)
         torch.testing.assert_close(merged, torch.full((3,), expected))
 
@@ -356,5 +334,22 @@ def test_static_coefficient_is_what_uniform_weights_give_each_expert(how: Settin
     ],
 )
 def test_which_methods_leave_factors_alone(method: str, density: float, consensus: bool, low_rank: bool) -> None:
-    assert has_consensus(settings(method)) == consensus
-    assert keeps_low_rank(settings(method), density) == low_rank
+    how = of(method, density)
+    assert how.consensus == consensus
+    assert how.keeps_whole("any") == low_rank
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gpu_gives_the_same_bits(method: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(3 * BLOCK + 7, generator=generator).to(dtype)
+    experts = [(base.float() + 0.05 * torch.randn(len(base), generator=generator)).to(dtype) for _ in range(3)]
+    how = of(method, 0.3, **({"rescale": False} if method in SPARSE else {}))
+    assert how.devices == ("cpu", "cuda")
+    merged = []
+    for device in how.devices:
+        given = [TaskVector(f"{k}", "tensor", Difference(one.to(device)), 0.4) for k, one in enumerate(experts)]
+        merged.append(joined(how.merged_pieces(base.to(device), given), base.shape).cpu())
+    assert torch.equal(*merged)

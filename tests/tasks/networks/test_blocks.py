@@ -12,11 +12,14 @@ from sensmerge.tasks.networks.blocks import Part, Shell, blocks_of
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
+from sensmerge.tasks.statistics.sensitivity import Sensitivity
 from tests.conftest import make_llama, perturbed
 
 Save = Callable[..., Path]
 IDS = torch.tensor([[5, 6, 7, 8]])
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+
+STATISTICS = {"sensitivity": Sensitivity()}
 
 
 def source(base: Path, expert: Path) -> Source:
@@ -28,15 +31,15 @@ def test_parts_make_the_whole(llamas: dict[str, Path]) -> None:
     network = one.hollow()
     blocks = blocks_of(network)
     assert list(blocks) == ["model.layers.0", "model.layers.1"]
-    shell = Shell(one, network, blocks)
+    shell = Shell(one, network, blocks, STATISTICS)
     hidden, calls, learned = shell.enter(BATCH)
     assert not learned
-    part = Part(one, blocks)
-    behind = part.forward(hidden, calls, learned)
+    part = Part(one, blocks, STATISTICS)
+    behind, _ = part.forward(hidden, calls, learned)
     whole = AutoModelForCausalLM.from_pretrained(llamas["math"])
     output = whole(**BATCH, output_hidden_states=True)
     assert torch.equal(shell.trunk({**BATCH}, behind)["hidden"], output.hidden_states[-1])
-    loss, gradient = shell.loss(BATCH, behind)
+    loss, gradient, _ = shell.loss(BATCH, behind)
     assert loss == float(output.loss.detach())
     output.loss.backward()
     before, sums, _ = part.backward(hidden, calls, learned, gradient)
@@ -45,9 +48,9 @@ def test_parts_make_the_whole(llamas: dict[str, Path]) -> None:
         f"model.layers.{i}": float(sum((p.detach() * p.grad).abs().sum() for p in layer.parameters()))
         for i, layer in enumerate(whole.model.layers)
     }
-    assert sums == pytest.approx(expected, rel=1e-5)
+    assert sums["sensitivity"] == pytest.approx(expected, rel=1e-5)
     tied = whole.lm_head.weight
-    assert shell.backward(BATCH, behind, before, [])["model.embed_tokens"] == pytest.approx(
+    assert shell.backward(BATCH, behind, before, [])["sensitivity"]["model.embed_tokens"] == pytest.approx(
         float((tied.detach() * tied.grad).abs().sum()), rel=1e-5
     )
 
@@ -55,7 +58,7 @@ def test_parts_make_the_whole(llamas: dict[str, Path]) -> None:
 def test_hollow_blocks_stay_hollow(llamas: dict[str, Path]) -> None:
     one = source(llamas["base"], llamas["math"])
     blocks = blocks_of(one.hollow())
-    Part(one, blocks)
+    Part(one, blocks, STATISTICS)
     assert {parameter.device.type for block in blocks.values() for parameter in block.parameters()} == {"meta"}
 
 
@@ -69,8 +72,8 @@ def test_what_blocks_are_given_may_be_learned(
         return tuple(each * 30 * x.abs().mean() for each in rotary(self, x, *args, **kwargs))
 
     def sums(placement: Placement) -> dict[str, float]:
-        with open_runner(source(llamas["base"], llamas["math"]), placement, tmp_path) as runner:
-            return next(iter(runner.sensitivities([BATCH], lambda *_: None)))[1].sums
+        with open_runner(source(llamas["base"], llamas["math"]), placement, tmp_path, STATISTICS) as runner:
+            return next(iter(runner.run([BATCH], lambda *_: None)))[1].sums["sensitivity"]
 
     plain = sums("whole")["model.embed_tokens"]
     monkeypatch.setattr(LlamaRotaryEmbedding, "forward", learned)
@@ -92,4 +95,4 @@ def test_missing_weights(save: Save, tmp_path: Path) -> None:
     one = source(base, expert)
     network = one.hollow()
     with pytest.raises(InputError, match=r"base: no fitting weights for lm_head\.weight of LlamaForCausalLM"):
-        Shell(one, network, blocks_of(network))
+        Shell(one, network, blocks_of(network), {})

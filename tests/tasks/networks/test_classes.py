@@ -119,7 +119,7 @@ def test_other_classes_are_a_head_of_the_tasks_own(names: list[str], save: Save,
     expert = open_expert(save(network, "a", tmp_path), base, "experts.a")
     layers = [f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")]
     assert sorted(expert.head) == sorted(layers)
-    assert "has other classes than the base: its head stays its own" in expert.notes[0]
+    assert "has other classes than the base: its head is kept apart" in expert.notes[0]
     assert torch.equal(expert.read(layers[0]), base.read(layers[0]))
     with torch.no_grad():
         found = load_network(expert, "classification", torch.float32, "cpu", head_of=expert)(IDS).logits

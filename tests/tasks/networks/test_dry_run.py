@@ -17,7 +17,10 @@ from transformers import (
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.dry_run import StandIn, stand_in
 from sensmerge.tasks.networks.networks import Head
+from sensmerge.tasks.statistics.sensitivity import Sensitivity
 from tests.conftest import llama_config
+
+STATISTICS = {"sensitivity": Sensitivity()}
 
 
 def tried(config: PretrainedConfig, folder: Path, head: Head = "causal_lm") -> StandIn:
@@ -40,9 +43,9 @@ def tried(config: PretrainedConfig, folder: Path, head: Head = "causal_lm") -> S
 def test_networks_that_can_do_all(config: PretrainedConfig, head: Head, tmp_path: Path) -> None:
     before, state = config.to_dict(), torch.get_rng_state()
     tiny = tried(config, tmp_path, head)
-    tiny.check_sensitivity()
+    tiny.check_statistics(STATISTICS)
     tiny.check_head()
-    tiny.check_parts()
+    tiny.check_parts(STATISTICS)
     if head == "causal_lm":
         tiny.check_generation()
     assert config.to_dict() == before
@@ -51,10 +54,10 @@ def test_networks_that_can_do_all(config: PretrainedConfig, head: Head, tmp_path
 
 def test_what_blocks_hand_on_beside_hidden_states(tmp_path: Path) -> None:
     tiny = tried(ZayaConfig(), tmp_path)
-    tiny.check_sensitivity()
+    tiny.check_statistics(STATISTICS)
     tiny.check_head()
     with pytest.raises(InputError, match=r"^ZayaForCausalLM: it cannot be run in parts \(.+\)$"):
-        tiny.check_parts()
+        tiny.check_parts(STATISTICS)
 
 
 def test_a_network_that_takes_more_than_text(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ from transformers import (
 
 from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.networks.blocks import blocks_of
-from sensmerge.tasks.networks.journeys import Sensitivity
+from sensmerge.tasks.networks.journeys import Measured
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
+from sensmerge.tasks.statistics.sensitivity import Sensitivity
 from tests.conftest import perturbed
 
 SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -62,9 +63,9 @@ def encoder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Source, Pre
     return source, network
 
 
-def measured(source: Source, placement: Placement, scratch: Path) -> list[Sensitivity]:
-    with open_runner(source, placement, scratch) as runner:
-        found = dict(runner.sensitivities(SAMPLES, lambda *_: None))
+def measured(source: Source, placement: Placement, scratch: Path) -> list[Measured]:
+    with open_runner(source, placement, scratch, {"sensitivity": Sensitivity()}) as runner:
+        found = dict(runner.run(SAMPLES, lambda *_: None))
     return [found[number] for number in range(len(SAMPLES))]
 
 
@@ -82,8 +83,10 @@ def test_sensitivity(encoder: tuple[Source, PreTrainedModel], tmp_path: Path) ->
                 layer = layer_of(name.removeprefix(prefix))
                 change = float((parameter.detach() * parameter.grad).abs().sum())
                 expected[layer] = expected.get(layer, 0.0) + change
-        assert {key: value for key, value in whole.sums.items() if key in expected} == pytest.approx(expected, rel=1e-4)
-        assert parts.sums == pytest.approx(whole.sums, rel=1e-4)
+        assert {key: value for key, value in whole.sums["sensitivity"].items() if key in expected} == pytest.approx(
+            expected, rel=1e-4
+        )
+        assert parts.sums["sensitivity"] == pytest.approx(whole.sums["sensitivity"], rel=1e-4)
         assert parts.loss == pytest.approx(whole.loss)
 
 

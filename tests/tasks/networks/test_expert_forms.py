@@ -388,7 +388,7 @@ def test_factors_that_peft_would_not_load(more: dict[str, object], llamas: dict[
     make_adapter(make_llama(), tmp_path / "lora", 1, **settings)
     make_adapter(make_llama(), tmp_path / "more", 1, **settings | more)
     (tmp_path / "lora" / ADAPTER_WEIGHTS).write_bytes((tmp_path / "more" / ADAPTER_WEIGHTS).read_bytes())
-    with pytest.raises(InputError, match=r"holds .*lora_[AB]\.weight and \d+ more, which peft leaves out"):
+    with pytest.raises(InputError, match=r"holds .*lora_[AB]\.weight and \d+ more, which peft ignores"):
         open_expert(tmp_path / "lora", open_base(llamas["base"]), "experts.x")
 
 

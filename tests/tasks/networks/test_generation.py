@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.generation import end_tokens, generate, set_end_tokens
-from sensmerge.tasks.stages.evaluate import Subject, evaluate
-from tests.conftest import make_adapter, make_llama, perturbed
+from sensmerge.tasks.stages.evaluate import EvaluateJob
+from tests.conftest import make_adapter, make_llama, perturbed, stored
 
 
 def greedy(network: LlamaForCausalLM, prompt: list[int], length: int) -> list[int]:
@@ -85,7 +86,7 @@ def test_continuations_are_greedy_up_to_any_end_token(tokenizer: PreTrainedToken
     for ids in whole:
         stop = next((i for i, token in enumerate(ids) if token in ends | {1}), 10)
         expected.append(ids[:stop])
-    assert generate(network, tokenizer, prompts, 10, 2, "cpu") == expected
+    assert generate(network, tokenizer, [{"input_ids": ids} for ids in prompts], 10, 2, "cpu") == expected
     assert len(expected[1]) <= 2
 
 
@@ -106,6 +107,9 @@ def test_a_model_that_ends_its_answers_with_a_token_of_its_own_is_scored_by_it(
         state(model, ends)
         out = tmp_path / str(ends)
         out.mkdir()
-        subject = Subject(base, model, is_expert=not merged, head_of=None)
-        scores.append(evaluate(subject, "math", task, rows, base, "float32", "cpu", out)["exact_match"]["value"])
+        files = Artifact("", base)
+        job = EvaluateJob(
+            files, Artifact("", model), None, files, task, stored(rows), None, "float32", {}, "math", not merged, "cpu"
+        )
+        scores.append(job.finish(out)["exact_match"]["value"])
     assert scores == [0, 1]

@@ -33,16 +33,25 @@ from transformers import (
 from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.coefficients import alpha
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, RowSet
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.blocks import blocks_of
 from sensmerge.tasks.networks.journeys import Journey, PartsRunner, Runner
 from sensmerge.tasks.networks.placement import Actors, Placement
 from sensmerge.tasks.networks.runners import open_runner
-from sensmerge.tasks.networks.sharded import BlockOwner, _Lane, shares
+from sensmerge.tasks.networks.sharded import BlockOwner, Owned, _Lane, shares
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.stages.cross_task import CrossTaskJob
-from sensmerge.tasks.stages.sensitivity import sensitivity
-from tests.conftest import gpt2_config, llama_config, make_adapter, measure_distances, pair_names, perturbed
+from sensmerge.tasks.networks.watching import Statistics
+from tests.conftest import (
+    TaskRows,
+    cross_task_job,
+    do_job,
+    gpt2_config,
+    llama_config,
+    make_adapter,
+    measure_sensitivity,
+    perturbed,
+)
 
 Save = Callable[..., Path]
 ROWS = [{"text": text} for text in ("1+2=3", "a rather longer text than the first", "x")]
@@ -85,21 +94,21 @@ def seeded(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     return perturbed(network, seed) if seed else network
 
 
-def completions(names: list[str]) -> dict[str, RowSet]:
+def completions(names: list[str]) -> dict[str, TaskRows]:
     task = CompletionTask(kind="completion", prompt="{text}", completion="!", loss_on="all")
-    return {name: RowSet(task, ROWS[: 2 + i]) for i, name in enumerate(names)}
+    return {name: TaskRows(task, ROWS[: 2 + i]) for i, name in enumerate(names)}
 
 
-def classes(names: list[str]) -> dict[str, RowSet]:
+def classes(names: list[str]) -> dict[str, TaskRows]:
     rows = [{**row, "label": i % 2} for i, row in enumerate(ROWS)]
-    return {name: RowSet(ClassificationTask(kind="classification"), rows[: 2 + i]) for i, name in enumerate(names)}
+    return {name: TaskRows(ClassificationTask(kind="classification"), rows[: 2 + i]) for i, name in enumerate(names)}
 
 
 def sensitivity_of(
     name: str,
     base: Path,
     experts: dict[str, Path],
-    sets: dict[str, RowSet],
+    sets: dict[str, TaskRows],
     placement: Placement,
     out: Path,
     dtype: str = "float32",
@@ -107,25 +116,22 @@ def sensitivity_of(
     """Return the sensitivity of an expert's layers, found in some placement."""
     folder, one = out / name, sets[name]
     folder.mkdir(parents=True)
-    sensitivity(base, experts[name], name, one.task, one.rows, base, dtype, "cpu", placement, folder)
+    found = measure_sensitivity(base, experts[name], *one, folder, placement=placement, dtype=dtype)
     assert [path.name for path in folder.iterdir()] == ["sensitivity.json"]
-    found: dict[str, float] = read_json(folder / "sensitivity.json")["sensitivity"]
     return found
 
 
 def distances_of(
     base: Path,
     experts: dict[str, Path],
-    sets: dict[str, RowSet],
+    sets: dict[str, TaskRows],
     placement: Placement,
     out: Path,
     dtype: str = "float32",
 ) -> dict[str, dict[str, float]]:
     """Return all cross-task distances, found in some placement."""
     folder = out / "distances"
-    measure_distances(
-        CrossTaskJob(base, experts, sets, base, dtype, "cpu", placement, *(pair_names(experts),) * 2, {}, {}), folder
-    )
+    do_job(cross_task_job(base, experts, sets, placement=placement, dtype=dtype), folder)
     found: dict[str, dict[str, float]] = read_json(folder / "distances.json")
     return found
 
@@ -144,7 +150,7 @@ def same_distances(found: dict[str, dict[str, float]], expected: dict[str, dict[
 def same_as_whole(
     base: Path,
     experts: dict[str, Path],
-    sets: dict[str, RowSet],
+    sets: dict[str, TaskRows],
     placements: dict[str, Placement],
     out: Path,
     dtype: str = "float32",
@@ -196,10 +202,11 @@ def test_streamed_adapters_in_bfloat16(save: Save, tmp_path: Path) -> None:
 class OwnersHere(PartsRunner):
     """What `ShardedRunner` does, its actors being plain objects: what they get and give is pickled all the same."""
 
-    def __init__(self, source: Source, count: int) -> None:
+    def __init__(self, source: Source, count: int, statistics: Statistics) -> None:
         network = source.hollow()
         self._parts = shares(0, [1] * len(blocks_of(network)), count)
-        self._owners = [BlockOwner(source, blocks, place == 0, 1) for place, blocks in enumerate(self._parts)]
+        owned = [Owned(source, blocks, place == 0, statistics) for place, blocks in enumerate(self._parts)]
+        self._owners, self._statistics = [BlockOwner(one, 1) for one in owned], statistics
 
     def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
@@ -221,14 +228,16 @@ def owners_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let networks on actors be run by `OwnersHere`."""
 
     @contextmanager
-    def opened(source: Source, placement: Placement, scratch: Path) -> Iterator[Runner]:
+    def opened(
+        source: Source, placement: Placement, scratch: Path, statistics: Statistics | None = None
+    ) -> Iterator[Runner]:
         if isinstance(placement, Actors):
-            yield OwnersHere(source, placement.count)
+            yield OwnersHere(source, placement.count, statistics or {})
         else:
-            with open_runner(source, placement, scratch) as runner:
+            with open_runner(source, placement, scratch, statistics) as runner:
                 yield runner
 
-    monkeypatch.setattr("sensmerge.tasks.stages.sensitivity.open_runner", opened)
+    monkeypatch.setattr("sensmerge.tasks.stages.statistics.open_runner", opened)
     monkeypatch.setattr("sensmerge.tasks.stages.cross_task.open_runner", opened)
 
 
@@ -308,9 +317,7 @@ def test_a_killed_actor_loses_only_what_it_was_at_work_on(
     for name, placement in (("whole", "whole"), ("killed", Actors(2, 0.5, 0))):
         monkeypatch.setattr(_Lane, "receive", watched)
         (tmp_path / name).mkdir()
-        arguments = (base, experts["math"], "math", task, ROWS * 3, base, "float32", "cpu", placement)
-        sensitivity(*arguments, tmp_path / name)
-        found[name] = read_json(tmp_path / name / "sensitivity.json")["sensitivity"]
+        found[name] = measure_sensitivity(base, experts["math"], task, ROWS * 3, tmp_path / name, placement=placement)
     assert found["killed"] == pytest.approx(found["whole"], rel=1e-5)
     assert len(lost) == 1
     assert len(done) == len(set(done)) == len(ROWS * 3) * (3 + 2 * 2)
@@ -332,7 +339,7 @@ def test_work_that_kills_every_actor_is_named(save: Save, tmp_path: Path, ray_he
     try:
         message = r"experts\.math: enter of the shell on sample 0: its actor died 2 times; if it ran out"
         with pytest.raises(RuntimeError, match=message):
-            sensitivity(base, experts["math"], "math", task, ROWS, base, "float32", "cpu", Actors(2, 0.5, 0), tmp_path)
+            measure_sensitivity(base, experts["math"], task, ROWS, tmp_path, placement=Actors(2, 0.5, 0))
     finally:
         finished.set()
         killer.join()
@@ -374,7 +381,7 @@ def test_a_killed_step_takes_its_actors_place_again(save: Save, tmp_path: Path, 
         if first:
             _Lane.receive = killed  # type: ignore[method-assign, assignment]
         # All CPUs of the cluster.
-        sensitivity(base, experts["math"], "math", task, ROWS, base, "float32", "cpu", Actors(2, 1, 0), tmp_path)
+        measure_sensitivity(base, experts["math"], task, ROWS, tmp_path, placement=Actors(2, 1, 0))
 
     ray.get(step.remote(), timeout=300)
     assert len(read_json(tmp_path / "sensitivity.json")["sensitivity"]) == LAYERS + 3

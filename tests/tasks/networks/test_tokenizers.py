@@ -81,7 +81,7 @@ def test_chat_experts_of_a_pretrained_base(build: Build, tmp_path: Path) -> None
     assert choice.ends == (41, 2)
     assert choice.token_ids() == {"bos_token_id": 1, "eos_token_id": [41, 2]}
     assert "tokenizer: merged models have the tokenizer, chat template" in choice.notes[0]
-    assert "of experts.chat, for the base has no chat template" in choice.notes[0]
+    assert "of experts.chat, because the base has no chat template" in choice.notes[0]
 
     tokenizer, generation = written(choice, base, [plain, chat], tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(chat.folder)
@@ -182,7 +182,7 @@ def test_tokens_without_a_row(build: Build) -> None:
     a = build("experts.a", word_tokenizer([f"<{number}>" for number in range(9)]))
     choice = choose(base, [a], "union", ROWS, True)
     assert max(choice.added.values()) == ROWS - 1
-    assert "tokenizer: '<8>' of experts.a is left out: the embedding has 48 rows and none for it" in choice.notes
+    assert "tokenizer: '<8>' of experts.a is left out: the embedding has 48 rows and no row for it" in choice.notes
 
 
 def test_ordinary_words_that_the_base_lacks(build: Build) -> None:
@@ -196,7 +196,7 @@ def test_base_without_a_tokenizer(build: Build) -> None:
     base, a = build("base"), build("experts.a", word_tokenizer(), adapter=True)
     choice = choose(base, [a], "union", ROWS, True)
     assert choice.source is a
-    assert "for the base has no tokenizer" in choice.notes[0]
+    assert "because the base has no tokenizer" in choice.notes[0]
     with pytest.raises(InputError, match=r"tokenizer.source: base has no tokenizer in .*; expected one of a"):
         choose(base, [a], "base", ROWS, True)
 
@@ -220,7 +220,7 @@ def test_tokenizer_that_nothing_can_read(build: Build) -> None:
     base, a = build("base", word_tokenizer()), build("experts.a")
     (a.folder / "spiece.model").write_bytes(b"no sentencepiece")
     assert choose(base, [a], "union", ROWS, True).notes == (
-        "tokenizer: that of experts.a cannot be read and is not compared with the others",
+        "tokenizer: the one of experts.a cannot be read, so it is not compared with the others",
     )
 
 
@@ -230,4 +230,4 @@ def test_base_tokenizer_that_nothing_can_read(build: Build) -> None:
     (base.folder / "spiece.model").write_bytes(b"no sentencepiece")
     choice = choose(base, [a], "union", ROWS, True)
     assert (choice.source, choice.added) == (base, {})
-    assert choice.notes[0] == "tokenizer: that of base cannot be read and is not compared with the others"
+    assert choice.notes[0] == "tokenizer: the one of base cannot be read, so it is not compared with the others"

@@ -3,9 +3,14 @@
 import gc
 import json
 import logging
+import multiprocessing
+import os
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -86,3 +91,65 @@ def test_a_killed_server_leaves_a_lease_that_ends_by_itself(tmp_path: Path) -> N
     long_ago = datetime.now(UTC) - 2 * LIFE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"renewed": long_ago.isoformat()}))
     assert not held(str(tmp_path))[0].is_live
+
+
+def test_a_store_that_is_only_read_is_served_from_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Over http, where the refusal is an error of the library that asks, not of the operating system."""
+    (tmp_path / ARTIFACT).mkdir(parents=True)
+    (tmp_path / ARTIFACT / "manifest.json").write_text("{}")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with caplog.at_level(logging.WARNING):
+            lease = Lease(f"http://127.0.0.1:{server.server_port}/{ARTIFACT}")
+        server.shutdown()
+    assert "gc does not know that this version is served (ClientResponseError)" in caplog.text
+    lease.release()
+
+
+def test_a_lease_that_its_server_removes_at_the_same_moment(store: str) -> None:
+    lease = Lease(f"{store}/{ARTIFACT}")
+    (one,) = held(store)
+    lease.release()
+    release(store, one)
+    assert held(store) == []
+
+
+def test_a_time_without_zone_is_utc(store: str) -> None:
+    Lease(f"{store}/{ARTIFACT}").release()
+    files, folder = fsspec.url_to_fs(store)
+    now = datetime.now(UTC).replace(tzinfo=None)
+    for name, renewed in (("now", now), ("old", now - 2 * LIFE)):
+        path = f"{folder}/leases/merge--ta-12345678/{name}.json"
+        files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        files.pipe_file(path, json.dumps({"host": name, "renewed": renewed.isoformat()}).encode())
+    assert {one.host: one.is_live for one in held(store)} == {"now": True, "old": False}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"host": "a"}', b"\xff", b'{"host": "a", "renewed": 3}'])
+def test_an_unreadable_lease_counts_from_when_it_was_written(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "leases" / "merge--ta-12345678" / "x.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    (one,) = held(str(tmp_path))
+    assert (one.artifact, one.is_live) == (ARTIFACT, True)
+    long_ago = (datetime.now(UTC) - 2 * LIFE).timestamp()
+    os.utime(path, (long_ago, long_ago))
+    (one,) = held(str(tmp_path))
+    assert not one.is_live
+    release(str(tmp_path), one)
+    assert not path.exists()
+
+
+def test_a_fork_of_a_server_keeps_its_lease(tmp_path: Path) -> None:
+    (tmp_path / ARTIFACT).mkdir(parents=True)
+    (tmp_path / ARTIFACT / "manifest.json").write_text("{}")
+    lease = Lease(str(tmp_path / ARTIFACT))
+    child = multiprocessing.get_context("fork").Process(target=lease.release)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert len(held(str(tmp_path))) == 1
+    lease.release()
+    assert held(str(tmp_path)) == []

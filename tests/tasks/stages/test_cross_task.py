@@ -21,17 +21,18 @@ from transformers import (
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.stages import cross_task as module
-from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet, run_trunk
 from tests.conftest import (
+    TaskRows,
+    cross_task_job,
+    do_job,
     make_adapter,
     make_bert_expert,
     make_bert_trunk,
     make_gpt2,
     make_llama,
-    measure_distances,
-    pair_names,
     perturbed,
 )
 
@@ -44,29 +45,27 @@ TEXTS = {
 }
 
 
-def completions(names: list[str], loss_on: str = "completion") -> dict[str, RowSet]:
+def completions(names: list[str], loss_on: str = "completion") -> dict[str, TaskRows]:
     task = CompletionTask(kind="completion", prompt="{text}", completion="!", loss_on=loss_on)
-    return {name: RowSet(task, [{"text": text} for text in TEXTS[name]]) for name in names}
+    return {name: TaskRows(task, [{"text": text} for text in TEXTS[name]]) for name in names}
 
 
-def classes(names: list[str]) -> dict[str, RowSet]:
+def classes(names: list[str]) -> dict[str, TaskRows]:
     task = ClassificationTask(kind="classification")
     rows = [{"text": text, "label": 0} for text in ("good", "a much longer text than the first")]
-    return {name: RowSet(task, rows[: i + 1]) for i, name in enumerate(names)}
+    return {name: TaskRows(task, rows[: i + 1]) for i, name in enumerate(names)}
 
 
 def measure(
     base: Path,
     experts: Mapping[str, Path],
-    sets: Mapping[str, RowSet],
+    sets: Mapping[str, TaskRows],
     out: Path,
     known: Mapping[str, float] | None = None,
     kept: Mapping[str, Path] | None = None,
 ) -> Distances:
     out.mkdir(exist_ok=True)
-    names = pair_names(experts)
-    job = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", names, names, known or {}, kept or {})
-    found = measure_distances(job, out)
+    found = do_job(cross_task_job(base, experts, sets, known=known or {}, kept=kept or {}), out)
     distances: Distances = read_json(out / "distances.json")
     apart = [g for i, row in distances.items() for j, g in row.items() if i != j]
     assert found == {"min": min(apart), "max": max(apart), "measured": len(apart) - len(known or {})}
@@ -186,9 +185,7 @@ def test_classifiers_whose_heads_read_differently(
         folders[name] = save(perturbed(network, seed), name, tmp_path)
     sets = classes(list(poolings))
     base, out = save(trunk, "base", tmp_path), tmp_path / "out"
-    names = pair_names(folders)
-    job = CrossTaskJob(base, folders, sets, base, "float32", "cpu", "whole", names, names, {}, {})
-    measure_distances(job, out)
+    do_job(cross_task_job(base, folders, sets), out)
     heads = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]) for name in poolings}
     trunks = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]).model for name in poolings}
     texts = {name: [row["text"] for row in one.rows] for name, one in sets.items()}
@@ -234,7 +231,7 @@ def test_classifiers_with_decoder_trunks_and_no_padding_token(
         networks[name] = perturbed(network, seed)
     folders = {name: save(network, name, tmp_path) for name, network in networks.items()}
     rows = [{"text": text, "label": 0} for text in ("good", "evil")]  # of one length, so that they could be one batch
-    sets = {name: RowSet(ClassificationTask(kind="classification"), rows) for name in networks}
+    sets = {name: TaskRows(ClassificationTask(kind="classification"), rows) for name in networks}
     found = measure(folder, folders, sets, tmp_path / "out")
     trunks = {name: AutoModelForSequenceClassification.from_pretrained(folders[name]).model for name in networks}
     texts = {name: ["good", "evil"] for name in networks}
@@ -271,7 +268,7 @@ def test_each_trunk_runs_once_over_each_sample(llamas: dict[str, Path], tmp_path
     experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
     sets = completions(list(experts))
     measure(llamas["base"], experts, sets, tmp_path / "out")
-    assert sum(passes) == len(experts) * sum(len(one.rows) for one in sets.values())
+    assert sum(passes) == len(experts) * sum(len(one.rows.read()) for one in sets.values())
     assert len(passes) == len(experts) * sum(map(batches, experts))
 
 
@@ -281,8 +278,9 @@ def test_known_distances_are_taken_over_bit_for_bit(llamas: dict[str, Path], tmp
     sets = completions(list(experts))
     whole = measure(llamas["base"], experts, sets, tmp_path / "whole")
     known = module.known_distances(tmp_path / "whole")
-    assert known == {f"{i} against {j}": whole[i][j] for i in experts for j in experts if i != j}
-    kept = {name: value for name, value in known.items() if "code" not in name}
+    job = cross_task_job(llamas["base"], experts, sets)
+    assert known == {job.pair(i, j): whole[i][j] for i in experts for j in experts if i != j}
+    kept = {job.pair(i, j): whole[i][j] for i in experts for j in experts if i != j and "code" not in (i, j)}
     passes.clear()
     assert measure(llamas["base"], experts, sets, tmp_path / "again", kept) == whole
     assert len(passes) == 3 * batches("code") + 2 * batches("math") + 2 * batches("talk")
@@ -299,15 +297,16 @@ def test_trunks_that_were_kept_save_passes(save: Save, tmp_path: Path) -> None:
     experts = {n: save(make_bert_expert(trunk, seed, k), n, tmp_path) for seed, (n, k) in enumerate(labels.items(), 1)}
     sets = classes(list(labels))
     measure(base, experts, sets, tmp_path / "before")
+    job = cross_task_job(base, experts, sets)
+    known, kept = module.known_distances(tmp_path / "before"), module.kept_trunks(tmp_path / "before")
+    assert set(kept) == {job.trunk(i, j) for i in labels for j in labels}
+    assert module.kept_trunks(tmp_path) == {}
     experts["topic"] = save(make_bert_expert(trunk, 9, 5), "other", tmp_path)
     whole = measure(base, experts, sets, tmp_path / "whole")
-    known = {name: g for name, g in module.known_distances(tmp_path / "before").items() if "topic" not in name}
-    names = pair_names(experts)
-    kept = module.kept_trunks(tmp_path / "before", names)
-    assert set(kept) == {name for row in names.values() for name in row.values()}
-    assert module.kept_trunks(tmp_path, names) == {}
-    kept = {name: file for name, file in kept.items() if not name.startswith("topic")}
-    job = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", names, names, known, kept)
+    job = cross_task_job(base, experts, sets)
+    known = {job.pair(i, j): known[job.pair(i, j)] for i, j in (("mood", "noun"), ("noun", "mood"))}
+    kept = {job.trunk(i, j): kept[job.trunk(i, j)] for i in ("mood", "noun") for j in labels}
+    job = replace(job, known=known, kept=kept)
     assert {name: job.looked_at(name) for name in labels} == {"mood": [], "topic": list(labels), "noun": []}
     assert measure(base, experts, sets, tmp_path / "again", known, kept) == whole
     for file in (tmp_path / "whole").rglob("*.safetensors"):
@@ -323,20 +322,19 @@ def test_a_trunk_that_was_stopped_goes_on_where_it_was(
     experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
     sets = completions(list(experts))
     whole = measure(llamas["base"], experts, sets, tmp_path / "whole")
-    names = pair_names(experts)
-    job = CrossTaskJob(llamas["base"], experts, sets, llamas["base"], "float32", "cpu", "whole", names, names, {}, {})
+    job = cross_task_job(llamas["base"], experts, sets)
     out = tmp_path / "out"
     # The first time only what `talk` and `code` have to do with each other is wanted.
-    some = {name: 0.0 for row in names.values() for name in row.values() if "math" in name}
+    some = {job.pair(i, j): 0.0 for i in experts for j in experts if "math" in (i, j)}
     passes.clear()
-    assert run_trunk(replace(job, known=some), "code", out)
+    assert replace(job, known=some).run("code", out)
     assert len(passes) == batches("code") + batches("talk")
     (out / "trunks" / "code" / "math.partial").mkdir()  # as one that was killed leaves it
     passes.clear()
-    assert run_trunk(job, "code", out)
+    assert job.run("code", out)
     assert len(passes) == batches("math")
-    assert not run_trunk(job, "code", out)
-    measure_distances(job, out)
+    assert not job.run("code", out)
+    do_job(job, out)
     assert read_json(out / "distances.json") == whole
 
 

@@ -19,13 +19,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, LmEvalTask, MultipleChoiceTask
-from sensmerge.tasks.kinds.lm_eval import evaluate_lm_eval
-from sensmerge.tasks.kinds.metrics import Record
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.lm_eval import LmEvalTask
+from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
+from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.rows.source import Row
-from sensmerge.tasks.stages.evaluate import Subject, evaluate, evaluate_network, write_evaluation
-from tests.conftest import make_bert_expert, make_bert_trunk, perturbed
+from sensmerge.tasks.stages.evaluate import EvaluateJob, evaluate_network, write_evaluation
+from tests.conftest import make_bert_expert, make_bert_trunk, perturbed, stored
 
 KEY = "tasks.math.evaluation"
 WORDS = [f"w{i}" for i in range(90)] + ["elephant", "zebra"]
@@ -288,8 +291,23 @@ def test_a_changed_head_is_scored_without_the_trunk(
     def records(name: str, head: str, trunk: str, earlier: str | None) -> tuple[list[Record], int]:
         (tmp_path / name).mkdir()
         before = len(passes)
-        subject = Subject(base, base, False, heads[head], None, trunk, None if earlier is None else tmp_path / earlier)
-        evaluate(subject, "mood", task, rows, base, "float32", "cpu", tmp_path / name)
+        job = EvaluateJob(
+            base=Artifact("base", base),
+            model=Artifact(trunk, base),
+            head=Artifact(head, heads[head]),
+            tokenizer=Artifact("tokenizer", base),
+            task=task,
+            rows=stored(rows),
+            labels=None,
+            dtype="float32",
+            depends={},
+            name="mood",
+            is_expert=False,
+            device="cpu",
+            head_config="of all heads",
+            earlier=None if earlier is None else tmp_path / earlier,
+        )
+        job.finish(tmp_path / name)
         return json.loads((tmp_path / name / "records.json").read_text()), len(passes) - before
 
     old, new = records("before", "old", "one", None), records("anew", "new", "one", None)
@@ -311,7 +329,7 @@ def test_a_changed_head_is_scored_without_the_trunk(
 
 def test_written_evaluation(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     records = evaluate_network(network, tokenizer, CompletionTask(kind="completion"), text_rows(5), KEY)
-    scores = write_evaluation("completion", records, tmp_path)
+    scores = write_evaluation(CompletionTask(kind="completion"), records, tmp_path)
     assert json.loads((tmp_path / "records.json").read_text()) == records
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     assert scores["perplexity"].keys() == {"value", "n", "low", "high"}
@@ -323,7 +341,7 @@ def test_lm_eval_is_an_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # how Python marks a module that cannot be imported
     with pytest.raises(InputError, match=r"tasks\.science: kind lm_eval needs the extra: pip install 'sensmerge\[lm-"):
-        evaluate_lm_eval(network, tokenizer, LmEvalTask(kind="lm_eval", names=["arc_easy"]), "tasks.science")
+        LmEvalTask(kind="lm_eval", names=["arc_easy"]).evaluate(network, tokenizer, "tasks.science")
 
 
 LM_EVAL_TASK = """
@@ -349,12 +367,12 @@ def test_lm_eval_agrees_with_our_multiple_choice(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "words.yaml").write_text(LM_EVAL_TASK.format(rows=tmp_path / "rows.jsonl"))
     settings: dict[str, Any] = {"kind": "lm_eval", "names": [str(tmp_path / "words.yaml")]}
-    records = evaluate_lm_eval(network, tokenizer, LmEvalTask(**settings), "tasks.science")
+    records = LmEvalTask(**settings).evaluate(network, tokenizer, "tasks.science")
     ours = evaluate_network(network, tokenizer, MultipleChoiceTask(kind="multiple_choice"), rows, KEY)
     assert [record["acc_norm"] for record in records] == [float(r["prediction"] == r["label"]) for r in ours]
     assert records[0].keys() == {"task", "acc", "acc_norm"}
     assert records[0]["task"] == "words"
     with pytest.raises(InputError, match=r"tasks\.science\.metric is 'bleu', words reports acc, acc_norm"):
-        evaluate_lm_eval(network, tokenizer, LmEvalTask(**settings, metric="bleu"), "tasks.science")
+        LmEvalTask(**settings, metric="bleu").evaluate(network, tokenizer, "tasks.science")
     with pytest.raises(InputError, match=r"tasks\.science\.names: lm-eval has no task 'no_such_task'"):
-        evaluate_lm_eval(network, tokenizer, LmEvalTask(kind="lm_eval", names=["no_such_task"]), "tasks.science")
+        LmEvalTask(kind="lm_eval", names=["no_such_task"]).evaluate(network, tokenizer, "tasks.science")

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.artifacts import Artifact, read_json
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
-from sensmerge.tasks.kinds.datasets import CompletionTask, MultipleChoiceTask, RowSet, encode, encode_choices
-from sensmerge.tasks.kinds.metrics import Record
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
+from sensmerge.tasks.kinds.scores import Record
+from sensmerge.tasks.networks.tokens import Inputs
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.stages.evaluate import evaluate_network
-from sensmerge.tasks.stages.evaluate_dynamic import evaluate_dynamic
-from tests.conftest import make_gpt2, make_llama, perturbed
+from sensmerge.tasks.stages.evaluate_dynamic import EvaluateDynamicJob
+from tests.conftest import make_gpt2, make_llama, perturbed, row_set
 from tests.tasks.dynamic import test_model as models
 from tests.tasks.dynamic.test_model import Merge, by_name, classes, completions, merge, set_weights
 from tests.tasks.stages.test_merge_vectors import vectors_of
@@ -33,14 +36,14 @@ CHOICES: list[Row] = [
 def sets(batch_size: int = 4) -> dict[str, RowSet]:
     choices = MultipleChoiceTask(kind="multiple_choice", batch_size=9)
     return {
-        "math": RowSet(COMPLETION.model_copy(update={"batch_size": batch_size}), ROWS),
-        "code": RowSet(choices, CHOICES),
+        "math": row_set(COMPLETION.model_copy(update={"batch_size": batch_size}), ROWS),
+        "code": row_set(choices, CHOICES),
     }
 
 
 def run(model: Path, evaluation: Mapping[str, RowSet], out: Path) -> tuple[dict[str, Any], dict[str, list[Record]]]:
     out.mkdir(parents=True, exist_ok=True)
-    report = evaluate_dynamic(model, evaluation, "cpu", out)
+    report = EvaluateDynamicJob(Artifact("", model), evaluation, {}, "cpu").finish(out)
     assert read_json(out / "routes.json") == report
     return report, read_json(out / "records.json")
 
@@ -51,15 +54,11 @@ def assert_close(found: list[Record], expected: list[Record]) -> None:
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-def prompts(one: RowSet, model: DynamicModel) -> list[list[int]]:
+def prompts(one: RowSet, model: DynamicModel) -> list[Inputs]:
     """What each row is routed by: the text before what is scored."""
     found = []
-    for row in one.rows:
-        if isinstance(one.task, MultipleChoiceTask):
-            sample = encode_choices(one.task, row, model.tokenizer, "")[0]
-        else:
-            sample = encode(one.task, row, model.tokenizer, "", one.label2id)
-        found.append(sample.input_ids[: sample.prompt_tokens])
+    for row in one.rows.read():
+        found.append(one.task.samples(row, model.tokenizer, "", one.label2id)[0].prompt)
     return found
 
 
@@ -73,7 +72,7 @@ def test_scores_are_those_of_materialised_weights(causal: Merge, tmp_path: Path)
     network, vectors = make_llama(), vectors_of(causal.folder)
     for name, one in sets().items():
         expected = []
-        for row, routes in zip(one.rows, routes_of(one, model), strict=True):
+        for row, routes in zip(one.rows.read(), routes_of(one, model), strict=True):
             set_weights(network, causal.job.base.folder, vectors, by_name(model, routes, 0))
             expected += evaluate_network(network, model.tokenizer, one.task, [row], name)
         assert_close(records[name], expected)
@@ -103,12 +102,12 @@ def test_exact_match_finds_what_the_routed_weights_generate(causal: Merge, tmp_p
     rows = [{"prompt": text, "completion": answer} for text, answer in zip(texts, answers, strict=True)]
     task = CompletionTask(kind="completion", generate=4)
     longer = CompletionTask(kind="completion", generate=9)
-    evaluation = {"math": RowSet(task, rows), "code": RowSet(longer, [{"prompt": "def", "completion": " f"}])}
+    evaluation = {"math": row_set(task, rows), "code": row_set(longer, [{"prompt": "def", "completion": " f"}])}
     _, records = run(tmp_path / "model", evaluation, tmp_path / "out")
     usable = [bool(answer.strip()) for answer in answers]
     assert any(usable)
     assert [record["exact"] for record, use in zip(records["math"], usable, strict=True) if use] == [1] * sum(usable)
-    wrong = {"math": RowSet(task, [{**row, "completion": row["completion"] + "x"} for row in rows])}
+    wrong = {"math": row_set(task, [{**row, "completion": row["completion"] + "x"} for row in rows])}
     _, records = run(tmp_path / "model", wrong, tmp_path / "wrong")
     assert [record["exact"] for record in records["math"]] == [0] * 5
 
@@ -118,12 +117,12 @@ def test_batch_size_changes_no_record_and_batches_are_mixed(
     batch_size: int, causal: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = causal.routed(tmp_path / "model", temperature=0.1)
-    of = {tuple(ids): name for name, one in sets().items() for ids in prompts(one, model)}
+    of = {tuple(sample["input_ids"]): name for name, one in sets().items() for sample in prompts(one, model)}
     route, batches = DynamicModel.route, []
 
-    def spy(self: DynamicModel, sequences: list[list[int]]) -> Routes:
-        batches.append([of[tuple(ids)] for ids in sequences])
-        return route(self, sequences)
+    def spy(self: DynamicModel, samples: list[Inputs]) -> Routes:
+        batches.append([of[tuple(sample["input_ids"])] for sample in samples])
+        return route(self, samples)
 
     _, expected = run(tmp_path / "model", sets(), tmp_path / "plain")
     monkeypatch.setattr(DynamicModel, "route", spy)
@@ -160,7 +159,7 @@ def test_given_and_routed_heads(
     networks = {name: AutoModelForSequenceClassification.from_pretrained(berts[name]).eval() for name in classified}
     hits = 0
     for name, one in classified.items():
-        for row, record, routes in zip(one.rows, records[name], routes_of(one, model), strict=True):
+        for row, record, routes in zip(one.rows.read(), records[name], routes_of(one, model), strict=True):
             head = model.experts[routes.experts[0]]
             given = materialised_class(networks[name], model, one, row, routes, encoders)
             right = head == name and given == row["label"]
@@ -181,7 +180,7 @@ def test_given_and_routed_heads(
 def test_another_head_is_a_wrong_answer(encoders: Merge, classified: dict[str, RowSet], tmp_path: Path) -> None:
     """With the calibration sets swapped, the router takes each task for the other."""
     mood, topic = classified["mood"], classified["topic"]
-    texts = {"mood": [row["text"] for row in topic.rows], "topic": [row["text"] for row in mood.rows]}
+    texts = {"mood": [row["text"] for row in topic.rows.read()], "topic": [row["text"] for row in mood.rows.read()]}
     swapped = {"mood": classes(2, *texts["mood"]), "topic": classes(3, *texts["topic"])}
     one = replace(encoders, calibration=swapped)
     model = one.routed(tmp_path / "model", score="centroid", temperature=0.1)
@@ -213,8 +212,8 @@ def test_a_long_prompt_beside_a_long_generation(save: Any, tmp_path: Path) -> No
     one = merge(tmp_path, save(make_gpt2(), "base", tmp_path), experts, calibration)
     one.run(tmp_path / "model")
     evaluation = {
-        "math": RowSet(CompletionTask(kind="completion", generate=2), [{"prompt": "1" * 120, "completion": "3"}]),
-        "code": RowSet(CompletionTask(kind="completion", generate=40), [{"prompt": "def", "completion": "x"}]),
+        "math": row_set(CompletionTask(kind="completion", generate=2), [{"prompt": "1" * 120, "completion": "3"}]),
+        "code": row_set(CompletionTask(kind="completion", generate=40), [{"prompt": "def", "completion": "x"}]),
     }
     _, records = run(tmp_path / "model", evaluation, tmp_path / "out")
     assert {name: len(found) for name, found in records.items()} == {"math": 1, "code": 1}

@@ -21,27 +21,27 @@ from transformers import (
 )
 
 from sensmerge.pipeline.report import card
-from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.artifacts import Artifact, read_json
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import CompletionTask
-from sensmerge.tasks.methods.arithmetic import METHODS, Settings, TaskVector
-from sensmerge.tasks.methods.delta import Whole
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.methods.contract import TaskVector, method_of
+from sensmerge.tasks.methods.kernels.delta import Whole
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network, open_expert
 from sensmerge.tasks.stages import merge
-from sensmerge.tasks.stages.cross_task import CrossTaskJob, RowSet
-from sensmerge.tasks.stages.merge import MergeJob, finish_merge, merge_group, merge_weights, weights_digest
-from sensmerge.tasks.stages.sensitivity import sensitivity
+from sensmerge.tasks.stages.merge import MergeJob, weights_digest
 from tests.conftest import (
+    TaskRows,
+    cross_task_job,
+    do_job,
     make_adapter,
     make_bert_expert,
     make_bert_trunk,
     make_llama,
-    measure_distances,
-    pair_names,
+    measure_sensitivity,
     perturbed,
 )
 from tests.merged import assert_loads
@@ -61,9 +61,14 @@ def threads() -> Iterator[None]:
 
 
 def make_job(
-    folder: Path, base: Path, experts: dict[str, Path], method: str = "task_arithmetic", **changes: Any
+    folder: Path,
+    base: Path,
+    experts: dict[str, Path],
+    method: str = "task_arithmetic",
+    settings: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> MergeJob:
-    """A job for the experts, their task vectors measured in `folder`."""
+    """A job for the experts, their task vectors measured in `folder`; the method's settings as in a recipe."""
     opened_base = open_base(base)
     opened = {name: open_expert(expert, opened_base, f"experts.{name}") for name, expert in experts.items()}
     weights = opened_base.only_weights()
@@ -73,41 +78,39 @@ def make_job(
         if not artifacts[name].exists():
             artifacts[name].mkdir(parents=True)
             measured(opened[name], name, artifacts[name])
-    row = METHODS.get(method)
     defaults = {
+        "models": dict.fromkeys(("base", *experts), ""),
         "base": weights,
         "experts": {name: one.only_weights(weights) for name, one in opened.items()},
         "head_configs": {name: one.config.to_json_string() for name, one in opened.items() if one.head},
-        "task_vectors": artifacts,
-        "settings": Settings(method, normalize=row.normalize if row else True, rescale=bool(row and row.rescale)),
+        "task_vectors": {name: Artifact("", folder) for name, folder in artifacts.items()},
+        "method": method_of({"method": method} | (settings or {}) | ({"seed": 7} if method.startswith("dare") else {})),
         "weight": 0.5,
-        "densities": dict.fromkeys(experts, 1.0),
-        "seed": 7,
         "coefficients": UniformCoefficients(),
-        "sensitivities": {},
-        "distances": None,
-        "out_dtype": None,
+        "companions": "",
+        "tokenizer": weights.folder,
         "shard_size": 10**9,
         "groups": layer_groups(weights, 16 * 2**10),
     }
-    return MergeJob(**{**defaults, **changes})
+    return MergeJob(**{**defaults, "out_dtype": None, **changes})
 
 
 @pytest.fixture
 def job(llamas: dict[str, Path], tmp_path: Path) -> Callable[..., MergeJob]:
     """Makes jobs for the tiny Llamas."""
 
-    def make(method: str = "task_arithmetic", **changes: Any) -> MergeJob:
-        return make_job(tmp_path, llamas["base"], {name: llamas[name] for name in ("math", "code")}, method, **changes)
+    def make(method: str = "task_arithmetic", settings: dict[str, Any] | None = None, **changes: Any) -> MergeJob:
+        experts = {name: llamas[name] for name in ("math", "code")}
+        return make_job(tmp_path, llamas["base"], experts, method, settings, **changes)
 
     return make
 
 
 def merged(job: MergeJob, out: Path) -> dict[str, Any]:
     """Run all pieces of a merge."""
-    for group in range(len(job.groups)):
-        merge_group(job, group, out)
-    found = finish_merge(job, job.base.folder, out)
+    for group in job.parts():
+        job.run(group, out)
+    found = job.finish(out)
     assert_loads(out, job.base.folder)
     return found
 
@@ -120,6 +123,11 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return first.keys() == second.keys() and all(
         first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
     )
+
+
+def at(density: Any, method: str) -> dict[str, Any]:
+    """The setting `density`, for a method that has it."""
+    return {"density": density} if method in ("ties", "dare_linear", "dare_ties") else {}
 
 
 VARIANTS: list[tuple[str, float]] = [
@@ -140,7 +148,7 @@ def test_merge_is_the_method_on_whole_state_dicts(
 ) -> None:
     patterns: dict[str, Any] = {"*": 1.0, "model.layers.1": 0.25}
     coefficients = ExplicitCoefficients(kind="explicit", weights={"math": patterns, "code": 0.6})
-    one = job(method, coefficients=coefficients, densities={"math": density, "code": min(1.0, density * 1.5)})
+    one = job(method, at({"math": density, "code": min(1.0, density * 1.5)}, method), coefficients=coefficients)
     merged(one, tmp_path / "out")
     base, *experts = (weights_of(model.folder) for model in (one.base, *one.experts.values()))
     torch.set_num_threads(1)
@@ -148,15 +156,10 @@ def test_merge_is_the_method_on_whole_state_dicts(
     for name in base:
         weights = {"math": 0.5 * (0.25 if "layers.1." in name else 1.0), "code": 0.3}
         vectors = [
-            TaskVector(
-                Whole((weights_of_expert[name] - base[name]).view(-1)),
-                weights[expert],
-                one.densities[expert],
-                f"7/{expert}/{name}",
-            )
+            TaskVector(expert, name, Whole((weights_of_expert[name] - base[name]).view(-1)), weights[expert])
             for expert, weights_of_expert in zip(one.experts, experts, strict=True)
         ]
-        expected[name] = whole_tensor(base[name], vectors, one.settings)
+        expected[name] = whole_tensor(base[name], vectors, one.method)
     assert equal(weights_of(tmp_path / "out"), expected)
 
 
@@ -166,14 +169,13 @@ def test_half_precision_is_merged_in_float32(method: str, density: float, save: 
     experts = {
         name: save(perturbed(make_llama(), seed).bfloat16(), name, tmp_path) for seed, name in enumerate("xy", 1)
     }
-    densities = dict.fromkeys(experts, density)
-    merged(make_job(tmp_path, base, experts, method, densities=densities), tmp_path / "half")
+    merged(make_job(tmp_path, base, experts, method, at(density, method)), tmp_path / "half")
     wide = {
         name: save(AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32), f"{name}-wide", tmp_path)
         for name, f in {"base": base, **experts}.items()
     }
     wide_base = wide.pop("base")
-    merged(make_job(tmp_path / "wide", wide_base, wide, method, densities=densities), tmp_path / "full")
+    merged(make_job(tmp_path / "wide", wide_base, wide, method, at(density, method)), tmp_path / "full")
     expected = {name: tensor.bfloat16() for name, tensor in weights_of(tmp_path / "full").items()}
     assert equal(weights_of(tmp_path / "half"), expected)
 
@@ -182,21 +184,21 @@ def test_half_precision_is_merged_in_float32(method: str, density: float, save: 
 def test_every_order_of_groups_gives_the_same_bits(
     method: str, density: float, job: Callable[..., MergeJob], tmp_path: Path
 ) -> None:
-    one = job(method, densities={"math": density, "code": density})
+    one = job(method, at(density, method))
     digests = set()
     assert len(one.groups) == 4
     for order in itertools.islice(itertools.permutations(range(4)), 0, 24, 7):
         out = tmp_path / f"out-{order}"
         for group in (*order, *order[:2]):
-            merge_group(one, group, out)
-        digests.add(finish_merge(one, one.base.folder, out)["digest"])
+            one.run(group, out)
+        digests.add(one.finish(out)["digest"])
     assert len(digests) == 1
 
 
 @pytest.mark.parametrize("shard_size", [1, 40_000])
 def test_shards_hold_the_same_values(shard_size: int, job: Callable[..., MergeJob], tmp_path: Path) -> None:
-    expected = merged(job("ties", densities={"math": 0.3, "code": 0.3}), tmp_path / "one")
-    found = merged(job("ties", densities={"math": 0.3, "code": 0.3}, shard_size=shard_size), tmp_path / "many")
+    expected = merged(job("ties", {"density": 0.3}), tmp_path / "one")
+    found = merged(job("ties", {"density": 0.3}, shard_size=shard_size), tmp_path / "many")
     assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "many"))
     index = read_json(tmp_path / "many" / "model.safetensors.index.json")
     assert set(index["weight_map"]) == set(weights_of(tmp_path / "one"))
@@ -227,10 +229,8 @@ def test_number_of_threads_changes_nothing(adapters: bool, save: Save, tmp_path:
         for number in (1, 2, 4):
             torch.set_num_threads(number)
             # Task vectors are measured anew as well: their histograms are part of what a merge reads.
-            one = make_job(
-                tmp_path / f"{method}-{number}", base, experts, method, densities=dict.fromkeys(experts, 0.3)
-            )
-            one = replace(one, settings=replace(one.settings, rescale=True))
+            settings = {"density": 0.3, "rescale": True}
+            one = make_job(tmp_path / f"{method}-{number}", base, experts, method, settings)
             torch.set_num_threads(number)
             digests.add(merged(one, tmp_path / f"{method}-{number}" / "out")["digest"])
         assert len(digests) == 1
@@ -263,7 +263,7 @@ def test_linear_scales_untouched_tensors_as_well(save: Save, tmp_path: Path) -> 
         for seed, name in enumerate("xy", 1)
     }
     merged(
-        make_job(tmp_path, base, adapters, "linear", weight=0.25, settings=Settings("linear", False, False)),
+        make_job(tmp_path, base, adapters, "linear", {"normalize": False}, weight=0.25),
         tmp_path / "out",
     )
     name = "model.embed_tokens.weight"
@@ -284,9 +284,8 @@ def test_adapters_merge_as_their_merged_checkpoints(save: Save, tmp_path: Path) 
         )
         for name, folder in adapters.items()
     }
-    densities = dict.fromkeys(adapters, 0.4)
-    merged(make_job(tmp_path / "a", base, adapters, "ties", densities=densities), tmp_path / "from-adapters")
-    merged(make_job(tmp_path / "b", base, full, "ties", densities=densities), tmp_path / "from-full")
+    merged(make_job(tmp_path / "a", base, adapters, "ties", {"density": 0.4}), tmp_path / "from-adapters")
+    merged(make_job(tmp_path / "b", base, full, "ties", {"density": 0.4}), tmp_path / "from-full")
     found, expected = weights_of(tmp_path / "from-adapters"), weights_of(tmp_path / "from-full")
     # Rounding may move an element or two across the threshold of the trim.
     for name in expected:
@@ -307,11 +306,11 @@ def test_out_dtype(job: Callable[..., MergeJob], tmp_path: Path) -> None:
 
 
 def test_a_killed_merge_continues_to_the_same_bits(job: Callable[..., MergeJob], tmp_path: Path) -> None:
-    one = job("dare_ties", densities={"math": 0.3, "code": 0.3}, shard_size=40_000)
+    one = job("dare_ties", {"density": 0.3}, shard_size=40_000)
     expected = merged(one, tmp_path / "whole")
     out = tmp_path / "killed"
     for group in (0, 2):
-        merge_group(one, group, out)
+        one.run(group, out)
     # A kill in the middle of group 1 leaves some of its bytes, no marker, and perhaps half an index.
     plan = merge.plan_merged(one.base, None, 40_000)
     name = one.groups[1][0]
@@ -322,10 +321,10 @@ def test_a_killed_merge_continues_to_the_same_bits(job: Callable[..., MergeJob],
     index.write_text(index.read_text()[:100])
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob(".group-*")}
     assert set(finished) == {".group-0.json", ".group-2.json"}
-    for group in range(len(one.groups)):
-        merge_group(one, group, out)
+    for group in one.parts():
+        one.run(group, out)
     assert {path: (out / path).stat().st_mtime_ns for path in finished} == finished
-    assert finish_merge(one, one.base.folder, out) == expected
+    assert one.finish(out) == expected
     assert index.read_bytes() == (tmp_path / "whole" / index.name).read_bytes()
 
 
@@ -341,14 +340,14 @@ def test_altered_bytes_are_found_and_merged_anew(job: Callable[..., MergeJob], t
     one = job()
     expected = merged(one, tmp_path / "whole")
     out = tmp_path / "out"
-    for group in range(len(one.groups)):
-        merge_group(one, group, out)
+    for group in one.parts():
+        one.run(group, out)
     plan = merge.plan_merged(one.base, None, one.shard_size)
     names = [group[-1] for group in one.groups[1:3]]
     for name in names:
         flip(out / plan.tensors[name].file, plan.tensors[name].offset + 5)
     with pytest.raises(OSError, match=rf"{re.escape(names[0])}, {re.escape(names[1])} read back otherwise"):
-        finish_merge(one, one.base.folder, out)
+        one.finish(out)
     assert {path.name for path in out.glob(".group-*")} == {".group-0.json", ".group-3.json"}
     assert merged(one, out) == expected
 
@@ -358,8 +357,8 @@ def test_a_damaged_file_is_found_and_merged_anew(damage: str, job: Callable[...,
     one = job()
     expected = merged(one, tmp_path / "whole")
     out = tmp_path / "out"
-    for group in range(len(one.groups)):
-        merge_group(one, group, out)
+    for group in one.parts():
+        one.run(group, out)
     file = out / "model.safetensors"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-1000])
@@ -369,7 +368,7 @@ def test_a_damaged_file_is_found_and_merged_anew(damage: str, job: Callable[...,
         flip(file, 20)
     if damage != "header":  # that is written anew, and no group with it
         with pytest.raises(OSError, match="read back otherwise"):
-            finish_merge(one, one.base.folder, out)
+            one.finish(out)
     assert merged(one, out) == expected
 
 
@@ -485,15 +484,14 @@ def test_tensors_whose_inputs_are_the_same_are_taken_over(
     method: str, density: float, llamas: dict[str, Path], tmp_path: Path
 ) -> None:
     experts = {name: shutil.copytree(llamas[name], tmp_path / name) for name in ("math", "code")}
-    densities = dict.fromkeys(experts, density)
-    first = make_job(tmp_path / "1", llamas["base"], experts, method, densities=densities)
+    first = make_job(tmp_path / "1", llamas["base"], experts, method, at(density, method))
     assert merged(first, tmp_path / "first")["taken_over"] == 0
     changed = ["model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
     tensors = load_file(experts["code"] / "model.safetensors")
     for name in changed:
         tensors[name][3] *= 1.5
     save_file(tensors, experts["code"] / "model.safetensors", metadata={"format": "pt"})
-    second = make_job(tmp_path / "2", llamas["base"], experts, method, densities=densities)
+    second = make_job(tmp_path / "2", llamas["base"], experts, method, at(density, method))
     anew, refreshed = (
         merged(replace(second, previous=previous, shard_size=shard_size), tmp_path / name)
         for previous, name, shard_size in ((None, "anew", 10**9), (tmp_path / "first", "refreshed", 30_000))
@@ -509,17 +507,20 @@ def test_tensors_whose_inputs_are_the_same_are_taken_over(
     "change",
     [
         {"weight": 0.4},
-        {"seed": 8},
-        {"densities": {"math": 0.6, "code": 0.5}},
-        {"settings": Settings("dare_ties", normalize=True, rescale=True)},
+        {"method": {"seed": 8}},
+        {"method": {"density": {"math": 0.6, "code": 0.5}}},
+        {"method": {"normalize": True}},
         {"out_dtype": "bfloat16"},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=["weight", "seed", "density", "normalize", "out_dtype"],
 )
 def test_other_settings_take_nothing_over(change: dict[str, Any], job: Callable[..., MergeJob], tmp_path: Path) -> None:
-    one = job("dare_ties", densities={"math": 0.5, "code": 0.5})
+    settings = {"method": "dare_ties", "density": 0.5, "seed": 7}
+    one = job(method=settings["method"], settings=settings)
     merged(one, tmp_path / "first")
     assert merged(replace(one, previous=tmp_path / "first"), tmp_path / "same")["taken_over"] == len(one.base.weights)
+    if "method" in change:
+        change = {"method": method_of(settings | change["method"])}
     assert merged(replace(one, previous=tmp_path / "first", **change), tmp_path / "other")["taken_over"] == 0
 
 
@@ -561,15 +562,13 @@ def sens_job(job: Callable[..., MergeJob], llamas: dict[str, Path], folder: Path
     for name in (*names, "cross"):
         (out / name).mkdir(parents=True)
     for name in names:
-        sensitivity(base, llamas[name], name, TASK, ROWS, base, "float32", "cpu", "whole", out / name)
-    sets = {name: RowSet(TASK, ROWS) for name in names}
-    experts = {name: llamas[name] for name in names}
-    distances = CrossTaskJob(base, experts, sets, base, "float32", "cpu", "whole", *(pair_names(names),) * 2, {}, {})
-    measure_distances(distances, out / "cross")
+        measure_sensitivity(base, llamas[name], TASK, ROWS, out / name)
+    sets = {name: TaskRows(TASK, ROWS) for name in names}
+    do_job(cross_task_job(base, {name: llamas[name] for name in names}, sets), out / "cross")
     return job(
         coefficients=SensCoefficients(kind="sens", **settings),
-        sensitivities={name: out / name for name in names},
-        distances=out / "cross",
+        statistics={name: Artifact("", out / name) for name in names},
+        distances=Artifact("", out / "cross"),
     )
 
 
@@ -581,7 +580,7 @@ def test_sens_end_to_end(direction: str, job: Callable[..., MergeJob], llamas: d
     assert set(table) == {"weights", "tau", "sigma"}
 
     # The formulas written out.
-    raw = {name: read_json(one.sensitivities[name] / "sensitivity.json")["sensitivity"] for name in one.experts}
+    raw = {name: read_json(one.statistics[name].folder / "sensitivity.json")["sensitivity"] for name in one.experts}
     g = read_json(tmp_path / "sens" / "cross" / "distances.json")
     rows = {"math": g["math"]["code"], "code": g["code"]["math"]}
     if direction == "similarity":
@@ -617,9 +616,9 @@ def test_weights_average_to_the_variants_weight(
 ) -> None:
     one = sens_job(job, llamas, tmp_path, temperature=0.05)
     for job_ in (one, replace(one, coefficients=UniformCoefficients())):
-        for row in merge_weights(job_, one.base)["weights"].values():
+        for row in job_.weights().values():
             assert sum(row.values()) / len(row) == pytest.approx(0.5)
-    rows = merge_weights(one, one.base)["weights"]
+    rows = one.weights()
     assert any(abs(row["math"] - row["code"]) > 1e-3 for row in rows.values())
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from sensmerge.tasks.artifacts import read_json, sha256_file
+from sensmerge.tasks.artifacts import Artifact, read_json, sha256_file
 from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.checkpoints.weights import ExpertWeights
 from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients
 from sensmerge.tasks.dynamic.vectors import BASE, VECTORS, Dense, LowRank, Sparse, Vector, load_vectors
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.methods.arithmetic import Settings, static_coefficient
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.stages.merge import MergeJob
-from sensmerge.tasks.stages.merge_vectors import FILES, finish_vectors, merge_group_vectors
+from sensmerge.tasks.stages.merge_vectors import FILES, MergeVectorsJob
 from tests.conftest import make_adapter, make_bert_trunk, make_gpt2, make_llama, perturbed
 from tests.tasks.stages.test_merge import make_job, merged, weights_of
 
@@ -50,12 +50,19 @@ def models(
     }
 
 
+def of_vectors(job: MergeJob) -> MergeVectorsJob:
+    """The job of the same variant with application se."""
+    given = vars(job)
+    return MergeVectorsJob(**{one.name: given[one.name] for one in fields(MergeVectorsJob)})
+
+
 def dynamic(job: MergeJob, out: Path) -> dict[str, Any]:
     """Run all pieces of the merge of a dynamic model."""
     out.mkdir(parents=True, exist_ok=True)
-    for group in range(len(job.groups)):
-        merge_group_vectors(job, group, out)
-    return finish_vectors(job, job.base.folder, out)
+    se = of_vectors(job)
+    for group in se.parts():
+        se.run(group, out)
+    return se.finish(out)
 
 
 def vectors_of(folder: Path) -> dict[str, dict[str, Vector]]:
@@ -64,7 +71,7 @@ def vectors_of(folder: Path) -> dict[str, dict[str, Vector]]:
 
 def materialised(job: MergeJob, folder: Path) -> dict[str, torch.Tensor]:
     """Base + c · Σ vectors of what lies in the folder, in float64."""
-    common = static_coefficient(job.settings, job.weight, len(job.experts))
+    common = of_vectors(job).static
     vectors = vectors_of(folder)
     return {
         name: tensor.double() + common * sum(one.dense().double() for one in vectors.get(name, {}).values())
@@ -85,25 +92,25 @@ def sens(folder: Path, base: Path, experts: Folders) -> dict[str, Any]:
     layers = list(group_by_layer(open_base(base).weights))
     sensitivities = {}
     for i, name in enumerate(experts):
-        sensitivities[name] = folder / f"sensitivity-{name}"
-        sensitivities[name].mkdir()
+        sensitivities[name] = Artifact("", folder / f"sensitivity-{name}")
+        sensitivities[name].folder.mkdir()
         values = {layer: 1.0 + (place * (i + 2)) % 5 for place, layer in enumerate(layers)}
-        (sensitivities[name] / "sensitivity.json").write_text(json.dumps({"sensitivity": values}))
+        (sensitivities[name].folder / "sensitivity.json").write_text(json.dumps({"sensitivity": values}))
     distances = {i: {j: 1.0 + x + 2 * y for y, j in enumerate(experts) if j != i} for x, i in enumerate(experts)}
     (folder / "distances.json").write_text(json.dumps(distances))
     coefficients = SensCoefficients(kind="sens", temperature=0.1)
-    return {"coefficients": coefficients, "sensitivities": sensitivities, "distances": folder}
+    return {"coefficients": coefficients, "statistics": sensitivities, "distances": Artifact("", folder)}
 
 
 # Method, density and settings by name.
 VARIANTS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "ta": ("task_arithmetic", 1.0, {}),
-    "ta normalised": ("task_arithmetic", 1.0, {"normalize": True, "lambda_": 0.7}),
+    "ta normalised": ("task_arithmetic", 1.0, {"normalize": True, "lambda": 0.7}),
     "linear": ("linear", 1.0, {"normalize": True}),
     "dare_linear": ("dare_linear", 0.4, {"rescale": True}),
-    "ties": ("ties", 0.3, {"normalize": True, "lambda_": 1.3}),
+    "ties": ("ties", 0.3, {"normalize": True, "lambda": 1.3}),
     "ties sum": ("ties", 0.3, {}),
-    "dare_ties": ("dare_ties", 0.5, {"rescale": True, "lambda_": 0.7}),
+    "dare_ties": ("dare_ties", 0.5, {"rescale": True, "lambda": 0.7}),
     "dare_ties normalised": ("dare_ties", 0.5, {"rescale": True, "normalize": True}),
 }
 
@@ -129,8 +136,8 @@ def test_base_plus_vectors_is_the_static_merge(
     how: dict[str, Any] = {"explicit": {"coefficients": explicit(experts)}, "uniform": {}}.get(coefficients, {})
     if coefficients == "sens":
         how = sens(tmp_path, base, experts)
-    settings = Settings(**{"method": method, "normalize": False, "rescale": False, **changes})
-    job = make_job(tmp_path, base, experts, method, settings=settings, densities=dict.fromkeys(experts, density), **how)
+    plain = {"normalize": False} | ({"rescale": False, "density": density} if density < 1 else {})
+    job = make_job(tmp_path, base, experts, method, plain | changes, **how)
     merged(job, tmp_path / "static")
     dynamic(job, tmp_path / "dynamic")
     static = weights_of(tmp_path / "static")
@@ -161,7 +168,7 @@ def test_factors_of_adapters_are_never_multiplied_out(
     assert ranks == {"narrow": 4, "wide": 3}
     assert sum(isinstance(one, LowRank) for by_expert in vectors.values() for one in by_expert.values()) == 4 + 14
     # Where elements are dropped or signs must agree, factors are of no use.
-    sparse = make_job(tmp_path, base, experts, "dare_linear", densities=dict.fromkeys(experts, 0.3))
+    sparse = make_job(tmp_path, base, experts, "dare_linear", {"density": 0.3})
     dynamic(sparse, tmp_path / "sparse")
     found = vectors_of(tmp_path / "sparse")["model.layers.1.self_attn.q_proj.weight"]
     assert {type(one) for one in found.values()} == {Sparse}
@@ -191,13 +198,13 @@ def test_what_nobody_changed_costs_nothing(models: dict[str, tuple[Path, Folders
 
 
 def test_a_group_that_is_done_is_left_as_it_is(models: dict[str, tuple[Path, Folders]], tmp_path: Path) -> None:
-    job = make_job(tmp_path, *models["full"])
-    merge_group_vectors(job, 1, tmp_path)
+    job = of_vectors(make_job(tmp_path, *models["full"]))
+    job.run(1, tmp_path)
     done = tmp_path / VECTORS / "group-00001.safetensors"
     done.write_bytes(b"kept")
     (tmp_path / VECTORS / ".group-00002.safetensors").write_bytes(b"half a file")
-    for group in range(len(job.groups)):
-        merge_group_vectors(job, group, tmp_path)
+    for group in job.parts():
+        job.run(group, tmp_path)
     assert done.read_bytes() == b"kept"
     assert [path.name for path in sorted((tmp_path / VECTORS).iterdir())] == [
         f"group-0000{i}.safetensors" for i in range(4)
@@ -205,14 +212,14 @@ def test_a_group_that_is_done_is_left_as_it_is(models: dict[str, tuple[Path, Fol
 
 
 def test_order_and_repetition_change_nothing(models: dict[str, tuple[Path, Folders]], tmp_path: Path) -> None:
-    job = make_job(tmp_path, *models["mixed"], "dare_ties", densities=dict.fromkeys(models["mixed"][1], 0.5))
+    job = make_job(tmp_path, *models["mixed"], "dare_ties", {"density": 0.5})
     expected = dynamic(job, tmp_path / "one")
     (tmp_path / "other").mkdir()
     for group in (3, 1, 0, 2, 1):
-        merge_group_vectors(job, group, tmp_path / "other")
-    assert finish_vectors(job, job.base.folder, tmp_path / "other") == expected
+        of_vectors(job).run(group, tmp_path / "other")
+    assert of_vectors(job).finish(tmp_path / "other") == expected
     # A run that ended before the artifact was published finishes it once more.
-    assert finish_vectors(job, job.base.folder, tmp_path / "other") == expected
+    assert of_vectors(job).finish(tmp_path / "other") == expected
     assert read_json(tmp_path / "other" / FILES) == read_json(tmp_path / "one" / FILES)
 
 

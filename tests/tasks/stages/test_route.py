@@ -13,6 +13,7 @@ from sensmerge.tasks.artifacts import read_json, sha256_file
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.dynamic.router import searched_layers
 from sensmerge.tasks.errors import InputError
+from tests.conftest import row_set
 from tests.tasks.dynamic import test_model as models
 from tests.tasks.dynamic.test_model import CALIBRATION, TEXTS, Merge, completions, tokenised
 
@@ -27,11 +28,11 @@ def test_auto_looks_at_all_rules_and_takes_a_cheap_good_one(causal: Merge, tmp_p
     report = read_json(tmp_path / "route.json")
     rules = {tuple(one[key] for key in ("score", "layer", "pool")) for one in report["candidates"]}
     assert len(rules) == len(report["candidates"]) == 5 * len(searched_layers(2)) * 3
-    samples = sum(len(one.rows) for one in CALIBRATION.values())
+    count = sum(len(one.rows.read()) for one in CALIBRATION.values())
     best = max(one["accuracy"] for one in report["candidates"])
     (chosen,) = (one for one in report["candidates"] if found["rule"].items() <= one.items())
-    share = (best * samples + 1) / (samples + 2)
-    error = (share * (1 - share) / samples) ** 0.5
+    share = (best * count + 1) / (count + 2)
+    error = (share * (1 - share) / count) ** 0.5
     good = [one for one in report["candidates"] if one["accuracy"] >= best - error]
     assert chosen in good
     assert found["passes"] == chosen["passes"] == min(one["passes"] for one in good)
@@ -59,9 +60,9 @@ def test_the_projection_is_that_of_scikit_learn(causal: Merge, tmp_path: Path) -
     model = causal.routed(tmp_path, score="centroid", layer=1, pool="mean")
     with torch.inference_mode():
         states = [
-            model.network.hidden_states(model.batch([ids]), torch.zeros(1, 3), [1])[1][0].mean(0)
+            model.network.hidden_states(model.batch([sample]), torch.zeros(1, 3), [1])[1][0].mean(0)
             for one in CALIBRATION.values()
-            for ids in tokenised(model, [row["prompt"] for row in one.rows])
+            for sample in tokenised(model, [row["prompt"] for row in one.rows.read()])
         ]
     expected = torch.tensor(PCA(2).fit_transform(torch.stack(states).double().numpy()))
     points = torch.tensor([point for row in read_json(tmp_path / "route.json")["projection"].values() for point in row])
@@ -78,17 +79,17 @@ def test_poor_identification_draws_towards_the_static_merge(causal: Merge, tmp_p
     assert found["identification"]["value"] == pytest.approx(1 / 3)
     assert found["trust"] == 0.0
     model = DynamicModel.load(tmp_path / "out")
-    sequences = tokenised(model, TEXTS)
-    torch.testing.assert_close(model.route(sequences).coefficients, torch.full((len(TEXTS), 3), 0.5))
+    samples = tokenised(model, TEXTS)
+    torch.testing.assert_close(model.route(samples).coefficients, torch.full((len(TEXTS), 3), 0.5))
     followed = same.routed(tmp_path / "never", **settings, fallback=0.0)
     assert followed.router.settings.trust == 1.0
-    torch.testing.assert_close(followed.route(sequences).coefficients.sum(1), torch.full((len(TEXTS),), 2.0))
+    torch.testing.assert_close(followed.route(samples).coefficients.sum(1), torch.full((len(TEXTS),), 2.0))
 
 
 def test_half_trust_is_between_static_and_routed(causal: Merge, tmp_path: Path) -> None:
     # Two of the three sets are the same: two thirds of the samples, or fewer, are told apart.
     sets = {**causal.calibration, "lora": causal.calibration["code"]}
-    sets = {name: replace(one, rows=one.rows * 8) for name, one in sets.items()}
+    sets = {name: row_set(one.task, one.rows.read() * 8) for name, one in sets.items()}
     one = replace(causal, calibration=sets)
     settings: dict[str, Any] = {"score": "centroid", "layer": 1, "pool": "mean", "temperature": 0.1}
     found = one.run(tmp_path / "out", **settings, fallback=0.9)
@@ -96,8 +97,8 @@ def test_half_trust_is_between_static_and_routed(causal: Merge, tmp_path: Path) 
     assert 1 / 3 < accuracy < 0.9
     assert found["trust"] == pytest.approx((accuracy - 1 / 3) / (0.9 - 1 / 3))
     drawn, full = DynamicModel.load(tmp_path / "out"), one.routed(tmp_path / "full", **settings)
-    sequences = tokenised(drawn, TEXTS)
-    routed, mixed = full.route(sequences), drawn.route(sequences)
+    samples = tokenised(drawn, TEXTS)
+    routed, mixed = full.route(samples), drawn.route(samples)
     expected = found["trust"] * routed.coefficients + (1 - found["trust"]) * 0.5
     torch.testing.assert_close(mixed.coefficients, expected)
     assert mixed.experts == routed.experts
@@ -155,7 +156,7 @@ def test_a_layer_that_does_not_exist(causal: Merge, tmp_path: Path) -> None:
 def test_completions_are_not_routed_on(causal: Merge, tmp_path: Path) -> None:
     """At inference there is none to look at."""
     longer = {
-        name: replace(one, rows=[{**row, "completion": f"{name} and more"} for row in one.rows])
+        name: row_set(one.task, [{**row, "completion": f"{name} and more"} for row in one.rows.read()])
         for name, one in causal.calibration.items()
     }
     found = replace(causal, calibration=longer).run(tmp_path / "longer")

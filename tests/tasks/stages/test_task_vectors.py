@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.checkpoints.weights import ExpertWeights, layer_groups
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.methods.delta import Whole
-from sensmerge.tasks.methods.sparsify import histogram_of
+from sensmerge.tasks.methods.kernels.delta import Whole
+from sensmerge.tasks.methods.kernels.sparsify import histogram_of
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from sensmerge.tasks.stages.task_vectors import TaskVectorsJob, read_histogram

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from sensmerge.tasks.methods import kernels
+from sensmerge.tasks.methods.kernels import loops
 
 
 def disjoint_sum(parts: torch.Tensor, weights: Sequence[float], normalize: bool) -> torch.Tensor:
@@ -23,7 +23,7 @@ def disjoint_sum(parts: torch.Tensor, weights: Sequence[float], normalize: bool)
     """
     if parts.is_cpu:
         mixed = torch.empty_like(parts[0])
-        kernels.disjoint_sum(parts.numpy(), np.array(weights, np.float32), normalize, mixed.numpy())
+        loops.disjoint_sum(parts.numpy(), np.array(weights, np.float32), normalize, mixed.numpy())
         return mixed
     sign, magnitudes = agreeing(parts, weights)
     mixed = sum(magnitudes[1:], start=magnitudes[0]).mul_(sign)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.methods import kernels
-from sensmerge.tasks.methods.delta import Delta, block_sums, pieces
+from sensmerge.tasks.methods.kernels import loops
+from sensmerge.tasks.methods.kernels.delta import Delta, block_sums, pieces
 
 BINS = 1 << 15
 """Of a magnitude histogram."""
@@ -40,7 +40,7 @@ def add_to_histogram(piece: Tensor, histogram: Tensor) -> None:
         histogram: gets the counts, int64 (32768,).
     """
     if piece.is_cpu:
-        kernels.count_bins(piece.numpy(), histogram.numpy())
+        loops.count_bins(piece.numpy(), histogram.numpy())
     else:
         histogram += torch.bincount(_magnitude_bits(piece) >> 16, minlength=BINS)
 
@@ -100,7 +100,7 @@ class Trim:
         until = min(max(self.last + 1 - where.start, 0), len(piece))
         for part, least in ((piece[:until], self.threshold), (piece[until:], self.threshold + 1)):
             if part.is_cpu:
-                kernels.trim(part.numpy(), least)
+                loops.trim(part.numpy(), least)
             else:
                 part.masked_fill_(_magnitude_bits(part) < least, 0)
         return piece
@@ -113,7 +113,7 @@ def _in_bin(piece: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         inside = ((bits >> 16) == wanted).nonzero().flatten()
         return inside, bits[inside]
     places, magnitudes = np.empty(len(piece), np.int64), np.empty(len(piece), np.int32)
-    found = kernels.find_bin(piece.numpy(), wanted, places, magnitudes)
+    found = loops.find_bin(piece.numpy(), wanted, places, magnitudes)
     return torch.from_numpy(places[:found].copy()), torch.from_numpy(magnitudes[:found].copy())
 
 
@@ -137,7 +137,7 @@ class Drop:
         """See `Sparsifier`."""
         limit = round(self.density * (_LARGEST + 1))
         if piece.is_cpu:
-            kernels.drop(piece.numpy(), np.uint64(_state(self.key, where)), limit)
+            loops.drop(piece.numpy(), np.uint64(_state(self.key, where)), limit)
             return piece
         return piece.masked_fill_((random_bits(self.key, where, piece.device) & _LARGEST) > limit - 1, 0)
 

@@ -145,7 +145,7 @@ def trim(piece: Float32, least: int) -> None:
 def drop(piece: Float32, state: np.uint64, limit: int) -> None:
     """Set elements whose random number is not below `limit` to zero, in place.
 
-    The numbers are those of `tasks.methods.sparsify.random_bits` without their uppermost bit.
+    The numbers are those of `kernels.sparsify.random_bits` without their uppermost bit.
 
     Args:
         piece: the elements.

@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sensmerge.tasks.methods.delta import BLOCK, Whole, chunks
-from sensmerge.tasks.methods.sparsify import BINS, Drop, Rescaled, Trim, histogram_of, kept_elements, random_bits
+from sensmerge.tasks.methods.kernels.delta import BLOCK, Whole, chunks
+from sensmerge.tasks.methods.kernels.sparsify import (
+    BINS,
+    Drop,
+    Rescaled,
+    Trim,
+    histogram_of,
+    kept_elements,
+    random_bits,
+)
 from tests.tasks.methods.pieces import sparse
 
 CPU = torch.device("cpu")

@@ -1,16 +1,11 @@
 """Scores and their 95 % intervals from the raw outcomes of single samples.
 
 An evaluation leaves one record per sample; every score, interval and comparison is computed from these records alone.
-
-| kind | fields of a record |
-| --- | --- |
-| completion | `nll` (−Σ ln p over the completion's tokens), `correct`, `tokens`; `exact` (0 or 1) if it generated |
-| classification, multiple_choice | `prediction`, `label` (class or choice numbers) |
-| classification by a dynamic model | also `routed` (0 or 1): whether the head that it chose itself is right |
-| lm_eval | `task` (its lm-eval name), each metric of that task: one number, or the two that its aggregation divides |
+What a record holds, and which metrics it allows, is a matter of the kind of task.
 
 A proportion has a Wilson interval. Other scores have a percentile bootstrap over samples, not over tokens: tokens of
-one sample are not independent. The lm-eval tasks of one lm_eval task are strata, resampled apart.
+one sample are not independent. Records that name a `task` of their own (those of lm-eval) are strata by it, resampled
+apart; a score is then the mean over the strata.
 """
 
 import random
@@ -21,14 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sensmerge.tasks.kinds.datasets import Task
-
 Record = dict[str, Any]
 Columns = NDArray[np.float64]
 
 RESAMPLES = 1000
 LEVEL = 0.95
-LOWER_IS_BETTER = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}
 
 
 @dataclass(frozen=True)
@@ -46,14 +38,13 @@ class Score:
 class Metric:
     """How a score comes from records."""
 
-    kinds: tuple[str, ...]
-    """Kinds of task that have it."""
     columns: tuple[str, ...]
     """Fields of a record that it reads."""
     value: Callable[[Columns], float]
     """From those fields of all samples, shape (samples, columns), to the score."""
     is_proportion: bool = False
     """Whether it is the share of independent samples that are right."""
+    higher_is_better: bool = True
 
 
 def mean(columns: Columns) -> float:
@@ -107,71 +98,22 @@ def matthews(columns: Columns) -> float:
 
 def mean_score(values: Sequence[float], is_proportion: bool = False) -> Score:
     """Mean of one number per sample; with `is_proportion` (every number 0 or 1) its interval is Wilson's."""
-    return _score(Metric((), ("value",), mean, is_proportion), [np.array(values, np.float64).reshape(-1, 1)])
+    return _score(Metric(("value",), mean, is_proportion), [np.array(values, np.float64).reshape(-1, 1)])
 
 
-METRICS = {
-    "token_accuracy": Metric(("completion",), ("correct", "tokens"), ratio),
-    "perplexity": Metric(("completion",), ("nll", "tokens"), perplexity),
-    "exact_match": Metric(("completion",), ("exact",), mean, is_proportion=True),
-    "accuracy": Metric(("classification", "multiple_choice"), ("label", "prediction"), agreement, is_proportion=True),
-    "routed_accuracy": Metric(("classification",), ("routed",), mean, is_proportion=True),
-    "macro_f1": Metric(("classification",), ("label", "prediction"), macro_f1),
-    "matthews": Metric(("classification",), ("label", "prediction"), matthews),
-}
-
-# How lm-eval aggregates where it is not the mean; per sample it gives ln p, or ln p and the number of words or bytes.
-LM_EVAL_AGGREGATION: dict[str, Callable[[Columns], float]] = {
-    "perplexity": lambda columns: float(np.exp(-mean(columns))),
-    "word_perplexity": lambda columns: float(np.exp(-ratio(columns))),
-    "byte_perplexity": lambda columns: float(np.exp(-ratio(columns))),
-    "bits_per_byte": lambda columns: -ratio(columns) / float(np.log(2)),
-}
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a larger value of a metric is better. Unknown names, which come from lm-eval, are taken to be."""
-    return _plain(metric) not in LOWER_IS_BETTER
-
-
-def score_records(kind: str, records: list[Record]) -> dict[str, Score]:
-    """Every metric of a kind of task that the records (at least one) allow.
-
-    For lm_eval the names are `NAME/METRIC` for each lm-eval task, and `METRIC` for its mean over the lm-eval tasks if
-    all of them report it. The bootstrap has a fixed seed: the same records give the same interval.
-    """
+def score(metric: Metric, records: Sequence[Record]) -> Score:
+    """Return a score of at least one record. The bootstrap has a fixed seed: equal records give equal intervals."""
     assert records, "no records to score"
-    if kind != "lm_eval":
-        return {
-            name: _score(metric, _strata(metric, records))
-            for name, metric in METRICS.items()
-            if kind in metric.kinds and set(metric.columns) <= records[0].keys()
-        }
-    scores = {}
-    groups = _by_name(records)
-    for name in sorted(set().union(*records) - {"task"}):
-        having = [group for group in groups if name in group[0]]
-        if len(having) == len(groups):
-            metric = _lm_eval_metric(name, records)
-            scores[name] = _score(metric, _strata(metric, records))
-        for group in having:
-            metric = _lm_eval_metric(name, group)
-            scores[f"{group[0]['task']}/{name}"] = _score(metric, _strata(metric, group))
-    return scores
+    return _score(metric, _strata(metric, records))
 
 
-def score_of(kind: str, metric: str, records: list[Record]) -> Score | None:
-    """One of the scores of `score_records`, without the work for the others; None where the records have none."""
-    if kind == "lm_eval":
-        return score_records(kind, records).get(metric)
-    found = METRICS.get(metric)
-    if found is None or kind not in found.kinds or not set(found.columns) <= records[0].keys():
-        return None
-    return _score(found, _strata(found, records))
+def value_of(metric: Metric, records: Sequence[Record]) -> float:
+    """Return the value of a score alone. Raises TypeError or ValueError if the fields are no numbers."""
+    return float(_value(metric, _strata(metric, records)))
 
 
 def halves(records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """Split records in two at random, each lm-eval task by itself; the same way for every model on the same rows.
+    """Split records in two at random, each stratum by itself; the same way for every model on the same rows.
 
     The second has the odd one.
     """
@@ -188,44 +130,43 @@ def halves(records: list[Record]) -> tuple[list[Record], list[Record]]:
 
 
 def mean_normalised(
-    model: Mapping[str, list[Record]], experts: Mapping[str, list[Record]], tasks: Mapping[str, Task]
+    metrics: Mapping[str, Metric], model: Mapping[str, list[Record]], experts: Mapping[str, list[Record]]
 ) -> Score | None:
     """Mean over tasks of a model's main metric ÷ that of the task's own expert; the inverse where lower is better.
 
-    `model[task]` and `experts[task]` are records of the same rows in the same order; `n` is their number over all
-    tasks. The interval is a paired bootstrap: each resample takes the same rows for model and expert, so what is hard
-    about a row cancels. Resamples in which an expert scores 0 have no ratio and are left out.
+    `metrics[task]` is the main metric; `model[task]` and `experts[task]` are records of the same rows in the same
+    order; `n` is their number over all tasks. The interval is a paired bootstrap: each resample takes the same rows for
+    model and expert, so what is hard about a row cancels. Resamples in which an expert scores 0 have no ratio and are
+    left out.
 
     None where a denominator is not positive (an expert that gets nothing right, or a Matthews correlation ≤ 0): the
     ratio has no meaning then, and a mean over the other tasks would hide that.
     """
     comparisons = []
-    for name, task in tasks.items():
-        metric = _lm_eval_metric(task.metric, experts[name]) if task.kind == "lm_eval" else METRICS[task.metric]
+    for name, metric in metrics.items():
         mine, own = _strata(metric, model[name]), _strata(metric, experts[name])
         assert [len(rows) for rows in mine] == [len(rows) for rows in own], f"{name}: model and expert differ in rows"
-        comparisons.append((metric, *((mine, own) if higher_is_better(task.metric) else (own, mine))))
+        comparisons.append((metric, *((mine, own) if metric.higher_is_better else (own, mine))))
     return _mean_ratio(comparisons)
 
 
 def mean_ratio(above: Mapping[str, list[Record]], below: Mapping[str, list[Record]], field: str) -> Score | None:
     """Mean over tasks of the mean of a record's field in `above` ÷ that in `below`; otherwise as `mean_normalised`."""
-    metric = Metric((), (field,), mean)
+    metric = Metric((field,), mean)
     return _mean_ratio([(metric, _strata(metric, above[task]), _strata(metric, below[task])) for task in above])
 
 
-def paired_difference(kind: str, metric: str, new: list[Record], old: list[Record]) -> Score:
+def paired_difference(metric: Metric, new: list[Record], old: list[Record]) -> Score:
     """A metric of one model − that of another on the same rows in the same order.
 
     The interval is a paired bootstrap, as in `mean_normalised`: models that answer alike differ by exactly 0.
     """
-    found = _lm_eval_metric(metric, old) if kind == "lm_eval" else METRICS[metric]
-    above, below = _strata(found, new), _strata(found, old)
+    above, below = _strata(metric, new), _strata(metric, old)
     assert [len(rows) for rows in above] == [len(rows) for rows in below], "the models differ in rows"
 
     def difference(draw: Callable[[int], Any]) -> float:
         picks = [draw(len(rows)) for rows in below]
-        return float(_value(found, above, picks) - _value(found, below, picks))
+        return float(_value(metric, above, picks) - _value(metric, below, picks))
 
     return Score(difference(_everything), sum(map(len, below)), *_bootstrap(difference))
 
@@ -275,33 +216,17 @@ def _value(metric: Metric, strata: list[Columns], picks: list[Any] | None = None
     return np.float64(np.mean([metric.value(rows) for rows in chosen]))
 
 
-def _strata(metric: Metric, records: list[Record]) -> list[Columns]:
-    """The metric's fields, float64 of shape (samples, columns), for each lm-eval task; one stratum for other kinds."""
+def _strata(metric: Metric, records: Sequence[Record]) -> list[Columns]:
+    """The metric's fields, float64 of shape (samples, columns), for each stratum."""
     return [
         np.array([[record[field] for field in metric.columns] for record in group], np.float64).reshape(len(group), -1)
-        for group in _by_name(records)
+        for group in strata(records)
     ]
 
 
-def _by_name(records: list[Record]) -> list[list[Record]]:
+def strata(records: Sequence[Record]) -> list[list[Record]]:
+    """Return records by the `task` that they name of their own; all in one where they name none."""
     groups: dict[str | None, list[Record]] = {}
     for record in records:
         groups.setdefault(record.get("task"), []).append(record)
     return list(groups.values())
-
-
-def lm_eval_value(metric: str, records: list[Record]) -> float:
-    """A metric of one lm-eval task from its records. Raises TypeError or ValueError if their values are no numbers."""
-    found = _lm_eval_metric(metric, records)
-    return float(_value(found, _strata(found, records)))
-
-
-def _lm_eval_metric(name: str, records: list[Record]) -> Metric:
-    value = LM_EVAL_AGGREGATION.get(_plain(name), mean)
-    is_proportion = value is mean and all(record[name] in (0, 1) for record in records)
-    return Metric(("lm_eval",), (name,), value, is_proportion)
-
-
-def _plain(metric: str) -> str:
-    """A metric's own name, without the lm-eval task before it and the lm-eval filter after it."""
-    return metric.rpartition("/")[2].partition(".")[0]

@@ -19,18 +19,23 @@ from transformers import (
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, MultipleChoiceTask, RowTask
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.kind import RowTask
+from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.rows.source import Row
-from sensmerge.tasks.stages.sensitivity import sensitivity
 from tests.conftest import (
+    calibration_set,
     llama_config,
     make_adapter,
     make_bert_expert,
     make_bert_trunk,
     make_gpt2,
     make_llama,
+    measure_sensitivity,
     perturbed,
+    statistics_job,
 )
 
 Save = Callable[..., Path]
@@ -44,7 +49,7 @@ TEXTS: list[Row] = [{"text": "so good", "label": 1}, {"text": "bad, very bad ind
 
 def measure(base: Path, expert: Path, task: RowTask, rows: list[Row], out: Path) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
-    found = sensitivity(base, expert, "math", task, rows, base, "float32", "cpu", "whole", out)
+    found = statistics_job(base, expert, calibration_set(task, rows, out.parent / "rows")).finish(out)
     written: dict[str, Any] = read_json(out / "sensitivity.json")
     assert found == {"samples": written["samples"], "tokens": written["tokens"]}
     return written
@@ -222,8 +227,7 @@ def test_what_routers_add_to_the_loss_is_left_out(
     expert = save(perturbed(network, 1), "expert", tmp_path)
     (tmp_path / "out").mkdir()
     task = CompletionTask(kind="completion")
-    sensitivity(base, expert, "math", task, ROWS, base, "float32", "cpu", placement, tmp_path / "out")
-    found = read_json(tmp_path / "out" / "sensitivity.json")["sensitivity"]
+    found = measure_sensitivity(base, expert, task, ROWS, tmp_path / "out", placement=placement)
     plain = AutoModelForCausalLM.from_pretrained(expert, experts_implementation="eager")  # which takes float64
     expected = naive(plain, completion_loss(tokenizer, "completion"), ROWS)
     assert found == pytest.approx(expected, rel=1e-4)

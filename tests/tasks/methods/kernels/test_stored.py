@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sensmerge.tasks.methods.stored import add, rounded, subtract
+from sensmerge.tasks.methods.kernels.stored import add, rounded, subtract
 
 any_bits = arrays("uint16", st.integers(0, 1100), elements=st.integers(0, 0xFFFF))
 

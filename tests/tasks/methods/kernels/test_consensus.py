@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensmerge.tasks.methods.consensus import agreeing, agreeing_weight, elected_sign
+from sensmerge.tasks.methods.kernels.consensus import agreeing, agreeing_weight, elected_sign
 
 
 def agreement(deltas: list[torch.Tensor]) -> list[list[bool]]:

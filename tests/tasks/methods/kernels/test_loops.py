@@ -1,17 +1,14 @@
 """The compiled loops give, bit for bit, what torch's operations give."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sensmerge.tasks.methods.arithmetic import METHODS, Settings, TaskVector, merged_pieces
-from sensmerge.tasks.methods.consensus import agreeing, agreeing_weight, disjoint_sum
-from sensmerge.tasks.methods.delta import BLOCK, Difference
-from sensmerge.tasks.methods.sparsify import BINS, Drop, Trim, add_to_histogram, random_bits
-from tests.tasks.methods.pieces import joined
+from sensmerge.tasks.methods.kernels.consensus import agreeing, agreeing_weight, disjoint_sum
+from sensmerge.tasks.methods.kernels.delta import BLOCK
+from sensmerge.tasks.methods.kernels.sparsify import BINS, Drop, Trim, add_to_histogram, random_bits
 
 # Sums of a few stay finite, and some elements cancel or are equal.
 elements = st.floats(width=32, min_value=-(2.0**99), max_value=2.0**99) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45])
@@ -66,22 +63,3 @@ def test_drop(piece: np.ndarray, density: float, start: int, key: str) -> None:
     found = Drop(key, density)(values.clone(), where)
     numbers = random_bits(key, where, values.device) & 0x7FFFFFFF
     assert torch.equal(bits(found), bits(values) * (numbers <= round(density * 2**31) - 1))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["linear", *METHODS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_gpu_gives_the_same_bits(method: str, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(3 * BLOCK + 7, generator=generator).to(dtype)
-    experts = [(base.float() + 0.05 * torch.randn(len(base), generator=generator)).to(dtype) for _ in range(3)]
-    row = METHODS.get(method)
-    settings = Settings(method, normalize=row.normalize if row else True, rescale=False)
-    merged = []
-    for device in ("cpu", "cuda"):
-        vectors = [
-            TaskVector(Difference(expert.to(device)), 0.4, 0.3 if row and row.sparsify else 1.0, f"{k}")
-            for k, expert in enumerate(experts)
-        ]
-        merged.append(joined(merged_pieces(base.to(device), vectors, settings), base.shape).cpu())
-    assert torch.equal(*merged)

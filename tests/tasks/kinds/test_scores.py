@@ -1,4 +1,5 @@
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -7,22 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from sensmerge.tasks.kinds.datasets import ClassificationTask, CompletionTask, LmEvalTask
-from sensmerge.tasks.kinds.metrics import (
-    Record,
-    Score,
-    halves,
-    higher_is_better,
-    lm_eval_value,
-    mean_normalised,
-    mean_ratio,
-    mean_score,
-    score_of,
-    score_records,
-)
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.kind import KINDS, Task, higher_is_better
+from sensmerge.tasks.kinds.lm_eval import LmEvalTask
+from sensmerge.tasks.kinds.scores import Record, Score, halves, mean_normalised, mean_ratio, mean_score, value_of
 
 COMPLETION = CompletionTask(kind="completion")
 CLASSIFICATION = ClassificationTask(kind="classification")
+
+
+def score_records(kind: str, records: list[Record]) -> dict[str, Score]:
+    return KINDS[kind].scores(records)
+
+
+def normalised(
+    model: dict[str, list[Record]], experts: dict[str, list[Record]], tasks: Mapping[str, Task]
+) -> Score | None:
+    """By the main metrics of the tasks."""
+    metrics = {name: task.metric_of(task.metric, experts[name]) for name, task in tasks.items()}
+    return mean_normalised({name: metric for name, metric in metrics.items() if metric}, model, experts)
 
 
 def classified(pairs: list[tuple[int, int]]) -> list[Record]:
@@ -144,6 +149,12 @@ def test_lm_eval_strata_are_resampled_apart() -> None:
     assert score_records("lm_eval", records)["f"] == Score(0.5, 7, 0.5, 0.5)
 
 
+def lm_eval_value(name: str, records: list[Record]) -> float:
+    metric = LmEvalTask.metric_of(name, records)
+    assert metric is not None
+    return value_of(metric, records)
+
+
 def test_lm_eval_perplexities() -> None:
     pairs: list[Record] = [{"word_perplexity": [-6.0, 2]}, {"word_perplexity": [-2.0, 2]}]
     assert lm_eval_value("word_perplexity", pairs) == pytest.approx(math.exp(8 / 4))
@@ -178,13 +189,13 @@ def test_an_expert_normalised_by_itself_is_one() -> None:
         "science": [{"task": "ab"[i % 2], "acc": float(i % 3 == 0)} for i in range(60)],
     }
     tasks = {"text": COMPLETION, "classes": CLASSIFICATION, "science": LmEvalTask(kind="lm_eval", names=["a", "b"])}
-    assert only(mean_normalised(records, records, tasks)) == Score(1.0, 160, 1.0, 1.0)
+    assert only(normalised(records, records, tasks)) == Score(1.0, 160, 1.0, 1.0)
 
 
 def test_normalised_is_the_mean_of_ratios() -> None:
     model = {"a": classified([(0, 0), (0, 1)]), "b": classified([(0, 0), (0, 0), (0, 1), (0, 1)])}
     experts = {"a": classified([(0, 0), (0, 0)]), "b": classified([(0, 0), (0, 1), (0, 1), (0, 1)])}
-    score = only(mean_normalised(model, experts, {"a": CLASSIFICATION, "b": CLASSIFICATION}))
+    score = only(normalised(model, experts, {"a": CLASSIFICATION, "b": CLASSIFICATION}))
     assert score.value == pytest.approx((0.5 / 1 + 0.5 / 0.25) / 2)
     assert score.n == 6
     assert score.low < score.value < score.high
@@ -194,7 +205,7 @@ def test_lower_is_better_is_inverted() -> None:
     task = CompletionTask(kind="completion", metric="perplexity")
     model: dict[str, list[Record]] = {"a": [{"nll": 4.0, "correct": 0, "tokens": 2}]}
     expert: dict[str, list[Record]] = {"a": [{"nll": 2.0, "correct": 0, "tokens": 2}]}
-    assert only(mean_normalised(model, expert, {"a": task})).value == pytest.approx(math.exp(1) / math.exp(2))
+    assert only(normalised(model, expert, {"a": task})).value == pytest.approx(math.exp(1) / math.exp(2))
 
 
 def test_rows_are_paired() -> None:
@@ -202,7 +213,7 @@ def test_rows_are_paired() -> None:
     generator = np.random.default_rng(4)
     expert: list[Record] = [{"nll": 1.0, "correct": 2 * int(generator.integers(1, 9)), "tokens": 20} for _ in range(50)]
     model: list[Record] = [record | {"correct": record["correct"] // 2} for record in expert]
-    score = only(mean_normalised({"a": model}, {"a": expert}, {"a": COMPLETION}))
+    score = only(normalised({"a": model}, {"a": expert}, {"a": COMPLETION}))
     assert (score.value, score.low, score.high) == (0.5, 0.5, 0.5)
 
 
@@ -211,13 +222,13 @@ def test_no_ratio_to_an_expert_that_scores_nothing(metric: Any) -> None:
     task = ClassificationTask(kind="classification", metric=metric)
     expert, model = classified([(0, 1), (1, 0)]), classified([(0, 0), (1, 1)])
     good = {"good": CLASSIFICATION, "bad": task}
-    assert mean_normalised({"good": model, "bad": model}, {"good": model, "bad": expert}, good) is None
-    assert mean_normalised({}, {}, {}) is None
+    assert normalised({"good": model, "bad": model}, {"good": model, "bad": expert}, good) is None
+    assert normalised({}, {}, {}) is None
 
 
 def test_resamples_without_a_ratio_are_left_out() -> None:
     expert, model = classified([(0, 0)] + [(0, 1)] * 9), classified([(0, 0)] * 5 + [(0, 1)] * 5)
-    score = only(mean_normalised({"a": model}, {"a": expert}, {"a": CLASSIFICATION}))
+    score = only(normalised({"a": model}, {"a": expert}, {"a": CLASSIFICATION}))
     assert score.value == pytest.approx(5.0)
     assert math.isfinite(score.low)
     assert math.isfinite(score.high)
@@ -293,6 +304,6 @@ def test_halves_split_every_lm_eval_task_and_every_model_alike() -> None:
 def test_one_score_is_that_of_all(kind: str, record: Record) -> None:
     records = [record, record]
     for name, score in score_records(kind, records).items():
-        assert score_of(kind, name, records) == score
-    assert score_of(kind, "bleu", records) is None
-    assert score_of("completion", "exact_match", [{"nll": 1.0, "correct": 1, "tokens": 1}]) is None
+        assert KINDS[kind].score_of(name, records) == score
+    assert KINDS[kind].score_of("bleu", records) is None
+    assert CompletionTask.score_of("exact_match", [{"nll": 1.0, "correct": 1, "tokens": 1}]) is None

@@ -1,13 +1,15 @@
 """Task vectors of one tensor, worked out piece by piece: what is not asked for is never in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.methods.stored import subtract
+from sensmerge.tasks.methods.kernels import loops
+from sensmerge.tasks.methods.kernels.stored import subtract
 
 CHUNK = 1 << 17
 """Elements handled at a time: intermediate tensors then stay in the processor's cache."""
@@ -102,3 +104,29 @@ def pieces(delta: Delta, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def block_sums(values: Tensor) -> list[float]:
     """Return the sum of every `BLOCK` elements of a flat tensor that starts with a block; of few, of those."""
     return [float(block.sum()) for block in torch.split(values, BLOCK)]
+
+
+def parts(base: Tensor, deltas: Sequence[Delta]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which elements, and every task vector's (experts × elements), float32; the caller may change the tensor.
+
+    Args:
+        base: the base's tensor, flat, in any float dtype.
+        deltas: the experts' task vectors of it.
+    """
+    for where in chunks(len(base)):
+        origin = base[where]
+        found = torch.empty(len(deltas), len(origin), device=base.device)
+        for part, delta in zip(found, deltas, strict=True):
+            delta.fill(part, where, origin)
+        yield where, found
+
+
+def weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the weighted sum of task vectors (experts × elements), flat; on a GPU they are changed."""
+    if parts.is_cpu:
+        mixed = torch.empty_like(parts[0])
+        loops.weighted_sum(parts.numpy(), np.array(weights, np.float32), mixed.numpy())
+        return mixed
+    for part, weight in zip(parts, weights, strict=True):
+        part.mul_(weight)
+    return sum(parts[1:], start=parts[0])

@@ -1,0 +1,87 @@
+"""Kind classification: every expert has a classification head of its own.
+
+A record holds `prediction`, the class of the largest logit, and `label`; of a dynamic model also `routed` (0 or 1):
+whether the head that it chose itself is right.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.identity import Local
+from sensmerge.tasks.kinds.checks import whole_number
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.scores import Metric, Record, agreement, macro_f1, matthews, mean
+from sensmerge.tasks.kinds.templates import render
+from sensmerge.tasks.networks.tokens import class_tokens
+from sensmerge.tasks.rows.source import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+@KINDS.register("classification")
+class ClassificationTask(RowTask):
+    """The model has a classification head of its own for this task."""
+
+    head: ClassVar[str] = "classification"
+    fields: ClassVar[tuple[str, ...]] = ("label",)
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "accuracy": Metric(("label", "prediction"), agreement, is_proportion=True),
+        "routed_accuracy": Metric(("routed",), mean, is_proportion=True),
+        "macro_f1": Metric(("label", "prediction"), macro_f1),
+        "matthews": Metric(("label", "prediction"), matthews),
+    }
+
+    kind: Literal["classification"]
+    prompt: str = Field("{text}", description="template of the text to classify")
+    label: str = Field("label", description="field with the class: its name in the expert's config, or its number")
+    metric: Local[Literal["accuracy", "macro_f1", "matthews"]] = Field("accuracy", description="main metric")
+
+    def check_row(self, row: Row, settings: str, where: str, labels: Labels | None) -> None:
+        """See `RowTask`: the expert has to have the class."""
+        if labels is not None:
+            class_index(row[self.label], labels, where)
+
+    def named(self, row: Row, names: Mapping[int, str]) -> Row:
+        """See `RowTask`."""
+        label = row.get(self.label)
+        number = None if label in names.values() else whole_number(label)
+        return row if number is None else row | {self.label: names.get(number, label)}
+
+    def sample(
+        self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
+    ) -> Sample:
+        """Return the text with the tokenizer's special tokens, cut from the right but for the special tokens."""
+        assert labels is not None
+        ids = class_tokens(render(self.prompt, row), tokenizer, self.max_length)
+        if not ids:
+            raise InputError(f"{where}: the text to classify has no token; leave the row out")
+        return Sample({"input_ids": ids}, len(ids), class_index(row[self.label], labels, where))
+
+    def judge(self, sample: Sample, logits: "Tensor") -> Any:
+        """See `RowTask`: the class of the largest logit."""
+        from sensmerge.tasks.networks.networks import finite
+
+        return {"prediction": int(finite(logits).argmax()), "label": sample.label}
+
+    def is_right(self, record: Record) -> bool:
+        """See `RowTask`."""
+        return bool(record["prediction"] == record["label"])
+
+
+def class_index(label: Any, label2id: Labels, where: str) -> int:
+    """The number of a row's class: by its name in the expert's `label2id`, else by its number, also as decimal text.
+
+    Raises InputError for a number or a name that no class has.
+    """
+    if isinstance(label, str) and label in label2id:
+        return label2id[label]
+    index = whole_number(label)
+    if index is not None and index in label2id.values():
+        return index
+    names = ", ".join(f"{index} {name}" for name, index in sorted(label2id.items(), key=lambda item: item[1])[:20])
+    raise InputError(f"{where}: label is {label!r}, expected one of the expert's {len(label2id)} classes: {names}")

@@ -1,0 +1,278 @@
+"""The contract of a kind of task: a class whose fields are what a recipe says of a task of that kind.
+
+Its methods say what becomes of the task's rows, of what a network answers, and of the records that are left of it.
+A module of this room, or of another package, registers its class with `@KINDS.register("NAME")`; nothing else has to
+know it. torch is imported where it is used, so that reading a recipe does not wait for it.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.identity import Local
+from sensmerge.tasks.kinds.checks import NamedField, check_fields
+from sensmerge.tasks.kinds.scores import Metric, Record, Score, score
+from sensmerge.tasks.kinds.templates import template_fields
+from sensmerge.tasks.networks.tokens import Inputs, collate
+from sensmerge.tasks.registry import Registry
+from sensmerge.tasks.rows.source import DataSource, Row
+from sensmerge.tasks.rows.stored import StoredRows
+from sensmerge.tasks.strict import Strict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Labels = Mapping[str, int]
+"""the classes of an expert: name → number"""
+
+
+class Task(Strict):
+    """A task of any kind."""
+
+    head: ClassVar[str] = "causal_lm"
+    """what a network ends in: causal_lm, or classification, which every task's expert has of its own"""
+    metrics: ClassVar[Mapping[str, Metric]] = {}
+    """by name; the records of a task have those whose fields they hold"""
+
+    kind: str
+    batch_size: Local[int] = Field(8, ge=1, description="samples per forward pass; it changes no score")
+    metric: Local[str]
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the task's own expert has a head for it: its rows name the expert's classes."""
+        return self.head == "classification"
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens are generated for each evaluation sample at most; 0 if none are."""
+        return 0
+
+    def check_installed(self, key: str) -> None:
+        """Raise InputError if something is missing that the task needs; `key` (`tasks.science`) names it."""
+
+    def depends_on(self) -> Mapping[str, Any]:
+        """Return what scores depend on beside the task's settings and rows, in a form that `identity` takes."""
+        return {}
+
+    def evaluate(self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", key: str) -> list[Record]:
+        """Return the records of a network on rows that the kind has itself; for kinds that are no `RowTask`."""
+        raise NotImplementedError
+
+    @classmethod
+    def metric_of(cls, name: str, records: Sequence[Record]) -> Metric | None:
+        """Return a metric by its name; None where the records (at least one) do not have it."""
+        found = cls.metrics.get(name)
+        return found if found is not None and set(found.columns) <= records[0].keys() else None
+
+    @classmethod
+    def scores(cls, records: Sequence[Record]) -> dict[str, Score]:
+        """Return every score that the records (at least one) allow, by its name."""
+        found = {name: cls.score_of(name, records) for name in cls.metrics}
+        return {name: one for name, one in found.items() if one is not None}
+
+    @classmethod
+    def score_of(cls, name: str, records: Sequence[Record]) -> Score | None:
+        """Return one of `scores` without the work for the others; None where the records have none."""
+        metric = cls.metric_of(name, records)
+        return None if metric is None else score(metric, records)
+
+    @classmethod
+    def lower_is_better(cls, name: str) -> bool:
+        """Return whether a lower value of a metric is better; no metric of another kind is."""
+        return name in cls.metrics and not cls.metrics[name].higher_is_better
+
+
+KINDS: Registry[Task] = Registry("sensmerge.kinds", "sensmerge.tasks.kinds")
+
+
+def higher_is_better(metric: str) -> bool:
+    """Return whether a larger value of a metric is better, whichever kind has it. Unknown names are taken to be."""
+    return not any(kind.lower_is_better(metric) for kind in KINDS.values())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a network reads of a row."""
+
+    inputs: Inputs
+    """by the network's argument: token ids as a list, anything else as a tensor of one shape for all samples"""
+    prompt_tokens: int = 0
+    """how many leading tokens are context: they are read, not scored"""
+    label: int | None = None
+    """the class, for classification"""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """The whole text in tokens, special tokens included; none where the network reads something else."""
+        found: list[int] = self.inputs.get("input_ids", [])
+        return found
+
+    @property
+    def scored_from(self) -> int:
+        """Index of the first scored token; never 0, because nothing predicts the first token of a text."""
+        return max(self.prompt_tokens, 1)
+
+    @property
+    def prompt(self) -> Inputs:
+        """What stands before the answer: by it a sample is routed, and from it an answer generated."""
+        if "input_ids" not in self.inputs:
+            return self.inputs
+        return {**self.inputs, "input_ids": self.input_ids[: self.prompt_tokens]}
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether there is something before the answer."""
+        return self.prompt_tokens > 0 or "input_ids" not in self.inputs
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What two samples share that are the same to a model, and have the same answer."""
+        read = [tuple(one) if isinstance(one, list) else one.numpy().tobytes() for one in self.inputs.values()]
+        return (*self.inputs, *read, self.prompt_tokens, self.label)
+
+
+class RowTask(Task):
+    """A task with rows of its own: the recipe names them, and samples are made of them.
+
+    A kind says which settings name fields of a row, makes the sample of a row, and judges what a network answers.
+    """
+
+    templates: ClassVar[tuple[str, ...]] = ("prompt",)
+    """settings that are templates of texts"""
+    fields: ClassVar[tuple[str, ...]] = ()
+    """settings that name a field"""
+
+    calibration: Local[DataSource | None] = Field(
+        None, description="rows that sensitivity and cross-task logits are taken on"
+    )
+    evaluation: Local[DataSource | None] = Field(None, description="rows that every model is scored on")
+    max_length: int = Field(512, ge=2, description="a sample is cut to this many tokens")
+    batch_size: Local[int] = Field(8, ge=1, description="samples per forward pass in evaluation; it changes no score")
+
+    # Rows
+
+    def check_rows(
+        self, rows: Sequence[Row], key: str, labels: Labels | None = None, places: Sequence[str] | None = None
+    ) -> None:
+        """Check the task's settings against its rows, so that no field can make encoding or scoring fail later.
+
+        Args:
+            rows: the rows.
+            key: where the recipe names them (`tasks.math.calibration`).
+            labels: classes of the task's own expert; without them classes are not checked.
+            places: where each row stands; None for its number.
+
+        Raises:
+            InputError: names setting, row and field.
+        """
+        settings = key.rpartition(".")[0]
+        fields = self.named_fields(settings)
+        for number, row in enumerate(rows):
+            where = places[number] if places else f"row {number} of {key}"
+            check_fields(fields, row, settings, where)
+            self.check_row(row, settings, where, labels)
+
+    def named_fields(self, settings: str) -> list[NamedField]:
+        """Return every field of a row that the task names; raises InputError for settings that do not fit."""
+        found = [NamedField(getattr(self, setting), setting, False) for setting in self.fields]
+        for setting in self.templates:
+            try:
+                found += [NamedField(name, setting, True) for name in template_fields(getattr(self, setting))]
+            except InputError as error:
+                raise InputError(f"{settings}.{setting}: {error}") from None
+        return found
+
+    def check_row(self, row: Row, settings: str, where: str, labels: Labels | None) -> None:
+        """Check what only this kind knows of a row that has all fields; see `check_rows`."""
+
+    def named(self, row: Row, names: Mapping[int, str]) -> Row:
+        """Return a row with its class by name where it has a number of the expert's own config (`names`)."""
+        return row
+
+    # Samples
+
+    @abstractmethod
+    def sample(
+        self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
+    ) -> Sample:
+        """Return a row with its right answer as a model reads it, at most `max_length` tokens.
+
+        Args:
+            row: one that `check_rows` has passed.
+            tokenizer: of the model.
+            where: names the row in messages.
+            labels: classes of the task's own expert.
+
+        Raises:
+            InputError: a row that has no sample: without a token to score, say.
+        """
+
+    def samples(
+        self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
+    ) -> list[Sample]:
+        """Return all that a model has to read of a row to be scored on it; see `sample`."""
+        return [self.sample(row, tokenizer, where, labels)]
+
+    def calibration_sample(
+        self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
+    ) -> Sample:
+        """Return what the loss of a row is taken on; see `sample`."""
+        return self.sample(row, tokenizer, where, labels)
+
+    def calibration_batch(
+        self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
+    ) -> "dict[str, Tensor]":
+        """Return one row as the inputs of a network whose `.loss` is then the row's loss; see `sample`.
+
+        `input_ids` and `attention_mask` are int64 of shape (1, T). `labels` is (1, T) with −100 where the loss does not
+        count a token, or (1,) with the class for classification.
+        """
+        import torch
+
+        sample = self.calibration_sample(row, tokenizer, where, labels)
+        batch = collate([sample.inputs], pad_id=0)
+        if sample.label is not None:
+            counted = torch.tensor([sample.label])
+        else:
+            counted = batch["input_ids"].clone()
+            counted[:, : sample.prompt_tokens] = -100
+        return {**batch, "labels": counted}
+
+    # Answers
+
+    @abstractmethod
+    def judge(self, sample: Sample, logits: "Tensor") -> Any:
+        """Return what counts of a network's logits for one of the `samples`: its record, if it is the only one.
+
+        Logits are (T, vocabulary), padded on the right, or (classes,). Raises InputError if they are not finite.
+        """
+
+    def record(self, row: Row, judged: Sequence[Any]) -> Record:
+        """Return the record of a row, from what `judge` found in each of its `samples`."""
+        (record,) = judged
+        found: Record = record
+        return found
+
+    def answer_record(self, row: Row, text: str) -> Record:
+        """Return what a generated answer adds to a row's record."""
+        return {}
+
+    def is_right(self, record: Record) -> bool:
+        """Return whether a record is that of a right answer (kinds whose experts have heads of their own)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows of one task, in a file."""
+
+    task: RowTask
+    rows: StoredRows
+    label2id: Labels | None = None
+    """classes of the task's own expert (classification)"""

@@ -1,0 +1,172 @@
+"""What the two kinds of merge job share: a variant of a recipe, and the parts of its folder that are not merged."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sensmerge.tasks.artifacts import Artifact, read_json, write_json
+from sensmerge.tasks.checkpoints.companions import (
+    CONFIG,
+    GENERATION_CONFIG,
+    companions,
+    copy_companions,
+    is_tokenizer_file,
+    without_code,
+)
+from sensmerge.tasks.checkpoints.layers import group_by_layer, layer_of
+from sensmerge.tasks.checkpoints.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
+from sensmerge.tasks.coefficients import (
+    Coefficients,
+    SensCoefficients,
+    Weights,
+    alpha,
+    plain_weights,
+    sens_weights,
+    sigma,
+    tau,
+)
+from sensmerge.tasks.identity import Local
+from sensmerge.tasks.methods.contract import Method, TaskVector, method_of
+from sensmerge.tasks.methods.kernels.stored import rounded
+from sensmerge.tasks.stages.job import Job
+from sensmerge.tasks.stages.task_vectors import read_histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantJob(Job):
+    """All that the merge of one variant reads, and how."""
+
+    stage = "merge"
+
+    models: Mapping[str, str]
+    """fingerprints of the artifacts of base and experts"""
+    task_vectors: Mapping[str, Artifact]
+    """by expert"""
+    method: Method
+    weight: float
+    coefficients: Coefficients
+    statistics: Mapping[str, Artifact] = field(default_factory=dict)
+    """by expert: its sensitivity (sens coefficients), and what the method asks for"""
+    distances: Artifact | None = None
+    """of stage cross_task (sens coefficients only)"""
+    shard_size: int
+    """bytes"""
+    companions: str
+    """digest of tokenizer, chat templates and generation config"""
+    token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
+    """what the merged model's config says of special tokens otherwise than the base's"""
+    classes: Sequence[str] = ()
+    """names of the merged head's classes, where the base's config has none"""
+    base_config: Sequence[str] = ()
+    """experts with a head of their own that run with the base's config"""
+    base: Local[BaseWeights]
+    experts: Local[Mapping[str, ExpertWeights]]
+    head_configs: Local[Mapping[str, str]]
+    """by expert that has a head of its own, the config (JSON) of the network that ends in it"""
+    tokenizer: Local[Path]
+    """folder of the model whose tokenizer, chat template and generation config the merged model gets"""
+    groups: Local[Sequence[Sequence[str]]]
+    """the base's weights in groups of whole layers; each is merged in one go"""
+
+    def parts(self) -> Sequence[int]:
+        """Return the numbers of the groups."""
+        return range(len(self.groups))
+
+    def weights(self) -> Weights:
+        """Return the weight of every expert in every layer."""
+        weights: Weights = self.coefficient_table()["weights"]
+        return weights
+
+    def coefficient_table(self) -> dict[str, Any]:
+        """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from."""
+        layers = list(group_by_layer(name for name in self.base.weights if name not in self.base.statistics))
+        if not isinstance(self.coefficients, SensCoefficients):
+            return {"weights": plain_weights(self.coefficients, self.weight, layers, self.experts)}
+        assert self.distances is not None
+        alphas = {
+            name: _with_tied_layers(alpha(read_json(one.folder / "sensitivity.json")["sensitivity"]), self.base)
+            for name, one in self.statistics.items()
+        }
+        taus = tau(read_json(self.distances.folder / "distances.json"), self.coefficients.direction)
+        sigmas = sigma(alphas, taus, self.coefficients.temperature, layers)
+        return {"weights": sens_weights(sigmas, self.weight), "tau": taus, "sigma": sigmas}
+
+    def task_vector(self, expert: str, tensor: str, weight: float) -> TaskVector:
+        """Return the task vector of one tensor of an expert, with all that a method may read beside it."""
+        return TaskVector(
+            expert,
+            tensor,
+            self.experts[expert].task_vector(tensor),
+            weight,
+            partial(read_histogram, self.task_vectors[expert].folder, tensor),
+            self.statistics[expert].folder if self.method.statistics else None,
+        )
+
+    def mean_pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the experts' mean of a buffer with statistics (`BaseWeights.statistics`), as methods yield a merge.
+
+        Any other weights may leave what no network can use, such as a negative variance.
+        """
+        share = 1 / len(self.experts)
+        vectors = [self.task_vector(expert, name, share) for expert in self.experts]
+        return method_of({"method": "task_arithmetic"}).merged_pieces(self.base.read(name), vectors)
+
+    def mean_statistics(self, name: str) -> Tensor:
+        """Return the experts' mean of a buffer with statistics, flat, in the base's dtype."""
+        dtype = self.base.dtype(name)
+        return torch.cat([rounded(piece, dtype)[0].clone() for _, piece in self.mean_pieces(name)])
+
+    def write_companions(self, out: Path, dtype: str | None = None) -> None:
+        """Write what makes a folder of weights a Hugging Face model: its config, and all that lies beside the weights.
+
+        Tokenizer, chat templates and generation config are those of the folder `tokenizer`; the rest is the base's.
+        What names code is left out, for merged models have none beside them.
+
+        Args:
+            out: the folder of the weights.
+            dtype: torch name of all weights' dtype; None keeps what the base's config says.
+        """
+        config = without_code(read_json(self.base.folder / CONFIG))
+        parts = [one for one in (config, config.get("text_config")) if one is not None]
+        if self.base.untied:
+            for part in parts:
+                part["tie_word_embeddings"] = False
+        if self.classes:
+            config["id2label"] = {str(number): name for number, name in enumerate(self.classes)}
+            config["label2id"] = {name: number for number, name in enumerate(self.classes)}
+        for key, value in self.token_ids.items():
+            for part in [one for one in parts if key in one] or [config]:
+                part[key] = value
+        if dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = dtype
+        write_json(out / CONFIG, config)
+
+        def of_tokenizer(name: str) -> bool:
+            return is_tokenizer_file(name) or name == GENERATION_CONFIG
+
+        files = {name: path for name, path in companions(self.base.folder).items() if not of_tokenizer(name)}
+        files |= {name: path for name, path in companions(self.tokenizer).items() if of_tokenizer(name)}
+        copy_companions(files, out)
+
+    def write_heads(self, out: Path) -> None:
+        """Write the heads that belong to one expert each, and `coefficients.json`, into the merged model's folder."""
+        for name, head_config in self.head_configs.items():
+            folder = out / HEADS / name
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {key: tensor.contiguous() for key, tensor in self.experts[name].head_tensors().items()}
+            save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+            (folder / "config.json").write_text(head_config)
+        write_json(out / "coefficients.json", self.coefficient_table())
+
+
+def _with_tied_layers(values: Mapping[str, float], base: BaseWeights) -> dict[str, float]:
+    """Return values by layer where an expert's embedding that is its head too stands for both layers."""
+    tied = {layer_of(name): layer_of(stored) for name, stored in base.stored.items() if stored in base.weights}
+    return {**{layer: values[one] for layer, one in tied.items() if one in values}, **values}

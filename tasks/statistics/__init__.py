@@ -1,0 +1,1 @@
+"""What is accumulated over an expert's calibration set; one module per statistic."""

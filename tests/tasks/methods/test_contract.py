@@ -1,0 +1,176 @@
+"""Methods of other people: one that needs whole matrices, and one that reads a statistic of every expert."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from pydantic import Field, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sensmerge.pipeline.recipe.schema import Recipe, Variant
+from sensmerge.tasks.artifacts import Artifact
+from sensmerge.tasks.methods.contract import METHODS, ElementsMethod, ForEachExpert, MatrixMethod, TaskVector, method_of
+from sensmerge.tasks.methods.table import methods_table
+from sensmerge.tasks.stages.merge import MergeJob
+from tests.tasks.stages.test_merge import make_job, merged, weights_of
+
+
+class TopRank(MatrixMethod):
+    """Keeps the largest singular values of the mean task vector."""
+
+    rank: int = Field(1, ge=1, description="how many singular values of each matrix are kept")
+
+    def merge_matrix(self, base: Tensor, vectors: Sequence[TaskVector]) -> Tensor:
+        mean = sum(vector.weight * vector.whole(base) for vector in vectors)
+        if base.ndim != 2:
+            return base + mean
+        left, values, right = torch.linalg.svd(mean, full_matrices=False)
+        return base + (left[:, : self.rank] * values[: self.rank]) @ right[: self.rank]
+
+
+class Importance(ElementsMethod):
+    """Mean of task vectors, weighted element by element by a statistic of each expert."""
+
+    statistics: ClassVar[tuple[str, ...]] = ("importance",)
+
+    power: ForEachExpert = Field(1.0, description="exponent of the statistic; one number or one per expert")
+
+    def parts(self, base: Tensor, vectors: Sequence[TaskVector]) -> Iterator[tuple[slice, Tensor]]:
+        found = [load_file(one.statistics / "tensors.safetensors")[one.tensor] for one in vectors]
+        for where, parts in super().parts(base, vectors):
+            scores = torch.stack([one.flatten()[where] for one in found])
+            yield where, parts * scores / scores.sum(0)
+
+    def merge_elements(self, base: Tensor, parts: Tensor, weights: Sequence[float]) -> Tensor:
+        return base.float() + torch.tensor(weights) @ parts
+
+
+class WrongShape(MatrixMethod):
+    """Loses the last row."""
+
+    def merge_matrix(self, base: Tensor, vectors: Sequence[TaskVector]) -> Tensor:
+        return base[:-1]
+
+
+OWN = {"top_rank": TopRank, "importance": Importance, "wrong_shape": WrongShape}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    """The methods above are known during a test."""
+    len(METHODS)
+    for name, method in OWN.items():
+        METHODS.register(name)(method)
+    yield
+    for name in OWN:
+        del METHODS._classes[name]
+
+
+@pytest.fixture
+def job(llamas: dict[str, Path], tmp_path: Path) -> Callable[..., MergeJob]:
+    experts = {name: llamas[name] for name in ("math", "code")}
+    return lambda *args, **changes: make_job(tmp_path, llamas["base"], experts, *args, **changes)
+
+
+def tensors_of(one: MergeJob) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Base, and task vectors by expert."""
+    base = weights_of(one.base.folder)
+    tuned = {name: weights_of(expert.folder) for name, expert in one.experts.items()}
+    return base, {name: {key: own[key] - base[key] for key in base} for name, own in tuned.items()}
+
+
+def test_a_method_that_needs_whole_matrices(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    one = job("top_rank", {"rank": 2}, weight=0.4)
+    merged(one, tmp_path / "out")
+    base, deltas = tensors_of(one)
+    for name, tensor in weights_of(tmp_path / "out").items():
+        added = 0.4 * (deltas["math"][name] + deltas["code"][name])
+        change = tensor - base[name]
+        if added.ndim == 2:
+            values = torch.linalg.svdvals(added.double())
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) == 2
+            # Eckart and Young: no matrix of the rank is nearer.
+            distance = torch.linalg.matrix_norm(change.double() - added.double())
+            torch.testing.assert_close(distance, values[2:].norm(), rtol=1e-4, atol=1e-6)
+        else:
+            torch.testing.assert_close(change, added, rtol=1e-5, atol=1e-6)
+
+
+def test_a_method_that_needs_a_statistic(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    artifacts, scores = {}, {}
+    for seed, name in enumerate(("math", "code")):
+        generator = torch.Generator().manual_seed(seed)
+        base = weights_of(job().base.folder)
+        scores[name] = {key: torch.rand(one.shape, generator=generator) + 0.1 for key, one in base.items()}
+        artifacts[name] = Artifact(name, tmp_path / f"importance-{name}")
+        artifacts[name].folder.mkdir()
+        save_file(scores[name], artifacts[name].folder / "tensors.safetensors")
+    one = job("importance", statistics=artifacts)
+    merged(one, tmp_path / "out")
+    base, deltas = tensors_of(one)
+    for name, tensor in weights_of(tmp_path / "out").items():
+        total = scores["math"][name] + scores["code"][name]
+        mean = sum(scores[key][name] / total * deltas[key][name] for key in deltas)
+        torch.testing.assert_close(tensor, base[name] + 0.5 * mean)
+    # Another statistic makes all anew.
+    anew = artifacts | {"math": replace(artifacts["math"], fingerprint="anew")}
+    other = replace(one, previous=tmp_path / "out", statistics=anew)
+    assert one.identity() != other.identity()
+    assert merged(other, tmp_path / "other")["taken_over"] == 0
+    assert merged(replace(one, previous=tmp_path / "out"), tmp_path / "same")["taken_over"] == len(base)
+
+
+def test_a_result_of_another_shape_is_no_merge(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"method wrong_shape: merge_matrix returned torch\.float32 \(\d+, \d+\)"):
+        merged(job("wrong_shape"), tmp_path / "out")
+
+
+def test_identity_is_the_methods_name_and_settings(job: Callable[..., MergeJob]) -> None:
+    assert job("top_rank", {"rank": 3}).identity()["method"] == {"name": "top_rank", "rank": 3}
+    assert job("top_rank", {"rank": 2}).identity() != job("top_rank", {"rank": 3}).identity()
+    assert job("linear").identity() != job("task_arithmetic").identity()
+
+
+def test_recipes_and_their_schema_know_the_settings() -> None:
+    variant = Variant.model_validate({"method": "top_rank", "rank": 2, "weight": 0.5})
+    assert variant.method == method_of({"method": "top_rank", "rank": 2})
+    assert variant.params()["rank"] == "2"
+    properties = Recipe.model_json_schema()["$defs"]["Variant"]["properties"]
+    assert properties["rank"]["description"].endswith("are kept; only for top_rank")
+    assert properties["power"]["default"] == 1.0
+    assert "top_rank" in properties["method"]["enum"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "top_rank", "rank": 0}, r"rank\n.*greater than or equal to 1"),
+        ({"method": "ties", "rank": 1}, "rank has no meaning for method ties; leave it out"),
+        ({"method": "top_rank", "density": 0.5}, "density has no meaning for method top_rank; leave it out"),
+        (
+            {"method": "top_rank", "application": {"kind": "se"}},
+            "method top_rank has no application se: what one expert adds cannot be told from what the others add; set",
+        ),
+    ],
+)
+def test_what_a_recipe_may_not_say(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Variant.model_validate(settings)
+
+
+def test_settings_per_expert_name_every_expert() -> None:
+    recipe: dict[str, Any] = {"name": "r", "base": "b", "experts": {"x": {"model": "m"}, "y": {"model": "n"}}}
+    with pytest.raises(ValidationError, match=r"merges\.i\.power: found x; expected every expert once: x, y"):
+        Recipe.model_validate({**recipe, "merges": {"i": {"method": "importance", "power": {"x": 2.0}}}})
+
+
+def test_the_table_says_what_methods_need() -> None:
+    lines = {line.split("`")[1]: line for line in methods_table().splitlines()[2:]}
+    assert list(lines) == list(METHODS)
+    assert "| whole tensors | `rank: 1` | no | no: what one expert adds cannot be told" in lines["top_rank"]
+    assert "| elements, in pieces, the statistic `importance` of each expert | `power: 1.0` |" in lines["importance"]
+    assert "`seed: 0` | yes, from `seed` | yes |" in lines["dare_ties"]
