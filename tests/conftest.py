@@ -251,10 +251,17 @@ def llama_recipe(llamas: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The one Ray cluster of all tests: two CPUs on this machine."""
+    import ray
     from ray.cluster_utils import Cluster
 
+    from sensmerge.pipeline.execute import cluster as workflow
+    from tests.kept_ray import KeptConnection
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    yield cluster.address
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(workflow, "ray", KeptConnection(cluster.address))
+        yield cluster.address
+    ray.shutdown()
     cluster.shutdown()
 
 
