@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sensmerge.tasks.methods.table import methods_table
-
 from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.tasks.methods.table import methods_table
 from tests.docs.reference import reference
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

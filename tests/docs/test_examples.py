@@ -9,11 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from sensmerge.tasks.kinds.kind import KINDS
 from sensmerge.tasks.methods.contract import METHODS
-from sensmerge.tasks.statistics.statistic import STATISTICS
-
 from sensmerge.tasks.registry import Registry
+from sensmerge.tasks.statistics.statistic import STATISTICS
 from tests.docs.pages import DOCS
 
 SECTIONS = re.split(r"^## ", (DOCS / "contributing.md").read_text(), flags=re.MULTILINE)
