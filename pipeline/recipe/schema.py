@@ -235,7 +235,7 @@ class Recipe(Strict):
     @classmethod
     def _renamed_stage(cls, value: Any) -> Any:
         if isinstance(value, dict) and "sensitivity" in value:
-            raise ValueError("the stage sensitivity is called statistics now; write resources.statistics")
+            raise ValueError("the stage sensitivity is now called statistics; write resources.statistics")
         return value
 
     @field_validator("placement", mode="before")

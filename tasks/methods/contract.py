@@ -77,7 +77,7 @@ class Method(Strict, ABC):
     """types of the torch devices that it gives the same result on"""
     changes_untouched: ClassVar[bool] = False
     """whether it changes tensors that no expert changed"""
-    no_se: ClassVar[str] = "what one expert adds cannot be told from what the others add"
+    no_se: ClassVar[str] = "what one expert adds cannot be separated from what the others add"
     """why the method cannot be applied per sample (application se), unless it is `Additive`"""
 
     name: str = Field(alias="method", description="merge method")

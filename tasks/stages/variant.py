@@ -61,7 +61,7 @@ class VariantJob(Job):
     companions: str
     """digest of tokenizer, chat templates and generation config"""
     token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
-    """what the merged model's config says of special tokens otherwise than the base's"""
+    """special tokens for which the merged model's config differs from the base's"""
     classes: Sequence[str] = ()
     """names of the merged head's classes, where the base's config has none"""
     base_config: Sequence[str] = ()

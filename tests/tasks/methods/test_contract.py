@@ -175,7 +175,7 @@ def test_recipes_and_their_schema_know_the_settings() -> None:
         ({"method": "top_rank", "density": 0.5}, "density has no meaning for method top_rank; leave it out"),
         (
             {"method": "top_rank", "application": {"kind": "se"}},
-            "method top_rank has no application se: what one expert adds cannot be told from what the others add; set",
+            "method top_rank has no application se: what one expert adds cannot be separated from what the others add",
         ),
     ],
 )
@@ -204,6 +204,6 @@ def test_a_statistic_needs_calibration_sets() -> None:
 def test_the_table_says_what_methods_need() -> None:
     lines = {line.split("`")[1]: line for line in methods_table().splitlines()[2:]}
     assert list(lines) == list(METHODS)
-    assert "| whole tensors | `rank: 1` | no | no: what one expert adds cannot be told" in lines["top_rank"]
+    assert "| whole tensors | `rank: 1` | no | no: what one expert adds cannot be separated" in lines["top_rank"]
     assert "| elements, in pieces, the statistic `importance` of each expert | `power: 1.0` |" in lines["importance"]
     assert "`seed: 0` | yes, from `seed` | yes |" in lines["dare_ties"]
