@@ -137,8 +137,8 @@ def test_a_kind_of_a_test_is_planned_calibrated_and_evaluated(
     assert len(calibration) == len(evaluation) == 3
     assert not {row["prompt"] for row in calibration} & {row["prompt"] for row in evaluation}
 
-    (tmp_path / "sensitivity").mkdir()
-    found = plan.step("sensitivity", "math").job.finish(tmp_path / "sensitivity")
+    (tmp_path / "statistics").mkdir()
+    found = plan.step("statistics", "math").job.finish(tmp_path / "statistics")
     assert (found["samples"], found["tokens"]) == (3, sum(len(row["prompt"]) + 1 for row in calibration))
 
     (tmp_path / "scores").mkdir()
