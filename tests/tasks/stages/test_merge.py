@@ -349,7 +349,7 @@ def test_altered_bytes_are_found_and_merged_anew(job: Callable[..., MergeJob], t
     names = [group[-1] for group in one.groups[1:3]]
     for name in names:
         flip(out / plan.tensors[name].file, plan.tensors[name].offset + 5)
-    with pytest.raises(OSError, match=rf"{re.escape(names[0])}, {re.escape(names[1])} read back otherwise"):
+    with pytest.raises(OSError, match=rf"{re.escape(names[0])}, {re.escape(names[1])} read back differently"):
         one.finish(out)
     assert {path.name for path in out.glob(".group-*")} == {".group-0.json", ".group-3.json"}
     assert merged(one, out) == expected
@@ -370,7 +370,7 @@ def test_a_damaged_file_is_found_and_merged_anew(damage: str, job: Callable[...,
     else:
         flip(file, 20)
     if damage != "header":  # that is written anew, and no group with it
-        with pytest.raises(OSError, match="read back otherwise"):
+        with pytest.raises(OSError, match="read back differently"):
             one.finish(out)
     assert merged(one, out) == expected
 
