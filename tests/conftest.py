@@ -36,6 +36,7 @@ from sensmerge.tasks.kinds.kind import Labels, RowSet, RowTask
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from sensmerge.tasks.networks.networks import computation_digest
+from sensmerge.tasks.registry import Registry
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.stages.calibration import CalibrationSet
@@ -64,6 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def undo_registrations(patch: pytest.MonkeyPatch, registry: Registry[Any]) -> None:
+    """Make a registry forget, when a test ends, what is registered in it from now on."""
+    known = dict(registry)
+    for name in ("_classes", "_loaded"):
+        patch.setattr(registry, name, known)
 
 
 _ROWS = TemporaryDirectory(prefix="sensmerge-rows-")

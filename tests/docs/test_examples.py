@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from sensmerge.tasks.kinds.kind import KINDS
+from tests.conftest import undo_registrations
 from tests.docs.pages import DOCS
 
 SECTIONS = re.split(r"^## ", (DOCS / "contributing.md").read_text(), flags=re.MULTILINE)
@@ -18,8 +20,9 @@ EXAMPLES = {section.partition("\n")[0]: BLOCK.findall(section) for section in SE
 
 
 @pytest.fixture
-def module(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The blocks of a section as one module."""
+    undo_registrations(monkeypatch, KINDS)
     made = ModuleType(re.sub(r"\W+", "_", request.param).lower())
     sys.modules[made.__name__] = made
     for block in EXAMPLES[request.param]:
