@@ -68,6 +68,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def undo_registrations(patch: pytest.MonkeyPatch, registry: Registry[Any]) -> None:
+    """Make a registry forget, when a test ends, what is registered in it from now on."""
+    known = dict(registry)
+    for name in ("_classes", "_loaded"):
+        patch.setattr(registry, name, known)
+
+
 _ROWS = TemporaryDirectory(prefix="sensmerge-rows-")
 
 

@@ -28,7 +28,7 @@ from sensmerge.tasks.networks.tokens import collate, tokens
 from sensmerge.tasks.rows.source import DataSource, Row
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from sensmerge.tasks.stages.evaluate_dynamic import EvaluateDynamicJob
-from tests.conftest import make_llama, make_tokenizer, plan_of, row_set, write_rows
+from tests.conftest import make_llama, make_tokenizer, plan_of, row_set, undo_registrations, write_rows
 from tests.tasks.dynamic import test_model as models
 from tests.tasks.dynamic.test_model import Merge
 from tests.tasks.stages.test_merge_vectors import vectors_of
@@ -87,9 +87,7 @@ class ImageClassesTask(ClassificationTask):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kinds of this module, for as long as a test runs."""
-    known = dict(KINDS)
-    for name in ("_classes", "_loaded"):
-        monkeypatch.setattr(KINDS, name, known)
+    undo_registrations(monkeypatch, KINDS)
     KINDS.register("word_choice")(WordChoiceTask)
     KINDS.register("image_classes")(ImageClassesTask)
 
