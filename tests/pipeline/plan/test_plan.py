@@ -31,9 +31,11 @@ from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.methods.arithmetic import Linear
 from sensmerge.tasks.methods.contract import method_of
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.evaluate import EvaluateJob
+from sensmerge.tasks.stages.merge import MergeJob
 from tests.conftest import (
     bert_config,
     command_line,
@@ -660,3 +662,20 @@ def test_only_distances_as_they_were_written_are_taken_over(damage: str, llama_r
     else:
         file.write_text(file.read_text().replace("1.25", "1.75"))
     assert resumed().known == {}
+
+
+def test_a_method_has_the_statistics_measured_that_it_reads(
+    llama_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Linear, "statistics", ("sensitivity",))
+    variants = {"reads": {"method": "linear"}, "plain": {"method": "task_arithmetic"}}
+    plan = plan_of(tmp_path, {**llama_recipe, "merges": variants})
+    measured = {name: plan.step("statistics", name) for name in plan.recipe.experts}
+    assert {step.title for step in measured.values()} <= set(plan.step("merge", "reads").needs)
+    job = plan.step("merge", "reads").job
+    assert isinstance(job, MergeJob)
+    assert {name: one.fingerprint for name, one in job.statistics.items()} == {
+        name: step.key.fingerprint for name, step in measured.items()
+    }
+    assert not any("statistics" in title for title in plan.step("merge", "plain").needs)
+    assert not any(step.stage == "cross_task" for step in plan.steps)
