@@ -7,7 +7,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.report.report import Report, RouteInfo, Score
+from sensmerge.pipeline.report.report import Report, RouteInfo
+from sensmerge.tasks.kinds.scores import Score
 from sensmerge.tasks.stages.download import HubModel
 
 SCORES = {

@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from sensmerge.pipeline.recipe.schema import MEAN_NORMALISED, Gate
-from sensmerge.pipeline.report.report import Report, Score
+from sensmerge.pipeline.report.report import Report
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import KINDS, higher_is_better
-from sensmerge.tasks.kinds.scores import halves, paired_difference
+from sensmerge.tasks.kinds.scores import Score, halves, paired_difference
 
 
 class Outcomes(BaseModel):
@@ -146,7 +146,7 @@ def judge(
             continue
         compared = KINDS[new.kind].metric_of(metric, old.records)
         assert compared is not None, "both have the score"
-        found = Score(**vars(paired_difference(compared, new.records, old.records)))
+        found = paired_difference(compared, new.records, old.records)
         worse = found.low if compared.higher_is_better else -found.high
         verdicts.append(Verdict(task, metric, before, after, found, worse >= -tolerance * abs(before.value)))
     return verdicts
@@ -159,8 +159,8 @@ def _part(one: Outcomes | None, held_out: bool) -> Outcomes | None:
 
 
 def _score(one: Outcomes | None, metric: str) -> Score | None:
-    found = None if one is None else KINDS[one.kind].score_of(metric, one.records)
-    return None if found is None else Score(**vars(found))
+    kind = None if one is None else KINDS.get(one.kind)  # that of a champion may be of a package that is gone
+    return None if one is None or kind is None else kind.score_of(metric, one.records)
 
 
 def passes(verdicts: Sequence[Verdict]) -> bool:

@@ -2,20 +2,11 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from rich.filesize import decimal
 from rich.table import Table
 
-
-class Score(BaseModel):
-    """One metric of one model on one task."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    value: float = Field(description="the metric")
-    n: int = Field(description="samples it was measured on")
-    low: float = Field(description="lower end of the 95 % interval")
-    high: float = Field(description="upper end of the 95 % interval")
+from sensmerge.tasks.kinds.scores import Score
 
 
 class StageRecord(BaseModel):

@@ -10,13 +10,13 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.steps import Step
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.report.gate import Outcomes
-from sensmerge.pipeline.report.report import Report, RouteInfo, Score, StageRecord, VariantInfo
+from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, VariantInfo
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.identity import identity
 from sensmerge.tasks.kinds import scores as scoring
 from sensmerge.tasks.kinds.kind import Task
-from sensmerge.tasks.kinds.scores import Metric, Record
+from sensmerge.tasks.kinds.scores import Metric, Record, Score
 from sensmerge.tasks.rows.source import DataSource, rows_digest
 
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
@@ -176,22 +176,21 @@ def _route(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> RouteIn
         info |= {
             "evaluation": seen["identification"],
             "peak_memory": _manifest(plan, "evaluate", name)["peak_memory"],
-            "routed": _routed(records, name),
+            "routed": _routed(plan, name, records),
         }
     return RouteInfo.model_validate(info)
 
 
-def _routed(records: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+def _routed(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> Score | None:
     """Return the mean over tasks of routed accuracy ÷ the own expert's accuracy; None where nothing is classified."""
     if not all("routed" in record for found in records[name].values() for record in found):
         return None
     mine = {task: [{"right": record["routed"]} for record in found] for task, found in records[name].items()}
     own = {
-        task: [{"right": int(record["label"] == record["prediction"])} for record in records[task][task]]
+        task: [{"right": int(plan.inputs.data[task].task.is_right(record))} for record in records[task][task]]
         for task in mine
     }
-    mean = scoring.mean_ratio(mine, own, "right")
-    return None if mean is None else vars(mean)
+    return scoring.mean_ratio(mine, own, "right")
 
 
 def _normalised(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Score]:
@@ -199,7 +198,7 @@ def _normalised(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Ta
     own = {task: records[task][task] for task in tasks}
     metrics = {name: _main_metric(task, own[name]) for name, task in tasks.items()}
     means = {model: scoring.mean_normalised(metrics, found, own) for model, found in records.items()}
-    return {model: Score(**vars(mean)) for model, mean in means.items() if mean is not None}
+    return {model: mean for model, mean in means.items() if mean is not None}
 
 
 def _main_metric(task: Task, records: Sequence[Record]) -> Metric:
@@ -235,7 +234,7 @@ def halved(
                 for model in variants
                 if task in tasks and task in split.get(model, {})
             }
-            scores = {model: Score(**vars(score)) for model, score in found.items() if score is not None}
+            scores = {model: score for model, score in found.items() if score is not None}
         else:
             scores = {model: score for model, score in _normalised(split, tasks).items() if model in variants}
         halves.append(scores)

@@ -47,11 +47,12 @@ from sensmerge.pipeline.report.pictures import (
     representation_scatter,
     score_bars,
 )
-from sensmerge.pipeline.report.report import Report, RouteInfo, Score, VariantInfo
+from sensmerge.pipeline.report.report import Report, RouteInfo, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
 from sensmerge.tasks.errors import StepError
+from sensmerge.tasks.kinds.scores import Score
 
 WEIGHTS_GONE = "Its weights were freed by gc"
 OUTCOMES = "outcomes.json"

@@ -19,11 +19,12 @@ from sensmerge.pipeline.report.gate import (
     judge,
     passes,
 )
-from sensmerge.pipeline.report.report import Report, RouteInfo, Score
+from sensmerge.pipeline.report.report import Report, RouteInfo
 from sensmerge.pipeline.report.results import halved
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds import scores
 from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.scores import Score
 from tests.pipeline.tracking.test_record import make_report
 
 Flags = list[bool]
@@ -38,6 +39,13 @@ def outcomes(right: Flags, samples: str = "s", metric: str = "accuracy") -> Outc
 def completions(nll: list[float], metric: str = "perplexity") -> Outcomes:
     records: list[dict[str, Any]] = [{"nll": one, "correct": 1, "tokens": 2} for one in nll]
     return Outcomes(kind="completion", metric=metric, samples="s", records=records)
+
+
+def test_a_champion_of_an_unknown_kind_is_not_compared() -> None:
+    """That of a package that is no longer there."""
+    unknown = outcomes([True] * 9).model_copy(update={"kind": "gone"})
+    (verdict,) = judge({"math": outcomes([True] * 9)}, {"math": unknown}, 1.0)
+    assert (verdict.old, verdict.difference, verdict.passed) == (None, None, False)
 
 
 @settings(max_examples=10)  # each takes two bootstraps
@@ -183,7 +191,7 @@ def test_halves_are_those_of_normalised_means_too() -> None:
         mine, own = (scores.halves(records[name]["math"])[half] for name in ("ta", "math"))
         score = scores.mean_normalised({"math": task.metrics[task.metric]}, {"math": mine}, {"math": own})
         assert score is not None
-        assert found == {"ta": Score(**vars(score))}
+        assert found == {"ta": score}
     one = {name: {"math": found["math"][:1]} for name, found in records.items()}
     assert halved(one, {"math": task}, "mean_normalised", ["ta"]) == ({}, {})
     assert halved(records, {"math": task}, "code/accuracy", ["ta"]) == ({}, {})

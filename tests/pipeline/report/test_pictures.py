@@ -11,7 +11,8 @@ from sensmerge.pipeline.report.pictures import (
     representation_scatter,
     score_bars,
 )
-from sensmerge.pipeline.report.report import Report, Score, VariantInfo
+from sensmerge.pipeline.report.report import Report, VariantInfo
+from sensmerge.tasks.kinds.scores import Score
 
 
 def tick_names(axis):

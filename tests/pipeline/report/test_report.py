@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sensmerge.pipeline.report.report import Report, Score, StageRecord, merge_summary, score_table
+from sensmerge.pipeline.report.report import Report, StageRecord, merge_summary, score_table
+from sensmerge.tasks.kinds.scores import Score
 
 
 def report() -> Report:

@@ -27,7 +27,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from sensmerge.pipeline.report.gate import Outcomes
-from sensmerge.pipeline.report.report import Report, RouteInfo, Score, VariantInfo
+from sensmerge.pipeline.report.report import Report, RouteInfo, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking import record as tracking
@@ -39,6 +39,7 @@ from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError, StepError
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.scores import Score
 from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.stages.route import RouteJob
 from tests.conftest import llama_config, row_set
