@@ -159,8 +159,8 @@ def _part(one: Outcomes | None, held_out: bool) -> Outcomes | None:
 
 
 def _score(one: Outcomes | None, metric: str) -> Score | None:
-    found = None if one is None else KINDS[one.kind].score_of(metric, one.records)
-    return found
+    kind = None if one is None else KINDS.get(one.kind)  # that of a champion may be of a package that is gone
+    return None if one is None or kind is None else kind.score_of(metric, one.records)
 
 
 def passes(verdicts: Sequence[Verdict]) -> bool:

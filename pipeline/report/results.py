@@ -176,22 +176,21 @@ def _route(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> RouteIn
         info |= {
             "evaluation": seen["identification"],
             "peak_memory": _manifest(plan, "evaluate", name)["peak_memory"],
-            "routed": _routed(records, name),
+            "routed": _routed(plan, name, records),
         }
     return RouteInfo.model_validate(info)
 
 
-def _routed(records: dict[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+def _routed(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> Score | None:
     """Return the mean over tasks of routed accuracy ÷ the own expert's accuracy; None where nothing is classified."""
     if not all("routed" in record for found in records[name].values() for record in found):
         return None
     mine = {task: [{"right": record["routed"]} for record in found] for task, found in records[name].items()}
     own = {
-        task: [{"right": int(record["label"] == record["prediction"])} for record in records[task][task]]
+        task: [{"right": int(plan.inputs.data[task].task.is_right(record))} for record in records[task][task]]
         for task in mine
     }
-    mean = scoring.mean_ratio(mine, own, "right")
-    return None if mean is None else vars(mean)
+    return scoring.mean_ratio(mine, own, "right")
 
 
 def _normalised(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Score]:

@@ -69,7 +69,7 @@ class ClassificationTask(RowTask):
         return {"prediction": int(finite(logits).argmax()), "label": sample.label}
 
     def is_right(self, record: Record) -> bool:
-        """See `RowTask`."""
+        """See `Task`."""
         return bool(record["prediction"] == record["label"])
 
 

@@ -74,6 +74,10 @@ class Task(Strict):
         """Return the records of a network on rows that the kind has itself; for kinds that are no `RowTask`."""
         raise NotImplementedError
 
+    def is_right(self, record: Record) -> bool:
+        """Return whether a record is that of a right answer; for kinds whose experts have heads of their own."""
+        raise NotImplementedError
+
     @classmethod
     def metric_of(cls, name: str, records: Sequence[Record]) -> Metric | None:
         """Return a metric by its name; None where the records (at least one) do not have it."""
@@ -282,10 +286,6 @@ class RowTask(Task):
     def answer_record(self, row: Row, text: str) -> Record:
         """Return what a generated answer adds to a row's record."""
         return {}
-
-    def is_right(self, record: Record) -> bool:
-        """Return whether a record is that of a right answer (kinds whose experts have heads of their own)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ apart; a score is then the mean over the strata.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
 
 Record = dict[str, Any]
 Columns = NDArray[np.float64]
@@ -27,11 +28,12 @@ LEVEL = 0.95
 class Score:
     """A score with its 95 % interval."""
 
-    value: float
-    n: int
-    """Samples it was computed from."""
-    low: float
-    high: float
+    __pydantic_config__ = ConfigDict(extra="forbid")  # reports are read back
+
+    value: Annotated[float, Field(description="the metric")]
+    n: Annotated[int, Field(description="samples it was measured on")]
+    low: Annotated[float, Field(description="lower end of the 95 % interval")]
+    high: Annotated[float, Field(description="upper end of the 95 % interval")]
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,13 @@ def completions(nll: list[float], metric: str = "perplexity") -> Outcomes:
     return Outcomes(kind="completion", metric=metric, samples="s", records=records)
 
 
+def test_a_champion_of_an_unknown_kind_is_not_compared() -> None:
+    """That of a package that is no longer there."""
+    unknown = outcomes([True] * 9).model_copy(update={"kind": "gone"})
+    (verdict,) = judge({"math": outcomes([True] * 9)}, {"math": unknown}, 1.0)
+    assert (verdict.old, verdict.difference, verdict.passed) == (None, None, False)
+
+
 @settings(max_examples=10)  # each takes two bootstraps
 @given(right=st.lists(st.booleans(), min_size=1, max_size=30), tolerance=st.floats(0, 1))
 def test_a_model_that_answers_alike_passes_whatever_the_tolerance(right: Flags, tolerance: float) -> None:
@@ -184,7 +191,7 @@ def test_halves_are_those_of_normalised_means_too() -> None:
         mine, own = (scores.halves(records[name]["math"])[half] for name in ("ta", "math"))
         score = scores.mean_normalised({"math": task.metrics[task.metric]}, {"math": mine}, {"math": own})
         assert score is not None
-        assert found == {"ta": Score(**vars(score))}
+        assert found == {"ta": score}
     one = {name: {"math": found["math"][:1]} for name, found in records.items()}
     assert halved(one, {"math": task}, "mean_normalised", ["ta"]) == ({}, {})
     assert halved(records, {"math": task}, "code/accuracy", ["ta"]) == ({}, {})

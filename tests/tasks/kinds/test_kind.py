@@ -1,6 +1,8 @@
 """The contract: kinds that nothing but their own class knows of, and what of a task counts for what."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -241,3 +243,11 @@ def test_the_main_metric_of_lm_eval_has_to_be_one_that_it_reports() -> None:
 def test_metrics_of_all_kinds_say_which_way_is_better() -> None:
     assert higher_is_better("word_accuracy")
     assert not higher_is_better("surprise")
+
+
+def test_schemas_are_read_without_torch() -> None:
+    code = (
+        "import sys; from sensmerge.tasks.kinds.kind import KINDS; assert len(KINDS) >= 4; "
+        "print({'torch', 'datasets', 'transformers'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,12 +1,9 @@
-import subprocess
-import sys
-from datetime import date
+"""Rows of texts as samples: what is read, what is cut, and what the loss counts."""
+
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -14,11 +11,16 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.classification import ClassificationTask, class_index
 from sensmerge.tasks.kinds.completion import CompletionTask, find_answer
 from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
-from sensmerge.tasks.kinds.templates import render, template_fields
 from sensmerge.tasks.networks.tokens import pad, tokens
-from sensmerge.tasks.rows.source import rows_digest
 
 KEY = "tasks.math.calibration"
+
+
+CHOICE: dict[str, Any] = {"kind": "multiple_choice"}
+
+
+def completion_task(**settings: Any) -> CompletionTask:
+    return CompletionTask(kind="completion", **settings)
 
 
 def bpe_tokenizer(template: str) -> PreTrainedTokenizerFast:
@@ -44,130 +46,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return bpe_tokenizer("<s> $A")
 
 
-def test_digest_is_of_content_and_order() -> None:
-    rows = [{"a": 1, "b": "é"}, {"a": 2, "b": "x"}]
-    assert rows_digest(rows) == rows_digest([{"b": "é", "a": 1}, {"b": "x", "a": 2}])
-    assert len({rows_digest(rows), rows_digest(rows[::-1]), rows_digest(rows[:1]), rows_digest([])}) == 4
-
-
-def test_schemas_are_read_without_torch() -> None:
-    code = (
-        "import sys; from sensmerge.tasks.kinds.kind import KINDS; assert len(KINDS) >= 4; "
-        "print({'torch', 'datasets', 'transformers'} & set(sys.modules))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
-
-
-# Templates
-
-
-def test_templates() -> None:
-    assert template_fields("Q: {question} {{x}} {a-b}{question}") == ["question", "a-b", "question"]
-    assert render("{{{a}}} {b}", {"a": 1, "b": "{a}"}) == "{1} {a}"
-
-
-@pytest.mark.parametrize("template", ["{", "}", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>3}", "{a:{b}}", "{a.__class__}"])
-def test_templates_reach_no_further_than_the_row(template: str) -> None:
-    with pytest.raises(InputError, match="template"):
-        render(template, {"a": "x", "b": "y", "": "z"})
-
-
-@given(st.dictionaries(st.text("abc_ -", min_size=1), st.text(), min_size=1))
-def test_render_is_str_format(row: dict[str, str]) -> None:
-    template = "{{" + "".join(f"<{{{name}}}" for name in row) + "}}"
-    assert render(template, row) == template.format(**row)
-
-
-# Checks
-
-COMPLETION: dict[str, Any] = {"kind": "completion"}
-CHOICE: dict[str, Any] = {"kind": "multiple_choice"}
-
-
-def completion_task(**settings: Any) -> CompletionTask:
-    return CompletionTask(**COMPLETION | settings)
-
-
-def test_good_rows_pass() -> None:
-    completion_task(answer=r"#### (\d+)").check_rows([{"prompt": "", "completion": "so #### 12"}], KEY)
-    classification = ClassificationTask(kind="classification")
-    classification.check_rows([{"text": "a", "label": 1}, {"text": "b", "label": "no"}], KEY, {"yes": 0, "no": 1})
-    classification.check_rows([{"text": "a", "label": 99}], KEY)
-    MultipleChoiceTask(**CHOICE).check_rows([{"prompt": "p", "choices": ["a", "b"], "answer": 1}], KEY)
-
-
-@pytest.mark.parametrize(
-    ("settings", "row", "message"),
-    [
-        (
-            COMPLETION | {"prompt": "Q: {question}"},
-            {"prompt": "p", "completion": "c"},
-            "tasks.math.prompt names field 'question', row 0 of tasks.math.calibration has 'prompt', 'completion'",
-        ),
-        (
-            COMPLETION,
-            {"prompt": "p", "completion": None},
-            "tasks.math.completion names field 'completion', which is null in row 0 of tasks.math.calibration",
-        ),
-        (COMPLETION, {"prompt": True, "completion": "c"}, "field 'prompt', which is true in row 0 .*expected a text"),
-        (COMPLETION, {"prompt": "p", "completion": ["a"]}, "field 'completion', which is a list in row 0"),
-        (COMPLETION, {"prompt": [{"role": "user"}], "completion": "c"}, "field 'prompt', which is a list in row 0"),
-        (COMPLETION, {"prompt": {"a": 1}, "completion": "c"}, "field 'prompt', which is an object in row 0"),
-        (COMPLETION, {"prompt": 0.5, "completion": "c"}, "field 'prompt', which is the number 0.5 without a text"),
-        (
-            COMPLETION,
-            {"prompt": date(2024, 1, 15), "completion": "c"},
-            "field 'prompt', which is a date .2024-01-15. in row 0",
-        ),
-        (COMPLETION | {"prompt": "{prompt.x}"}, {"prompt": "p"}, "tasks.math.prompt: template"),
-        (COMPLETION | {"metric": "exact_match"}, {}, "tasks.math.metric is exact_match, set tasks.math.generate"),
-        (COMPLETION | {"answer": "("}, {"prompt": "p", "completion": "c"}, "tasks.math.answer: .* regular expression"),
-        (COMPLETION | {"answer": "#"}, {"prompt": "p", "completion": "c"}, "tasks.math.answer: '#' matches nothing"),
-        ({"kind": "classification"}, {"text": "t"}, "tasks.math.label names field 'label'"),
-        (
-            {"kind": "classification"},
-            {"text": "t", "label": 2},
-            "label is 2, expected one of .* 2 classes: 0 no, 1 yes",
-        ),
-        ({"kind": "classification"}, {"text": "t", "label": -1}, "row 0 of tasks.math.calibration: label is -1"),
-        ({"kind": "classification"}, {"text": "t", "label": "maybe"}, "label is 'maybe'"),
-        ({"kind": "classification"}, {"text": "t", "label": 0.5}, "label is 0.5"),
-        ({"kind": "classification"}, {"text": "t", "label": True}, "label is True"),
-        ({"kind": "classification"}, {"text": "t", "label": "01"}, "label is '01'"),
-        ({"kind": "classification"}, {"text": "t", "label": "2"}, "label is '2'"),
-        ({"kind": "classification"}, {"text": "t", "label": None}, "names field 'label', which is null in row 0"),
-        (CHOICE, {"prompt": "p", "choices": ["a"]}, "tasks.math.answer names field 'answer'"),
-        (CHOICE, {"prompt": "p", "choices": [], "answer": 0}, r"choices are \[\]"),
-        (CHOICE, {"prompt": "p", "choices": ["a", ""], "answer": 0}, "expected a list of texts that are not empty"),
-        (CHOICE, {"prompt": "p", "choices": "ab", "answer": 0}, "choices are 'ab'"),
-        (CHOICE, {"prompt": "p", "choices": ["a", True], "answer": 0}, r"choices are \['a', True\]"),
-        (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": True}, "answer is True"),
-        (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": "2"}, "answer is '2', .* 0 to 1"),
-        (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": 2}, "answer is 2, .* 0 to 1"),
-        (CHOICE, {"prompt": "p", "choices": ["a", "b"], "answer": "A"}, "answer is 'A'"),
-        (CHOICE | {"completion": " x"}, {}, "tasks.math.completion is ' x', expected a template that names {choice}"),
-    ],
-)
-def test_bad_rows(settings: dict[str, Any], row: dict[str, Any], message: str) -> None:
-    kinds = {"completion": CompletionTask, "classification": ClassificationTask, "multiple_choice": MultipleChoiceTask}
-    with pytest.raises(InputError, match=message):
-        kinds[settings["kind"]](**settings).check_rows([row], KEY, {"no": 0, "yes": 1})
-
-
-def test_the_bad_row_is_named() -> None:
-    rows = [{"prompt": "p", "completion": "c"}] * 4 + [{"prompt": "p"}]
-    with pytest.raises(InputError, match="row 4 of"):
-        completion_task().check_rows(rows, KEY)
-
-
-def test_a_bad_row_is_named_by_its_place() -> None:
-    rows, places = [{"prompt": "p", "completion": "c"}, {"prompt": "p"}], ["line 1 of a.csv", "line 7 of a.csv"]
-    with pytest.raises(
-        InputError, match=r"tasks\.math\.completion names field 'completion', line 7 of a\.csv has 'prompt'"
-    ):
-        completion_task().check_rows(rows, KEY, places=places)
-
-
 def test_numbers_of_classes_and_choices_may_be_text(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [class_index(label, {"no": 0, "yes": 1}, "") for label in (1, "1", "yes")] == [1, 1, 1]
     # A class that is called by a number is found by its name first.
@@ -184,8 +62,6 @@ def test_find_answer() -> None:
     assert find_answer(r"\d+ *", "1 and 45  ") == "45"
     assert find_answer(r"\d", "none") is None
 
-
-# Tokens
 
 ROW = {"prompt": "how many are seven", "completion": "fifteen"}
 
@@ -343,8 +219,3 @@ def test_padding() -> None:
     assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert left["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
-def test_half_a_character_is_refused_by_its_row() -> None:
-    with pytest.raises(InputError, match=r"field .prompt., which has half a surrogate pair in row 0 of .*; repair"):
-        completion_task().check_rows([{"prompt": "a \ud800", "completion": "b"}], KEY)
