@@ -5,25 +5,20 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sensmerge.pipeline.execute.stop import Stopped, stoppable
-from sensmerge.pipeline.options import Options
-from sensmerge.pipeline.plan.models import list_models
-from sensmerge.pipeline.recipe.load import load_recipe
-from sensmerge.pipeline.recipe.schema import Recipe
-from sensmerge.pipeline.store.store import Key, Store
-from sensmerge.pipeline.tracking.uri import TRACKING_URI, check_server, checked_uri
+from sensmerge.pipeline.store.store import Store
+from sensmerge.pipeline.tracking.uri import TRACKING_URI, checked_uri
 from sensmerge.tasks.errors import InputError, StepError
-from sensmerge.tasks.stages.download import DownloadJob, Listing
+
+# Commands import what they need themselves: --help and what reads no recipe do not wait for torch.
 
 app = typer.Typer(
     name="sensmerge",
@@ -81,20 +76,9 @@ DEFAULT_STORE: Any = "store"  # parsed as what the user gives
 @app.command()
 def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetOption = None) -> None:
     """Check a recipe and print its steps: RUN or SKIP and why, and the bytes to read and write. Does no work."""
-    loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
-    store.make()
-    store.look()
-    with ThreadPoolExecutor(1) as beside, _quick_imports():
-        # Files are hashed while transformers is imported, which takes seconds as well.
-        listings = beside.submit(list_models, loaded, folder, store.hub_cache)
+    from sensmerge.pipeline.start import print_plan
 
-        from sensmerge.pipeline.plan.changes import model_changes
-        from sensmerge.pipeline.plan.plan import make_plan, plan_table
-
-    planned, console = make_plan(loaded, folder, store, listings.result()), Console()
-    console.print(plan_table(planned))
-    for line in (*planned.inputs.notes, *model_changes(planned)):
-        console.print(line, highlight=False, soft_wrap=True)
+    print_plan(recipe, overrides or (), store, Console())
 
 
 @app.command()
@@ -109,7 +93,13 @@ def run(
     metrics: MetricsOption = False,
 ) -> None:
     """Run every step of a recipe that the store lacks, and print the scores."""
-    _work("run", _options(recipe, store, overrides, tracking_uri, address, report, wait, metrics))
+    from sensmerge.pipeline.options import Options
+    from sensmerge.pipeline.recipe.load import load_recipe
+    from sensmerge.pipeline.start import check_report, work
+
+    loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
+    check_report(report)
+    work("run", Options(loaded, folder, store, tracking_uri, address, report, wait, metrics), Console())
 
 
 @app.command()
@@ -132,7 +122,13 @@ def refresh(
 
     With --cron, SIGTERM and Ctrl-C end the schedule and the refresh that is under way, with exit status 0.
     """
-    options = _options(recipe, store, overrides, tracking_uri, address, report, wait, metrics)
+    from sensmerge.pipeline.options import Options
+    from sensmerge.pipeline.recipe.load import load_recipe
+    from sensmerge.pipeline.start import check_report, work
+
+    loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
+    check_report(report)
+    options = Options(loaded, folder, store, tracking_uri, address, report, wait, metrics)
     if cron is not None:
         from sensmerge.pipeline.schedule import Times, keep
 
@@ -140,7 +136,7 @@ def refresh(
         keep(again, Times(cron, timezone or "UTC"), options.store, Console())
     elif timezone is not None:
         raise InputError(f"--timezone {timezone}: needs --cron; give both or neither")
-    elif status := _work("refresh", options):
+    elif status := work("refresh", options, Console()):
         raise typer.Exit(status)
 
 
@@ -162,52 +158,6 @@ def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
             for each in value if isinstance(value, list | tuple) else (value,):
                 options += [parameter.opts[0], str(each)]
     return options + arguments
-
-
-def _options(
-    recipe: Path,
-    store: Store,
-    overrides: list[str] | None,
-    tracking_uri: str | None,
-    address: str | None,
-    report: Path | None,
-    wait: float,
-    metrics: bool,
-) -> Options:
-    loaded = load_recipe(recipe, overrides or ())
-    if report is not None and report.is_dir():
-        raise InputError(f"--report {report}: is a folder; name a file in it")
-    if report is not None and not report.absolute().parent.is_dir():
-        raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
-    return Options(loaded, recipe.absolute().parent, store, tracking_uri, address, report, wait, metrics)
-
-
-def _work(command: Literal["run", "refresh"], options: Options) -> int:
-    with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
-        # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
-        listings = beside.submit(_begin, options)
-        with _quick_imports():
-            from sensmerge.pipeline import workflow
-            from sensmerge.pipeline.execute.cluster import closed
-        work = workflow.run if command == "run" else workflow.refresh
-        found = listings.result()
-        # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
-        # the thread beside has ended.
-        with stoppable(), closed():
-            return work(options, found, Console())
-
-
-def _begin(options: Options) -> dict[str, Listing]:
-    """List the models; if any is new there will be work, and Ray starts."""
-    check_server(options.uri)
-    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
-    cache = options.store.hub_cache
-    keys = [Key.of(name, DownloadJob(listing, cache)) for name, listing in listings.items()]
-    if any(options.store.manifest(key) is None for key in keys):
-        from sensmerge.pipeline.execute.cluster import connect
-
-        connect(options.address)
-    return listings
 
 
 @app.command()
@@ -368,17 +318,9 @@ def check_exists(store: Store) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
+    from sensmerge.pipeline.recipe.schema import Recipe
+
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
-
-
-@contextmanager
-def _quick_imports() -> Iterator[None]:
-    """Import without looking for garbage among a million new objects that all stay: that takes a fifth of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def main() -> None:

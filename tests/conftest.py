@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -257,10 +258,17 @@ def llama_recipe(llamas: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The one Ray cluster of all tests: two CPUs on this machine."""
+    import ray
     from ray.cluster_utils import Cluster
 
+    from sensmerge.pipeline.execute import cluster as workflow
+    from tests.kept_ray import KeptConnection
+
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-    yield cluster.address
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(workflow, "ray", KeptConnection(cluster.address))
+        yield cluster.address
+    ray.shutdown()
     cluster.shutdown()
 
 
@@ -368,3 +376,14 @@ def do_steps(plan: Plan) -> None:
         job = step.job.resumed(EarlierArtifacts(plan.store, step.key))
         plan.store.publish(step.key, {"result": do_job(job, out)})
     assert_store_loads(plan.store.root)
+
+
+@contextmanager
+def known(registry: Registry[Any], **classes: type) -> Iterator[None]:
+    """Classes that a registry knows, by their names, until the block is left."""
+    assert len(registry), "the registry has looked for its own"
+    for name, one in classes.items():
+        registry.register(name)(one)
+    yield
+    for name in classes:
+        del registry._classes[name]

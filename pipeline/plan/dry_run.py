@@ -36,7 +36,7 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
     Args:
         recipe: the recipe.
         inputs: its models.
-        placements: where networks run, from `choose`; none without sens coefficients.
+        placements: where networks run, from `choose`; none where nothing is measured.
 
     Returns:
         A line for each kind of network of which no tiny one can be made.
@@ -49,8 +49,8 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
     in_parts = any(one.placement != "whole" for one in placements.values())
     for asked in _asked(recipe, inputs):
         key, way_out = f"tasks.{''.join(asked.generating[:1])}.generate", "set it to 0"
-        if placements:
-            key, way_out = f"merges.{recipe.sens_variants()[0]}.coefficients", "use other coefficients than sens"
+        if statistics:
+            key, way_out = _measured_for(recipe)
         with TemporaryDirectory(prefix="sensmerge-") as scratch:
             with _refused(key, way_out):
                 tiny = stand_in(asked.config, asked.head, asked.folder, Path(scratch))
@@ -59,10 +59,11 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
                     f"{asked.folder}: no small network can be made from its config, so the recipe was not tried on one"
                 )
                 continue
-            if placements:
+            if statistics:
                 with _refused(key, way_out):
                     tiny.check_statistics(statistics)
-                    tiny.check_head()
+                    if recipe.sens_variants():
+                        tiny.check_head()
             if in_parts:
                 with _refused("placement", f"set placement: whole, or {way_out}"):
                     tiny.check_parts(statistics)
@@ -72,12 +73,20 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choi
     return tuple(notes)
 
 
+def _measured_for(recipe: Recipe) -> tuple[str, str]:
+    """Return the key of a recipe for which statistics are measured, and what to do where they cannot be."""
+    for name in recipe.sens_variants():
+        return f"merges.{name}.coefficients", "use other coefficients than sens"
+    name = next(name for name, variant in recipe.merges.items() if variant.method.statistics)
+    return f"merges.{name}.method", "use another method"
+
+
 def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
     """Return what is asked of each kind of network, without those of which nothing is."""
     found: dict[tuple[Head, str], _Asked] = {}
     for name, task in recipe.tasks.items():
         generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
-        if not (generates or recipe.sens_variants()):
+        if not (generates or wanted_statistics(recipe)):
             continue
         expert = inputs.experts[name]
         asked = _Asked(expert.config, expert.folder, task.head)

@@ -11,6 +11,7 @@ from rich.table import Table
 from sensmerge.pipeline.plan.dry_run import try_networks
 from sensmerge.pipeline.plan.inputs import Inputs, gather_inputs
 from sensmerge.pipeline.plan.placement import Choice, choose
+from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.steps import Resolved, Step, lay_out
 from sensmerge.pipeline.recipe.schema import Recipe, Stage
 from sensmerge.pipeline.store.store import Key, Store
@@ -76,10 +77,12 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
 
 
 def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
-    if not recipe.sens_variants():
+    if not wanted_statistics(recipe):
         return {}
     longest = max(one.longest_calibration for one in inputs.data.values())
-    tokens: dict[Stage, int] = {"statistics": longest, "cross_task": max(longest, cross_task.CHUNK_TOKENS)}
+    tokens: dict[Stage, int] = {"statistics": longest}
+    if recipe.sens_variants():
+        tokens["cross_task"] = max(longest, cross_task.CHUNK_TOKENS)
     return {stage: choose(recipe, stage, inputs.base, count, decimal) for stage, count in tokens.items()}
 
 

@@ -228,11 +228,7 @@ def _cross_task_step(resolved: Resolved, downloads: Mapping[str, Step]) -> Step:
     )
 
 
-def _merge_step(
-    resolved: Resolved,
-    name: str,
-    made: Mapping[Stage, Mapping[str, Step]],
-) -> Step:
+def _merge_step(resolved: Resolved, name: str, made: Mapping[Stage, Mapping[str, Step]]) -> Step:
     """Return the merge of one variant.
 
     Args:
@@ -240,31 +236,13 @@ def _merge_step(
         name: of the variant.
         made: steps of the stages before, by name.
     """
-    variant, inputs = resolved.recipe.merges[name], resolved.inputs
-    base, opened = inputs.only_weights()
+    variant = resolved.recipe.merges[name]
     sens = isinstance(variant.coefficients, SensCoefficients)
-    cross = made["cross_task"] if sens else {}
-    statistics = made["statistics"] if sens or variant.method.statistics else {}
-    fields: dict[str, Any] = {
-        "models": _reads(made["download"], *made["download"]),
-        "task_vectors": _artifacts(resolved, made["task_vectors"]),
-        "method": variant.method,
-        "weight": variant.weight,
-        "coefficients": variant.coefficients,
-        "statistics": _artifacts(resolved, statistics),
-        "distances": _artifacts(resolved, cross).get("all"),
-        "shard_size": variant.shard_size,
-        "companions": inputs.tokenizer.companions_digest,
-        "token_ids": inputs.tokenizer.token_ids,
-        "classes": inputs.classes,
-        "base_config": [n for n, one in inputs.experts.items() if one.head and one.base_config],
-        "base": base,
-        "experts": opened,
-        "head_configs": {n: one.config.to_json_string() for n, one in inputs.experts.items() if one.head},
-        "tokenizer": inputs.tokenizer.folder,
-        "groups": layer_groups(base),
-    }
-    reads = sum(weight_bytes(listing) for listing in inputs.listings.values())
+    used: dict[Stage, Mapping[str, Step]] = {"download": made["download"], "task_vectors": made["task_vectors"]}
+    used["statistics"] = made["statistics"] if sens or variant.method.statistics else {}
+    used["cross_task"] = made["cross_task"] if sens else {}
+    fields = _variant_fields(resolved, variant, used)
+    reads = sum(weight_bytes(listing) for listing in resolved.inputs.listings.values())
     job: VariantJob
     # Which weights a variant is made of does not depend on how samples are routed.
     if isinstance(variant.application, SeApplication):
@@ -272,11 +250,36 @@ def _merge_step(
         writes = _dynamic_bytes(resolved, job)
     else:
         job = MergeJob(**fields, out_dtype=variant.out_dtype)
-        writes = sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
+        writes = sum(plan_merged(resolved.inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
         reads += writes  # read back
-    before = (made["download"], made["task_vectors"], statistics, cross)
-    needs = tuple(dict.fromkeys(step.title for steps in before for step in steps.values()))
+    needs = tuple(step.title for steps in used.values() for step in steps.values())
     return Step(name, Key.of(name, job), needs, job, reads, writes)
+
+
+def _variant_fields(resolved: Resolved, variant: Variant, used: Mapping[Stage, Mapping[str, Step]]) -> dict[str, Any]:
+    """Return the fields of a `VariantJob`; `used` has the steps whose artifacts it reads, by stage and name."""
+    inputs = resolved.inputs
+    base, experts = inputs.only_weights()
+    heads = {name: one for name, one in inputs.experts.items() if one.head}
+    return {
+        "models": _reads(used["download"], *used["download"]),
+        "task_vectors": _artifacts(resolved, used["task_vectors"]),
+        "method": variant.method,
+        "weight": variant.weight,
+        "coefficients": variant.coefficients,
+        "statistics": _artifacts(resolved, used["statistics"]),
+        "distances": _artifacts(resolved, used["cross_task"]).get("all"),
+        "shard_size": variant.shard_size,
+        "companions": inputs.tokenizer.companions_digest,
+        "token_ids": inputs.tokenizer.token_ids,
+        "classes": inputs.classes,
+        "base_config": [name for name, one in heads.items() if one.base_config],
+        "base": base,
+        "experts": experts,
+        "head_configs": {name: one.config.to_json_string() for name, one in heads.items()},
+        "tokenizer": inputs.tokenizer.folder,
+        "groups": layer_groups(base),
+    }
 
 
 def _artifacts(resolved: Resolved, steps: Mapping[str, Step]) -> dict[str, Artifact]:

@@ -20,7 +20,7 @@ from pydantic_core import CoreSchema
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.methods.contract import METHODS, Additive, Method, method_of
+from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -74,7 +74,10 @@ class Variant(Strict):
         if not isinstance(data, dict) or "method" not in data or isinstance(data["method"], Method):
             return data
         own = {key: value for key, value in data.items() if key in cls.model_fields and key != "method"}
-        return own | {"method": method_of({key: value for key, value in data.items() if key not in own})}
+        method = method_of({key: value for key, value in data.items() if key not in own})
+        for key in keys_of(type(method)).keys() & cls.model_fields.keys():
+            raise TypeError(f"method {method.name} has a setting {key}, as every variant has; it needs another name")
+        return own | {"method": method}
 
     @model_serializer(mode="wrap")
     def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
     if len(defaults) > 1:
         schema.pop("default", None)
         said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
-    return schema | {"description": "; ".join([schema["description"], *said])}
+    return schema | {"description": "; ".join(([schema["description"]] if "description" in schema else []) + said)}
 
 
 class Resources(Strict):
@@ -232,7 +235,7 @@ class Recipe(Strict):
     @classmethod
     def _renamed_stage(cls, value: Any) -> Any:
         if isinstance(value, dict) and "sensitivity" in value:
-            raise ValueError("the stage sensitivity is called statistics now; write resources.statistics")
+            raise ValueError("the stage sensitivity is now called statistics; write resources.statistics")
         return value
 
     @field_validator("placement", mode="before")
@@ -299,10 +302,12 @@ class Recipe(Strict):
                     f"{key}.{setting}: found {', '.join(sorted(value))}; expected every expert once: "
                     f"{', '.join(sorted(self.experts))}"
                 )
+        if variant.method.statistics:
+            self._check_calibration(f"{key}: method {variant.method.name}")
         if isinstance(variant.coefficients, SensCoefficients):
-            self._check_calibration(f"{key}: coefficients sens")
+            self._check_comparable(f"{key}: coefficients sens")
         if isinstance(variant.application, SeApplication):
-            self._check_calibration(f"{key}: application se")
+            self._check_comparable(f"{key}: application se")
         weights = self._weights_of_all_layers(variant)
         try:
             if weights is not None:
@@ -315,6 +320,9 @@ class Recipe(Strict):
             task = self.tasks.get(name)
             if task is None or not task.has_calibration:
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
+
+    def _check_comparable(self, what: str) -> None:
+        self._check_calibration(what)
         if len({task.has_own_head for task in self.tasks.values()}) > 1:
             kinds = {name: task.kind for name, task in self.tasks.items()}
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")

@@ -15,7 +15,7 @@ from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.serving import lease
 
 
-class Version(Protocol):
+class RegisteredVersion(Protocol):
     """A version of a registered model, of which the store may hold the weights."""
 
     @property
@@ -41,7 +41,7 @@ class Garbage:
     """bytes, by each of both; what hard links share counts where its last link goes"""
 
 
-def needed_artifacts(store: Store, last: int, registered: Iterable[Version]) -> dict[str, str]:
+def needed_artifacts(store: Store, last: int, registered: Iterable[RegisteredVersion]) -> dict[str, str]:
     """Return by `stage/name-hash8` what has to stay, and why.
 
     Args:

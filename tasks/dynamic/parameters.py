@@ -50,7 +50,7 @@ def holdings(base: Base, network: PreTrainedModel) -> list[Holding]:
     for key, name in own.items():
         if name.startswith(trunk) and key not in held | base.names.optional:
             raise InputError(
-                f"{base.folder}: no tensor could be told by its name to be {name} of {type(network).__name__}; "
+                f"{base.folder}: no tensor could be identified by its name as {name} of {type(network).__name__}; "
                 "save the base again with transformers"
             )
     return found

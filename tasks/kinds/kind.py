@@ -163,7 +163,7 @@ class RowTask(Task):
     """settings that name a field"""
 
     calibration: Local[DataSource | None] = Field(
-        None, description="rows that sensitivity and cross-task logits are taken on"
+        None, description="rows from which statistics, distances and routes are computed"
     )
     evaluation: Local[DataSource | None] = Field(None, description="rows that every model is scored on")
     max_length: int = Field(512, ge=2, description="a sample is cut to this many tokens")

@@ -25,8 +25,8 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise InputError(f"template {template!r}: {error}; write a brace of the text twice") from None
+        raise InputError(f"template {template!r}: {error}; double a literal brace") from None
     for _, field, form, conversion in parts:
         if field is not None and (not field or set(field) & set(".[]") or form or conversion):
-            raise InputError(f"template {template!r}: only plain {{field}} is allowed; write a brace of the text twice")
+            raise InputError(f"template {template!r}: only plain {{field}} is allowed; double a literal brace")
     return [(text, field) for text, field, _, _ in parts]

@@ -188,8 +188,6 @@ class Ties(_Sparse):
 class _Dare(_Sparse):
     """Drops random elements of each task vector (arXiv 2311.03099)."""
 
-    is_random: ClassVar[bool] = True
-
     rescale: bool = Field(True, description="give each sparse task vector the L1 norm that it had before")
     seed: int = Field(0, description="seed of the random masks")
 

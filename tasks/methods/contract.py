@@ -47,6 +47,13 @@ class TaskVector:
     statistics: Path | None = None
     """the expert's artifact of stage statistics, for a method that asks for some"""
 
+    def statistic(self, name: str) -> "Tensor | None":
+        """Return the sum over the expert's samples of a statistic by tensor; None if this tensor has none."""
+        from sensmerge.tasks.statistics.statistic import read_tensor
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        return read_tensor(self.statistics, name, self.tensor)
+
     def whole(self, base: "Tensor") -> "Tensor":
         """Return the whole task vector: float32, in the shape of `base`, the base's tensor in any float dtype."""
         import torch
@@ -57,19 +64,20 @@ class TaskVector:
 
 
 class Method(Strict, ABC):
-    """A merge method. Its fields are its settings, under the recipe's keys; its docstring begins with what it does."""
+    """A merge method. Its fields are its settings, under the recipe's keys; its docstring begins with what it does.
+
+    A method that draws random numbers has a setting `seed`, and draws the same ones for an element on every device.
+    """
 
     needs: ClassVar[Literal["elements", "matrix"]]
     """how much of a tensor it sees at a time: pieces in any order, or all of it with its shape"""
     statistics: ClassVar[tuple[str, ...]] = ()
     """names of the statistics that it reads of every expert"""
-    is_random: ClassVar[bool] = False
-    """whether it draws random numbers, from a setting `seed`"""
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     """types of the torch devices that it gives the same result on"""
     changes_untouched: ClassVar[bool] = False
     """whether it changes tensors that no expert changed"""
-    no_se: ClassVar[str] = "what one expert adds cannot be told from what the others add"
+    no_se: ClassVar[str] = "what one expert adds cannot be separated from what the others add"
     """why the method cannot be applied per sample (application se), unless it is `Additive`"""
 
     name: str = Field(alias="method", description="merge method")

@@ -2,7 +2,7 @@
 
 import json
 
-from sensmerge.tasks.methods.contract import METHODS, Additive, Method
+from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of
 
 
 def methods_table() -> str:
@@ -31,7 +31,7 @@ def _settings(method: type[Method]) -> str:
 
 
 def _random(method: type[Method]) -> str:
-    return "yes, from `seed`" if method.is_random else "no"
+    return "yes, from `seed`" if "seed" in keys_of(method) else "no"
 
 
 def _se(method: type[Method]) -> str:

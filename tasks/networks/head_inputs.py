@@ -49,7 +49,7 @@ def head_input(head: DetachedHead, output: TrunkOutput, batch: Batch) -> HeadInp
 
 def is_little(kept: HeadInput, batch: Batch) -> bool:
     """Return whether a head reads so little, one position of each sample, that it is kept."""
-    return len(kept["places"]) <= len(batch["input_ids"])
+    return len(kept["places"]) <= len(next(iter(batch.values())))
 
 
 def logits_of(head: DetachedHead, kept: HeadInput, batch: Batch) -> Tensor:

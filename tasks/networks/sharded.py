@@ -176,9 +176,7 @@ class _Lane:
         }
         threads = max(1, int(self._actors.num_cpus))
         actor = ray.remote(BlockOwner).options(**options)
-        self._actor = actor.remote(
-            self._owned.source, self._owned.blocks, self._owned.has_shell, threads, self._owned.statistics
-        )
+        self._actor = actor.remote(self._owned, threads)
 
     def restart(self) -> None:
         """Start anew with nothing to do and nothing added up."""

@@ -133,8 +133,15 @@ class Watch:
         return found
 
     def write(self, folder: Path, label: str) -> None:
-        """Write the totals by tensor to `folder/STATISTIC/LABEL.safetensors`, and let go of them."""
+        """Write the totals by tensor to `folder/STATISTIC/LABEL.safetensors`, and let go of them.
+
+        Raises:
+            InputError: a total that is not finite.
+        """
         for key, totals in self._totals.items():
+            bad = next((tensor for tensor, total in totals.items() if not bool(total.isfinite().all())), None)
+            if bad is not None:
+                raise InputError(f"{self._source.key}: {key} of tensor {bad} is not finite; try dtype: float32")
             if totals:
                 (folder / key).mkdir(parents=True, exist_ok=True)
                 tensors = {tensor: self._source.beside(tensor) for tensor in totals}

@@ -40,6 +40,6 @@ class StoredRows:
         """
         text = self.path.read_text()
         if sha256_text(text) != self.digest:
-            raise InputError(f"{self.path}: damaged, for its sha256 is not its name; run again, which writes it anew")
+            raise InputError(f"{self.path}: damaged: its sha256 is not its name; run again to write it again")
         rows: list[Row] = json.loads(text)
         return rows

@@ -142,13 +142,14 @@ class CrossTaskJob(Job):
         config, reader = self.source(j).expert.config, load_tokenizer(self.tokenizer.folder)
         # Without a padding token, some heads do not find the last token of more than one sample.
         alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
-        by_length: dict[int, list[Batch]] = {}
+        by_shape: dict[tuple[torch.Size, ...], list[Batch]] = {}
         for sample in self.calibration[j].samples(j, reader, config.label2id):
             inputs = {key: value for key, value in sample.items() if key != "labels"}
-            by_length.setdefault(sample["input_ids"].shape[1], []).append(inputs)
+            by_shape.setdefault(tuple(one.shape for one in inputs.values()), []).append(inputs)
         batches: list[Batch] = []
-        for length, samples in by_length.items():
-            size = 1 if alone else max(1, CHUNK_TOKENS // length)
+        for samples in by_shape.values():
+            ids = samples[0].get("input_ids")
+            size = 1 if alone or ids is None else max(1, CHUNK_TOKENS // ids.shape[1])
             for start in range(0, len(samples), size):
                 some = samples[start : start + size]
                 batches.append({key: torch.cat([sample[key] for sample in some]) for key in some[0]})

@@ -60,7 +60,7 @@ class MergeJob(VariantJob):
         Memory: that of the method, for one tensor at a time.
 
         Raises:
-            InputError: a merged weight that is NaN or Inf, naming the tensor: it overflows `out_dtype`, or `linear`
+            InputError: a merged weight that is NaN or Inf, naming the tensor: it overflows `out_dtype`, or the method
                 divides by weights that sum to 0.
         """
         assert isinstance(part, int)

@@ -75,7 +75,7 @@ class MergeVectorsJob(VariantJob):
             `digest`: sha256 over the names and digests of the files; `bytes`: size of all weights, heads included.
 
         Raises:
-            OSError: a tensor reads back otherwise than it was written.
+            OSError: a tensor reads back differently from what was written.
         """
         (out / BASE).mkdir(exist_ok=True)
         _write_base(self, out / BASE)

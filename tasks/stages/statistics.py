@@ -72,7 +72,8 @@ class StatisticsJob(Job):
         samples: dict[int, Measured] = {}
         with open_runner(source, self.placement, out, self.statistics) as runner:
             samples.update(runner.run(batches, self._check))
-        about = {"samples": len(batches), "tokens": sum(batch["input_ids"].numel() for batch in batches)}
+        tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+        about = {"samples": len(batches), "tokens": tokens}
         for name, statistic in self.statistics.items():
             if statistic.by == "tensor":
                 write_json(out / f"{name}.json", about | {TENSORS: index(out, name)})

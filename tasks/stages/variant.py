@@ -36,6 +36,7 @@ from sensmerge.tasks.methods.contract import Method, TaskVector, method_of
 from sensmerge.tasks.methods.kernels.stored import rounded
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.task_vectors import read_histogram
+from sensmerge.tasks.statistics.statistic import read_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class VariantJob(Job):
     companions: str
     """digest of tokenizer, chat templates and generation config"""
     token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
-    """what the merged model's config says of special tokens otherwise than the base's"""
+    """special tokens for which the merged model's config differs from the base's"""
     classes: Sequence[str] = ()
     """names of the merged head's classes, where the base's config has none"""
     base_config: Sequence[str] = ()
@@ -90,7 +91,7 @@ class VariantJob(Job):
             return {"weights": plain_weights(self.coefficients, self.weight, layers, self.experts)}
         assert self.distances is not None
         alphas = {
-            name: _with_tied_layers(alpha(read_json(one.folder / "sensitivity.json")["sensitivity"]), self.base)
+            name: _with_tied_layers(alpha(read_layers(one.folder, "sensitivity")), self.base)
             for name, one in self.statistics.items()
         }
         taus = tau(read_json(self.distances.folder / "distances.json"), self.coefficients.direction)

@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.tasks.methods.table import methods_table
 from tests.docs.reference import reference
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "recipe": ("recipe.md", lambda: reference(Recipe.model_json_schema())),
+    "methods": ("methods.md", lambda: methods_table().rstrip()),
 }
 """By name: the page that has the block, and what makes its text."""
 

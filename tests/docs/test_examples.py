@@ -6,23 +6,36 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from sensmerge.tasks.kinds.kind import KINDS
-from tests.conftest import undo_registrations
+from sensmerge.tasks.methods.contract import METHODS
+from sensmerge.tasks.registry import Registry
+from sensmerge.tasks.statistics.statistic import STATISTICS
 from tests.docs.pages import DOCS
 
 SECTIONS = re.split(r"^## ", (DOCS / "contributing.md").read_text(), flags=re.MULTILINE)
 BLOCK = re.compile(r"^<!-- complete -->\n```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 EXAMPLES = {section.partition("\n")[0]: BLOCK.findall(section) for section in SECTIONS if BLOCK.search(section)}
 """Complete blocks by the section in which they stand."""
+REGISTRIES: tuple[Registry[Any], ...] = (METHODS, STATISTICS, KINDS)
 
 
 @pytest.fixture
-def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def _registries() -> Iterator[None]:
+    """Forget what an example registers: other tests look at all that is registered."""
+    known = [set(registry) for registry in REGISTRIES]
+    yield
+    for registry, names in zip(REGISTRIES, known, strict=True):
+        for name in set(registry) - names:
+            del registry._classes[name]
+
+
+@pytest.fixture
+def module(_registries: None, request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """The blocks of a section as one module."""
-    undo_registrations(monkeypatch, KINDS)
     made = ModuleType(re.sub(r"\W+", "_", request.param).lower())
     sys.modules[made.__name__] = made
     for block in EXAMPLES[request.param]:

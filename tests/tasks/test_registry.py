@@ -1,4 +1,5 @@
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,19 @@ def test_the_modules_of_the_room_are_found(room: str) -> None:
     assert THINGS["one"].__name__ == "One"
     assert "two" not in THINGS
     for name in [name for name in sys.modules if name.startswith(room)]:
+        del sys.modules[name]
+
+
+def test_the_order_does_not_depend_on_what_is_imported_first(room: str, tmp_path: Path) -> None:
+    module = "from some_room.contract import THINGS\n@THINGS.register({0!r})\nclass Thing:\n    pass\n"
+    (tmp_path / room / "two.py").write_text(module.format("two"))
+    (tmp_path / "elsewhere.py").write_text(module.format("far"))
+    import_module("elsewhere")
+    import_module(f"{room}.two")
+    from some_room.contract import THINGS
+
+    assert list(THINGS) == ["one", "two", "far"]
+    for name in [name for name in sys.modules if name.startswith((room, "elsewhere"))]:
         del sys.modules[name]
 
 

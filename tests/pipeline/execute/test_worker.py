@@ -23,7 +23,7 @@ def printed(program: str) -> str:
         (["sensmerge.pipeline.execute.worker"], NEVER | NETWORKS | {"torch", "numpy", "numba"}),
         ([f"{STAGES}.download"], NEVER | NETWORKS | {"torch", "numba"}),
         ([f"{STAGES}.task_vectors", f"{STAGES}.merge"], NEVER | NETWORKS),
-        ([f"{STAGES}.sensitivity", f"{STAGES}.cross_task", f"{STAGES}.route", f"{STAGES}.evaluate"], NEVER),
+        ([f"{STAGES}.statistics", f"{STAGES}.cross_task", f"{STAGES}.route", f"{STAGES}.evaluate"], NEVER),
     ],
     ids=["worker", "download", "merge", "networks"],
 )

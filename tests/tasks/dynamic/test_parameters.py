@@ -82,5 +82,5 @@ def test_a_parameter_that_no_tensor_is_told_to_be(tmp_path: Path) -> None:
     base = open_base(tmp_path)
     network = make_llama()
     network.model.another = torch.nn.Linear(2, 2)
-    with pytest.raises(InputError, match=r"to be model\.another\.weight of LlamaForCausalLM; save the base again"):
+    with pytest.raises(InputError, match=r"as model\.another\.weight of LlamaForCausalLM; save the base again"):
         holdings(base, network)

@@ -1,5 +1,6 @@
 """Methods of other people: one that needs whole matrices, and one that reads a statistic of every expert."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from pydantic import Field, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sensmerge.pipeline.recipe.schema import Recipe, Variant
-from sensmerge.tasks.artifacts import Artifact
+from sensmerge.tasks.artifacts import Artifact, write_json
 from sensmerge.tasks.methods.contract import METHODS, ElementsMethod, ForEachExpert, MatrixMethod, TaskVector, method_of
 from sensmerge.tasks.methods.table import methods_table
 from sensmerge.tasks.stages.merge import MergeJob
+from sensmerge.tasks.statistics.statistic import TENSORS
 from tests.tasks.stages.test_merge import make_job, merged, weights_of
 
 
@@ -40,9 +42,9 @@ class Importance(ElementsMethod):
     power: ForEachExpert = Field(1.0, description="exponent of the statistic; one number or one per expert")
 
     def parts(self, base: Tensor, vectors: Sequence[TaskVector]) -> Iterator[tuple[slice, Tensor]]:
-        found = [load_file(one.statistics / "tensors.safetensors")[one.tensor] for one in vectors]
+        found = [vector.statistic("importance").flatten() for vector in vectors]
         for where, parts in super().parts(base, vectors):
-            scores = torch.stack([one.flatten()[where] for one in found])
+            scores = torch.stack([one[where] for one in found])
             yield where, parts * scores / scores.sum(0)
 
     def merge_elements(self, base: Tensor, parts: Tensor, weights: Sequence[float]) -> Tensor:
@@ -56,7 +58,13 @@ class WrongShape(MatrixMethod):
         return base[:-1]
 
 
-OWN = {"top_rank": TopRank, "importance": Importance, "wrong_shape": WrongShape}
+class Heavy(WrongShape):
+    """Has a setting that every variant has."""
+
+    weight: float = 2.0
+
+
+OWN = {"top_rank": TopRank, "importance": Importance, "wrong_shape": WrongShape, "heavy": Heavy}
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +116,9 @@ def test_a_method_that_needs_a_statistic(job: Callable[..., MergeJob], tmp_path:
         scores[name] = {key: torch.rand(one.shape, generator=generator) + 0.1 for key, one in base.items()}
         artifacts[name] = Artifact(name, tmp_path / f"importance-{name}")
         artifacts[name].folder.mkdir()
-        save_file(scores[name], artifacts[name].folder / "tensors.safetensors")
+        save_file(scores[name], artifacts[name].folder / "all.safetensors")
+        places = {key: {"file": "all.safetensors", "key": key} for key in scores[name]}
+        write_json(artifacts[name].folder / "importance.json", {TENSORS: places})
     one = job("importance", statistics=artifacts)
     merged(one, tmp_path / "out")
     base, deltas = tensors_of(one)
@@ -129,10 +139,22 @@ def test_a_result_of_another_shape_is_no_merge(job: Callable[..., MergeJob], tmp
         merged(job("wrong_shape"), tmp_path / "out")
 
 
+def test_a_setting_that_every_variant_has_is_no_methods_own() -> None:
+    with pytest.raises(TypeError, match="method heavy has a setting weight, as every variant has; it needs another"):
+        Variant.model_validate({"method": "heavy", "weight": 0.5})
+
+
 def test_identity_is_the_methods_name_and_settings(job: Callable[..., MergeJob]) -> None:
     assert job("top_rank", {"rank": 3}).identity()["method"] == {"name": "top_rank", "rank": 3}
     assert job("top_rank", {"rank": 2}).identity() != job("top_rank", {"rank": 3}).identity()
     assert job("linear").identity() != job("task_arithmetic").identity()
+
+
+def test_identity_holds_no_path(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    one = job("ties", {"density": {"math": 0.3, "code": 0.5}})
+    assert str(tmp_path) not in json.dumps(one.identity())
+    moved = replace(one, tokenizer=tmp_path, previous=tmp_path, groups=one.groups[:1])
+    assert moved.identity() == one.identity()
 
 
 def test_recipes_and_their_schema_know_the_settings() -> None:
@@ -153,7 +175,7 @@ def test_recipes_and_their_schema_know_the_settings() -> None:
         ({"method": "top_rank", "density": 0.5}, "density has no meaning for method top_rank; leave it out"),
         (
             {"method": "top_rank", "application": {"kind": "se"}},
-            "method top_rank has no application se: what one expert adds cannot be told from what the others add; set",
+            "method top_rank has no application se: what one expert adds cannot be separated from what the others add",
         ),
     ],
 )
@@ -168,9 +190,20 @@ def test_settings_per_expert_name_every_expert() -> None:
         Recipe.model_validate({**recipe, "merges": {"i": {"method": "importance", "power": {"x": 2.0}}}})
 
 
+def test_a_statistic_needs_calibration_sets() -> None:
+    recipe: dict[str, Any] = {"name": "r", "base": "b", "experts": {"x": {"model": "m"}, "y": {"model": "n"}}}
+    recipe["merges"] = {"i": {"method": "importance"}}
+    with pytest.raises(ValidationError, match=r"merges\.i: method importance needs tasks\.x\.calibration; add it"):
+        Recipe.model_validate(recipe)
+    # Classifiers and others need not be compared.
+    task = {"calibration": {"path": "json", "data_files": "rows.jsonl"}}
+    recipe["tasks"] = {"x": {"kind": "completion", **task}, "y": {"kind": "classification", **task}}
+    Recipe.model_validate(recipe)
+
+
 def test_the_table_says_what_methods_need() -> None:
     lines = {line.split("`")[1]: line for line in methods_table().splitlines()[2:]}
     assert list(lines) == list(METHODS)
-    assert "| whole tensors | `rank: 1` | no | no: what one expert adds cannot be told" in lines["top_rank"]
+    assert "| whole tensors | `rank: 1` | no | no: what one expert adds cannot be separated" in lines["top_rank"]
     assert "| elements, in pieces, the statistic `importance` of each expert | `power: 1.0` |" in lines["importance"]
     assert "`seed: 0` | yes, from `seed` | yes |" in lines["dare_ties"]

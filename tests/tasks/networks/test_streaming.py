@@ -30,6 +30,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.kinds.classification import ClassificationTask
@@ -255,9 +256,8 @@ def test_classifiers_shared_out(berts: dict[str, Path], tmp_path: Path, owners_h
 
 @pytest.fixture
 def ray_here(ray_address: str) -> Iterator[None]:
-    ray.init(address=ray_address, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with cluster(ray_address):
+        yield
 
 
 # Every network starts its actors anew, which takes seconds: these few show that they do what `OwnersHere` does.

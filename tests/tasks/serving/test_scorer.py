@@ -1,16 +1,24 @@
 """What MLflow serves: when a model has a lease, and what its process imports."""
 
+import ast
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sensmerge.pipeline.tracking.requirements import requirements
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving import scorer
 from sensmerge.tasks.serving.lease import held
+from tests.pipeline.tracking import test_record
 from tests.tasks.serving import test_static_model
 
-static_writer = test_static_model.writer  # the same model serves here
+PROJECT = Path(__file__).resolve().parents[3]
+static_writer, dynamic_writer = test_static_model.writer, test_record.writer  # the same models serve here
 
 
 def test_a_model_is_leased_before_it_is_loaded(
@@ -40,3 +48,44 @@ def test_a_model_that_cannot_be_loaded_keeps_no_lease(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         scorer.Scorer(str(folder), "cpu", None)
     assert held(str(tmp_path)) == [], raised
+
+
+def served(folder: Path) -> set[str]:
+    """The modules in a process that loads a model and answers a text."""
+    program = (
+        "import sys\n"
+        "from sensmerge.tasks.serving.scorer import _load_pyfunc\n"
+        f"found = _load_pyfunc({str(folder)!r}).predict(['1+2='], {{'max_new_tokens': 2}})\n"
+        "assert len(found) == 1\n"
+        "print(*sys.modules, sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def third_party(module: str) -> set[str]:
+    """The packages of others that a module of the project imports, also within functions."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tops = set()
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
+        if isinstance(node, ast.Import):
+            tops |= {one.name.partition(".")[0] for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            tops.add(node.module.partition(".")[0])
+    return tops - sys.stdlib_module_names - {"sensmerge"}
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_what_serving_imports_is_required_and_no_more_than_it_needs(
+    kind: str, static_writer: Path, dynamic_writer: Any
+) -> None:
+    """Everything that our modules import, those of functions too, as far as the process has it after an answer."""
+    modules = served(static_writer if kind == "static" else dynamic_writer[0])
+    ours = {name for name in modules if name.startswith("sensmerge.")}
+    assert {name for name in ours if name.startswith(("sensmerge.pipeline", "sensmerge.tasks.stages"))} == set()
+    owners = packages_distributions()
+    used = {owners[top][0] for name in ours for top in third_party(name) if top in modules}
+    assert used - {line.partition("==")[0] for line in requirements("sensmerge.tasks.serving.scorer")} == set()

@@ -268,7 +268,7 @@ def test_each_trunk_runs_once_over_each_sample(llamas: dict[str, Path], tmp_path
     experts = {"math": llamas["math"], "code": llamas["code"], "talk": llamas["base"]}
     sets = completions(list(experts))
     measure(llamas["base"], experts, sets, tmp_path / "out")
-    assert sum(passes) == len(experts) * sum(len(one.rows.read()) for one in sets.values())
+    assert sum(passes) == len(experts) * sum(len(one.rows) for one in sets.values())
     assert len(passes) == len(experts) * sum(map(batches, experts))
 
 

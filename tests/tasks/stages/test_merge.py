@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from transformers import (
 )
 
 from sensmerge.pipeline.report import card
+from sensmerge.pipeline.store.earlier import EarlierArtifacts
+from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import Artifact, read_json
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.checkpoints.weights import layer_groups
@@ -346,7 +349,7 @@ def test_altered_bytes_are_found_and_merged_anew(job: Callable[..., MergeJob], t
     names = [group[-1] for group in one.groups[1:3]]
     for name in names:
         flip(out / plan.tensors[name].file, plan.tensors[name].offset + 5)
-    with pytest.raises(OSError, match=rf"{re.escape(names[0])}, {re.escape(names[1])} read back otherwise"):
+    with pytest.raises(OSError, match=rf"{re.escape(names[0])}, {re.escape(names[1])} read back differently"):
         one.finish(out)
     assert {path.name for path in out.glob(".group-*")} == {".group-0.json", ".group-3.json"}
     assert merged(one, out) == expected
@@ -367,7 +370,7 @@ def test_a_damaged_file_is_found_and_merged_anew(damage: str, job: Callable[...,
     else:
         flip(file, 20)
     if damage != "header":  # that is written anew, and no group with it
-        with pytest.raises(OSError, match="read back otherwise"):
+        with pytest.raises(OSError, match="read back differently"):
             one.finish(out)
     assert merged(one, out) == expected
 
@@ -522,6 +525,20 @@ def test_other_settings_take_nothing_over(change: dict[str, Any], job: Callable[
     if "method" in change:
         change = {"method": method_of(settings | change["method"])}
     assert merged(replace(one, previous=tmp_path / "first", **change), tmp_path / "other")["taken_over"] == 0
+
+
+def test_a_job_begins_with_what_the_newest_merge_has(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    key = Key.of("variant", job())
+    earlier = EarlierArtifacts(store, key)
+    assert job().resumed(earlier).previous is None
+    for age, weight in enumerate((0.3, 0.4)):
+        folder = store.folder(Key.of("variant", job(weight=weight)))
+        merged(job(weight=weight), folder)
+        (folder / "manifest.json").write_text("{}")
+        os.utime(folder / "manifest.json", (age, age))
+    assert job().resumed(earlier).previous == folder
+    assert job().resumed(earlier).identity() == job().identity()
 
 
 def test_a_damaged_tensor_is_merged_anew(job: Callable[..., MergeJob], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
@@ -17,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.artifacts import canonical, read_json
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
@@ -25,6 +27,7 @@ from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.rows.source import Row
+from sensmerge.tasks.statistics.statistic import Statistic, read_tensor
 from tests.conftest import (
     calibration_set,
     llama_config,
@@ -231,3 +234,67 @@ def test_what_routers_add_to_the_loss_is_left_out(
     plain = AutoModelForCausalLM.from_pretrained(expert, experts_implementation="eager")  # which takes float64
     expected = naive(plain, completion_loss(tokenizer, "completion"), ROWS)
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@dataclass(frozen=True)
+class Gram(Statistic):
+    """Σ x xᵀ of the inputs of every linear layer, times a factor."""
+
+    hook = "inputs"
+    by = "tensor"
+    factor: float = 1.0
+
+    def of(self, parameter: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """See `Statistic`."""
+        return self.factor * (seen.double().T @ seen.double())
+
+
+@dataclass(frozen=True)
+class GramAgain(Gram):
+    """The same with other results than before."""
+
+    version = 2
+
+
+@pytest.mark.parametrize("placement", ["whole", "streamed"])
+def test_totals_are_read_by_tensor(placement: Placement, llamas: dict[str, Path], tmp_path: Path) -> None:
+    calibration = calibration_set(CompletionTask(kind="completion"), ROWS, tmp_path / "rows")
+    job = statistics_job(llamas["base"], llamas["math"], calibration, placement=placement)
+    job = replace(job, statistics={**job.statistics, "gram": Gram(2.0)})
+    (tmp_path / "out").mkdir()
+    about = job.finish(tmp_path / "out")
+    network = AutoModelForCausalLM.from_pretrained(llamas["math"])
+    expected = torch.zeros(32, 32, dtype=torch.float64)
+
+    def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0].detach().double()
+        expected.add_(2 * torch.einsum("bti,btj->ij", x, x))
+
+    network.model.layers[1].self_attn.q_proj.register_forward_pre_hook(see)
+    tokenizer = AutoTokenizer.from_pretrained(llamas["base"])
+    for row in ROWS:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        network(torch.tensor([ids]))
+    found = read_tensor(tmp_path / "out", "gram", "model.layers.1.self_attn.q_proj.weight")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert read_tensor(tmp_path / "out", "gram", "model.layers.1.input_layernorm.weight") is None
+    assert read_json(tmp_path / "out" / "gram.json").items() >= about.items()
+    assert read_json(tmp_path / "out" / "sensitivity.json").keys() == {"sensitivity", *about}
+
+
+def test_what_statistics_are_measured_is_in_the_identity(llamas: dict[str, Path], tmp_path: Path) -> None:
+    calibration = calibration_set(CompletionTask(kind="completion"), ROWS, tmp_path)
+    job = statistics_job(llamas["base"], llamas["math"], calibration)
+    others = [{"gram": Gram()}, {"gram": Gram(2.0)}, {"gram": GramAgain()}, {"gram": Gram(), **job.statistics}]
+    jobs = [job, *(replace(job, statistics=one) for one in others)]
+    assert len({canonical(one.identity()) for one in jobs}) == len(jobs)
+    assert replace(job, placement="streamed", device="cuda", name="other").identity() == job.identity()
+
+
+def test_totals_that_are_no_numbers(llamas: dict[str, Path], tmp_path: Path) -> None:
+    calibration = calibration_set(CompletionTask(kind="completion"), ROWS, tmp_path)
+    job = replace(
+        statistics_job(llamas["base"], llamas["math"], calibration), statistics={"gram": Gram(float(10**308))}
+    )
+    with pytest.raises(InputError, match=r"^experts\.math: gram of tensor \S+ is not finite; try dtype: float32$"):
+        job.finish(tmp_path)

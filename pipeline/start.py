@@ -1,0 +1,92 @@
+"""How a command that reads a recipe begins: what takes seconds goes on side by side."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from sensmerge.pipeline.execute.stop import stoppable
+from sensmerge.pipeline.options import Options
+from sensmerge.pipeline.plan.models import list_models
+from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.pipeline.tracking.uri import check_server
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.stages.download import DownloadJob, Listing
+
+
+def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Console) -> None:
+    """Print every step, RUN or SKIP and why, the bytes to read and write, and what is to be said of the input.
+
+    Raises:
+        InputError: bad input.
+    """
+    loaded, folder = load_recipe(recipe, overrides), recipe.absolute().parent
+    store.make()
+    store.look()
+    with ThreadPoolExecutor(1) as beside, _quick_imports():
+        # Files are hashed while transformers is imported, which takes seconds as well.
+        listings = beside.submit(list_models, loaded, folder, store.hub_cache)
+
+        from sensmerge.pipeline.plan.changes import model_changes
+        from sensmerge.pipeline.plan.plan import make_plan, plan_table
+
+    planned = make_plan(loaded, folder, store, listings.result())
+    console.print(plan_table(planned))
+    for line in (*planned.inputs.notes, *model_changes(planned)):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def check_report(report: Path | None) -> None:
+    """Refuse a place where no report can be written.
+
+    Raises:
+        InputError: it is a folder, or in a folder that does not exist.
+    """
+    if report is not None and report.is_dir():
+        raise InputError(f"--report {report}: is a folder; name a file in it")
+    if report is not None and not report.absolute().parent.is_dir():
+        raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
+
+
+def work(command: Literal["run", "refresh"], options: Options, console: Console) -> int:
+    """Run or refresh a recipe while its store is locked; return the exit status."""
+    with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
+        # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
+        listings = beside.submit(_begin, options)
+        with _quick_imports():
+            from sensmerge.pipeline import workflow
+            from sensmerge.pipeline.execute.cluster import closed
+        run = workflow.run if command == "run" else workflow.refresh
+        found = listings.result()
+        # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
+        # the thread beside has ended.
+        with stoppable(), closed():
+            return run(options, found, console)
+
+
+def _begin(options: Options) -> dict[str, Listing]:
+    """List the models; if any is new there will be work, and Ray starts."""
+    check_server(options.uri)
+    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
+    cache = options.store.hub_cache
+    keys = [Key.of(name, DownloadJob(listing, cache)) for name, listing in listings.items()]
+    if any(options.store.manifest(key) is None for key in keys):
+        from sensmerge.pipeline.execute.cluster import connect
+
+        connect(options.address)
+    return listings
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Import without looking for garbage among a million new objects that all stay: that takes a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
