@@ -21,7 +21,7 @@ from sensmerge.pipeline.store.history import begin, last_run, remember
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
 from sensmerge.pipeline.tracking.uri import is_server
 from sensmerge.tasks.artifacts import canonical, write_json
-from sensmerge.tasks.stages.download import Listing
+from sensmerge.tasks.checkpoints.listing import Listing
 
 REFUSED = 3
 """Exit status of a refresh whose challenger is not shown to be as good as the champion."""

@@ -8,13 +8,14 @@ import torch
 
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.models import weight_bytes
-from sensmerge.pipeline.plan.placement import Choice
+from sensmerge.pipeline.plan.placement import PlacementChoice
 from sensmerge.pipeline.plan.rows import TaskRows
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.recipe.schema import Recipe, Stage, Variant
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.checkpoints.layers import block_names
+from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
@@ -26,7 +27,7 @@ from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.stages import evaluate, evaluate_dynamic, route
 from sensmerge.tasks.stages.calibration import CalibrationSet
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
-from sensmerge.tasks.stages.download import DownloadJob, Listing
+from sensmerge.tasks.stages.download import DownloadJob
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.merge import MergeJob, plan_merged
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
@@ -42,7 +43,7 @@ class Resolved:
     recipe: Recipe
     store: Store
     inputs: Inputs
-    placements: Mapping[Stage, Choice]
+    placements: Mapping[Stage, PlacementChoice]
     """of the stages whose networks may run in several ways"""
 
     def rows(self, task: str, split: Literal["calibration", "evaluation"]) -> StoredRows:

@@ -60,7 +60,7 @@ class Version:
 
 
 @dataclass(frozen=True)
-class Registry:
+class ModelRegistry:
     """The versions of one recipe at a tracking URI."""
 
     uri: str
