@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from sensmerge.pipeline.plan.inputs import Inputs
-from sensmerge.pipeline.plan.placement import Choice
+from sensmerge.pipeline.plan.placement import PlacementChoice
 from sensmerge.pipeline.recipe.schema import Recipe, Stage
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import Artifact
@@ -20,7 +20,7 @@ class Resolved:
     recipe: Recipe
     store: Store
     inputs: Inputs
-    placements: Mapping[Stage, Choice]
+    placements: Mapping[Stage, PlacementChoice]
     """of the stages whose networks may run in several ways"""
 
     def rows(self, task: str, split: Literal["calibration", "evaluation"]) -> StoredRows:

@@ -13,8 +13,8 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.tokens import Inputs, pad_token
 from sensmerge.tasks.networks.generation import generate
+from sensmerge.tasks.networks.tokens import Inputs, pad_token
 from tests.census.cases import ROWS, Case
 
 TOLERANCE = 1e-5
