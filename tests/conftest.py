@@ -45,6 +45,8 @@ from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.statistics import StatisticsJob
 from sensmerge.tasks.statistics.statistic import STATISTICS, read_layers
+from tests.installed import installed as installed
+from tests.installed import user_folder as user_folder
 from tests.merged import assert_store_loads
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
