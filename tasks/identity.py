@@ -25,7 +25,12 @@ class For:
     use: str
 
 
-_LOCAL = object()
+@dataclasses.dataclass(frozen=True)
+class _Local:
+    """Marks a field that changes no result. A value, not an object: marks travel to workers with their classes."""
+
+
+_LOCAL = _Local()
 Local = Annotated[T, _LOCAL]
 """A field that changes no result: a path, a device, how work is shared out. `Local[Path]`"""
 
@@ -34,7 +39,8 @@ def identity(value: Any, use: str | None = None, where: str = "") -> Any:
     """Return the JSON form of a value by which it is the same on every machine and in every run.
 
     Fields that are marked as local are left out. Numbers, texts, None, sequences, mappings with texts as keys (their
-    order counts), sets, dataclasses and pydantic models have such a form.
+    order counts), sets, dataclasses and pydantic models have such a form; of the last two, a class variable `version`
+    counts too.
 
     Args:
         value: the value.
@@ -56,7 +62,9 @@ def identity(value: Any, use: str | None = None, where: str = "") -> Any:
         case Mapping() if all(isinstance(key, str) for key in value):
             return {key: identity(one, use, f"{where}.{key}") for key, one in value.items()}
         case _ if isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-            found = {}
+            # A class whose meaning may change with its package says which version of it this is.
+            version = getattr(type(value), "version", None)
+            found: dict[str, Any] = {} if version is None else {"version": version}
             for name, marks in _marks(type(value)).items():
                 inner = next((mark.use for mark in marks if isinstance(mark, For)), use)
                 only = next((mark.use for mark in marks if isinstance(mark, Only)), None)

@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
+from sensmerge.tasks.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -49,7 +51,14 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             if not module.ispkg:
                 import_module(module.name)
         for entry in entry_points(group=self._group):
-            entry.load()
+            try:
+                entry.load()
+            except Exception as error:
+                package = entry.dist.name if entry.dist else entry.value
+                raise InputError(
+                    f"the package {package}, installed beside sensmerge, cannot be loaded: its entry point "
+                    f"{entry.name} of {self._group} raises {type(error).__name__}: {error}; mend or uninstall it"
+                ) from error
         return self._classes
 
     def __getitem__(self, name: str) -> type[T]:

@@ -86,6 +86,7 @@ class _Schedule:
         self._count(state.step.stage, -1)
         if last:
             self.done.add(state.step.title)
+            del self.running[state.step.title]  # and with it the job, which Ray holds as long as it is referred to
             return
         state.pending -= 1
         state.spent += done.spent

@@ -138,16 +138,21 @@ def _method_properties(handler: GetJsonSchemaHandler) -> dict[str, JsonSchemaVal
 
 def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
     """Return the JSON schema of a setting that some methods have, and say which, and their defaults if they differ."""
-    schema = dict(next(iter(by_method.values())))
+    first, types = next(iter(by_method.values())), list[JsonSchemaValue]()
     defaults: dict[str, list[str]] = {}
     for name, one in by_method.items():
+        kind = {key: value for key, value in one.items() if key not in ("default", "description", "title")}
+        types += [] if kind in types else [kind]
         default = f"default: {json.dumps(one['default'])}" if "default" in one else "required"
         defaults.setdefault(default, []).append(name)
-    said = [f"only for {', '.join(by_method)}"] if len(by_method) < len(METHODS) else []
+    said = [first["description"]] if "description" in first else []
+    said += [f"only for {', '.join(by_method)}"] if len(by_method) < len(METHODS) else []
     if len(defaults) > 1:
-        schema.pop("default", None)
         said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
-    return schema | {"description": "; ".join(([schema["description"]] if "description" in schema else []) + said)}
+    kept = {
+        key: first[key] for key in ("default", "title") if key in first and (key != "default" or len(defaults) == 1)
+    }
+    return kept | (types[0] if len(types) == 1 else {"anyOf": types}) | {"description": "; ".join(said)}
 
 
 class Resources(Strict):

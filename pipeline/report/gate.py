@@ -10,7 +10,7 @@ from rich.table import Table
 from sensmerge.pipeline.recipe.schema import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.report.report import Report
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.kind import KINDS, higher_is_better
+from sensmerge.tasks.kinds.kind import KINDS
 from sensmerge.tasks.kinds.scores import Score, halves, paired_difference
 
 
@@ -77,7 +77,7 @@ def best_variant(report: Report, gate: Gate) -> str:
             f"gate.metric: no variant that may become champion has {gate.metric}; expected {MEAN_NORMALISED} (where "
             f"every expert scores on its own task) or one of {', '.join(sorted(_keys(report))) or '(none)'}"
         )
-    sign = 1 if not task or higher_is_better(metric) else -1
+    sign = -1 if task and KINDS[report.kinds[task]].lower_is_better(metric) else 1
     return max(values, key=lambda name: sign * values[name])
 
 

@@ -76,6 +76,7 @@ class Report(BaseModel):
     roles: dict[str, Literal["base", "expert", "variant"]] = Field(description="what each model is")
     digests: dict[str, str] = Field(description="content digest of base and experts by name")
     tasks: dict[str, str] = Field(description="main metric of each task")
+    kinds: dict[str, str] = Field({}, description="kind of each task")
     notes: list[str] = Field([], description="what a user should know of the models and data: a line each")
     scores: dict[str, dict[str, dict[str, Score]]] = Field(description="scores[model][task][metric]")
     mean_normalised: dict[str, Score] = Field(description="mean over tasks of main metric / own expert's, by model")

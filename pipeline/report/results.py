@@ -56,6 +56,7 @@ def collect(plan: Plan) -> Report:
         roles={name: _role(plan, name) for name in models},
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
+        kinds={name: task.kind for name, task in evaluated.items()},
         notes=[*plan.inputs.notes, *unchanged(plan)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),

@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import Protocol
 
 from huggingface_hub import CachedRepoInfo, scan_cache_dir
 
-from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.store.history import past_runs, unfinished_runs
-from sensmerge.pipeline.store.store import FINGERPRINT, PARTIAL, Store
+from sensmerge.pipeline.store.store import FINGERPRINT, PARTIAL, Store, stages
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.serving import lease
 
@@ -69,7 +68,7 @@ def find_garbage(store: Store, needed: Iterable[str]) -> Garbage:
     keep |= {f"{name}{PARTIAL}" for name in keep}  # from where an interrupted step goes on
     folders = [
         folder
-        for stage in get_args(Stage)
+        for stage in stages()
         for folder in sorted((store.root / stage).glob("*/"))
         if f"{stage}/{folder.name}" not in keep
     ]

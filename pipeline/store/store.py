@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 
+from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
 from sensmerge.tasks.artifacts import checksum_file, ordered, read_json, sha256_text, write_json
 from sensmerge.tasks.errors import InputError
@@ -259,7 +260,10 @@ class Store:
         last = self.last(key)
         if last is None:
             return "new"
-        return "; ".join(_differences(read_json(last / FINGERPRINT), dict(key.inputs))[:3]) or "changed"
+        before = read_json(last / FINGERPRINT)
+        if before.keys() != key.inputs.keys():
+            return "made by another version of sensmerge"
+        return "; ".join(_differences(before, dict(key.inputs))[:3]) or "the order of its settings changed"
 
     def last(self, key: Key) -> Path | None:
         """Return the newest artifact of the same stage and name, whatever its fingerprint; None if there is none."""
@@ -324,6 +328,11 @@ class Store:
                     yield
         finally:
             lock.release()
+
+
+def stages() -> tuple[str, ...]:
+    """Return the names of the folders that artifacts are in, those of earlier versions included."""
+    return (*get_args(Stage), "sensitivity")
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

@@ -2,10 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
-from sensmerge.pipeline.recipe.schema import Stage
-from sensmerge.pipeline.store.store import MANIFEST, Store
+from sensmerge.pipeline.store.store import MANIFEST, Store, stages
 from sensmerge.tasks.artifacts import checksum_file, read_json, sha256_file
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.errors import InputError
@@ -14,7 +12,7 @@ from sensmerge.tasks.stages.merge import weights_digest
 
 def find_damage(store: Store) -> Iterator[tuple[Path, list[str]]]:
     """Read every artifact, and the hub models that were downloaded; yield each folder with what is wrong in it."""
-    for stage in get_args(Stage):
+    for stage in stages():
         for folder in store.artifacts(stage):
             with store.copy(folder) as copy:
                 wrong = [*damaged_files(copy), *(_damaged_model(copy) if stage == "download" else ())]

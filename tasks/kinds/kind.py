@@ -34,6 +34,8 @@ Labels = Mapping[str, int]
 class Task(Strict):
     """A task of any kind."""
 
+    version: ClassVar[int] = 1
+    """counts up whenever equal settings and rows give other samples, losses or records than before"""
     head: ClassVar[str] = "causal_lm"
     """what a network ends in: causal_lm, or classification, which every task's expert has of its own"""
     metrics: ClassVar[Mapping[str, Metric]] = {}
@@ -103,11 +105,6 @@ class Task(Strict):
 
 
 KINDS: Registry[Task] = Registry("sensmerge.kinds", "sensmerge.tasks.kinds")
-
-
-def higher_is_better(metric: str) -> bool:
-    """Return whether a larger value of a metric is better, whichever kind has it. Unknown names are taken to be."""
-    return not any(kind.lower_is_better(metric) for kind in KINDS.values())
 
 
 @dataclass(frozen=True)

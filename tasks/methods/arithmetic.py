@@ -44,6 +44,10 @@ class Linear(Additive):
         merged = weighted_sum(parts.add_(base.float()), weights)
         return merged / sum(weights) if self.normalize else merged
 
+    def keeps_whole(self, expert: str) -> bool:
+        """See `Additive`."""
+        return True
+
     def check_se(self) -> None:
         """See `Additive`."""
         if not self.normalize:
@@ -108,6 +112,10 @@ class _Arithmetic(Additive):
 class TaskArithmetic(_Arithmetic):
     """Base and the weighted sum of task vectors (arXiv 2212.04089)."""
 
+    def keeps_whole(self, expert: str) -> bool:
+        """See `Additive`."""
+        return True
+
 
 class _Sparse(_Arithmetic):
     """Task arithmetic that sets elements of each task vector to zero before."""
@@ -130,7 +138,7 @@ class _Sparse(_Arithmetic):
 
     def keeps_whole(self, expert: str) -> bool:
         """See `Additive`."""
-        return super().keeps_whole(expert) and self.density_of(expert) >= 1
+        return not self.consensus and self.density_of(expert) >= 1
 
     @abstractmethod
     def sparsifier(self, vector: TaskVector, base: "Tensor", density: float) -> "Sparsifier":

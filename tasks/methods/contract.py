@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
     from sensmerge.tasks.methods.kernels.delta import Delta
 
-_FOR_EACH_EXPERT = object()
+
+@dataclass(frozen=True)
+class _ForEachExpert:
+    """Marks a setting; a value, not an object: marks travel to workers with their classes."""
+
+
+_FOR_EACH_EXPERT = _ForEachExpert()
 ForEachExpert = Annotated[float | dict[str, float], _FOR_EACH_EXPERT]
 """A setting that is one number for all experts, or one for each."""
 
@@ -69,6 +75,8 @@ class Method(Strict, ABC):
     A method that draws random numbers has a setting `seed`, and draws the same ones for an element on every device.
     """
 
+    version: ClassVar[int] = 1
+    """counts up whenever equal settings and inputs give other results than before"""
     needs: ClassVar[Literal["elements", "matrix"]]
     """how much of a tensor it sees at a time: pieces in any order, or all of it with its shape"""
     statistics: ClassVar[tuple[str, ...]] = ()
@@ -190,8 +198,11 @@ class Additive(ElementsMethod):
         return self.shares([weight] * experts)[0]
 
     def keeps_whole(self, expert: str) -> bool:
-        """Return whether an expert adds a multiple of its whole task vector: nothing set to zero, no consensus."""
-        return not self.consensus
+        """Return whether an expert adds a multiple of its whole task vector: nothing set to zero, no consensus.
+
+        Then the factors of an adapter are kept instead of their product.
+        """
+        return False
 
     def contribution_pieces(self, base: "Tensor", vector: TaskVector, share: float) -> "Iterator[tuple[slice, Tensor]]":
         """Yield what one expert adds to one tensor in a merge without consensus, float32; `share` is from `shares`."""
@@ -228,4 +239,5 @@ def method_of(settings: Mapping[str, Any]) -> Method:
     for key in settings:
         if key in others:
             raise ValueError(f"{key} has no meaning for method {name}; leave it out")
-    return METHODS[name].model_validate(dict(settings))
+    # null is the default, as in mergekit.
+    return METHODS[name].model_validate({key: value for key, value in settings.items() if value is not None})

@@ -111,7 +111,7 @@ class Watch:
             if tensor in totals:
                 totals[tensor].add_(found)
             else:
-                totals[tensor] = found
+                totals[tensor] = found.clone()  # `of` may return what it was given
 
         return add
 

@@ -1,5 +1,6 @@
 """Rows in a file of their own: jobs name them by their digest and do not carry them."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class StoredRows:
     def write(self, rows: list[Row]) -> None:
         """Write the file with its rows, unless it is there as it should be."""
         text = rows_text(rows)
-        if not self.path.exists() or self.path.read_text() != text:
+        if not self.path.exists() or self.path.read_bytes() != text.encode():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, text)
 
@@ -38,8 +39,8 @@ class StoredRows:
         Raises:
             InputError: the file is not as it was written.
         """
-        text = self.path.read_text()
-        if sha256_text(text) != self.digest:
+        text = self.path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != self.digest:
             raise InputError(f"{self.path}: damaged: its sha256 is not its name; run again to write it again")
         rows: list[Row] = json.loads(text)
         return rows

@@ -105,9 +105,9 @@ class CrossTaskJob(Job):
         for folder in earlier.artifacts():
             if all(earlier.is_intact(folder, name) for name in (PAIRS, DISTANCES)):
                 known |= {one: g for one, g in known_distances(folder).items() if one in pairs}
-            for print_, file in kept_trunks(folder).items():
-                if print_ in trunks and earlier.is_intact(folder, str(file.relative_to(folder))):
-                    kept[print_] = file
+            for file in kept_trunks(folder):
+                if earlier.is_intact(folder, str(file.relative_to(folder))) and fingerprint_of(file) in trunks:
+                    kept[fingerprint_of(file)] = file
         return replace(self, known=known, kept=kept)
 
     def parts(self) -> Sequence[str]:
@@ -242,9 +242,9 @@ def known_distances(folder: Path) -> dict[str, float]:
     return {print_: distances[i][j] for i, row in pairs.items() for j, print_ in row.items() if i != j}
 
 
-def kept_trunks(folder: Path) -> dict[str, Path]:
-    """Return the files of an artifact of this stage with what heads read of trunks, by their fingerprint."""
-    return {fingerprint_of(file): file for file in sorted((folder / _TRUNKS).glob(f"*/*/{_HEAD_INPUTS}"))}
+def kept_trunks(folder: Path) -> list[Path]:
+    """Return the files of an artifact of this stage with what heads read of trunks."""
+    return sorted((folder / _TRUNKS).glob(f"*/*/{_HEAD_INPUTS}"))
 
 
 def _kept(out: Path, i: str, j: str) -> Path:

@@ -47,10 +47,6 @@ class StatisticsJob(Job):
     placement: Local[Placement]
     """where the network runs"""
 
-    def identity(self) -> dict[str, Any]:
-        """See `Job`; each statistic with its version."""
-        return super().identity() | {"versions": {name: one.version for name, one in self.statistics.items()}}
-
     def finish(self, out: Path) -> dict[str, Any]:
         """Run the network over one sample at a time.
 

@@ -1,11 +1,13 @@
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
 
 from sensmerge.tasks.identity import For, Local, Only, identity
+from sensmerge.tasks.methods.contract import ForEachExpert
 from sensmerge.tasks.strict import Strict
 
 
@@ -31,6 +33,23 @@ def test_fields_count_but_those_that_are_local() -> None:
         "calibrated": {"weight": 1.0, "loss": "all"},
         "names": ["b", "a"],
     }
+
+
+@dataclass(frozen=True)
+class Versioned:
+    version: ClassVar[int] = 2
+    weight: float = 1.0
+
+
+def test_the_version_of_a_class_counts() -> None:
+    assert identity(Versioned()) == {"version": 2, "weight": 1.0}
+
+
+def test_a_mark_that_has_travelled_to_another_process_is_the_same() -> None:
+    """Classes of notebooks are sent by value, and their marks with them."""
+    for marked in (Local[int], ForEachExpert):
+        (mark,) = marked.__metadata__
+        assert pickle.loads(pickle.dumps(mark)) in marked.__metadata__
 
 
 def test_settings_of_one_use() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.registry import Registry
 
 
@@ -62,3 +63,19 @@ def test_a_name_has_one_class() -> None:
             pass
 
     assert registry["one"] is One
+
+
+@pytest.mark.parametrize("module", ["raise RuntimeError('no licence')\n", "import a_module_that_is_not_there\n"])
+def test_a_package_that_cannot_be_loaded_is_named(
+    module: str, room: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(module)
+    about = tmp_path / "broken_package-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-package\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[some.group]\nbroken = broken\n")
+    registry: Registry[object] = Registry("some.group", room)
+    with pytest.raises(InputError, match=r"^the package broken-package, .* entry point broken of some\.group raises"):
+        list(registry)
+    for name in [name for name in sys.modules if name.startswith((room, "broken"))]:
+        del sys.modules[name]

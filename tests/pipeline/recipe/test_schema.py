@@ -351,3 +351,8 @@ def test_se_needs_two_experts(tmp_path: Path) -> None:
     merges = {"x": {"method": "task_arithmetic", "application": {"kind": "se"}}}
     with pytest.raises(InputError, match="experts: found 1; expected at least two experts"):
         load_recipe(write(tmp_path, experts={"math": {"model": "m"}}, tasks={"math": TASK}, merges=merges))
+
+
+def test_null_is_the_default_of_a_methods_setting() -> None:
+    given = {"method": "ties", "normalize": None, "rescale": None, "density": 0.5}
+    assert Variant.model_validate(given).method == Variant.model_validate({"method": "ties", "density": 0.5}).method

@@ -1,5 +1,5 @@
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +24,9 @@ from sensmerge.pipeline.report.results import halved
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds import scores
 from sensmerge.tasks.kinds.classification import ClassificationTask
-from sensmerge.tasks.kinds.scores import Score
+from sensmerge.tasks.kinds.kind import KINDS
+from sensmerge.tasks.kinds.scores import Metric, Score, agreement
+from tests.conftest import known
 from tests.pipeline.tracking.test_record import make_report
 
 Flags = list[bool]
@@ -132,7 +134,16 @@ def test_best_variant(report: Report) -> None:
         name: {"math": {"perplexity": Score(value=value, n=1, low=value, high=value)}}
         for name, value in (("ta", 2.0), ("ta-sens.3", 3.0))
     }
-    assert best_variant(report.model_copy(update={"scores": taken}), gate(metric="math/perplexity")) == "ta"
+    completed = report.model_copy(update={"scores": taken, "kinds": {"math": "completion"}})
+    assert best_variant(completed, gate(metric="math/perplexity")) == "ta"
+
+
+def test_kinds_that_the_recipe_does_not_use_turn_nothing_round(report: Report) -> None:
+    class Worse(ClassificationTask):
+        metrics: ClassVar = {"accuracy": Metric(("label", "prediction"), agreement, higher_is_better=False)}
+
+    with known(KINDS, worse=Worse):
+        assert best_variant(report, gate(metric="math/accuracy")) == "ta-sens.3"
     with pytest.raises(
         InputError,
         match=r"gate.metric: no variant that may become champion has math/bleu; .*code/accuracy, code/macro_f1",

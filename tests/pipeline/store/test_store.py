@@ -53,6 +53,7 @@ def test_why(tmp_path: Path) -> None:
     publish(store, key())
     assert store.why(key(weight=0.5)) == "settings.weight: 0.4 → 0.5"
     assert store.why(key(expert="b" * 64)) == "math changed"
+    assert store.why(Key("merge", "ta", {"of": "another form"})) == "made by another version of sensmerge"
     store.partial(key(0.5)).mkdir(parents=True)
     assert store.why(key(0.5)) == "was interrupted"
 

@@ -83,6 +83,7 @@ def make_report(folder, recipe="two-skills", **changes):
         "roles": MODELS,
         "digests": {name: hashlib.sha256(name.encode()).hexdigest() for name in ("base", "math", "code")},
         "tasks": {"math": "accuracy", "code": "accuracy"},
+        "kinds": {"math": "classification", "code": "classification"},
         "scores": taken,
         "mean_normalised": {"base": score(0.3), "ta": score(0.8), "ta-sens.3": score(0.9)},
         "variants": {

@@ -21,7 +21,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample, higher_is_better
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
 from sensmerge.tasks.kinds.lm_eval import LmEvalTask
 from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
 from sensmerge.tasks.kinds.scores import Metric, agreement, mean
@@ -232,17 +232,18 @@ def test_what_of_a_task_changes_its_samples_and_what_its_scores(
 ) -> None:
     for use, keys in (("calibration", calibration), ("evaluation", evaluation)):
         expected = {key: getattr(task, key) for key in keys | {"kind", "max_length"}}
-        assert identity(task, use) == expected
+        assert identity(task, use) == {"version": 1} | expected
 
 
 def test_the_main_metric_of_lm_eval_has_to_be_one_that_it_reports() -> None:
     task = LmEvalTask(kind="lm_eval", names=["a"], batch_size=3)
-    assert identity(task, "evaluation") == {"kind": "lm_eval", "names": ["a"], "limit": None, "metric": "acc"}
+    expected = {"version": 1, "kind": "lm_eval", "names": ["a"], "limit": None, "metric": "acc"}
+    assert identity(task, "evaluation") == expected
 
 
-def test_metrics_of_all_kinds_say_which_way_is_better() -> None:
-    assert higher_is_better("word_accuracy")
-    assert not higher_is_better("surprise")
+def test_metrics_say_which_way_is_better() -> None:
+    assert not WordChoiceTask.lower_is_better("word_accuracy")
+    assert WordChoiceTask.lower_is_better("surprise")
 
 
 def test_schemas_are_read_without_torch() -> None:

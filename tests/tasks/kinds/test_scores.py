@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
-from sensmerge.tasks.kinds.kind import KINDS, Task, higher_is_better
+from sensmerge.tasks.kinds.kind import KINDS, Task
 from sensmerge.tasks.kinds.lm_eval import LmEvalTask
 from sensmerge.tasks.kinds.scores import Record, Score, halves, mean_normalised, mean_ratio, mean_score, value_of
 
@@ -165,12 +165,12 @@ def test_lm_eval_perplexities() -> None:
 
 
 def test_direction() -> None:
-    assert higher_is_better("accuracy")
-    assert higher_is_better("arc_easy/acc")
-    assert higher_is_better("some_new_metric")
-    assert not higher_is_better("perplexity")
-    assert not higher_is_better("wikitext/word_perplexity")
-    assert not higher_is_better("word_perplexity.none-other")
+    assert not KINDS["classification"].lower_is_better("accuracy")
+    assert not KINDS["lm_eval"].lower_is_better("arc_easy/acc")
+    assert not KINDS["lm_eval"].lower_is_better("some_new_metric")
+    assert KINDS["completion"].lower_is_better("perplexity")
+    assert KINDS["lm_eval"].lower_is_better("wikitext/word_perplexity")
+    assert KINDS["lm_eval"].lower_is_better("word_perplexity.none-other")
 
 
 # Normalised

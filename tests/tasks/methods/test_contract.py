@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from sensmerge.tasks.methods.contract import METHODS, ElementsMethod, ForEachExp
 from sensmerge.tasks.methods.table import methods_table
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.statistics.statistic import TENSORS
+from tests.conftest import known
 from tests.tasks.stages.test_merge import make_job, merged, weights_of
 
 
@@ -145,7 +146,7 @@ def test_a_setting_that_every_variant_has_is_no_methods_own() -> None:
 
 
 def test_identity_is_the_methods_name_and_settings(job: Callable[..., MergeJob]) -> None:
-    assert job("top_rank", {"rank": 3}).identity()["method"] == {"name": "top_rank", "rank": 3}
+    assert job("top_rank", {"rank": 3}).identity()["method"] == {"version": 1, "name": "top_rank", "rank": 3}
     assert job("top_rank", {"rank": 2}).identity() != job("top_rank", {"rank": 3}).identity()
     assert job("linear").identity() != job("task_arithmetic").identity()
 
@@ -207,3 +208,15 @@ def test_the_table_says_what_methods_need() -> None:
     assert "| whole tensors | `rank: 1` | no | no: what one expert adds cannot be separated" in lines["top_rank"]
     assert "| elements, in pieces, the statistic `importance` of each expert | `power: 1.0` |" in lines["importance"]
     assert "`seed: 0` | yes, from `seed` | yes |" in lines["dare_ties"]
+
+
+class RankByName(TopRank):
+    """Has a setting of a name that another method has, of another type."""
+
+    rank: Literal["full", "half"] = Field("full", description="how many singular values of each matrix are kept")
+
+
+def test_settings_of_one_name_may_have_several_types() -> None:
+    with known(METHODS, rank_by_name=RankByName):
+        rank = Recipe.model_json_schema()["$defs"]["Variant"]["properties"]["rank"]
+        assert {one["type"] for one in rank["anyOf"]} == {"integer", "string"}

@@ -167,6 +167,48 @@ def test_inputs_alone_take_no_way_back(source: Source, tmp_path: Path, monkeypat
         assert len(totals(folder, "gram")) == len(expected)
 
 
+@dataclass(frozen=True)
+class Last(Statistic):
+    """The last input of every linear layer: `of` returns a part of what it is given."""
+
+    hook = "inputs"
+    by = "tensor"
+
+    def of(self, parameter: Tensor, seen: Tensor) -> Tensor:
+        """See `Statistic`."""
+        return seen[-1]
+
+
+def test_totals_are_no_parts_of_what_is_seen(source: Source, tmp_path: Path) -> None:
+    """Several layers have the same inputs, which no total may change."""
+    found = {}
+    for name, statistics in (("alone", {"last": Last()}), ("beside", {"last": Last(), "gram": Gram()})):
+        (tmp_path / name).mkdir()
+        with open_runner(source, "whole", tmp_path / name, statistics) as runner:
+            list(runner.run(SAMPLES, lambda *_: None))
+        found[name] = totals(tmp_path / name, "last")
+    expected: dict[str, Tensor] = {}
+    network = source.network()
+    named = {id(parameter): name for name, parameter in network.named_parameters()}
+
+    def see(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        name = named[id(module.weight)]
+        last = inputs[0].detach().flatten(0, -2)[-1]
+        expected[name] = expected[name] + last if name in expected else last
+
+    for module in network.modules():
+        if type(module).__name__ in ("Linear", "Conv1D"):
+            module.register_forward_pre_hook(see)
+    with torch.no_grad():
+        for sample in SAMPLES:
+            network(**sample)
+    for one in found.values():
+        assert len(one) == len(expected)
+        for parameter, tensor in expected.items():
+            (ours,) = [total for key, total in one.items() if parameter.endswith(key)]
+            torch.testing.assert_close(ours, tensor)
+
+
 def test_sums_by_layer_start_again(source: Source) -> None:
     network = source.network()
     watch = Watch({"sensitivity": Sensitivity()}, source, network)
