@@ -46,6 +46,8 @@ from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.statistics import StatisticsJob
 from sensmerge.tasks.statistics.statistic import STATISTICS, read_layers
 from tests.hub_server import HubServer
+from tests.installed import installed as installed
+from tests.installed import user_folder as user_folder
 from tests.merged import assert_store_loads
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

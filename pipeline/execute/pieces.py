@@ -17,7 +17,7 @@ from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.stages.job import Job
 
 if TYPE_CHECKING:  # with transformers it takes seconds, which Ray's start does not wait for
-    from sensmerge.pipeline.plan.steps import Step
+    from sensmerge.pipeline.plan.step import Step
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.checkpoints.listing import HubModel, Listing
 

@@ -1,7 +1,6 @@
-"""Installed beside a user's own `tasks.py`, `pipeline.py` and `tests/`, which nobody imports."""
+"""Installed beside a user's own `tasks.py`, `pipeline.py` and `tests/`, which nobody imports (see also test_job.py)."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,58 +10,55 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 QUICKSTART = PROJECT / "configs" / "quickstart"
-BOOM = 'raise SystemExit("a module of the user was imported")\n'
-
-pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package as pip installs it from a copy of the project; its dependencies are here already."""
-    build, target = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("installed")
-    for name in ("pipeline", "tasks", "sensmerge"):
-        shutil.copytree(PROJECT / name, build / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy2(PROJECT / name, build)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*pip, f"--target={target}", str(build)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return target
+LOAD = """
+import sys
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+(version,) = mlflow.MlflowClient().search_model_versions("tags.variant = 'ta-se'")
+model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+print(sys.modules["sensmerge"].__file__)
+print(*model.predict(["math: 4123+1111 = "], params={"max_new_tokens": 2}).columns[:2])
+"""
 
 
 @pytest.fixture(scope="module")
-def python(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+def python(installed: Path, user_folder: Path) -> Callable[..., str]:
     """Run Python in the user's folder; return what it prints."""
-    folder = tmp_path_factory.mktemp("user")
-    for name in ("tasks.py", "pipeline.py"):
-        (folder / name).write_text(BOOM)
-    (folder / "tests").mkdir()
-    (folder / "tests" / "__init__.py").write_text(BOOM)
     # As for a package in a virtual environment: the user's folder comes first, the package after it.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-    environment |= {"PYTHONPATH": f"{folder}{os.pathsep}{installed}"}
+    environment |= {"PYTHONPATH": f"{user_folder}{os.pathsep}{installed}"}
 
     def python(*words: object) -> str:
         command = [sys.executable, *map(str, words)]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=user_folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     return python
 
 
-def test_the_package_is_the_installed_one(python: Callable[..., str], installed: Path) -> None:
-    found = python("-c", "import sensmerge.pipeline.cli, sensmerge.tasks.stages as s; print(s.__file__)")
-    assert Path(found.strip()).is_relative_to(installed)
-    for room in (
-        path.relative_to(PROJECT) for floor in ("pipeline", "tasks") for path in (PROJECT / floor).rglob("*.py")
-    ):
-        assert (installed / "sensmerge" / room).is_file()
+def test_every_module_is_installed_and_no_test(installed: Path) -> None:
+    modules = (path for floor in ("pipeline", "tasks") for path in (PROJECT / floor).rglob("*.py"))
+    ours = {str(path.relative_to(PROJECT)) for path in modules}
+    package = installed / "sensmerge"
+    assert {str(path.relative_to(package)) for path in package.rglob("*.py")} == {"__init__.py", *ours}
+    assert {path.name for path in installed.iterdir()} == {"bin", "sensmerge", "sensmerge-0.1.0.dist-info"}
 
 
-def test_the_quickstart_runs(python: Callable[..., str], installed: Path, tmp_path: Path) -> None:
+@pytest.mark.ray
+def test_the_quickstart_runs_and_its_dynamic_model_loads(
+    python: Callable[..., str], installed: Path, tmp_path: Path
+) -> None:
     subprocess.run([sys.executable, QUICKSTART / "make_models.py"], check=True)
     store, program = tmp_path / "store", installed / "bin" / "sensmerge"
-    # The dynamic variant alone, by Ray's workers.
-    only = ["--set", "merges={ta-se: {method: task_arithmetic, weight: 0.5, application: {kind: se}}}"]
-    assert "mlflow ui" in python(program, "run", QUICKSTART / "recipe.yaml", "--store", store, *only)
+    # The dynamic variant alone: a run with Ray, and a model that a pyfunc serves.
+    few = [
+        f"--set=tasks.{task}.{rows}.samples=4"
+        for task in ("math", "words", "cipher")
+        for rows in ("evaluation", "calibration")
+    ]
+    only = "--set=merges={ta-se: {method: task_arithmetic, weight: 0.5, application: {kind: se}}}"
+    python(program, "run", QUICKSTART / "recipe.yaml", "--store", store, *few, only)
+    place, columns = python("-c", LOAD, f"sqlite:///{store}/mlflow.db").splitlines()[-2:]
+    assert Path(place).is_relative_to(installed)
+    assert columns == "prediction expert"

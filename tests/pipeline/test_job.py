@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.installed import REFUSE
+
 PROJECT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
 
@@ -28,18 +30,20 @@ def free_port() -> int:
     return port
 
 
-def ray(environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [str(RAY), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+def ray(environment: dict[str, str], *arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [str(RAY), *map(str, arguments)]
+    options: dict[str, Any] = {"cwd": PROJECT, "env": environment}
+    return subprocess.run(command, **options, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, str], str]]:
+def head(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, str], str]]:
     """A head node of its own, with a token: the environment of its commands, and the dashboard's address."""
     # Sockets need short paths, which pytest's own folders are not.
     temporary = tmp_path_factory.getbasetemp().parent / f"r{secrets.token_hex(2)}"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment |= {"PYTHONPATH": str(installed)}
     gcs, dashboard = free_port(), free_port()
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
     # The tests' own cluster has taken the default port of the agent that runs jobs.
@@ -64,21 +68,37 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, s
         started.wait(60)
 
 
-def test_run_and_refresh_as_submitted_jobs(head: tuple[dict[str, str], str], tmp_path: Path) -> None:
+def code_of_this_checkout(folder: Path) -> Path:
+    """infra/runtime_env.yaml on a cluster whose image has another `sensmerge`, which ends whoever imports it."""
+    other = folder / "image" / "sensmerge"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text(REFUSE)
+    config = yaml.safe_load((PROJECT / "infra" / "runtime_env.yaml").read_text())
+    config["env_vars"]["PYTHONPATH"] = str(other.parent)
+    path = folder / "runtime_env.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_run_and_refresh_as_submitted_jobs(
+    head: tuple[dict[str, str], str], installed: Path, user_folder: Path, tmp_path: Path
+) -> None:
     environment, address = head
     quickstart = PROJECT / "configs" / "quickstart"
     subprocess.run([sys.executable, quickstart / "make_models.py"], check=True)
     report = tmp_path / "report.json"
 
-    def submitted(command: str, *more: str) -> tuple[str, dict[str, Any]]:
-        entry = [command, str(quickstart / "recipe.yaml"), "--store", str(tmp_path / "store"), "--report", str(report)]
-        submit = ["job", "submit", "--address", address, "--working-dir", str(PROJECT), "--"]
-        done = ray(environment, *submit, sys.executable, "-m", "pipeline", *entry, *more)
+    def submitted(code: list[object], command: str, *more: str) -> tuple[str, dict[str, Any]]:
+        entry = [command, quickstart / "recipe.yaml", "--store", tmp_path / "store", "--report", report, *more]
+        done = ray(environment, "job", "submit", "--address", address, *code, *entry)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "succeeded" in done.stdout
         return done.stdout, json.loads(report.read_text())
 
-    _, found = submitted("run")
+    # The package of the cluster, in a user's folder; then what the checkout has in place of it.
+    package = ["--working-dir", user_folder, "--", sys.executable, installed / "bin" / "sensmerge"]
+    checkout = ["--runtime-env", code_of_this_checkout(tmp_path), "--", sys.executable, "-m", "pipeline"]
+    _, found = submitted(package, "run")
     assert {stage["status"] for stage in found["stages"]} == {"run"}
     normalised = {model: score["value"] for model, score in found["mean_normalised"].items()}
     assert normalised["base"] < 0.5
@@ -87,7 +107,7 @@ def test_run_and_refresh_as_submitted_jobs(head: tuple[dict[str, str], str], tmp
         for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties", "ta-se"):
             assert normalised[variant] > normalised[expert] + 0.1
 
-    said, refreshed = submitted("refresh", "--set", "merges.ta.weight=0.45")
+    said, refreshed = submitted(checkout, "refresh", "--set", "merges.ta.weight=0.45")
     ran = {f"{stage['stage']} {stage['name']}" for stage in refreshed["stages"] if stage["status"] == "run"}
     assert ran == {"merge ta", *(f"evaluate ta/{task}" for task in ("math", "words", "cipher"))}
     assert "is the first champion" in said

@@ -38,3 +38,9 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     packages, seconds = imported(*command.split(), "--help")
     assert packages & HEAVY == set()
     assert seconds < SECONDS
+
+
+def test_the_schema_imports_nothing_heavy() -> None:
+    packages, seconds = imported("schema")
+    assert packages & HEAVY == set()
+    assert seconds < SECONDS

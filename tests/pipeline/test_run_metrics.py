@@ -13,7 +13,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 import ray
-from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.execute.run import StepMetrics
 from sensmerge.pipeline.store.store import Key
 from sensmerge.tasks.checkpoints.listing import Listing, LocalModel

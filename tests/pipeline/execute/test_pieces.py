@@ -9,7 +9,7 @@ import pytest
 from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.pipeline.execute.pieces import Pieces
 from sensmerge.pipeline.execute.worker import Done, Spent
-from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.stages.job import Job
 

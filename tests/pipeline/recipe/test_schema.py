@@ -81,6 +81,15 @@ def test_reading_methods_needs_no_torch() -> None:
     assert done.stdout.split() == []
 
 
+def test_reading_a_recipe_needs_no_torch() -> None:
+    code = (
+        "import sys; from pathlib import Path; from sensmerge.pipeline.recipe.load import load_recipe; "
+        "assert load_recipe(Path(sys.argv[1])).merges; print(*{'torch', 'transformers', 'numba'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code, str(CONFIGS / "quickstart" / "recipe.yaml")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
