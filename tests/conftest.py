@@ -45,6 +45,7 @@ from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.statistics import StatisticsJob
 from sensmerge.tasks.statistics.statistic import STATISTICS, read_layers
+from tests.hub_server import HubServer
 from tests.installed import installed as installed
 from tests.installed import user_folder as user_folder
 from tests.merged import assert_store_loads
@@ -249,6 +250,14 @@ def tiny_recipe(llamas: dict[str, Path], folder: Path) -> dict[str, Any]:
             "ties-sens": {"method": "ties", "density": 0.3, "coefficients": {"kind": "sens", "temperature": 0.3}},
         },
     }
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub on the loopback, which the hub's client asks."""
+    with HubServer() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
 
 
 @pytest.fixture

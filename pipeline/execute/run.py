@@ -1,10 +1,7 @@
-"""Executes plans on Ray: bounded fan-out, resources, retries of system failures, progress."""
+"""Executes plans on Ray: resources, retries of system failures, progress."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import ray
@@ -13,13 +10,11 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
+from sensmerge.pipeline.execute.pieces import Pieces, Running
 from sensmerge.pipeline.execute.progress import progress
-from sensmerge.pipeline.execute.worker import Done, Spent, run_finish, run_part
+from sensmerge.pipeline.execute.worker import Done, run_finish, run_part
 from sensmerge.pipeline.recipe.schema import Stage
-from sensmerge.pipeline.store.earlier import EarlierArtifacts
-from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.stages.job import Job
 
 if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does not wait for
     from sensmerge.pipeline.plan.plan import Plan
@@ -31,71 +26,6 @@ SECONDS_BOUNDS = [1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
 """Of the histogram of steps' times."""
 TAGS = ("recipe", "stage")
 """Of Ray's metrics."""
-
-
-@dataclass
-class _Running:
-    """A step under way: its pieces not submitted yet, and what the finished ones took."""
-
-    step: Step
-    job: ray.ObjectRef[Job]
-    waiting: deque[int | str]
-    pending: int
-    spent: Spent = field(default_factory=Spent)
-
-    @classmethod
-    def begin(cls, step: Step, store: Store) -> _Running:
-        """Look for what earlier runs left, and hand the job to Ray, once for all its pieces."""
-        job = step.job.resumed(EarlierArtifacts(store, step.key))
-        return cls(step, ray.put(job), deque(job.parts()), len(job.parts()) + 1)
-
-
-@dataclass
-class _Schedule:
-    """Which steps are ready, and how much of each stage is in flight."""
-
-    steps: list[Step]
-    store: Store
-    done: set[str]
-    limits: Mapping[Stage, int]
-    in_flight: dict[str, int] = field(default_factory=dict)
-    running: dict[str, _Running] = field(default_factory=dict)
-
-    def take(self) -> Iterator[tuple[_Running, int | str | None]]:
-        """Yield pieces that may be submitted now; None stands for a step's finish."""
-        for step in self.steps:
-            if step.title in self.done or not set(step.needs) <= self.done:
-                continue
-            if step.title not in self.running:
-                self.running[step.title] = _Running.begin(step, self.store)
-            state = self.running[step.title]
-            while self._has_room(step.stage) and state.waiting:
-                self._count(step.stage, 1)
-                yield state, state.waiting.popleft()
-            if self._has_room(step.stage) and state.pending == 1:
-                self._count(step.stage, 1)
-                state.pending = 0
-                yield state, None
-
-    def finished(self) -> bool:
-        """Return whether all steps are done."""
-        return all(step.title in self.done for step in self.steps)
-
-    def piece_done(self, state: _Running, last: bool, done: Done) -> None:
-        """Record that a piece has ended."""
-        self._count(state.step.stage, -1)
-        if last:
-            self.done.add(state.step.title)
-            del self.running[state.step.title]  # and with it the job, which Ray holds as long as it is referred to
-            return
-        state.pending -= 1
-        state.spent += done.spent
-
-    def _has_room(self, stage: Stage) -> bool:
-        return self.in_flight.get(stage, 0) < self.limits[stage]
-
-    def _count(self, stage: str, change: int) -> None:
-        self.in_flight[stage] = self.in_flight.get(stage, 0) + change
 
 
 class StepMetrics:
@@ -145,16 +75,15 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
         _check_resources(plan, steps)
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
-        done = {step.title for step in plan.steps} - set(plan.todo)
-        schedule = _Schedule(steps, plan.store, done, limits)
-        flying: dict[ray.ObjectRef, tuple[_Running, bool]] = {}
-        while not schedule.finished():
-            for state, part in schedule.take():
+        pieces = Pieces(steps, plan.store, limits)
+        flying: dict[ray.ObjectRef, tuple[Running, bool]] = {}
+        while pieces.is_active():
+            for state, part in pieces.take():
                 flying[_submit(plan, state, part)] = (state, part is None)
             (ready, *_), _ = ray.wait(list(flying), num_returns=1)
             state, last = flying.pop(ready)
             result = answer_of(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
-            schedule.piece_done(state, last, result)
+            pieces.piece_done(state, last, result)
             if last:
                 advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
                 if metrics is not None:
@@ -184,7 +113,7 @@ def _advice(plan: Plan, stage: Stage) -> str:
     return fewer
 
 
-def _submit(plan: Plan, state: _Running, part: int | str | None) -> ray.ObjectRef[Done]:
+def _submit(plan: Plan, state: Running, part: int | str | None) -> ray.ObjectRef[Done]:
     step = state.step
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))

@@ -1,6 +1,6 @@
 """Plans: what they find from headers alone, and what makes a step run again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,13 +198,6 @@ def test_table_says_run_and_why(llama_recipe: Recipe, tmp_path: Path) -> None:
     rows = list(zip(*(column.cells for column in plan_table(plan).columns), strict=True))
     assert rows[0][:4] == ("download", "base", "RUN", "new")
     assert len(rows) == 20
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        yield server
 
 
 def on_hub(hub: HubServer, repo: str, folder: Path, **files: bytes) -> None:

@@ -1,0 +1,88 @@
+"""Which pieces of a plan's steps may be submitted to Ray: a bounded number of each stage at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from typing import TYPE_CHECKING
+
+import ray
+
+from sensmerge.pipeline.execute.worker import Done, Spent
+from sensmerge.pipeline.recipe.schema import Stage
+from sensmerge.pipeline.store.earlier import EarlierArtifacts
+from sensmerge.pipeline.store.store import Store
+from sensmerge.tasks.stages.job import Job
+
+if TYPE_CHECKING:  # with transformers it takes seconds, which Ray's start does not wait for
+    from sensmerge.pipeline.plan.step import Step
+
+
+@dataclass
+class Running:
+    """A step under way: its pieces not submitted yet, and what the finished ones took."""
+
+    step: Step
+    job: ray.ObjectRef[Job]
+    waiting: deque[int | str]
+    pending: int
+    spent: Spent = field(default_factory=Spent)
+
+    @classmethod
+    def begin(cls, step: Step, store: Store) -> Running:
+        """Look for what earlier runs left, and hand the job to Ray, once for all its pieces."""
+        job = step.job.resumed(EarlierArtifacts(store, step.key))
+        return cls(step, ray.put(job), deque(job.parts()), len(job.parts()) + 1)
+
+
+class Pieces:
+    """Pieces that may be submitted: of steps whose needs are done, in the plan's order, within the stages' limits."""
+
+    def __init__(self, steps: Sequence[Step], store: Store, limits: Mapping[Stage, int]) -> None:
+        """Begin with the steps to run; Ray is connected.
+
+        Args:
+            steps: in the plan's order; what they need beside each other is done.
+            store: where earlier artifacts are.
+            limits: how many pieces of each stage may be in flight.
+        """
+        self._steps = {step.title: step for step in steps}
+        self._store, self._limits = store, limits
+        self._place = {title: place for place, title in enumerate(self._steps)}
+        self._graph = TopologicalSorter({title: self._steps.keys() & step.needs for title, step in self._steps.items()})
+        self._graph.prepare()
+        self._ready: list[str] = []
+        self._running: dict[str, Running] = {}
+        self._in_flight: dict[Stage, int] = dict.fromkeys(limits, 0)
+
+    def take(self) -> Iterator[tuple[Running, int | str | None]]:
+        """Yield pieces that may be submitted now; None stands for a step's finish."""
+        self._ready = sorted((*self._ready, *self._graph.get_ready()), key=self._place.__getitem__)
+        for title in self._ready:
+            if title not in self._running:
+                self._running[title] = Running.begin(self._steps[title], self._store)
+            state, stage = self._running[title], self._steps[title].stage
+            while self._in_flight[stage] < self._limits[stage] and (state.waiting or state.pending == 1):
+                self._in_flight[stage] += 1
+                if state.waiting:
+                    yield state, state.waiting.popleft()
+                else:
+                    state.pending = 0
+                    yield state, None
+
+    def is_active(self) -> bool:
+        """Return whether some step is not done."""
+        return self._graph.is_active()
+
+    def piece_done(self, state: Running, last: bool, done: Done) -> None:
+        """Record that a piece has ended."""
+        self._in_flight[state.step.stage] -= 1
+        if last:
+            self._ready.remove(state.step.title)
+            del self._running[state.step.title]
+            self._graph.done(state.step.title)
+        else:
+            state.pending -= 1
+            state.spent += done.spent

@@ -1,0 +1,64 @@
+"""Which pieces of steps are submitted when."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensmerge.pipeline.execute.cluster import cluster
+from sensmerge.pipeline.execute.pieces import Pieces
+from sensmerge.pipeline.execute.worker import Done, Spent
+from sensmerge.pipeline.plan.step import Step
+from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.stages.job import Job
+
+pytestmark = pytest.mark.ray
+
+
+@dataclass(frozen=True)
+class InParts(Job):
+    """Has some parts, which are not run here."""
+
+    stage = "merge"
+    version = 1
+    count: int
+
+    def parts(self) -> list[int]:
+        """See `Job`."""
+        return list(range(self.count))
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        raise AssertionError
+
+
+def step(name: str, count: int, *needs: str) -> Step:
+    job = InParts(count)
+    return Step(name, Key.of(name, job), tuple(f"merge {need}" for need in needs), job)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rounds"),
+    [
+        # The step that needs another comes first in the plan; it is begun last, and then goes before the third.
+        (9, ["a0 a1 c0 c1 c2", "a. c.", "b0", "b.", ""]),
+        (2, ["a0 a1", "a. c0", "b0 c1", "b. c2", "c.", ""]),
+    ],
+)
+def test_in_the_plans_order_and_no_more_than_the_limit(
+    limit: int, rounds: list[str], tmp_path: Path, ray_address: str
+) -> None:
+    steps = [step("b", 1, "a", "cached"), step("a", 2), step("c", 3)]
+    found = []
+    with cluster(ray_address):
+        pieces = Pieces(steps, Store(tmp_path), {"merge": limit})
+        while True:
+            taken = list(pieces.take())
+            found.append(" ".join(f"{state.step.name}{'.' if part is None else part}" for state, part in taken))
+            if not taken:
+                break
+            for state, part in taken:
+                pieces.piece_done(state, part is None, Done({}, Spent()))
+    assert found == rounds
+    assert not pieces.is_active()
