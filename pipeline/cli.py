@@ -194,13 +194,13 @@ def compare(
 ) -> None:
     """Print the scores of two versions of a registered model, and their paired differences, task by task."""
     from sensmerge.pipeline.report.gate import comparison_table, judge
-    from sensmerge.pipeline.tracking.registry import Registry, check_whole, parse_version
+    from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole, parse_version
 
     uri = checked_uri(tracking_uri, store)
     outcomes = []
     for text in (first, second):
         recipe, which = parse_version(text)
-        registry = Registry(uri, recipe)
+        registry = ModelRegistry(uri, recipe)
         version = registry.find(which)
         check_whole(version, store)
         outcomes.append(registry.outcomes(version))
@@ -214,10 +214,10 @@ def promote(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make a version of a registered model champion, regardless of the gate."""
-    from sensmerge.pipeline.tracking.registry import Registry, check_whole, parse_version
+    from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole, parse_version
 
     recipe, which = parse_version(version)
-    registry = Registry(checked_uri(tracking_uri, store), recipe)
+    registry = ModelRegistry(checked_uri(tracking_uri, store), recipe)
     found = registry.find(which)
     check_whole(found, store)
     registry.promote(found)
@@ -231,9 +231,9 @@ def rollback(
     tracking_uri: TrackingOption = None,
 ) -> None:
     """Make the former champion of a registered model champion again."""
-    from sensmerge.pipeline.tracking.registry import Registry, check_whole
+    from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole
 
-    registry = Registry(checked_uri(tracking_uri, store), recipe)
+    registry = ModelRegistry(checked_uri(tracking_uri, store), recipe)
     before, now = registry.former()
     check_whole(now, store)
     registry.restore(now)

@@ -174,7 +174,7 @@ class _Schedule:
     async def _wait(self, *ends: "asyncio.Future[Any]", until: datetime | None = None) -> None:
         """Wait for one of the futures or for a moment, and show meanwhile that this process lives."""
         while not any(end.done() for end in ends):
-            # The clock is looked at anew after every beat: it may be set, or the machine may have slept.
+            # The clock is read again after every beat: someone may set it, or the machine may have slept.
             seconds = BEAT if until is None else min(BEAT, (until - datetime.now(UTC)).total_seconds())
             if seconds <= 0:
                 return

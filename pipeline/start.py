@@ -15,8 +15,9 @@ from sensmerge.pipeline.plan.models import list_models
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.tracking.uri import check_server
+from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.stages.download import DownloadJob, Listing
+from sensmerge.tasks.stages.download import DownloadJob
 
 
 def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Console) -> None:

@@ -21,7 +21,7 @@ from sensmerge.pipeline.store.history import begin, last_run, remember
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
 from sensmerge.pipeline.tracking.uri import is_server
 from sensmerge.tasks.artifacts import canonical, write_json
-from sensmerge.tasks.stages.download import Listing
+from sensmerge.tasks.checkpoints.listing import Listing
 
 REFUSED = 3
 """Exit status of a refresh whose challenger is not shown to be as good as the champion."""
@@ -118,7 +118,7 @@ def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:
 
 def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console) -> Report:
     """Write cards and report, print the tables, and record the run."""
-    from sensmerge.pipeline.tracking import record as tracking
+    from sensmerge.pipeline.tracking.record import Execution, record
 
     plan.store.look()
     report = collect(plan)
@@ -143,9 +143,8 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
         console.print(note, highlight=False, soft_wrap=True)
     for name in plan.recipe.merges:
         console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
-    where = tracking.record(
-        report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load, options.uri, plan.store.root
-    )
+    execution = Execution(report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load)
+    where = record(execution, options.uri, plan.store.root)
     shown = where if is_server(options.uri) else f"mlflow ui --backend-store-uri {options.uri}"
     console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
     return report

@@ -23,7 +23,7 @@ from sensmerge.tasks.stages.job import Job
 
 if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does not wait for
     from sensmerge.pipeline.plan.plan import Plan
-    from sensmerge.pipeline.plan.steps import Step
+    from sensmerge.pipeline.plan.step import Step
 
 # One remote function for all steps: Ray takes calls of one function in their order, those of several in any.
 _RUN_PART, _RUN_FINISH = ray.remote(run_part), ray.remote(run_finish)

@@ -5,9 +5,9 @@ from typing import Any
 from rich.filesize import decimal
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.tasks.artifacts import read_json
-from sensmerge.tasks.stages.download import HubModel, Listing
+from sensmerge.tasks.checkpoints.listing import HubModel, Listing
 
 
 def model_changes(plan: Plan) -> list[str]:

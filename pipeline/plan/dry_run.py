@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from transformers import PretrainedConfig
 
 from sensmerge.pipeline.plan.inputs import Inputs
-from sensmerge.pipeline.plan.placement import Choice
+from sensmerge.pipeline.plan.placement import PlacementChoice
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.recipe.schema import Recipe, Stage
 from sensmerge.tasks.errors import InputError
@@ -28,7 +28,7 @@ class _Asked:
     """tasks that have them generate"""
 
 
-def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Choice]) -> tuple[str, ...]:
+def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, PlacementChoice]) -> tuple[str, ...]:
     """Check on tiny networks that those of a recipe can do what it asks: sensitivities, distances, parts, generation.
 
     It takes a fraction of a second for each kind of network, whatever its size, and none if nothing of this is asked.

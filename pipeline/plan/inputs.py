@@ -10,6 +10,8 @@ from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
 from sensmerge.tasks.checkpoints.layers import group_by_layer
+from sensmerge.tasks.checkpoints.listing import Listing, LocalModel
+from sensmerge.tasks.checkpoints.source import fetch_files, safetensors_header, small_files
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
 from sensmerge.tasks.coefficients import ExplicitCoefficients, matches
 from sensmerge.tasks.dynamic.application import SeApplication
@@ -22,7 +24,6 @@ from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.classes import class_names
 from sensmerge.tasks.networks.expert import Expert, open_expert
 from sensmerge.tasks.networks.networks import load_tokenizer, skeleton
-from sensmerge.tasks.stages.download import Listing, LocalModel, fetch_files, safetensors_header, small_files
 
 
 @dataclass(frozen=True)

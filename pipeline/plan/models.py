@@ -8,8 +8,9 @@ from pathlib import Path
 
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.tasks.artifacts import canonical, sha256_text
+from sensmerge.tasks.checkpoints.listing import Listing, parse_model_id
+from sensmerge.tasks.checkpoints.source import resolve
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.stages.download import Listing, parse_model_id, resolve
 
 
 def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]:

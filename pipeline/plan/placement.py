@@ -19,7 +19,7 @@ MARGIN = 2
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlacementChoice:
     """A placement and the reason for it."""
 
     placement: Placement
@@ -51,7 +51,7 @@ class _Room:
         return f"the {human(self.each)} of {self.whose}"
 
 
-def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callable[[int], str]) -> Choice:
+def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callable[[int], str]) -> PlacementChoice:
     """Return where the networks of a stage run.
 
     Args:
@@ -73,19 +73,19 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
     if isinstance(asked, ActorPlacement):
         return _actors(recipe, stage, memory, room, human)
     if asked == "whole":
-        return Choice("whole", f"as the recipe says: {human(memory.whole())} of memory")
+        return PlacementChoice("whole", f"as the recipe says: {human(memory.whole())} of memory")
     if asked == "streamed":
         _blocks(base)
-        return Choice("streamed", f"as the recipe says: {human(memory.streamed())} of memory")
+        return PlacementChoice("streamed", f"as the recipe says: {human(memory.streamed())} of memory")
     if room is None:
-        return Choice("whole", "auto: this machine has no GPU, so the memory of the workers' GPUs is unknown")
+        return PlacementChoice("whole", "auto: this machine has no GPU, so the memory of the workers' GPUs is unknown")
     return _auto(memory, stage, room, human)
 
 
-def _auto(memory: Memory, stage: Stage, room: _Room, human: Callable[[int], str]) -> Choice:
+def _auto(memory: Memory, stage: Stage, room: _Room, human: Callable[[int], str]) -> PlacementChoice:
     whole = f"auto: a whole network with the activations of {memory.tokens} tokens takes {human(memory.whole())}"
     if memory.whole() * MARGIN <= room.each:
-        return Choice("whole", f"{whole}, at most half of {room.said(human)}")
+        return PlacementChoice("whole", f"{whole}, at most half of {room.said(human)}")
     _blocks(memory.base)
     needed = memory.streamed()
     if needed > room.each:
@@ -95,10 +95,12 @@ def _auto(memory: Memory, stage: Stage, room: _Room, human: Callable[[int], str]
             f"placement: {whole}, block by block {human(needed)}, more than {room.said(human)}; {fewer}"
             "set placement: {actors: N} on several machines, or dtype: bfloat16, or shorter samples"
         )
-    return Choice("streamed", f"{whole}, more than half of {room.said(human)}; block by block {human(needed)}")
+    return PlacementChoice("streamed", f"{whole}, more than half of {room.said(human)}; block by block {human(needed)}")
 
 
-def _actors(recipe: Recipe, stage: Stage, memory: Memory, room: _Room | None, human: Callable[[int], str]) -> Choice:
+def _actors(
+    recipe: Recipe, stage: Stage, memory: Memory, room: _Room | None, human: Callable[[int], str]
+) -> PlacementChoice:
     assert isinstance(recipe.placement, ActorPlacement)
     count, blocks, resources = recipe.placement.actors, len(_blocks(memory.base)), recipe.resources_of(stage)
     if count > blocks:
@@ -108,7 +110,7 @@ def _actors(recipe: Recipe, stage: Stage, memory: Memory, room: _Room | None, hu
         )
     placement = Actors(count, resources.num_cpus, resources.num_gpus)
     if room is None:
-        return Choice(placement, "as the recipe says")
+        return PlacementChoice(placement, "as the recipe says")
     fitting = [one for one in range(count, blocks + 1) if memory.actor(one) <= room.each]
     if count not in fitting:
         way = f"set it to {fitting[0]}" if fitting else f"{blocks} are not enough either; set placement: streamed"
@@ -116,7 +118,7 @@ def _actors(recipe: Recipe, stage: Stage, memory: Memory, room: _Room | None, hu
             f"placement.actors is {count}; the largest takes {human(memory.actor(count))}, more than "
             f"{room.said(human)}; {way}, or fewer at once by resources.{stage}.num_cpus"
         )
-    return Choice(placement, f"as the recipe says: {human(memory.actor(count))} of memory for the largest")
+    return PlacementChoice(placement, f"as the recipe says: {human(memory.actor(count))} of memory for the largest")
 
 
 def _check_heads(memory: Memory, experts: int, room: _Room, human: Callable[[int], str]) -> None:

@@ -10,14 +10,15 @@ from rich.table import Table
 
 from sensmerge.pipeline.plan.dry_run import try_networks
 from sensmerge.pipeline.plan.inputs import Inputs, gather_inputs
-from sensmerge.pipeline.plan.placement import Choice, choose
+from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.plan.statistics import wanted_statistics
-from sensmerge.pipeline.plan.steps import Resolved, Step, lay_out
+from sensmerge.pipeline.plan.step import Resolved, Step
+from sensmerge.pipeline.plan.steps import lay_out
 from sensmerge.pipeline.recipe.schema import Recipe, Stage
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages import cross_task
-from sensmerge.tasks.stages.download import Listing
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     return plan
 
 
-def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, Choice]:
+def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, PlacementChoice]:
     if not wanted_statistics(recipe):
         return {}
     longest = max(one.longest_calibration for one in inputs.data.values())

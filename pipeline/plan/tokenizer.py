@@ -16,11 +16,11 @@ from sensmerge.tasks.checkpoints.companions import (
     local_files,
     names_code,
 )
+from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import network_class
 from sensmerge.tasks.networks.tokenizers import BASE, Choice, Owner, choose, write_choice
-from sensmerge.tasks.stages.download import Listing
 
 
 @dataclass(frozen=True)

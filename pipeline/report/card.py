@@ -8,8 +8,8 @@ from huggingface_hub import ModelCardData
 
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.report.report import Report, RouteInfo
+from sensmerge.tasks.checkpoints.listing import HubModel
 from sensmerge.tasks.kinds.scores import Score
-from sensmerge.tasks.stages.download import HubModel
 
 SCORES = {
     "nearest": "how near the merged model's representation of it is to each expert's",

@@ -22,7 +22,7 @@ class Outcomes(BaseModel):
     kind: str = Field(description="kind of the task")
     metric: str = Field(description="main metric of the task")
     samples: str = Field(description="digest of the samples and of how they are scored")
-    records: list[dict[str, Any]] = Field(description="one per sample, see tasks.metrics")
+    records: list[dict[str, Any]] = Field(description="one per sample, as its kind makes them")
 
 
 @dataclass(frozen=True)

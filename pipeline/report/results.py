@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.pipeline.report.gate import Outcomes
 from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, VariantInfo

@@ -101,7 +101,7 @@ def delete(store: Store, garbage: Garbage) -> set[str]:
 
 
 def _unused_rows(store: Store, keep: set[str]) -> list[Path]:
-    """Return the files of rows whose digest is in no kept fingerprint; an unfinished run writes its rows anew."""
+    """Return the files of rows whose digest is in no kept fingerprint; an unfinished run writes its rows again."""
     prints = [store.root / name / FINGERPRINT for name in keep]
     used = [path.read_text() for path in prints if path.is_file()]
     return [file for file in sorted(store.rows.glob("*.json")) if not any(file.stem in one for one in used)]

@@ -217,7 +217,7 @@ class Store:
 
     @contextmanager
     def copy(self, folder: Path) -> Iterator[Path]:
-        """Give an artifact as it is where all see it: the folder itself, or what is at the URL downloaded anew."""
+        """Give an artifact as it is where all see it: the folder itself, or a fresh download from the URL."""
         if self.remote is None:
             yield folder
             return

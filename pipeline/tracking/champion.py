@@ -4,12 +4,12 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.recipe.schema import Gate
 from sensmerge.pipeline.report.gate import best_variant, candidates, is_held_out, judge, passes
 from sensmerge.pipeline.report.report import Report
-from sensmerge.pipeline.tracking.registry import Registry
+from sensmerge.pipeline.tracking.registry import ModelRegistry
 
 
 def loss_of_champion(plan: Plan, uri: str) -> str | None:
     """Say what is gone of the champion's model; None if it is whole, or there is no champion."""
-    champion = Registry(uri, plan.recipe.name).champion()
+    champion = ModelRegistry(uri, plan.recipe.name).champion()
     gone = None if champion is None else plan.store.lacking(champion.folder)
     return None if gone is None else f"{champion} is champion, but can no longer be loaded: {gone}"
 
@@ -32,7 +32,7 @@ def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[st
     if not candidates(report, gate):
         names = ", ".join(report.routes)
         return loss is None, [*said, f"there is no static variant; name {names} in gate.variants to get a new champion"]
-    registry, best = Registry(uri, plan.recipe.name), best_variant(report, gate)
+    registry, best = ModelRegistry(uri, plan.recipe.name), best_variant(report, gate)
     said += _better_ones(report, gate, best)
     version, champion = registry.of_variant(report, best), registry.champion()
     if champion is None:

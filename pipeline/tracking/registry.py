@@ -1,6 +1,6 @@
 """The registered model of a recipe: which version is champion, which challenger, and why.
 
-`pipeline.tracking.record` registers the versions.
+`pipeline.tracking.models` registers the versions.
 """
 
 import json
@@ -18,15 +18,8 @@ from urllib.request import url2pathname
 from sensmerge.pipeline.report.gate import Outcomes, Verdict, passes
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.store.store import Store
-from sensmerge.pipeline.tracking.record import (
-    EVALUATED_BY,
-    FREED,
-    OUTCOMES,
-    connected,
-    if_there,
-    mark_weights,
-    same_version,
-)
+from sensmerge.pipeline.tracking.client import connected, if_there
+from sensmerge.pipeline.tracking.models import EVALUATED_BY, FREED, OUTCOMES, mark_weights, same_version
 from sensmerge.tasks.errors import InputError
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -60,14 +53,14 @@ class Version:
 
 
 @dataclass(frozen=True)
-class Registry:
+class ModelRegistry:
     """The versions of one recipe at a tracking URI."""
 
     uri: str
     recipe: str
 
     def of_variant(self, report: Report, variant: str) -> Version:
-        """Return the version of a variant of a report; `tracking.record` has registered it."""
+        """Return the version of a variant of a report; `tracking.models` has registered it."""
         kind = "dynamic" if variant in report.routes else "static"
         tags = {"variant": variant, "kind": kind, "digest": report.variants[variant].digest}
         with connected(self.uri) as client:

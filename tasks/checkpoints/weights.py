@@ -62,7 +62,7 @@ class BaseWeights:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraFactors:
     """One tensor's task vector in factors: scaling · (second @ first), transposed where the module stores it so."""
 
     first: str
@@ -90,7 +90,7 @@ class View:
 class Piece:
     """What an expert stores for a part of a tensor: of mixtures, the base may hold experts stacked, or one by one."""
 
-    source: str | LowRank
+    source: str | LoraFactors
     """name of a tensor of the expert's own checkpoint, or factors in it"""
     taken: View | None = None
     """the part of the expert's tensor that is meant; None is all of it"""
@@ -107,7 +107,7 @@ class ExpertWeights:
     """the expert's own: a whole checkpoint, or a LoRA adapter"""
     own: Mapping[str, str]
     """base's name → name in `source` of each tensor stored whole"""
-    low_rank: Mapping[str, LowRank]
+    low_rank: Mapping[str, LoraFactors]
     """base's name → factors of each adapted tensor; of one that is stored whole too, they come on top"""
     head: Mapping[str, str]
     """parameter name → name in `source` of each tensor of a head that stays the expert's own"""
@@ -165,7 +165,7 @@ class ExpertWeights:
         if name in self.pieces:
             delta = torch.zeros(self.base.info(name).shape)
             for piece in self.pieces[name]:
-                assert isinstance(piece.source, LowRank), "the pieces of one tensor are of one kind"
+                assert isinstance(piece.source, LoraFactors), "the pieces of one tensor are of one kind"
                 part = delta if piece.inside is None else piece.inside.of(delta)
                 part.copy_(self._product(piece.source))
             return delta
@@ -185,11 +185,11 @@ class ExpertWeights:
             return None
         return self._factors(self.low_rank[name])
 
-    def _factors(self, entry: LowRank) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def _factors(self, entry: LoraFactors) -> tuple[torch.Tensor, torch.Tensor, float]:
         first, second = self.source.read(entry.first).float(), self.source.read(entry.second).float()
         return (second.T, first.T, entry.scaling) if entry.transpose else (first, second, entry.scaling)
 
-    def _product(self, entry: LowRank) -> torch.Tensor:
+    def _product(self, entry: LoraFactors) -> torch.Tensor:
         first, second, scaling = self._factors(entry)
         return (second @ first) * scaling
 

@@ -145,7 +145,7 @@ class DynamicNetwork:
                     states = states[0]
                 found[layer] = states.flatten(2)  # of several streams, one behind the other
                 if layer == max(layers):
-                    raise _Stop
+                    raise _LastBlockRan
 
             return hook
 
@@ -154,7 +154,7 @@ class DynamicNetwork:
         with self.mixed(coefficients), ExitStack() as stack:
             for layer in set(layers):
                 stack.enter_context(self._blocks[layer - 1].register_forward_hook(keep(layer)))
-            with suppress(_Stop):
+            with suppress(_LastBlockRan):
                 trunk(**inputs, **options)
         return {layer: found[layer] for layer in layers}
 
@@ -215,5 +215,5 @@ def _measure(mix: Mix) -> Any:
     return hook
 
 
-class _Stop(Exception):
+class _LastBlockRan(Exception):
     """The last block asked for has run."""

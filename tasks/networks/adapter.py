@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
-from sensmerge.tasks.checkpoints.weights import BaseWeights, LowRank, Piece, View
+from sensmerge.tasks.checkpoints.weights import BaseWeights, LoraFactors, Piece, View
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.names import Names, plain
 from sensmerge.tasks.networks.regions import regions
@@ -53,7 +53,7 @@ _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 class Adapter:
     """A LoRA adapter, matched with its base."""
 
-    low_rank: Mapping[str, LowRank]
+    low_rank: Mapping[str, LoraFactors]
     """base's name of each adapted tensor → its task vector"""
     pieces: Mapping[str, tuple[Piece, ...]]
     """base's name → task vectors of its parts, where the base holds stacked what was adapted one by one"""
@@ -157,7 +157,7 @@ class _Match:
         if not self.config["ensure_weight_tying"] and changed & tied:
             return Adapter({}, {}, {}, unties=True)
         saved = {parameter: name for parameter, name in saved.items() if names.key(parameter) not in names.tied}
-        low_rank: dict[str, LowRank] = {}
+        low_rank: dict[str, LoraFactors] = {}
         pieces: dict[str, tuple[Piece, ...]] = {}
         views = cache(partial(regions, self.network, names))
         for module, pair in pairs.items():
@@ -255,7 +255,7 @@ class _Match:
 
     def _low_rank(
         self, name: str, module: nn.Module | None, shape: tuple[int, ...], pair: Mapping[str, str]
-    ) -> LowRank:
+    ) -> LoraFactors:
         """Return the task vector of an adapted module's weight.
 
         Args:
@@ -292,7 +292,7 @@ class _Match:
             )
         # peft: LoraLayer.update_layer
         scaling = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
-        return LowRank(first, second, scaling, transpose)
+        return LoraFactors(first, second, scaling, transpose)
 
 
 def _peft_name(name: str, path: Path) -> str:

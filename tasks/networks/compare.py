@@ -44,7 +44,7 @@ _UNSCALED_ROPE = {"default", "linear", "llama3", "proportional"}
 
 
 @dataclass(frozen=True)
-class Difference:
+class SettingDifference:
     """A setting of the computation that two configs do not share."""
 
     setting: str
@@ -77,7 +77,7 @@ def check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) ->
         raise InputError(f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; expected {wanted}")
 
 
-def differences(expert: PretrainedConfig, base: PretrainedConfig, own_head: bool) -> list[Difference]:
+def differences(expert: PretrainedConfig, base: PretrainedConfig, own_head: bool) -> list[SettingDifference]:
     """Return the settings of the computation in which an expert's config differs from its base's.
 
     Both are configs as transformers parsed them, so old and new spellings and unstated defaults are equal. Where one
@@ -96,7 +96,7 @@ def differences(expert: PretrainedConfig, base: PretrainedConfig, own_head: bool
     return _compare(expert, base, own_head)[0]
 
 
-def listed(unlike: Sequence[Difference]) -> str:
+def listed(unlike: Sequence[SettingDifference]) -> str:
     """Return differences in a line, the first ten of them in full."""
     shown = [str(one) for one in unlike[:10]]
     return ", ".join(shown) + (f" and {len(unlike) - 10} more" if unlike[10:] else "")
@@ -109,7 +109,7 @@ def with_settings_of(base: PretrainedConfig, expert: PretrainedConfig, own_head:
 
 def _compare(
     expert: PretrainedConfig, base: PretrainedConfig, own_head: bool
-) -> tuple[list[Difference], dict[str, Any]]:
+) -> tuple[list[SettingDifference], dict[str, Any]]:
     """Return the differences, and the expert's config as JSON has it with the base's values of them."""
     ours, theirs = (json.loads(config.to_json_string(use_diff=False)) for config in (base, expert))
     found, adopted = [], dict(theirs)
@@ -120,7 +120,7 @@ def _compare(
         inner = [getattr(config, key, None) for config in (expert, base)] if key in type(base).sub_configs else []
         if inner and all(isinstance(one, PretrainedConfig) for one in inner) and type(inner[0]) is type(inner[1]):
             inside, adopted[key] = _compare(inner[0], inner[1], own_head)
-            found += [Difference(f"{key}.{one.setting}", one.expert, one.base) for one in inside]
+            found += [SettingDifference(f"{key}.{one.setting}", one.expert, one.base) for one in inside]
         elif _is_read(key, type(expert), theirs) or _is_read(key, type(base), ours):
             unequal = _unequal(key, theirs.get(key), ours.get(key))
             if unequal:
@@ -158,7 +158,7 @@ def _code(module: str) -> str:
         return ""
 
 
-def _unequal(path: str, expert: Any, base: Any) -> list[Difference]:
+def _unequal(path: str, expert: Any, base: Any) -> list[SettingDifference]:
     """Return where two values differ, down to the entries of mappings and of lists of one length."""
     if isinstance(expert, dict) and isinstance(base, dict):
         keys = sorted((expert.keys() | base.keys()) - {"type"})  # an old spelling beside `rope_type`
@@ -166,7 +166,7 @@ def _unequal(path: str, expert: Any, base: Any) -> list[Difference]:
     if isinstance(expert, list) and isinstance(base, list) and len(expert) == len(base):
         pairs = enumerate(zip(expert, base, strict=True))
         return [one for place, pair in pairs for one in _unequal(f"{path}.{place}", *pair)]
-    return [] if expert == base else [Difference(path, expert, base)]
+    return [] if expert == base else [SettingDifference(path, expert, base)]
 
 
 def _short(value: Any) -> str:

@@ -135,7 +135,7 @@ def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, fol
     cls = network_class(config, head, folder)
     with init_empty_weights():
         network: PreTrainedModel = cls._from_config(copy.deepcopy(config_of(cls, config)), dtype=dtype)
-    network.tie_weights()  # each was registered on the meta device anew
+    network.tie_weights()  # each was registered on the meta device again
     return for_one_pass(network)
 
 
@@ -156,7 +156,7 @@ def trunk_of(network: PreTrainedModel) -> nn.Module:
     trunk: nn.Module = network.base_model
     if trunk is not network:
         return trunk
-    # Some name their trunk otherwise than `base_model_prefix` says.
+    # Some give their trunk another name than `base_model_prefix` says.
     return max(network.children(), key=lambda child: sum(one.numel() for one in child.parameters()))
 
 

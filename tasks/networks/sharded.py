@@ -179,7 +179,7 @@ class _Lane:
         self._actor = actor.remote(self._owned, threads)
 
     def restart(self) -> None:
-        """Start anew with nothing to do and nothing added up."""
+        """Start over with nothing to do and nothing added up."""
         ray.kill(self._actor)
         self.queue.clear()
         self.sent.clear()

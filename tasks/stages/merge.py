@@ -101,7 +101,7 @@ class MergeJob(VariantJob):
             an earlier merge had; `by_tensor`: the files that `digest` is of.
 
         Raises:
-            OSError: a tensor on disk is not what a group wrote; its group is merged anew when the step runs again.
+            OSError: a tensor on disk is not what a group wrote; its group is merged again when the step runs again.
         """
         plan = plan_merged(self.base, self.out_dtype, self.shard_size)
         tensors = _verified(plan, [out / _marker(part) for part in self.parts()], out)
@@ -208,7 +208,7 @@ class _Previous:
             return None
         try:
             return cls(open_checkpoint(job.previous), read_json(job.previous / TENSORS))
-        except InputError:  # its weights are gone or cut since it was made: all is merged anew
+        except InputError:  # its weights are gone or cut since it was made: all is merged again
             return None
 
     def take(self, name: str, inputs: str | None, writer: CheckpointWriter) -> dict[str, str] | None:

@@ -13,8 +13,8 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.generation import generate
 from sensmerge.tasks.networks.tokens import Inputs, pad_token
-from sensmerge.tasks.stages.evaluate import generate
 from tests.census.cases import ROWS, Case
 
 TOLERANCE = 1e-5
@@ -50,6 +50,7 @@ def _tried(case: Case, kind: str) -> str:
 def _routed(plan: Plan, folder: Path) -> Path:
     """Run the steps up to the dynamic model and return its folder."""
     store = Store(folder / "store")
+    plan.write_rows()
     for step in plan.steps:
         out = store.partial(step.key)
         out.mkdir(parents=True)

@@ -36,7 +36,7 @@ def publish(store: Store, number: int, uri: str) -> str:
     report.models["ta"], report.uris["ta"] = str(store.folder(one)), store.uri(store.folder(one))
     report.variants["ta"].digest = f"{number}" * 64
     del report.variants["ta-sens.3"], report.models["ta-sens.3"]
-    tracking.record(report, OUTCOMES, "", "", make_datasets(), (), uri, store.root)
+    tracking.record(tracking.Execution(report, OUTCOMES, "", "", make_datasets()), uri, store.root)
     remember(store, "lost", "refresh", [one], uri)
     return str(number)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sensmerge.pipeline import predict
-from sensmerge.pipeline.tracking.registry import Registry
+from sensmerge.pipeline.tracking.registry import ModelRegistry
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, tiny_recipe, write_recipe, write_rows
@@ -260,7 +260,7 @@ def test_a_dynamic_model_becomes_champion_only_where_the_recipe_names_it(
     writer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = writer.parents[1]
-    registry = Registry(f"sqlite:///{store}/mlflow.db", "tiny")
+    registry = ModelRegistry(f"sqlite:///{store}/mlflow.db", "tiny")
     refresh = ("refresh", store.parent / "recipe.yaml", "--store", store, "--address", "no such cluster")
     for _ in range(2):
         assert command_line(*refresh) == 0

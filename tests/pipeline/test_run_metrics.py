@@ -13,10 +13,11 @@ DRIVER = """
 import sys
 from pathlib import Path
 import ray
-from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.execute.run import StepMetrics
 from sensmerge.pipeline.store.store import Key
-from sensmerge.tasks.stages.download import DownloadJob, Listing, LocalModel
+from sensmerge.tasks.checkpoints.listing import Listing, LocalModel
+from sensmerge.tasks.stages.download import DownloadJob
 from sensmerge.pipeline.execute.worker import Done, Spent
 
 ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)

@@ -108,7 +108,7 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def record(server: Server, recipe: str, folder: Path) -> str:
     """Record an execution and return the id of its parent run."""
     report = make_report(folder, recipe)
-    page = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), (), server.uri, folder)
+    page = tracking.record(tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets()), server.uri, folder)
     return page.rsplit("/", 1)[-1]
 
 

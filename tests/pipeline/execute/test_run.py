@@ -26,7 +26,7 @@ from sensmerge.pipeline.execute.run import execute, step_line
 from sensmerge.pipeline.execute.worker import Done, Spent
 from sensmerge.pipeline.plan import steps as steps_module
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.store.store import Key
 from sensmerge.tasks.checkpoints import weights as weights_module
 from sensmerge.tasks.errors import StepError

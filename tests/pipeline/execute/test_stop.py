@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sensmerge.pipeline.execute.run import execute
 from sensmerge.pipeline.execute.stop import SIGNALS, Stopped, stoppable
-from sensmerge.pipeline.plan.steps import Step
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.store.store import Key
 from tests.conftest import plan_of
 from tests.pipeline.execute.jobs import Tell

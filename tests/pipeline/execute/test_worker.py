@@ -38,7 +38,9 @@ import sys
 from pathlib import Path
 from sensmerge.pipeline.execute.worker import Spent, run_finish
 from sensmerge.pipeline.store.store import Key, Store
-from sensmerge.tasks.stages.download import DownloadJob, LocalModel, resolve
+from sensmerge.tasks.checkpoints.listing import LocalModel
+from sensmerge.tasks.checkpoints.source import resolve
+from sensmerge.tasks.stages.download import DownloadJob
 
 here = Path({str(tmp_path)!r})
 job = DownloadJob(resolve(LocalModel(Path({str(llamas["base"])!r})), here), here)

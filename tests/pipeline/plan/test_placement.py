@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sensmerge.pipeline.plan import placement
 from sensmerge.pipeline.plan.memory import Memory
-from sensmerge.pipeline.plan.placement import Choice, choose
+from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.recipe.schema import Stage
 from sensmerge.tasks.artifacts import read_json
@@ -100,7 +100,7 @@ def test_what_a_network_of_70_billion_parameters_takes(large: Base) -> None:
 def test_a_large_network_must_fit(
     large: Base, llama_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chosen(memory: int, cpus: int, *settings: str, stage: Stage = "statistics") -> Choice:
+    def chosen(memory: int, cpus: int, *settings: str, stage: Stage = "statistics") -> PlacementChoice:
         monkeypatch.setattr("os.cpu_count", lambda: cpus)
         monkeypatch.setattr(placement, "machine_memory", lambda: memory)
         recipe = load_recipe(write_recipe(tmp_path, llama_recipe), settings)

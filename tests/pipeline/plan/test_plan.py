@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from sensmerge.pipeline.plan.plan import Plan, plan_summary, plan_table
-from sensmerge.pipeline.plan.steps import Step, lay_out
+from sensmerge.pipeline.plan.step import Step
+from sensmerge.pipeline.plan.steps import lay_out
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store

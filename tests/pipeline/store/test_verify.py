@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.store.verify import find_damage
-from sensmerge.pipeline.tracking.registry import Registry
+from sensmerge.pipeline.tracking.registry import ModelRegistry
 from sensmerge.tasks.artifacts import sha256_file, write_json
 from tests.conftest import command_line, write_recipe
 
@@ -95,7 +95,7 @@ def test_a_store_is_verified_healed_and_tidied(
         return capsys.readouterr().out
 
     assert f"merge/{first.name}: " in free()
-    registry = Registry(f"sqlite:///{store}/mlflow.db", "tiny")
+    registry = ModelRegistry(f"sqlite:///{store}/mlflow.db", "tiny")
     registry.promote(registry.find("1"))
     assert "kept: champion of tiny" in free("--delete")
     registry.promote(registry.find("3"))

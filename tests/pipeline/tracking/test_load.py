@@ -115,7 +115,9 @@ def recorded(folders: dict[str, Path], dynamic_writer: Any, tmp_path_factory: py
     uri = default_uri(Store(store))
     uris = {name: folder.resolve().as_uri() for name, folder in folders.items()}
     with captured() as text:
-        tracking.record(make_report("kinds", folders, dynamic_writer[1], uris), {}, "", "", [], (), uri, store)
+        tracking.record(
+            tracking.Execution(make_report("kinds", folders, dynamic_writer[1], uris), {}, "", "", []), uri, store
+        )
     assert text.getvalue() == ""
     return Recorded(MlflowClient(uri, uri), folders, "kinds")
 
@@ -208,7 +210,7 @@ def test_models_at_a_url(
     names = write_beside(Merged.of(report, variant))
     bucket.put([str(folder / name) for name in names], [f"{uris[variant]}/{name}" for name in names])
     with captured():
-        tracking.record(report, {}, "", "", [], (), connected.client.tracking_uri, tmp_path)
+        tracking.record(tracking.Execution(report, {}, "", "", []), connected.client.tracking_uri, tmp_path)
     at_url = Recorded(connected.client, connected.folders, report.recipe)
     assert at_url.version(variant).source == uris[variant]
     check = assert_loads_the_static_merge if variant == "static" else assert_loads_the_dynamic_model_or_nothing
@@ -235,7 +237,7 @@ def test_a_model_whose_folder_is_gone(connected: Recorded, dynamic_writer: Any, 
     uris = {name: (tmp_path / "gone").as_uri() for name in connected.folders}
     with captured():
         report = make_report("gone", connected.folders, dynamic_writer[1], uris)
-        tracking.record(report, {}, "", "", [], (), connected.client.tracking_uri, tmp_path)
+        tracking.record(tracking.Execution(report, {}, "", "", []), connected.client.tracking_uri, tmp_path)
     gone = Recorded(connected.client, connected.folders, "gone")
     for variant in ("static", "dynamic"):
         with pytest.raises(InputError, match="gone: the merged model is not there"):

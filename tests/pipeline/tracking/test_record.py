@@ -129,7 +129,7 @@ def captured():
 
 
 def record(report, store, uri, load=()):
-    run = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), load, uri, store)
+    run = tracking.record(tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets(), load), uri, store)
     return run.rsplit("/", 1)[-1]
 
 
@@ -725,8 +725,10 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
     check_server(server)
     report = make_report(tmp_path)
     with captured() as text:
-        page = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), (), server, tmp_path)
-        again = tracking.record(report, OUTCOMES, RECIPE, PLAN, make_datasets(), (), f"{server}/", tmp_path)
+        page = tracking.record(tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets()), server, tmp_path)
+        again = tracking.record(
+            tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets()), f"{server}/", tmp_path
+        )
     assert text.getvalue() == ""
     assert again.startswith(f"{server}/#/experiments/")
     client = MlflowClient(server, server)
@@ -749,7 +751,9 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
 
 def test_a_real_server_serves_dynamic_models(server, dynamic_report, classifier, tmp_path, monkeypatch):
     with captured() as text:
-        page = tracking.record(dynamic_report, OUTCOMES, RECIPE, PLAN, make_datasets(), (), server, tmp_path)
+        page = tracking.record(
+            tracking.Execution(dynamic_report, OUTCOMES, RECIPE, PLAN, make_datasets()), server, tmp_path
+        )
     assert text.getvalue() == ""
     client = MlflowClient(server, server)
     runs = children(client, page.rsplit("/", 1)[-1])

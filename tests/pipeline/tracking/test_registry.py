@@ -12,7 +12,7 @@ import torch
 from mlflow import MlflowClient
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sensmerge.pipeline.tracking.registry import Registry, parse_version
+from sensmerge.pipeline.tracking.registry import ModelRegistry, parse_version
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.stages.evaluate import evaluate_network
@@ -67,7 +67,7 @@ def test_only_what_is_not_worse_becomes_champion(
     store = tmp_path / "store"
     options = ("--store", store, "--address", ray_address)
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
-    registry = Registry(f"sqlite:///{store / 'mlflow.db'}", "pair")
+    registry = ModelRegistry(f"sqlite:///{store / 'mlflow.db'}", "pair")
 
     def aliases() -> dict[str, str]:
         return {alias: str(number) for alias, number in client.get_registered_model("pair").aliases.items()}

@@ -15,18 +15,10 @@ from huggingface_hub import constants
 from safetensors.torch import save, save_file
 
 from sensmerge.tasks.checkpoints.header import TensorInfo
+from sensmerge.tasks.checkpoints.listing import HubModel, ListedFile, Listing, LocalModel, parse_model_id
+from sensmerge.tasks.checkpoints.source import resolve, safetensors_header, small_files
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.stages.download import (
-    DownloadJob,
-    HubModel,
-    ListedFile,
-    Listing,
-    LocalModel,
-    parse_model_id,
-    resolve,
-    safetensors_header,
-    small_files,
-)
+from sensmerge.tasks.stages.download import DownloadJob
 from tests.hub_server import HubServer
 
 REPO = "org/name"

@@ -1,0 +1,56 @@
+"""How many bytes steps write, estimated from headers."""
+
+import torch
+
+from sensmerge.pipeline.plan.inputs import Inputs
+from sensmerge.pipeline.plan.models import weight_bytes
+from sensmerge.pipeline.plan.step import Resolved
+from sensmerge.pipeline.recipe.schema import Stage, Variant
+from sensmerge.tasks.checkpoints.layers import block_names
+from sensmerge.tasks.checkpoints.weights import BaseWeights
+from sensmerge.tasks.stages.merge import plan_merged
+from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
+
+HISTOGRAM = 32_000
+"""Bytes of a tensor's magnitude histogram, about."""
+
+
+def task_vector(base: BaseWeights) -> int:
+    """Return the size of what is measured of a task vector."""
+    return len(base.weights) * HISTOGRAM
+
+
+def kept_states(resolved: Resolved, stage: Stage, tokens: int) -> int:
+    """Return the size of the hidden states that a streamed network keeps on disk while it runs: both ways at most."""
+    if resolved.placements[stage].placement != "streamed":
+        return 0
+    blocks = len(block_names(resolved.inputs.base.weights)) if stage == "statistics" else 1
+    return 2 * (blocks + 1) * _states(resolved, tokens)
+
+
+def kept_trunks(resolved: Resolved) -> int:
+    """Return the size of what stage cross_task keeps while it runs: what every trunk gives for every token."""
+    tokens = sum(one.calibration_tokens for one in resolved.inputs.data.values())
+    return len(resolved.recipe.experts) * _states(resolved, tokens) + kept_states(resolved, "cross_task", tokens)
+
+
+def _states(resolved: Resolved, tokens: int) -> int:
+    width: int = resolved.inputs.base.config.get_text_config().hidden_size
+    itemsize: int = getattr(torch, resolved.recipe.dtype).itemsize
+    return tokens * width * itemsize
+
+
+def merged_model(inputs: Inputs, variant: Variant) -> int:
+    """Return the size of a static merge."""
+    return sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
+
+
+def dynamic_model(inputs: Inputs, job: MergeVectorsJob) -> int:
+    """Return the size of base and task vectors at most: all whole but for the factors of adapters."""
+    size = weight_bytes(inputs.listings["base"])
+    for name, expert in inputs.experts.items():
+        if expert.is_adapter and job.method.keeps_whole(name):
+            size += weight_bytes(inputs.listings[name])
+        else:
+            size += sum(inputs.base.info(tensor).nbytes for tensor in inputs.base.weights if expert.touches(tensor))
+    return size

@@ -1,0 +1,65 @@
+"""One unit of work of a stage, and what all steps are laid out from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from sensmerge.pipeline.plan.inputs import Inputs
+from sensmerge.pipeline.plan.placement import PlacementChoice
+from sensmerge.pipeline.recipe.schema import Recipe, Stage
+from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.artifacts import Artifact
+from sensmerge.tasks.rows.stored import StoredRows
+from sensmerge.tasks.stages.job import Job
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe with its models and data, from which steps are laid out."""
+
+    recipe: Recipe
+    store: Store
+    inputs: Inputs
+    placements: Mapping[Stage, PlacementChoice]
+    """of the stages whose networks may run in several ways"""
+
+    def rows(self, task: str, split: Literal["calibration", "evaluation"]) -> StoredRows:
+        """Return the rows of a task as its steps read them."""
+        return StoredRows.of(getattr(self.inputs.data[task], split), self.store.rows)
+
+    def write_rows(self) -> None:
+        """Write the rows of all tasks to the files that steps read."""
+        for one in self.inputs.data.values():
+            for rows in (one.calibration, one.evaluation):
+                StoredRows.of(rows, self.store.rows).write(rows)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work of a stage."""
+
+    name: str
+    key: Key
+    needs: tuple[str, ...]
+    """titles of the steps that must be done before"""
+    job: Job
+    reads: int = 0
+    """bytes read"""
+    writes: int = 0
+    """bytes written"""
+    actors: int = 0
+    """workers that it starts for itself, each with the resources of the stage; then it takes none of its own"""
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that it is a step of."""
+        return cast(Stage, self.key.stage)
+
+    @property
+    def title(self) -> str:
+        """The step as logs and errors name it."""
+        return f"{self.stage} {self.name}"
+
+    def artifact(self, store: Store) -> Artifact:
+        """Return what it makes."""
+        return Artifact(self.key.fingerprint, store.folder(self.key))

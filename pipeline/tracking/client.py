@@ -1,0 +1,86 @@
+"""A client of MLflow: quiet, patient with what other runs write at the same time, and clear where it fails."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
+from mlflow.exceptions import MlflowException
+
+from sensmerge.tasks.errors import StepError
+
+
+@contextmanager
+def connected(uri: str) -> Iterator[MlflowClient]:
+    """A client of the tracking URI, which prints nothing; a failure of MLflow is a StepError."""
+    with _quiet(), _explained(uri):
+        yield MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Say of a server that failed after the work that nothing is lost."""
+    try:
+        yield
+    except MlflowException as error:
+        raise StepError(
+            f"MLflow at {uri} failed: {error}; the results are in the store; run again to record them"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep MLflow's progress off the terminal: what it logs below a warning, the links it prints, its bars."""
+    logger = logging.getLogger("mlflow")
+    settings = {MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.name: "true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.name: "false"}
+    level, before = logger.level, {name: os.environ.get(name) for name in settings}
+    logger.setLevel(logging.WARNING)
+    os.environ |= settings
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def if_there(ask: Callable[[], Any]) -> Any:
+    """What MLflow answers; None where the model, version or alias asked for does not exist."""
+    try:
+        return ask()
+    except MlflowException as error:
+        # An alias that is not there is an invalid parameter; a model or version that is not there does not exist.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def unless_there(create: Callable[[], object]) -> None:
+    """Create something, unless another run has done so meanwhile."""
+    try:
+        create()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def once_more(write: Callable[[], object]) -> None:
+    """Write something, once more where MLflow 3.17 fails and need not; doing so twice is harmless.
+
+    That is where another run wrote the same row just then, and where the server stopped in the middle of its answer:
+    MLflow asks again by itself only where there was none.
+    """
+    try:
+        write()
+    except MlflowException as error:
+        # What MLflow passes on is the database's own message: PostgreSQL's, SQLite's or MySQL's; or urllib3's.
+        if not re.search("UniqueViolation|UNIQUE constraint|Duplicate entry|Connection broken", str(error)):
+            raise
+        write()

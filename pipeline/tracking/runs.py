@@ -1,0 +1,85 @@
+"""Runs of MLflow: an experiment per recipe, a run per execution and model, and the data sets and load of each."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH
+
+from sensmerge.pipeline.report.results import TaskData
+from sensmerge.pipeline.tracking.client import once_more, unless_there
+from sensmerge.pipeline.tracking.system_metrics import Load
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that is being recorded."""
+
+    client: MlflowClient
+    experiment: str
+    id: str
+
+
+def experiment_of(client: MlflowClient, name: str, store: Path | None) -> str:
+    """Id of the experiment, made if need be; its artifacts go below `store`, or where the server wants them."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        location = (store.resolve() / "mlartifacts").as_uri() if store else None
+        unless_there(lambda: client.create_experiment(name, location))
+        experiment = client.get_experiment_by_name(name)
+    elif experiment.lifecycle_stage != LifecycleStage.ACTIVE:  # someone deleted it in the UI; its name is still taken
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
+
+
+@contextmanager
+def started(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Iterator[OpenRun]:
+    """A run that ends as FINISHED, or as FAILED if the block raises."""
+    run = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+    try:
+        yield OpenRun(client, experiment, run)
+    except BaseException:
+        client.set_terminated(run, "FAILED")
+        raise
+    client.set_terminated(run, "FINISHED")
+
+
+def log_datasets(run: OpenRun, datasets: Sequence[TaskData]) -> None:
+    """Name the data sets of tasks as inputs of a run."""
+    inputs = [_dataset_input(data) for data in datasets]
+    once_more(lambda: run.client.log_inputs(run.id, inputs))
+
+
+def _dataset_input(data: TaskData) -> DatasetInput:
+    source = HuggingFaceDatasetSource(
+        path=data.source.path,
+        config_name=data.source.name,
+        data_files=data.source.data_files,
+        split=data.source.split,
+        revision=data.source.revision,
+    )
+    dataset = Dataset(
+        name=f"{data.task}/{data.context}",
+        digest=data.digest[:36],  # MLflow keeps no more
+        source_type="hugging_face",
+        source=source.to_json(),
+        profile=json.dumps({"num_rows": data.rows}),
+    )
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, data.context)])
+
+
+def log_load(run: OpenRun, load: Sequence[Load]) -> None:
+    """Log samples of this machine's load under the names that MLflow's page of system metrics shows."""
+    metrics = [
+        Metric(f"system/{name}", value, sample.time, step)
+        for step, sample in enumerate(load)
+        for name, value in sample.values.items()
+    ]
+    for start in range(0, len(metrics), MAX_METRICS_PER_BATCH):
+        run.client.log_batch(run.id, metrics[start : start + MAX_METRICS_PER_BATCH])

@@ -1,0 +1,192 @@
+"""Models on the hub: the files of a commit, listed, fetched and verified."""
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.file_download import repo_folder_name
+
+from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.checkpoints.companions import WEIGHTS
+from sensmerge.tasks.checkpoints.header import TensorInfo, tensor_info
+from sensmerge.tasks.checkpoints.listing import CONFIGS, HubModel, ListedFile, Listing, digest, relevant
+from sensmerge.tasks.errors import InputError
+
+
+def list_commit(source: HubModel, cache: Path) -> Listing:
+    """List the files of the commit that a revision names now; see `tasks.checkpoints.source.resolve`."""
+    with _hub(source, cache) as api:
+        commit = api.resolve_revision(source.repo, revision=source.revision, cache_dir=cache).resolved
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise InputError(f"model {source}: the hub at {api.endpoint} answers with {commit!r}, which is no commit")
+        if (listing := _cached_listing(source, commit, cache)) is None:
+            # Fetching the config, which every model has, makes the library keep the list of the commit's files.
+            api.snapshot_download(source.repo, revision=commit, cache_dir=cache, allow_patterns=CONFIGS)
+            listing = _cached_listing(source, commit, cache)
+        if listing is None:
+            # Without the hub the library makes do with a snapshot of which it does not know whether it is whole.
+            raise LocalEntryNotFoundError("no list of its files is in the cache")
+        return listing
+
+
+def _cached_listing(source: HubModel, commit: str, cache: Path) -> Listing | None:
+    """Return the listing of a commit if the library keeps its list of files; no request is made."""
+    folder = _repo_folder(source, cache)
+    # What `huggingface_hub.get_cached_repo_tree` reads; of that function's answer the sha256 digests are left out.
+    path = folder / "trees" / f"{commit}.json"
+    if not path.exists():
+        return None
+    tree: dict[str, dict[str, Any]] = read_json(path)["files"]
+    for name in tree:
+        # Git cannot hold such a path, so it did not come from a repository.
+        if name.startswith("/") or ".." in name.split("/"):
+            raise InputError(f"model {source}: lists {name!r}, outside its folder; do not use this model")
+    files = []
+    inner = [name for name in tree if "/" in name and fnmatch(name, WEIGHTS)]
+    for name in sorted(relevant({name: entry["size"] for name, entry in tree.items()}, source, inner)):
+        sha256 = tree[name].get("lfs_sha256")
+        files.append(
+            ListedFile(name, tree[name]["size"], f"sha256:{sha256}" if sha256 else f"git:{tree[name]['blob_id']}")
+        )
+    return Listing(source, folder / "snapshots" / commit, commit, tuple(files))
+
+
+def fetch_files(source: HubModel, listing: Listing, names: Collection[str], cache: Path) -> None:
+    """Fetch and verify some files of a model; errors as `fetch_all`."""
+    with _hub(source, cache) as api:
+        for file in listing.files:
+            if file.name in names:
+                _fetch(api, source, listing, file, cache)
+
+
+def fetch_all(source: HubModel, listing: Listing, cache: Path) -> dict[str, str]:
+    """Fetch all files of a model, several at a time, verify them and return their sha256 digests by name.
+
+    Raises:
+        InputError: not enough room on the disk; a file's digest is wrong twice; the hub cannot be reached and not
+            everything is in the cache.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    blobs = _repo_folder(source, cache) / "blobs"  # named by digest, and shared by the commits of a repository
+    needed = sum(file.size for file in listing.missing() if not (blobs / file.digest.partition(":")[2]).exists())
+    free = shutil.disk_usage(cache).free
+    if needed > free:
+        raise InputError(
+            f"model {source}: {needed} bytes to download, but {cache} has room for {free}; make room there"
+        )
+    with _hub(source, cache) as api:
+        names = [escape(file.name) for file in listing.files]
+        api.snapshot_download(source.repo, revision=listing.revision, cache_dir=cache, allow_patterns=names)
+        return {file.name: _fetch(api, source, listing, file, cache) for file in listing.files}
+
+
+def _fetch(api: HfApi, source: HubModel, listing: Listing, file: ListedFile, cache: Path) -> str:
+    """Fetch a file of a model unless it is in the cache, verify it and return its sha256 digest."""
+    for _ in range(2):
+        path = Path(api.hf_hub_download(source.repo, file.name, revision=listing.revision, cache_dir=cache))
+        kind = file.digest.partition(":")[0]
+        found = ListedFile(file.name, path.stat().st_size, digest(path, kind))
+        if found == file:
+            return found.digest if kind == "sha256" else digest(path, "sha256")
+        # The library trusts a file for its name alone, so a bad one must go, and the blob that it links to first.
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+    raise InputError(
+        f"model {source}: {file.name} is damaged: expected {file.size} bytes with {file.digest}, found twice "
+        f"{found.size} bytes with {found.digest}; it was removed; try again later or from another mirror"
+    )
+
+
+def remote_header(source: HubModel, listing: Listing, name: str, cache: Path) -> dict[str, TensorInfo]:
+    """Return the header of a safetensors file that is not fetched, of which only the header is read.
+
+    Raises:
+        InputError: it cannot be parsed, or the hub cannot be reached.
+    """
+    repo = source.repo
+    with _hub(source, cache) as api:
+        # The reading of a range tells of a lost connection only by an exception of the HTTP library; this call, which
+        # asks for the size of the file, by one of the hub's own.
+        api.hf_hub_download(repo, name, revision=listing.revision, cache_dir=cache, dry_run=True)
+        try:
+            header = api.parse_safetensors_file_metadata(repo, name, revision=listing.revision)
+        except SafetensorsParsingError as error:
+            raise InputError(f"model {source}: {name} is not a safetensors file ({error})") from error
+    return {
+        tensor: tensor_info(tensor, info.dtype, info.shape, listing.folder / name)
+        for tensor, info in header.tensors.items()
+    }
+
+
+@contextmanager
+def _hub(source: HubModel, cache: Path) -> Iterator[HfApi]:
+    """Give a client of the hub that `HF_ENDPOINT` names; the user's mistakes and a lost connection become InputErrors.
+
+    Only errors of huggingface_hub are caught: the HTTP library under it changes from version to version.
+    """
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or constants.ENDPOINT, library_name="sensmerge")
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        yield api
+    except GatedRepoError as error:
+        page = f"{api.endpoint}/{source.repo}"
+        raise InputError(f"model {source}: its owner restricts access; ask for it at {page}, then {login}") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"model {source}: no repository {source.repo} at {api.endpoint}; correct the name or, where it is private, "
+            f"{login}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(
+            f"model {source}: {source.repo} at {api.endpoint} has no branch, tag or commit {source.revision!r}"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise InputError(
+            f"model {source}: not whole in {cache}, and the hub at {api.endpoint} cannot be reached ({reason}); "
+            f"{_whole_commits(source, cache)}"
+        ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        status = error.response.status_code
+        raise InputError(f"model {source}: {api.endpoint} refuses access ({status}); {login}") from error
+
+
+def _whole_commits(source: HubModel, cache: Path) -> str:
+    """Say which revisions of a repository can be used without the hub."""
+    repo = _repo_folder(source, cache)
+    refs = {path.relative_to(repo / "refs").as_posix(): path for path in repo.glob("refs/**/*") if path.is_file()}
+    names = {path.name: path.name for path in repo.glob("snapshots/*")}
+    names |= {path.read_text(): f"{ref} → {path.read_text()[:12]}" for ref, path in refs.items()}
+    whole = []
+    for commit, name in sorted(names.items()):
+        try:
+            listing = _cached_listing(source, commit, cache)
+        except InputError:
+            continue  # not a model that can be used
+        if listing is not None and all((listing.folder / file.name).exists() for file in listing.files):
+            whole.append(name)
+    return f"cached: {', '.join(whole)}" if whole else "nothing of it is cached"
+
+
+def _repo_folder(source: HubModel, cache: Path) -> Path:
+    """Return where the hub's library keeps a repository in its cache."""
+    return cache.resolve() / repo_folder_name(repo_id=source.repo, repo_type="model")

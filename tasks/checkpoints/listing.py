@@ -1,0 +1,195 @@
+"""Where a model comes from, a folder or a commit of a hub repository, and which of its files are read or travel."""
+
+import hashlib
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
+
+from sensmerge.tasks.artifacts import hash_file, read_json, sha256_text, write_json
+from sensmerge.tasks.checkpoints.companions import WEIGHTS, is_companion, is_plain, local_files
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.identity import Local
+
+CONFIGS = ["config.json", "adapter_config.json"]
+READ = [WEIGHTS, "*.safetensors.index.json", *CONFIGS]
+"""What is read of a model, at its top level; beside it, what travels into merged models (`is_companion`)."""
+# Mistral's repositories hold every weight twice; the copy of this name is not in the Hugging Face layout.
+FOREIGN = "consolidated*"
+PICKLES = ["pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt"]
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model in a folder of this machine (or of storage that all workers share)."""
+
+    folder: Path
+
+    def __str__(self) -> str:
+        """Return the folder."""
+        return str(self.folder)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model in a repository of the hub."""
+
+    repo: str
+    revision: str
+    """branch, tag or commit"""
+
+    def __str__(self) -> str:
+        """Return the source as a recipe spells it."""
+        return f"hub:{self.repo}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class ListedFile:
+    """One file of a model.
+
+    Raises:
+        InputError: the name is not that of a file in the model's folder or a known subfolder of it.
+    """
+
+    name: str
+    size: int
+    """bytes"""
+    digest: str
+    """`sha256:…`, or `git:…` (git blob id) for small files of the hub"""
+
+    def __post_init__(self) -> None:
+        """Refuse a name with a drive, `..`, or a folder that no model has."""
+        if not is_plain(self.name):
+            raise InputError(f"listed file {self.name!r} is not a plain file name; do not use this model")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a model, and where they lie or will lie."""
+
+    source: Local[LocalModel | HubModel]
+    folder: Local[Path]
+    """for a hub model, the snapshot folder of its commit in the cache"""
+    revision: Local[str | None]
+    """commit of a hub model"""
+    files: tuple[ListedFile, ...]
+
+    def missing(self) -> tuple[ListedFile, ...]:
+        """Return the files that are not in the folder yet."""
+        return tuple(file for file in self.files if not (self.folder / file.name).exists())
+
+
+def parse_model_id(text: str, folder: Path) -> LocalModel | HubModel:
+    """Read a recipe's `model:` string: a folder, or `hub:ORG/NAME@REVISION` (branch, tag or commit; default main).
+
+    Args:
+        text: the string; a relative path starts at `folder`, `~` is the home folder.
+        folder: the recipe's folder.
+
+    Raises:
+        InputError: no such folder, or no valid id or revision.
+    """
+    if text.startswith("hub:"):
+        repo, _, revision = text.removeprefix("hub:").strip().partition("@")
+        if not _is_repo_id(repo):
+            raise InputError(f"model {text!r}: {repo!r} is not the id of a repository; write hub:ORG/NAME@REVISION")
+        # A revision becomes a file name in the cache; git itself allows no `..` in one.
+        if not re.fullmatch(r"\w[\w./+-]*", revision or "main") or ".." in revision:
+            raise InputError(f"model {text!r}: {revision!r} cannot be a revision; give a branch, a tag or a commit")
+        return HubModel(repo, revision or "main")
+    try:
+        path = (folder / os.path.expanduser(text)).resolve()
+        exists = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {text!r}: cannot be a folder ({error})") from error
+    if not exists:
+        hint = f"; for a model on the hub write hub:{text}" if _is_repo_id(text.partition("@")[0]) else ""
+        raise InputError(f"model {text!r}: no such folder {path}{hint}")
+    return LocalModel(path)
+
+
+def _is_repo_id(text: str) -> bool:
+    try:
+        repo_folder_name(repo_id=text, repo_type="model")  # checks the id first
+    except HFValidationError:
+        return False
+    return True
+
+
+def list_folder(source: LocalModel, cache: Path) -> tuple[ListedFile, ...]:
+    """List a folder, hashing only files whose size or modification time is not the one of the last time.
+
+    Raises:
+        InputError: no such folder, or no weights in it.
+    """
+    if not source.folder.is_dir():
+        raise InputError(f"model {source}: no such folder on this machine; workers must see it at the same path")
+    record = cache / ".digests" / f"{sha256_text(str(source))[:16]}.json"
+    known: dict[str, list[Any]] = read_json(record) if record.exists() else {}
+    fresh: dict[str, list[Any]] = {}
+    stats = {name: path.stat() for name, path in local_files(source.folder).items()}
+    inner = [path.relative_to(source.folder).as_posix() for path in source.folder.glob(f"*/{WEIGHTS}")]
+    for name in sorted(relevant({name: stat.st_size for name, stat in stats.items()}, source, inner)):
+        stat = stats[name]
+        key = [stat.st_size, stat.st_mtime_ns]
+        fresh[name] = known[name] if known.get(name, [])[:2] == key else [*key, digest(source.folder / name, "sha256")]
+    if fresh != known:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, fresh)
+    return tuple(ListedFile(name, size, digest) for name, (size, _, digest) in fresh.items())
+
+
+def relevant(sizes: Mapping[str, int], source: LocalModel | HubModel, inner: Collection[str] = ()) -> set[str]:
+    """Choose the files of a model that are read or travel, by name and bytes; check that weights are among them.
+
+    Args:
+        sizes: bytes by name.
+        source: the model.
+        inner: paths of safetensors files in its subfolders, for the message where it has none itself.
+
+    Raises:
+        InputError: no weights.
+    """
+    names = [name for name in sizes if "/" not in name]
+    chosen = {name for name in names if any(fnmatch(name, pattern) for pattern in READ)}
+    chosen = {name for name in chosen if not fnmatch(name, FOREIGN)}
+    if not any(fnmatch(name, WEIGHTS) for name in chosen):
+        pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in PICKLES))
+        if pickles:
+            raise InputError(
+                f"model {source}: its weights are only in pickle form ({pickles[0]}), which can run code and is not "
+                "read; load it with transformers in a place you trust, and use the folder that save_pretrained writes"
+            )
+        raise InputError(f"model {source}: no weights found at its top level; {_other_place(names, inner)}")
+    return chosen | {name for name, size in sizes.items() if is_companion(name, size)}
+
+
+def _other_place(names: Collection[str], inner: Collection[str]) -> str:
+    """Return what to do about a model without weights at its top level.
+
+    Args:
+        names: of its files there.
+        inner: paths of safetensors files in its subfolders.
+    """
+    if any(fnmatch(name, FOREIGN) for name in names):
+        return (
+            "its consolidated files are in Mistral's own layout; expected a copy in the Hugging Face layout "
+            "(model*.safetensors)"
+        )
+    if inner:
+        folders = sorted({path.rpartition("/")[0] for path in inner})
+        return f"expected *.safetensors files; there are some in {', '.join(folders[:3])}: give a folder that has them"
+    return "expected *.safetensors files"
+
+
+def digest(path: Path, kind: str) -> str:
+    """Hash a file in bounded memory; a git blob id is the sha1 of the header `blob SIZE NUL` and the content."""
+    start = b"blob %d\0" % path.stat().st_size if kind == "git" else b""
+    algorithm = "sha1" if kind == "git" else "sha256"
+    return f"{kind}:{hash_file(path, hashlib.new(algorithm, start))}"

@@ -1,0 +1,81 @@
+"""A model wherever it lies: its files listed and verified; its headers and small files read before its weights come."""
+
+from collections.abc import Collection
+from fnmatch import fnmatch
+from pathlib import Path
+
+from sensmerge.tasks.checkpoints import hub
+from sensmerge.tasks.checkpoints.companions import WEIGHTS
+from sensmerge.tasks.checkpoints.header import TensorInfo, read_header
+from sensmerge.tasks.checkpoints.listing import HubModel, Listing, LocalModel, list_folder
+from sensmerge.tasks.errors import InputError
+
+
+def resolve(source: LocalModel | HubModel, cache: Path) -> Listing:
+    """List the files of a model: weights in safetensors, configs, and the small files that travel into merged models.
+
+    A branch or tag becomes a commit here, once; only the commit is used from then on. Where the hub cannot be reached
+    (or `HF_HUB_OFFLINE=1`), the commit and list that it gave the last time are used. Of a folder every file is
+    hashed; digests are kept in the cache by path, size and modification time.
+
+    Args:
+        source: the model.
+        cache: folder of the hub's cache, and of the digests of local files.
+
+    Raises:
+        InputError: weights are missing or only in pickle form; the repository or revision does not exist or is not
+            open to this user; the hub cannot be reached and the revision is not in the cache.
+    """
+    if isinstance(source, HubModel):
+        return hub.list_commit(source, cache)
+    return Listing(source, source.folder, None, list_folder(source, cache))
+
+
+def small_files(listing: Listing, cache: Path) -> Path:
+    """Fetch and verify all but the weights of a model (configs, index, tokenizer) and return its folder.
+
+    Raises:
+        InputError: as `fetch_files`.
+    """
+    fetch_files(listing, [file.name for file in listing.files if not fnmatch(file.name, WEIGHTS)], cache)
+    return listing.folder
+
+
+def fetch_files(listing: Listing, names: Collection[str], cache: Path) -> None:
+    """Fetch and verify some files of a model.
+
+    Raises:
+        InputError: a file's digest is wrong twice, or the hub cannot be reached and not all of them are in the cache.
+    """
+    if isinstance(listing.source, HubModel):
+        hub.fetch_files(listing.source, listing, names, cache)
+
+
+def safetensors_header(listing: Listing, name: str, cache: Path) -> dict[str, TensorInfo]:
+    """Return what the header of a safetensors file says; of a file not fetched yet, only the header is read.
+
+    Raises:
+        InputError: the model has no such file, its header cannot be parsed, or the hub cannot be reached.
+    """
+    if name not in {file.name for file in listing.files}:
+        raise InputError(f"model {listing.source}: has no file {name!r}, which its index names; use another revision")
+    if isinstance(listing.source, LocalModel) or (listing.folder / name).exists():
+        return read_header(listing.folder / name)
+    return hub.remote_header(listing.source, listing, name, cache)
+
+
+def verified(listing: Listing, cache: Path) -> dict[str, str]:
+    """Bring all files of a model to this machine, verify them and return their sha256 digests by name.
+
+    Raises:
+        InputError: not enough room on the disk; a file's digest is wrong twice; a local file changed after it was
+            listed; the hub cannot be reached and not everything is in the cache.
+    """
+    if isinstance(listing.source, HubModel):
+        return hub.fetch_all(listing.source, listing, cache)
+    changed = {file.name for file in {*listing.files} ^ {*list_folder(listing.source, cache)}}
+    if changed:
+        raise InputError(
+            f"model {listing.source}: {', '.join(sorted(changed))} changed after it was planned; run again"
+        )
+    return {file.name: file.digest for file in listing.files}
