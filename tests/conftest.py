@@ -71,13 +71,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def undo_registrations(patch: pytest.MonkeyPatch, registry: Registry[Any]) -> None:
-    """Make a registry forget, when a test ends, what is registered in it from now on."""
-    known = dict(registry)
-    for name in ("_classes", "_loaded"):
-        patch.setattr(registry, name, known)
-
-
 _ROWS = TemporaryDirectory(prefix="sensmerge-rows-")
 
 
@@ -390,11 +383,19 @@ def do_steps(plan: Plan) -> None:
 
 
 @contextmanager
+def forgotten(*registries: Registry[Any]) -> Iterator[None]:
+    """What is registered within the block is forgotten after it: other tests look at all that is registered."""
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, classes in zip(registries, before, strict=True):
+        registry._classes.clear()
+        registry._classes.update(classes)
+
+
+@contextmanager
 def known(registry: Registry[Any], **classes: type) -> Iterator[None]:
     """Classes that a registry knows, by their names, until the block is left."""
-    assert len(registry), "the registry has looked for its own"
-    for name, one in classes.items():
-        registry.register(name)(one)
-    yield
-    for name in classes:
-        del registry._classes[name]
+    with forgotten(registry):
+        for name, one in classes.items():
+            registry.register(name)(one)
+        yield

@@ -14,6 +14,7 @@ from sensmerge.tasks.kinds.kind import KINDS
 from sensmerge.tasks.methods.contract import METHODS
 from sensmerge.tasks.registry import Registry
 from sensmerge.tasks.statistics.statistic import STATISTICS
+from tests.conftest import forgotten
 from tests.docs.pages import DOCS
 
 SECTIONS = re.split(r"^## ", (DOCS / "contributing.md").read_text(), flags=re.MULTILINE)
@@ -26,11 +27,8 @@ REGISTRIES: tuple[Registry[Any], ...] = (METHODS, STATISTICS, KINDS)
 @pytest.fixture
 def _registries() -> Iterator[None]:
     """Forget what an example registers: other tests look at all that is registered."""
-    known = [set(registry) for registry in REGISTRIES]
-    yield
-    for registry, names in zip(REGISTRIES, known, strict=True):
-        for name in set(registry) - names:
-            del registry._classes[name]
+    with forgotten(*REGISTRIES):
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,7 +30,7 @@ from sensmerge.tasks.networks.tokens import collate, tokens
 from sensmerge.tasks.rows.source import DataSource, Row
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from sensmerge.tasks.stages.evaluate_dynamic import EvaluateDynamicJob
-from tests.conftest import make_llama, make_tokenizer, plan_of, row_set, undo_registrations, write_rows
+from tests.conftest import known, make_llama, make_tokenizer, plan_of, row_set, write_rows
 from tests.tasks.dynamic import test_model as models
 from tests.tasks.dynamic.test_model import Merge
 from tests.tasks.stages.test_merge_vectors import vectors_of
@@ -87,11 +87,10 @@ class ImageClassesTask(ClassificationTask):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered() -> Iterator[None]:
     """The kinds of this module, for as long as a test runs."""
-    undo_registrations(monkeypatch, KINDS)
-    KINDS.register("word_choice")(WordChoiceTask)
-    KINDS.register("image_classes")(ImageClassesTask)
+    with known(KINDS, word_choice=WordChoiceTask, image_classes=ImageClassesTask):
+        yield
 
 
 WORDS = ["yes", "no", "3"]

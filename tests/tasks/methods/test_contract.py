@@ -71,12 +71,8 @@ OWN = {"top_rank": TopRank, "importance": Importance, "wrong_shape": WrongShape,
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     """The methods above are known during a test."""
-    len(METHODS)
-    for name, method in OWN.items():
-        METHODS.register(name)(method)
-    yield
-    for name in OWN:
-        del METHODS._classes[name]
+    with known(METHODS, **OWN):
+        yield
 
 
 @pytest.fixture
