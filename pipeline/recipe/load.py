@@ -77,13 +77,14 @@ def _set(target: dict[str, Any], keys: Sequence[str], value: Any, override: str)
 
 def _first_error(error: ValidationError) -> str:
     """Return the first of pydantic's findings as one line: key, what was found, what was expected."""
-    first = error.errors()[0]
-    # Discriminated unions put the chosen kind into the path; the recipe's own keys have no such part.
-    kinds = {"uniform", "explicit", "sens", "static", "se", "[key]"}
+    errors = error.errors()
+    first = errors[0]
+    if isinstance(first["input"], dict) and first["type"].endswith("_type"):
+        # One number or a mapping of numbers: of a mapping, what is wrong in it is found after what it is not.
+        first = next((one for one in errors[1:] if one["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]), first)
+    # Unions put the chosen kind or type into the path; the recipe's own keys have no such part.
     parts = [str(part) for part in first["loc"]]
-    shown = [
-        part for position, part in enumerate(parts) if not (part in kinds and position > 0 and _is_tag(parts, position))
-    ]
+    shown = [part for position, part in enumerate(parts) if not (position > 0 and _is_tag(parts, position))]
     key = ".".join(shown)
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}; see `sensmerge schema` for the keys that exist"
@@ -96,6 +97,10 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _is_tag(parts: list[str], position: int) -> bool:
-    """Return whether a part of an error's path is the kind of coefficients or application, and no key."""
-    before = parts[position - 1]
-    return before in ("coefficients", "application") or parts[position] == "[key]"
+    """Return whether a part of an error's path is the kind of coefficients or application, or a type, and no key."""
+    part, before = parts[position], parts[position - 1]
+    if part == "[key]" or part.startswith("dict["):
+        return True
+    if part == "float":  # of a number that may be a mapping; an expert may have the name, too
+        return position == len(parts) - 1 and not before.startswith("dict[")
+    return part in ("uniform", "explicit", "sens", "static", "se") and before in ("coefficients", "application")

@@ -1,6 +1,7 @@
 """What a recipe may say, and what is said of what it may not."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from sensmerge.pipeline.recipe.schema import Recipe, Variant
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.contract import METHODS, method_of
+from tests.conftest import write_recipe
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -356,3 +358,22 @@ def test_se_needs_two_experts(tmp_path: Path) -> None:
 def test_null_is_the_default_of_a_methods_setting() -> None:
     given = {"method": "ties", "normalize": None, "rescale": None, "density": 0.5}
     assert Variant.model_validate(given).method == Variant.model_validate({"method": "ties", "density": 0.5}).method
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"density": "all"}, "merges.ties.density: Input should be a valid number (found 'all')"),
+        ({"density": {"math": "all", "code": 1.0}}, "merges.ties.density.math: Input should be a valid number"),
+        (
+            {"coefficients": {"kind": "explicit", "weights": {"math": {"*": "all"}, "code": 1.0}}},
+            "merges.ties.coefficients.weights.math.*: Input should be a valid number",
+        ),
+    ],
+)
+def test_what_is_wrong_in_one_number_or_several_is_named_by_its_key(
+    settings: dict[str, Any], said: str, llama_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    llama_recipe["merges"] = {"ties": {"method": "ties"} | settings}
+    with pytest.raises(InputError, match=re.escape(f": {said}")):
+        load_recipe(write_recipe(tmp_path, llama_recipe))
