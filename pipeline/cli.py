@@ -32,7 +32,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; s
 StoreOption = Annotated[
     Store,
     typer.Option(
-        "--store", metavar="DIR", parser=Store.open, help="folder of all artifacts, or a URL such as s3://bucket/team"
+        "--store", metavar="DIR", parser=Store.open, help="folder for all artifacts, or a URL such as s3://bucket/team"
     ),
 ]
 SetOption = Annotated[
@@ -58,24 +58,29 @@ WaitOption = Annotated[
 MetricsOption = Annotated[
     bool,
     typer.Option(
-        "--metrics", help="count steps in Ray's metrics (Prometheus), and record this machine's load in MLflow"
+        "--metrics", help="count steps in Ray's metrics (Prometheus) and record this machine's load in MLflow"
     ),
 ]
 CronOption = Annotated[
     str | None,
-    typer.Option("--cron", metavar="CRON", help='stay up and refresh at these times: "0 3 * * *" is daily at 3:00'),
+    typer.Option(
+        "--cron", metavar="CRON", help='keep running and refresh at these times: "0 3 * * *" is daily at 3:00'
+    ),
 ]
 TimezoneOption = Annotated[
-    str | None, typer.Option("--timezone", metavar="ZONE", help="of --cron, such as Europe/Berlin; default: UTC")
+    str | None,
+    typer.Option("--timezone", metavar="ZONE", help="time zone for --cron, such as Europe/Berlin; default: UTC"),
 ]
-ReportOption = Annotated[Path | None, typer.Option("--report", metavar="FILE", help="write the result as JSON")]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="write the results to this file as JSON")
+]
 
 DEFAULT_STORE: Any = "store"  # parsed as what the user gives
 
 
 @app.command()
 def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetOption = None) -> None:
-    """Check a recipe and print its steps: RUN or SKIP and why, and the bytes to read and write. Does no work."""
+    """Check a recipe and print its steps: RUN or SKIP, why, and the bytes to read and write. Runs nothing."""
     from sensmerge.pipeline.start import print_plan
 
     print_plan(recipe, overrides or (), store, Console())
@@ -92,7 +97,7 @@ def run(
     wait: WaitOption = 0,
     metrics: MetricsOption = False,
 ) -> None:
-    """Run every step of a recipe that the store lacks, and print the scores."""
+    """Run every step of a recipe whose result is not in the store, and print the scores."""
     from sensmerge.pipeline.options import Options
     from sensmerge.pipeline.recipe.load import load_recipe
     from sensmerge.pipeline.start import check_report, work
@@ -116,11 +121,11 @@ def refresh(
     cron: CronOption = None,
     timezone: TimezoneOption = None,
 ) -> None:
-    """Run what depends on models that changed, and make the best variant champion if it passes the gate.
+    """Run the steps that depend on changed models, and make the best variant champion if it passes the gate.
 
-    If nothing changed, it does nothing. Exit status 3: the best variant did not pass and stays challenger.
+    If nothing changed, do nothing. Exit status 3: the best variant did not pass and stays challenger.
 
-    With --cron, SIGTERM and Ctrl-C end the schedule and the refresh that is under way, with exit status 0.
+    With --cron, SIGTERM and Ctrl-C end the schedule and the refresh in progress, with exit status 0.
     """
     from sensmerge.pipeline.options import Options
     from sensmerge.pipeline.recipe.load import load_recipe
@@ -162,20 +167,24 @@ def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="dynamic model that `run` made")],
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file with a text in each row")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a dynamic model that `run` made")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file with one text in each row")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON Lines file to write")],
     field: Annotated[str, typer.Option(metavar="NAME", help="field of the row that holds the text")] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="rows that a worker answers at once")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest continuation, in tokens (language models)")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="maximum length of a continuation, in tokens (language models)")
+    ] = 64,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="number of workers, each with the model; default: as many as fit in the cluster"),
+        typer.Option(
+            min=1, help="number of workers, each with a copy of the model; default: as many as fit in the cluster"
+        ),
     ] = None,
-    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each worker; above 0, the model runs on cuda")] = 0,
+    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each worker; above 0, the model runs on cuda")] = 0,
     address: AddressOption = None,
 ) -> None:
-    """Answer every row of a file with a dynamic model: adds prediction, expert and coefficients to the row."""
+    """Answer every row of a file with a dynamic model, and add prediction, expert and coefficients to the row."""
     from sensmerge.pipeline.execute.batches import Workers
     from sensmerge.pipeline.predict import Settings, predict_file
 
@@ -213,7 +222,7 @@ def promote(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Make a version of a registered model champion, regardless of the gate."""
+    """Make a version of a registered model the champion, regardless of the gate."""
     from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole, parse_version
 
     recipe, which = parse_version(version)
@@ -226,11 +235,13 @@ def promote(
 
 @app.command()
 def rollback(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="name of the recipe, and of its registered model")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="name of the recipe, which is also that of its registered model")
+    ],
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Make the former champion of a registered model champion again."""
+    """Make the previous champion of a registered model the champion again."""
     from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole
 
     registry = ModelRegistry(checked_uri(tracking_uri, store), recipe)
@@ -243,10 +254,10 @@ def rollback(
 @app.command()
 def verify(
     store: StoreOption = DEFAULT_STORE,
-    remove: Annotated[bool, typer.Option("--delete", help="delete what is damaged; a run makes it again")] = False,
+    remove: Annotated[bool, typer.Option("--delete", help="delete whatever is damaged; a run makes it again")] = False,
     wait: WaitOption = 0,
 ) -> None:
-    """Check all artifacts and downloaded models against their digests. Exit status 1 means damage."""
+    """Check all artifacts and downloaded models against their digests. Exit status 1: something is damaged."""
     from sensmerge.pipeline.store.verify import find_damage
 
     check_exists(store)
@@ -274,7 +285,7 @@ def collect_garbage(
         typer.Option(
             "--tracking-uri",
             metavar="URI",
-            help=f"MLflow that knows the champions; default: every one that runs used, and {TRACKING_URI}",
+            help=f"MLflow server or database with the champions; default: all that runs used, and {TRACKING_URI}",
         ),
     ] = None,
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="keep what the last N runs of each recipe need")] = 3,
@@ -317,7 +328,7 @@ def check_exists(store: Store) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, for use in editors."""
     from sensmerge.pipeline.recipe.schema import Recipe
 
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")

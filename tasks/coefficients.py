@@ -25,7 +25,7 @@ class ExplicitCoefficients(Strict):
 
     kind: Literal["explicit"]
     weights: dict[str, FiniteFloat | dict[str, FiniteFloat]] = Field(
-        description="expert → number, or expert → {layer pattern: number}; the last matching pattern counts"
+        description="expert → number, or expert → {layer pattern: number}; the last matching pattern wins"
     )
 
 
@@ -35,7 +35,7 @@ class SensCoefficients(Strict):
     kind: Literal["sens"]
     temperature: FiniteFloat = Field(1.0, gt=0, description="T; large values approach uniform coefficients")
     direction: Literal["distance", "similarity"] = Field(
-        "distance", description="τ from cross-task distances g as they are, or from 1 / (1 + g)"
+        "distance", description="whether τ comes from the cross-task distances g themselves or from 1 / (1 + g)"
     )
 
 

@@ -36,8 +36,8 @@ class ExpertModel(Strict):
     )
     config: Literal["own", "base"] = Field(
         "own",
-        description="whose settings the expert runs with (rotary positions, activation, window, …): own, which must "
-        "equal the base's, or base",
+        description="settings that the expert runs with (rotary positions, activation, window, …): own: its own, which "
+        "must equal the base's; base: the base's",
     )
 
 
@@ -53,8 +53,8 @@ Application = Annotated[StaticApplication | SeApplication, Field(discriminator="
 class Variant(Strict):
     """One merge: a method with its settings, its coefficients, and how they are applied.
 
-    In a recipe the method's name and its settings stand beside the other keys. Settings and defaults are mergekit
-    0.1.5's.
+    In a recipe, the method's name and settings are written beside the other keys. Settings and defaults match mergekit
+    0.1.5.
     """
 
     method: SerializeAsAny[InstanceOf[Method]]
@@ -63,10 +63,10 @@ class Variant(Strict):
     )
     coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
     application: Application = Field(
-        StaticApplication(), description="one set of weights, or coefficients for each input sample"
+        StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
     )
-    out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; that of the base if left out")
-    shard_size: int = Field(5_000_000_000, ge=1, description="largest file of the merged model, in bytes")
+    out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; the base's if left out")
+    shard_size: int = Field(5_000_000_000, ge=1, description="maximum size of a file of the merged model, in bytes")
 
     @model_validator(mode="before")
     @classmethod
@@ -159,25 +159,27 @@ class Resources(Strict):
     """What one step of a stage may use, and how many steps may run at once."""
 
     num_cpus: float = Field(
-        1, gt=0, description="CPU cores of one step, or of one layer group of a task vector or a merge"
+        1, gt=0, description="CPU cores for one step; in the stages task_vectors and merge, for one layer group"
     )
-    num_gpus: float = Field(0, ge=0, description="GPUs of one step; above 0, its network runs on cuda")
+    num_gpus: float = Field(0, ge=0, description="GPUs for one step; above 0, its network runs on cuda")
     max_in_flight: int = Field(
-        64, ge=1, description="how many steps (of task vectors and merges: layer groups) may run at once"
+        64,
+        ge=1,
+        description="how many steps may run at once; in the stages task_vectors and merge, how many layer groups",
     )
 
 
 class ActorPlacement(Strict):
     """The blocks of a network are shared out among workers."""
 
-    actors: int = Field(ge=1, description="number of workers; each has the resources of a step of the stage")
+    actors: int = Field(ge=1, description="number of workers; each gets the resources of one step of the stage")
 
 
 MEAN_NORMALISED = "mean_normalised"
 
 
 class Gate(Strict):
-    """Which variant `refresh` proposes as champion, and how much worse than the present champion it may be."""
+    """Which variant `refresh` proposes as champion, and how much worse than the current champion it may be."""
 
     metric: str = Field(
         MEAN_NORMALISED,
@@ -186,47 +188,48 @@ class Gate(Strict):
     variants: list[str] | None = Field(
         None,
         min_length=1,
-        description="variants that may become champion; default: the static ones. A dynamic one (application se) "
-        "has to be named, because servers of checkpoints cannot load it",
+        description="variants that may become champion; default: all static ones. A dynamic one (application se) "
+        "must be named here, because servers that load checkpoints cannot load it",
     )
     tolerance: FiniteFloat = Field(
         0.02,
         ge=0,
-        description="share of the champion's score that a challenger may lose on a task: what counts is the worse end "
-        "of the 95 % interval of their difference",
+        description="share of the champion's score that a challenger may lose on a task, measured at the worse end of "
+        "the 95 % interval of their difference",
     )
 
 
 class TokenizerSource(Strict):
-    """Whose tokenizer, chat template, special tokens, end tokens and generation config merged models get."""
+    """The model whose tokenizer, chat template, special tokens, end tokens and generation config merged models get."""
 
     source: str = Field(
         "union",
-        description="base or the name of an expert: everything comes from that model; union: that of the base (of the "
-        "first expert with a chat template, if the base has none), with the tokens and end tokens that the others add",
+        description="base or the name of an expert: take everything from that model; union: take everything from the "
+        "base (or, if it has no chat template, the first expert with one) and add the others' tokens and end tokens",
     )
 
 
 class Recipe(Strict):
     """A base, its experts, the tasks that judge them, and the merges to make."""
 
-    name: Name = Field(description="name of the recipe; also of its MLflow experiment and registered model")
+    name: Name = Field(description="name of the recipe, its MLflow experiment and its registered model")
     base: str = Field(
         min_length=1,
-        description="the model that all experts come from: local folder or hub:ORG/NAME@REVISION",
+        description="the model that all experts were fine-tuned from: local folder or hub:ORG/NAME@REVISION",
     )
-    experts: dict[Name, ExpertModel] = Field(description="the experts by name")
-    tasks: dict[Name, AnyTask] = Field({}, description="what each expert is good at, under the expert's name")
+    experts: dict[Name, ExpertModel] = Field(description="the experts, by name")
+    tasks: dict[Name, AnyTask] = Field({}, description="the task of each expert, under the expert's name")
     tokenizer: TokenizerSource = Field(
         TokenizerSource.model_validate({}), description="where the tokenizer of merged models comes from"
     )
-    merges: dict[Name, Variant] = Field(min_length=1, description="the variants by name")
+    merges: dict[Name, Variant] = Field(min_length=1, description="the merges to make (variants), by name")
     dtype: Dtype = Field("float32", description="dtype in which networks run")
-    resources: dict[Stage, Resources] = Field({}, description="resources of each stage's steps")
+    resources: dict[Stage, Resources] = Field({}, description="resources for the steps of each stage")
     placement: Literal["auto", "whole", "streamed"] | ActorPlacement = Field(
         "auto",
-        description="how networks run in the stages statistics and cross_task: whole on one worker; streamed, block "
-        "by block on one worker; {actors: N}, with the blocks on N workers; auto: whole if a worker has the memory",
+        description="how networks run in the stages statistics and cross_task. whole: on one worker; streamed: block "
+        "by block on one worker; {actors: N}: with the blocks on N workers; auto: whole if a worker has the memory, "
+        "otherwise streamed",
     )
 
     gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")

@@ -16,31 +16,34 @@ MetricName = Literal["l2", "cosine"]
 
 
 class SeApplication(Strict):
-    """SE-Merging (arXiv 2506.18135): coefficients for each input sample, from which experts it resembles."""
+    """SE-Merging (arXiv 2506.18135): coefficients for each input sample, from the experts that it resembles."""
 
     kind: Literal["se"]
     score: Literal["auto", "nearest", "shift", "alignment", "centroid", "discriminant"] = Field(
-        "auto", description="rule that measures how much a sample resembles an expert; auto: the cheapest of the best"
+        "auto",
+        description="rule that measures how much a sample resembles an expert; auto: the cheapest of the best rules",
     )
-    layer: Literal["auto"] | int = Field("auto", description="number of the block whose output is compared, from 1")
+    layer: Literal["auto"] | int = Field(
+        "auto", description="number of the block whose output is compared, counted from 1"
+    )
     pool: Literal["auto", "cls", "mean", "last"] = Field(
-        "auto", description="first token, mean over tokens or last token of the block's output"
+        "auto", description="which part of the block's output is compared: first token, mean over tokens or last token"
     )
     metric: MetricName = Field(
-        "l2", description="distance of two pooled hidden states (not for alignment and discriminant)"
+        "l2", description="distance between two pooled hidden states (not for alignment and discriminant)"
     )
     temperature: FiniteFloat = Field(
-        0.05, gt=0, description="T; large values approach the static merge, small ones take one expert"
+        0.05, gt=0, description="T; large values approach the static merge, small ones a single expert"
     )
     mass: FiniteFloat | None = Field(
-        None, gt=0, description="sum of a sample's coefficients; that of the static merge if left out"
+        None, gt=0, description="sum of a sample's coefficients; the static merge's if left out"
     )
     fallback: float = Field(
         0.8,
         ge=0,
         le=1,
-        description="held-out accuracy on the calibration sets (lower end of its interval) below which coefficients "
-        "are drawn towards those of the static merge; 0: never",
+        description="lowest held-out accuracy on the calibration sets (lower end of its interval) at which a route is "
+        "followed fully; below it, coefficients are pulled towards those of the static merge; 0: never",
     )
 
     @field_validator("layer", mode="before")

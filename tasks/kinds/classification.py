@@ -38,7 +38,7 @@ class ClassificationTask(RowTask):
 
     kind: Literal["classification"]
     prompt: str = Field("{text}", description="template of the text to classify")
-    label: str = Field("label", description="field with the class: its name in the expert's config, or its number")
+    label: str = Field("label", description="field with the class, as its name in the expert's config or as its number")
     metric: Local[Literal["accuracy", "macro_f1", "matthews"]] = Field("accuracy", description="main metric")
 
     def check_row(self, row: Row, settings: str, where: str, labels: Labels | None) -> None:

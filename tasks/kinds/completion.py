@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @KINDS.register("completion")
 class CompletionTask(RowTask):
-    """The model continues a prompt; scored on the tokens of the expected completion."""
+    """The model continues a prompt, and is scored on the tokens of the expected completion."""
 
     templates: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     metrics: ClassVar[Mapping[str, Metric]] = {
@@ -41,13 +41,15 @@ class CompletionTask(RowTask):
     completion: str = Field("{completion}", description="template of the expected completion")
     end_token: bool = Field(True, description="append the tokenizer's end token to the completion")
     loss_on: Annotated[Literal["completion", "all"], Only("calibration")] = Field(
-        "completion", description="tokens that calibration losses count"
+        "completion", description="tokens that count in calibration losses"
     )
     generate: Annotated[int, Only("evaluation")] = Field(
-        0, ge=0, description="longest greedy generation for exact match, in tokens; 0: no generation"
+        0, ge=0, description="how many tokens to generate greedily for exact match, at most; 0: no generation"
     )
     answer: Annotated[str | None, Only("evaluation")] = Field(
-        None, description="regular expression whose last match (group 1 if it has one) is compared in exact match"
+        None,
+        description="regular expression whose last match (group 1, if any) is what exact match compares; if left out, "
+        "the whole text",
     )
     metric: Local[Literal["token_accuracy", "perplexity", "exact_match"]] = Field(
         "token_accuracy", description="main metric"

@@ -42,7 +42,7 @@ class Task(Strict):
     """by name; the records of a task have those whose fields they hold"""
 
     kind: str
-    batch_size: Local[int] = Field(8, ge=1, description="samples per forward pass; it changes no score")
+    batch_size: Local[int] = Field(8, ge=1, description="samples per forward pass; does not change scores")
     metric: Local[str]
 
     @property
@@ -163,8 +163,10 @@ class RowTask(Task):
         None, description="rows from which statistics, distances and routes are computed"
     )
     evaluation: Local[DataSource | None] = Field(None, description="rows that every model is scored on")
-    max_length: int = Field(512, ge=2, description="a sample is cut to this many tokens")
-    batch_size: Local[int] = Field(8, ge=1, description="samples per forward pass in evaluation; it changes no score")
+    max_length: int = Field(512, ge=2, description="maximum length of a sample, in tokens; a longer one is cut")
+    batch_size: Local[int] = Field(
+        8, ge=1, description="samples per forward pass in evaluation; does not change scores"
+    )
 
     @property
     def has_calibration(self) -> bool:

@@ -38,7 +38,7 @@ class LmEvalTask(Task):
     kind: Literal["lm_eval"]
     names: list[str] = Field(min_length=1, description="task names as lm-eval lists them")
     limit: int | None = Field(None, ge=1, description="samples per lm-eval task; all if left out")
-    metric: str = Field("acc", description="main metric, one that the named tasks report")
+    metric: str = Field("acc", description="main metric; the named tasks must report it")
 
     def check_installed(self, key: str) -> None:
         """Raise InputError if lm-eval is not installed or does not know a name; `key` (`tasks.science`) names it."""

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @KINDS.register("multiple_choice")
 class MultipleChoiceTask(RowTask):
-    """The model ranks choices by their likelihood per character after the prompt."""
+    """The model ranks the choices by their likelihood per character, given the prompt."""
 
     templates: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     fields: ClassVar[tuple[str, ...]] = ("choices", "answer")
@@ -36,11 +36,11 @@ class MultipleChoiceTask(RowTask):
 
     kind: Literal["multiple_choice"]
     prompt: str = Field("{prompt}", description="template of the question")
-    completion: str = Field(" {choice}", description="template of one choice, {choice} being its text")
+    completion: str = Field(" {choice}", description="template of one choice; {choice} is its text")
     choices: str = Field("choices", description="field with the list of choices")
     answer: str = Field("answer", description="field with the index of the right choice")
     loss_on: Annotated[Literal["completion", "all"], Only("calibration")] = Field(
-        "completion", description="tokens that calibration losses count"
+        "completion", description="tokens that count in calibration losses"
     )
     metric: Local[Literal["accuracy"]] = Field("accuracy", description="main metric")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sensmerge.tasks.methods.kernels.sparsify import Sparsifier
 
-_NORMALIZE = "divide by the sum of the weights (under consensus, element by element, of those that agree)"
+_NORMALIZE = "divide by the sum of the weights (with consensus: for each element, of the experts that agree)"
 _ZERO = 1e-8
 """Weights whose sum is smaller sum to 0 (mergekit's rule)."""
 
@@ -66,7 +66,7 @@ class _Arithmetic(Additive):
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     normalize: bool = Field(False, description=_NORMALIZE)
-    lambda_: float = Field(1.0, alias="lambda", description="factor of the whole mixed task vector")
+    lambda_: float = Field(1.0, alias="lambda", description="factor that scales the sum of task vectors")
 
     def merge_elements(self, base: "Tensor", parts: "Tensor", weights: Sequence[float]) -> "Tensor":
         """See `ElementsMethod`. Semantics of mergekit's `GeneralizedTaskArithmeticMerge`."""
@@ -110,7 +110,7 @@ class _Arithmetic(Additive):
 
 @METHODS.register("task_arithmetic")
 class TaskArithmetic(_Arithmetic):
-    """Base and the weighted sum of task vectors (arXiv 2212.04089)."""
+    """Base plus the weighted sum of task vectors (arXiv 2212.04089)."""
 
     def keeps_whole(self, expert: str) -> bool:
         """See `Additive`."""
@@ -118,12 +118,12 @@ class TaskArithmetic(_Arithmetic):
 
 
 class _Sparse(_Arithmetic):
-    """Task arithmetic that sets elements of each task vector to zero before."""
+    """Task arithmetic that first sets elements of each task vector to zero."""
 
     density: ForEachExpert = Field(
-        1.0, description="share of each task vector's elements to keep; one number or one per expert"
+        1.0, description="share of each task vector's elements to keep; one number, or one per expert"
     )
-    rescale: bool = Field(False, description="give each sparse task vector the L1 norm that it had before")
+    rescale: bool = Field(False, description="scale each sparse task vector back to the L1 norm that it had before")
 
     @model_validator(mode="after")
     def _check_densities(self) -> "_Sparse":
@@ -178,7 +178,7 @@ class _Sparse(_Arithmetic):
 
 @METHODS.register("ties")
 class Ties(_Sparse):
-    """Trims task vectors to their largest elements, and sums what agrees in sign (arXiv 2306.01708)."""
+    """Trims task vectors to their largest elements, and sums those that agree in sign (arXiv 2306.01708)."""
 
     consensus: ClassVar[bool] = True
 
@@ -196,7 +196,7 @@ class Ties(_Sparse):
 class _Dare(_Sparse):
     """Drops random elements of each task vector (arXiv 2311.03099)."""
 
-    rescale: bool = Field(True, description="give each sparse task vector the L1 norm that it had before")
+    rescale: bool = Field(True, description="scale each sparse task vector back to the L1 norm that it had before")
     seed: int = Field(0, description="seed of the random masks")
 
     def sparsifier(self, vector: TaskVector, base: "Tensor", density: float) -> "Sparsifier":
@@ -213,6 +213,6 @@ class DareLinear(_Dare):
 
 @METHODS.register("dare_ties")
 class DareTies(_Dare):
-    """Drops random elements of task vectors and sums what agrees in sign (arXiv 2311.03099, 2306.01708)."""
+    """Drops random elements of task vectors and sums those that agree in sign (arXiv 2311.03099, 2306.01708)."""
 
     consensus: ClassVar[bool] = True

@@ -20,7 +20,7 @@ class DataSource(Strict):
     split: str = Field("train", description="split to read")
     revision: str | None = Field(None, description="branch, tag or commit of a data set on the hub")
     samples: int | None = Field(None, ge=1, description="how many rows to use; all if left out")
-    seed: int | None = Field(0, description="seed of the random choice of rows; null takes the first ones")
+    seed: int | None = Field(0, description="seed of the random choice of rows; null takes the first rows")
 
 
 def rows_text(rows: list[Row]) -> str:
