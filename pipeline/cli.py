@@ -241,7 +241,7 @@ def rollback(
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingOption = None,
 ) -> None:
-    """Make the previous champion of a registered model the champion again."""
+    """Make the former champion of a registered model the champion again."""
     from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole
 
     registry = ModelRegistry(checked_uri(tracking_uri, store), recipe)
