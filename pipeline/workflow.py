@@ -12,7 +12,8 @@ from sensmerge.pipeline.execute.run import execute
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
-from sensmerge.pipeline.recipe.schema import Recipe, Stage
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.card import write_cards
 from sensmerge.pipeline.report.gate import choice
 from sensmerge.pipeline.report.report import Report, merge_summary, route_table, route_warnings, score_table

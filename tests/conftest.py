@@ -276,6 +276,15 @@ def ray_address() -> Iterator[str]:
     cluster.shutdown()
 
 
+@pytest.fixture
+def ray_here(ray_address: str) -> Iterator[None]:
+    """A connection of this process to the tests' cluster."""
+    from sensmerge.pipeline.execute.cluster import cluster
+
+    with cluster(ray_address):
+        yield
+
+
 class TaskRows(NamedTuple):
     """A task and its calibration rows."""
 

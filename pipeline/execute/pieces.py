@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from sensmerge.pipeline.execute.worker import Done, Spent
-from sensmerge.pipeline.recipe.schema import Stage
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.stages.job import Job

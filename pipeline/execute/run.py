@@ -13,7 +13,7 @@ from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluste
 from sensmerge.pipeline.execute.pieces import Pieces, Running
 from sensmerge.pipeline.execute.progress import progress
 from sensmerge.pipeline.execute.worker import Done, run_finish, run_part
-from sensmerge.pipeline.recipe.schema import Stage
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.errors import InputError
 
 if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does not wait for

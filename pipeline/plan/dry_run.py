@@ -11,7 +11,8 @@ from transformers import PretrainedConfig
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.placement import PlacementChoice
 from sensmerge.pipeline.plan.statistics import wanted_statistics
-from sensmerge.pipeline.recipe.schema import Recipe, Stage
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.dry_run import stand_in
 from sensmerge.tasks.networks.networks import Head, computation_digest

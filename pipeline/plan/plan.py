@@ -14,7 +14,8 @@ from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
 from sensmerge.pipeline.plan.steps import lay_out
-from sensmerge.pipeline.recipe.schema import Recipe, Stage
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.errors import InputError

@@ -6,7 +6,8 @@ from typing import Literal, cast
 
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.placement import PlacementChoice
-from sensmerge.pipeline.recipe.schema import Recipe, Stage
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.rows.stored import StoredRows

@@ -18,6 +18,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from sensmerge.pipeline.recipe.kinds import AnyTask
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
@@ -25,7 +26,6 @@ from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Stage = Literal["download", "task_vectors", "statistics", "cross_task", "merge", "route", "evaluate"]
 
 
 class ExpertModel(Strict):

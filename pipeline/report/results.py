@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.step import Step
-from sensmerge.pipeline.recipe.schema import Stage
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.gate import Outcomes
 from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, VariantInfo
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text

@@ -23,7 +23,7 @@ from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 
-from sensmerge.pipeline.recipe.schema import Stage
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
 from sensmerge.tasks.artifacts import checksum_file, ordered, read_json, sha256_text, write_json
 from sensmerge.tasks.errors import InputError

@@ -12,7 +12,7 @@ from sensmerge.pipeline.plan import placement
 from sensmerge.pipeline.plan.memory import Memory
 from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.recipe.load import load_recipe
-from sensmerge.pipeline.recipe.schema import Stage
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
 from sensmerge.tasks.checkpoints.header import TensorInfo

@@ -307,7 +307,7 @@ def test_a_left_over_adapter_config(llamas: dict[str, Path], save: Save, tmp_pat
     (folder / "adapter_config.json").write_text((tmp_path / "lora" / "adapter_config.json").read_text())
     expert = open_expert(folder, open_base(llamas["base"]), "experts.a")
     assert not expert.is_adapter
-    assert "adapter_config.json is left over" in expert.notes[0]
+    assert "adapter_config.json is ignored" in expert.notes[0]
     (folder / ADAPTER_WEIGHTS).write_bytes((tmp_path / "lora" / ADAPTER_WEIGHTS).read_bytes())
     with pytest.raises(
         InputError, match=r"experts.a: .* holds an adapter and a whole checkpoint; remove adapter_model"

@@ -30,7 +30,6 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.kinds.classification import ClassificationTask
@@ -252,12 +251,6 @@ def test_shared_out(architecture: str, tied: bool, save: Save, tmp_path: Path, o
 def test_classifiers_shared_out(berts: dict[str, Path], tmp_path: Path, owners_here: None) -> None:
     experts = {name: berts[name] for name in ("mood", "topic")}
     same_as_whole(berts["base"], experts, classes(list(experts)), {"2": Actors(2, 1, 0)}, tmp_path)
-
-
-@pytest.fixture
-def ray_here(ray_address: str) -> Iterator[None]:
-    with cluster(ray_address):
-        yield
 
 
 # Every network starts its actors anew, which takes seconds: these few show that they do what `OwnersHere` does.

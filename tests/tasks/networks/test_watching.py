@@ -1,6 +1,6 @@
 """Any set of statistics in one pass: sums by layer and totals by tensor, of gradients and of inputs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,13 +219,6 @@ def test_sums_by_layer_start_again(source: Source) -> None:
     assert watch.take() == {"sensitivity": dict.fromkeys(first["sensitivity"], 0.0)}
     network(**SAMPLES[0]).loss.backward()
     assert watch.take() == first
-
-
-@pytest.fixture
-def ray_here(ray_address: str) -> Iterator[None]:
-    ray.init(address=ray_address, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.ray
