@@ -40,7 +40,7 @@ def identity(value: Any, use: str | None = None, where: str = "") -> Any:
 
     Fields that are marked as local are left out. Numbers, texts, None, sequences, mappings with texts as keys (their
     order counts), sets, dataclasses and pydantic models have such a form; of the last two, a class variable `version`
-    counts too.
+    counts too from 2 on.
 
     Args:
         value: the value.
@@ -62,9 +62,10 @@ def identity(value: Any, use: str | None = None, where: str = "") -> Any:
         case Mapping() if all(isinstance(key, str) for key in value):
             return {key: identity(one, use, f"{where}.{key}") for key, one in value.items()}
         case _ if isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-            # A class whose meaning may change with its package says which version of it this is.
-            version = getattr(type(value), "version", None)
-            found: dict[str, Any] = {} if version is None else {"version": version}
+            # A class whose meaning may change says which version of it this is. The first adds nothing, so that
+            # champions that were scored before classes had versions stay comparable.
+            version = getattr(type(value), "version", 1)
+            found: dict[str, Any] = {} if version == 1 else {"version": version}
             for name, marks in _marks(type(value)).items():
                 inner = next((mark.use for mark in marks if isinstance(mark, For)), use)
                 only = next((mark.use for mark in marks if isinstance(mark, Only)), None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sensmerge.tasks.identity import For, Local, Only, identity
+from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.methods.contract import ForEachExpert
 from sensmerge.tasks.strict import Strict
 
@@ -43,6 +44,17 @@ class Versioned:
 
 def test_the_version_of_a_class_counts() -> None:
     assert identity(Versioned()) == {"version": 2, "weight": 1.0}
+
+
+def test_first_versions_add_nothing_so_that_champions_of_before_stay_comparable() -> None:
+    task = ClassificationTask(kind="classification")
+    assert task.version == 1
+    assert identity(task, "evaluation") == {
+        "kind": "classification",
+        "prompt": "{text}",
+        "label": "label",
+        "max_length": 512,
+    }
 
 
 def test_a_mark_that_has_travelled_to_another_process_is_the_same() -> None:

@@ -19,22 +19,10 @@ from sensmerge.tasks.checkpoints.source import resolve, safetensors_header, smal
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages.download import DownloadJob
 from tests.hub_server import HubServer
+from tests.tasks.checkpoints import test_source
 from tests.tasks.checkpoints.test_source import MAIN, REPO, model_files
 
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def local(tmp_path: Path) -> LocalModel:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name, content in model_files().items():
-        if "/" not in name:
-            (folder / name).write_bytes(content)
-    return LocalModel(folder)
+cache, local = test_source.cache, test_source.local
 
 
 def test_download_lists_fetches_and_verifies(hub: HubServer, cache: Path, tmp_path: Path) -> None:
