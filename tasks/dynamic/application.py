@@ -15,6 +15,9 @@ PoolName = Literal["cls", "mean", "last"]
 MetricName = Literal["l2", "cosine"]
 
 
+OriginName = Literal["base", "static"]
+
+
 class SeApplication(Strict):
     """SE-Merging (arXiv 2506.18135): coefficients for each input sample, from the experts that it resembles."""
 
@@ -35,8 +38,17 @@ class SeApplication(Strict):
     temperature: FiniteFloat = Field(
         0.05, gt=0, description="T; large values approach the static merge, small ones a single expert"
     )
+    origin: OriginName | None = Field(
+        None,
+        description="weights that task vectors start from. base: the base, and T → ∞ gives each expert its share in "
+        "the static merge; static: the static merge, and T → ∞ is that merge itself. Default: base where the method "
+        "merges by adding up task vectors, otherwise static",
+    )
     mass: FiniteFloat | None = Field(
-        None, gt=0, description="sum of a sample's coefficients; the static merge's if left out"
+        None,
+        gt=0,
+        description="sum of a sample's coefficients; the static merge's if left out. With origin static: coefficient "
+        "of an expert that a sample resembles alone, 1 if left out",
     )
     fallback: float = Field(
         0.8,
@@ -58,4 +70,6 @@ class SeApplication(Strict):
         own = {"alignment": "a cosine", "discriminant": "a Euclidean distance"}
         if self.score in own and "metric" in self.model_fields_set:
             raise ValueError(f"metric has no meaning for score {self.score}, which is {own[self.score]}; leave it out")
+        if self.score == "alignment" and self.origin == "static":
+            raise ValueError("score alignment compares the static merge with the base, so it needs origin: base")
         return self

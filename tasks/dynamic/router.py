@@ -13,6 +13,9 @@ probes: forward passes of the base, of the static merge and of each expert up to
 
 λ_k = mass · softmax_k(affinity ÷ temperature). What a rule is worth is seen on the calibration sets, whose tasks are
 known: statistics from one half of them, judged on the other.
+
+Where task vectors start from the static merge (`origin: static`), "base" above is that merge, and a sample that
+resembles all experts alike must stay there: λ_k = mass · max(0, (K · softmax_k − 1) / (K − 1)).
 """
 
 import math
@@ -23,7 +26,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from sensmerge.tasks.dynamic.application import MetricName, PoolName, ScoreName, SeApplication
+from sensmerge.tasks.dynamic.application import MetricName, OriginName, PoolName, ScoreName, SeApplication
 
 SCORES: tuple[ScoreName, ...] = ("centroid", "discriminant", "nearest", "shift", "alignment")
 POOLS: tuple[PoolName, ...] = ("cls", "mean", "last")
@@ -74,9 +77,11 @@ class RouterSettings(BaseModel):
     mass: float
     """sum of a sample's coefficients under full trust"""
     static: float
-    """every expert's coefficient in the static merge"""
+    """every expert's coefficient in the static merge; 0 if that is the origin"""
     trust: float
     """how far the route is followed, 0 to 1"""
+    origin: OriginName = "base"
+    """weights that task vectors start from"""
 
 
 @dataclass(frozen=True)
@@ -235,14 +240,19 @@ def _raw(rule: Rule, features: Features, statistics: Statistics) -> Tensor:
 
 
 def coefficients(affinity: Tensor, settings: RouterSettings) -> Tensor:
-    """Return λ (N, K) = trust · mass · softmax over experts of affinity ÷ T + (1 − trust) · static; affinity (N, K).
+    """Return λ (N, K) = trust · mass · share + (1 − trust) · static; affinity (N, K).
 
+    A sample's shares are the softmax over experts of affinity ÷ T; from the origin static, what of each lies above the
+    even share 1 / K, scaled so that a single expert's is 1 (ours: no text has SE-Merging from another origin).
     Shares below `NEGLIGIBLE` of a sample's largest count as 0: the network skips what a sample takes nothing of.
     """
     # The largest first becomes 0, and the division is in float64: then no T is too small.
     exponents = (affinity - affinity.amax(1, keepdim=True)).double() / settings.temperature
     kept = exponents.masked_fill(exponents < math.log(NEGLIGIBLE), -math.inf)
     share = torch.softmax(kept, dim=1).to(affinity.dtype)
+    if settings.origin == "static":
+        experts = affinity.shape[1]
+        share = ((experts * share - 1) / (experts - 1)).clamp_min(0)
     return settings.trust * settings.mass * share + (1 - settings.trust) * settings.static
 
 
@@ -287,9 +297,11 @@ class Candidate:
     """forward passes of the plain model per sample"""
 
 
-def candidates(application: SeApplication, blocks: int) -> list[Rule]:
+def candidates(application: SeApplication, blocks: int, origin: OriginName = "base") -> list[Rule]:
     """Return the rules that the settings leave open."""
-    scores: Sequence[ScoreName] = SCORES if application.score == "auto" else (application.score,)
+    # Alignment looks at the way from the base to the static merge: there is none where they are one.
+    open_scores = [score for score in SCORES if origin == "base" or score != "alignment"]
+    scores: Sequence[ScoreName] = open_scores if application.score == "auto" else (application.score,)
     layers = searched_layers(blocks) if application.layer == "auto" else (application.layer,)
     pools: Sequence[PoolName] = POOLS if application.pool == "auto" else (application.pool,)
     return [Rule(score, layer, pool, application.metric) for score in scores for layer in layers for pool in pools]

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sensmerge.tasks.artifacts import canonical, read_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import canonical, flush, read_json, sha256_text, write_json
 from sensmerge.tasks.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -250,12 +250,3 @@ def tensor_digests(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda name: digest(tensor_bytes(checkpoint.read(name))), checkpoint.tensors)
         return dict(zip(checkpoint.tensors, digests, strict=True))
-
-
-def flush(path: Path) -> None:
-    """Have a file's bytes written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

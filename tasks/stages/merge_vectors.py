@@ -1,7 +1,5 @@
 """Stage merge for SE-Merging: the base, and beside it what each expert adds, instead of one set of weights."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +8,14 @@ from typing import Any
 import torch
 import xxhash
 
-from sensmerge.tasks.artifacts import sha256_file, write_json
+from sensmerge.tasks.artifacts import flush
 from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, open_checkpoint, preallocate, tensor_bytes
 from sensmerge.tasks.checkpoints.layers import layer_of
-from sensmerge.tasks.dynamic.vectors import BASE, VECTORS, LowRank, Vector, compact, save_vectors
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.dynamic.vectors import BASE, LowRank, Vector, compact
+from sensmerge.tasks.dynamic.writing import finite_as, seal, vectors_file, write_vectors
 from sensmerge.tasks.methods.contract import Additive
-from sensmerge.tasks.stages.merge import flush, plan_merged, tensor_digests
+from sensmerge.tasks.stages.merge import plan_merged, tensor_digests
 from sensmerge.tasks.stages.variant import VariantJob
-
-FILES = "files.json"
-"""sha256 of every other file, by its path in the folder."""
-
-_LATER = {FILES, "manifest.json", "fingerprint.json"}
-"""Files that come after the digests; they lie there when an interrupted try is repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +46,13 @@ class MergeVectorsJob(VariantJob):
             InputError: a value that is NaN or Inf, naming the tensor.
         """
         assert isinstance(part, int)
-        target = out / VECTORS / f"group-{part:05d}.safetensors"
-        if target.exists():
+        if vectors_file(out, part).exists():
             return False
         torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
         weights = self.weights()
         mixed = [name for name in self.groups[part] if name not in self.base.statistics]
         found = {name: _vectors(self, weights[layer_of(name)], name) for name in mixed}
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}")
-        save_vectors({name: vectors for name, vectors in found.items() if vectors}, partial)
-        flush(partial)
-        partial.replace(target)
+        write_vectors(out, part, found)
         return True
 
     def finish(self, out: Path) -> dict[str, Any]:
@@ -81,11 +68,7 @@ class MergeVectorsJob(VariantJob):
         _write_base(self, out / BASE)
         self.write_companions(out / BASE)
         self.write_heads(out)
-        paths = sorted(path for path in out.rglob("*") if path.is_file() and str(path.relative_to(out)) not in _LATER)
-        digests = {str(path.relative_to(out)): sha256_file(path) for path in paths}
-        write_json(out / FILES, digests)
-        size = sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")
-        return {"digest": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(), "bytes": size}
+        return seal(out)
 
 
 def _vectors(job: MergeVectorsJob, weights: Mapping[str, float], name: str) -> dict[str, Vector]:
@@ -111,7 +94,7 @@ def _agreed(
     for where, agreed in job.method.agreed_pieces(base, every):
         for part, piece in zip(parts.values(), agreed, strict=True):
             part[where] = piece / job.static
-    return {key: compact(_finite(parts[key].view(shape), dtype, key, name), dtype) for key in touching}
+    return {key: compact(finite_as(parts[key].view(shape), dtype, key, name), dtype) for key in touching}
 
 
 def _contribution(job: MergeVectorsJob, key: str, name: str, factor: float) -> Vector | None:
@@ -120,21 +103,13 @@ def _contribution(job: MergeVectorsJob, key: str, name: str, factor: float) -> V
     factors = job.experts[key].factors(name) if job.method.keeps_whole(key) else None
     if factors is not None:
         first, second, scaling = factors
-        pair = (_finite(each, dtype, key, name).to(dtype) for each in (first, second * (scaling * factor)))
+        pair = (finite_as(each, dtype, key, name).to(dtype) for each in (first, second * (scaling * factor)))
         return LowRank(*(each.contiguous() for each in pair))
     base = job.base.read(name).view(-1)
     delta = torch.empty(len(base))
     for where, piece in job.method.contribution_pieces(base, job.task_vector(key, name, factor), factor):
         delta[where] = piece
-    return compact(_finite(delta.view(shape), dtype, key, name), dtype)
-
-
-def _finite(values: torch.Tensor, dtype: torch.dtype, expert: str, name: str) -> torch.Tensor:
-    if not bool(values.to(dtype).isfinite().all()):
-        raise InputError(
-            f"tensor {name}: what experts.{expert} adds has NaN or Inf as {dtype}; expected finite weights"
-        )
-    return values
+    return compact(finite_as(delta.view(shape), dtype, key, name), dtype)
 
 
 def _write_base(job: MergeVectorsJob, out: Path) -> None:

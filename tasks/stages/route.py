@@ -1,7 +1,5 @@
 """Stage route: how a dynamic model tells which experts a sample resembles, judged on the calibration sets."""
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sensmerge.tasks.artifacts import Artifact, read_json, sha256_file, write_json
-from sensmerge.tasks.dynamic.application import PoolName, SeApplication
+from sensmerge.tasks.artifacts import Artifact, link_file, read_json, sha256_file, write_json
+from sensmerge.tasks.dynamic.application import OriginName, PoolName, SeApplication
 from sensmerge.tasks.dynamic.folder import FORMAT, STATISTICS, Manifest, load_network_with_heads, write_manifest
 from sensmerge.tasks.dynamic.network import DynamicNetwork
 from sensmerge.tasks.dynamic.probes import probe
@@ -28,6 +26,7 @@ from sensmerge.tasks.dynamic.router import (
     trust,
 )
 from sensmerge.tasks.dynamic.vectors import BASE
+from sensmerge.tasks.dynamic.writing import FILES
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import RowSet
@@ -35,7 +34,6 @@ from sensmerge.tasks.kinds.scores import mean_score
 from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.tokens import Inputs, collate, length, pad_token
 from sensmerge.tasks.stages.job import Job
-from sensmerge.tasks.stages.merge_vectors import FILES
 
 BATCH_SIZE = 8
 """Samples per forward pass; each is probed up to K + 2 times in it."""
@@ -49,17 +47,19 @@ class RouteJob(Job):
     version = 4
 
     model: Artifact
-    """of stage merge: base and task vectors"""
+    """of stage merge or vectors: what task vectors start from, and these"""
     calibration: Annotated[Mapping[str, RowSet], For("calibration")]
     """the calibration set of every expert, in the order of coefficients"""
     application: SeApplication
     """the recipe's settings"""
     static: float
-    """every expert's coefficient in the static merge"""
+    """every expert's coefficient in the static merge; 0 if that is the origin"""
     dtype: str
     """torch name of the network's dtype"""
     device: Local[str]
     """torch device"""
+    origin: OriginName = "base"
+    """weights that task vectors start from"""
 
     def finish(self, out: Path) -> dict[str, Any]:
         """Make the dynamic model.
@@ -80,7 +80,7 @@ class RouteJob(Job):
         names = list(calibration)
         head = next(iter(calibration.values())).task.head
         network, _ = load_network_with_heads(model, names, head, self.dtype, self.device)
-        rules = candidates(self.application, network.blocks)
+        rules = candidates(self.application, network.blocks, self.origin)
         features, owners = _features(model, network, calibration, rules, self.static, self.device)
         judged = judge(rules, features, owners, len(names), network.blocks)
         chosen = choose(judged, len(owners))
@@ -90,7 +90,8 @@ class RouteJob(Job):
         found = identified(rule, own, owners, len(names))
         identification = mean_score((found == owners).double().tolist(), is_proportion=True)
         followed = trust(identification.low, len(names), self.application.fallback)
-        _link_files(model, out)
+        for name in (*read_json(model / FILES), FILES):
+            link_file(model / name, out / name)
         save_file(statistics.tensors(), out / STATISTICS)
         report = {
             "identification": asdict(identification),
@@ -101,7 +102,8 @@ class RouteJob(Job):
         write_json(out / "route.json", report)
         digests: dict[str, str] = read_json(model / FILES)
         digests |= {name: sha256_file(out / name) for name in (STATISTICS, "route.json")}
-        mass = self.application.mass if self.application.mass is not None else self.static * len(names)
+        default = 1.0 if self.origin == "static" else self.static * len(names)
+        mass = self.application.mass if self.application.mass is not None else default
         manifest = Manifest(
             version=FORMAT,
             experts=names,
@@ -109,7 +111,11 @@ class RouteJob(Job):
             dtype=self.dtype,
             rule=rule,
             router=RouterSettings(
-                temperature=self.application.temperature, mass=mass, static=self.static, trust=followed
+                temperature=self.application.temperature,
+                mass=mass,
+                static=self.static,
+                trust=followed,
+                origin=self.origin,
             ),
             files=digests,
         )
@@ -164,17 +170,6 @@ def _features(
 def _joined(parts: list[Features]) -> Features:
     columns = ([getattr(part, name) for part in parts] for name in ("base", "merged", "experts"))
     return Features(*(None if column[0] is None else torch.cat(column).cpu() for column in columns))
-
-
-def _link_files(source: Path, target: Path) -> None:
-    """Give the target all files of the source but the store's own; hard links where the file system can."""
-    for name in (*read_json(source / FILES), FILES):
-        path = target / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / name, path)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(source / name, path)
 
 
 def _confusion(names: list[str], owners: Tensor, found: Tensor) -> dict[str, dict[str, int]]:

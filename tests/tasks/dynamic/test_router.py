@@ -420,6 +420,35 @@ def test_candidates_are_what_the_settings_leave_open() -> None:
     assert [(one.score, one.layer, one.pool) for one in some] == [("nearest", i, "cls") for i in range(1, 7)]
 
 
+def test_from_the_static_merge_there_is_no_alignment_with_the_way_to_it() -> None:
+    found = candidates(SeApplication(kind="se"), 6, "static")
+    assert len(found) == 4 * 6 * 3
+    assert "alignment" not in {one.score for one in found}
+    with pytest.raises(ValidationError, match="needs origin: base"):
+        SeApplication(kind="se", score="alignment", origin="static")
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.floats(0.01, 10))
+def test_from_the_static_merge_a_sample_takes_what_lies_above_its_even_share(
+    values: list[float], temperature: float
+) -> None:
+    settings = RouterSettings(temperature=temperature, mass=0.7, static=0, trust=0.9, origin="static")
+    found = routing.coefficients(torch.tensor([values], dtype=torch.float64), settings)[0]
+    weights = [math.exp((value - max(values)) / temperature) for value in values]
+    weights = [weight if weight >= 1e-3 else 0.0 for weight in weights]  # what is negligible counts as 0
+    experts, total = len(values), sum(weights)
+    expected = [0.9 * 0.7 * max(0.0, (experts * weight / total - 1) / (experts - 1)) for weight in weights]
+    assert found.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_static_merge_answers_what_resembles_all_experts_and_an_expert_what_resembles_it_alone() -> None:
+    settings = RouterSettings(temperature=1e9, mass=1, static=0, trust=1, origin="static")
+    affinity = torch.tensor([[3.0, -2.0, 1.0]])
+    assert routing.coefficients(affinity, settings).tolist() == [pytest.approx([0, 0, 0], abs=1e-6)]
+    alone = settings.model_copy(update={"temperature": 1e-9})
+    assert routing.coefficients(affinity, alone).tolist() == [pytest.approx([1, 0, 0])]
+
+
 def test_rules_are_judged_on_their_own_features() -> None:
     owners = torch.arange(12) % 3
     good = clustered(owners, 3)

@@ -16,10 +16,11 @@ from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.checkpoints.weights import ExpertWeights
 from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients
 from sensmerge.tasks.dynamic.vectors import BASE, VECTORS, Dense, LowRank, Sparse, Vector, load_vectors
+from sensmerge.tasks.dynamic.writing import FILES
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.stages.merge import MergeJob
-from sensmerge.tasks.stages.merge_vectors import FILES, MergeVectorsJob
+from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from tests.conftest import make_adapter, make_bert_trunk, make_gpt2, make_llama, perturbed
 from tests.tasks.stages.test_merge import make_job, merged, weights_of
 
