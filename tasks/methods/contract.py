@@ -85,6 +85,8 @@ class Method(Strict, ABC):
     """types of the torch devices that it gives the same result on"""
     changes_untouched: ClassVar[bool] = False
     """whether it changes tensors that no expert changed"""
+    weights: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+    """the weights λ to try where a recipe leaves the choice open: those that published results lie between"""
     no_se: ClassVar[str] = "what one expert adds cannot be separated from what the others add"
     """why the method cannot be applied per sample (application se), unless it is `Additive`"""
 
@@ -96,6 +98,14 @@ class Method(Strict, ABC):
         marked = {key: name for key, name in keys_of(type(self)).items() if _FOR_EACH_EXPERT in fields[name].metadata}
         values = {key: getattr(self, name) for key, name in marked.items()}
         return {key: value for key, value in values.items() if isinstance(value, dict)}
+
+    def scales_with_weight(self) -> bool:
+        """Return whether a common factor c > 0 of all weights scales what the merge adds to the base.
+
+        Then merge(base, c · weights) = base + c · (merge(base, weights) − base), up to rounding, so that merges of one
+        variant with other weights λ can be told from one.
+        """
+        return False
 
     def check_weights(self, weights: Sequence[float]) -> None:
         """Check the experts' weights in one layer.
