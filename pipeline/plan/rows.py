@@ -1,7 +1,7 @@
 """The rows of a recipe's tasks: chosen, checked, and kept apart: no sample both calibrates and is scored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,11 @@ from sensmerge.tasks.rows.source import DataSource, Row, rows_digest
 from sensmerge.tasks.rows.tables import Rows, check_samples, draw_order, load_rows, open_table
 
 
+Split = Literal["calibration", "tuning", "evaluation"]
+HeldOut = Literal["none", "all", "half"]
+"""Which calibration rows of a task without tuning rows of its own are tuning rows."""
+
+
 @dataclass(frozen=True)
 class TaskRows:
     """A task with the rows that the recipe chose for it."""
@@ -24,10 +29,42 @@ class TaskRows:
     task: Task
     calibration: list[Row]
     evaluation: list[Row]
+    tuning: list[Row] = field(default_factory=list)
     calibration_tokens: int = 0
     """of all calibration rows"""
     longest_calibration: int = 0
     """tokens of the longest calibration row"""
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows of one split of a task, and what is known of each."""
+
+    rows: list[Row]
+    places: list[str]
+    samples: list[Sample]
+
+    def part(self, first: int, step: int = 1) -> "_Chosen":
+        """Return some of them: from one on, so many apart."""
+        return _Chosen(self.rows[first::step], self.places[first::step], self.samples[first::step])
+
+    def without(self, other: "_Chosen") -> "_Chosen":
+        """Return those that are none of the others."""
+        taken = other.marks()
+        kept = [i for i, marks in enumerate(map(_marks, self.rows, self.samples)) if taken.keys().isdisjoint(marks)]
+        return _Chosen(*([column[i] for i in kept] for column in (self.rows, self.places, self.samples)))
+
+    def marks(self) -> dict[object, str]:
+        """Return the place of each row by what no other row must share with it."""
+        return {
+            mark: place
+            for row, place, sample in zip(self.rows, self.places, self.samples, strict=True)
+            for mark in _marks(row, sample)
+        }
+
+    def tokens(self) -> list[int]:
+        """Return the length of each row's sample."""
+        return [len(sample.input_ids) for sample in self.samples]
 
 
 @dataclass(frozen=True)
@@ -49,7 +86,7 @@ class _Reader:
         names = self.expert.own_classes
         return [self.task.named(row, names) for row in rows] if names else rows
 
-    def samples(self, split: Literal["calibration", "evaluation"], found: Rows) -> list[Sample]:
+    def samples(self, split: Split, found: Rows) -> list[Sample]:
         """Return rows as samples. Raises InputError for the first row that does not fit the task or its network."""
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
         self.task.check_rows(found.rows, key, label2id, found.places)
@@ -65,12 +102,19 @@ class _Reader:
 
 
 def gather_rows(
-    tasks: Mapping[str, Task], experts: Mapping[str, Expert], tokenizer: Any, folder: Path, routed: bool
+    tasks: Mapping[str, Task],
+    experts: Mapping[str, Expert],
+    tokenizer: Any,
+    folder: Path,
+    routed: bool,
+    held_out: HeldOut = "none",
 ) -> tuple[dict[str, TaskRows], list[str]]:
     """Choose and check the rows of all tasks.
 
-    Calibration rows are those of `load_rows`. Evaluation rows are drawn in the same order from the rows that no task
-    calibrates on: a row is left out if it equals a calibration row of any task, or gives the same sample.
+    Calibration rows are those of `load_rows`. Tuning rows are drawn in the same order from the rows that no task
+    calibrates on, evaluation rows from those that no task calibrates or tunes on: a row is left out if it equals such a
+    row of any task, or gives the same sample. A task without tuning rows of its own gives up calibration rows, every
+    second one, where half of them are held out, so that both halves have the same mix.
 
     Args:
         tasks: the recipe's.
@@ -78,38 +122,67 @@ def gather_rows(
         tokenizer: the one that all models use.
         folder: what the recipe's paths are relative to.
         routed: whether a variant tells samples apart by their prompts.
+        held_out: which calibration rows are tuning rows where a task names none.
 
     Returns:
-        The rows by task, and a line about each task that lost evaluation rows to calibration.
+        The rows by task, and lines about them: which tune, and of each task that lost rows to calibration.
 
     Raises:
         InputError: data that does not fit its task, or no row left to score; it names the recipe's key.
     """
     readers: dict[str, _Reader] = {}
-    calibration: dict[str, list[Row]] = {}
-    tokens: dict[str, list[int]] = {}
-    taken: dict[object, str] = {}
     for name, task in tasks.items():
         _check_kind(name, task, experts[name])
-        if not isinstance(task, RowTask):
-            continue
-        readers[name] = _Reader(name, task, experts[name], tokenizer, routed)
-        found = Rows([], [])
-        if task.calibration is not None:
-            found = load_rows(task.calibration, f"tasks.{name}.calibration", folder)
-            found = replace(found, rows=readers[name].named(found.rows))
-        samples = readers[name].samples("calibration", found)
-        for row, place, sample in zip(found.rows, found.places, samples, strict=True):
-            taken |= dict.fromkeys(_marks(row, sample), place)
-        calibration[name], tokens[name] = found.rows, [len(sample.input_ids) for sample in samples]
-    data: dict[str, TaskRows] = {}
+        if isinstance(task, RowTask):
+            readers[name] = _Reader(name, task, experts[name], tokenizer, routed)
     notes: list[str] = []
+    calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
+    taken = {mark: place for one in calibration.values() for mark, place in one.marks().items()}
+    tuning: dict[str, _Chosen] = {}
     for name, reader in readers.items():
-        source = reader.task.evaluation
-        rows, lines = _evaluation(reader, source, folder, taken) if source else ([], [])
-        notes += lines
-        data[name] = TaskRows(reader.task, calibration[name], rows, sum(tokens[name]), max(tokens[name], default=0))
+        if reader.task.tuning is not None:
+            tuning[name], said = _apart(reader, "tuning", folder, taken)
+        elif held_out == "none":
+            continue
+        else:
+            calibration[name], tuning[name], said = _held_out(name, calibration[name], held_out)
+        notes += said
+    taken = {mark: place for one in tuning.values() for mark, place in one.marks().items()} | taken
+    named = any(reader.task.tuning for reader in readers.values())
+    users = "calibration or tuning uses" if named else "calibration uses"
+    data: dict[str, TaskRows] = {}
+    for name, reader in readers.items():
+        evaluation, said = _apart(reader, "evaluation", folder, taken, users)
+        notes += said
+        tokens = calibration[name].tokens()
+        rows = (calibration[name].rows, evaluation.rows, tuning[name].rows if name in tuning else [])
+        data[name] = TaskRows(reader.task, *rows, sum(tokens), max(tokens, default=0))
     return {name: data.get(name) or TaskRows(task, [], []) for name, task in tasks.items()}, notes
+
+
+def _calibration(reader: _Reader, folder: Path) -> _Chosen:
+    if reader.task.calibration is None:
+        return _Chosen([], [], [])
+    found = load_rows(reader.task.calibration, f"tasks.{reader.name}.calibration", folder)
+    found = Rows(reader.named(found.rows), found.places)
+    return _Chosen(found.rows, found.places, reader.samples("calibration", found))
+
+
+def _held_out(name: str, every: _Chosen, held_out: HeldOut) -> tuple[_Chosen, _Chosen, list[str]]:
+    """Return the rows that still calibrate, those that tune, and what is to be said of them."""
+    key = f"tasks.{name}.calibration"
+    if held_out == "all" or not every.rows:
+        said = [f"{key}: its {len(every.rows)} rows are those that variants are tuned on"] if every.rows else []
+        return every, every, said
+    kept = every.part(0, 2)
+    tuning = every.part(1, 2).without(kept)
+    if not tuning.rows:
+        raise InputError(
+            f"{key}: of {len(every.rows)} rows none can be held out to tune variants on; give it more samples, or "
+            f"name rows in tasks.{name}.tuning"
+        )
+    said = f"{key}: {len(kept.rows)} of its rows calibrate, {len(tuning.rows)} are held out to tune variants on"
+    return kept, tuning, [said]
 
 
 def _marks(row: Row, sample: Sample) -> tuple[object, object]:
@@ -117,16 +190,31 @@ def _marks(row: Row, sample: Sample) -> tuple[object, object]:
     return rows_digest([row]), sample.content
 
 
-def _evaluation(
-    reader: _Reader, source: DataSource, folder: Path, taken: Mapping[object, str]
-) -> tuple[list[Row], list[str]]:
-    """Return the rows to score, and what is to be said of those that were left out."""
-    key = f"tasks.{reader.name}.evaluation"
+def _apart(
+    reader: _Reader,
+    split: Literal["tuning", "evaluation"],
+    folder: Path,
+    taken: Mapping[object, str],
+    users: str = "calibration uses",
+) -> tuple[_Chosen, list[str]]:
+    """Return the rows of a split that are not taken, and what is to be said of those that were left out.
+
+    Args:
+        reader: of the task.
+        split: which.
+        folder: what the recipe's paths are relative to.
+        taken: the place of each row that is taken, by what no other row may share with it.
+        users: who has taken them, for messages.
+    """
+    source: DataSource | None = getattr(reader.task, split)
+    if source is None:
+        return _Chosen([], [], []), []
+    key = f"tasks.{reader.name}.{split}"
     table = open_table(source, key, folder)
     check_samples(table, source.samples, key)
     order = draw_order(table.total, source.seed) if source.samples else range(table.total)
     wanted = source.samples or table.total
-    chosen: dict[int, Row] = {}
+    chosen: dict[int, tuple[Row, str, Sample]] = {}
     left_out: list[str] = []
     start = 0
     while len(chosen) < wanted and start < len(order):
@@ -134,29 +222,27 @@ def _evaluation(
         start += len(drawn)
         found = Rows(reader.named(table.take(drawn)), [table.place(index) for index in drawn])
         for index, row, place, sample in zip(
-            drawn, found.rows, found.places, reader.samples("evaluation", found), strict=True
+            drawn, found.rows, found.places, reader.samples(split, found), strict=True
         ):
             other = next((taken[mark] for mark in _marks(row, sample) if mark in taken), None)
             if other is None:
-                chosen[index] = row
+                chosen[index] = row, place, sample
             else:
                 left_out.append(place if place == other else f"{place} is {other}")
     if not chosen:
         raise InputError(
-            f"{key}: no row is left to score: calibration uses the same {len(left_out)} samples: {left_out[0]} …; "
+            f"{key}: no row is left to {'score' if split == 'evaluation' else 'tune on'}: {users} the same {len(left_out)} samples: {left_out[0]} …; "
             "give calibration fewer samples, or name other rows"
         )
+    kept = [chosen[index] for index in sorted(chosen)]
+    rows = _Chosen(*(list(column) for column in zip(*kept, strict=True)))
     if not left_out:
-        return _ascending(chosen), []
+        return rows, []
     asked = "" if len(chosen) == wanted or source.samples is None else f" of the {wanted} asked for"
-    return _ascending(chosen), [
-        f"{key}: {len(chosen)} rows{asked} are scored; {len(left_out)} left out because calibration uses them too: "
+    return rows, [
+        f"{key}: {len(chosen)} rows{asked} are {'scored' if split == 'evaluation' else 'tuned on'}; {len(left_out)} left out because {users} them too: "
         f"{left_out[0]}{' …' if left_out[1:] else ''}"
     ]
-
-
-def _ascending(chosen: Mapping[int, Row]) -> list[Row]:
-    return [chosen[index] for index in sorted(chosen)]
 
 
 def _check_kind(name: str, task: Task, expert: Expert) -> None:
