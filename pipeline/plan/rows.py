@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
@@ -15,7 +15,6 @@ from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import positions
 from sensmerge.tasks.rows.source import DataSource, Row, rows_digest
 from sensmerge.tasks.rows.tables import Rows, check_samples, draw_order, load_rows, open_table
-
 
 Split = Literal["calibration", "tuning", "evaluation"]
 HeldOut = Literal["none", "all", "half"]
@@ -36,35 +35,21 @@ class TaskRows:
     """tokens of the longest calibration row"""
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Rows of one split of a task, and what is known of each."""
+class _Chosen(NamedTuple):
+    """A row that a split of a task has."""
 
-    rows: list[Row]
-    places: list[str]
-    samples: list[Sample]
+    row: Row
+    place: str
+    sample: Sample
 
-    def part(self, first: int, step: int = 1) -> "_Chosen":
-        """Return some of them: from one on, so many apart."""
-        return _Chosen(self.rows[first::step], self.places[first::step], self.samples[first::step])
+    @property
+    def marks(self) -> tuple[object, object]:
+        """What two rows must not share: their content, or what a model reads and should answer."""
+        return rows_digest([self.row]), self.sample.content
 
-    def without(self, other: "_Chosen") -> "_Chosen":
-        """Return those that are none of the others."""
-        taken = other.marks()
-        kept = [i for i, marks in enumerate(map(_marks, self.rows, self.samples)) if taken.keys().isdisjoint(marks)]
-        return _Chosen(*([column[i] for i in kept] for column in (self.rows, self.places, self.samples)))
-
-    def marks(self) -> dict[object, str]:
-        """Return the place of each row by what no other row must share with it."""
-        return {
-            mark: place
-            for row, place, sample in zip(self.rows, self.places, self.samples, strict=True)
-            for mark in _marks(row, sample)
-        }
-
-    def tokens(self) -> list[int]:
-        """Return the length of each row's sample."""
-        return [len(sample.input_ids) for sample in self.samples]
+    @property
+    def tokens(self) -> int:
+        return len(self.sample.input_ids)
 
 
 @dataclass(frozen=True)
@@ -78,7 +63,7 @@ class _Reader:
     routed: bool
     """whether samples are told apart by their prompts"""
 
-    def named(self, rows: list[Row]) -> list[Row]:
+    def _named(self, rows: list[Row]) -> list[Row]:
         """Return rows with their classes by name where numbers would be those of the expert's own config.
 
         The expert's head is read in the base's order, as that of merged models is.
@@ -86,19 +71,20 @@ class _Reader:
         names = self.expert.own_classes
         return [self.task.named(row, names) for row in rows] if names else rows
 
-    def samples(self, split: Split, found: Rows) -> list[Sample]:
-        """Return rows as samples. Raises InputError for the first row that does not fit the task or its network."""
+    def read(self, split: Split, found: Rows) -> list[_Chosen]:
+        """Return rows with their samples. Raises InputError for the first that does not fit the task or its network."""
+        found = Rows(self._named(found.rows), found.places)
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
         self.task.check_rows(found.rows, key, label2id, found.places)
-        samples = []
+        chosen = []
         for row, place in zip(found.rows, found.places, strict=True):
             where = f"{key}: {place}"
             sample = self.task.sample(row, self.tokenizer, where, label2id)
             _check_sample(f"tasks.{self.name}", where, self.task, sample, self.expert)
             if self.routed and not sample.has_prompt:
                 raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
-            samples.append(sample)
-        return samples
+            chosen.append(_Chosen(row, place, sample))
+        return chosen
 
 
 def gather_rows(
@@ -137,57 +123,53 @@ def gather_rows(
             readers[name] = _Reader(name, task, experts[name], tokenizer, routed)
     notes: list[str] = []
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
-    taken = {mark: place for one in calibration.values() for mark, place in one.marks().items()}
-    tuning: dict[str, _Chosen] = {}
+    taken = _places(calibration)
+    tuning: dict[str, list[_Chosen]] = {}
     for name, reader in readers.items():
         if reader.task.tuning is not None:
             tuning[name], said = _apart(reader, "tuning", folder, taken)
-        elif held_out == "none":
-            continue
         else:
             calibration[name], tuning[name], said = _held_out(name, calibration[name], held_out)
         notes += said
-    taken = {mark: place for one in tuning.values() for mark, place in one.marks().items()} | taken
+    taken = _places(tuning) | taken
     named = any(reader.task.tuning for reader in readers.values())
     users = "calibration or tuning uses" if named else "calibration uses"
     data: dict[str, TaskRows] = {}
     for name, reader in readers.items():
         evaluation, said = _apart(reader, "evaluation", folder, taken, users)
         notes += said
-        tokens = calibration[name].tokens()
-        rows = (calibration[name].rows, evaluation.rows, tuning[name].rows if name in tuning else [])
-        data[name] = TaskRows(reader.task, *rows, sum(tokens), max(tokens, default=0))
+        tokens = [one.tokens for one in calibration[name]]
+        rows, scored, tried = ([one.row for one in split] for split in (calibration[name], evaluation, tuning[name]))
+        data[name] = TaskRows(reader.task, rows, scored, tried, sum(tokens), max(tokens, default=0))
     return {name: data.get(name) or TaskRows(task, [], []) for name, task in tasks.items()}, notes
 
 
-def _calibration(reader: _Reader, folder: Path) -> _Chosen:
-    if reader.task.calibration is None:
-        return _Chosen([], [], [])
-    found = load_rows(reader.task.calibration, f"tasks.{reader.name}.calibration", folder)
-    found = Rows(reader.named(found.rows), found.places)
-    return _Chosen(found.rows, found.places, reader.samples("calibration", found))
+def _calibration(reader: _Reader, folder: Path) -> list[_Chosen]:
+    source, key = reader.task.calibration, f"tasks.{reader.name}.calibration"
+    return [] if source is None else reader.read("calibration", load_rows(source, key, folder))
 
 
-def _held_out(name: str, every: _Chosen, held_out: HeldOut) -> tuple[_Chosen, _Chosen, list[str]]:
+def _places(chosen: Mapping[str, list[_Chosen]]) -> dict[object, str]:
+    """Return the place of every row by what no other may share with it."""
+    return {mark: one.place for rows in chosen.values() for one in rows for mark in one.marks}
+
+
+def _held_out(name: str, every: list[_Chosen], held_out: HeldOut) -> tuple[list[_Chosen], list[_Chosen], list[str]]:
     """Return the rows that still calibrate, those that tune, and what is to be said of them."""
     key = f"tasks.{name}.calibration"
-    if held_out == "all" or not every.rows:
-        said = [f"{key}: its {len(every.rows)} rows are those that variants are tuned on"] if every.rows else []
-        return every, every, said
-    kept = every.part(0, 2)
-    tuning = every.part(1, 2).without(kept)
-    if not tuning.rows:
+    if held_out == "none" or not every:
+        return every, [], []
+    if held_out == "all":
+        return every, every, [f"{key}: variants are tuned on its {len(every)} rows"]
+    kept = every[::2]
+    taken = _places({name: kept})
+    tuning = [one for one in every[1::2] if taken.keys().isdisjoint(one.marks)]
+    if not tuning:
         raise InputError(
-            f"{key}: of {len(every.rows)} rows none can be held out to tune variants on; give it more samples, or "
-            f"name rows in tasks.{name}.tuning"
+            f"{key}: of {len(every)} rows none can be held out to tune variants on; give it more samples, or name rows "
+            f"in tasks.{name}.tuning"
         )
-    said = f"{key}: {len(kept.rows)} of its rows calibrate, {len(tuning.rows)} are held out to tune variants on"
-    return kept, tuning, [said]
-
-
-def _marks(row: Row, sample: Sample) -> tuple[object, object]:
-    """Return what two rows must not share: their content, or what a model reads and should answer."""
-    return rows_digest([row]), sample.content
+    return kept, tuning, [f"{key}: variants are tuned on {len(tuning)} of its rows; the other {len(kept)} calibrate"]
 
 
 def _apart(
@@ -196,7 +178,7 @@ def _apart(
     folder: Path,
     taken: Mapping[object, str],
     users: str = "calibration uses",
-) -> tuple[_Chosen, list[str]]:
+) -> tuple[list[_Chosen], list[str]]:
     """Return the rows of a split that are not taken, and what is to be said of those that were left out.
 
     Args:
@@ -208,39 +190,37 @@ def _apart(
     """
     source: DataSource | None = getattr(reader.task, split)
     if source is None:
-        return _Chosen([], [], []), []
+        return [], []
     key = f"tasks.{reader.name}.{split}"
     table = open_table(source, key, folder)
     check_samples(table, source.samples, key)
     order = draw_order(table.total, source.seed) if source.samples else range(table.total)
     wanted = source.samples or table.total
-    chosen: dict[int, tuple[Row, str, Sample]] = {}
+    chosen: dict[int, _Chosen] = {}
     left_out: list[str] = []
     start = 0
     while len(chosen) < wanted and start < len(order):
         drawn = sorted(order[start : start + wanted - len(chosen)])
         start += len(drawn)
-        found = Rows(reader.named(table.take(drawn)), [table.place(index) for index in drawn])
-        for index, row, place, sample in zip(
-            drawn, found.rows, found.places, reader.samples(split, found), strict=True
-        ):
-            other = next((taken[mark] for mark in _marks(row, sample) if mark in taken), None)
+        found = Rows(table.take(drawn), [table.place(index) for index in drawn])
+        for index, one in zip(drawn, reader.read(split, found), strict=True):
+            other = next((taken[mark] for mark in one.marks if mark in taken), None)
             if other is None:
-                chosen[index] = row, place, sample
+                chosen[index] = one
             else:
-                left_out.append(place if place == other else f"{place} is {other}")
+                left_out.append(one.place if one.place == other else f"{one.place} is {other}")
+    use, used = ("tune on", "tuned on") if split == "tuning" else ("score", "scored")
     if not chosen:
         raise InputError(
-            f"{key}: no row is left to {'score' if split == 'evaluation' else 'tune on'}: {users} the same {len(left_out)} samples: {left_out[0]} …; "
+            f"{key}: no row is left to {use}: {users} the same {len(left_out)} samples: {left_out[0]} …; "
             "give calibration fewer samples, or name other rows"
         )
-    kept = [chosen[index] for index in sorted(chosen)]
-    rows = _Chosen(*(list(column) for column in zip(*kept, strict=True)))
+    rows = [chosen[index] for index in sorted(chosen)]
     if not left_out:
         return rows, []
     asked = "" if len(chosen) == wanted or source.samples is None else f" of the {wanted} asked for"
     return rows, [
-        f"{key}: {len(chosen)} rows{asked} are {'scored' if split == 'evaluation' else 'tuned on'}; {len(left_out)} left out because {users} them too: "
+        f"{key}: {len(chosen)} rows{asked} are {used}; {len(left_out)} left out because {users} them too: "
         f"{left_out[0]}{' …' if left_out[1:] else ''}"
     ]
 

@@ -51,7 +51,7 @@ class MergeJob(VariantJob):
 
     def resumed(self, earlier: Earlier) -> Self:
         """See `Job`. Each tensor's checksum is compared as it is taken over, so the artifact is not read before."""
-        return replace(self, previous=earlier.newest())
+        return replace(super().resumed(earlier), previous=earlier.newest())
 
     def run(self, part: int | str, out: Path) -> bool:
         """Merge one group of layers and write it at its place in the checkpoint under construction in `out`.

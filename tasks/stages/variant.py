@@ -1,10 +1,10 @@
 """What the two kinds of merge job share: a variant of a recipe, and the parts of its folder that are not merged."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -34,9 +34,13 @@ from sensmerge.tasks.coefficients import (
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.methods.contract import Method, TaskVector, method_of
 from sensmerge.tasks.methods.kernels.stored import rounded
-from sensmerge.tasks.stages.job import Job
+from sensmerge.tasks.methods.settings import Values, VariantSettings
+from sensmerge.tasks.stages.job import Earlier, Job
 from sensmerge.tasks.stages.task_vectors import read_histogram
 from sensmerge.tasks.statistics.statistic import read_layers
+
+TUNE = "tune.json"
+"""In an artifact of stage tune: what was tried, what was chosen (`chosen`) and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ class VariantJob(Job):
     """names of the merged head's classes, where the base's config has none"""
     base_config: Sequence[str] = ()
     """experts with a head of their own that run with the base's config"""
+    tuned: Artifact | None = None
+    """of stage tune: what settings have instead of the values here, which are those that it began with"""
     base: Local[BaseWeights]
     experts: Local[Mapping[str, ExpertWeights]]
     head_configs: Local[Mapping[str, str]]
@@ -74,6 +80,21 @@ class VariantJob(Job):
     """folder of the model whose tokenizer, chat template and generation config the merged model gets"""
     groups: Local[Sequence[Sequence[str]]]
     """the base's weights in groups of whole layers; each is merged in one go"""
+
+    @property
+    def settings(self) -> VariantSettings:
+        """What says how the experts are combined."""
+        return VariantSettings(self.method, self.weight, self.coefficients)
+
+    def having(self, settings: VariantSettings) -> Self:
+        """Return the job with other settings, which are not to be tuned any more."""
+        return replace(
+            self, method=settings.method, weight=settings.weight, coefficients=settings.coefficients, tuned=None
+        )
+
+    def resumed(self, earlier: Earlier) -> Self:
+        """See `Job`: what was tuned has its values from here on."""
+        return self if self.tuned is None else self.having(self.settings.having(chosen_values(self.tuned.folder)))
 
     def parts(self) -> Sequence[int]:
         """Return the numbers of the groups."""
@@ -86,6 +107,7 @@ class VariantJob(Job):
 
     def coefficient_table(self) -> dict[str, Any]:
         """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from."""
+        assert self.tuned is None, "the job is resumed before it merges"
         layers = list(group_by_layer(name for name in self.base.weights if name not in self.base.statistics))
         if not isinstance(self.coefficients, SensCoefficients):
             return {"weights": plain_weights(self.coefficients, self.weight, layers, self.experts)}
@@ -165,6 +187,12 @@ class VariantJob(Job):
             save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
             (folder / "config.json").write_text(head_config)
         write_json(out / "coefficients.json", self.coefficient_table())
+
+
+def chosen_values(folder: Path) -> Values:
+    """Return the settings that were chosen, from the artifact of stage tune."""
+    found: Values = read_json(folder / TUNE)["chosen"]
+    return found
 
 
 def _with_tied_layers(values: Mapping[str, float], base: BaseWeights) -> dict[str, float]:
