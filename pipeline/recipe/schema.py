@@ -23,7 +23,7 @@ from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
-from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, VariantSettings
+from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -165,6 +165,11 @@ class Variant(Strict):
     def settings(self) -> VariantSettings:
         """What says how the experts are combined; of settings that are tuned, the values to stay with."""
         return VariantSettings(self.method, self.weight, self.coefficients)
+
+    def tuned(self, chosen: Values) -> "Variant":
+        """Return the variant with the settings that were chosen."""
+        settings = self.settings.having(chosen)
+        return self.model_copy(update=vars(settings))
 
     def grid(self) -> dict[str, list[float]]:
         """Return the values to try of each setting that is tuned, ascending."""

@@ -29,6 +29,30 @@ class StageRecord(BaseModel):
     fingerprint: str = Field(description="sha256 of everything the result depends on")
 
 
+class TriedInfo(BaseModel):
+    """Settings that were tried for a variant, and what came of them on the rows to tune on."""
+
+    values: dict[str, float | dict[str, float] | None] = Field(description="the settings that were tuned, by key")
+    mean: Score = Field(description="mean over tasks of main metric / own expert's")
+    tasks: dict[str, Score] = Field(description="main metric / own expert's, by task")
+
+
+class TuningInfo(BaseModel):
+    """How settings of a variant were chosen."""
+
+    tried: list[TriedInfo] = Field(description="all candidates, and the default")
+    chosen: dict[str, float | dict[str, float] | None] = Field(description="the settings that the variant has")
+    default: dict[str, float | dict[str, float] | None] = Field(description="those that it would have untuned")
+    best: dict[str, float | dict[str, float] | None] = Field(description="those with the best mean")
+    gain: Score = Field(description="the best ones' mean - the default's; the default stays unless low is above 0")
+    metrics: dict[str, str] = Field(description="metric of each task that candidates were scored by")
+    notes: list[str] = Field(description="what was done, and is to be done, where the best was at the end of a grid")
+
+    def of(self, values: dict[str, float | dict[str, float] | None]) -> TriedInfo:
+        """Return what came of some settings that were tried."""
+        return next(one for one in self.tried if one.values == values)
+
+
 class VariantInfo(BaseModel):
     """One merge of the recipe, with the coefficients it used."""
 
@@ -39,6 +63,7 @@ class VariantInfo(BaseModel):
     weights: dict[str, dict[str, float]] = Field(description="weight used: weights[layer][expert]")
     tau: dict[str, float] = Field({}, description="cross-task factor of each expert (sens only)")
     sigma: dict[str, dict[str, float]] = Field({}, description="coefficients sigma[layer][expert] (sens only)")
+    tuning: TuningInfo | None = Field(None, description="how settings were chosen, if some were tuned")
     digest: str = Field(description="sha256 over the names and digests of the merged folder's files")
 
 
@@ -116,6 +141,48 @@ def score_table(report: Report) -> Table:
         cells = [_cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
         table.add_row(model, *cells, _cell(report.mean_normalised.get(model)))
     return table
+
+
+def tuning_table(name: str, tuning: TuningInfo) -> Table:
+    """A row per candidate of a variant: its settings, its mean over tasks with its interval, and its tasks' scores."""
+    title = f"{name}: main metric ÷ own expert's on {tuning.gain.n} rows to tune on, means with 95 % intervals"
+    table = Table(title=title)
+    for key in tuning.chosen:
+        table.add_column(key, justify="right")
+    table.add_column("mean", justify="right")
+    for task in tuning.metrics:
+        table.add_column(task, justify="right")
+    table.add_column("")
+    for one in tuning.tried:
+        table.add_row(
+            *(shown(value) for value in one.values.values()),
+            f"{one.mean.value:.3f} ({one.mean.low:.3f}–{one.mean.high:.3f})",
+            *(f"{score.value:.3f}" for score in one.tasks.values()),
+            "chosen" if one.values == tuning.chosen else "",
+        )
+    return table
+
+
+def tuning_lines(name: str, tuning: TuningInfo) -> list[str]:
+    """Return lines for people: what was chosen and why, and what there is to know of the grid."""
+    chosen, default, best = (_said(values) for values in (tuning.chosen, tuning.default, tuning.best))
+    gain = f"{tuning.gain.value:+.3f} ({tuning.gain.low:+.3f} to {tuning.gain.high:+.3f}, n = {tuning.gain.n})"
+    if tuning.chosen != tuning.default:
+        why = f"is the best of {len(tuning.tried)} candidates: {gain} against the default, {default}"
+    elif tuning.best == tuning.default:
+        why = f"is the default, and the best of {len(tuning.tried)} candidates"
+    else:
+        why = f"is the default: {best}, the best of {len(tuning.tried)} candidates, is not surely better, {gain}"
+    return [f"{name}: {chosen} {why}", *(f"{name}: {note}" for note in tuning.notes)]
+
+
+def _said(values: dict[str, float | dict[str, float] | None]) -> str:
+    return ", ".join(f"{key} {shown(value)}" for key, value in values.items())
+
+
+def shown(value: float | dict[str, float] | None) -> str:
+    """Return a setting as people read it."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def route_table(report: Report) -> Table:

@@ -16,7 +16,7 @@ LARGEST_WEIGHT = 10
 WIDENED = 2
 """How many candidates are added at the end of a grid that the best one lies at."""
 
-Values = Mapping[str, float]
+Values = Mapping[str, Any]
 """some settings by the keys that a recipe's `tune` has for them"""
 
 
@@ -74,10 +74,10 @@ class VariantSettings:
                 found = found._with(key, value)
             except ValidationError as error:
                 reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-                raise ValueError(f"found {value:g}; {reason[:1].lower()}{reason[1:]}") from None
+                raise ValueError(f"found {value}; {reason[:1].lower()}{reason[1:]}") from None
         return found
 
-    def _with(self, key: str, value: float) -> "VariantSettings":
+    def _with(self, key: str, value: Any) -> "VariantSettings":
         if key == WEIGHT:
             if abs(value) > LARGEST_WEIGHT:
                 raise ValueError(f"found {value:g}; expected a number from {-LARGEST_WEIGHT} to {LARGEST_WEIGHT}")
@@ -86,7 +86,7 @@ class VariantSettings:
         if key not in keys:
             settings = self.coefficients.model_dump() | {key: value}
             return replace(self, coefficients=type(self.coefficients).model_validate(settings))
-        whole = isinstance(getattr(self.method, keys[key]), int) and value.is_integer()
+        whole = isinstance(getattr(self.method, keys[key]), int) and isinstance(value, float) and value.is_integer()
         settings = self.method.model_dump(by_alias=True) | {key: int(value) if whole else value}
         return replace(self, method=type(self.method).model_validate(settings))
 

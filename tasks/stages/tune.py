@@ -5,6 +5,7 @@ rows, averaged over the tasks. Mean losses and divergences from the experts are 
 answers, right ones too, and prefer weights that are far too small.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ class TuneJob(VariantJob):
             best = max(tried, key=lambda one: one.mean.value)
             wider = self._beyond(best.values, tried)
             more = [dict(best.values) | {key: value} for key, values in wider.items() for value in values]
-            tried += scored(trial.records(more), more, metrics, own)
+            tried = sorted((*tried, *scored(trial.records(more), more, metrics, own)), key=_place)
         choice = choose(tried, default, metrics, own)
         notes = [_widened(key, best.values[key], values) for key, values in wider.items() if values]
         edges = {key: values for key, values in self._beyond(choice.best.values, tried).items() if values}
@@ -184,6 +185,11 @@ def choose(
     gain = normalised_difference(metrics, best.records, usual.records, own)
     assert gain is not None, "every expert gets something right"
     return Choice(best, best if gain.low > 0 else usual, gain)
+
+
+def _place(one: Tried) -> list[float]:
+    """Return what candidates are sorted by: their values; what is no number, as a density for each expert, is first."""
+    return [value if isinstance(value, int | float) else -math.inf for value in one.values.values()]
 
 
 def _by_task(one: Tried, metrics: Mapping[str, Metric], own: Mapping[str, list[Record]]) -> dict[str, Any]:
