@@ -141,6 +141,7 @@ class _Layout:
         job = TuneJob(
             **fields | {"shard_size": 0},
             grid=variant.grid(),
+            default=variant.default(),
             tuning=tuning,
             metrics={task: one.task.metric for task, one in tuning.items()},
             depends={task: one.task.depends_on() for task, one in tuning.items()},

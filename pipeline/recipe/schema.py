@@ -82,7 +82,8 @@ class Variant(Strict):
     tune: dict[str, Candidates] = Field(
         {},
         description="settings that are chosen by the tasks' own metrics on rows held out for it, and the values to "
-        "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens)",
+        "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
+        "that the recipe gives such a setting elsewhere stays unless another is better beyond the 95 % interval",
     )
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; the base's if left out")
     shard_size: int = Field(5_000_000_000, ge=1, description="maximum size of a file of the merged model, in bytes")
@@ -163,7 +164,7 @@ class Variant(Strict):
 
     @property
     def settings(self) -> VariantSettings:
-        """What says how the experts are combined; of settings that are tuned, the values to stay with."""
+        """What says how the experts are combined, before some of it is tuned."""
         return VariantSettings(self.method, self.weight, self.coefficients)
 
     def tuned(self, chosen: Values) -> "Variant":
@@ -175,6 +176,12 @@ class Variant(Strict):
         """Return the values to try of each setting that is tuned, ascending."""
         found = {key: self.method.weights if values == AUTO else values for key, values in self.tune.items()}
         return {key: sorted(set(map(float, values))) for key, values in found.items()}
+
+    def default(self) -> dict[str, Any] | None:
+        """Return the values to stay with of the settings that are tuned; None where the recipe gives none of them."""
+        own = {key for key, name in keys_of(type(self.method)).items() if name in self.method.model_fields_set}
+        given = self.model_fields_set | own | self.coefficients.model_fields_set
+        return {key: self.settings.value(key) for key in self.tune} if given & self.tune.keys() else None
 
     def reads_calibration(self) -> bool:
         """Return whether what is made of the variant depends on the tasks' calibration rows."""

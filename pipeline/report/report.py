@@ -29,26 +29,32 @@ class StageRecord(BaseModel):
     fingerprint: str = Field(description="sha256 of everything the result depends on")
 
 
+Values = dict[str, float | dict[str, float] | None]
+"""Settings by key."""
+
+
 class TriedInfo(BaseModel):
     """Settings that were tried for a variant, and what came of them on the rows to tune on."""
 
-    values: dict[str, float | dict[str, float] | None] = Field(description="the settings that were tuned, by key")
+    values: Values = Field(description="the settings that were tuned, by key")
     mean: Score = Field(description="mean over tasks of main metric / own expert's")
+    behind: Score = Field(description="the best candidate's mean - this one's, with a paired interval")
     tasks: dict[str, Score] = Field(description="main metric / own expert's, by task")
 
 
 class TuningInfo(BaseModel):
     """How settings of a variant were chosen."""
 
-    tried: list[TriedInfo] = Field(description="all candidates, and the default")
-    chosen: dict[str, float | dict[str, float] | None] = Field(description="the settings that the variant has")
-    default: dict[str, float | dict[str, float] | None] = Field(description="those that it would have untuned")
-    best: dict[str, float | dict[str, float] | None] = Field(description="those with the best mean")
-    gain: Score = Field(description="the best ones' mean - the default's; the default stays unless low is above 0")
+    tried: list[TriedInfo] = Field(description="all candidates")
+    chosen: Values = Field(description="the settings that the variant has")
+    best: Values = Field(description="those with the best mean")
+    default: Values | None = Field(
+        description="those of the recipe, which stay unless the best are surely better; null if it gives none"
+    )
     metrics: dict[str, str] = Field(description="metric of each task that candidates were scored by")
     notes: list[str] = Field(description="what was done, and is to be done, where the best was at the end of a grid")
 
-    def of(self, values: dict[str, float | dict[str, float] | None]) -> TriedInfo:
+    def of(self, values: Values) -> TriedInfo:
         """Return what came of some settings that were tried."""
         return next(one for one in self.tried if one.values == values)
 
@@ -144,19 +150,16 @@ def score_table(report: Report) -> Table:
 
 
 def tuning_table(name: str, tuning: TuningInfo) -> Table:
-    """A row per candidate of a variant: its settings, its mean over tasks with its interval, and its tasks' scores."""
-    title = f"{name}: main metric ÷ own expert's on {tuning.gain.n} rows to tune on, means with 95 % intervals"
-    table = Table(title=title)
-    for key in tuning.chosen:
-        table.add_column(key, justify="right")
-    table.add_column("mean", justify="right")
-    for task in tuning.metrics:
-        table.add_column(task, justify="right")
+    """A row per candidate of a variant: settings, mean over tasks, how far behind the best that is, and each task."""
+    samples = tuning.tried[0].mean.n
+    table = Table(title=f"{name}: main metric ÷ own expert's on {samples} rows to tune on, with 95 % intervals")
+    for column in (*tuning.chosen, "mean", "behind", *tuning.metrics):
+        table.add_column(column, justify="right")
     table.add_column("")
     for one in tuning.tried:
         table.add_row(
             *(shown(value) for value in one.values.values()),
-            f"{one.mean.value:.3f} ({one.mean.low:.3f}–{one.mean.high:.3f})",
+            *(f"{score.value:.3f} ({score.low:.3f}–{score.high:.3f})" for score in (one.mean, one.behind)),
             *(f"{score.value:.3f}" for score in one.tasks.values()),
             "chosen" if one.values == tuning.chosen else "",
         )
@@ -165,18 +168,22 @@ def tuning_table(name: str, tuning: TuningInfo) -> Table:
 
 def tuning_lines(name: str, tuning: TuningInfo) -> list[str]:
     """Return lines for people: what was chosen and why, and what there is to know of the grid."""
-    chosen, default, best = (_said(values) for values in (tuning.chosen, tuning.default, tuning.best))
-    gain = f"{tuning.gain.value:+.3f} ({tuning.gain.low:+.3f} to {tuning.gain.high:+.3f}, n = {tuning.gain.n})"
-    if tuning.chosen != tuning.default:
-        why = f"is the best of {len(tuning.tried)} candidates: {gain} against the default, {default}"
-    elif tuning.best == tuning.default:
-        why = f"is the default, and the best of {len(tuning.tried)} candidates"
+    chosen, count = _said(tuning.chosen), len(tuning.tried)
+    if tuning.default is None:
+        why = f"is the best of {count} candidates"
     else:
-        why = f"is the default: {best}, the best of {len(tuning.tried)} candidates, is not surely better, {gain}"
+        behind = tuning.of(tuning.default).behind
+        by = f"by {behind.value:.3f} ({behind.low:.3f} to {behind.high:.3f}, n = {behind.n})"
+        if tuning.chosen != tuning.default:
+            why = f"is the best of {count} candidates, better than the recipe's {_said(tuning.default)} {by}"
+        elif tuning.best == tuning.default:
+            why = f"is the recipe's, and the best of {count} candidates"
+        else:
+            why = f"is the recipe's and stays: {_said(tuning.best)}, the best of {count}, is not surely better: {by}"
     return [f"{name}: {chosen} {why}", *(f"{name}: {note}" for note in tuning.notes)]
 
 
-def _said(values: dict[str, float | dict[str, float] | None]) -> str:
+def _said(values: Values) -> str:
     return ", ".join(f"{key} {shown(value)}" for key, value in values.items())
 
 

@@ -22,7 +22,7 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     and `n/` (samples); a score that was not taken is NaN. Where a variant has a route, `route/identification`
     (evaluation samples), `route/held_out` (calibration samples), `route/right_coefficient` and
     `route/routed_normalised` with their intervals, and the costs of `ROUTE_COSTS`. Where a variant is tuned,
-    `tune/mean_normalised` of the chosen settings and `tune/gain` of the best over the default, on the rows to tune on.
+    `tune/mean_normalised` of the chosen settings on the rows to tune on.
     """
     every = dict.fromkeys(
         (task, metric) for scores in report.scores.values() for task, taken in scores.items() for metric in taken
@@ -38,7 +38,6 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
         info = report.variants[model].tuning if model in report.variants else None
         mean = None if info is None else info.of(info.chosen).mean
         metrics |= _score_metrics("tune/mean_normalised", "tune/mean_normalised", mean)
-        metrics |= _score_metrics("tune/gain", "tune/gain", None if info is None else info.gain)
     return metrics | (_route_metrics(report.routes.get(model)) if report.routes else {})
 
 
