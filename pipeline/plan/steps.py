@@ -16,6 +16,7 @@ from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
@@ -144,6 +145,11 @@ class _Layout:
             job = MergeJob(**fields, out_dtype=variant.out_dtype)
             writes = sizes.merged_model(self._inputs, variant)
             reads += writes  # read back
+        if not sens:  # those come of what earlier stages find
+            try:
+                job.weights()
+            except InputError as error:
+                raise InputError(f"merges.{name}: {error}") from None
         self._add(name, job, [step for steps in used.values() for step in steps.values()], reads, writes)
 
     def _variant_fields(self, variant: Variant, artifacts: Mapping[str, Mapping[str, Artifact]]) -> dict[str, Any]:

@@ -77,6 +77,31 @@ def read_tensor(artifact: Path, name: str, tensor: str) -> Tensor | None:
     return total
 
 
+def read_tokens(artifact: Path, name: str, tensor: str) -> int:
+    """Return how many tokens the total of a tensor is a sum over: of inputs, those that its layer was given.
+
+    Args:
+        artifact: of the stage statistics.
+        name: of the statistic.
+        tensor: of the base's checkpoint; 0 for one that has no total.
+    """
+    about = read_json(artifact / f"{name}.json")
+    place = about[TENSORS].get(tensor)
+    return 0 if place is None else int(place.get("tokens", about["tokens"]))
+
+
+def read_input_dim(artifact: Path, name: str, tensor: str) -> int | None:
+    """Return which dimension of a tensor the inputs of its linear layer run along; arguments as in `read_tensor`.
+
+    It is 1 for most, y = W x, and 0 where a layer holds its weight transposed, y = Wᵀ x, as GPT-2's do.
+
+    Returns:
+        None for a tensor without a total, and for statistics of gradients.
+    """
+    found: int | None = read_json(artifact / f"{name}.json")[TENSORS].get(tensor, {}).get("input_dim")
+    return found
+
+
 def index(artifact: Path, name: str) -> dict[str, dict[str, str]]:
     """Return where the totals of a statistic are: tensor → file, and key in the file."""
     from safetensors import safe_open
