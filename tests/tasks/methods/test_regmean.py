@@ -27,7 +27,7 @@ Make = Callable[..., list[TaskVector]]
 
 
 def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 BASE = randn(0, OUT, IN)
