@@ -280,8 +280,19 @@ def test_totals_are_read_by_tensor(placement: Placement, llamas: dict[str, Path]
     assert read_tensor(tmp_path / "out", "outer", "model.layers.1.input_layernorm.weight") is None
     written = read_json(tmp_path / "out" / "outer.json")
     assert written.items() >= about.items()
-    assert written["without"] == ["model.embed_tokens.weight"]
     assert read_json(tmp_path / "out" / "sensitivity.json").keys() == {"sensitivity", *about}
+
+
+def test_matrices_without_a_total_are_listed(save: Save, tmp_path: Path) -> None:
+    """GPT-2's head is its embedding, and sees inputs; its table of positions sees none."""
+    base = save(make_gpt2(), "base", tmp_path)
+    expert = save(perturbed(make_gpt2(), 1), "expert", tmp_path)
+    calibration = calibration_set(CompletionTask(kind="completion"), ROWS, tmp_path)
+    about = statistics_job(base, expert, calibration, ["gram", "fisher"]).finish(tmp_path)
+    gram, fisher = (read_json(tmp_path / f"{name}.json") for name in ("gram", "fisher"))
+    assert gram["without"] == ["transformer.wpe.weight"]
+    assert fisher["without"] == []
+    assert {place["tokens"] for place in gram["tensors"].values()} == {about["tokens"]}
 
 
 def test_what_statistics_are_measured_is_in_the_identity(llamas: dict[str, Path], tmp_path: Path) -> None:
