@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from sensmerge.tasks.artifacts import Artifact, write_json
+from sensmerge.tasks.statistics.gram import packed
 from sensmerge.tasks.statistics.statistic import TENSORS
 
 
@@ -23,7 +24,8 @@ def write_totals(
         input_dims: the dimension that inputs run along, of tensors where it is not 1.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: total.float().contiguous() for key, total in totals.items()}, folder / f"{name}.safetensors")
+    stored = {key: packed([total.float()]) if name == "gram" else total.float() for key, total in totals.items()}
+    save_file({key: total.contiguous() for key, total in stored.items()}, folder / f"{name}.safetensors")
     places = {
         key: {"file": f"{name}.safetensors", "key": key, "input_dim": input_dims.get(key, 1), "tokens": count}
         for key in totals
