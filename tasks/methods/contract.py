@@ -66,6 +66,14 @@ class TaskVector:
         assert self.statistics is not None, "the method declares what statistics it reads"
         return read_tensor(self.statistics, name, self.tensor)
 
+    def samples(self, name: str) -> int:
+        """Return how many samples the sum of a statistic by tensor is taken over."""
+        from sensmerge.tasks.artifacts import read_json
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        found: int = read_json(self.statistics / f"{name}.json")["samples"]
+        return found
+
     def tokens(self, name: str) -> int:
         """Return how many tokens the sum of a statistic by tensor is taken over."""
         from sensmerge.tasks.statistics.statistic import read_tokens
