@@ -29,6 +29,12 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def sync(path: Path) -> None:
+    """Have a file that was written on the disk for good, whatever happens to the machine."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file."""
     return json.loads(path.read_text())

@@ -16,6 +16,7 @@ from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
@@ -168,6 +169,11 @@ class _Layout:
             job = MergeJob(**fields, out_dtype=variant.out_dtype)
             writes = sizes.merged_model(self._inputs, variant)
             reads += writes  # read back
+        if not isinstance(variant.coefficients, SensCoefficients):  # those come of what earlier stages find
+            try:
+                job.having(job.settings).weights()
+            except InputError as error:
+                raise InputError(f"merges.{name}: {error}") from None
         self._add(name, job, used, reads, writes)
 
     def _read_by(self, variant: Variant) -> tuple[list[Step], dict[str, Any]]:

@@ -59,7 +59,7 @@ def collect(plan: Plan) -> Report:
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
         kinds={name: task.kind for name, task in evaluated.items()},
-        notes=[*plan.inputs.notes, *unchanged(plan)],
+        notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
         first_half=first,
@@ -79,6 +79,15 @@ def unchanged(plan: Plan) -> list[str]:
         f"experts.{name} changes nothing: all its weights are the base's"
         for name, expert in plan.inputs.experts.items()
         if not expert.head and not _manifest(plan, "task_vectors", name)["result"]["changed"]
+    ]
+
+
+def remarks(plan: Plan) -> list[str]:
+    """Return a line for everything that the methods of static variants said of tensors."""
+    return [
+        f"merges.{name}: {text} (in {len(tensors)} tensors, such as {tensors[0]})"
+        for name in plan.recipe.merges
+        for text, tensors in _manifest(plan, "merge", name)["result"].get("remarks", {}).items()
     ]
 
 

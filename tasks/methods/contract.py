@@ -32,8 +32,12 @@ ForEachExpert = Annotated[float | dict[str, float], _FOR_EACH_EXPERT]
 """A setting that is one number for all experts, or one for each."""
 
 
-def _unknown() -> "Tensor | None":
+def _unknown() -> None:
     return None
+
+
+Factors = tuple["Tensor", "Tensor", float]
+"""first (r, columns), second (rows, r) and scaling of a task vector scaling · second @ first; float32"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class TaskVector:
     """of the expert in the tensor's layer"""
     histogram: Callable[[], "Tensor | None"] = _unknown
     """reads `magnitude_histogram` of delta, if it was counted before"""
+    factors: Callable[[], "Factors | None"] = _unknown
+    """reads what delta is the product of, where it comes from an adapter alone"""
     statistics: Path | None = None
     """the expert's artifact of stage statistics, for a method that asks for some"""
 
@@ -59,6 +65,28 @@ class TaskVector:
 
         assert self.statistics is not None, "the method declares what statistics it reads"
         return read_tensor(self.statistics, name, self.tensor)
+
+    def samples(self, name: str) -> int:
+        """Return how many samples the sum of a statistic by tensor is taken over."""
+        from sensmerge.tasks.artifacts import read_json
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        found: int = read_json(self.statistics / f"{name}.json")["samples"]
+        return found
+
+    def tokens(self, name: str) -> int:
+        """Return how many tokens the sum of a statistic by tensor is taken over."""
+        from sensmerge.tasks.statistics.statistic import read_tokens
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        return read_tokens(self.statistics, name, self.tensor)
+
+    def input_dim(self, name: str) -> int | None:
+        """Return which dimension of the tensor the inputs run along that a statistic has seen; None if it saw none."""
+        from sensmerge.tasks.statistics.statistic import read_input_dim
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        return read_input_dim(self.statistics, name, self.tensor)
 
     def whole(self, base: "Tensor") -> "Tensor":
         """Return the whole task vector: float32, in the shape of `base`, the base's tensor in any float dtype."""

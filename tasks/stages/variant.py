@@ -31,6 +31,7 @@ from sensmerge.tasks.coefficients import (
     sigma,
     tau,
 )
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.methods.contract import Method, TaskVector, method_of
 from sensmerge.tasks.methods.kernels.stored import rounded
@@ -101,8 +102,17 @@ class VariantJob(Job):
         return range(len(self.groups))
 
     def weights(self) -> Weights:
-        """Return the weight of every expert in every layer."""
+        """Return the weight of every expert in every layer.
+
+        Raises:
+            InputError: weights in a layer that the method can do nothing with.
+        """
         weights: Weights = self.coefficient_table()["weights"]
+        for layer, row in weights.items():
+            try:
+                self.method.check_weights(list(row.values()))
+            except ValueError as error:
+                raise InputError(f"layer {layer}: {error}") from None
         return weights
 
     def coefficient_table(self) -> dict[str, Any]:
@@ -128,6 +138,7 @@ class VariantJob(Job):
             self.experts[expert].task_vector(tensor),
             weight,
             partial(read_histogram, self.task_vectors[expert].folder, tensor),
+            partial(self.experts[expert].factors, tensor),
             self.statistics[expert].folder if self.method.statistics else None,
         )
 
