@@ -16,7 +16,15 @@ from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.card import write_cards
 from sensmerge.pipeline.report.gate import choice
-from sensmerge.pipeline.report.report import Report, merge_summary, route_table, route_warnings, score_table
+from sensmerge.pipeline.report.report import (
+    Report,
+    merge_summary,
+    route_table,
+    route_warnings,
+    score_table,
+    tuning_lines,
+    tuning_table,
+)
 from sensmerge.pipeline.report.results import collect, data_sets, outcomes
 from sensmerge.pipeline.store.history import begin, last_run, remember
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
@@ -128,6 +136,11 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
     _write_mlflow_files(plan, report)
     if options.report is not None:
         write_json(options.report, report.model_dump())
+    for name, variant in report.variants.items():
+        if variant.tuning is not None:
+            console.print(tuning_table(name, variant.tuning))
+            for line in tuning_lines(name, variant.tuning):
+                console.print(line, highlight=False, soft_wrap=True)
     if report.tasks:
         console.print(score_table(report))
     chosen = choice(report, plan.recipe.gate)

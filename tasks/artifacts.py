@@ -30,13 +30,10 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def flush(path: Path) -> None:
-    """Have a file's bytes written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync(path: Path) -> None:
+    """Have a file that was written on the disk for good, whatever happens to the machine."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sensmerge.pipeline.plan.models import about
-from sensmerge.pipeline.plan.rows import TaskRows, gather_rows
+from sensmerge.pipeline.plan.rows import HeldOut, TaskRows, gather_rows
 from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
@@ -76,9 +76,20 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     notes += said
     reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
     routed = bool(recipe.se_variants())
-    data, said = gather_rows(recipe.tasks, experts, reader, folder, routed)
+    data, said = gather_rows(recipe.tasks, experts, reader, folder, routed, _held_out(recipe))
     notes += said
     return Inputs(base, experts, listings, data, tokenizer, tuple(notes), tuple(classes))
+
+
+def _held_out(recipe: Recipe) -> HeldOut:
+    """Return which calibration rows tune variants: what a variant was made of says little of how good it is.
+
+    Where no variant that is tuned reads calibration rows, all do, and the others' coefficients stay as they are.
+    """
+    tuned = [recipe.merges[name] for name in recipe.tuned_variants()]
+    if not tuned:
+        return "none"
+    return "half" if any(variant.reads_calibration() for variant in tuned) else "all"
 
 
 def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> tuple[Base, dict[str, Expert]]:

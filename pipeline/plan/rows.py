@@ -1,9 +1,9 @@
 """The rows of a recipe's tasks: chosen, checked, and kept apart: no sample both calibrates and is scored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
@@ -16,6 +16,10 @@ from sensmerge.tasks.networks.networks import positions
 from sensmerge.tasks.rows.source import DataSource, Row, rows_digest
 from sensmerge.tasks.rows.tables import Rows, check_samples, draw_order, load_rows, open_table
 
+Split = Literal["calibration", "tuning", "evaluation"]
+HeldOut = Literal["none", "all", "half"]
+"""Which calibration rows of a task without tuning rows of its own are tuning rows."""
+
 
 @dataclass(frozen=True)
 class TaskRows:
@@ -24,10 +28,28 @@ class TaskRows:
     task: Task
     calibration: list[Row]
     evaluation: list[Row]
+    tuning: list[Row] = field(default_factory=list)
     calibration_tokens: int = 0
     """of all calibration rows"""
     longest_calibration: int = 0
     """tokens of the longest calibration row"""
+
+
+class _Chosen(NamedTuple):
+    """A row that a split of a task has."""
+
+    row: Row
+    place: str
+    sample: Sample
+
+    @property
+    def marks(self) -> tuple[object, object]:
+        """What two rows must not share: their content, or what a model reads and should answer."""
+        return rows_digest([self.row]), self.sample.content
+
+    @property
+    def tokens(self) -> int:
+        return len(self.sample.input_ids)
 
 
 @dataclass(frozen=True)
@@ -41,7 +63,7 @@ class _Reader:
     routed: bool
     """whether samples are told apart by their prompts"""
 
-    def named(self, rows: list[Row]) -> list[Row]:
+    def _named(self, rows: list[Row]) -> list[Row]:
         """Return rows with their classes by name where numbers would be those of the expert's own config.
 
         The expert's head is read in the base's order, as that of merged models is.
@@ -49,28 +71,36 @@ class _Reader:
         names = self.expert.own_classes
         return [self.task.named(row, names) for row in rows] if names else rows
 
-    def samples(self, split: Literal["calibration", "evaluation"], found: Rows) -> list[Sample]:
-        """Return rows as samples. Raises InputError for the first row that does not fit the task or its network."""
+    def read(self, split: Split, found: Rows) -> list[_Chosen]:
+        """Return rows with their samples. Raises InputError for the first that does not fit the task or its network."""
+        found = Rows(self._named(found.rows), found.places)
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
         self.task.check_rows(found.rows, key, label2id, found.places)
-        samples = []
+        chosen = []
         for row, place in zip(found.rows, found.places, strict=True):
             where = f"{key}: {place}"
             sample = self.task.sample(row, self.tokenizer, where, label2id)
             _check_sample(f"tasks.{self.name}", where, self.task, sample, self.expert)
             if self.routed and not sample.has_prompt:
                 raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
-            samples.append(sample)
-        return samples
+            chosen.append(_Chosen(row, place, sample))
+        return chosen
 
 
 def gather_rows(
-    tasks: Mapping[str, Task], experts: Mapping[str, Expert], tokenizer: Any, folder: Path, routed: bool
+    tasks: Mapping[str, Task],
+    experts: Mapping[str, Expert],
+    tokenizer: Any,
+    folder: Path,
+    routed: bool,
+    held_out: HeldOut = "none",
 ) -> tuple[dict[str, TaskRows], list[str]]:
     """Choose and check the rows of all tasks.
 
-    Calibration rows are those of `load_rows`. Evaluation rows are drawn in the same order from the rows that no task
-    calibrates on: a row is left out if it equals a calibration row of any task, or gives the same sample.
+    Calibration rows are those of `load_rows`. Tuning rows are drawn in the same order from the rows that no task
+    calibrates on, evaluation rows from those that no task calibrates or tunes on: a row is left out if it equals such a
+    row of any task, or gives the same sample. A task without tuning rows of its own gives up calibration rows, every
+    second one, where half of them are held out, so that both halves have the same mix.
 
     Args:
         tasks: the recipe's.
@@ -78,85 +108,121 @@ def gather_rows(
         tokenizer: the one that all models use.
         folder: what the recipe's paths are relative to.
         routed: whether a variant tells samples apart by their prompts.
+        held_out: which calibration rows are tuning rows where a task names none.
 
     Returns:
-        The rows by task, and a line about each task that lost evaluation rows to calibration.
+        The rows by task, and lines about them: which tune, and of each task that lost rows to calibration.
 
     Raises:
         InputError: data that does not fit its task, or no row left to score; it names the recipe's key.
     """
     readers: dict[str, _Reader] = {}
-    calibration: dict[str, list[Row]] = {}
-    tokens: dict[str, list[int]] = {}
-    taken: dict[object, str] = {}
     for name, task in tasks.items():
         _check_kind(name, task, experts[name])
-        if not isinstance(task, RowTask):
-            continue
-        readers[name] = _Reader(name, task, experts[name], tokenizer, routed)
-        found = Rows([], [])
-        if task.calibration is not None:
-            found = load_rows(task.calibration, f"tasks.{name}.calibration", folder)
-            found = replace(found, rows=readers[name].named(found.rows))
-        samples = readers[name].samples("calibration", found)
-        for row, place, sample in zip(found.rows, found.places, samples, strict=True):
-            taken |= dict.fromkeys(_marks(row, sample), place)
-        calibration[name], tokens[name] = found.rows, [len(sample.input_ids) for sample in samples]
-    data: dict[str, TaskRows] = {}
+        if isinstance(task, RowTask):
+            readers[name] = _Reader(name, task, experts[name], tokenizer, routed)
     notes: list[str] = []
+    calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
+    taken = _places(calibration)
+    tuning: dict[str, list[_Chosen]] = {}
     for name, reader in readers.items():
-        source = reader.task.evaluation
-        rows, lines = _evaluation(reader, source, folder, taken) if source else ([], [])
-        notes += lines
-        data[name] = TaskRows(reader.task, calibration[name], rows, sum(tokens[name]), max(tokens[name], default=0))
+        if reader.task.tuning is not None:
+            tuning[name], said = _apart(reader, "tuning", folder, taken)
+        else:
+            calibration[name], tuning[name], said = _held_out(name, calibration[name], held_out)
+        notes += said
+    taken = _places(tuning) | taken
+    named = any(reader.task.tuning for reader in readers.values())
+    users = "calibration or tuning uses" if named else "calibration uses"
+    data: dict[str, TaskRows] = {}
+    for name, reader in readers.items():
+        evaluation, said = _apart(reader, "evaluation", folder, taken, users)
+        notes += said
+        tokens = [one.tokens for one in calibration[name]]
+        rows, scored, tried = ([one.row for one in split] for split in (calibration[name], evaluation, tuning[name]))
+        data[name] = TaskRows(reader.task, rows, scored, tried, sum(tokens), max(tokens, default=0))
     return {name: data.get(name) or TaskRows(task, [], []) for name, task in tasks.items()}, notes
 
 
-def _marks(row: Row, sample: Sample) -> tuple[object, object]:
-    """Return what two rows must not share: their content, or what a model reads and should answer."""
-    return rows_digest([row]), sample.content
+def _calibration(reader: _Reader, folder: Path) -> list[_Chosen]:
+    source, key = reader.task.calibration, f"tasks.{reader.name}.calibration"
+    return [] if source is None else reader.read("calibration", load_rows(source, key, folder))
 
 
-def _evaluation(
-    reader: _Reader, source: DataSource, folder: Path, taken: Mapping[object, str]
-) -> tuple[list[Row], list[str]]:
-    """Return the rows to score, and what is to be said of those that were left out."""
-    key = f"tasks.{reader.name}.evaluation"
+def _places(chosen: Mapping[str, list[_Chosen]]) -> dict[object, str]:
+    """Return the place of every row by what no other may share with it."""
+    return {mark: one.place for rows in chosen.values() for one in rows for mark in one.marks}
+
+
+def _held_out(name: str, every: list[_Chosen], held_out: HeldOut) -> tuple[list[_Chosen], list[_Chosen], list[str]]:
+    """Return the rows that still calibrate, those that tune, and what is to be said of them."""
+    key = f"tasks.{name}.calibration"
+    if held_out == "none" or not every:
+        return every, [], []
+    if held_out == "all":
+        return every, every, [f"{key}: variants are tuned on its {len(every)} rows"]
+    kept = every[::2]
+    taken = _places({name: kept})
+    tuning = [one for one in every[1::2] if taken.keys().isdisjoint(one.marks)]
+    if not tuning:
+        raise InputError(
+            f"{key}: of {len(every)} rows none can be held out to tune variants on; give it more samples, or name rows "
+            f"in tasks.{name}.tuning"
+        )
+    return kept, tuning, [f"{key}: variants are tuned on {len(tuning)} of its rows; the other {len(kept)} calibrate"]
+
+
+def _apart(
+    reader: _Reader,
+    split: Literal["tuning", "evaluation"],
+    folder: Path,
+    taken: Mapping[object, str],
+    users: str = "calibration uses",
+) -> tuple[list[_Chosen], list[str]]:
+    """Return the rows of a split that are not taken, and what is to be said of those that were left out.
+
+    Args:
+        reader: of the task.
+        split: which.
+        folder: what the recipe's paths are relative to.
+        taken: the place of each row that is taken, by what no other row may share with it.
+        users: who has taken them, for messages.
+    """
+    source: DataSource | None = getattr(reader.task, split)
+    if source is None:
+        return [], []
+    key = f"tasks.{reader.name}.{split}"
     table = open_table(source, key, folder)
     check_samples(table, source.samples, key)
     order = draw_order(table.total, source.seed) if source.samples else range(table.total)
     wanted = source.samples or table.total
-    chosen: dict[int, Row] = {}
+    chosen: dict[int, _Chosen] = {}
     left_out: list[str] = []
     start = 0
     while len(chosen) < wanted and start < len(order):
         drawn = sorted(order[start : start + wanted - len(chosen)])
         start += len(drawn)
-        found = Rows(reader.named(table.take(drawn)), [table.place(index) for index in drawn])
-        for index, row, place, sample in zip(
-            drawn, found.rows, found.places, reader.samples("evaluation", found), strict=True
-        ):
-            other = next((taken[mark] for mark in _marks(row, sample) if mark in taken), None)
+        found = Rows(table.take(drawn), [table.place(index) for index in drawn])
+        for index, one in zip(drawn, reader.read(split, found), strict=True):
+            other = next((taken[mark] for mark in one.marks if mark in taken), None)
             if other is None:
-                chosen[index] = row
+                chosen[index] = one
             else:
-                left_out.append(place if place == other else f"{place} is {other}")
+                left_out.append(one.place if one.place == other else f"{one.place} is {other}")
+    use, used = ("tune on", "tuned on") if split == "tuning" else ("score", "scored")
     if not chosen:
         raise InputError(
-            f"{key}: no row is left to score: calibration uses the same {len(left_out)} samples: {left_out[0]} …; "
+            f"{key}: no row is left to {use}: {users} the same {len(left_out)} samples: {left_out[0]} …; "
             "give calibration fewer samples, or name other rows"
         )
+    rows = [chosen[index] for index in sorted(chosen)]
     if not left_out:
-        return _ascending(chosen), []
+        return rows, []
     asked = "" if len(chosen) == wanted or source.samples is None else f" of the {wanted} asked for"
-    return _ascending(chosen), [
-        f"{key}: {len(chosen)} rows{asked} are scored; {len(left_out)} left out because calibration uses them too: "
+    return rows, [
+        f"{key}: {len(chosen)} rows{asked} are {used}; {len(left_out)} left out because {users} them too: "
         f"{left_out[0]}{' …' if left_out[1:] else ''}"
     ]
-
-
-def _ascending(chosen: Mapping[int, Row]) -> list[Row]:
-    return [chosen[index] for index in sorted(chosen)]
 
 
 def _check_kind(name: str, task: Task, expert: Expert) -> None:

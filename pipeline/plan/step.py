@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.placement import PlacementChoice
+from sensmerge.pipeline.plan.rows import Split
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.store import Key, Store
@@ -24,14 +25,14 @@ class Resolved:
     placements: Mapping[Stage, PlacementChoice]
     """of the stages whose networks may run in several ways"""
 
-    def rows(self, task: str, split: Literal["calibration", "evaluation"]) -> StoredRows:
+    def rows(self, task: str, split: Split) -> StoredRows:
         """Return the rows of a task as its steps read them."""
         return StoredRows.of(getattr(self.inputs.data[task], split), self.store.rows)
 
     def write_rows(self) -> None:
         """Write the rows of all tasks to the files that steps read."""
         for one in self.inputs.data.values():
-            for rows in (one.calibration, one.evaluation):
+            for rows in (one.calibration, one.tuning, one.evaluation):
                 StoredRows.of(rows, self.store.rows).write(rows)
 
 

@@ -2,11 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from sensmerge.pipeline.plan import sizes
 from sensmerge.pipeline.plan.models import weight_bytes
-from sensmerge.pipeline.plan.rows import TaskRows
+from sensmerge.pipeline.plan.rows import Split, TaskRows
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
 from sensmerge.pipeline.recipe.schema import Variant
@@ -16,6 +16,7 @@ from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
@@ -31,8 +32,7 @@ from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from sensmerge.tasks.stages.route import RouteJob
 from sensmerge.tasks.stages.statistics import StatisticsJob
 from sensmerge.tasks.stages.task_vectors import TaskVectorsJob
-
-Split = Literal["calibration", "evaluation"]
+from sensmerge.tasks.stages.tune import TuneJob, TuningScoresJob
 
 
 def lay_out(resolved: Resolved) -> list[Step]:
@@ -47,6 +47,11 @@ def lay_out(resolved: Resolved) -> list[Step]:
             layout.statistics(name)
     if recipe.sens_variants():
         layout.cross_task()
+    if recipe.tuned_variants():
+        for name in recipe.experts:
+            layout.tuning_scores(name)
+    for name in recipe.tuned_variants():
+        layout.tune(name)
     for name in recipe.merges:
         layout.merge(name)
     for name in recipe.se_variants():
@@ -125,15 +130,35 @@ class _Layout:
         names = ("base", *experts)
         self._add("all", job, self._downloads(*names), self._weights(*names), sizes.kept_trunks(self._resolved))
 
+    def tuning_scores(self, name: str) -> None:
+        """Add the scores of an expert on the rows that variants are tuned on."""
+        self._add(name, *self._scoring(TuningScoresJob, name, name, "tuning"))
+
+    def tune(self, name: str) -> None:
+        """Add the choice of a variant's settings."""
+        variant, scores = self._recipe.merges[name], self._made["tune"]
+        used, fields = self._read_by(variant)
+        tuning = self._row_sets("tuning")
+        job = TuneJob(
+            **fields | {"shard_size": 0},
+            grid=variant.grid(),
+            default=variant.default(),
+            tuning=tuning,
+            metrics={task: one.task.metric for task, one in tuning.items()},
+            depends={task: one.task.depends_on() for task, one in tuning.items()},
+            own={task: scores[task].artifact(self._resolved.store) for task in tuning},
+            dtype=self._recipe.dtype,
+            device=self._device("tune"),
+        )
+        self._add(name, job, [*used, *(scores[task] for task in tuning)], self._weights(*self._inputs.listings))
+
     def merge(self, name: str) -> None:
         """Add the merge of a variant."""
-        variant, store = self._recipe.merges[name], self._resolved.store
-        used: dict[str, Mapping[str, Step]] = {stage: self._made[stage] for stage in ("download", "task_vectors")}
-        sens = isinstance(variant.coefficients, SensCoefficients)
-        used["statistics"] = self._made["statistics"] if sens or variant.method.statistics else {}
-        used["cross_task"] = self._made["cross_task"] if sens else {}
-        artifacts = {stage: {one: step.artifact(store) for one, step in steps.items()} for stage, steps in used.items()}
-        fields = self._variant_fields(variant, artifacts)
+        variant = self._recipe.merges[name]
+        used, fields = self._read_by(variant)
+        if variant.tune:
+            used.append(self._made["tune"][name])
+            fields["tuned"] = used[-1].artifact(self._resolved.store)
         reads = self._weights(*self._inputs.listings)
         job: MergeJob | MergeVectorsJob
         # Which weights a variant is made of does not depend on how samples are routed.
@@ -144,7 +169,22 @@ class _Layout:
             job = MergeJob(**fields, out_dtype=variant.out_dtype)
             writes = sizes.merged_model(self._inputs, variant)
             reads += writes  # read back
-        self._add(name, job, [step for steps in used.values() for step in steps.values()], reads, writes)
+        if not isinstance(variant.coefficients, SensCoefficients):  # those come of what earlier stages find
+            try:
+                job.having(job.settings).weights()
+            except InputError as error:
+                raise InputError(f"merges.{name}: {error}") from None
+        self._add(name, job, used, reads, writes)
+
+    def _read_by(self, variant: Variant) -> tuple[list[Step], dict[str, Any]]:
+        """Return the steps that a variant's weights are made from, and the fields of its `VariantJob`."""
+        used: dict[str, Mapping[str, Step]] = {stage: self._made[stage] for stage in ("download", "task_vectors")}
+        sens = isinstance(variant.coefficients, SensCoefficients)
+        used["statistics"] = self._made["statistics"] if sens or variant.method.statistics else {}
+        used["cross_task"] = self._made["cross_task"] if sens else {}
+        store = self._resolved.store
+        artifacts = {stage: {one: step.artifact(store) for one, step in steps.items()} for stage, steps in used.items()}
+        return [step for steps in used.values() for step in steps.values()], self._variant_fields(variant, artifacts)
 
     def _variant_fields(self, variant: Variant, artifacts: Mapping[str, Mapping[str, Artifact]]) -> dict[str, Any]:
         """Return the fields of a `VariantJob`; `artifacts` are those that it reads, by stage and name."""
@@ -188,6 +228,12 @@ class _Layout:
 
     def evaluate(self, model: str, task: str) -> None:
         """Add the scores of a model on a task."""
+        self._add(f"{model}/{task}", *self._scoring(EvaluateJob, model, task, "evaluation"))
+
+    def _scoring(
+        self, kind: type[EvaluateJob], model: str, task: str, split: Split
+    ) -> tuple[EvaluateJob, list[Step], int]:
+        """Return the job that scores a model on the rows of a task, the steps that it needs, and the bytes it reads."""
         experts, one = self._inputs.experts, self._inputs.data[task]
         head = task if one.task.has_own_head and experts[task].head else None
         config = None
@@ -195,25 +241,25 @@ class _Layout:
             # This model stays what it is when the task's expert changes, of which it only takes the head.
             config = computation_digest(experts[head].config)
         made = self._made["download"].get(model) or self._made["merge"][model]
-        job = EvaluateJob(
+        job = kind(
             base=self._model("base"),
             model=self._as_run(model) if model in self._inputs.listings else made.artifact(self._resolved.store),
             head=self._as_run(head) if head else None,
             tokenizer=self._tokenizer(),
-            task=one.task,
-            rows=self._resolved.rows(task, "evaluation"),
+            task=self._task(one, split),
+            rows=self._resolved.rows(task, split),
             labels=self._labels(task, one),
             dtype=self._recipe.dtype,
             depends=one.task.depends_on(),
             name=task,
             is_expert=model in experts,
-            device=self._device("evaluate"),
+            device=self._device("tune" if split == "tuning" else "evaluate"),
             head_config=config,
             base_config=tuple(expert.folder for expert in experts.values() if expert.base_config),
         )
         adapters = [model] if model in experts and experts[model].is_adapter else []
         needs = [made, *self._downloads("base", *([head] if head else []))]
-        self._add(f"{model}/{task}", job, needs, self._weights("base", *adapters))
+        return job, needs, self._weights("base", *adapters)
 
     def evaluate_dynamic(self, name: str) -> None:
         """Add the scores of a dynamic variant on all tasks."""
@@ -270,8 +316,12 @@ class _Layout:
         for name in self._recipe.experts:
             one = self._inputs.data.get(name)
             if one is not None and isinstance(one.task, RowTask):
-                sets[name] = RowSet(one.task, self._resolved.rows(name, split), self._labels(name, one))
+                sets[name] = RowSet(self._task(one, split), self._resolved.rows(name, split), self._labels(name, one))
         return sets
+
+    def _task(self, one: TaskRows, split: Split) -> Any:
+        """Return a task as rows of a split are scored on it."""
+        return one.task.for_tuning() if split == "tuning" and isinstance(one.task, RowTask) else one.task
 
     def _labels(self, name: str, one: TaskRows) -> Mapping[str, int] | None:
         """Return the classes of a task's own expert."""

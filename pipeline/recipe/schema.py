@@ -10,6 +10,7 @@ from pydantic import (
     InstanceOf,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -22,6 +23,7 @@ from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
+from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -47,6 +49,15 @@ class StaticApplication(Strict):
     kind: Literal["static"] = "static"
 
 
+AUTO = "auto"
+Candidates = Literal["auto"] | Annotated[list[FiniteFloat], Field(min_length=1)]
+Weight = Annotated[
+    float,
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "minimum": -LARGEST_WEIGHT, "maximum": LARGEST_WEIGHT}, {"const": AUTO}]}
+    ),
+]
+
 Application = Annotated[StaticApplication | SeApplication, Field(discriminator="kind")]
 
 
@@ -58,15 +69,34 @@ class Variant(Strict):
     """
 
     method: SerializeAsAny[InstanceOf[Method]]
-    weight: float = Field(
-        1.0, ge=-10, le=10, description="λ: weight of every expert; explicit and sens coefficients multiply it"
+    weight: Weight = Field(
+        1.0,
+        ge=-LARGEST_WEIGHT,
+        le=LARGEST_WEIGHT,
+        description="λ: weight of every expert; explicit and sens coefficients multiply it; auto: it is tuned",
     )
     coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
     application: Application = Field(
         StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
     )
+    tune: dict[str, Candidates] = Field(
+        {},
+        description="settings that are chosen by the tasks' own metrics on rows held out for it, and the values to "
+        "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
+        "that the recipe gives such a setting elsewhere stays unless another is better beyond the 95 % interval",
+    )
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; the base's if left out")
     shard_size: int = Field(5_000_000_000, ge=1, description="maximum size of a file of the merged model, in bytes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_weight(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get(WEIGHT) != AUTO:
+            return data
+        tune = data.get("tune") or {}
+        if not isinstance(tune, dict) or WEIGHT in tune:
+            raise ValueError("weight: auto stands for tune: {weight: auto}; leave one of them out")
+        return {key: value for key, value in data.items() if key != WEIGHT} | {"tune": {WEIGHT: AUTO, **tune}}
 
     @model_validator(mode="before")
     @classmethod
@@ -109,6 +139,57 @@ class Variant(Strict):
         if self.method.static_coefficient(self.weight, 2) <= 0:
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
         return self
+
+    @model_validator(mode="after")
+    def _check_tune(self) -> "Variant":
+        if self.tune and isinstance(self.application, SeApplication):
+            raise ValueError("tune is for static merges; set the values that a static variant was tuned to")
+        settings = self.settings
+        for key, values in self.tune.items():
+            try:
+                settings.value(key)
+                if values == AUTO and key != WEIGHT:
+                    raise ValueError(f"found auto; expected a list of numbers, for only {WEIGHT} has usual ones")
+                for value in self.grid()[key]:
+                    settings.having({key: value})
+            except ValueError as error:
+                raise ValueError(f"tune.{key}: {error}") from None
+        if WEIGHT in self.tune and not settings.depends_on_weight:
+            others = " or tune lambda" if "lambda" in keys_of(type(self.method)) else ""
+            raise ValueError(
+                f"tune.weight: {self.method.name} with these settings gives the same merge for every weight; "
+                f"leave it out{others}"
+            )
+        return self
+
+    @property
+    def settings(self) -> VariantSettings:
+        """What says how the experts are combined, before some of it is tuned."""
+        return VariantSettings(self.method, self.weight, self.coefficients)
+
+    def tuned(self, chosen: Values) -> "Variant":
+        """Return the variant with the settings that were chosen."""
+        settings = self.settings.having(chosen)
+        return self.model_copy(update=vars(settings))
+
+    def grid(self) -> dict[str, list[float]]:
+        """Return the values to try of each setting that is tuned, ascending."""
+        found = {key: self.method.weights if values == AUTO else values for key, values in self.tune.items()}
+        return {key: sorted(set(map(float, values))) for key, values in found.items()}
+
+    def default(self) -> dict[str, Any] | None:
+        """Return the values to stay with of the settings that are tuned; None where the recipe gives none of them."""
+        own = {key for key, name in keys_of(type(self.method)).items() if name in self.method.model_fields_set}
+        given = self.model_fields_set | own | self.coefficients.model_fields_set
+        return {key: self.settings.value(key) for key in self.tune} if given & self.tune.keys() else None
+
+    def reads_calibration(self) -> bool:
+        """Return whether what is made of the variant depends on the tasks' calibration rows."""
+        return bool(
+            self.method.statistics
+            or isinstance(self.coefficients, SensCoefficients)
+            or isinstance(self.application, SeApplication)
+        )
 
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
@@ -316,12 +397,21 @@ class Recipe(Strict):
             self._check_comparable(f"{key}: coefficients sens")
         if isinstance(variant.application, SeApplication):
             self._check_comparable(f"{key}: application se")
-        weights = self._weights_of_all_layers(variant)
+        if variant.tune:
+            self._check_tuning(key)
         try:
-            if weights is not None:
-                variant.method.check_weights(weights)
+            for weight in variant.grid().get(WEIGHT, [variant.weight]):
+                weights = self._weights_of_all_layers(variant, weight)
+                if weights is not None:
+                    variant.method.check_weights(weights)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
+
+    def _check_tuning(self, key: str) -> None:
+        for name in self.experts:
+            task = self.tasks.get(name)
+            if task is None or not (task.has_calibration or task.has_tuning):
+                raise ValueError(f"{key}.tune needs tasks.{name}.tuning, or calibration to hold rows out of; add it")
 
     def _check_calibration(self, what: str) -> None:
         for name in self.experts:
@@ -335,12 +425,12 @@ class Recipe(Strict):
             kinds = {name: task.kind for name, task in self.tasks.items()}
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
 
-    def _weights_of_all_layers(self, variant: Variant) -> list[float] | None:
+    def _weights_of_all_layers(self, variant: Variant, weight: float) -> list[float] | None:
         """Return the experts' weights (with sens coefficients, their mean); None if they differ from layer to layer."""
         numbers: list[float] = [1.0] * len(self.experts)
         if isinstance(variant.coefficients, ExplicitCoefficients):
             numbers = [number for number in variant.coefficients.weights.values() if not isinstance(number, dict)]
-        return [number * variant.weight for number in numbers] if len(numbers) == len(self.experts) else None
+        return [number * weight for number in numbers] if len(numbers) == len(self.experts) else None
 
     def resources_of(self, stage: Stage) -> Resources:
         """Return the resources of a stage's steps."""
@@ -349,6 +439,10 @@ class Recipe(Strict):
     def se_variants(self) -> list[str]:
         """Return the names of the variants with application se."""
         return [name for name, variant in self.merges.items() if isinstance(variant.application, SeApplication)]
+
+    def tuned_variants(self) -> list[str]:
+        """Return the names of the variants with something left to choose."""
+        return [name for name, variant in self.merges.items() if variant.tune]
 
     def sens_variants(self) -> list[str]:
         """Return the names of the variants with sens coefficients."""

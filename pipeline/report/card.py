@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.report.report import Report, RouteInfo
+from sensmerge.pipeline.report.report import Report, RouteInfo, TuningInfo, shown, tuning_lines
 from sensmerge.tasks.checkpoints.listing import HubModel
 from sensmerge.tasks.kinds.scores import Score
 
@@ -48,12 +48,24 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
         f"---\n{data.to_yaml()}\n---\n# {report.recipe}: {name}\n",
         f"A merge of {', '.join(plan.recipe.experts)} on their common base, made by sensmerge without training.\n",
         f"## Merge\n\n{settings}\n",
+        _tuning_text(variant.tuning) if variant.tuning is not None else "",
         _route_text(route, variant.params) if route is not None else "",
         f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
         _heads_text(heads) if heads and route is None else "",
         f"## Recipe\n\n```yaml\n{recipe_text}```\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _tuning_text(tuning: TuningInfo) -> str:
+    """What was tried, on which rows, and what was chosen."""
+    header = [*tuning.chosen, "mean normalised"]
+    rows = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
+    for one in tuning.tried:
+        rows.append("| " + " | ".join([*map(shown, one.values.values()), _score(one.mean)]) + " |")
+    (first, *notes) = tuning_lines("Chosen", tuning)
+    lines = "\n".join([first, *notes])
+    return f"## Tuning\n\n{lines}\n\n" + "\n".join(rows) + "\n"
 
 
 def _model_id(plan: Plan, name: str) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
-from sensmerge.pipeline.report.report import Report
+from sensmerge.pipeline.report.report import Report, TriedInfo, TuningInfo
 
 Values = NDArray[np.float64]
 
@@ -106,6 +106,46 @@ def representation_scatter(projection: Mapping[str, Sequence[tuple[float, float]
     axes.set_title(title, fontsize=10)
     figure.legend(loc="outside right upper", fontsize=8, ncols=math.ceil(len(projection) / 18))
     return figure
+
+
+def tuning_curves(tuning: TuningInfo, title: str) -> Figure:
+    """Curves of what was tried: score ÷ own expert's against each tuned setting, the others as chosen.
+
+    A panel per setting, a line per task, and the mean over tasks with its 95 % interval; the chosen value is marked.
+    """
+    keys = list(tuning.chosen)
+    figure = Figure(figsize=(min(4.2 * len(keys) + 2.2, 16.0), 4.2), dpi=150, layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        line = _line(tuning, key)
+        x = list(line)
+        for number, task in enumerate(tuning.metrics):
+            colour = colormaps["tab10"].colors[number % 10]  # type: ignore[attr-defined]
+            style = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "linewidth": 1, "markersize": 3.5}
+            axes.plot(x, [one.tasks[task].value for one in line.values()], label=task, **style)
+        low, mean, high = ([getattr(one.mean, end) for one in line.values()] for end in ("low", "value", "high"))
+        axes.fill_between(x, low, high, color="black", alpha=0.12, linewidth=0)
+        axes.plot(x, mean, color="black", linewidth=2, label="mean")
+        chosen = tuning.chosen[key]
+        if isinstance(chosen, int | float):
+            axes.axvline(chosen, color="black", linestyle=":", linewidth=1, label="chosen")
+        axes.set_xlabel(key)
+        axes.set_ylabel("main metric ÷ own expert's")
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, ncols=math.ceil(len(labels) / 18))
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _line(tuning: TuningInfo, key: str) -> dict[float, TriedInfo]:
+    """Return what was tried with the chosen settings but for one, by the values of that, ascending."""
+    others = [(name, value) for name, value in tuning.chosen.items() if name != key]
+    found = {}
+    for one in tuning.tried:
+        value = one.values[key]
+        if isinstance(value, int | float) and all(one.values[name] == other for name, other in others):
+            found[value] = one
+    return dict(sorted(found.items()))
 
 
 def score_bars(report: Report) -> Figure:

@@ -29,6 +29,36 @@ class StageRecord(BaseModel):
     fingerprint: str = Field(description="sha256 of everything the result depends on")
 
 
+Values = dict[str, float | dict[str, float] | None]
+"""Settings by key."""
+
+
+class TriedInfo(BaseModel):
+    """Settings that were tried for a variant, and what came of them on the rows to tune on."""
+
+    values: Values = Field(description="the settings that were tuned, by key")
+    mean: Score = Field(description="mean over tasks of main metric / own expert's")
+    behind: Score = Field(description="the best candidate's mean - this one's, with a paired interval")
+    tasks: dict[str, Score] = Field(description="main metric / own expert's, by task")
+
+
+class TuningInfo(BaseModel):
+    """How settings of a variant were chosen."""
+
+    tried: list[TriedInfo] = Field(description="all candidates")
+    chosen: Values = Field(description="the settings that the variant has")
+    best: Values = Field(description="those with the best mean")
+    default: Values | None = Field(
+        description="those of the recipe, which stay unless the best are surely better; null if it gives none"
+    )
+    metrics: dict[str, str] = Field(description="metric of each task that candidates were scored by")
+    notes: list[str] = Field(description="what was done, and is to be done, where the best was at the end of a grid")
+
+    def of(self, values: Values) -> TriedInfo:
+        """Return what came of some settings that were tried."""
+        return next(one for one in self.tried if one.values == values)
+
+
 class VariantInfo(BaseModel):
     """One merge of the recipe, with the coefficients it used."""
 
@@ -39,6 +69,7 @@ class VariantInfo(BaseModel):
     weights: dict[str, dict[str, float]] = Field(description="weight used: weights[layer][expert]")
     tau: dict[str, float] = Field({}, description="cross-task factor of each expert (sens only)")
     sigma: dict[str, dict[str, float]] = Field({}, description="coefficients sigma[layer][expert] (sens only)")
+    tuning: TuningInfo | None = Field(None, description="how settings were chosen, if some were tuned")
     digest: str = Field(description="sha256 over the names and digests of the merged folder's files")
 
 
@@ -116,6 +147,49 @@ def score_table(report: Report) -> Table:
         cells = [_cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
         table.add_row(model, *cells, _cell(report.mean_normalised.get(model)))
     return table
+
+
+def tuning_table(name: str, tuning: TuningInfo) -> Table:
+    """A row per candidate of a variant: settings, mean over tasks, how far behind the best that is, and each task."""
+    samples = tuning.tried[0].mean.n
+    table = Table(title=f"{name}: main metric ÷ own expert's on {samples} rows to tune on, with 95 % intervals")
+    for column in (*tuning.chosen, "mean", "behind", *tuning.metrics):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for one in tuning.tried:
+        table.add_row(
+            *(shown(value) for value in one.values.values()),
+            *(f"{score.value:.3f} ({score.low:.3f}–{score.high:.3f})" for score in (one.mean, one.behind)),
+            *(f"{score.value:.3f}" for score in one.tasks.values()),
+            "chosen" if one.values == tuning.chosen else "",
+        )
+    return table
+
+
+def tuning_lines(name: str, tuning: TuningInfo) -> list[str]:
+    """Return lines for people: what was chosen and why, and what there is to know of the grid."""
+    chosen, count = _said(tuning.chosen), len(tuning.tried)
+    if tuning.default is None:
+        why = f"is the best of {count} candidates"
+    else:
+        behind = tuning.of(tuning.default).behind
+        by = f"by {behind.value:.3f} ({behind.low:.3f} to {behind.high:.3f}, n = {behind.n})"
+        if tuning.chosen != tuning.default:
+            why = f"is the best of {count} candidates, better than the recipe's {_said(tuning.default)} {by}"
+        elif tuning.best == tuning.default:
+            why = f"is the recipe's, and the best of {count} candidates"
+        else:
+            why = f"is the recipe's and stays: {_said(tuning.best)}, the best of {count}, is not surely better: {by}"
+    return [f"{name}: {chosen} {why}", *(f"{name}: {note}" for note in tuning.notes)]
+
+
+def _said(values: Values) -> str:
+    return ", ".join(f"{key} {shown(value)}" for key, value in values.items())
+
+
+def shown(value: float | dict[str, float] | None) -> str:
+    """Return a setting as people read it."""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def route_table(report: Report) -> Table:

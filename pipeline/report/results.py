@@ -7,17 +7,19 @@ from typing import Any, Literal
 
 from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
+from sensmerge.pipeline.plan.rows import Split
 from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.gate import Outcomes
-from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, VariantInfo
+from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, TuningInfo, VariantInfo
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.identity import identity
 from sensmerge.tasks.kinds import scores as scoring
-from sensmerge.tasks.kinds.kind import Task
+from sensmerge.tasks.kinds.kind import RowTask, Task
 from sensmerge.tasks.kinds.scores import Metric, Record, Score
 from sensmerge.tasks.rows.source import DataSource, rows_digest
+from sensmerge.tasks.stages.variant import TUNE
 
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
 """Of a step's manifest, what its record in the report has too."""
@@ -28,10 +30,10 @@ TENSOR_FIELDS = ("tensors", "tensor_bytes", "taken_over", "taken_over_bytes")
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows that a task's calibration or evaluation used."""
+    """The rows that a split of a task used."""
 
     task: str  # name of the task
-    context: Literal["calibration", "evaluation"]
+    context: Split
     source: DataSource  # where the rows come from, as the recipe says it
     digest: str  # sha256 over the rows that were used
     rows: int  # how many were used
@@ -57,7 +59,7 @@ def collect(plan: Plan) -> Report:
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
         kinds={name: task.kind for name, task in evaluated.items()},
-        notes=[*plan.inputs.notes, *unchanged(plan)],
+        notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
         first_half=first,
@@ -77,6 +79,15 @@ def unchanged(plan: Plan) -> list[str]:
         f"experts.{name} changes nothing: all its weights are the base's"
         for name, expert in plan.inputs.experts.items()
         if not expert.head and not _manifest(plan, "task_vectors", name)["result"]["changed"]
+    ]
+
+
+def remarks(plan: Plan) -> list[str]:
+    """Return a line for everything that the methods of static variants said of tensors."""
+    return [
+        f"merges.{name}: {text} (in {len(tensors)} tensors, such as {tensors[0]})"
+        for name in plan.recipe.merges
+        for text, tensors in _manifest(plan, "merge", name)["result"].get("remarks", {}).items()
     ]
 
 
@@ -137,8 +148,16 @@ def _variant(plan: Plan, name: str) -> VariantInfo:
     stage: Stage = "route" if name in plan.recipe.se_variants() else "merge"
     manifest = _manifest(plan, stage, name)
     table = _read(plan, "merge", name, "coefficients.json")
+    tuning = None
+    if variant.tune:
+        tuning = TuningInfo.model_validate(_read(plan, "tune", name, TUNE))
+        variant = variant.tuned(tuning.chosen)
     return VariantInfo(
-        method=variant.method.name, params=variant.params(), digest=manifest["result"]["digest"], **table
+        method=variant.method.name,
+        params=variant.params(),
+        digest=manifest["result"]["digest"],
+        tuning=tuning,
+        **table,
     )
 
 
@@ -244,10 +263,18 @@ def halved(
 
 def data_sets(plan: Plan) -> list[TaskData]:
     """Return which rows the recipe's tasks used, for tracking."""
-    contexts: tuple[Literal["calibration", "evaluation"], ...] = ("calibration", "evaluation")
+    contexts: tuple[Split, ...] = ("calibration", "tuning", "evaluation")
     return [
-        TaskData(name, context, getattr(one.task, context), rows_digest(rows), len(rows))
+        TaskData(name, context, _source(one.task, context), rows_digest(rows), len(rows))
         for name, one in plan.inputs.data.items()
         for context in contexts
         if (rows := getattr(one, context))
     ]
+
+
+def _source(task: Task, context: Split) -> DataSource:
+    """Return where rows are from. Those to tune on that a recipe does not name are of those to calibrate on."""
+    assert isinstance(task, RowTask)
+    source: DataSource | None = getattr(task, context) or task.calibration
+    assert source is not None
+    return source

@@ -21,7 +21,8 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     They are `eval/<task>/<metric>` and `eval/mean_normalised`, and the same names under `low/`, `high/` (95 % interval)
     and `n/` (samples); a score that was not taken is NaN. Where a variant has a route, `route/identification`
     (evaluation samples), `route/held_out` (calibration samples), `route/right_coefficient` and
-    `route/routed_normalised` with their intervals, and the costs of `ROUTE_COSTS`.
+    `route/routed_normalised` with their intervals, and the costs of `ROUTE_COSTS`. Where a variant is tuned,
+    `tune/mean_normalised` of the chosen settings on the rows to tune on.
     """
     every = dict.fromkeys(
         (task, metric) for scores in report.scores.values() for task, taken in scores.items() for metric in taken
@@ -33,6 +34,10 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, score in scores.items():
         metrics |= _score_metrics(f"eval/{name}", name, score)
+    if any(variant.tuning for variant in report.variants.values()):
+        info = report.variants[model].tuning if model in report.variants else None
+        mean = None if info is None else info.of(info.chosen).mean
+        metrics |= _score_metrics("tune/mean_normalised", "tune/mean_normalised", mean)
     return metrics | (_route_metrics(report.routes.get(model)) if report.routes else {})
 
 

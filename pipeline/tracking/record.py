@@ -22,6 +22,7 @@ from sensmerge.pipeline.report.pictures import (
     distance_heatmap,
     representation_scatter,
     score_bars,
+    tuning_curves,
 )
 from sensmerge.pipeline.report.report import Report, RouteInfo, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
@@ -89,14 +90,18 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
         params |= {f"route.{key}": str(value) for key, value in route.rule.items()}
         params["route.trust"] = f"{route.trust:.6g}"
     tags = {"role": report.roles[model], MLFLOW_PARENT_RUN_ID: parent.id} | where
-    # Only estimated coefficients, and routes, have seen the calibration sets.
+    # Only estimated coefficients, and routes, have seen the calibration sets, and only tuned variants those to tune on.
     calibrated = route is not None or (variant is not None and bool(variant.sigma))
-    used = [data for data in execution.datasets if calibrated or data.context == "evaluation"]
+    seen = {"evaluation"} | ({"calibration"} if calibrated else set())
+    seen |= {"tuning"} if variant is not None and variant.tuning else set()
+    used = [data for data in execution.datasets if data.context in seen]
     with started(client, parent.experiment, model, tags) as run:
         log_datasets(run, used)
         model_id = None
         if variant is not None:
             client.log_figure(run.id, coefficient_heatmap(variant.weights, f"{model}: weights"), "coefficients.png")
+            if variant.tuning is not None:
+                client.log_figure(run.id, tuning_curves(variant.tuning, f"{model}: what was tried"), "tuning.png")
             if outcomes := execution.outcomes.get(model):
                 found = {task: one.model_dump() for task, one in outcomes.items()}
                 client.log_text(run.id, json.dumps(found), OUTCOMES)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.artifacts import flush, sha256_file, write_json
+from sensmerge.tasks.artifacts import sha256_file, sync, write_json
 from sensmerge.tasks.dynamic.vectors import VECTORS, Vector, save_vectors
 from sensmerge.tasks.errors import InputError
 
@@ -31,7 +31,7 @@ def write_vectors(out: Path, part: int, vectors: Mapping[str, Mapping[str, Vecto
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}")
     save_vectors({name: by_expert for name, by_expert in vectors.items() if by_expert}, partial)
-    flush(partial)
+    sync(partial)
     partial.replace(target)
 
 

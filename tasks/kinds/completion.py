@@ -6,7 +6,7 @@ and `exact` (0 or 1) if the model also generates.
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -23,6 +23,10 @@ from sensmerge.tasks.rows.source import Row
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+
+_BY_TOKENS = {"metric": "token_accuracy", "generate": 0}
+"""Settings of a task that is scored by its tokens alone."""
 
 
 @KINDS.register("completion")
@@ -59,6 +63,10 @@ class CompletionTask(RowTask):
     def answer_tokens(self) -> int:
         """See `Task`."""
         return self.generate
+
+    def for_tuning(self) -> Self:
+        """See `RowTask`: by token accuracy, which needs no generation, or by exact match if that is the main metric."""
+        return self if self.metric == "exact_match" else self.model_copy(update=_BY_TOKENS)
 
     def named_fields(self, settings: str) -> list[NamedField]:
         """See `RowTask`."""

@@ -8,7 +8,7 @@ know it. torch is imported where it is used, so that reading a recipe does not w
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -58,6 +58,11 @@ class Task(Strict):
     @property
     def has_calibration(self) -> bool:
         """Whether statistics can be taken on rows of the task."""
+        return False
+
+    @property
+    def has_tuning(self) -> bool:
+        """Whether the recipe names rows on which the task scores candidates."""
         return False
 
     @property
@@ -162,6 +167,11 @@ class RowTask(Task):
     calibration: Local[DataSource | None] = Field(
         None, description="rows from which statistics, distances and routes are computed"
     )
+    tuning: Local[DataSource | None] = Field(
+        None,
+        description="rows by which variants with tune are chosen; if left out, half of the calibration rows where "
+        "such a variant needs these too, else all of them",
+    )
     evaluation: Local[DataSource | None] = Field(None, description="rows that every model is scored on")
     max_length: int = Field(512, ge=2, description="maximum length of a sample, in tokens; a longer one is cut")
     batch_size: Local[int] = Field(
@@ -174,9 +184,18 @@ class RowTask(Task):
         return self.calibration is not None
 
     @property
+    def has_tuning(self) -> bool:
+        """See `Task`."""
+        return self.tuning is not None
+
+    @property
     def is_scored(self) -> bool:
         """See `Task`."""
         return self.evaluation is not None
+
+    def for_tuning(self) -> Self:
+        """Return the task as candidates are scored on it: by the main metric unless that follows the mean loss."""
+        return self
 
     # Rows
 

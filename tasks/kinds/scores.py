@@ -144,12 +144,32 @@ def mean_normalised(
     None where a denominator is not positive (an expert that gets nothing right, or a Matthews correlation ≤ 0): the
     ratio has no meaning then, and a mean over the other tasks would hide that.
     """
-    comparisons = []
-    for name, metric in metrics.items():
-        mine, own = _strata(metric, model[name]), _strata(metric, experts[name])
-        assert [len(rows) for rows in mine] == [len(rows) for rows in own], f"{name}: model and expert differ in rows"
-        comparisons.append((metric, *((mine, own) if metric.higher_is_better else (own, mine))))
-    return _mean_ratio(comparisons)
+    return _mean_ratio(_comparisons(metrics, model, experts))
+
+
+def normalised_difference(
+    metrics: Mapping[str, Metric],
+    new: Mapping[str, list[Record]],
+    old: Mapping[str, list[Record]],
+    experts: Mapping[str, list[Record]],
+) -> Score | None:
+    """`mean_normalised` of one model − that of another; each resample takes the same rows for both and the experts."""
+    pairs = list(zip(_comparisons(metrics, new, experts), _comparisons(metrics, old, experts), strict=True))
+    if not pairs or any(_value(metric, below) <= 0 for pair in pairs for metric, _, below in pair):
+        return None
+
+    def difference(draw: Callable[[int], Any]) -> float:
+        found = []
+        for first, second in pairs:
+            picks = [draw(len(rows)) for rows in first[2]]
+            mine, other = (
+                _value(metric, above, picks) / _value(metric, below, picks) for metric, above, below in (first, second)
+            )
+            found.append(mine - other)
+        return float(np.mean(found))
+
+    n = sum(len(rows) for (_, above, _), _ in pairs for rows in above)
+    return Score(difference(_everything), n, *_bootstrap(difference))
 
 
 def mean_ratio(above: Mapping[str, list[Record]], below: Mapping[str, list[Record]], field: str) -> Score | None:
@@ -173,7 +193,23 @@ def paired_difference(metric: Metric, new: list[Record], old: list[Record]) -> S
     return Score(difference(_everything), sum(map(len, below)), *_bootstrap(difference))
 
 
-def _mean_ratio(comparisons: Sequence[tuple[Metric, list[Columns], list[Columns]]]) -> Score | None:
+_Comparison = tuple[Metric, list[Columns], list[Columns]]
+"""A metric, and the strata whose value is divided by that of others."""
+
+
+def _comparisons(
+    metrics: Mapping[str, Metric], model: Mapping[str, list[Record]], experts: Mapping[str, list[Record]]
+) -> list[_Comparison]:
+    """Return what `mean_normalised` divides for each task: model by expert, or the inverse where lower is better."""
+    found = []
+    for name, metric in metrics.items():
+        mine, own = _strata(metric, model[name]), _strata(metric, experts[name])
+        assert [len(rows) for rows in mine] == [len(rows) for rows in own], f"{name}: model and expert differ in rows"
+        found.append((metric, *((mine, own) if metric.higher_is_better else (own, mine))))
+    return found
+
+
+def _mean_ratio(comparisons: Sequence[_Comparison]) -> Score | None:
     if not comparisons or any(_value(metric, below) <= 0 for metric, _, below in comparisons):
         return None
 

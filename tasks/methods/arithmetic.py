@@ -90,6 +90,10 @@ class _Arithmetic(Additive):
         divisor = total if self.normalize and abs(total) >= _ZERO else 1.0
         return [weight / divisor * self.lambda_ for weight in weights]
 
+    def scales_with_weight(self) -> bool:
+        """See `Method`. Divided by their sum, weights lose their common factor."""
+        return not self.normalize
+
     def agreed_pieces(self, base: "Tensor", vectors: Sequence[TaskVector]) -> "Iterator[tuple[slice, list[Tensor]]]":
         """See `Additive`. Signs are elected, and sums divided, with the weights given.
 

@@ -32,8 +32,12 @@ ForEachExpert = Annotated[float | dict[str, float], _FOR_EACH_EXPERT]
 """A setting that is one number for all experts, or one for each."""
 
 
-def _unknown() -> "Tensor | None":
+def _unknown() -> None:
     return None
+
+
+Factors = tuple["Tensor", "Tensor", float]
+"""first (r, columns), second (rows, r) and scaling of a task vector scaling · second @ first; float32"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class TaskVector:
     """of the expert in the tensor's layer"""
     histogram: Callable[[], "Tensor | None"] = _unknown
     """reads `magnitude_histogram` of delta, if it was counted before"""
+    factors: Callable[[], "Factors | None"] = _unknown
+    """reads what delta is the product of, where it comes from an adapter alone"""
     statistics: Path | None = None
     """the expert's artifact of stage statistics, for a method that asks for some"""
 
@@ -59,6 +65,28 @@ class TaskVector:
 
         assert self.statistics is not None, "the method declares what statistics it reads"
         return read_tensor(self.statistics, name, self.tensor)
+
+    def samples(self, name: str) -> int:
+        """Return how many samples the sum of a statistic by tensor is taken over."""
+        from sensmerge.tasks.artifacts import read_json
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        found: int = read_json(self.statistics / f"{name}.json")["samples"]
+        return found
+
+    def tokens(self, name: str) -> int:
+        """Return how many tokens the sum of a statistic by tensor is taken over."""
+        from sensmerge.tasks.statistics.statistic import read_tokens
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        return read_tokens(self.statistics, name, self.tensor)
+
+    def input_dim(self, name: str) -> int | None:
+        """Return which dimension of the tensor the inputs run along that a statistic has seen; None if it saw none."""
+        from sensmerge.tasks.statistics.statistic import read_input_dim
+
+        assert self.statistics is not None, "the method declares what statistics it reads"
+        return read_input_dim(self.statistics, name, self.tensor)
 
     def whole(self, base: "Tensor") -> "Tensor":
         """Return the whole task vector: float32, in the shape of `base`, the base's tensor in any float dtype."""
@@ -85,6 +113,8 @@ class Method(Strict, ABC):
     """types of the torch devices that it gives the same result on"""
     changes_untouched: ClassVar[bool] = False
     """whether it changes tensors that no expert changed"""
+    weights: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+    """the weights λ to try where a recipe leaves the choice open: those that published results lie between"""
     no_se: ClassVar[str] = "what one expert adds cannot be separated from what the others add"
     """why the method cannot be applied per sample (application se), unless it is `Additive`"""
 
@@ -96,6 +126,14 @@ class Method(Strict, ABC):
         marked = {key: name for key, name in keys_of(type(self)).items() if _FOR_EACH_EXPERT in fields[name].metadata}
         values = {key: getattr(self, name) for key, name in marked.items()}
         return {key: value for key, value in values.items() if isinstance(value, dict)}
+
+    def scales_with_weight(self) -> bool:
+        """Return whether a common factor c > 0 of all weights scales what the merge adds to the base.
+
+        Then merge(base, c · weights) = base + c · (merge(base, weights) − base), up to rounding, so that merges of one
+        variant with other weights λ can be told from one.
+        """
+        return False
 
     def check_weights(self, weights: Sequence[float]) -> None:
         """Check the experts' weights in one layer.

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.checkpoints.weights import View
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import Expert, load_network, open_expert
-from sensmerge.tasks.networks.networks import Head, for_one_pass, hollow_network
+from sensmerge.tasks.networks.networks import Head, for_one_pass, hollow_network, skeleton
+from sensmerge.tasks.networks.regions import regions
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,28 @@ class Source:
         """Return the tensors of the base's checkpoint that a parameter holds, for which `layer` has a layer."""
         return self._tensors[self.expert.base.names.parameter(parameter)]
 
-    def beside(self, tensor: str) -> Sequence[str]:
-        """Return the tensors that are in one parameter with the one that is the first of it."""
-        return next(several for several in self._tensors.values() if several[0] == tensor)
+    def parts(self, parameter: str) -> Mapping[str, View] | None:
+        """Return the tensors of the base's checkpoint that a parameter holds, as views of it.
 
-    def is_one_tensor(self, parameter: str) -> bool:
-        """Return whether a parameter is a tensor of the checkpoint as it is."""
-        (first, *more) = self.tensors(parameter)
-        return not more and not self.expert.base.names.is_converted(first)
+        Returns:
+            None where they are no parts of it: one tensor is split into several parameters, say.
+        """
+        names, tensors = self.expert.base.names, self.tensors(parameter)
+        if not any(names.is_converted(one) for one in tensors):
+            (tensor,) = tensors
+            shape = self.expert.base.info(tensor).shape
+            return {tensor: View(shape, torch.empty(shape, device="meta").stride(), 0)}
+        if any(len(names.all_parameters(one)) > 1 for one in tensors):
+            return None
+        by_key = {names.key(one): one for one in tensors}
+        found = regions(self._skeleton, names, names.parameter(parameter))
+        if found is None or found.keys() != by_key.keys():
+            return None
+        return {by_key[key]: view for key, view in found.items()}
+
+    @cached_property
+    def _skeleton(self) -> PreTrainedModel:
+        return skeleton(self.expert.base.config, None, self.base)
 
     def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None) -> None:
         """Give a module its weights, copied, in their dtype and on their device.

@@ -1,24 +1,27 @@
 """What statistics see of a network or a part of it: gradients, dropped at once, and inputs of linear layers."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sensmerge.tasks.checkpoints.weights import View
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.statistics.statistic import TENSORS, Statistic
+from sensmerge.tasks.networks.totals import LinearWeight, SharedInputs, Totals
+from sensmerge.tasks.statistics.statistic import Statistic
 
 Statistics = Mapping[str, Statistic]
 """Statistics by name."""
 Sums = dict[str, dict[str, float]]
 """What one sample adds to statistics by layer: statistic → layer → number."""
+_Adder = Callable[[Tensor, Tensor], None]
+"""Adds what a statistic makes of a parameter, and of what is seen of it."""
 
 
 class Watch:
@@ -37,11 +40,12 @@ class Watch:
             prefix: its name in the network with a dot behind, empty for the network itself.
 
         Raises:
-            InputError: a statistic by tensor of the gradient of a parameter that holds several tensors.
+            InputError: a statistic by tensor of the gradient of a parameter whose tensors are no parts of it.
         """
         self._source = source
         self._sums: dict[str, dict[str, Tensor]] = {}
-        self._totals: dict[str, dict[str, Tensor]] = {}
+        self._totals = {key: Totals(key, one, source) for key, one in statistics.items() if one.by == "tensor"}
+        self._shared = SharedInputs(source)
         self._sees_inputs = False
         chosen = {hook: {n: s for n, s in statistics.items() if s.hook == hook} for hook in ("gradients", "inputs")}
         for child in module.modules():
@@ -62,7 +66,7 @@ class Watch:
         if layer is None:
             parameter.requires_grad_(False)
             return
-        adders = [self._adder(parameter, name, layer, one, statistics[one]) for one in statistics]
+        adders = [self._gradient_adder(parameter, name, layer, one, statistics[one]) for one in statistics]
 
         def use_up(changed: Tensor) -> None:
             assert changed.grad is not None
@@ -73,45 +77,51 @@ class Watch:
         parameter.requires_grad_()
         parameter.register_post_accumulate_grad_hook(use_up)  # type: ignore[no-untyped-call]
 
-    def _watch_inputs(self, linear: nn.Module, name: str, statistics: Statistics) -> None:
-        layer, weight = self._source.layer(name), linear.weight
-        if layer is None:
-            return
-        assert isinstance(weight, nn.Parameter)
-        adders = [self._adder(weight, name, layer, one, statistics[one]) for one in statistics]
-
-        def see(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if self._sees_inputs:
-                for add in adders:
-                    add(weight.detach(), inputs[0].detach().flatten(0, -2))
-
-        linear.register_forward_pre_hook(see)
-
-    def _adder(
-        self, parameter: Tensor, name: str, layer: str, key: str, statistic: Statistic
-    ) -> Callable[[Tensor, Tensor], None]:
-        """Return what adds to the sums or totals of a statistic, given a parameter and what is seen of it."""
+    def _gradient_adder(self, parameter: Tensor, name: str, layer: str, key: str, statistic: Statistic) -> _Adder:
         if statistic.by == "layer":
-            zero = torch.zeros((), dtype=torch.float64, device=parameter.device)
-            total = self._sums.setdefault(key, {}).setdefault(layer, zero)
-
-            def add_number(weight: Tensor, seen: Tensor) -> None:
-                total.add_(statistic.of(weight, seen))
-
-            return add_number
-        if statistic.hook == "gradients" and not self._source.is_one_tensor(name):
+            return self._number_adder(parameter, layer, key, statistic)
+        if self._source.parts(name) is None:
             raise InputError(
                 f"{self._source.key}: the parameter {name} is made of several tensors of the checkpoint, whose "
                 f"gradients {key} cannot tell apart; choose what needs no {key}"
             )
-        totals, tensor = self._totals.setdefault(key, {}), self._source.tensors(name)[0]
+        return partial(self._totals[key].add_gradient, name)
+
+    def _watch_inputs(self, linear: nn.Linear | Conv1D, name: str, statistics: Statistics) -> None:
+        layer, weight = self._source.layer(name), linear.weight
+        if layer is None:
+            return
+        view = View(tuple(weight.shape), weight.stride(), 0)
+        if isinstance(linear, Conv1D):
+            view = View(view.shape[::-1], view.stride[::-1], 0)
+        dims = LinearWeight(name, view).input_dims(self._source.parts(name))
+        by_layer = {key: one for key, one in statistics.items() if one.by == "layer"}
+        adders = [self._number_adder(weight, layer, key, one) for key, one in by_layer.items()]
+        totals = {key: self._totals[key] for key in statistics if key not in by_layer} if dims else {}
+        shares = any(statistics[key].inputs_alone for key in totals)
+
+        def see(_: nn.Module, given: tuple[Any, ...]) -> None:
+            if not self._sees_inputs:
+                return
+            inputs = given[0].detach().flatten(0, -2)
+            for add in adders:
+                add(weight.detach(), inputs)
+            leader = self._shared.leader(name, given[0]) if shares else name
+            for key, total in totals.items():
+                owner = leader if statistics[key].inputs_alone else name
+                total.has_inputs_of(owner, dims)
+                if owner == name:
+                    total.add_inputs(name, weight.detach(), inputs)
+
+        linear.register_forward_pre_hook(see)
+
+    def _number_adder(self, parameter: Tensor, layer: str, key: str, statistic: Statistic) -> _Adder:
+        """Return what adds to the sum of a layer, given a parameter and what is seen of it."""
+        zero = torch.zeros((), dtype=torch.float64, device=parameter.device)
+        total = self._sums.setdefault(key, {}).setdefault(layer, zero)
 
         def add(weight: Tensor, seen: Tensor) -> None:
-            found = statistic.of(weight, seen)
-            if tensor in totals:
-                totals[tensor].add_(found)
-            else:
-                totals[tensor] = found.clone()  # `of` may return what it was given
+            total.add_(statistic.of(weight, seen))
 
         return add
 
@@ -136,18 +146,11 @@ class Watch:
         """Write the totals by tensor to `folder/STATISTIC/LABEL.safetensors`, and let go of them.
 
         Raises:
-            InputError: a total that is not finite.
+            InputError: a total that is not finite; layers that had the same inputs in some samples alone.
         """
-        for key, totals in self._totals.items():
-            bad = next((tensor for tensor, total in totals.items() if not bool(total.isfinite().all())), None)
-            if bad is not None:
-                raise InputError(f"{self._source.key}: {key} of tensor {bad} is not finite; try dtype: float32")
-            if totals:
-                (folder / key).mkdir(parents=True, exist_ok=True)
-                tensors = {tensor: self._source.beside(tensor) for tensor in totals}
-                path = folder / key / f"{label}.safetensors"
-                save_file({n: t.cpu().contiguous() for n, t in totals.items()}, path, {TENSORS: json.dumps(tensors)})
-                totals.clear()
+        self._shared.check()
+        for totals in self._totals.values():
+            totals.write(folder, label)
 
 
 def added(sums: Sums, others: Sums) -> Sums:

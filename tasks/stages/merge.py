@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sensmerge.tasks.artifacts import canonical, flush, read_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import canonical, read_json, sha256_text, sync, write_json
 from sensmerge.tasks.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
@@ -30,12 +30,15 @@ from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.methods.kernels.delta import chunks
 from sensmerge.tasks.methods.kernels.stored import rounded
+from sensmerge.tasks.methods.remarks import remarks
 from sensmerge.tasks.stages.job import Earlier
 from sensmerge.tasks.stages.task_vectors import TABLE
 from sensmerge.tasks.stages.variant import VariantJob
 
 TENSORS = "tensors.json"
-"""What every weight was made of (`inputs`) and what came out (`checksum`), for a later merge to take it over."""
+"""What every weight was made of (`inputs`), what came out (`checksum`) and what the method said of it (`remarks`), for
+a later merge to take it over."""
+REMARKS = "remarks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class MergeJob(VariantJob):
 
     def resumed(self, earlier: Earlier) -> Self:
         """See `Job`. Each tensor's checksum is compared as it is taken over, so the artifact is not read before."""
-        return replace(self, previous=earlier.newest())
+        return replace(super().resumed(earlier), previous=earlier.newest())
 
     def run(self, part: int | str, out: Path) -> bool:
         """Merge one group of layers and write it at its place in the checkpoint under construction in `out`.
@@ -83,12 +86,12 @@ class MergeJob(VariantJob):
                     self, own, name, dtype, [table[name]["content"] for table in contents if name in table]
                 )
                 with noted(f"tensor {name} of layer {layer_of(name)}"):
-                    digests = previous.take(name, inputs, writer) if previous else None
-                    taken = digests is not None
-                    if digests is None:
-                        digests = _merge_tensor(self, own, name, dtype, writer)
+                    found = previous.take(name, inputs, writer) if previous else None
+                    taken = found is not None
+                    if found is None:
+                        found = _merge_tensor(self, own, name, dtype, writer)
                 writer.begin_flush(name)
-                tensors[name] = {"inputs": inputs, **digests, "taken": taken}
+                tensors[name] = {"inputs": inputs, **found, "taken": taken}
         write_json(done, tensors)
         return True
 
@@ -98,7 +101,8 @@ class MergeJob(VariantJob):
         Returns:
             `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors` and
             `tensor_bytes`: how many there are and their size; `taken_over` and `taken_over_bytes`: those of them that
-            an earlier merge had; `by_tensor`: the files that `digest` is of.
+            an earlier merge had; `by_tensor`: the files that `digest` is of; `remarks`: what the method said, and of
+            which tensors.
 
         Raises:
             OSError: a tensor on disk is not what a group wrote; its group is merged again when the step runs again.
@@ -108,7 +112,7 @@ class MergeJob(VariantJob):
         self.write_companions(out, self.out_dtype)
         self.write_heads(out)
         weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
-        kept = {name: {key: entry[key] for key in ("inputs", "checksum")} for name, entry in weights.items()}
+        kept = {name: {key: entry[key] for key in ("inputs", "checksum", REMARKS)} for name, entry in weights.items()}
         write_json(out / TENSORS, kept)
         for part in self.parts():
             (out / _marker(part)).unlink()
@@ -122,12 +126,22 @@ class MergeJob(VariantJob):
             "taken_over": len(taken),
             "taken_over_bytes": sum(taken),
             "by_tensor": list(plan.sizes),
+            REMARKS: _by_remark(tensors),
         }
 
 
 def _marker(part: int) -> str:
     """Return the name of the file that says what became of the tensors of a group that is done."""
     return f".group-{part}.json"
+
+
+def _by_remark(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the tensors of which the method said something, by what it said."""
+    found: dict[str, list[str]] = {}
+    for name, entry in tensors.items():
+        for text in entry[REMARKS]:
+            found.setdefault(text, []).append(name)
+    return found
 
 
 def _verified(plan: CheckpointPlan, markers: Sequence[Path], out: Path) -> dict[str, dict[str, Any]]:
@@ -138,7 +152,7 @@ def _verified(plan: CheckpointPlan, markers: Sequence[Path], out: Path) -> dict[
     """
     preallocate(plan, out)  # headers and sizes as planned, whatever became of the files since
     for file in plan.sizes:
-        flush(out / file)
+        sync(out / file)
     written = {marker: read_json(marker) for marker in markers}
     tensors = {name: entry for entries in written.values() for name, entry in entries.items()}
     assert set(tensors) == set(plan.tensors), "every tensor is in a group"
@@ -164,23 +178,28 @@ def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> Ch
 
 def _merge_tensor(
     job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype, writer: CheckpointWriter
-) -> dict[str, str]:
-    """Merge one tensor, write it and return its digests: `checksum` (fast, to read it back by) and `sha256`."""
+) -> dict[str, Any]:
+    """Merge one tensor and write it.
+
+    Returns:
+        Its digests, `checksum` (fast, to read it back by) and `sha256`; and what the method said of it.
+    """
     checksum, sha256, finite = xxhash.xxh3_128(), hashlib.sha256(), True
-    for where, merged in _merged_pieces(job, weights, name):
-        piece, piece_is_finite = rounded(merged, dtype)
-        finite = finite and piece_is_finite
-        content = tensor_bytes(piece)
-        checksum.update(content)
-        sha256.update(content)
-        writer.write(name, piece, where.start)
+    with remarks() as said:
+        for where, merged in _merged_pieces(job, weights, name):
+            piece, piece_is_finite = rounded(merged, dtype)
+            finite = finite and piece_is_finite
+            content = tensor_bytes(piece)
+            checksum.update(content)
+            sha256.update(content)
+            writer.write(name, piece, where.start)
     if not finite:
         used = ", ".join(f"{expert} {weight:g}" for expert, weight in weights.items())
         raise InputError(
             f"tensor {name} merged by {job.method.name} has NaN or Inf as {dtype}; expected finite numbers: set "
             f"another out_dtype, or other weights (here: {used or 'the mean of the experts'})"
         )
-    return {"checksum": checksum.hexdigest(), "sha256": sha256.hexdigest()}
+    return {"checksum": checksum.hexdigest(), "sha256": sha256.hexdigest(), REMARKS: said}
 
 
 def _inputs(
@@ -211,8 +230,12 @@ class _Previous:
         except InputError:  # its weights are gone or cut since it was made: all is merged again
             return None
 
-    def take(self, name: str, inputs: str | None, writer: CheckpointWriter) -> dict[str, str] | None:
-        """Write a tensor as the earlier merge has it and return its digests; None if it is another, or damaged."""
+    def take(self, name: str, inputs: str | None, writer: CheckpointWriter) -> dict[str, Any] | None:
+        """Write a tensor as the earlier merge has it; None if it is another, or damaged.
+
+        Returns:
+            What `_merge_tensor` does.
+        """
         known = self.tensors.get(name)
         if inputs is None or known is None or known["inputs"] != inputs:
             return None
@@ -221,7 +244,8 @@ class _Previous:
         if xxhash.xxh3_128_hexdigest(content) != known["checksum"]:
             return None
         writer.write(name, values)
-        return {"checksum": known["checksum"], "sha256": hashlib.sha256(content).hexdigest()}
+        sha256 = hashlib.sha256(content).hexdigest()
+        return {"checksum": known["checksum"], "sha256": sha256, REMARKS: known.get(REMARKS, [])}
 
 
 def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> Iterator[tuple[slice, Tensor]]:

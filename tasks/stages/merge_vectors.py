@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import xxhash
 
-from sensmerge.tasks.artifacts import flush
+from sensmerge.tasks.artifacts import sync
 from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, open_checkpoint, preallocate, tensor_bytes
 from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.dynamic.vectors import BASE, LowRank, Vector, compact
@@ -123,7 +123,7 @@ def _write_base(job: MergeVectorsJob, out: Path) -> None:
             writer.write(name, values)
             written[name] = xxhash.xxh3_128_hexdigest(tensor_bytes(values))
     for file in plan.sizes:
-        flush(out / file)
+        sync(out / file)
     found = tensor_digests(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
     altered = [name for name, checksum in written.items() if found[name] != checksum]
     if altered:

@@ -21,6 +21,9 @@ from sensmerge.tasks.stages.calibration import CalibrationSet
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.statistics.statistic import TENSORS, Statistic, index
 
+WITHOUT = "without"
+"""Entry of the JSON of a statistic by tensor: tensors of two and more dimensions that have no total."""
+
 
 @dataclass(frozen=True)
 class StatisticsJob(Job):
@@ -51,8 +54,8 @@ class StatisticsJob(Job):
         """Run the network over one sample at a time.
 
         Writes `NAME.json` for each statistic: by layer the mean over samples, tied parameters counted once and per-task
-        heads, which are no layer, left out; by tensor the places of the totals, in files beside; the number of samples
-        and tokens.
+        heads, which are no layer, left out; by tensor the places of the totals, in files beside, and the matrices
+        without one; the number of samples and tokens.
 
         Returns:
             The number of samples and tokens.
@@ -72,7 +75,10 @@ class StatisticsJob(Job):
         about = {"samples": len(batches), "tokens": tokens}
         for name, statistic in self.statistics.items():
             if statistic.by == "tensor":
-                write_json(out / f"{name}.json", about | {TENSORS: index(out, name)})
+                found = index(out, name)
+                matrices = [one for one in source.expert.base.weights if len(source.expert.base.info(one).shape) > 1]
+                lacking = [one for one in matrices if one not in found]
+                write_json(out / f"{name}.json", about | {TENSORS: found, WITHOUT: lacking})
                 continue
             # In the order of the rows, so that the sums do not depend on which sample was done first.
             sums = [samples[number].sums[name] for number in range(len(batches))]

@@ -1,10 +1,10 @@
 """What the two kinds of merge job share: a variant of a recipe, and the parts of its folder that are not merged."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -31,12 +31,17 @@ from sensmerge.tasks.coefficients import (
     sigma,
     tau,
 )
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.methods.contract import Method, TaskVector, method_of
 from sensmerge.tasks.methods.kernels.stored import rounded
-from sensmerge.tasks.stages.job import Job
+from sensmerge.tasks.methods.settings import Values, VariantSettings
+from sensmerge.tasks.stages.job import Earlier, Job
 from sensmerge.tasks.stages.task_vectors import read_histogram
 from sensmerge.tasks.statistics.statistic import read_layers
+
+TUNE = "tune.json"
+"""In an artifact of stage tune: what was tried, what was chosen (`chosen`) and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,8 @@ class VariantJob(Job):
     """names of the merged head's classes, where the base's config has none"""
     base_config: Sequence[str] = ()
     """experts with a head of their own that run with the base's config"""
+    tuned: Artifact | None = None
+    """of stage tune: what settings have instead of the values here, which are those that it began with"""
     base: Local[BaseWeights]
     experts: Local[Mapping[str, ExpertWeights]]
     head_configs: Local[Mapping[str, str]]
@@ -75,17 +82,42 @@ class VariantJob(Job):
     groups: Local[Sequence[Sequence[str]]]
     """the base's weights in groups of whole layers; each is merged in one go"""
 
+    @property
+    def settings(self) -> VariantSettings:
+        """What says how the experts are combined."""
+        return VariantSettings(self.method, self.weight, self.coefficients)
+
+    def having(self, settings: VariantSettings) -> Self:
+        """Return the job with other settings, which are not to be tuned any more."""
+        return replace(
+            self, method=settings.method, weight=settings.weight, coefficients=settings.coefficients, tuned=None
+        )
+
+    def resumed(self, earlier: Earlier) -> Self:
+        """See `Job`: what was tuned has its values from here on."""
+        return self if self.tuned is None else self.having(self.settings.having(chosen_values(self.tuned.folder)))
+
     def parts(self) -> Sequence[int]:
         """Return the numbers of the groups."""
         return range(len(self.groups))
 
     def weights(self) -> Weights:
-        """Return the weight of every expert in every layer."""
+        """Return the weight of every expert in every layer.
+
+        Raises:
+            InputError: weights in a layer that the method can do nothing with.
+        """
         weights: Weights = self.coefficient_table()["weights"]
+        for layer, row in weights.items():
+            try:
+                self.method.check_weights(list(row.values()))
+            except ValueError as error:
+                raise InputError(f"layer {layer}: {error}") from None
         return weights
 
     def coefficient_table(self) -> dict[str, Any]:
         """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from."""
+        assert self.tuned is None, "the job is resumed before it merges"
         layers = list(group_by_layer(name for name in self.base.weights if name not in self.base.statistics))
         if not isinstance(self.coefficients, SensCoefficients):
             return {"weights": plain_weights(self.coefficients, self.weight, layers, self.experts)}
@@ -106,6 +138,7 @@ class VariantJob(Job):
             self.experts[expert].task_vector(tensor),
             weight,
             partial(read_histogram, self.task_vectors[expert].folder, tensor),
+            partial(self.experts[expert].factors, tensor),
             self.statistics[expert].folder if self.method.statistics else None,
         )
 
@@ -165,6 +198,12 @@ class VariantJob(Job):
             save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
             (folder / "config.json").write_text(head_config)
         write_json(out / "coefficients.json", self.coefficient_table())
+
+
+def chosen_values(folder: Path) -> Values:
+    """Return the settings that were chosen, from the artifact of stage tune."""
+    found: Values = read_json(folder / TUNE)["chosen"]
+    return found
 
 
 def _with_tied_layers(values: Mapping[str, float], base: BaseWeights) -> dict[str, float]:

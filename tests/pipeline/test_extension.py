@@ -17,6 +17,7 @@ from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
 from sensmerge.tasks.kinds.scores import Metric, mean
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.methods.contract import METHODS, MatrixMethod, TaskVector
+from sensmerge.tasks.methods.remarks import remark
 from sensmerge.tasks.networks.tokens import tokens
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.statistics.statistic import STATISTICS, Statistic, read_tensor
@@ -31,6 +32,7 @@ class TopRank(MatrixMethod):
     def merge_matrix(self, base: Tensor, vectors: Sequence[TaskVector]) -> Tensor:
         merged = sum((vector.whole(base) for vector in vectors), start=torch.zeros_like(base)) / len(vectors)
         if base.ndim == 2:
+            remark("singular values were dropped")
             left, values, right = torch.linalg.svd(merged, full_matrices=False)
             merged = (left[:, : self.rank] * values[: self.rank]) @ right[: self.rank]
         return base + merged
@@ -107,6 +109,9 @@ def test_a_whole_recipe(llamas: dict[str, Path], tmp_path: Path, ray_address: st
     report = read_json(tmp_path / "report.json")
     assert {stage["stage"] for stage in report["stages"]} >= {"statistics", "merge", "evaluate"}
     assert report["scores"]["top"]["code"]["hits"]["n"] == 3
+    two_dimensional = [key for key, one in load_file(llamas["base"] / "model.safetensors").items() if one.ndim == 2]
+    said = f"merges.top: singular values were dropped (in {len(two_dimensional)} tensors, such as model.embed_tokens."
+    assert [note.startswith(said) for note in report["notes"] if "merges." in note] == [True]
     name = "model.layers.0.mlp.up_proj.weight"
     merged = {one: load_file(Path(report["models"][one]) / "model.safetensors")[name] for one in ("top", "energy")}
     change = merged["top"] - load_file(llamas["base"] / "model.safetensors")[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sensmerge.tasks.methods.kernels import loops
-from sensmerge.tasks.methods.kernels.stored import subtract
+from sensmerge.tasks.methods.kernels.stored import add, subtract
 
 CHUNK = 1 << 17
 """Elements handled at a time: intermediate tensors then stay in the processor's cache."""
@@ -130,3 +130,9 @@ def weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
     for part, weight in zip(parts, weights, strict=True):
         part.mul_(weight)
     return sum(parts[1:], start=parts[0])
+
+
+def summed(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which elements, and base + Σ weight · task vector there, float32; the base flat, in any float dtype."""
+    for where, found in parts(base, deltas):
+        yield where, add(weighted_sum(found, weights), base[where])

@@ -92,6 +92,13 @@ def test_order_of_layer_patterns_counts(llama_recipe: Recipe, tmp_path: Path) ->
     assert "merge e" in changed(one, other)
 
 
+def test_weights_of_a_layer_that_a_method_refuses_are_found(llama_recipe: Recipe, tmp_path: Path) -> None:
+    weights = {"math": 1.0, "code": {"*": 1.0, "model.norm": -1.0}}
+    llama_recipe["merges"] = {"e": {"method": "linear", "coefficients": {"kind": "explicit", "weights": weights}}}
+    with pytest.raises(InputError, match=r"merges\.e: layer model\.norm: the weights sum to 0, which linear"):
+        plan_of(tmp_path, llama_recipe)
+
+
 def test_right_choices_are_part_of_a_calibration(llama_recipe: Recipe, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": "a", "choices": ["b", "c"], "answer": 0, "other": 1}] * 3
     write_rows(tmp_path / "choices.jsonl", rows)

@@ -139,6 +139,18 @@ def test_one_dense_expert_is_itself(method: str, base: torch.Tensor, deltas: lis
     torch.testing.assert_close(merged, base + deltas[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("method", NAMES)
+def test_methods_say_whether_the_weight_scales_what_they_add(
+    method: str, normalize: bool, base: torch.Tensor, deltas: list[torch.Tensor]
+) -> None:
+    how = of(method, 0.5, normalize=normalize)
+    once, twice = (
+        whole_tensor(base, vectors(deltas, [factor * w for w in WEIGHTS]), how).double() - base for factor in (1, 2)
+    )
+    assert torch.allclose(twice, 2 * once, rtol=1e-5, atol=1e-5) == how.scales_with_weight()
+
+
 @pytest.mark.parametrize("method", SPARSE)
 def test_density_zero_is_the_base(method: str, base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
     assert torch.equal(whole_tensor(base, vectors(deltas, WEIGHTS), of(method, 0.0)), base)

@@ -27,7 +27,7 @@ SAMPLES = [
 
 
 @dataclass(frozen=True)
-class Gram(Statistic):
+class Outer(Statistic):
     """Σ x xᵀ of the inputs of every linear layer."""
 
     hook = "inputs"
@@ -62,7 +62,7 @@ class Activity(Statistic):
         return seen.double().abs().sum()
 
 
-ALL = {"gram": Gram(), "squares": Squares(), "activity": Activity(), "sensitivity": Sensitivity()}
+ALL = {"outer": Outer(), "squares": Squares(), "activity": Activity(), "sensitivity": Sensitivity()}
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -89,7 +89,7 @@ def measured(source: Source, placement: Placement, folder: Path) -> dict[str, di
     folder.mkdir()
     with open_runner(source, placement, folder, ALL) as runner:
         samples = dict(runner.run(SAMPLES, lambda *_: None))
-    found = {name: totals(folder, name) for name in ("gram", "squares")}
+    found = {name: totals(folder, name) for name in ("outer", "squares")}
     for name in ("activity", "sensitivity"):
         sums = [samples[number].sums[name] for number in range(len(SAMPLES))]
         found[name] = {layer: torch.tensor(sum(one[layer] for one in sums), dtype=torch.float64) for layer in sums[0]}
@@ -97,14 +97,14 @@ def measured(source: Source, placement: Placement, folder: Path) -> dict[str, di
 
 
 def plain(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Gram and squares by hooks of our own on the whole network, by the parameters' names."""
+    """Outer and squares by hooks of our own on the whole network, by the parameters' names."""
     network = AutoModelForCausalLM.from_pretrained(folder).eval()
-    found: dict[str, dict[str, Tensor]] = {"gram": {}, "squares": {}}
+    found: dict[str, dict[str, Tensor]] = {"outer": {}, "squares": {}}
 
     def hook(name: str) -> Callable[..., None]:
         def see(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().double().flatten(0, -2)
-            found["gram"][name] = found["gram"].get(name, 0) + torch.einsum("ti,tj->ij", x, x)
+            found["outer"][name] = found["outer"].get(name, 0) + torch.einsum("ti,tj->ij", x, x)
 
         return see
 
@@ -135,14 +135,14 @@ def test_a_set_of_statistics_in_one_pass(source: Source, tmp_path: Path) -> None
             (ours,) = [one for key, one in found[name].items() if parameter.endswith(key)]
             torch.testing.assert_close(ours, tensor, rtol=1e-9, atol=1e-12)
     streamed = measured(source, "streamed", tmp_path / "streamed")
-    for name in ("gram", "activity"):
+    for name in ("outer", "activity"):
         same_bits({name: streamed[name]}, {name: found[name]})
     for name in ("squares", "sensitivity"):
         for key, tensor in found[name].items():
             torch.testing.assert_close(streamed[name][key], tensor, rtol=1e-5, atol=1e-9)
     # One file for each block, written when all samples have been in it.
     blocks = {f"{place}.safetensors" for place in source_blocks(source)}
-    assert {path.name for path in (tmp_path / "streamed" / "gram").iterdir()} == blocks | {"shell.safetensors"}
+    assert {path.name for path in (tmp_path / "streamed" / "outer").iterdir()} == blocks | {"shell.safetensors"}
 
 
 def source_blocks(source: Source) -> list[str]:
@@ -152,7 +152,7 @@ def source_blocks(source: Source) -> list[str]:
 
 
 def test_inputs_alone_take_no_way_back(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = plain(source.folder)["gram"]
+    expected = plain(source.folder)["outer"]
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError
@@ -162,9 +162,9 @@ def test_inputs_alone_take_no_way_back(source: Source, tmp_path: Path, monkeypat
     for placement in ("whole", "streamed"):
         folder = tmp_path / placement
         folder.mkdir()
-        with open_runner(source, placement, folder, {"gram": Gram()}) as runner:
+        with open_runner(source, placement, folder, {"outer": Outer()}) as runner:
             assert [number for number, _ in runner.run(SAMPLES, lambda *_: None)] == list(range(len(SAMPLES)))
-        assert len(totals(folder, "gram")) == len(expected)
+        assert len(totals(folder, "outer")) == len(expected)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Last(Statistic):
 def test_totals_are_no_parts_of_what_is_seen(source: Source, tmp_path: Path) -> None:
     """Several layers have the same inputs, which no total may change."""
     found = {}
-    for name, statistics in (("alone", {"last": Last()}), ("beside", {"last": Last(), "gram": Gram()})):
+    for name, statistics in (("alone", {"last": Last()}), ("beside", {"last": Last(), "outer": Outer()})):
         (tmp_path / name).mkdir()
         with open_runner(source, "whole", tmp_path / name, statistics) as runner:
             list(runner.run(SAMPLES, lambda *_: None))

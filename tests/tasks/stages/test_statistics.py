@@ -237,7 +237,7 @@ def test_what_routers_add_to_the_loss_is_left_out(
 
 
 @dataclass(frozen=True)
-class Gram(Statistic):
+class Outer(Statistic):
     """Σ x xᵀ of the inputs of every linear layer, times a factor."""
 
     hook = "inputs"
@@ -250,7 +250,7 @@ class Gram(Statistic):
 
 
 @dataclass(frozen=True)
-class GramAgain(Gram):
+class OuterAgain(Outer):
     """The same with other results than before."""
 
     version = 2
@@ -260,7 +260,7 @@ class GramAgain(Gram):
 def test_totals_are_read_by_tensor(placement: Placement, llamas: dict[str, Path], tmp_path: Path) -> None:
     calibration = calibration_set(CompletionTask(kind="completion"), ROWS, tmp_path / "rows")
     job = statistics_job(llamas["base"], llamas["math"], calibration, placement=placement)
-    job = replace(job, statistics={**job.statistics, "gram": Gram(2.0)})
+    job = replace(job, statistics={**job.statistics, "outer": Outer(2.0)})
     (tmp_path / "out").mkdir()
     about = job.finish(tmp_path / "out")
     network = AutoModelForCausalLM.from_pretrained(llamas["math"])
@@ -275,17 +275,30 @@ def test_totals_are_read_by_tensor(placement: Placement, llamas: dict[str, Path]
     for row in ROWS:
         ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
         network(torch.tensor([ids]))
-    found = read_tensor(tmp_path / "out", "gram", "model.layers.1.self_attn.q_proj.weight")
+    found = read_tensor(tmp_path / "out", "outer", "model.layers.1.self_attn.q_proj.weight")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
-    assert read_tensor(tmp_path / "out", "gram", "model.layers.1.input_layernorm.weight") is None
-    assert read_json(tmp_path / "out" / "gram.json").items() >= about.items()
+    assert read_tensor(tmp_path / "out", "outer", "model.layers.1.input_layernorm.weight") is None
+    written = read_json(tmp_path / "out" / "outer.json")
+    assert written.items() >= about.items()
     assert read_json(tmp_path / "out" / "sensitivity.json").keys() == {"sensitivity", *about}
+
+
+def test_matrices_without_a_total_are_listed(save: Save, tmp_path: Path) -> None:
+    """GPT-2's head is its embedding, and sees inputs; its table of positions sees none."""
+    base = save(make_gpt2(), "base", tmp_path)
+    expert = save(perturbed(make_gpt2(), 1), "expert", tmp_path)
+    calibration = calibration_set(CompletionTask(kind="completion"), ROWS, tmp_path)
+    about = statistics_job(base, expert, calibration, ["gram", "fisher"]).finish(tmp_path)
+    gram, fisher = (read_json(tmp_path / f"{name}.json") for name in ("gram", "fisher"))
+    assert gram["without"] == ["transformer.wpe.weight"]
+    assert fisher["without"] == []
+    assert {place["tokens"] for place in gram["tensors"].values()} == {about["tokens"]}
 
 
 def test_what_statistics_are_measured_is_in_the_identity(llamas: dict[str, Path], tmp_path: Path) -> None:
     calibration = calibration_set(CompletionTask(kind="completion"), ROWS, tmp_path)
     job = statistics_job(llamas["base"], llamas["math"], calibration)
-    others = [{"gram": Gram()}, {"gram": Gram(2.0)}, {"gram": GramAgain()}, {"gram": Gram(), **job.statistics}]
+    others = [{"outer": Outer()}, {"outer": Outer(2.0)}, {"outer": OuterAgain()}, {"outer": Outer(), **job.statistics}]
     jobs = [job, *(replace(job, statistics=one) for one in others)]
     assert len({canonical(one.identity()) for one in jobs}) == len(jobs)
     assert replace(job, placement="streamed", device="cuda", name="other").identity() == job.identity()
@@ -294,7 +307,7 @@ def test_what_statistics_are_measured_is_in_the_identity(llamas: dict[str, Path]
 def test_totals_that_are_no_numbers(llamas: dict[str, Path], tmp_path: Path) -> None:
     calibration = calibration_set(CompletionTask(kind="completion"), ROWS, tmp_path)
     job = replace(
-        statistics_job(llamas["base"], llamas["math"], calibration), statistics={"gram": Gram(float(10**308))}
+        statistics_job(llamas["base"], llamas["math"], calibration), statistics={"outer": Outer(float(10**308))}
     )
-    with pytest.raises(InputError, match=r"^experts\.math: gram of tensor \S+ is not finite; try dtype: float32$"):
+    with pytest.raises(InputError, match=r"^experts\.math: outer of tensor \S+ is not finite; try dtype: float32$"):
         job.finish(tmp_path)

@@ -1,0 +1,70 @@
+"""Singular vectors of task vectors, in float64, by way of the smaller of their Gram matrices.
+
+That costs little where one side is much longer than the other, as of embeddings. In float64 the squares of all singular
+values that mean anything in a float32 matrix are far above rounding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sensmerge.tasks.methods.kernels.matrices import Factored, Matrix
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Singular:
+    """Singular vectors and values, largest first."""
+
+    left: Tensor
+    """float64 (rows, count)"""
+    values: Tensor
+    """float64 (count,), above 0"""
+    right: Tensor
+    """float64 (columns, count)"""
+
+
+def singular(matrix: Matrix, count: int | None = None) -> Singular:
+    """Return the largest singular vectors and values, without those that are 0 but for float32's rounding.
+
+    Args:
+        matrix: of rank r up to rounding.
+        count: how many at most; None for all r.
+    """
+    if isinstance(matrix, Factored):
+        left, inner = torch.linalg.qr(matrix.left)
+        right, outer = torch.linalg.qr(matrix.right.T)
+        core = singular(inner @ outer.T, count)
+        return Singular(left @ core.left, core.values, right @ core.right)
+    if matrix.shape[0] < matrix.shape[1]:
+        found = _by_gram(matrix.T, count)
+        return Singular(found.right, found.values, found.left)
+    return _by_gram(matrix, count)
+
+
+def _by_gram(matrix: Tensor, count: int | None) -> Singular:
+    """Return singular vectors and values of a matrix with no more columns than rows."""
+    squares, right = torch.linalg.eigh(matrix.T @ matrix)
+    values = squares.clamp_min(0).sqrt().flip(0)
+    rank = int((values > values[:1] * len(values) * EPS).sum())
+    kept = rank if count is None else min(rank, count)
+    right = right.flip(1)[:, :kept]
+    return Singular(matrix @ right / values[:kept], values[:kept], right)
+
+
+def isometry(vectors: Tensor) -> Tensor:
+    """Return the orthonormal vectors nearest to others, V (VᵀV)⁻¹ᐟ² (orthogonal Procrustes, Schönemann 1966).
+
+    Directions that several vectors share are shared out: where V has not full rank, the result is the partial isometry
+    of V's own range, and nothing arbitrary fills it up.
+
+    Args:
+        vectors: float64 (n, count), in columns, about of length 1.
+    """
+    squares, directions = torch.linalg.eigh(vectors.T @ vectors)
+    kept = squares > EPS
+    directions = directions[:, kept]
+    whitening: Tensor = (directions / squares[kept].sqrt()) @ directions.T
+    return vectors @ whitening

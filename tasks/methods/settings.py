@@ -1,0 +1,122 @@
+"""The settings of a variant that its weights depend on, and candidates for some of them."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from sensmerge.tasks.coefficients import Coefficients, SensCoefficients
+from sensmerge.tasks.methods.contract import Additive, Method, keys_of
+
+WEIGHT, TEMPERATURE = "weight", "temperature"
+LARGEST_WEIGHT = 10
+"""of either sign"""
+WIDENED = 2
+"""How many candidates are added at the end of a grid that the best one lies at."""
+
+Values = Mapping[str, Any]
+"""some settings by the keys that a recipe's `tune` has for them"""
+
+
+@dataclass(frozen=True)
+class VariantSettings:
+    """What says how a variant combines its experts."""
+
+    method: Method
+    weight: float
+    coefficients: Coefficients
+
+    def value(self, key: str) -> Any:
+        """Return a setting by its key.
+
+        Raises:
+            ValueError: there is no such setting, or it is no number that can be tuned.
+        """
+        keys = keys_of(type(self.method))
+        if key == WEIGHT:
+            return self.weight
+        if key in keys and key != "seed":  # which random masks are best on a few rows is chance
+            found = getattr(self.method, keys[key])
+            if not isinstance(found, bool | str):
+                return found
+        elif key == TEMPERATURE and isinstance(self.coefficients, SensCoefficients):
+            return self.coefficients.temperature
+        raise ValueError(f"found {key}; expected some of {', '.join(self._tunable())}")
+
+    def _tunable(self) -> list[str]:
+        settings = type(self.method).model_fields
+        numbers = [
+            key
+            for key, name in keys_of(type(self.method)).items()
+            if key != "seed" and not isinstance(settings[name].get_default(call_default_factory=True), bool | str)
+        ]
+        sens = isinstance(self.coefficients, SensCoefficients)
+        return [*([WEIGHT] if self.depends_on_weight else []), *numbers, *([TEMPERATURE] if sens else [])]
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether a common factor of all weights makes a difference."""
+        if isinstance(self.method, Additive):
+            return self.method.static_coefficient(1.0, 2) != self.method.static_coefficient(0.5, 2)
+        return bool(self.method.weights)
+
+    def having(self, values: Values) -> "VariantSettings":
+        """Return these settings with some others.
+
+        Raises:
+            ValueError: a value that the setting refuses.
+        """
+        found = self
+        for key, value in values.items():
+            try:
+                found = found._with(key, value)
+            except ValidationError as error:
+                reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+                raise ValueError(f"found {value}; {reason[:1].lower()}{reason[1:]}") from None
+        return found
+
+    def _with(self, key: str, value: Any) -> "VariantSettings":
+        if key == WEIGHT:
+            if abs(value) > LARGEST_WEIGHT:
+                raise ValueError(f"found {value:g}; expected a number from {-LARGEST_WEIGHT} to {LARGEST_WEIGHT}")
+            return replace(self, weight=value)
+        keys = keys_of(type(self.method))
+        if key not in keys:
+            settings = self.coefficients.model_dump() | {key: value}
+            return replace(self, coefficients=type(self.coefficients).model_validate(settings))
+        whole = isinstance(getattr(self.method, keys[key]), int) and isinstance(value, float) and value.is_integer()
+        settings = self.method.model_dump(by_alias=True) | {key: int(value) if whole else value}
+        return replace(self, method=type(self.method).model_validate(settings))
+
+
+def combinations(grid: Mapping[str, Sequence[float]]) -> list[Values]:
+    """Return every combination of candidates: key → its candidates, in their order."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def beyond(settings: VariantSettings, values: Sequence[float], best: float, key: str) -> list[float]:
+    """Return further candidates where the best one is at the end of a grid, as far as the setting takes them.
+
+    They go on as the grid ends: by the ratio of its last two where all are above 0, else by their difference.
+
+    Args:
+        settings: those of the variant.
+        values: the grid, ascending.
+        best: the best of it.
+        key: of the setting.
+    """
+    if len(values) < 2 or best not in (values[0], values[-1]):
+        return []
+    near, last = (values[1], values[0]) if best == values[0] else (values[-2], values[-1])
+    found = []
+    for number in range(1, WIDENED + 1):
+        step = last * (last / near) ** number if values[0] > 0 else last + number * (last - near)
+        value = float(f"{step:.3g}")
+        try:
+            settings.having({key: value})
+        except ValueError:
+            break
+        found.append(value)
+    return found
