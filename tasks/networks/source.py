@@ -137,10 +137,14 @@ class Source:
             return self._placed(self._head[name])
         names = self.expert.base.names
         key = names.parameter(name)
-        found = {one: self._placed(self.expert.read(one)) for one in self._tensors.get(key, ())}
+        found = {one: self._placed(self._tensor(one)) for one in self._tensors.get(key, ())}
         if any(names.is_converted(one) for one in found):
             return names.convert(found, key)
         return next(iter(found.values()), None)
+
+    def _tensor(self, name: str) -> Tensor:
+        """Return a tensor of the base's checkpoint as the expert has it."""
+        return self.expert.read(name)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
