@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Stage = Literal["download", "task_vectors", "statistics", "cross_task", "merge", "route", "evaluate"]
+Stage = Literal["download", "task_vectors", "statistics", "cross_task", "merge", "calibrate", "route", "evaluate"]

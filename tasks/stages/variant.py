@@ -38,6 +38,9 @@ from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.task_vectors import read_histogram
 from sensmerge.tasks.statistics.statistic import read_layers
 
+COEFFICIENTS = "coefficients.json"
+"""The weights of every layer, see `VariantJob.coefficient_table`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VariantJob(Job):
@@ -164,7 +167,7 @@ class VariantJob(Job):
             tensors = {key: tensor.contiguous() for key, tensor in self.experts[name].head_tensors().items()}
             save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
             (folder / "config.json").write_text(head_config)
-        write_json(out / "coefficients.json", self.coefficient_table())
+        write_json(out / COEFFICIENTS, self.coefficient_table())
 
 
 def _with_tied_layers(values: Mapping[str, float], base: BaseWeights) -> dict[str, float]:
