@@ -223,7 +223,7 @@ class Comparison:
             teacher: the expert's block.
             matter: from `run_for`, where only some outputs count fully.
         """
-        shared: dict[tuple[int, ...], str] = {}
+        shared: dict[Any, str] = {}
         for name, layer in self._layers.items():
             seen, others = self._student.inputs.get(name, []), teacher.inputs.get(name, [])
             if [one.shape for one in seen] != [one.shape for one in others]:
@@ -234,7 +234,8 @@ class Comparison:
                 self._add_norm(name, seen, weights)
                 continue
             # Weights differ by layer, so with them nothing is shared.
-            first = name if matter is not None else shared.setdefault(tuple(map(id, seen)), name)
+            same = tuple((one.data_ptr(), one.shape, one.stride()) for one in seen)
+            first = name if matter is not None else shared.setdefault(same, name)
             leader = self._leaders.setdefault(name, first)
             if leader != name:
                 continue
@@ -272,7 +273,7 @@ def _weights(matter: Tensor | None) -> Tensor | None:
     """Return the weights of a layer's outputs, flat; None where all count alike."""
     if matter is None or bool(matter.all()) or not bool(matter.any()):
         return None
-    return torch.where(matter.flatten(), 1.0, UNREAD)
+    return matter.flatten().double().mul(1 - UNREAD).add(UNREAD)
 
 
 def normalised(norm: nn.Module, inputs: Tensor, is_checked: bool = True) -> Tensor | None:

@@ -74,8 +74,8 @@ class Source:
         return layer_of(self._tensors[key][0])
 
     def tensors(self, parameter: str) -> Sequence[str]:
-        """Return the tensors of the base's checkpoint that a parameter holds, for which `layer` has a layer."""
-        return self._tensors[self.expert.base.names.parameter(parameter)]
+        """Return the tensors of the base's checkpoint that a parameter or buffer holds; none if no file has it."""
+        return self._tensors.get(self.expert.base.names.parameter(parameter), ())
 
     def beside(self, tensor: str) -> Sequence[str]:
         """Return the tensors that are in one parameter with the one that is the first of it."""
@@ -83,8 +83,8 @@ class Source:
 
     def is_one_tensor(self, parameter: str) -> bool:
         """Return whether a parameter is a tensor of the checkpoint as it is."""
-        (first, *more) = self.tensors(parameter)
-        return not more and not self.expert.base.names.is_converted(first)
+        several = self.tensors(parameter)
+        return len(several) == 1 and not self.expert.base.names.is_converted(several[0])
 
     def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None) -> None:
         """Give a module its weights, copied, in their dtype and on their device.

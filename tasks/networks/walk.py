@@ -21,6 +21,7 @@ from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from sensmerge.tasks.features import FeatureCalibration
 from sensmerge.tasks.networks.blocks import Batch, Entry, Shell, blocks_of, to_device
 from sensmerge.tasks.networks.calls import Calls, Learned
+from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.paired import BlockFit, Comparison, LayerTensors, Matter, SeenBlock, layers_of
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.states import StatesWriter, are_written, read_states
@@ -32,13 +33,29 @@ Result = TypeVar("Result")
 class MergedSource(Source):
     """An expert's network with the weights of a merged model, but for the head that is the expert's own."""
 
+    own: Source
+    """of the expert's network as it is"""
     merged: Path
     """folder of the merged model's weights"""
+
+    @classmethod
+    def of(cls, own: Source, merged: Path) -> "MergedSource":
+        """Return the network of an expert with the weights in a folder."""
+        return cls(**{name: getattr(own, name) for name in Source.__dataclass_fields__}, own=own, merged=merged)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The merged model's headers."""
         return open_checkpoint(self.merged)
+
+    @cached_property
+    def expert(self) -> Expert:
+        """The expert's headers."""
+        return self.own.expert
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, Sequence[str]]:
+        return self.own._tensors
 
     def _tensor(self, name: str) -> Tensor:
         return self.checkpoint.read(name)
@@ -80,14 +97,14 @@ class Traveller:
         Raises:
             InputError: the network cannot be run in parts.
         """
+        assert self.hollow  # laid out here: it cannot be in several threads at once
         self._mine, _ = _enter(self.student(merged), self.batches, folder and self._path(folder, "merged"))
         expert = folder and self._path(folder, "expert")
         self._others, self._read = _enter(self.expert, self.batches, expert, self.ends_in_head)
 
     def student(self, merged: Path) -> MergedSource:
         """Return the merged model, from a folder of its weights, with what this task's network has beside them."""
-        fields = {name: getattr(self.expert, name) for name in Source.__dataclass_fields__}
-        return MergedSource(**fields, merged=merged)
+        return MergedSource.of(self.expert, merged)
 
     def is_entered(self, folder: Path) -> bool:
         """Return whether a folder has hidden states of all samples."""
@@ -99,10 +116,9 @@ class Traveller:
 
     def tensors(self, place: int) -> list[str]:
         """Return the tensors of the base's checkpoint that are in a block."""
-        base = self.expert.expert.base
         name, block = self._block(place)
-        keys = {base.names.parameter(f"{name}.{one}") for one in block.state_dict()}
-        return [one for one in (*base.weights, *base.buffers) if not keys.isdisjoint(base.names.all_parameters(one))]
+        several = (self.expert.tensors(f"{name}.{inner}") for inner in block.state_dict())
+        return list(dict.fromkeys(one for tensors in several for one in tensors))
 
     def measure(self, place: int, merged: Path, folders: Sequence[Path], alpha: float) -> BlockFit:
         """Run a block of both networks on all samples, and return what solves the merged model's.
@@ -188,7 +204,8 @@ class Walk:
 
     def enter(self, merged: Path, folder: Path | None) -> None:
         """Have all samples go to where the blocks begin; arguments as in `Traveller.enter`."""
-        list(self._each(lambda one: one.enter(merged, folder)))
+        for one in self.travellers:  # one after the other, see there
+            one.enter(merged, folder)
 
     def are_before(self, folder: Path) -> bool:
         """Return whether a folder has the hidden states of all samples."""
