@@ -22,6 +22,7 @@ from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.features import FeatureCalibration
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
 from sensmerge.tasks.strict import Strict
@@ -85,6 +86,11 @@ class Variant(Strict):
         "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
         "that the recipe gives such a setting elsewhere stays unless another is better beyond the 95 % interval",
     )
+    calibrate: FeatureCalibration | None = Field(
+        None,
+        description="fit the merged weights, block after block, to the experts' features on their calibration sets; "
+        "{} for the defaults; left out: no such step",
+    )
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; the base's if left out")
     shard_size: int = Field(5_000_000_000, ge=1, description="maximum size of a file of the merged model, in bytes")
 
@@ -127,6 +133,10 @@ class Variant(Strict):
     def _check_se(self) -> "Variant":
         if not isinstance(self.application, SeApplication):
             return self
+        if self.calibrate is not None:
+            raise ValueError(
+                "calibrate has no meaning for application se, whose weights differ by sample; leave it out"
+            )
         for key in ("out_dtype", "shard_size"):
             if key in self.model_fields_set:
                 raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
@@ -190,6 +200,13 @@ class Variant(Strict):
             or isinstance(self.coefficients, SensCoefficients)
             or isinstance(self.application, SeApplication)
         )
+
+    @property
+    def last_stage(self) -> Stage:
+        """The stage whose artifact is the merged model: what is evaluated, registered and loaded."""
+        if isinstance(self.application, SeApplication):
+            return "route"
+        return "merge" if self.calibrate is None else "calibrate"
 
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
@@ -393,6 +410,8 @@ class Recipe(Strict):
                 )
         if variant.method.statistics:
             self._check_calibration(f"{key}: method {variant.method.name}")
+        if variant.calibrate is not None:
+            self._check_calibration(f"{key}: calibrate")
         if isinstance(variant.coefficients, SensCoefficients):
             self._check_comparable(f"{key}: coefficients sens")
         if isinstance(variant.application, SeApplication):
@@ -443,6 +462,10 @@ class Recipe(Strict):
     def tuned_variants(self) -> list[str]:
         """Return the names of the variants with something left to choose."""
         return [name for name, variant in self.merges.items() if variant.tune]
+
+    def calibrated_variants(self) -> list[str]:
+        """Return the names of the variants that are calibrated."""
+        return [name for name, variant in self.merges.items() if variant.calibrate is not None]
 
     def sens_variants(self) -> list[str]:
         """Return the names of the variants with sens coefficients."""

@@ -145,8 +145,7 @@ def _stage(plan: Plan, step: Step) -> StageRecord:
 
 def _variant(plan: Plan, name: str) -> VariantInfo:
     variant = plan.recipe.merges[name]
-    stage: Stage = "route" if name in plan.recipe.se_variants() else "merge"
-    manifest = _manifest(plan, stage, name)
+    manifest = _manifest(plan, variant.last_stage, name)
     table = _read(plan, "merge", name, "coefficients.json")
     tuning = None
     if variant.tune:

@@ -14,8 +14,8 @@ from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.dynamic.vectors import BASE, LowRank, Vector, compact
 from sensmerge.tasks.dynamic.writing import finite_as, seal, vectors_file, write_vectors
 from sensmerge.tasks.methods.contract import Additive
-from sensmerge.tasks.stages.merge import plan_merged, tensor_digests
 from sensmerge.tasks.stages.variant import VariantJob
+from sensmerge.tasks.stages.written import plan_merged, tensor_digests
 
 
 @dataclass(frozen=True, kw_only=True)
