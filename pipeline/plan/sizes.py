@@ -51,6 +51,13 @@ def merged_model(inputs: Inputs, variant: Variant) -> int:
     return sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
 
 
+def vectors(inputs: Inputs) -> int:
+    """Return the size of what leads from a static merge to all experts: whole, of what some expert changes."""
+    experts = inputs.experts.values()
+    touched = [name for name in inputs.base.weights if any(expert.touches(name) for expert in experts)]
+    return len(experts) * sum(inputs.base.info(name).nbytes for name in touched)
+
+
 def dynamic_model(inputs: Inputs, job: MergeVectorsJob) -> int:
     """Return the size of base and task vectors at most: all whole but for the factors of adapters."""
     size = weight_bytes(inputs.listings["base"])

@@ -34,6 +34,7 @@ from sensmerge.tasks.stages.route import RouteJob
 from sensmerge.tasks.stages.statistics import StatisticsJob
 from sensmerge.tasks.stages.task_vectors import TaskVectorsJob
 from sensmerge.tasks.stages.tune import TuneJob, TuningScoresJob
+from sensmerge.tasks.stages.vectors import VectorsJob
 
 
 def lay_out(resolved: Resolved) -> list[Step]:
@@ -58,6 +59,8 @@ def lay_out(resolved: Resolved) -> list[Step]:
     for name in recipe.calibrated_variants():
         layout.calibrate(name)
     for name in recipe.se_variants():
+        if recipe.merges[name].origin == "static":
+            layout.vectors(name)
         layout.route(name)
     static = [name for name in recipe.merges if name not in recipe.se_variants()]
     scored = [name for name, one in resolved.inputs.data.items() if one.task.is_scored]
@@ -165,7 +168,7 @@ class _Layout:
         reads = self._weights(*self._inputs.listings)
         job: MergeJob | MergeVectorsJob
         # Which weights a variant is made of does not depend on how samples are routed.
-        if isinstance(variant.application, SeApplication):
+        if variant.origin == "base":
             job = MergeVectorsJob(**fields)
             writes = sizes.dynamic_model(self._inputs, job)
         else:
@@ -218,7 +221,7 @@ class _Layout:
         experts, settings = self._inputs.experts, self._recipe.merges[name].calibrate
         merged = self._made["merge"][name]
         assert settings is not None
-        assert isinstance(merged.job, MergeJob), "the recipe's schema refuses application se"
+        assert isinstance(merged.job, MergeJob), "the recipe's schema refuses application se from the base"
         job = CalibrateJob(
             merged=merged.artifact(self._resolved.store),
             base=self._model("base"),
@@ -236,21 +239,42 @@ class _Layout:
         writes = merged.writes + sizes.travelling_states(self._resolved)
         self._add(name, job, [merged, *self._downloads("base", *experts)], reads, writes)
 
+    def vectors(self, name: str) -> None:
+        """Add what leads from the static merge of a dynamic variant to its experts."""
+        merged = self._made[self._recipe.merges[name].last_static_stage][name]
+        names = ("base", *self._experts)
+        job = VectorsJob(
+            static=merged.artifact(self._resolved.store),
+            models={one: self._model(one).fingerprint for one in names},
+            base=self._base,
+            experts=self._experts,
+            groups=layer_groups(self._base),
+        )
+        reads = self._weights(*names) + len(self._experts) * merged.writes
+        needs = [merged, *self._downloads(*names)]
+        self._add(name, job, needs, reads, sizes.vectors(self._inputs))  # the merge itself is linked
+
     def route(self, name: str) -> None:
         """Add the route of a dynamic variant."""
-        variant, merged = self._recipe.merges[name], self._made["merge"][name]
+        variant = self._recipe.merges[name]
         assert isinstance(variant.application, SeApplication)
-        assert isinstance(variant.method, Additive), "the recipe's schema refuses other methods"
+        assert variant.origin is not None
+        model = self._made["merge" if variant.origin == "base" else "vectors"][name]
         calibration = self._row_sets("calibration")
+        static = 0.0
+        if variant.origin == "base":
+            assert isinstance(variant.method, Additive), "the recipe's schema refuses other methods"
+            static = variant.method.static_coefficient(variant.weight, len(calibration))
         job = RouteJob(
-            model=merged.artifact(self._resolved.store),
+            model=model.artifact(self._resolved.store),
             calibration=calibration,
             application=variant.application,
-            static=variant.method.static_coefficient(variant.weight, len(calibration)),
+            static=static,
             dtype=self._recipe.dtype,
             device=self._device("route"),
+            origin=variant.origin,
         )
-        self._add(name, job, [merged], reads=merged.writes)  # the model's files are linked, not written again
+        self._add(name, job, [model], reads=model.writes)  # the model's files are linked, not written again
 
     def evaluate(self, model: str, task: str) -> None:
         """Add the scores of a model on a task."""

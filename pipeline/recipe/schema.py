@@ -21,7 +21,7 @@ from pydantic_core import CoreSchema
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
-from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.dynamic.application import OriginName, SeApplication
 from sensmerge.tasks.features import FeatureCalibration
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
@@ -133,17 +133,19 @@ class Variant(Strict):
     def _check_se(self) -> "Variant":
         if not isinstance(self.application, SeApplication):
             return self
-        if self.calibrate is not None:
-            raise ValueError(
-                "calibrate has no meaning for application se, whose weights differ by sample; leave it out"
-            )
         for key in ("out_dtype", "shard_size"):
             if key in self.model_fields_set:
                 raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
+        if self.origin == "static":
+            if self.application.score == "alignment":
+                raise ValueError("score alignment looks at the way from the base to the static merge; choose another")
+            return self
+        if self.calibrate is not None:
+            raise ValueError("calibrate changes the static merge, so application se needs origin: static")
         if not isinstance(self.method, Additive):
             raise ValueError(
-                f"method {self.method.name} has no application se: {self.method.no_se}; "
-                "set application: {kind: static}"
+                f"method {self.method.name} has no application se from the base: {self.method.no_se}; "
+                "set application.origin: static, or leave it out"
             )
         self.method.check_se()
         if self.method.static_coefficient(self.weight, 2) <= 0:
@@ -152,8 +154,10 @@ class Variant(Strict):
 
     @model_validator(mode="after")
     def _check_tune(self) -> "Variant":
-        if self.tune and isinstance(self.application, SeApplication):
-            raise ValueError("tune is for static merges; set the values that a static variant was tuned to")
+        if self.tune and self.origin == "base":
+            raise ValueError(
+                "tune is for static merges; set application.origin: static, or the values that one was tuned to"
+            )
         settings = self.settings
         for key, values in self.tune.items():
             try:
@@ -197,16 +201,30 @@ class Variant(Strict):
         """Return whether what is made of the variant depends on the tasks' calibration rows."""
         return bool(
             self.method.statistics
+            or self.calibrate is not None
             or isinstance(self.coefficients, SensCoefficients)
             or isinstance(self.application, SeApplication)
         )
+
+    @property
+    def origin(self) -> OriginName | None:
+        """The weights that the task vectors of application se start from; None for a static merge."""
+        if not isinstance(self.application, SeApplication):
+            return None
+        by_itself = isinstance(self.method, Additive) and self.calibrate is None and not self.tune
+        return self.application.origin or ("base" if by_itself else "static")
+
+    @property
+    def last_static_stage(self) -> Stage:
+        """The stage whose artifact is the variant's checkpoint, if one is made."""
+        return "merge" if self.calibrate is None else "calibrate"
 
     @property
     def last_stage(self) -> Stage:
         """The stage whose artifact is the merged model: what is evaluated, registered and loaded."""
         if isinstance(self.application, SeApplication):
             return "route"
-        return "merge" if self.calibrate is None else "calibrate"
+        return self.last_static_stage
 
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
@@ -257,13 +275,15 @@ class Resources(Strict):
     """What one step of a stage may use, and how many steps may run at once."""
 
     num_cpus: float = Field(
-        1, gt=0, description="CPU cores for one step; in the stages task_vectors and merge, for one layer group"
+        1,
+        gt=0,
+        description="CPU cores for one step; in the stages task_vectors, merge and vectors, for one layer group",
     )
     num_gpus: float = Field(0, ge=0, description="GPUs for one step; above 0, its network runs on cuda")
     max_in_flight: int = Field(
         64,
         ge=1,
-        description="how many steps may run at once; in the stages task_vectors and merge, how many layer groups",
+        description="how many steps may run at once; in the stages task_vectors, merge and vectors, how many layer groups",
     )
 
 
@@ -371,7 +391,7 @@ class Recipe(Strict):
             if expert.model in models:
                 raise ValueError(f"experts {models[expert.model]} and {name} are the same model {expert.model}")
             models[expert.model] = name
-        for stage in ("download", "task_vectors", "merge"):
+        for stage in ("download", "task_vectors", "merge", "vectors"):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():

@@ -10,6 +10,7 @@ Stage = Literal[
     "tune",
     "merge",
     "calibrate",
+    "vectors",
     "route",
     "evaluate",
 ]

@@ -42,7 +42,7 @@ class SeApplication(Strict):
         None,
         description="weights that task vectors start from. base: the base, and T → ∞ gives each expert its share in "
         "the static merge; static: the static merge, and T → ∞ is that merge itself. Default: base where the method "
-        "merges by adding up task vectors, otherwise static",
+        "merges by adding up task vectors and nothing is tuned or calibrated, otherwise static",
     )
     mass: FiniteFloat | None = Field(
         None,
@@ -70,6 +70,4 @@ class SeApplication(Strict):
         own = {"alignment": "a cosine", "discriminant": "a Euclidean distance"}
         if self.score in own and "metric" in self.model_fields_set:
             raise ValueError(f"metric has no meaning for score {self.score}, which is {own[self.score]}; leave it out")
-        if self.score == "alignment" and self.origin == "static":
-            raise ValueError("score alignment compares the static merge with the base, so it needs origin: base")
         return self

@@ -424,8 +424,6 @@ def test_from_the_static_merge_there_is_no_alignment_with_the_way_to_it() -> Non
     found = candidates(SeApplication(kind="se"), 6, "static")
     assert len(found) == 4 * 6 * 3
     assert "alignment" not in {one.score for one in found}
-    with pytest.raises(ValidationError, match="needs origin: base"):
-        SeApplication(kind="se", score="alignment", origin="static")
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.floats(0.01, 10))
