@@ -19,7 +19,13 @@ from pydantic_core import CoreSchema
 
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.stage import Stage
-from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
+from sensmerge.tasks.coefficients import (
+    Coefficients,
+    ExplicitCoefficients,
+    Lines,
+    SensCoefficients,
+    UniformCoefficients,
+)
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.strict import Strict
@@ -62,6 +68,7 @@ class Variant(Strict):
         1.0, ge=-10, le=10, description="λ: weight of every expert; explicit and sens coefficients multiply it"
     )
     coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
+    lines: Lines | None = Field(None, description="factor on all weights that grows from the first block to the last")
     application: Application = Field(
         StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
     )
@@ -108,6 +115,19 @@ class Variant(Strict):
         self.method.check_se()
         if self.method.static_coefficient(self.weight, 2) <= 0:
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_lines(self) -> "Variant":
+        if self.lines is not None and not self.method.scales_with_weight():
+            unnormalised = {**self.method.model_dump(by_alias=True), "normalize": False}
+            way_out = "leave lines out"
+            if "normalize" in keys_of(type(self.method)) and method_of(unnormalised).scales_with_weight():
+                way_out = "set normalize: false, or leave lines out"
+            raise ValueError(
+                f"lines multiplies all experts' weights in a layer by one factor, which does not scale what method "
+                f"{self.method.name} adds there as it is set; {way_out}"
+            )
         return self
 
     def params(self) -> dict[str, str]:
