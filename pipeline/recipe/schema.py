@@ -59,8 +59,8 @@ Application = Annotated[StaticApplication | SeApplication, Field(discriminator="
 class Variant(Strict):
     """One merge: a method with its settings, its coefficients, and how they are applied.
 
-    In a recipe, the method's name and settings are written beside the other keys. Settings and defaults match mergekit
-    0.1.5.
+    In a recipe, the method's name and settings are written beside the other keys. Those of linear, task_arithmetic,
+    ties, dare_linear and dare_ties match mergekit 0.1.5.
     """
 
     method: SerializeAsAny[InstanceOf[Method]]
