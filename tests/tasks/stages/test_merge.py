@@ -140,6 +140,8 @@ VARIANTS: list[tuple[str, float]] = [
     ("ties", 0.3),
     ("dare_linear", 0.3),
     ("dare_ties", 0.6),
+    ("tsv_m", 1.0),
+    ("iso_c", 1.0),
 ]
 
 
@@ -228,13 +230,13 @@ def test_number_of_threads_changes_nothing(adapters: bool, save: Save, tmp_path:
             if adapters
             else save(network, name, tmp_path)
         )
-    for method in ("ties", "dare_ties"):
+    settings: dict[str, dict[str, Any]] = {key: {"density": 0.3, "rescale": True} for key in ("ties", "dare_ties")}
+    for method in ("ties", "dare_ties", "tsv_m", "iso_c"):
         digests = set()
         for number in (1, 2, 4):
             torch.set_num_threads(number)
             # Task vectors are measured anew as well: their histograms are part of what a merge reads.
-            settings = {"density": 0.3, "rescale": True}
-            one = make_job(tmp_path / f"{method}-{number}", base, experts, method, settings)
+            one = make_job(tmp_path / f"{method}-{number}", base, experts, method, settings.get(method))
             torch.set_num_threads(number)
             digests.add(merged(one, tmp_path / f"{method}-{number}" / "out")["digest"])
         assert len(digests) == 1
