@@ -20,7 +20,13 @@ from pydantic_core import CoreSchema
 
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.stage import Stage
-from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
+from sensmerge.tasks.coefficients import (
+    Coefficients,
+    ExplicitCoefficients,
+    Lines,
+    SensCoefficients,
+    UniformCoefficients,
+)
 from sensmerge.tasks.dynamic.application import OriginName, SeApplication
 from sensmerge.tasks.features import FeatureCalibration
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
@@ -65,8 +71,8 @@ Application = Annotated[StaticApplication | SeApplication, Field(discriminator="
 class Variant(Strict):
     """One merge: a method with its settings, its coefficients, and how they are applied.
 
-    In a recipe, the method's name and settings are written beside the other keys. Settings and defaults match mergekit
-    0.1.5.
+    In a recipe, the method's name and settings are written beside the other keys. Those of linear, task_arithmetic,
+    ties, dare_linear and dare_ties match mergekit 0.1.5.
     """
 
     method: SerializeAsAny[InstanceOf[Method]]
@@ -77,6 +83,7 @@ class Variant(Strict):
         description="λ: weight of every expert; explicit and sens coefficients multiply it; auto: it is tuned",
     )
     coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
+    lines: Lines | None = Field(None, description="factor on all weights that grows from the first block to the last")
     application: Application = Field(
         StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
     )
@@ -150,6 +157,19 @@ class Variant(Strict):
         self.method.check_se()
         if self.method.static_coefficient(self.weight, 2) <= 0:
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_lines(self) -> "Variant":
+        if self.lines is not None and not self.method.scales_with_weight():
+            unnormalised = {**self.method.model_dump(by_alias=True), "normalize": False}
+            way_out = "leave lines out"
+            if "normalize" in keys_of(type(self.method)) and method_of(unnormalised).scales_with_weight():
+                way_out = "set normalize: false, or leave lines out"
+            raise ValueError(
+                f"lines multiplies all experts' weights in a layer by one factor, which does not scale what method "
+                f"{self.method.name} adds there as it is set; {way_out}"
+            )
         return self
 
     @model_validator(mode="after")
