@@ -18,7 +18,7 @@ from sensmerge.tasks.methods.settings import Values
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network, open_expert
 from sensmerge.tasks.networks.networks import load_tokenizer
-from sensmerge.tasks.stages.candidates import Trial
+from sensmerge.tasks.stages.candidates import Candidates
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.tune import TuneJob, best_of, choose, difference, scored
@@ -189,7 +189,7 @@ def assert_as_merged(plan: Plan, candidates: list[Values], folder: Path, merges:
     assert isinstance(job, TuneJob)
     (folder / "heads-of-all").mkdir()
     job.write_heads(folder / "heads-of-all")
-    trial = Trial(job, job.tuning, "float32", "cpu", folder / "heads-of-all")
+    trial = Candidates(job, job.tuning, "float32", "cpu", folder / "heads-of-all")
     assert len(list(trial._merges(candidates))) == merges
     for number, (values, found) in enumerate(zip(candidates, trial.records(candidates), strict=True)):
         expected = records_of_merge(plan, values, folder / f"merge-{number}")
