@@ -143,6 +143,14 @@ class Variant(Strict):
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
         return self
 
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _candidates(cls, value: Any) -> Any:
+        for key, candidates in value.items() if isinstance(value, dict) else ():
+            if candidates != AUTO and not (isinstance(candidates, list) and candidates):
+                raise ValueError(f"{key}: found {candidates}; expected a list of numbers to try")
+        return {} if value is None else value
+
     @model_validator(mode="after")
     def _check_tune(self) -> "Variant":
         if self.tune and isinstance(self.application, SeApplication):
@@ -158,10 +166,9 @@ class Variant(Strict):
             except ValueError as error:
                 raise ValueError(f"tune.{key}: {error}") from None
         if WEIGHT in self.tune and not settings.depends_on_weight:
-            others = " or tune lambda" if "lambda" in keys_of(type(self.method)) else ""
+            others = "set normalize: false, or leave it out" if hasattr(self.method, "normalize") else "leave it out"
             raise ValueError(
-                f"tune.weight: {self.method.name} with these settings gives the same merge for every weight; "
-                f"leave it out{others}"
+                f"tune.weight: {self.method.name} with these settings gives the same merge for every weight; {others}"
             )
         return self
 
@@ -285,7 +292,7 @@ class Recipe(Strict):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():
-            if not (task.has_calibration or task.is_scored):
+            if not (task.has_calibration or task.has_tuning or task.is_scored):
                 raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
             if name not in self.experts:
                 raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
