@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from sensmerge.pipeline.plan.memory import Memory, machine_memory
-from sensmerge.pipeline.recipe.schema import ActorPlacement, Recipe
+from sensmerge.pipeline.recipe.resources import ActorPlacement
+from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import Base

@@ -18,7 +18,10 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from sensmerge.pipeline.recipe.gate import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.recipe.kinds import AnyTask
+from sensmerge.pipeline.recipe.methods import method_properties
+from sensmerge.pipeline.recipe.resources import ActorPlacement, Resources
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.coefficients import (
     Coefficients,
@@ -29,7 +32,7 @@ from sensmerge.tasks.coefficients import (
 )
 from sensmerge.tasks.dynamic.application import OriginName, SeApplication
 from sensmerge.tasks.features import FeatureCalibration
-from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
+from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
 from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
 from sensmerge.tasks.strict import Strict
 
@@ -57,7 +60,7 @@ class StaticApplication(Strict):
 
 
 AUTO = "auto"
-Candidates = Literal["auto"] | Annotated[list[FiniteFloat], Field(min_length=1)]
+Grid = Literal["auto"] | Annotated[list[FiniteFloat], Field(min_length=1)]
 Weight = Annotated[
     float,
     WithJsonSchema(
@@ -87,7 +90,7 @@ class Variant(Strict):
     application: Application = Field(
         StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
     )
-    tune: dict[str, Candidates] = Field(
+    tune: dict[str, Grid] = Field(
         {},
         description="settings that are chosen by the tasks' own metrics on rows held out for it, and the values to "
         "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
@@ -133,7 +136,7 @@ class Variant(Strict):
         """Put the settings of all methods beside the other keys."""
         schema = handler.resolve_ref_schema(handler(core))
         del schema["properties"]["method"]
-        schema["properties"] = _method_properties(handler) | schema["properties"]
+        schema["properties"] = method_properties(handler) | schema["properties"]
         return schema
 
     @model_validator(mode="after")
@@ -158,6 +161,14 @@ class Variant(Strict):
         if self.method.static_coefficient(self.weight, 2) <= 0:
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
         return self
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _candidates(cls, value: Any) -> Any:
+        for key, candidates in value.items() if isinstance(value, dict) else ():
+            if candidates != AUTO and not (isinstance(candidates, list) and candidates):
+                raise ValueError(f"{key}: found {candidates}; expected a list of numbers to try")
+        return {} if value is None else value
 
     @model_validator(mode="after")
     def _check_lines(self) -> "Variant":
@@ -189,10 +200,9 @@ class Variant(Strict):
             except ValueError as error:
                 raise ValueError(f"tune.{key}: {error}") from None
         if WEIGHT in self.tune and not settings.depends_on_weight:
-            others = " or tune lambda" if "lambda" in keys_of(type(self.method)) else ""
+            others = "set normalize: false, or leave it out" if hasattr(self.method, "normalize") else "leave it out"
             raise ValueError(
-                f"tune.weight: {self.method.name} with these settings gives the same merge for every weight; "
-                f"leave it out{others}"
+                f"tune.weight: {self.method.name} with these settings gives the same merge for every weight; {others}"
             )
         return self
 
@@ -257,84 +267,6 @@ class Variant(Strict):
             else:
                 flat[key] = str(value)
         return flat
-
-
-def _method_properties(handler: GetJsonSchemaHandler) -> dict[str, JsonSchemaValue]:
-    """Return the JSON schemas of `method` and of the settings of all methods, by key."""
-    found: dict[str, dict[str, JsonSchemaValue]] = {}
-    for name, method in METHODS.items():
-        for key, schema in handler.resolve_ref_schema(handler(method.__pydantic_core_schema__))["properties"].items():
-            found.setdefault(key, {})[name] = schema
-    properties: dict[str, JsonSchemaValue] = {"method": {"enum": list(METHODS), "description": "merge method"}}
-    for key, by_method in found.items():
-        if key != "method":
-            properties[key] = _shared_property(by_method)
-    return properties
-
-
-def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
-    """Return the JSON schema of a setting that some methods have, and say which, and their defaults if they differ."""
-    first, types = next(iter(by_method.values())), list[JsonSchemaValue]()
-    defaults: dict[str, list[str]] = {}
-    for name, one in by_method.items():
-        kind = {key: value for key, value in one.items() if key not in ("default", "description", "title")}
-        types += [] if kind in types else [kind]
-        default = f"default: {json.dumps(one['default'])}" if "default" in one else "required"
-        defaults.setdefault(default, []).append(name)
-    said = [first["description"]] if "description" in first else []
-    said += [f"only for {', '.join(by_method)}"] if len(by_method) < len(METHODS) else []
-    if len(defaults) > 1:
-        said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
-    kept = {
-        key: first[key] for key in ("default", "title") if key in first and (key != "default" or len(defaults) == 1)
-    }
-    return kept | (types[0] if len(types) == 1 else {"anyOf": types}) | {"description": "; ".join(said)}
-
-
-class Resources(Strict):
-    """What one step of a stage may use, and how many steps may run at once."""
-
-    num_cpus: float = Field(
-        1,
-        gt=0,
-        description="CPU cores for one step; in the stages task_vectors, merge and vectors, for one layer group",
-    )
-    num_gpus: float = Field(0, ge=0, description="GPUs for one step; above 0, its network runs on cuda")
-    max_in_flight: int = Field(
-        64,
-        ge=1,
-        description="how many steps may run at once; in the stages task_vectors, merge and vectors, how many layer groups",
-    )
-
-
-class ActorPlacement(Strict):
-    """The blocks of a network are shared out among workers."""
-
-    actors: int = Field(ge=1, description="number of workers; each gets the resources of one step of the stage")
-
-
-MEAN_NORMALISED = "mean_normalised"
-
-
-class Gate(Strict):
-    """Which variant `refresh` proposes as champion, and how much worse than the current champion it may be."""
-
-    metric: str = Field(
-        MEAN_NORMALISED,
-        description="metric that chooses the best variant: mean_normalised, or TASK/METRIC such as math/exact_match",
-    )
-    variants: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="variants that may become champion; default: all static ones. A dynamic one (application se) "
-        "must be named here, because servers that load checkpoints cannot load it",
-    )
-    tolerance: FiniteFloat = Field(
-        0.02,
-        ge=0,
-        description="share of the champion's score that a challenger may lose on a task, measured at the worse end of "
-        "the 95 % interval of their difference",
-    )
 
 
 class TokenizerSource(Strict):
@@ -415,7 +347,7 @@ class Recipe(Strict):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():
-            if not (task.has_calibration or task.is_scored):
+            if not (task.has_calibration or task.has_tuning or task.is_scored):
                 raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
             if name not in self.experts:
                 raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")

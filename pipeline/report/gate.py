@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from sensmerge.pipeline.recipe.schema import MEAN_NORMALISED, Gate
+from sensmerge.pipeline.recipe.gate import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.report.report import Report
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import KINDS

@@ -1,7 +1,7 @@
 """Which version a refresh makes champion: the best variant that may be it, if the gate lets it pass."""
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.recipe.schema import Gate
+from sensmerge.pipeline.recipe.gate import Gate
 from sensmerge.pipeline.report.gate import best_variant, candidates, is_held_out, judge, passes
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.registry import ModelRegistry

@@ -30,7 +30,7 @@ _MERGE = "merge"
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidates:
     """A variant, the rows of all tasks, and how the networks run that answer them."""
 
     variant: VariantJob

@@ -18,7 +18,7 @@ from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import RowSet
 from sensmerge.tasks.kinds.scores import Metric, Record, Score, mean_normalised, normalised_difference
 from sensmerge.tasks.methods.settings import Values, beyond, combinations
-from sensmerge.tasks.stages.candidates import Trial
+from sensmerge.tasks.stages.candidates import Candidates
 from sensmerge.tasks.stages.evaluate import EvaluateJob
 from sensmerge.tasks.stages.variant import TUNE, VariantJob
 
@@ -91,12 +91,12 @@ class TuneJob(VariantJob):
         asked += [] if self.default is None or self.default in asked else [self.default]
         with TemporaryDirectory(prefix="sensmerge-") as scratch:
             self.write_heads(Path(scratch))
-            trial = Trial(self, self.tuning, self.dtype, self.device, Path(scratch))
-            tried = scored(trial.records(asked), asked, metrics, own)
+            candidates = Candidates(self, self.tuning, self.dtype, self.device, Path(scratch))
+            tried = scored(candidates.records(asked), asked, metrics, own)
             first = best_of(tried)
             wider = self._beyond(first, tried)
             more = [dict(first.values) | {key: value} for key, values in wider.items() for value in values]
-            tried = sorted((*tried, *scored(trial.records(more), more, metrics, own)), key=_place)
+            tried = sorted((*tried, *scored(candidates.records(more), more, metrics, own)), key=_place)
         best = best_of(tried)
         behind = [difference(best, one, metrics, own) for one in tried]
         chosen = choose(tried, behind, self.default)

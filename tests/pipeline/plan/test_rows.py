@@ -105,3 +105,81 @@ def test_evaluation_rows_are_checked_as_far_as_they_are_drawn(llama_recipe: Reci
     with pytest.raises(InputError, match=r"tasks\.math\.prompt names field 'prompt', which is true in line 8 of"):
         plan_of(tmp_path, llama_recipe)
     assert len(rows(plan_of(tmp_path, llama_recipe, "tasks.math.evaluation.samples=5"))[1]) == 5
+
+
+# Rows to tune on ------------------------------------------------------------------------------------------------------
+
+AUTO = {"method": "task_arithmetic", "weight": "auto"}
+SENS = {"method": "task_arithmetic", "coefficients": {"kind": "sens"}, "tune": {"temperature": [0.1, 1.0]}}
+
+
+def prompts(plan: Plan, split: str, task: str = "math") -> list[str]:
+    return [row["prompt"] for row in getattr(plan.inputs.data[task], split)]
+
+
+def test_half_of_the_calibration_rows_are_held_out_for_a_variant_that_needs_them(
+    llama_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = one_file(llama_recipe, tmp_path, 7, 5)
+    before = plan_of(tmp_path, recipe)
+    recipe["merges"]["tuned"] = SENS
+    plan = plan_of(tmp_path, recipe)
+    calibration = prompts(before, "calibration")
+    assert prompts(plan, "calibration") == calibration[::2]
+    assert prompts(plan, "tuning") == calibration[1::2]
+    assert prompts(plan, "evaluation") == prompts(before, "evaluation")  # as it was, and none of the others
+    assert "tasks.math.calibration: variants are tuned on 3 of its rows; the other 4 calibrate" in plan.inputs.notes
+    # The statistics of all variants are those of the other rows alone, and memory is planned for these.
+    fingerprints = [one.step("statistics", "math").key.fingerprint for one in (before, plan)]
+    assert fingerprints[0] != fingerprints[1]
+    tokens = [one.inputs.data["math"].calibration_tokens for one in (before, plan)]
+    assert tokens[1] < tokens[0]
+
+
+def test_a_variant_that_needs_no_calibration_is_tuned_on_all_of_it(llama_recipe: Recipe, tmp_path: Path) -> None:
+    """So the sens variant beside it stays what it is."""
+    before = plan_of(tmp_path, llama_recipe)
+    llama_recipe["merges"]["tuned"] = AUTO
+    plan = plan_of(tmp_path, llama_recipe)
+    assert prompts(plan, "tuning") == prompts(plan, "calibration") == prompts(before, "calibration")
+    assert "tasks.math.calibration: variants are tuned on its 3 rows" in plan.inputs.notes
+    for stage in ("statistics", "cross_task"):
+        for step in before.steps:
+            if step.stage == stage:
+                assert plan.step(step.stage, step.name).key == step.key
+    assert plan.step("merge", "ties-sens").key == before.step("merge", "ties-sens").key
+
+
+def test_rows_to_tune_on_may_be_named(llama_recipe: Recipe, tmp_path: Path) -> None:
+    """Then calibration loses none; what calibrates is not tuned on, and what is tuned on is not scored."""
+    recipe = one_file(llama_recipe, tmp_path, 4, None)
+    before = prompts(plan_of(tmp_path, recipe), "calibration")
+    recipe["tasks"]["math"]["tuning"] = {"path": "json", "data_files": "all.jsonl", "samples": 3}
+    recipe["merges"]["tuned"] = SENS
+    plan = plan_of(tmp_path, recipe)
+    splits = {split: prompts(plan, split) for split in ("calibration", "tuning", "evaluation")}
+    assert splits["calibration"] == before
+    assert {split: len(found) for split, found in splits.items()} == {"calibration": 4, "tuning": 3, "evaluation": 5}
+    assert len({prompt for found in splits.values() for prompt in found}) == 12
+    notes = "\n".join(plan.inputs.notes)
+    assert "tasks.math.tuning: 3 rows are tuned on; 4 left out because calibration uses them too: " in notes
+    assert "tasks.math.evaluation: 5 rows are scored; 7 left out because calibration or tuning uses them too: " in notes
+    assert "tasks.code.calibration: variants are tuned on 1 of its rows; the other 2 calibrate" in notes
+
+
+def test_rows_that_say_the_same_are_not_in_both_halves(llama_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = one_file(llama_recipe, tmp_path, 4, None, seed=None)
+    write_rows(tmp_path / "all.jsonl", [row | {"id": 0} for row in numbers(0, 1) * 3 + numbers(1, 9)])
+    recipe["merges"]["tuned"] = SENS
+    plan = plan_of(tmp_path, recipe)
+    assert (prompts(plan, "calibration"), prompts(plan, "tuning")) == (["0+1=", "0+1="], ["1+1="])
+
+
+def test_no_row_left_to_tune_on(llama_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = one_file(llama_recipe, tmp_path, 1, 5)
+    recipe["merges"]["tuned"] = SENS
+    message = r"tasks\.math\.calibration: of 1 rows none can be held out to tune variants on; give it more samples, or"
+    with pytest.raises(InputError, match=message):
+        plan_of(tmp_path, recipe)
+    recipe["tasks"]["math"]["tuning"] = {"path": "json", "data_files": "all.jsonl", "samples": 2}  # a way out
+    assert len(prompts(plan_of(tmp_path, recipe), "tuning")) == 2

@@ -410,3 +410,84 @@ def test_what_is_wrong_in_one_number_or_several_is_named_by_its_key(
     llama_recipe["merges"] = {"ties": {"method": "ties"} | settings}
     with pytest.raises(InputError, match=re.escape(f": {said}")):
         load_recipe(write_recipe(tmp_path, llama_recipe))
+
+
+# What is tuned --------------------------------------------------------------------------------------------------------
+
+TUNED_TASKS = {"math": TASK, "code": TASK}
+
+
+def tuned(folder: Path, **settings: Any) -> Variant:
+    merges = {"t": {"method": "task_arithmetic", **settings}}
+    return load_recipe(write(folder, tasks=TUNED_TASKS, merges=merges)).merges["t"]
+
+
+def test_auto_is_short_for_the_weights_that_are_usual_for_the_method(tmp_path: Path) -> None:
+    variant = tuned(tmp_path, weight="auto")
+    assert variant == tuned(tmp_path, tune={"weight": "auto"})
+    assert variant.grid() == {"weight": list(METHODS["task_arithmetic"].weights)}
+    assert load_recipe(write(tmp_path, tasks=TUNED_TASKS), ["merges.ta.weight=auto"]).merges["ta"].grid()
+
+
+def test_candidates_are_sorted_and_differ(tmp_path: Path) -> None:
+    sens = {"kind": "sens", "temperature": 0.3}
+    variant = tuned(
+        tmp_path, method="ties", coefficients=sens, tune={"density": [0.5, 0.2, 0.5], "temperature": [1, 0.1]}
+    )
+    assert variant.grid() == {"density": [0.2, 0.5], "temperature": [0.1, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "default"),
+    [
+        ({"weight": "auto"}, None),
+        ({"tune": {"weight": [0.3]}}, None),
+        ({"weight": 1.0, "tune": {"weight": [0.3]}}, {"weight": 1.0}),
+        ({"weight": 1.0, "tune": {"lambda": [0.3]}}, None),
+        ({"lambda": 0.5, "tune": {"lambda": [0.3], "weight": [0.3]}}, {"lambda": 0.5, "weight": 1.0}),
+        (
+            {"coefficients": {"kind": "sens", "temperature": 2.0}, "tune": {"temperature": [0.3]}},
+            {"temperature": 2.0},
+        ),
+        ({"coefficients": {"kind": "sens"}, "tune": {"temperature": [0.3]}}, None),
+    ],
+)
+def test_values_that_stay_are_those_that_the_recipe_gives(
+    settings: dict[str, Any], default: Any, tmp_path: Path
+) -> None:
+    assert tuned(tmp_path, **settings).default() == default
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tune": {"density": [0.1]}}, "merges.t: tune.density: found density; expected some of weight, lambda"),
+        ({"tune": {"temperature": [0.1]}}, "merges.t: tune.temperature: found temperature; expected some of weight"),
+        ({"method": "ties", "tune": {"density": [0.1, 2]}}, "merges.t: tune.density: found 2.0; density is 2.0; expec"),
+        ({"method": "ties", "tune": {"density": "auto"}}, "merges.t: tune.density: found auto; expected a list of num"),
+        ({"tune": {"weight": [11]}}, "merges.t: tune.weight: found 11; expected a number from -10 to 10"),
+        ({"tune": {"weight": []}}, r"merges.t.tune: weight: found \[\]; expected a list of numbers to try"),
+        ({"tune": {"weight": 0.3}}, "merges.t.tune: weight: found 0.3; expected a list of numbers to try"),
+        ({"weight": "auto", "tune": {"weight": [0.3]}}, "merges.t: weight: auto stands for tune: {weight: auto}"),
+        ({"weight": "best"}, "merges.t.weight: .* valid number"),
+        (
+            {"method": "ties", "weight": "auto"},
+            "merges.t: tune.weight: ties with these settings gives the same merge for every weight; set norm",
+        ),
+        ({"method": "linear", "weight": "auto"}, "merges.t: tune.weight: linear with these settings gives the same"),
+        ({"method": "dare_ties", "tune": {"seed": [1, 2]}}, "merges.t: tune.seed: found seed; expected some of weight"),
+        ({"weight": "auto", "application": {"kind": "se"}}, "merges.t: tune is for static merges"),
+    ],
+)
+def test_what_cannot_be_tuned(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        tuned(tmp_path, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_tuning_needs_rows_of_every_task(tmp_path: Path) -> None:
+    merges = {"t": {"method": "task_arithmetic", "weight": "auto"}}
+    with pytest.raises(InputError, match=r"merges\.t\.tune needs tasks\.code\.tuning, or calibration to hold rows out"):
+        load_recipe(write(tmp_path, tasks={"math": TASK}, merges=merges))
+    named = {key: value for key, value in TASK.items() if key != "calibration"} | {"tuning": TASK["calibration"]}
+    assert load_recipe(write(tmp_path, tasks={"math": TASK, "code": named}, merges=merges)).tuned_variants() == ["t"]

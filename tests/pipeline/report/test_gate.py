@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-from sensmerge.pipeline.recipe.schema import Gate
+from sensmerge.pipeline.recipe.gate import Gate
 from sensmerge.pipeline.report.gate import (
     Outcomes,
     best_variant,

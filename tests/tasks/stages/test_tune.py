@@ -18,7 +18,7 @@ from sensmerge.tasks.methods.settings import Values
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network, open_expert
 from sensmerge.tasks.networks.networks import load_tokenizer
-from sensmerge.tasks.stages.candidates import Trial
+from sensmerge.tasks.stages.candidates import Candidates
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.tune import TuneJob, best_of, choose, difference, scored
@@ -125,11 +125,11 @@ def test_a_grid_whose_end_is_best_is_widened_once(twins: dict[str, Path], tmp_pa
 
 
 def test_what_is_still_at_the_end_is_said(twins: dict[str, Path], tmp_path: Path) -> None:
-    recipe = twin_recipe(tmp_path, twins, tune={"weight": [0.42, 0.44]})
+    recipe = twin_recipe(tmp_path, twins, tune={"weight": [0.28, 0.3]})
     found = tuned(plan_of(tmp_path, recipe))
-    assert [one["values"]["weight"] for one in found["tried"]] == [0.42, 0.44, 0.461, 0.483]
+    assert [one["values"]["weight"] for one in found["tried"]] == [0.28, 0.3, 0.321, 0.344]
     assert found["notes"][1:] == [
-        "weight 0.483 is the best and still at the end of the grid; add candidates beyond it: 0.506, 0.53"
+        "weight 0.344 is the best and still at the end of the grid; add candidates beyond it: 0.369, 0.395"
     ]
 
 
@@ -189,7 +189,7 @@ def assert_as_merged(plan: Plan, candidates: list[Values], folder: Path, merges:
     assert isinstance(job, TuneJob)
     (folder / "heads-of-all").mkdir()
     job.write_heads(folder / "heads-of-all")
-    trial = Trial(job, job.tuning, "float32", "cpu", folder / "heads-of-all")
+    trial = Candidates(job, job.tuning, "float32", "cpu", folder / "heads-of-all")
     assert len(list(trial._merges(candidates))) == merges
     for number, (values, found) in enumerate(zip(candidates, trial.records(candidates), strict=True)):
         expected = records_of_merge(plan, values, folder / f"merge-{number}")
