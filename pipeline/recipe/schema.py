@@ -21,7 +21,7 @@ from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
-from sensmerge.tasks.features import FeatureCalibration
+from sensmerge.tasks.features import CalibrationSettings
 from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of, method_of
 from sensmerge.tasks.strict import Strict
 
@@ -66,7 +66,7 @@ class Variant(Strict):
     application: Application = Field(
         StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
     )
-    calibrate: FeatureCalibration | None = Field(
+    calibrate: CalibrationSettings = Field(
         None,
         description="fit the merged weights, block after block, to the experts' features on their calibration sets; "
         "{} for the defaults; left out: no such step",
@@ -104,9 +104,7 @@ class Variant(Strict):
         if not isinstance(self.application, SeApplication):
             return self
         if self.calibrate is not None:
-            raise ValueError(
-                "calibrate has no meaning for application se, whose weights differ by sample; leave it out"
-            )
+            raise ValueError("calibrate needs one set of weights, which application se has not; leave one of them out")
         for key in ("out_dtype", "shard_size"):
             if key in self.model_fields_set:
                 raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
@@ -176,7 +174,10 @@ class Resources(Strict):
     """What one step of a stage may use, and how many steps may run at once."""
 
     num_cpus: float = Field(
-        1, gt=0, description="CPU cores for one step; in the stages task_vectors and merge, for one layer group"
+        1,
+        gt=0,
+        description="CPU cores for one step; in the stages task_vectors and merge, for one layer group; in the stage "
+        "calibrate, how many experts are under way at once, too",
     )
     num_gpus: float = Field(0, ge=0, description="GPUs for one step; above 0, its network runs on cuda")
     max_in_flight: int = Field(

@@ -41,6 +41,11 @@ class VariantInfo(BaseModel):
     sigma: dict[str, dict[str, float]] = Field({}, description="coefficients sigma[layer][expert] (sens only)")
     digest: str = Field(description="sha256 over the names and digests of the merged folder's files")
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether its weights were fitted to the experts' features."""
+        return any(key.startswith("calibrate.") for key in self.params)
+
 
 class RouteInfo(BaseModel):
     """How a variant with application se told its samples apart."""

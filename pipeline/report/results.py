@@ -57,7 +57,7 @@ def collect(plan: Plan) -> Report:
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
         kinds={name: task.kind for name, task in evaluated.items()},
-        notes=[*plan.inputs.notes, *unchanged(plan)],
+        notes=[*plan.inputs.notes, *unchanged(plan), *uncalibrated(plan)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
         first_half=first,
@@ -77,6 +77,17 @@ def unchanged(plan: Plan) -> list[str]:
         f"experts.{name} changes nothing: all its weights are the base's"
         for name, expert in plan.inputs.experts.items()
         if not expert.head and not _manifest(plan, "task_vectors", name)["result"]["changed"]
+    ]
+
+
+def uncalibrated(plan: Plan) -> list[str]:
+    """Return a line for every calibrated variant that has tensors in its blocks which keep the merged values."""
+    kept = {name: _manifest(plan, "calibrate", name)["result"]["kept"] for name in plan.recipe.calibrated_variants()}
+    return [
+        f"merges.{name}.calibrate: {len(tensors)} tensors in blocks, such as {tensors[0]}, keep the merged values: "
+        "they are of no linear layer or norm that sees the same tokens in the merge as in the experts"
+        for name, tensors in kept.items()
+        if tensors
     ]
 
 

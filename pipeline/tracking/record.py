@@ -89,8 +89,8 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
         params |= {f"route.{key}": str(value) for key, value in route.rule.items()}
         params["route.trust"] = f"{route.trust:.6g}"
     tags = {"role": report.roles[model], MLFLOW_PARENT_RUN_ID: parent.id} | where
-    # Only estimated coefficients, and routes, have seen the calibration sets.
-    calibrated = route is not None or (variant is not None and bool(variant.sigma))
+    # Only estimated coefficients, routes, and weights fitted to features, have seen the calibration sets.
+    calibrated = route is not None or (variant is not None and (bool(variant.sigma) or variant.is_calibrated))
     used = [data for data in execution.datasets if calibrated or data.context == "evaluation"]
     with started(client, parent.experiment, model, tags) as run:
         log_datasets(run, used)
