@@ -1,6 +1,9 @@
 """What a recipe says of calibrating a merged model to its experts' features."""
 
-from pydantic import Field, FiniteFloat
+import json
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, FiniteFloat
 
 from sensmerge.tasks.strict import Strict
 
@@ -21,3 +24,14 @@ class FeatureCalibration(Strict):
         description="α: share of the expert's own inputs in the inputs whose outputs are the target; the rest are the "
         "merge's",
     )
+
+
+def _mapping(value: Any) -> Any:
+    """Refuse what is no mapping: a key without a value would be left out in silence."""
+    if isinstance(value, dict | FeatureCalibration):
+        return value
+    raise ValueError(f"found {json.dumps(value)}; expected {{}} for the defaults, or settings such as {{ridge: 0.1}}")
+
+
+CalibrationSettings = Annotated[FeatureCalibration | None, BeforeValidator(_mapping)]
+"""A key that is left out where nothing is calibrated."""

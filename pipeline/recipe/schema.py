@@ -31,7 +31,7 @@ from sensmerge.tasks.coefficients import (
     UniformCoefficients,
 )
 from sensmerge.tasks.dynamic.application import OriginName, SeApplication
-from sensmerge.tasks.features import FeatureCalibration
+from sensmerge.tasks.features import CalibrationSettings
 from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
 from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
 from sensmerge.tasks.strict import Strict
@@ -96,7 +96,7 @@ class Variant(Strict):
         "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
         "that the recipe gives such a setting elsewhere stays unless another is better beyond the 95 % interval",
     )
-    calibrate: FeatureCalibration | None = Field(
+    calibrate: CalibrationSettings = Field(
         None,
         description="fit the merged weights, block after block, to the experts' features on their calibration sets; "
         "{} for the defaults; left out: no such step",

@@ -32,6 +32,7 @@ from sensmerge.pipeline.tracking.models import OUTCOMES, log_model
 from sensmerge.pipeline.tracking.runs import OpenRun, experiment_of, log_datasets, log_load, started
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
+from sensmerge.tasks.methods.contract import METHODS
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,9 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
         params |= {f"route.{key}": str(value) for key, value in route.rule.items()}
         params["route.trust"] = f"{route.trust:.6g}"
     tags = {"role": report.roles[model], MLFLOW_PARENT_RUN_ID: parent.id} | where
-    # Only estimated coefficients, and routes, have seen the calibration sets, and only tuned variants those to tune on.
-    calibrated = route is not None or (variant is not None and bool(variant.sigma))
+    # Only estimated coefficients, methods with statistics, routes, and weights fitted to features have seen the
+    # calibration sets, and only tuned variants the rows to tune on.
+    calibrated = route is not None or (variant is not None and _reads_calibration(variant))
     seen = {"evaluation"} | ({"calibration"} if calibrated else set())
     seen |= {"tuning"} if variant is not None and variant.tuning else set()
     used = [data for data in execution.datasets if data.context in seen]
@@ -113,6 +115,10 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
         metrics = [Metric(key, value, now, 0, model_id) for key, value in metrics_of(report, model).items()]
         parameters = [Param(key, value) for key, value in params.items()]
         once_more(lambda: client.log_batch(run.id, metrics, parameters))
+
+
+def _reads_calibration(variant: VariantInfo) -> bool:
+    return bool(variant.sigma) or variant.is_calibrated or bool(METHODS[variant.method].statistics)
 
 
 def _variant_params(variant: VariantInfo) -> dict[str, str]:

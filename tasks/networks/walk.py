@@ -71,6 +71,8 @@ class Traveller:
     batches: Sequence[Batch]
     ends_in_head: bool
     """whether the network ends in a head that may read one token only"""
+    hollow: Mapping[str, nn.Module] = field(init=False)
+    """the blocks of the task's network by name, without weights"""
     _mine: Sequence[Entry] = field(init=False)
     """of each sample, what the blocks of the merged model are given beside hidden states"""
     _others: Sequence[Entry] = field(init=False)
@@ -78,14 +80,9 @@ class Traveller:
     _read: Sequence[Tensor] = field(init=False)
     """of each sample, which hidden states behind the blocks the head reads, (B, T); empty if it reads several"""
 
-    @cached_property
-    def hollow(self) -> Mapping[str, nn.Module]:
-        """The blocks of the task's network by name, without weights.
-
-        Raises:
-            InputError: the network cannot be run in parts.
-        """
-        return blocks_of(self.expert.hollow())
+    def __post_init__(self) -> None:
+        """Lay the network out, here and not later: it cannot be done in several threads at once."""
+        self.hollow = blocks_of(self.expert.hollow())
 
     def enter(self, merged: Path, folder: Path | None) -> None:
         """Go to where the blocks begin.
@@ -97,7 +94,6 @@ class Traveller:
         Raises:
             InputError: the network cannot be run in parts.
         """
-        assert self.hollow  # laid out here: it cannot be in several threads at once
         self._mine, _ = _enter(self.student(merged), self.batches, folder and self._path(folder, "merged"))
         expert = folder and self._path(folder, "expert")
         self._others, self._read = _enter(self.expert, self.batches, expert, self.ends_in_head)
