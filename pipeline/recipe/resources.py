@@ -11,8 +11,8 @@ class Resources(Strict):
     num_cpus: float = Field(
         1,
         gt=0,
-        description="CPU cores for one step; in task_vectors, merge and vectors, for one layer group; in calibrate, how "
-        "many experts are under way at once, too",
+        description="CPU cores for one step; in task_vectors, merge and vectors, for one layer group; in calibrate, "
+        "how many experts are under way at once, too",
     )
     num_gpus: float = Field(0, ge=0, description="GPUs for one step; above 0, its network runs on cuda")
     max_in_flight: int = Field(
