@@ -5,8 +5,8 @@ import torch
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.step import Resolved
-from sensmerge.pipeline.recipe.schema import Variant
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import BaseWeights
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob

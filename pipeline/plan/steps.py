@@ -9,8 +9,8 @@ from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.rows import Split, TaskRows
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
-from sensmerge.pipeline.recipe.schema import Variant
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.pipeline.store.store import Key
 from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.checkpoints.weights import layer_groups

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensmerge.pipeline.recipe.load import load_recipe
-from sensmerge.pipeline.recipe.schema import Recipe, Variant
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.contract import METHODS, method_of

@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sensmerge.pipeline.recipe.schema import Recipe, Variant
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.tasks.artifacts import Artifact, write_json
 from sensmerge.tasks.methods.contract import METHODS, ElementsMethod, ForEachExpert, MatrixMethod, TaskVector, method_of
 from sensmerge.tasks.methods.table import methods_table

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from sensmerge.pipeline.recipe.schema import Variant
+from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.tasks.artifacts import read_json, write_json
 from sensmerge.tasks.coefficients import ExplicitCoefficients
 from sensmerge.tasks.errors import InputError

@@ -1,0 +1,251 @@
+"""One merge of a recipe."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    FiniteFloat,
+    GetJsonSchemaHandler,
+    InstanceOf,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from sensmerge.pipeline.recipe.methods import method_properties
+from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.tasks.coefficients import (
+    Coefficients,
+    Lines,
+    SensCoefficients,
+    UniformCoefficients,
+)
+from sensmerge.tasks.dynamic.application import OriginName, SeApplication
+from sensmerge.tasks.features import CalibrationSettings
+from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
+from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
+from sensmerge.tasks.strict import Strict
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class StaticApplication(Strict):
+    """One set of weights for all inputs."""
+
+    kind: Literal["static"] = "static"
+
+
+AUTO = "auto"
+Grid = Literal["auto"] | Annotated[list[FiniteFloat], Field(min_length=1)]
+Weight = Annotated[
+    float,
+    WithJsonSchema(
+        {"anyOf": [{"type": "number", "minimum": -LARGEST_WEIGHT, "maximum": LARGEST_WEIGHT}, {"const": AUTO}]}
+    ),
+]
+
+Application = Annotated[StaticApplication | SeApplication, Field(discriminator="kind")]
+
+
+class Variant(Strict):
+    """One merge: a method with its settings, its coefficients, and how they are applied.
+
+    In a recipe, the method's name and settings are written beside the other keys. Those of linear, task_arithmetic,
+    ties, dare_linear and dare_ties match mergekit 0.1.5.
+    """
+
+    method: SerializeAsAny[InstanceOf[Method]]
+    weight: Weight = Field(
+        1.0,
+        ge=-LARGEST_WEIGHT,
+        le=LARGEST_WEIGHT,
+        description="λ: weight of every expert; explicit and sens coefficients multiply it; auto: it is tuned",
+    )
+    coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
+    lines: Lines | None = Field(None, description="factor on all weights that grows from the first block to the last")
+    application: Application = Field(
+        StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
+    )
+    tune: dict[str, Grid] = Field(
+        {},
+        description="settings that are chosen by the tasks' own metrics on rows held out for it, and the values to "
+        "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
+        "that the recipe gives such a setting elsewhere stays unless another is better beyond the 95 % interval",
+    )
+    calibrate: CalibrationSettings = Field(
+        None,
+        description="fit the merged weights, block after block, to the experts' features on their calibration sets; "
+        "{} for the defaults; left out: no such step",
+    )
+    out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; the base's if left out")
+    shard_size: int = Field(5_000_000_000, ge=1, description="maximum size of a file of the merged model, in bytes")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_weight(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get(WEIGHT) != AUTO:
+            return data
+        tune = data.get("tune") or {}
+        if not isinstance(tune, dict) or WEIGHT in tune:
+            raise ValueError("weight: auto stands for tune: {weight: auto}; leave one of them out")
+        return {key: value for key, value in data.items() if key != WEIGHT} | {"tune": {WEIGHT: AUTO, **tune}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_method(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "method" not in data or isinstance(data["method"], Method):
+            return data
+        own = {key: value for key, value in data.items() if key in cls.model_fields and key != "method"}
+        method = method_of({key: value for key, value in data.items() if key not in own})
+        for key in keys_of(type(method)).keys() & cls.model_fields.keys():
+            raise TypeError(f"method {method.name} has a setting {key}, as every variant has; it needs another name")
+        return own | {"method": method}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = dump(self)
+        method: dict[str, Any] = found.pop("method", {})
+        return method | found
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Put the settings of all methods beside the other keys."""
+        schema = handler.resolve_ref_schema(handler(core))
+        del schema["properties"]["method"]
+        schema["properties"] = method_properties(handler) | schema["properties"]
+        return schema
+
+    @model_validator(mode="after")
+    def _check_se(self) -> "Variant":
+        if not isinstance(self.application, SeApplication):
+            return self
+        for key in ("out_dtype", "shard_size"):
+            if key in self.model_fields_set:
+                raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
+        if self.origin == "static":
+            if self.application.score == "alignment":
+                raise ValueError("score alignment looks at the way from the base to the static merge; choose another")
+            return self
+        if self.calibrate is not None:
+            raise ValueError("calibrate changes the static merge, so application se needs origin: static")
+        if not isinstance(self.method, Additive):
+            raise ValueError(
+                f"method {self.method.name} has no application se from the base: {self.method.no_se}; "
+                "set application.origin: static, or leave it out"
+            )
+        self.method.check_se()
+        if self.method.static_coefficient(self.weight, 2) <= 0:
+            raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
+        return self
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _candidates(cls, value: Any) -> Any:
+        for key, candidates in value.items() if isinstance(value, dict) else ():
+            if candidates != AUTO and not (isinstance(candidates, list) and candidates):
+                raise ValueError(f"{key}: found {candidates}; expected a list of numbers to try")
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _check_lines(self) -> "Variant":
+        if self.lines is not None and not self.method.scales_with_weight():
+            unnormalised = {**self.method.model_dump(by_alias=True), "normalize": False}
+            way_out = "leave lines out"
+            if "normalize" in keys_of(type(self.method)) and method_of(unnormalised).scales_with_weight():
+                way_out = "set normalize: false, or leave lines out"
+            raise ValueError(
+                f"lines multiplies all experts' weights in a layer by one factor, which does not scale what method "
+                f"{self.method.name} adds there as it is set; {way_out}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tune(self) -> "Variant":
+        if self.tune and self.origin == "base":
+            raise ValueError(
+                "tune is for static merges; set application.origin: static, or the values that one was tuned to"
+            )
+        settings = self.settings
+        for key, values in self.tune.items():
+            try:
+                settings.value(key)
+                if values == AUTO and key != WEIGHT:
+                    raise ValueError(f"found auto; expected a list of numbers, for only {WEIGHT} has usual ones")
+                for value in self.grid()[key]:
+                    settings.having({key: value})
+            except ValueError as error:
+                raise ValueError(f"tune.{key}: {error}") from None
+        if WEIGHT in self.tune and not settings.depends_on_weight:
+            others = "set normalize: false, or leave it out" if hasattr(self.method, "normalize") else "leave it out"
+            raise ValueError(
+                f"tune.weight: {self.method.name} with these settings gives the same merge for every weight; {others}"
+            )
+        return self
+
+    @property
+    def settings(self) -> VariantSettings:
+        """What says how the experts are combined, before some of it is tuned."""
+        return VariantSettings(self.method, self.weight, self.coefficients)
+
+    def tuned(self, chosen: Values) -> "Variant":
+        """Return the variant with the settings that were chosen."""
+        settings = self.settings.having(chosen)
+        return self.model_copy(update=vars(settings))
+
+    def grid(self) -> dict[str, list[float]]:
+        """Return the values to try of each setting that is tuned, ascending."""
+        found = {key: self.method.weights if values == AUTO else values for key, values in self.tune.items()}
+        return {key: sorted(set(map(float, values))) for key, values in found.items()}
+
+    def default(self) -> dict[str, Any] | None:
+        """Return the values to stay with of the settings that are tuned; None where the recipe gives none of them."""
+        own = {key for key, name in keys_of(type(self.method)).items() if name in self.method.model_fields_set}
+        given = self.model_fields_set | own | self.coefficients.model_fields_set
+        return {key: self.settings.value(key) for key in self.tune} if given & self.tune.keys() else None
+
+    def reads_calibration(self) -> bool:
+        """Return whether what is made of the variant depends on the tasks' calibration rows."""
+        return bool(
+            self.method.statistics
+            or self.calibrate is not None
+            or isinstance(self.coefficients, SensCoefficients)
+            or isinstance(self.application, SeApplication)
+        )
+
+    @property
+    def origin(self) -> OriginName | None:
+        """The weights that the task vectors of application se start from; None for a static merge."""
+        if not isinstance(self.application, SeApplication):
+            return None
+        by_itself = isinstance(self.method, Additive) and self.calibrate is None and not self.tune
+        return self.application.origin or ("base" if by_itself else "static")
+
+    @property
+    def last_static_stage(self) -> Stage:
+        """The stage whose artifact is the variant's checkpoint, if one is made."""
+        return "merge" if self.calibrate is None else "calibrate"
+
+    @property
+    def last_stage(self) -> Stage:
+        """The stage whose artifact is the merged model: what is evaluated, registered and loaded."""
+        if isinstance(self.application, SeApplication):
+            return "route"
+        return self.last_static_stage
+
+    def params(self) -> dict[str, str]:
+        """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
+        flat: dict[str, str] = {}
+        for key, value in self.model_dump(by_alias=True, exclude={"shard_size"}, exclude_none=True).items():
+            if isinstance(value, dict):
+                flat |= {
+                    f"{key}.{inner}": json.dumps(v) if isinstance(v, dict) else str(v) for inner, v in value.items()
+                }
+            else:
+                flat[key] = str(value)
+        return flat
