@@ -127,7 +127,7 @@ class Variant(Strict):
             return self
         for key in ("out_dtype", "shard_size"):
             if key in self.model_fields_set:
-                raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
+                raise ValueError(f"{key} has no meaning for application se, which keeps the base's; leave it out")
         if self.origin == "static":
             if self.application.score == "alignment":
                 raise ValueError("score alignment looks at the way from the base to the static merge; choose another")

@@ -102,21 +102,13 @@ class RouteJob(Job):
         write_json(out / "route.json", report)
         digests: dict[str, str] = read_json(model / FILES)
         digests |= {name: sha256_file(out / name) for name in (STATISTICS, "route.json")}
-        default = 1.0 if self.origin == "static" else self.static * len(names)
-        mass = self.application.mass if self.application.mass is not None else default
         manifest = Manifest(
             version=FORMAT,
             experts=names,
             head=head,
             dtype=self.dtype,
             rule=rule,
-            router=RouterSettings(
-                temperature=self.application.temperature,
-                mass=mass,
-                static=self.static,
-                trust=followed,
-                origin=self.origin,
-            ),
+            router=self._settings(followed),
             files=digests,
         )
         return {
@@ -127,6 +119,17 @@ class RouteJob(Job):
             "passes": chosen.passes,
             "bytes": sum(path.stat().st_size for path in out.rglob("*.safetensors")),
         }
+
+    def _settings(self, followed: float) -> RouterSettings:
+        """Return how affinities become coefficients; `followed` is from `trust`."""
+        default = 1.0 if self.origin == "static" else self.static * len(self.calibration)
+        return RouterSettings(
+            temperature=self.application.temperature,
+            mass=default if self.application.mass is None else self.application.mass,
+            static=self.static,
+            trust=followed,
+            origin=self.origin,
+        )
 
 
 def _features(

@@ -295,8 +295,33 @@ def test_se_goes_with_every_method_and_coefficients(settings: dict[str, Any], tm
 
 
 @pytest.mark.parametrize(
+    ("settings", "origin", "last_static_stage"),
+    [
+        ({}, "base", "merge"),
+        ({"method": "ties"}, "base", "merge"),
+        ({"application": {"origin": "static"}}, "static", "merge"),
+        ({"method": "tsv_m"}, "static", "merge"),
+        ({"calibrate": {}}, "static", "calibrate"),
+        ({"weight": "auto"}, "static", "merge"),
+    ],
+)
+def test_task_vectors_start_from_the_base_where_they_merge_by_themselves(
+    settings: dict[str, Any], origin: str, last_static_stage: str, tmp_path: Path
+) -> None:
+    variant = load_recipe(se(tmp_path, **settings)).merges["x"]
+    assert (variant.origin, variant.last_static_stage, variant.last_stage) == (origin, last_static_stage, "route")
+    assert load_recipe(write(tmp_path)).merges["ta"].origin is None
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"method": "tsv_m", "application": {"origin": "base"}},
+            "merges.x: method tsv_m has no application se from the base: .*; set application.origin: static",
+        ),
+        ({"calibrate": {}, "application": {"origin": "base"}}, "merges.x: calibrate changes the static merge"),
+        ({"method": "tsv_m", "application": {"score": "alignment"}}, "merges.x: score alignment looks at the way"),
         ({"out_dtype": "float16"}, "merges.x: out_dtype has no meaning for application se"),
         ({"shard_size": 1000}, "merges.x: shard_size has no meaning for application se"),
         ({"method": "linear", "normalize": False}, "merges.x: linear with normalize: false scales the base"),
@@ -477,7 +502,7 @@ def test_values_that_stay_are_those_that_the_recipe_gives(
         ),
         ({"method": "linear", "weight": "auto"}, "merges.t: tune.weight: linear with these settings gives the same"),
         ({"method": "dare_ties", "tune": {"seed": [1, 2]}}, "merges.t: tune.seed: found seed; expected some of weight"),
-        ({"weight": "auto", "application": {"kind": "se"}}, "merges.t: tune is for static merges"),
+        ({"weight": "auto", "application": {"kind": "se", "origin": "base"}}, "merges.t: tune is for static merges"),
     ],
 )
 def test_what_cannot_be_tuned(settings: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -172,8 +172,8 @@ def test_recipes_and_their_schema_know_the_settings() -> None:
         ({"method": "ties", "rank": 1}, "rank has no meaning for method ties; leave it out"),
         ({"method": "top_rank", "density": 0.5}, "density has no meaning for method top_rank; leave it out"),
         (
-            {"method": "top_rank", "application": {"kind": "se"}},
-            "method top_rank has no application se: what one expert adds cannot be separated from what the others add",
+            {"method": "top_rank", "application": {"kind": "se", "origin": "base"}},
+            "method top_rank has no application se from the base: what one expert adds cannot be separated",
         ),
     ],
 )
