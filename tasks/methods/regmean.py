@@ -63,6 +63,8 @@ class RegMean(Method):
         δᵀ = (Σ wₖĜₖ)⁻¹ Σ wₖĜₖδₖᵀ, where Ĝₖ is the mean of x xᵀ over the tokens of expert k, with its off-diagonal
         multiplied by `factor`.
         """
+        import torch
+
         from sensmerge.tasks.methods.kernels.least_squares import NEARLY_ONE, Normal, reduced
         from sensmerge.tasks.methods.kernels.matrices import matrix_of, product, rows_of
 
@@ -78,6 +80,8 @@ class RegMean(Method):
             left, right = (gram, added) if left is None or right is None else (left.add_(gram), right.add_(added))
         if left is None or right is None:
             return None
+        if not bool(right.any()):
+            return torch.zeros(base.shape, dtype=torch.float64)
         if seen < len(vectors):
             remark("no calibration sample of some experts comes here, so the others alone decide")
         equations = Normal(left)

@@ -160,6 +160,13 @@ def test_an_expert_that_changed_nothing_wants_the_base(make: Make) -> None:
     torch.testing.assert_close(regmean(BASE, vectors).double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_no_expert_changed_stays_and_is_not_remarked_upon(make: Make) -> None:
+    with remarks() as said:
+        merged = regmean(BASE, make([torch.zeros(OUT, IN)] * 3, [rows[:2] for rows in INPUTS]), reduce=1.0)
+    assert torch.equal(merged, BASE)
+    assert said == []
+
+
 @pytest.mark.parametrize("input_dim", [0, 1])
 def test_square_weights_may_be_stored_transposed(input_dim: int, make: Make) -> None:
     base, deltas = BASE[:, :OUT], [delta[:, :OUT] for delta in DELTAS]
