@@ -45,6 +45,17 @@ Coefficients = Annotated[
 ]
 
 
+class Lines(Strict):
+    """LiNeS (arXiv 2410.17146): a factor on all weights that grows evenly from the first block to the last."""
+
+    first: FiniteFloat = Field(ge=0, description="factor in the first block and in what comes before the blocks")
+    last: FiniteFloat = Field(1.0, ge=0, description="factor in the last block and in what comes after the blocks")
+
+    def at(self, depth: float) -> float:
+        """Return the factor at a depth between 0, the first block, and 1, the last."""
+        return self.first + depth * (self.last - self.first)
+
+
 def alpha(sensitivity: PerExpert) -> PerExpert:
     """Return α: one expert's sensitivities by layer, divided by their L2 norm. All zero stays zero."""
     norm = math.hypot(*sensitivity.values())
@@ -108,3 +119,11 @@ def _explicit(setting: float | dict[str, float], layer: str) -> float:
 def matches(pattern: str, layer: str) -> bool:
     """Return whether a layer pattern of explicit coefficients (`*`, `?`, `[12]` as in a shell) covers a layer."""
     return fnmatch.fnmatchcase(layer, pattern)
+
+
+def scaled(weights: Weights, lines: Lines, depths: Mapping[str, float]) -> Weights:
+    """Return weights times the factor of each layer, whose depth is between 0 and 1."""
+    return {
+        layer: {expert: weight * lines.at(depths[layer]) for expert, weight in row.items()}
+        for layer, row in weights.items()
+    }

@@ -197,6 +197,7 @@ class _Layout:
             "method": variant.method,
             "weight": variant.weight,
             "coefficients": variant.coefficients,
+            "lines": variant.lines,
             "statistics": artifacts["statistics"],
             "distances": artifacts["cross_task"].get("all"),
             "shard_size": variant.shard_size,

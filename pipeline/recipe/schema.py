@@ -5,12 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
-    FiniteFloat,
     GetJsonSchemaHandler,
     InstanceOf,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
-    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -23,7 +21,14 @@ from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.methods import method_properties
 from sensmerge.pipeline.recipe.resources import ActorPlacement, Resources
 from sensmerge.pipeline.recipe.stage import Stage
-from sensmerge.tasks.coefficients import Coefficients, ExplicitCoefficients, SensCoefficients, UniformCoefficients
+from sensmerge.pipeline.recipe.tuning import Tune, Weight, check_tune, grid_of, with_auto_weight
+from sensmerge.tasks.coefficients import (
+    Coefficients,
+    ExplicitCoefficients,
+    Lines,
+    SensCoefficients,
+    UniformCoefficients,
+)
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
 from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
@@ -52,23 +57,14 @@ class StaticApplication(Strict):
     kind: Literal["static"] = "static"
 
 
-AUTO = "auto"
-Grid = Literal["auto"] | Annotated[list[FiniteFloat], Field(min_length=1)]
-Weight = Annotated[
-    float,
-    WithJsonSchema(
-        {"anyOf": [{"type": "number", "minimum": -LARGEST_WEIGHT, "maximum": LARGEST_WEIGHT}, {"const": AUTO}]}
-    ),
-]
-
 Application = Annotated[StaticApplication | SeApplication, Field(discriminator="kind")]
 
 
 class Variant(Strict):
     """One merge: a method with its settings, its coefficients, and how they are applied.
 
-    In a recipe, the method's name and settings are written beside the other keys. Settings and defaults match mergekit
-    0.1.5.
+    In a recipe, the method's name and settings are written beside the other keys. Those of linear, task_arithmetic,
+    ties, dare_linear and dare_ties match mergekit 0.1.5.
     """
 
     method: SerializeAsAny[InstanceOf[Method]]
@@ -79,10 +75,11 @@ class Variant(Strict):
         description="λ: weight of every expert; explicit and sens coefficients multiply it; auto: it is tuned",
     )
     coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
+    lines: Lines | None = Field(None, description="factor on all weights that grows from the first block to the last")
     application: Application = Field(
         StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
     )
-    tune: dict[str, Grid] = Field(
+    tune: Tune = Field(
         {},
         description="settings that are chosen by the tasks' own metrics on rows held out for it, and the values to "
         "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
@@ -94,12 +91,7 @@ class Variant(Strict):
     @model_validator(mode="before")
     @classmethod
     def _auto_weight(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get(WEIGHT) != AUTO:
-            return data
-        tune = data.get("tune") or {}
-        if not isinstance(tune, dict) or WEIGHT in tune:
-            raise ValueError("weight: auto stands for tune: {weight: auto}; leave one of them out")
-        return {key: value for key, value in data.items() if key != WEIGHT} | {"tune": {WEIGHT: AUTO, **tune}}
+        return with_auto_weight(data)
 
     @model_validator(mode="before")
     @classmethod
@@ -143,33 +135,11 @@ class Variant(Strict):
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
         return self
 
-    @field_validator("tune", mode="before")
-    @classmethod
-    def _candidates(cls, value: Any) -> Any:
-        for key, candidates in value.items() if isinstance(value, dict) else ():
-            if candidates != AUTO and not (isinstance(candidates, list) and candidates):
-                raise ValueError(f"{key}: found {candidates}; expected a list of numbers to try")
-        return {} if value is None else value
-
     @model_validator(mode="after")
     def _check_tune(self) -> "Variant":
         if self.tune and isinstance(self.application, SeApplication):
             raise ValueError("tune is for static merges; set the values that a static variant was tuned to")
-        settings = self.settings
-        for key, values in self.tune.items():
-            try:
-                settings.value(key)
-                if values == AUTO and key != WEIGHT:
-                    raise ValueError(f"found auto; expected a list of numbers, for only {WEIGHT} has usual ones")
-                for value in self.grid()[key]:
-                    settings.having({key: value})
-            except ValueError as error:
-                raise ValueError(f"tune.{key}: {error}") from None
-        if WEIGHT in self.tune and not settings.depends_on_weight:
-            others = "set normalize: false, or leave it out" if hasattr(self.method, "normalize") else "leave it out"
-            raise ValueError(
-                f"tune.weight: {self.method.name} with these settings gives the same merge for every weight; {others}"
-            )
+        check_tune(self.tune, self.settings)
         return self
 
     @property
@@ -184,8 +154,7 @@ class Variant(Strict):
 
     def grid(self) -> dict[str, list[float]]:
         """Return the values to try of each setting that is tuned, ascending."""
-        found = {key: self.method.weights if values == AUTO else values for key, values in self.tune.items()}
-        return {key: sorted(set(map(float, values))) for key, values in found.items()}
+        return grid_of(self.tune, self.method)
 
     def default(self) -> dict[str, Any] | None:
         """Return the values to stay with of the settings that are tuned; None where the recipe gives none of them."""
@@ -200,6 +169,19 @@ class Variant(Strict):
             or isinstance(self.coefficients, SensCoefficients)
             or isinstance(self.application, SeApplication)
         )
+
+    @model_validator(mode="after")
+    def _check_lines(self) -> "Variant":
+        if self.lines is not None and not self.method.scales_with_weight():
+            unnormalised = {**self.method.model_dump(by_alias=True), "normalize": False}
+            way_out = "leave lines out"
+            if "normalize" in keys_of(type(self.method)) and method_of(unnormalised).scales_with_weight():
+                way_out = "set normalize: false, or leave lines out"
+            raise ValueError(
+                f"lines multiplies all experts' weights in a layer by one factor, which does not scale what method "
+                f"{self.method.name} adds there as it is set; {way_out}"
+            )
+        return self
 
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""

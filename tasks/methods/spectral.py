@@ -4,6 +4,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
+
 from sensmerge.tasks.methods.contract import METHODS, Method, TaskVector
 
 if TYPE_CHECKING:
@@ -75,3 +77,30 @@ class IsoC(_Spectral):
 
         found = singular(weighted_sum(vectors, base))
         return (found.left * found.values.mean()) @ found.right.T
+
+
+@METHODS.register("iso_cts")
+class IsoCts(_Spectral):
+    """Does as iso_c, with the smaller of the common singular vectors replaced by experts' own (arXiv 2502.04959)."""
+
+    weights: ClassVar[tuple[float, ...]] = (0.5, 1.0, 1.5, 2.0, 3.0)
+
+    common: float = Field(
+        0.8, ge=0, le=1, description="share of the directions that are the common ones; the experts share the rest"
+    )
+
+    def combined(self, base: "Tensor", vectors: Sequence[TaskVector]) -> "Tensor":
+        """See `_Spectral`. Memory as of `tsv_m`."""
+        import torch
+
+        from sensmerge.tasks.methods.kernels.matrices import weighted_sum, without
+        from sensmerge.tasks.methods.kernels.singular import isometry, singular
+
+        rank, count = min(base.shape), len(vectors)
+        # All experts have equally many directions of their own, so that number is rounded.
+        own = min(round((rank - int(rank * self.common)) / count), rank // count)
+        common = singular(weighted_sum(vectors, base), rank - own * count)
+        found, scale = [common], float(common.values.max()) if len(common.values) else 0.0
+        found += [singular(without(weighted_sum([one], base), common.left), own, scale) for one in vectors]
+        left, right = (isometry(torch.cat([getattr(one, side) for one in found], 1)) for side in ("left", "right"))
+        return (left * torch.cat([one.values for one in found]).mean()) @ right.T

@@ -19,14 +19,16 @@ from sensmerge.tasks.checkpoints.companions import (
     is_tokenizer_file,
     without_code,
 )
-from sensmerge.tasks.checkpoints.layers import group_by_layer, layer_of
+from sensmerge.tasks.checkpoints.layers import depths, group_by_layer, layer_of
 from sensmerge.tasks.checkpoints.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
 from sensmerge.tasks.coefficients import (
     Coefficients,
+    Lines,
     SensCoefficients,
     Weights,
     alpha,
     plain_weights,
+    scaled,
     sens_weights,
     sigma,
     tau,
@@ -57,6 +59,7 @@ class VariantJob(Job):
     method: Method
     weight: float
     coefficients: Coefficients
+    lines: Lines | None = None
     statistics: Mapping[str, Artifact] = field(default_factory=dict)
     """by expert: its sensitivity (sens coefficients), and what the method asks for"""
     distances: Artifact | None = None
@@ -116,9 +119,25 @@ class VariantJob(Job):
         return weights
 
     def coefficient_table(self) -> dict[str, Any]:
-        """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from."""
+        """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from.
+
+        Raises:
+            InputError: weights are to grow with depth in a network without blocks.
+        """
         assert self.tuned is None, "the job is resumed before it merges"
         layers = list(group_by_layer(name for name in self.base.weights if name not in self.base.statistics))
+        table = self._table(layers)
+        if self.lines is not None:
+            found = depths(layers)
+            if not found:
+                raise InputError(
+                    f"lines: {self.base.folder} has no numbered blocks for factors to grow with; leave it out"
+                )
+            table["weights"] = scaled(table["weights"], self.lines, found)
+        return table
+
+    def _table(self, layers: Sequence[str]) -> dict[str, Any]:
+        """Return the table before `lines`."""
         if not isinstance(self.coefficients, SensCoefficients):
             return {"weights": plain_weights(self.coefficients, self.weight, layers, self.experts)}
         assert self.distances is not None

@@ -16,6 +16,7 @@ from tests.conftest import command_line, make_llama, perturbed, write_recipe, wr
 pytestmark = pytest.mark.ray
 
 EXPERTS = ("math", "code", "talk", "news")
+VARIANTS = ("ta", "ties-sens", "regmean")
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def team(save: Callable[..., Path], tmp_path: Path) -> Path:
             "merges": {
                 "ta": {"method": "task_arithmetic", "weight": 0.3},
                 "ties-sens": {"method": "ties", "density": 0.3, "coefficients": {"kind": "sens"}},
+                "regmean": {"method": "regmean"},
             },
             "gate": {"metric": "math/perplexity"},  # these experts have no skill that others could be measured by
         },
@@ -66,7 +68,7 @@ def change(folder: Path, layers: tuple[str, ...]) -> list[str]:
 
 
 def weights(report: dict[str, Any]) -> dict[str, str]:
-    folders = {name: Path(report["models"][name]) for name in ("ta", "ties-sens")}
+    folders = {name: Path(report["models"][name]) for name in VARIANTS}
     return {
         name: hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         for name, folder in folders.items()
@@ -77,7 +79,7 @@ def test_one_changed_expert(team: Path, ray_address: str, capsys: pytest.Capture
     store = team.parent / "store"
     first = work("refresh", team, store, ray_address)
     for half, samples in (("first_half", 1), ("second_half", 2)):  # what chooses the best variant, and what shows it
-        assert {name: score["n"] for name, score in first[half].items()} == {"ta": samples, "ties-sens": samples}
+        assert {name: score["n"] for name, score in first[half].items()} == dict.fromkeys(VARIANTS, samples)
     capsys.readouterr()
 
     # Nothing changed: no step and no run, and Ray is not asked.
@@ -92,20 +94,22 @@ def test_one_changed_expert(team: Path, ray_address: str, capsys: pytest.Capture
 
     changed = change(team.parent / "code", ("model.layers.1.", "model.norm."))
     assert command_line("plan", team, "--store", store) == 0
-    assert "code: 1 of 5 files changed; 9 of 23 steps" in capsys.readouterr().out
+    assert "code: 1 of 5 files changed; 11 of 25 steps" in capsys.readouterr().out
     report = work("refresh", team, store, ray_address)
     said = capsys.readouterr().out
     steps = {f"{stage['stage']} {stage['name']}": stage for stage in report["stages"]}
     ran = {title for title, stage in steps.items() if stage["status"] == "run"}
     assert ran == {
-        *("download code", "task_vectors code", "statistics code", "cross_task all", "merge ta", "merge ties-sens"),
-        *(f"evaluate {model}/math" for model in ("code", "ta", "ties-sens")),
+        *("download code", "task_vectors code", "statistics code", "cross_task all"),
+        *(f"merge {name}" for name in VARIANTS),
+        *(f"evaluate {model}/math" for model in ("code", *VARIANTS)),
     }
     tensors = len(load_file(Path(report["models"]["ta"]) / "model.safetensors"))
     assert steps["merge ta"]["taken_over"] == tensors - len(changed) > 0
     assert steps["merge ties-sens"]["taken_over"] == 0  # another σ in every layer
+    assert steps["merge regmean"]["taken_over"] == 0  # other Gram matrices
     assert f"{tensors - len(changed)} of {tensors} tensors taken over (" in said
-    assert f"{tensors + len(changed)} of {2 * tensors} tensors merged (" in said
+    assert f"{2 * tensors + len(changed)} of {3 * tensors} tensors merged (" in said
     assert len(client.search_runs([experiment])) == 2 * runs
 
     distances = json.loads((Path(steps["cross_task all"]["artifact"]) / "manifest.json").read_text())["result"]

@@ -10,11 +10,13 @@ from scipy.special import softmax
 from sensmerge.tasks.coefficients import (
     Coefficients,
     ExplicitCoefficients,
+    Lines,
     SensCoefficients,
     UniformCoefficients,
     alpha,
     matches,
     plain_weights,
+    scaled,
     sens_weights,
     sigma,
     tau,
@@ -146,6 +148,20 @@ def test_patterns_are_those_of_a_shell_and_mind_case() -> None:
     assert not matches("model.layers.[01]", "model.layers.2")
     assert not matches("MODEL.*", "model.norm")
     assert not matches("layers.1", "layers.10")
+
+
+def test_lines_scales_every_expert_alike() -> None:
+    weights = {"a": {"x": 1.0, "y": -2.0}, "b": {"x": 1.0, "y": 3.0}, "c": {"x": 0.0, "y": 1.0}}
+    found = scaled(weights, Lines(first=0.5), {"a": 0.0, "b": 0.25, "c": 1.0})
+    assert found == {"a": {"x": 0.5, "y": -1.0}, "b": {"x": 0.625, "y": 1.875}, "c": {"x": 0.0, "y": 1.0}}
+    falling = Lines(first=2.0, last=0.0)
+    assert [falling.at(depth) for depth in (0.0, 0.5, 1.0)] == [2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("setting", [{}, {"first": -0.1}, {"first": 1.0, "last": -1.0}, {"first": math.nan}])
+def test_bad_lines_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Lines.model_validate(setting)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,13 @@ def weighted_sum(vectors: Sequence[TaskVector], base: Tensor) -> Matrix:
     return dense
 
 
+def without(matrix: Matrix, directions: Tensor) -> Matrix:
+    """Return a matrix whose columns have lost what lies along orthonormal directions, float64 (rows, count)."""
+    if isinstance(matrix, Factored):
+        return Factored(matrix.left - directions @ (directions.T @ matrix.left), matrix.right)
+    return matrix - directions @ (directions.T @ matrix)
+
+
 def rows_of(matrix: Matrix, which: Tensor) -> Tensor:
     """Return the rows where a boolean tensor is true."""
     return matrix[which] if isinstance(matrix, Tensor) else matrix.left[which] @ matrix.right

@@ -26,29 +26,30 @@ class Singular:
     """float64 (columns, count)"""
 
 
-def singular(matrix: Matrix, count: int | None = None) -> Singular:
+def singular(matrix: Matrix, count: int | None = None, scale: float = 0.0) -> Singular:
     """Return the largest singular vectors and values, without those that are 0 but for float32's rounding.
 
     Args:
         matrix: of rank r up to rounding.
         count: how many at most; None for all r.
+        scale: the largest singular value of what the matrix was subtracted from, if it was: rounding is relative to it.
     """
     if isinstance(matrix, Factored):
         left, inner = torch.linalg.qr(matrix.left)
         right, outer = torch.linalg.qr(matrix.right.T)
-        core = singular(inner @ outer.T, count)
+        core = singular(inner @ outer.T, count, scale)
         return Singular(left @ core.left, core.values, right @ core.right)
     if matrix.shape[0] < matrix.shape[1]:
-        found = _by_gram(matrix.T, count)
+        found = _by_gram(matrix.T, count, scale)
         return Singular(found.right, found.values, found.left)
-    return _by_gram(matrix, count)
+    return _by_gram(matrix, count, scale)
 
 
-def _by_gram(matrix: Tensor, count: int | None) -> Singular:
+def _by_gram(matrix: Tensor, count: int | None, scale: float) -> Singular:
     """Return singular vectors and values of a matrix with no more columns than rows."""
     squares, right = torch.linalg.eigh(matrix.T @ matrix)
     values = squares.clamp_min(0).sqrt().flip(0)
-    rank = int((values > values[:1] * len(values) * EPS).sum())
+    rank = int((values > values[:1].clamp_min(scale) * len(values) * EPS).sum())
     kept = rank if count is None else min(rank, count)
     right = right.flip(1)[:, :kept]
     return Singular(matrix @ right / values[:kept], values[:kept], right)

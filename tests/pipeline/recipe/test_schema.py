@@ -325,6 +325,39 @@ def test_settings_that_se_refuses(settings: dict[str, Any], message: str, tmp_pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "ties"}, "does not scale what method ties adds there as it is set; set normalize: false, or leave"),
+        ({"method": "task_arithmetic", "normalize": True}, "set normalize: false, or leave lines out"),
+        ({"method": "linear"}, "method linear adds there as it is set; leave lines out"),
+        ({"method": "linear", "normalize": False}, "method linear adds there as it is set; leave lines out"),
+        ({"lines": {"last": 1.0}}, "merges.x.lines.first"),
+        ({"lines": {"first": -1.0}}, "merges.x.lines.first: .*greater than or equal to 0"),
+        ({"lines": 0.5}, "merges.x.lines"),
+    ],
+)
+def test_lines_that_would_mean_nothing(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    merges = {"x": {"method": "task_arithmetic", "lines": {"first": 0.5}} | settings}
+    with pytest.raises(InputError, match=message):
+        load_recipe(write(tmp_path, merges=merges))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ties", "normalize": False},
+        {"method": "iso_c", "coefficients": {"kind": "explicit", "weights": {"math": 1.0, "code": {"*": 0.5}}}},
+        {"application": {"kind": "se"}, "coefficients": {"kind": "sens"}},
+    ],
+)
+def test_lines_goes_with_methods_and_coefficients(settings: dict[str, Any], tmp_path: Path) -> None:
+    tasks = {"math": TASK, "code": TASK}
+    merges = {"x": {"method": "task_arithmetic", "lines": {"first": 0.5}} | settings}
+    params = load_recipe(write(tmp_path, merges=merges, tasks=tasks)).merges["x"].params()
+    assert (params["lines.first"], params["lines.last"]) == ("0.5", "1.0")
+
+
 def test_static_takes_no_settings_of_se(tmp_path: Path) -> None:
     merges = {"x": {"method": "ties", "application": {"kind": "static", "temperature": 1.0}}}
     with pytest.raises(InputError, match=r"unknown key merges\.x\.application\.temperature"):

@@ -1,6 +1,6 @@
 import pytest
 
-from sensmerge.tasks.checkpoints.layers import block_names, group_by_layer, in_block, layer_of
+from sensmerge.tasks.checkpoints.layers import block_names, depths, group_by_layer, in_block, layer_of
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,28 @@ def test_blocks_in_order() -> None:
         "norm",
     ]
     assert block_names(names) == ["layers.0", "layers.10", "layers.2"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (
+            ["model.embed_tokens", *(f"model.layers.{k}" for k in range(11)), "model.norm", "lm_head"],
+            [0.0, *(k / 10 for k in range(11)), 1.0, 1.0],
+        ),
+        (
+            ["embeddings.LayerNorm", "encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "pooler.dense"],
+            [0.0, 0.0, 0.5, 1.0, 1.0],
+        ),
+        (["wte", "wpe", "h.0", "h.1", "ln_f"], [0.0, 0.0, 0.0, 1.0, 1.0]),
+        # Each of several stacks by itself, and what lies beside its blocks with it
+        (
+            ["shared", "encoder.block.0", "encoder.block.1", "encoder.norm", "decoder.positions", "decoder.block.0"],
+            [0.0, 0.0, 1.0, 1.0, 0.0, 1.0],
+        ),
+        (["embed", "layers.0", "head"], [0.0, 1.0, 1.0]),
+        (["embed", "head"], []),
+    ],
+)
+def test_depth_grows_from_the_first_block_to_the_last(layers: list[str], expected: list[float]) -> None:
+    assert depths(layers) == dict(zip(layers, expected, strict=bool(expected)))

@@ -30,6 +30,7 @@ def of_expert(key: str, k: int) -> dict[str, torch.Tensor]:
         *((f"regmean {factor}", {"method": "regmean", "reduce": factor}) for factor in (1.0, 0.9, 0.0)),
         ("tsv_m", {"method": "tsv_m"}),
         ("iso_c", {"method": "iso_c"}),
+        ("iso_cts", {"method": "iso_cts"}),
         ("fisher", {"method": "fisher"}),
     ],
 )

@@ -13,7 +13,7 @@ from sensmerge.tasks.methods.kernels.delta import Unchanged, Whole
 from sensmerge.tasks.methods.kernels.singular import isometry, singular
 from tests.tasks.methods.pieces import whole_tensor
 
-NAMES = ["tsv_m", "iso_c"]
+NAMES = ["tsv_m", "iso_c", "iso_cts"]
 
 
 def randn(seed: int, *shape: int) -> Tensor:
@@ -145,6 +145,43 @@ def test_iso_c_keeps_to_the_directions_that_there_are() -> None:
     u, s, vh = torch.linalg.svd(total, full_matrices=False)
     found = added("iso_c", vectors([total / 2] * 2), (12, 17))
     torch.testing.assert_close(found, s.sum() / 3 * u[:, :3] @ vh[:3], rtol=1e-4, atol=1e-5)
+
+
+def naive_cts(deltas: Sequence[Tensor], weights: Sequence[float], common: float) -> Tensor:
+    """Iso-CTS as in FusionBench, with LAPACK's decompositions."""
+    scaled = [weight * delta.double() for weight, delta in zip(weights, deltas, strict=True)]
+    rank, count = min(deltas[0].shape), len(deltas)
+    own = round((rank - int(rank * common)) / count)
+    u, s, vh = torch.linalg.svd(sum(scaled), full_matrices=False)
+    shared = rank - own * count
+    left, values, right = [u[:, :shared]], [s[:shared]], [vh[:shared]]
+    for one in scaled:
+        u, s, vh = torch.linalg.svd(one - left[0] @ left[0].T @ one, full_matrices=False)
+        left.append(u[:, :own])
+        values.append(s[:own])
+        right.append(vh[:own])
+    (pu, _, qu), (pv, _, qv) = (
+        torch.linalg.svd(matrix, full_matrices=False) for matrix in (torch.cat(left, 1), torch.cat(right))
+    )
+    return torch.cat(values).mean() * pu @ qu @ pv @ qv
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("common", [0.3, 0.8, 1.0])
+def test_formula_of_iso_cts(common: float, shape: tuple[int, int]) -> None:
+    deltas = deltas_of(shape)
+    found = whole_tensor(
+        torch.zeros(shape), vectors(deltas, WEIGHTS), method_of({"method": "iso_cts", "common": common})
+    )
+    torch.testing.assert_close(found.double(), naive_cts(deltas, WEIGHTS, common), rtol=1e-4, atol=1e-5)
+
+
+def test_iso_cts_with_only_common_directions_is_iso_c() -> None:
+    given = vectors(deltas_of((12, 17)), WEIGHTS)
+    all_common, none = (method_of({"method": "iso_cts", "common": share}) for share in (1.0, 0.0))
+    expected = added("iso_c", given, (12, 17))
+    torch.testing.assert_close(whole_tensor(torch.zeros(12, 17), given, all_common), expected, rtol=1e-4, atol=1e-6)
+    assert torch.linalg.matrix_rank(whole_tensor(torch.zeros(12, 17), given, none), rtol=1e-3) == 12
 
 
 @given(

@@ -26,8 +26,9 @@ from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import Artifact, read_json
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
+from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.checkpoints.weights import layer_groups
-from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients, UniformCoefficients
+from sensmerge.tasks.coefficients import ExplicitCoefficients, Lines, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.methods.contract import TaskVector, method_of
@@ -139,6 +140,8 @@ VARIANTS: list[tuple[str, float]] = [
     ("ties", 0.3),
     ("dare_linear", 0.3),
     ("dare_ties", 0.6),
+    ("tsv_m", 1.0),
+    ("iso_c", 1.0),
 ]
 
 
@@ -227,13 +230,13 @@ def test_number_of_threads_changes_nothing(adapters: bool, save: Save, tmp_path:
             if adapters
             else save(network, name, tmp_path)
         )
-    for method in ("ties", "dare_ties"):
+    settings: dict[str, dict[str, Any]] = {key: {"density": 0.3, "rescale": True} for key in ("ties", "dare_ties")}
+    for method in ("ties", "dare_ties", "tsv_m", "iso_c"):
         digests = set()
         for number in (1, 2, 4):
             torch.set_num_threads(number)
             # Task vectors are measured anew as well: their histograms are part of what a merge reads.
-            settings = {"density": 0.3, "rescale": True}
-            one = make_job(tmp_path / f"{method}-{number}", base, experts, method, settings)
+            one = make_job(tmp_path / f"{method}-{number}", base, experts, method, settings.get(method))
             torch.set_num_threads(number)
             digests.add(merged(one, tmp_path / f"{method}-{number}" / "out")["digest"])
         assert len(digests) == 1
@@ -373,6 +376,31 @@ def test_a_damaged_file_is_found_and_merged_anew(damage: str, job: Callable[...,
         with pytest.raises(OSError, match="read back differently"):
             one.finish(out)
     assert merged(one, out) == expected
+
+
+def test_lines_scales_what_is_added_with_depth(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    explicit = ExplicitCoefficients(kind="explicit", weights={"math": 0.5, "code": 2.0})
+    merged(job(coefficients=explicit), tmp_path / "even")
+    one = job(coefficients=explicit, lines=Lines(first=0.25, last=3.0))
+    merged(one, tmp_path / "growing")
+    base, even, growing = (weights_of(folder) for folder in (one.base.folder, tmp_path / "even", tmp_path / "growing"))
+    factors = {"model.embed_tokens": 0.25, "model.layers.0": 0.25, "model.layers.1": 3.0, "model.norm": 3.0}
+    for name in base:
+        expected = base[name] + factors[layer_of(name)] * (even[name] - base[name])
+        torch.testing.assert_close(growing[name], expected, rtol=1e-5, atol=1e-6)
+    table = read_json(tmp_path / "growing" / "coefficients.json")
+    assert table["weights"]["model.layers.1"] == {"math": 0.75, "code": 3.0}
+    # Where the factor is 1 as before, nothing is merged anew.
+    again = job(coefficients=explicit, lines=Lines(first=0.25, last=1.0), previous=tmp_path / "growing")
+    assert merged(again, tmp_path / "again")["taken_over"] == sum(factors[layer_of(name)] == 0.25 for name in base)
+    assert job().identity() != job(lines=Lines(first=0.5)).identity()
+
+
+def test_lines_needs_blocks(save: Save, job: Callable[..., MergeJob]) -> None:
+    one = job(lines=Lines(first=0.5))
+    bare = replace(one.base, weights=tuple(name for name in one.base.weights if ".layers." not in name))
+    with pytest.raises(InputError, match=r"lines: \S+ has no numbered blocks"):
+        replace(one, base=bare).weights()
 
 
 def test_weights_that_sum_to_zero_are_no_divisor(job: Callable[..., MergeJob], tmp_path: Path) -> None:

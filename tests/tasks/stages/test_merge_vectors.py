@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from sensmerge.tasks.artifacts import Artifact, read_json, sha256_file
 from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.checkpoints.weights import ExpertWeights
-from sensmerge.tasks.coefficients import ExplicitCoefficients, SensCoefficients
+from sensmerge.tasks.coefficients import ExplicitCoefficients, Lines, SensCoefficients
 from sensmerge.tasks.dynamic.vectors import BASE, VECTORS, Dense, LowRank, Sparse, Vector, load_vectors
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import open_base
@@ -123,6 +123,7 @@ VARIANTS: dict[str, tuple[str, float, dict[str, Any]]] = {
         *((variant, "mixed", "sens") for variant in ("ta", "ties sum", "dare_ties normalised")),
         *((variant, "berts", "uniform") for variant in ("linear", "ties")),
         *((variant, "gpt2", "explicit") for variant in ("ta", "dare_ties")),
+        *((variant, "full", "lines") for variant in ("ta", "ties sum")),
     ],
 )
 def test_base_plus_vectors_is_the_static_merge(
@@ -133,7 +134,8 @@ def test_base_plus_vectors_is_the_static_merge(
     tmp_path: Path,
 ) -> None:
     (method, density, changes), (base, experts) = VARIANTS[variant], models[kind]
-    how: dict[str, Any] = {"explicit": {"coefficients": explicit(experts)}, "uniform": {}}.get(coefficients, {})
+    hows = {"explicit": {"coefficients": explicit(experts)}, "lines": {"lines": Lines(first=0.25)}}
+    how: dict[str, Any] = hows.get(coefficients, {})
     if coefficients == "sens":
         how = sens(tmp_path, base, experts)
     plain = {"normalize": False} | ({"rescale": False, "density": density} if density < 1 else {})
