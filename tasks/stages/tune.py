@@ -1,8 +1,8 @@
 """Stage tune: settings of a variant, chosen by the tasks' own metrics on rows that nothing else is computed from.
 
 Every candidate is scored as reports score models: each task's main metric ÷ that of the task's own expert on the same
-rows, averaged over the tasks. Mean losses and divergences from the experts are not looked at: they punish confident
-answers, right ones too, and prefer weights that are far too small.
+rows, averaged over the tasks. Mean losses and divergences from the experts are not looked at: they follow how confident
+answers are more than how many are right.
 """
 
 import math
