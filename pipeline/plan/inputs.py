@@ -19,6 +19,7 @@ from sensmerge.tasks.dynamic.network import trunk_blocks
 from sensmerge.tasks.dynamic.parameters import holdings
 from sensmerge.tasks.dynamic.trial import try_network
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.methods.settings import WIDENED, combinations
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.classes import class_names
@@ -77,7 +78,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
     routed = bool(recipe.se_variants())
     data, said = gather_rows(recipe.tasks, experts, reader, folder, routed, _held_out(recipe))
-    notes += said
+    notes += [*said, *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(notes), tuple(classes))
 
 
@@ -90,6 +91,21 @@ def _held_out(recipe: Recipe) -> HeldOut:
     if not tuned:
         return "none"
     return "half" if any(variant.reads_calibration() for variant in tuned) else "all"
+
+
+def _tuning_passes(recipe: Recipe, data: Mapping[str, TaskRows]) -> list[str]:
+    """Return a line for each variant that is tuned: what is run for it at most."""
+    rows = sum(len(one.tuning) for one in data.values())
+    lines = []
+    for name in recipe.tuned_variants():
+        variant = recipe.merges[name]
+        asked = len(combinations(variant.grid(), variant.default()))
+        most = asked + WIDENED * len(variant.tune)
+        lines.append(
+            f"merges.{name}.tune: {asked} candidates, {most} if the best is at the end of a grid, answer "
+            f"{rows} rows each: {asked * rows:,} to {most * rows:,} samples, beside those of the experts"
+        )
+    return lines
 
 
 def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> tuple[Base, dict[str, Expert]]:

@@ -1,7 +1,7 @@
 """The rows of a recipe's tasks: chosen, checked, and kept apart: no sample both calibrates and is scored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +33,8 @@ class TaskRows:
     """of all calibration rows"""
     longest_calibration: int = 0
     """tokens of the longest calibration row"""
+    unanswered: bool = False
+    """whether the tuning rows leave open what is right; their answers are then of no meaning"""
 
 
 class _Chosen(NamedTuple):
@@ -41,11 +43,10 @@ class _Chosen(NamedTuple):
     row: Row
     place: str
     sample: Sample
-
-    @property
-    def marks(self) -> tuple[object, object]:
-        """What two rows must not share: their content, or what a model reads and should answer."""
-        return rows_digest([self.row]), self.sample.content
+    marks: tuple[object, ...]
+    """what no other row may share: its content, and what a model reads and should answer"""
+    unanswered: bool
+    """whether it leaves open what is right"""
 
     @property
     def tokens(self) -> int:
@@ -73,17 +74,23 @@ class _Reader:
 
     def read(self, split: Split, found: Rows) -> list[_Chosen]:
         """Return rows with their samples. Raises InputError for the first that does not fit the task or its network."""
-        found = Rows(self._named(found.rows), found.places)
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
+        lacking = [split == "tuning" and self.task.lacks_answer(row) for row in found.rows]
+        rows = [self.task.with_answer(row, 0) if lacks else row for row, lacks in zip(found.rows, lacking, strict=True)]
+        found = Rows(self._named(rows), found.places)
         self.task.check_rows(found.rows, key, label2id, found.places)
         chosen = []
-        for row, place in zip(found.rows, found.places, strict=True):
+        for row, place, unanswered in zip(found.rows, found.places, lacking, strict=True):
             where = f"{key}: {place}"
             sample = self.task.sample(row, self.tokenizer, where, label2id)
             _check_sample(f"tasks.{self.name}", where, self.task, sample, self.expert)
             if self.routed and not sample.has_prompt:
                 raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
-            chosen.append(_Chosen(row, place, sample))
+            contents = [sample.content]
+            if unanswered:  # whatever the right answer of an equal row is
+                every = self.task.samples(row, self.tokenizer, where, label2id)
+                contents = [replace(one, label=label).content for one in every for label in (None, *label2id.values())]
+            chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered))
         return chosen
 
 
@@ -128,6 +135,7 @@ def gather_rows(
     for name, reader in readers.items():
         if reader.task.tuning is not None:
             tuning[name], said = _apart(reader, "tuning", folder, taken)
+            said += _answers(name, reader.task, tuning[name])
         else:
             calibration[name], tuning[name], said = _held_out(name, calibration[name], held_out)
         notes += said
@@ -140,8 +148,25 @@ def gather_rows(
         notes += said
         tokens = [one.tokens for one in calibration[name]]
         rows, scored, tried = ([one.row for one in split] for split in (calibration[name], evaluation, tuning[name]))
-        data[name] = TaskRows(reader.task, rows, scored, tried, sum(tokens), max(tokens, default=0))
+        unanswered = any(one.unanswered for one in tuning[name])
+        data[name] = TaskRows(reader.task, rows, scored, tried, sum(tokens), max(tokens, default=0), unanswered)
     return {name: data.get(name) or TaskRows(task, [], []) for name, task in tasks.items()}, notes
+
+
+def _answers(name: str, task: RowTask, tuning: list[_Chosen]) -> list[str]:
+    """Return what is to be said of rows to tune on that leave open what is right.
+
+    Raises:
+        InputError: only some of them do.
+    """
+    lacking = [one.place for one in tuning if one.unanswered]
+    given = next((one.place for one in tuning if not one.unanswered), None)
+    if not lacking:
+        return []
+    key, field = f"tasks.{name}.tuning", getattr(task, task.answer_setting or "")
+    if given is not None:
+        raise InputError(f"{key}: {lacking[0]} has no {field}, {given} has one; give it to all rows, or to none")
+    return [f"{key}: its rows have no {field}, so what experts.{name} answers counts as right"]
 
 
 def _calibration(reader: _Reader, folder: Path) -> list[_Chosen]:

@@ -150,6 +150,7 @@ class _Layout:
             grid=variant.grid(),
             default=variant.default(),
             tuning=tuning,
+            unanswered=[task for task in tuning if self._inputs.data[task].unanswered],
             metrics={task: one.task.metric for task, one in tuning.items()},
             depends={task: one.task.depends_on() for task, one in tuning.items()},
             own={task: scores[task].artifact(self._resolved.store) for task in tuning},

@@ -5,13 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
-    FiniteFloat,
     GetJsonSchemaHandler,
     InstanceOf,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
-    WithJsonSchema,
-    field_validator,
     model_serializer,
     model_validator,
 )
@@ -20,6 +17,7 @@ from pydantic_core import CoreSchema
 
 from sensmerge.pipeline.recipe.methods import method_properties
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.recipe.tuning import Tune, Weight, check_tune, grid_of, with_auto_weight
 from sensmerge.tasks.coefficients import (
     Coefficients,
     Lines,
@@ -29,7 +27,7 @@ from sensmerge.tasks.coefficients import (
 from sensmerge.tasks.dynamic.application import OriginName, SeApplication
 from sensmerge.tasks.features import CalibrationSettings
 from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
-from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
+from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, Values, VariantSettings
 from sensmerge.tasks.strict import Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -40,15 +38,6 @@ class StaticApplication(Strict):
 
     kind: Literal["static"] = "static"
 
-
-AUTO = "auto"
-Grid = Literal["auto"] | Annotated[list[FiniteFloat], Field(min_length=1)]
-Weight = Annotated[
-    float,
-    WithJsonSchema(
-        {"anyOf": [{"type": "number", "minimum": -LARGEST_WEIGHT, "maximum": LARGEST_WEIGHT}, {"const": AUTO}]}
-    ),
-]
 
 Application = Annotated[StaticApplication | SeApplication, Field(discriminator="kind")]
 
@@ -72,7 +61,7 @@ class Variant(Strict):
     application: Application = Field(
         StaticApplication(), description="one set of weights for all inputs, or coefficients for each input sample"
     )
-    tune: dict[str, Grid] = Field(
+    tune: Tune = Field(
         {},
         description="settings that are chosen by the tasks' own metrics on rows held out for it, and the values to "
         "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
@@ -89,12 +78,7 @@ class Variant(Strict):
     @model_validator(mode="before")
     @classmethod
     def _auto_weight(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get(WEIGHT) != AUTO:
-            return data
-        tune = data.get("tune") or {}
-        if not isinstance(tune, dict) or WEIGHT in tune:
-            raise ValueError("weight: auto stands for tune: {weight: auto}; leave one of them out")
-        return {key: value for key, value in data.items() if key != WEIGHT} | {"tune": {WEIGHT: AUTO, **tune}}
+        return with_auto_weight(data)
 
     @model_validator(mode="before")
     @classmethod
@@ -144,14 +128,6 @@ class Variant(Strict):
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
         return self
 
-    @field_validator("tune", mode="before")
-    @classmethod
-    def _candidates(cls, value: Any) -> Any:
-        for key, candidates in value.items() if isinstance(value, dict) else ():
-            if candidates != AUTO and not (isinstance(candidates, list) and candidates):
-                raise ValueError(f"{key}: found {candidates}; expected a list of numbers to try")
-        return {} if value is None else value
-
     @model_validator(mode="after")
     def _check_lines(self) -> "Variant":
         if self.lines is not None and not self.method.scales_with_weight():
@@ -171,21 +147,7 @@ class Variant(Strict):
             raise ValueError(
                 "tune is for static merges; set application.origin: static, or the values that one was tuned to"
             )
-        settings = self.settings
-        for key, values in self.tune.items():
-            try:
-                settings.value(key)
-                if values == AUTO and key != WEIGHT:
-                    raise ValueError(f"found auto; expected a list of numbers, for only {WEIGHT} has usual ones")
-                for value in self.grid()[key]:
-                    settings.having({key: value})
-            except ValueError as error:
-                raise ValueError(f"tune.{key}: {error}") from None
-        if WEIGHT in self.tune and not settings.depends_on_weight:
-            others = "set normalize: false, or leave it out" if hasattr(self.method, "normalize") else "leave it out"
-            raise ValueError(
-                f"tune.weight: {self.method.name} with these settings gives the same merge for every weight; {others}"
-            )
+        check_tune(self.tune, self.settings)
         return self
 
     @property
@@ -200,8 +162,7 @@ class Variant(Strict):
 
     def grid(self) -> dict[str, list[float]]:
         """Return the values to try of each setting that is tuned, ascending."""
-        found = {key: self.method.weights if values == AUTO else values for key, values in self.tune.items()}
-        return {key: sorted(set(map(float, values))) for key, values in found.items()}
+        return grid_of(self.tune, self.method)
 
     def default(self) -> dict[str, Any] | None:
         """Return the values to stay with of the settings that are tuned; None where the recipe gives none of them."""

@@ -163,6 +163,9 @@ class RowTask(Task):
     """settings that are templates of texts"""
     fields: ClassVar[tuple[str, ...]] = ()
     """settings that name a field"""
+    answer_setting: ClassVar[str | None] = None
+    """the one of them that names the field with the number of the right answer, which records have as `label` beside
+    the `prediction`; without such a number in its rows a task can be tuned on by the answers of its own expert"""
 
     calibration: Local[DataSource | None] = Field(
         None, description="rows from which statistics, distances and routes are computed"
@@ -237,6 +240,15 @@ class RowTask(Task):
         """Return a row with its class by name where it has a number of the expert's own config (`names`)."""
         return row
 
+    def lacks_answer(self, row: Row) -> bool:
+        """Return whether a row leaves open what is right, for kinds that have an `answer_setting`."""
+        return self.answer_setting is not None and row.get(getattr(self, self.answer_setting)) is None
+
+    def with_answer(self, row: Row, number: int) -> Row:
+        """Return a row with a right answer, for kinds that have an `answer_setting`."""
+        assert self.answer_setting is not None
+        return row | {getattr(self, self.answer_setting): number}
+
     # Samples
 
     @abstractmethod
@@ -304,6 +316,10 @@ class RowTask(Task):
     def answer_record(self, row: Row, text: str) -> Record:
         """Return what a generated answer adds to a row's record."""
         return {}
+
+    def agreement(self, record: Record, own: Record) -> Record:
+        """Return a record as if the answer in another, that of the task's own expert, were right (`answer_setting`)."""
+        return record | {"label": own["prediction"]}
 
 
 @dataclass(frozen=True)

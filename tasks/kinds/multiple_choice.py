@@ -30,6 +30,7 @@ class MultipleChoiceTask(RowTask):
 
     templates: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     fields: ClassVar[tuple[str, ...]] = ("choices", "answer")
+    answer_setting: ClassVar[str | None] = "answer"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "accuracy": Metric(("label", "prediction"), agreement, is_proportion=True)
     }

@@ -91,9 +91,10 @@ class VariantSettings:
         return replace(self, method=type(self.method).model_validate(settings))
 
 
-def combinations(grid: Mapping[str, Sequence[float]]) -> list[Values]:
-    """Return every combination of candidates: key → its candidates, in their order."""
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+def combinations(grid: Mapping[str, Sequence[float]], default: Values | None) -> list[Values]:
+    """Return every combination of candidates (key → its candidates), and the default if it is none of them."""
+    found: list[Values] = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return found if default is None or default in found else [*found, default]
 
 
 def beyond(settings: VariantSettings, values: Sequence[float], best: float, key: str) -> list[float]:

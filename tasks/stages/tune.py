@@ -1,8 +1,8 @@
 """Stage tune: settings of a variant, chosen by the tasks' own metrics on rows that nothing else is computed from.
 
 Every candidate is scored as reports score models: each task's main metric ÷ that of the task's own expert on the same
-rows, averaged over the tasks. Mean losses and divergences from the experts are not looked at: they punish confident
-answers, right ones too, and prefer weights that are far too small.
+rows, averaged over the tasks. Mean losses and divergences from the experts are not looked at: they follow how confident
+answers are more than how many are right.
 """
 
 import math
@@ -22,6 +22,9 @@ from sensmerge.tasks.stages.candidates import Candidates
 from sensmerge.tasks.stages.evaluate import EvaluateJob
 from sensmerge.tasks.stages.variant import TUNE, VariantJob
 
+_Records = Mapping[str, list[Record]]
+"""of one model, by task"""
+
 
 @dataclass(frozen=True)
 class TuningScoresJob(EvaluateJob):
@@ -35,7 +38,7 @@ class Tried:
     """A candidate and its scores."""
 
     values: Values
-    records: Mapping[str, list[Record]]
+    records: _Records
     """by task"""
     mean: Score
     """over tasks, each divided by its own expert's score"""
@@ -57,6 +60,8 @@ class TuneJob(VariantJob):
     """values that stay unless others are better beyond chance; None where the best ones win, however narrowly"""
     tuning: Annotated[Mapping[str, RowSet], For("evaluation")]
     """the rows of every expert's task"""
+    unanswered: Sequence[str]
+    """tasks whose rows leave open what is right: there, what their own experts answer is"""
     metrics: Mapping[str, str]
     """main metric of each task"""
     depends: Mapping[str, Mapping[str, Any]]
@@ -85,18 +90,19 @@ class TuneJob(VariantJob):
         Raises:
             InputError: an expert that gets nothing right on its rows; weights or logits that are not finite.
         """
-        own = {name: read_json(one.folder / "records.json") for name, one in self.own.items()}
+        answers = {name: read_json(one.folder / "records.json") for name, one in self.own.items()}
+        own = self._answered(answers, answers)
         metrics = {name: self._metric(name, records) for name, records in own.items()}
-        asked = combinations(self.grid)
-        asked += [] if self.default is None or self.default in asked else [self.default]
+        asked = combinations(self.grid, self.default)
         with TemporaryDirectory(prefix="sensmerge-") as scratch:
             self.write_heads(Path(scratch))
             candidates = Candidates(self, self.tuning, self.dtype, self.device, Path(scratch))
-            tried = scored(candidates.records(asked), asked, metrics, own)
+            tried = scored(self._records(candidates, asked, answers), asked, metrics, own)
             first = best_of(tried)
             wider = self._beyond(first, tried)
             more = [dict(first.values) | {key: value} for key, values in wider.items() for value in values]
-            tried = sorted((*tried, *scored(candidates.records(more), more, metrics, own)), key=_place)
+            tried += scored(self._records(candidates, more, answers), more, metrics, own)
+        tried.sort(key=_place)
         best = best_of(tried)
         behind = [difference(best, one, metrics, own) for one in tried]
         chosen = choose(tried, behind, self.default)
@@ -119,6 +125,21 @@ class TuneJob(VariantJob):
         }
         write_json(out / TUNE, report)
         return {"chosen": chosen.values, "tried": len(tried)}
+
+    def _records(
+        self, candidates: Candidates, values: Sequence[Values], answers: _Records
+    ) -> list[dict[str, list[Record]]]:
+        return [self._answered(found, answers) for found in candidates.records(values)]
+
+    def _answered(self, records: _Records, answers: _Records) -> dict[str, list[Record]]:
+        """Return records as if the answers of each task's own expert were right, where rows leave that open."""
+        return {
+            name: [
+                self.tuning[name].task.agreement(one, own) if name in self.unanswered else one
+                for one, own in zip(found, answers[name], strict=True)
+            ]
+            for name, found in records.items()
+        }
 
     def _metric(self, name: str, records: list[Record]) -> Metric:
         """Return the main metric of a task.

@@ -10,9 +10,11 @@ from sensmerge.pipeline.report.pictures import (
     distance_heatmap,
     representation_scatter,
     score_bars,
+    tuning_curves,
 )
 from sensmerge.pipeline.report.report import Report, VariantInfo
 from sensmerge.tasks.kinds.scores import Score
+from tests.pipeline.report.tunings import tuning
 
 
 def tick_names(axis):
@@ -218,3 +220,24 @@ def test_metrics_of_different_kinds_do_not_share_an_axis():
     left, right = score_bars(mixed).axes
     assert (left.get_ylabel(), tick_names(left.xaxis)) == ("accuracy", ["a", "c"])
     assert (right.get_ylabel(), tick_names(right.xaxis)) == ("perplexity", ["b"])
+
+
+def test_curves_of_a_tuning_go_through_all_that_was_tried_with_the_chosen_settings():
+    figure = tuning_curves(tuning(), "ta: what was tried")
+    weight, density = figure.axes
+    assert [axes.get_xlabel() for axes in figure.axes] == ["weight", "density"]
+    lines = {line.get_label(): line for line in weight.lines}
+    assert list(lines) == ["math", "code", "mean", "chosen"]
+    np.testing.assert_allclose(lines["mean"].get_xydata(), [[0.3, 0.78], [0.5, 0.98], [1.0, 0.48]])
+    np.testing.assert_allclose(lines["code"].get_xydata(), [[0.3, 0.3], [0.5, 0.5], [1.0, 1.0]])
+    assert list(lines["chosen"].get_xdata()) == [0.5, 0.5]
+    (band,) = weight.collections
+    np.testing.assert_allclose(band.get_paths()[0].get_extents().intervaly, [0.38, 1.08])
+    np.testing.assert_allclose({line.get_label(): line for line in density.lines}["mean"].get_xdata(), [0.2, 1.0])
+
+
+def test_a_chosen_setting_that_is_no_number_is_not_marked():
+    each = {"weight": 0.5, "density": {"math": 0.2, "code": 1.0}}
+    tried = tuning().tried
+    figure = tuning_curves(tuning(tried=[*tried, tried[0].model_copy(update={"values": each})], chosen=each), "t")
+    assert [[line.get_label() for line in axes.lines][-1] for axes in figure.axes] == ["chosen", "mean"]

@@ -2,11 +2,21 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 from rich.console import Console
 
-from sensmerge.pipeline.report.report import Report, StageRecord, merge_summary, score_table
+from sensmerge.pipeline.report.report import (
+    Report,
+    StageRecord,
+    merge_summary,
+    score_table,
+    tuning_lines,
+    tuning_table,
+)
 from sensmerge.tasks.kinds.scores import Score
+from tests.pipeline.report.tunings import tuning
 
 
 def report() -> Report:
@@ -65,3 +75,44 @@ def test_merge_summary_counts_what_was_merged_now() -> None:
         "13 of 20 tensors merged (1.3 kB), 7 taken over from earlier merges (700 bytes)"
     )
     assert merge_summary(report().model_copy(update={"stages": stages[2:]})) is None
+
+
+OF_THE_RECIPE = {"weight": 0.5, "density": 1.0}
+FAR = {"weight": 1.0, "density": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "ta: weight 0.5, density 0.2 is the best of 6 candidates"),
+        (
+            {"default": FAR},
+            "ta: weight 0.5, density 0.2 is the best of 6 candidates, better than the recipe's weight 1, density 1 by "
+            "0.580 (0.530 to 0.630, n = 80)",
+        ),
+        (
+            {"default": OF_THE_RECIPE, "chosen": OF_THE_RECIPE},
+            "ta: weight 0.5, density 1 is the recipe's and stays: weight 0.5, density 0.2, the best of 6, is not "
+            "surely better: by 0.080 (0.030 to 0.130, n = 80)",
+        ),
+        (
+            {"default": {"weight": 0.5, "density": 0.2}},
+            "ta: weight 0.5, density 0.2 is the recipe's, and the best of 6 candidates",
+        ),
+    ],
+)
+def test_lines_say_what_was_chosen_and_why(changes: dict[str, Any], line: str) -> None:
+    first, second = tuning_lines("ta", tuning(**changes))
+    assert first == line
+    assert second == "ta: weight 0.5 was the best and at the end of the grid, so 1 came into it too"
+
+
+def test_the_table_of_a_tuning_has_all_that_was_tried(tmp_path: Path) -> None:
+    console = Console(width=160, record=True, file=(tmp_path / "out").open("w"))
+    console.print(tuning_table("ta", tuning()))
+    lines = [line.split("│") for line in console.export_text().splitlines() if "│" in line]
+    assert len(lines) == 6
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert [line[1:3] for line in cells] == [[w, d] for w in ("0.3", "0.5", "1") for d in ("0.2", "1")]
+    assert [line[1:3] for line in cells if "chosen" in line] == [["0.5", "0.2"]]
+    assert cells[0][3:7] == ["0.780 (0.680–0.880)", "0.200 (0.150–0.250)", "0.870", "0.300"]

@@ -74,12 +74,16 @@ def test_which_merges_depend_on_the_weight(method: str, own: dict[str, Any], exp
 
 
 def test_combinations_are_those_of_all_candidates() -> None:
-    assert combinations({"weight": [0.1, 0.2], "density": [0.5, 1.0]}) == [
+    every = [
         {"weight": 0.1, "density": 0.5},
         {"weight": 0.1, "density": 1.0},
         {"weight": 0.2, "density": 0.5},
         {"weight": 0.2, "density": 1.0},
     ]
+    grid = {"weight": [0.1, 0.2], "density": [0.5, 1.0]}
+    other = {"weight": 1.0, "density": 0.5}
+    assert combinations(grid, None) == combinations(grid, every[1]) == every
+    assert combinations(grid, other) == [*every, other]
 
 
 @pytest.mark.parametrize(

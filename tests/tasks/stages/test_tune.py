@@ -1,5 +1,6 @@
 """What stage tune chooses, against merges that are written and scored, and where the right choice is known."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +249,42 @@ def test_nothing_is_generated_for_a_metric_that_needs_none(llama_recipe: Recipe,
         "code": ("exact_match", 2),
     }
     assert job.metrics == {"math": "token_accuracy", "code": "exact_match"}
+
+
+def test_rows_without_labels_are_scored_by_the_answers_of_their_own_experts(
+    twins: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = twin_recipe(tmp_path, twins, tune={"weight": [0.1, 0.25, 0.5, 0.75]})
+    for name in ("mood", "topic"):
+        rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        write_rows(tmp_path / f"{name}-open.jsonl", [{"text": row["text"]} for row in rows])
+        source = {"path": "json", "data_files": f"{name}-open.jsonl", "samples": 40, "seed": 0}
+        recipe["tasks"][name] |= {"tuning": source, "calibration": None}
+    # The rows have the labels that the experts give: scores are the same with and without them.
+    plan = plan_of(tmp_path, recipe)
+    assert (
+        "tasks.mood.tuning: its rows have no label, so what experts.mood answers counts as right" in plan.inputs.notes
+    )
+    found = tuned(plan)
+    for name in ("mood", "topic"):
+        recipe["tasks"][name]["tuning"]["data_files"] = f"{name}.jsonl"
+    labelled = tuned(plan_of(tmp_path, recipe))
+    assert found["chosen"] == {"weight": 0.5}
+    assert found["tried"] == labelled["tried"]
+    # No row is scored that was tuned on, whatever its label.
+    texts = [{row["text"] for row in getattr(plan.inputs.data["mood"], split)} for split in ("tuning", "evaluation")]
+    assert [len(one) for one in texts] == [40, 20]
+    assert not texts[0] & texts[1]
+
+
+def test_rows_of_which_some_have_no_label(twins: dict[str, Path], tmp_path: Path) -> None:
+    recipe = twin_recipe(tmp_path, twins, weight="auto")
+    write_rows(tmp_path / "open.jsonl", [{"text": "x", "label": 0}, {"text": "y", "label": None}])
+    recipe["tasks"]["mood"]["tuning"] = {"path": "json", "data_files": "open.jsonl"}
+    with pytest.raises(
+        InputError, match=r"tasks\.mood\.tuning: line 2 of .* has no label, line 1 of .* has one; give it"
+    ):
+        plan_of(tmp_path, recipe)
 
 
 def test_threads_change_nothing(twins: dict[str, Path], tmp_path: Path) -> None:
