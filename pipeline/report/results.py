@@ -93,12 +93,12 @@ def remarks(plan: Plan) -> list[str]:
 
 def uncalibrated(plan: Plan) -> list[str]:
     """Return a line for every calibrated variant that has tensors in its blocks which keep the merged values."""
-    kept = {name: _manifest(plan, "calibrate", name)["result"]["kept"] for name in plan.recipe.calibrated_variants()}
+    found = {name: _manifest(plan, "calibrate", name)["result"] for name in plan.recipe.calibrated_variants()}
     return [
-        f"merges.{name}.calibrate: {len(tensors)} tensors in blocks, such as {tensors[0]}, keep the merged values: "
-        "they are of no linear layer or norm that sees the same tokens in the merge as in the experts"
-        for name, tensors in kept.items()
-        if tensors
+        f"merges.{name}.calibrate: {one['kept']} tensors in blocks, such as {one['first_kept'][0]}, keep the merged "
+        "values: they are of no linear layer or norm that sees the same tokens in the merge as in the experts"
+        for name, one in found.items()
+        if one["kept"]
     ]
 
 

@@ -229,6 +229,8 @@ class Comparison:
             if [one.shape for one in seen] != [one.shape for one in others]:
                 self._apart.add(name)
                 continue
+            if not seen:  # its weight may be used without it
+                continue
             weights = [None if matter is None else _weights(one) for one in (matter or {}).get(name, seen)]
             if layer.is_norm:
                 self._add_norm(name, seen, weights)

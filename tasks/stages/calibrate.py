@@ -95,8 +95,8 @@ class CalibrateJob(Job):
         """Verify what was written, and put beside it what lies beside the merged model's weights.
 
         Returns:
-            What `about` says; `calibrated`: how many tensors were solved; `kept`: those in blocks that have the merged
-            values.
+            What `about` says; `calibrated`: how many tensors were solved; `kept`: how many weights in blocks have the
+            merged values; `first_kept`: the name of the first of them.
 
         Raises:
             OSError: a tensor on disk is not what was written; all is calibrated again when the step runs again.
@@ -114,7 +114,7 @@ class CalibrateJob(Job):
         weights = set(self.merge.base.weights)
         kept = [name for name, entry in tensors.items() if entry["how"] == "kept" and name in weights]
         calibrated = [name for name, entry in tensors.items() if entry["how"] == "solved"]
-        return about(plan, tensors) | {"calibrated": len(calibrated), "kept": kept}
+        return about(plan, tensors) | {"calibrated": len(calibrated), "kept": len(kept), "first_kept": kept[:1]}
 
     def _plan(self) -> CheckpointPlan:
         return plan_merged(self.merge.base, self.merge.out_dtype, self.merge.shard_size)
