@@ -6,7 +6,7 @@ from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of
 
 
 def methods_table() -> str:
-    """Return a Markdown table of all methods: what they do and need, their settings, and whether se goes with them."""
+    """Return a Markdown table of all methods: what they do and need, their settings, and where se can start from."""
     header = ["method", "what it does", "needs", "settings and defaults", "random", "application se"]
     cells = (_summary, _needs, _settings, _random, _se)
     rows = [[f"`{name}`", *(cell(method) for cell in cells)] for name, method in METHODS.items()]
@@ -35,4 +35,4 @@ def _random(method: type[Method]) -> str:
 
 
 def _se(method: type[Method]) -> str:
-    return "yes" if issubclass(method, Additive) else f"no: {method.no_se}"
+    return "from base or static merge" if issubclass(method, Additive) else "from static merge"
