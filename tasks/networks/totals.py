@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -144,7 +145,7 @@ class Totals:
         while self._of:
             name, total = self._of.popitem()  # what it held is gone before the next one is stored
             for key, tensor, about in self._parts(name, total.stored()):
-                if not bool(tensor.isfinite().all()):
+                if not _is_finite(tensor):
                     raise InputError(
                         f"{self._source.key}: {self._key} of tensor {key} is not finite; try dtype: float32"
                     )
@@ -165,3 +166,8 @@ class Totals:
         assert parts is not None, "what has no parts is refused"
         for tensor, view in parts.items():
             yield tensor, total if len(parts) == 1 else view.of(total), {tensor: {}}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor infinity, looked at in pieces: what says so is as large as they."""
+    return all(bool(piece.isfinite().all()) for piece in torch.split(tensor.reshape(-1), 2**20))
