@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sensmerge.tasks.artifacts import sync
 from sensmerge.tasks.checkpoints.weights import View
@@ -44,6 +45,20 @@ class LinearWeight:
                 if tensor not in found and fits and same and not odd and 0 <= first <= outputs - rows:
                     found[tensor] = dim
         return found
+
+
+def linear_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Linear | Conv1D, LinearWeight]]:
+    """Yield the linear layers of a network or a part of it, and their matrices.
+
+    Args:
+        module: the network or the part; it may be on the meta device.
+        prefix: its name in the network with a dot behind, empty for the network itself.
+    """
+    names = {id(parameter): prefix + name for name, parameter in module.named_parameters()}
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            weight: Any = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+            yield layer, LinearWeight(names[id(layer.weight)], View(tuple(weight.shape), weight.stride(), 0))
 
 
 class SharedInputs:
