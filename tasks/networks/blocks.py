@@ -7,7 +7,6 @@ else blocks are given come from that code, and blocks do exactly what they do in
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +17,13 @@ from transformers import PreTrainedModel
 
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.calls import Call, Calls, Learned, Slot, run_block
 from sensmerge.tasks.networks.networks import trunk_of
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.watching import Statistics, Sums, Watch, added
 
 Batch = Mapping[str, Tensor]
 """Inputs of a network for one sample, as `calibration_batch` gives them, or for B of one length."""
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is given beside the hidden states: positional arguments and those with names."""
-Calls = Sequence[Call]
-"""All calls of one block, which is called again with what it gives where a network has one block for all layers."""
-Learned = Sequence[Tensor]
-"""What blocks are given that depends on weights outside them (embeddings of relative positions, say), detached."""
 
 
 class Entry(NamedTuple):
@@ -40,13 +34,6 @@ class Entry(NamedTuple):
     calls: list[Calls]
     """of each block, with a `Slot` in the place of what is learned"""
     learned: Learned
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of one of the tensors that are learned."""
-
-    index: int
 
 
 TrunkOutput = dict[str, Tensor]
@@ -90,13 +77,16 @@ def _size(blocks: Mapping[str, nn.Module]) -> int:
 class Part:
     """Some consecutive blocks with their weights."""
 
-    def __init__(self, source: Source, blocks: Mapping[str, nn.Module], statistics: Statistics) -> None:
+    def __init__(
+        self, source: Source, blocks: Mapping[str, nn.Module], statistics: Statistics, copied: bool = True
+    ) -> None:
         """Load blocks.
 
         Args:
             source: where the weights are.
             blocks: hollow blocks by name, in order; they are left hollow.
             statistics: what is added up over samples.
+            copied: see `Source.load`.
 
         Raises:
             InputError: parameters are left without weights.
@@ -106,7 +96,7 @@ class Part:
         self._watches: dict[str, Watch] = {}
         for name, hollow in blocks.items():
             block = copy.deepcopy(hollow)
-            source.load(block, f"{name}.")
+            source.load(block, f"{name}.", copied=copied)
             self._watches[name] = Watch(statistics, source, block, f"{name}.")
             self._blocks.append(block)
 
@@ -162,13 +152,8 @@ class Part:
             watch.write(folder, name)
 
     def _run(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> Tensor:
-        def given(leaf: Any) -> Any:
-            return learned[leaf.index] if isinstance(leaf, Slot) else leaf
-
-        for block, several in zip(self._blocks, tree_map(given, to_device(calls, self._device)), strict=True):
-            for args, kwargs in several:
-                output = block(hidden, *args, **kwargs)
-                hidden = output if isinstance(output, Tensor) else output[0]
+        for block, several in zip(self._blocks, to_device(calls, self._device), strict=True):
+            hidden = run_block(block, hidden, several, learned)
         return hidden
 
 
@@ -176,7 +161,12 @@ class Shell:
     """The network without its blocks: embedding, final norm, head."""
 
     def __init__(
-        self, source: Source, network: PreTrainedModel, blocks: Mapping[str, nn.Module], statistics: Statistics
+        self,
+        source: Source,
+        network: PreTrainedModel,
+        blocks: Mapping[str, nn.Module],
+        statistics: Statistics,
+        copied: bool = True,
     ) -> None:
         """Load all that is outside the blocks.
 
@@ -185,6 +175,7 @@ class Shell:
             network: hollow; it becomes the shell.
             blocks: all its blocks by name.
             statistics: what is added up over samples.
+            copied: see `Source.load`.
 
         Raises:
             InputError: parameters are left without weights.
@@ -196,7 +187,7 @@ class Shell:
         self._visits = 0
         for index, (name, block) in enumerate(blocks.items()):
             network.set_submodule(name, _Proxy(self, index, block))
-        source.load(network, "")
+        source.load(network, "", copied=copied)
         network.tie_weights()
         self._blocks = len(blocks)
         self._watch = Watch(statistics, source, network)
@@ -282,6 +273,13 @@ class Shell:
         (gradient,) = torch.autograd.grad(output.loss, leaf)
         return float(output.loss.detach()), gradient, self._watch.take()
 
+    def end(self, batch: Batch, hidden: Tensor) -> tuple[float | None, Sums]:
+        """Do what `loss` does where there is no way back: the loss is None for a sample without labels."""
+        hidden = hidden.to(self._source.device)
+        with torch.no_grad(), self._watch.inputs():
+            output = self._forward(self.network, batch, self._replay(lambda _: hidden))
+        return loss_of(output), self._watch.take()
+
     def backward(self, batch: Batch, hidden: Tensor, gradient: Tensor, gradients: Learned) -> Sums:
         """Run the shell and then backward, and return what the sample adds to statistics by layer.
 
@@ -332,6 +330,11 @@ class Shell:
         """Stand in for a block: called by its proxy."""
         assert self._answer is not None
         return self._answer(self._visit(index, hidden, call))
+
+
+def loss_of(output: Any) -> float | None:
+    """Return the loss in the output of a network; None for a sample without labels."""
+    return None if output.loss is None else float(output.loss.detach())
 
 
 def trunk_output(output: Any) -> TrunkOutput:

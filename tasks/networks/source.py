@@ -102,13 +102,15 @@ class Source:
     def _skeleton(self) -> PreTrainedModel:
         return skeleton(self.expert.base.config, None, self.base)
 
-    def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None) -> None:
-        """Give a module its weights, copied, in their dtype and on their device.
+    def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None, copied: bool = True) -> None:
+        """Give a module its weights in their dtype and on their device.
 
         Args:
             module: hollow; parameters that are tied get one tensor.
             prefix: its name in the network with a dot behind, empty for the network itself.
             names: by `id`, the names in the network of parameters that are tied to others outside the module.
+            copied: whether all are copied; else those stay in the files, mapped into memory, that need not be: read
+                when they are used, and no memory of this process.
 
         Raises:
             InputError: a parameter is left without a value of its shape.
@@ -119,7 +121,7 @@ class Source:
         for name, hollow in module.state_dict(keep_vars=True).items():
             tensor = read.get(id(hollow))  # of a parameter that is tied to this one
             if tensor is None:
-                tensor = self._read((names or {}).get(id(hollow), prefix + name))
+                tensor = self._read((names or {}).get(id(hollow), prefix + name), copied)
                 if tensor is None or tensor.shape != hollow.shape:
                     if isinstance(hollow, nn.Parameter):
                         lacking.append(prefix + name)
@@ -147,16 +149,16 @@ class Source:
     def _head(self) -> Mapping[str, Tensor]:
         return self.expert.head_tensors()
 
-    def _read(self, name: str) -> Tensor | None:
+    def _read(self, name: str, copied: bool) -> Tensor | None:
         """Return the value of a parameter or buffer of the network; None where no file has it."""
         if name in self._head:
-            return self._placed(self._head[name])
+            return self._placed(self._head[name], copied)
         names = self.expert.base.names
         key = names.parameter(name)
-        found = {one: self._placed(self.expert.read(one)) for one in self._tensors.get(key, ())}
+        found = {one: self._placed(self.expert.read(one), copied) for one in self._tensors.get(key, ())}
         if any(names.is_converted(one) for one in found):
             return names.convert(found, key)
         return next(iter(found.values()), None)
 
-    def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    def _placed(self, tensor: Tensor, copied: bool) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=copied)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sensmerge.tasks.artifacts import sync
 from sensmerge.tasks.checkpoints.weights import View
@@ -43,6 +45,20 @@ class LinearWeight:
                 if tensor not in found and fits and same and not odd and 0 <= first <= outputs - rows:
                     found[tensor] = dim
         return found
+
+
+def linear_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Linear | Conv1D, LinearWeight]]:
+    """Yield the linear layers of a network or a part of it, and their matrices.
+
+    Args:
+        module: the network or the part; it may be on the meta device.
+        prefix: its name in the network with a dot behind, empty for the network itself.
+    """
+    names = {id(parameter): prefix + name for name, parameter in module.named_parameters()}
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            weight: Any = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+            yield layer, LinearWeight(names[id(layer.weight)], View(tuple(weight.shape), weight.stride(), 0))
 
 
 class SharedInputs:
@@ -144,7 +160,7 @@ class Totals:
         while self._of:
             name, total = self._of.popitem()  # what it held is gone before the next one is stored
             for key, tensor, about in self._parts(name, total.stored()):
-                if not bool(tensor.isfinite().all()):
+                if not _is_finite(tensor):
                     raise InputError(
                         f"{self._source.key}: {self._key} of tensor {key} is not finite; try dtype: float32"
                     )
@@ -165,3 +181,8 @@ class Totals:
         assert parts is not None, "what has no parts is refused"
         for tensor, view in parts.items():
             yield tensor, total if len(parts) == 1 else view.of(total), {tensor: {}}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor infinity, looked at in pieces: what says so is as large as they."""
+    return all(bool(piece.isfinite().all()) for piece in torch.split(tensor.reshape(-1), 2**20))

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sensmerge.tasks.checkpoints.weights import View
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.totals import LinearWeight, SharedInputs, Totals
+from sensmerge.tasks.networks.totals import LinearWeight, SharedInputs, Totals, linear_weights
 from sensmerge.tasks.statistics.statistic import Statistic
 
 Statistics = Mapping[str, Statistic]
@@ -57,9 +56,8 @@ class Watch:
             for parameter in module.parameters():
                 self._watch_gradient(parameter, names[id(parameter)], chosen["gradients"])
         if chosen["inputs"]:
-            for child in module.modules():
-                if isinstance(child, nn.Linear | Conv1D):
-                    self._watch_inputs(child, names[id(child.weight)], chosen["inputs"])
+            for layer, weight in linear_weights(module, prefix):
+                self._watch_inputs(layer, weight, chosen["inputs"])
 
     def _watch_gradient(self, parameter: nn.Parameter, name: str, statistics: Statistics) -> None:
         layer = self._source.layer(name)
@@ -87,14 +85,12 @@ class Watch:
             )
         return partial(self._totals[key].add_gradient, name)
 
-    def _watch_inputs(self, linear: nn.Linear | Conv1D, name: str, statistics: Statistics) -> None:
-        layer, weight = self._source.layer(name), linear.weight
+    def _watch_inputs(self, linear: nn.Linear | Conv1D, matrix: LinearWeight, statistics: Statistics) -> None:
+        name, weight = matrix.name, linear.weight
+        layer = self._source.layer(name)
         if layer is None:
             return
-        view = View(tuple(weight.shape), weight.stride(), 0)
-        if isinstance(linear, Conv1D):
-            view = View(view.shape[::-1], view.stride[::-1], 0)
-        dims = LinearWeight(name, view).input_dims(self._source.parts(name))
+        dims = matrix.input_dims(self._source.parts(name))
         by_layer = {key: one for key, one in statistics.items() if one.by == "layer"}
         adders = [self._number_adder(weight, layer, key, one) for key, one in by_layer.items()]
         totals = {key: self._totals[key] for key in statistics if key not in by_layer} if dims else {}
