@@ -48,12 +48,19 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
         f"---\n{data.to_yaml()}\n---\n# {report.recipe}: {name}\n",
         f"A merge of {', '.join(plan.recipe.experts)} on their common base, made by sensmerge without training.\n",
         f"## Merge\n\n{settings}\n",
+        "".join(f"{note}\n" for note in _notes(report, name)),
         _route_text(route, variant.params) if route is not None else "",
         f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
         _heads_text(heads) if heads and route is None else "",
         f"## Recipe\n\n```yaml\n{recipe_text}```\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _notes(report: Report, name: str) -> list[str]:
+    """Return what the method said of tensors."""
+    prefix = f"merges.{name}: "
+    return [note.removeprefix(prefix) for note in report.notes if note.startswith(prefix)]
 
 
 def _model_id(plan: Plan, name: str) -> str:
