@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.contract import METHODS, Method, TaskVector
 from sensmerge.tasks.methods.remarks import remark
 
@@ -62,6 +63,9 @@ class RegMean(Method):
 
         δᵀ = (Σ wₖĜₖ)⁻¹ Σ wₖĜₖδₖᵀ, where Ĝₖ is the mean of x xᵀ over the tokens of expert k, with its off-diagonal
         multiplied by `factor`.
+
+        Raises:
+            InputError: Ĝ is not what it should be, positive semi-definite.
         """
         import torch
 
@@ -91,6 +95,11 @@ class RegMean(Method):
                 "that, or take more calibration samples"
             )
             return self._fit(base, vectors, NEARLY_ONE)
+        if not equations.is_definite:
+            raise InputError(
+                f"method {self.name} cannot solve for a tensor: its Gram matrices are not positive definite with their "
+                f"off-diagonal multiplied by {factor:g}; set a smaller reduce"
+            )
         change = equations.solve(right)
         if bool(equations.empty.any()):
             remark("some inputs are 0 in all calibration samples; the mean of the experts was taken there")
