@@ -10,9 +10,9 @@ import torch
 
 from sensmerge.tasks.checkpoints.layers import in_block, layer_of
 from sensmerge.tasks.networks.base import Base
+from sensmerge.tasks.networks.linear import linear_weights, loose_weights
 from sensmerge.tasks.networks.networks import skeleton
 from sensmerge.tasks.networks.placement import shares
-from sensmerge.tasks.networks.totals import linear_weights
 from sensmerge.tasks.networks.watching import Statistics, needs_gradients
 from sensmerge.tasks.stages.cross_task import CHUNK_TOKENS
 from sensmerge.tasks.statistics.statistic import Statistic
@@ -26,8 +26,8 @@ class Memory:
 
     The activations of a sample of t tokens are what goes into and comes out of each matrix, t · (rows + columns), and
     three times its logits in float32, 3 · 4 · t · vocabulary. Statistics by tensor hold the totals of what is in memory
-    (`Statistic.held_bytes`): gram 4 · in · (in + 1) bytes for each linear layer, as if none had the same inputs as
-    another; fisher 4 bytes for each element.
+    (`Statistic.held_bytes`): gram 4 · in · (in + 1) bytes for each linear layer, of each expert of a mixture too, as if
+    none had the same inputs as another; fisher 4 bytes for each element.
     """
 
     base: Base
@@ -122,17 +122,23 @@ def totals_of(
     found: dict[str | None, int] = {}
     by_tensor = [one for one in statistics.values() if one.by == "tensor"]
     shapes = {name: base.info(name).shape for name in base.weights}
-    linear: dict[str, tuple[int, ...]] = {}
-    if any(one.hook == "inputs" for one in by_tensor):
-        matrices = {one.name: one.view.shape for _, one in linear_weights(skeleton(base.config, None, base.folder))}
-        keys = {base.names.parameter(name): shape for name, shape in matrices.items()}
-        first = {base.names.parameter(name): name for name in reversed(base.weights)}
-        linear = {first[key]: shape for key, shape in keys.items() if key in first}
+    seen = _linear_shapes(base) if any(one.hook == "inputs" for one in by_tensor) else {}
     for one in by_tensor:
-        for name, shape in (shapes if one.hook == "gradients" else linear).items():
+        for name, shape in (shapes if one.hook == "gradients" else seen).items():
             block = layer_of(name) if in_block(name) else None
-            found[block] = found.get(block, 0) + size(one, shape)
+            count = shape[0] if one.hook == "inputs" and len(shape) == 3 else 1
+            found[block] = found.get(block, 0) + count * size(one, shape)
     return found
+
+
+def _linear_shapes(base: Base) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of matrices that inputs are seen of, (out, in), or stacks of them, each by a tensor of it."""
+    network = skeleton(base.config, None, base.folder)
+    shapes = {one.name: one.view.shape for _, one in linear_weights(network)}
+    shapes |= {name: tuple(one.shape) for name, one in loose_weights(network)}
+    keys = {base.names.parameter(name): shape for name, shape in shapes.items()}
+    first = {base.names.parameter(name): name for name in reversed(base.weights)}
+    return {first[key]: shape for key, shape in keys.items() if key in first}
 
 
 def machine_memory() -> int:

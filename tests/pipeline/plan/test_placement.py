@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from rich.filesize import decimal
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from sensmerge.pipeline.plan import placement, steps
 from sensmerge.pipeline.plan.memory import Memory, totals_of
@@ -29,9 +29,10 @@ from sensmerge.tasks.rows.tables import load_rows
 from sensmerge.tasks.statistics.fisher import Fisher
 from sensmerge.tasks.statistics.gram import Gram
 from sensmerge.tasks.statistics.sensitivity import Sensitivity
-from tests.conftest import command_line, make_gpt2, measure_sensitivity, plan_of, write_recipe
+from tests.conftest import command_line, llama_config, make_gpt2, measure_sensitivity, plan_of, write_recipe
 
 Recipe = dict[str, Any]
+Save = Callable[..., Path]
 PLACES = ("whole", "streamed", "{actors: 2}")
 GIB = 2**30
 SENSITIVITY: Statistics = {"sensitivity": Sensitivity()}
@@ -121,10 +122,17 @@ def test_what_totals_of_70_billion_parameters_take(large: Base) -> None:
     assert alone.streamed() == forward.streamed() - 2 * block + 7 * small + wide  # one block and not two
 
 
-def test_a_transposed_weight_has_its_inputs_first(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_transposed_weight_has_its_inputs_first(save: Save, tmp_path: Path) -> None:
     base = open_base(save(make_gpt2(), "base", tmp_path))
     found = totals_of(base, GRAM, lambda _, shape: shape[-1])
     assert found == {"transformer.h.0": 3 * 32 + 128, "transformer.h.1": 3 * 32 + 128, None: 32}
+
+
+def test_every_expert_of_a_mixture_counts(save: Save, tmp_path: Path) -> None:
+    settings = llama_config(num_hidden_layers=1).to_dict() | {"num_local_experts": 3, "model_type": "mixtral"}
+    base = open_base(save(MixtralForCausalLM(MixtralConfig(**settings)), "base", tmp_path))
+    found = totals_of(base, GRAM, lambda _, shape: shape[-1])
+    assert found == {"model.layers.0": 4 * 32 + 32 + 3 * (32 + 48), None: 32}  # attention, router, experts; head
 
 
 def test_totals_are_planned_for(llama_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
