@@ -79,7 +79,9 @@ class RegMean(Method):
             if gram is None:
                 continue
             seen, is_transposed = seen + 1, vector.input_dim("gram") == 1
-            gram = reduced(gram, factor).mul_(vector.weight / vector.tokens("gram"))
+            # Fewer tokens than samples come to an expert of a mixture that a task hardly uses, which then says little.
+            count = max(vector.tokens("gram"), vector.samples("gram"))
+            gram = reduced(gram, factor).mul_(vector.weight / count)
             added = product(gram, matrix_of(vector, base, is_transposed))
             left, right = (gram, added) if left is None or right is None else (left.add_(gram), right.add_(added))
         if left is None or right is None:

@@ -6,7 +6,7 @@ from torch import Tensor
 SINGULAR = torch.finfo(torch.float32).eps
 """Reciprocal condition of a matrix that float32, in which Gram matrices are kept, cannot tell from a singular one."""
 NEARLY_ONE = 0.99
-"""Off-diagonal factor in place of a larger one where a matrix is singular; the least eigenvalue is then above rounding."""
+"""Off-diagonal factor in place of a larger one where a matrix is singular: it leaves eigenvalues far above rounding."""
 
 
 def reduced(gram: Tensor, factor: float) -> Tensor:

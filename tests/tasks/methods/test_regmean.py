@@ -140,6 +140,16 @@ def test_number_of_tokens_does_not_count(make: Make) -> None:
     torch.testing.assert_close(regmean(BASE, make(DELTAS, [INPUTS[0].repeat(5, 1), *INPUTS[1:]])), once)
 
 
+def test_experts_that_hardly_use_a_layer_say_little(make: Make, tmp_path: Path) -> None:
+    """A mixture routes 3 tokens of 12 samples to it, of another expert 60."""
+    vectors = make(DELTAS[:2], INPUTS[:2])
+    rows = [INPUTS[0][:3], INPUTS[1].repeat(3, 1)[:60]]
+    for k, few in enumerate(rows):
+        write_totals(tmp_path / f"{k}", "gram", {"tensor": few.T @ few}, len(few), samples=12)
+    expected = naive([BASE + delta for delta in DELTAS[:2]], rows, 0.9, [3 / 12, 1])
+    torch.testing.assert_close(regmean(BASE, vectors).double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_mean_weight_scales_and_the_rest_weighs_errors(make: Make) -> None:
     weights = [0.2, 0.4, 0.9]
     merged = regmean(BASE, make(DELTAS, INPUTS, weights))
