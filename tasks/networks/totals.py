@@ -4,7 +4,6 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import sync
-from sensmerge.tasks.checkpoints.weights import View
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.statistics.statistic import TENSORS, Statistic, Total
-
-
-@dataclass(frozen=True)
-class LinearWeight:
-    """The matrix of a linear layer."""
-
-    name: str
-    """of the parameter in the network"""
-    view: View
-    """where it is in the parameter, (out, in)"""
-
-    def input_dims(self, parts: Mapping[str, View] | None) -> dict[str, int]:
-        """Return the tensors that are some of its rows, and the dimension of each that inputs run along.
-
-        Args:
-            parts: of the parameter, by tensor of the checkpoint (`Source.parts`); None if they are no parts of it.
-        """
-        (outputs, inputs), (step, stride) = self.view.shape, self.view.stride
-        found = {}
-        for tensor, part in (parts or {}).items():
-            first, odd = divmod(part.offset - self.view.offset, step)
-            for dim in (1, 0) if len(part.shape) == 2 else ():
-                rows, fits = part.shape[1 - dim], part.shape[dim] == inputs
-                same = part.stride[dim] == stride and part.stride[1 - dim] == step
-                if tensor not in found and fits and same and not odd and 0 <= first <= outputs - rows:
-                    found[tensor] = dim
-        return found
 
 
 class SharedInputs:

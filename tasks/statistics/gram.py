@@ -26,7 +26,8 @@ class Gram(Statistic):
     """Σ x xᵀ of the inputs of each linear layer, float32, (in, in).
 
     Samples are run one by one, so that no token is padding and every token counts. Layers with the same inputs (query,
-    key and value, say) share a matrix.
+    key and value, say) share a matrix. An expert of a mixture counts the tokens that are routed to it: `read_tokens`
+    says how many, and one that had none has no matrix.
     """
 
     hook = "inputs"

@@ -140,6 +140,16 @@ def test_number_of_tokens_does_not_count(make: Make) -> None:
     torch.testing.assert_close(regmean(BASE, make(DELTAS, [INPUTS[0].repeat(5, 1), *INPUTS[1:]])), once)
 
 
+def test_experts_that_hardly_use_a_layer_say_little(make: Make, tmp_path: Path) -> None:
+    """A mixture routes 3 tokens of 12 samples to it, of another expert 60."""
+    vectors = make(DELTAS[:2], INPUTS[:2])
+    rows = [INPUTS[0][:3], INPUTS[1].repeat(3, 1)[:60]]
+    for k, few in enumerate(rows):
+        write_totals(tmp_path / f"{k}", "gram", {"tensor": few.T @ few}, len(few), samples=12)
+    expected = naive([BASE + delta for delta in DELTAS[:2]], rows, 0.9, [3 / 12, 1])
+    torch.testing.assert_close(regmean(BASE, vectors).double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_mean_weight_scales_and_the_rest_weighs_errors(make: Make) -> None:
     weights = [0.2, 0.4, 0.9]
     merged = regmean(BASE, make(DELTAS, INPUTS, weights))
@@ -216,15 +226,23 @@ def test_singular_matrices_are_regularised_and_said_to_be(tokens: int, make: Mak
     few = [rows[:tokens] for rows in INPUTS]
     with remarks() as said:
         merged = regmean(BASE, make(DELTAS, few), reduce=1.0)
-    expected = naive([BASE + delta for delta in DELTAS], few, 0.999, [1, 1, 1])
+    expected = naive([BASE + delta for delta in DELTAS], few, 0.99, [1, 1, 1])
     torch.testing.assert_close(merged.double(), expected, rtol=1e-3, atol=1e-3)
     assert said == [
-        "Gram matrices are singular, so their off-diagonal was multiplied by 0.999; set reduce below that, or take "
+        "Gram matrices are singular, so their off-diagonal was multiplied by 0.99; set reduce below that, or take "
         "more calibration samples"
     ]
     with remarks() as said:
         regmean(BASE, make(DELTAS, few), reduce=0.9)
     assert said == []
+
+
+def test_what_is_no_gram_matrix_is_refused(make: Make, tmp_path: Path) -> None:
+    vectors = make(DELTAS, INPUTS)
+    for k in range(3):
+        write_totals(tmp_path / f"{k}", "gram", {"tensor": torch.eye(IN) - 5.0 * torch.eye(IN).roll(1, 0)})
+    with pytest.raises(InputError, match=r"not positive definite with their off-diagonal multiplied by 0\.9; set"):
+        regmean(BASE, vectors)
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e6, 1e9])
