@@ -27,9 +27,11 @@ from sensmerge.tasks.stages.variant import VariantJob
 
 _MERGE = "merge"
 """The one vector that is added to the base."""
+_Vectors = dict[str, dict[str, Vector]]
+"""by tensor, and `_MERGE`"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidates:
     """A variant, the rows of all tasks, and how the networks run that answer them."""
 
@@ -41,6 +43,8 @@ class Candidates:
     """torch device"""
     heads: Path
     """folder with the heads of experts that have their own, as `VariantJob.write_heads` writes them"""
+    _merged: tuple[VariantSettings, _Vectors] | None = None
+    """what was merged last: further weights often come of the same merge"""
 
     def records(self, candidates: Sequence[Values]) -> list[dict[str, list[Record]]]:
         """Return the records of each candidate, by task.
@@ -75,11 +79,17 @@ class Candidates:
             known[number] = factor
         yield from merges
 
-    def _vectors(self, settings: VariantSettings) -> dict[str, dict[str, Vector]]:
-        """Return what a merge adds to each tensor of the base that it changes."""
+    def _vectors(self, settings: VariantSettings) -> _Vectors:
+        """Return what a merge adds to each tensor of the base that it changes; the last one is kept."""
+        if self._merged is None or self._merged[0] != settings:
+            self._merged = None  # its memory is needed
+            self._merged = settings, self._merge(settings)
+        return self._merged[1]
+
+    def _merge(self, settings: VariantSettings) -> _Vectors:
         job, dtype = self.variant.having(settings), getattr(torch, self.dtype)
         weights = job.weights()
-        found: dict[str, dict[str, Vector]] = {}
+        found: _Vectors = {}
         with _one_thread():
             for name in job.base.weights:
                 own = weights.get(layer_of(name), {})
