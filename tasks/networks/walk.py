@@ -228,17 +228,16 @@ class Walk:
         # In the tasks' order, so that sums do not depend on which of them is done first.
         for fit in self._each(lambda one: one.measure(place, merged, folders, self.settings.alpha)):
             total += fit
-        layers = self.travellers[0].layers(place)
-        anchors = {name: self._anchor(layer, merged) for name, layer in layers.items()}
+        layers, source = self.travellers[0].layers(place), self.travellers[0].student(merged)
+        anchors = {name: self._anchor(layer, source) for name, layer in layers.items()}
         found: dict[str, Tensor] = {}
         for name, (weight, *bias) in total.solve(anchors, self.settings.ridge).items():
             values = [weight.T if layers[name].is_transposed else weight, *bias]
             found |= dict(zip(layers[name].names(), values, strict=True))
         return found
 
-    def _anchor(self, layer: LayerTensors, merged: Path) -> tuple[Tensor, Tensor | None]:
+    def _anchor(self, layer: LayerTensors, source: MergedSource) -> tuple[Tensor, Tensor | None]:
         """Return what the parameters of a layer are held to: base + ρ · (merged − base)."""
-        source = self.travellers[0].student(merged)
         weight, bias = layer.read(source.checkpoint, source.device)
         base, base_bias = layer.read(source.expert.base, source.device)
         rho = self.settings.rho
