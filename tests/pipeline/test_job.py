@@ -104,7 +104,7 @@ def test_run_and_refresh_as_submitted_jobs(
     assert normalised["base"] < 0.5
     for expert in ("math", "words", "cipher"):
         assert found["scores"][expert][expert]["token_accuracy"]["value"] > 0.9
-        for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties", "ta-se"):
+        for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties", "regmean", "ta-se"):
             assert normalised[variant] > normalised[expert] + 0.1
 
     said, refreshed = submitted(checkout, "refresh", "--set", "merges.ta.weight=0.45")
