@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOKENS = 512
 """Inputs that are multiplied at a time: enough for a product to be fast, few enough to take little memory."""
-PANEL = 512
+PANEL = 256
 """Columns of the symmetric matrix that are worked on at a time: what lies below their diagonal block is left out."""
 
 
