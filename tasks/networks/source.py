@@ -76,8 +76,13 @@ class Source:
         return layer_of(self._tensors[key][0])
 
     def tensors(self, parameter: str) -> Sequence[str]:
-        """Return the tensors of the base's checkpoint that a parameter holds, for which `layer` has a layer."""
-        return self._tensors[self.expert.base.names.parameter(parameter)]
+        """Return the tensors of the base's checkpoint that a parameter or buffer holds; none if no file has it."""
+        return self._tensors.get(self.expert.base.names.parameter(parameter), ())
+
+    def is_one_tensor(self, parameter: str) -> bool:
+        """Return whether a parameter is a tensor of the checkpoint as it is."""
+        several = self.tensors(parameter)
+        return len(several) == 1 and not self.expert.base.names.is_converted(several[0])
 
     def parts(self, parameter: str) -> Mapping[str, View] | None:
         """Return the tensors of the base's checkpoint that a parameter holds, as views of it.
@@ -86,10 +91,9 @@ class Source:
             None where they are no parts of it: one tensor is split into several parameters, say.
         """
         names, tensors = self.expert.base.names, self.tensors(parameter)
-        if not any(names.is_converted(one) for one in tensors):
-            (tensor,) = tensors
-            shape = self.expert.base.info(tensor).shape
-            return {tensor: View(shape, torch.empty(shape, device="meta").stride(), 0)}
+        if self.is_one_tensor(parameter):
+            shape = self.expert.base.info(tensors[0]).shape
+            return {tensors[0]: View(shape, torch.empty(shape, device="meta").stride(), 0)}
         if any(len(names.all_parameters(one)) > 1 for one in tensors):
             return None
         by_key = {names.key(one): one for one in tensors}
