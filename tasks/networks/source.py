@@ -86,10 +86,9 @@ class Source:
             None where they are no parts of it: one tensor is split into several parameters, say.
         """
         names, tensors = self.expert.base.names, self.tensors(parameter)
-        if not any(names.is_converted(one) for one in tensors):
-            (tensor,) = tensors
-            shape = self.expert.base.info(tensor).shape
-            return {tensor: View(shape, torch.empty(shape, device="meta").stride(), 0)}
+        if self.is_one_tensor(parameter):
+            shape = self.expert.base.info(tensors[0]).shape
+            return {tensors[0]: View(shape, torch.empty(shape, device="meta").stride(), 0)}
         if any(len(names.all_parameters(one)) > 1 for one in tensors):
             return None
         by_key = {names.key(one): one for one in tensors}

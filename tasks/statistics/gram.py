@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TOKENS = 512
 """Inputs that are multiplied at a time: enough for a product to be fast, few enough to take little memory."""
-PANEL = 512
+PANEL = 256
 """Columns of the symmetric matrix that are worked on at a time: what lies below their diagonal block is left out."""
 
 
@@ -45,10 +45,11 @@ class Gram(Statistic):
     @classmethod
     def restored(cls, stored: Tensor) -> Tensor:
         """See `Statistic`: of (tokens, in) inputs x their Σ x xᵀ, of a packed matrix the whole one."""
-        if stored.ndim == 1:
-            return unpacked(stored)
-        inputs = stored.float()
-        return inputs.T @ inputs
+        if stored.ndim == 2:
+            panels: list[Tensor] = []
+            add_outer(panels, stored)
+            stored = packed(panels)
+        return unpacked(stored)
 
     def held_bytes(self, shape: Sequence[int]) -> int:
         """See `Statistic`: half of a float32 matrix, and as much of inputs, or those of `TOKENS` tokens."""
@@ -100,12 +101,8 @@ class GramTotal(Total):
         return packed(self._panels)
 
     def _multiply(self, inputs: Tensor) -> None:
-        """Add all inputs to the matrix."""
-        import torch
-
-        with _exact_products(inputs.dtype):
-            for some in torch.split(inputs[: self._count], TOKENS):
-                add_outer(self._panels, some.float())
+        """Add the inputs that wait to the matrix."""
+        add_outer(self._panels, inputs[: self._count])
         self._count = 0
 
 
@@ -120,15 +117,20 @@ def add_outer(panels: list[Tensor], inputs: Tensor) -> None:
     Args:
         panels: its rows, `PANEL` at a time, each from its first diagonal element on, (rows, rest), float32; made if
             there are none.
-        inputs: (tokens, in), float32.
+        inputs: x, (tokens, in), in any float dtype; `TOKENS` are multiplied at a time.
     """
+    import torch
+
     width = inputs.shape[1]
     if not panels:
-        starts = range(0, width, PANEL)
-        panels += [inputs.new_zeros(min(PANEL, width - start), width - start) for start in starts]
-    for number, panel in enumerate(panels):
-        start = number * PANEL
-        panel.addmm_(inputs[:, start : start + PANEL].T, inputs[:, start:])
+        shapes = [(min(PANEL, width - start), width - start) for start in range(0, width, PANEL)]
+        panels += [torch.zeros(shape, dtype=torch.float32, device=inputs.device) for shape in shapes]
+    with _exact_products(inputs.dtype):
+        for some in torch.split(inputs, TOKENS):
+            rows = some.float()
+            for number, panel in enumerate(panels):
+                start = number * PANEL
+                panel.addmm_(rows[:, start : start + PANEL].T, rows[:, start:])
 
 
 def packed(panels: Sequence[Tensor]) -> Tensor:

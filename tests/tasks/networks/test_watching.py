@@ -15,6 +15,8 @@ from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.sharded import _Lane
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.watching import Watch
+from sensmerge.tasks.statistics.fisher import Fisher
+from sensmerge.tasks.statistics.gram import Gram
 from sensmerge.tasks.statistics.sensitivity import Sensitivity
 from sensmerge.tasks.statistics.statistic import Statistic, index
 from tests.conftest import make_gpt2, make_llama, perturbed
@@ -62,7 +64,14 @@ class Activity(Statistic):
         return seen.double().abs().sum()
 
 
-ALL = {"outer": Outer(), "squares": Squares(), "activity": Activity(), "sensitivity": Sensitivity()}
+ALL = {
+    "outer": Outer(),
+    "squares": Squares(),
+    "activity": Activity(),
+    "sensitivity": Sensitivity(),
+    "gram": Gram(),
+    "fisher": Fisher(),
+}
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -89,7 +98,7 @@ def measured(source: Source, placement: Placement, folder: Path) -> dict[str, di
     folder.mkdir()
     with open_runner(source, placement, folder, ALL) as runner:
         samples = dict(runner.run(SAMPLES, lambda *_: None))
-    found = {name: totals(folder, name) for name in ("outer", "squares")}
+    found = {name: totals(folder, name) for name in ("outer", "squares", "gram", "fisher")}
     for name in ("activity", "sensitivity"):
         sums = [samples[number].sums[name] for number in range(len(SAMPLES))]
         found[name] = {layer: torch.tensor(sum(one[layer] for one in sums), dtype=torch.float64) for layer in sums[0]}
@@ -135,9 +144,9 @@ def test_a_set_of_statistics_in_one_pass(source: Source, tmp_path: Path) -> None
             (ours,) = [one for key, one in found[name].items() if parameter.endswith(key)]
             torch.testing.assert_close(ours, tensor, rtol=1e-9, atol=1e-12)
     streamed = measured(source, "streamed", tmp_path / "streamed")
-    for name in ("outer", "activity"):
+    for name in ("outer", "activity", "gram"):
         same_bits({name: streamed[name]}, {name: found[name]})
-    for name in ("squares", "sensitivity"):
+    for name in ("squares", "sensitivity", "fisher"):
         for key, tensor in found[name].items():
             torch.testing.assert_close(streamed[name][key], tensor, rtol=1e-5, atol=1e-9)
     # One file for each block, written when all samples have been in it.

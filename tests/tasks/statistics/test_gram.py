@@ -50,6 +50,16 @@ def test_the_sum_of_outer_products(width: int, dtype: torch.dtype) -> None:
         assert torch.equal(stored, torch.cat(inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_it_is_stored_changes_no_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = samples(700, dtype)
+    kept = total(inputs)
+    monkeypatch.setattr(gram, "_fewest", lambda *_: 0)
+    matrix = total(inputs)
+    assert (kept.ndim, matrix.ndim) == (2, 1)
+    assert torch.equal(Gram.restored(kept), Gram.restored(matrix))
+
+
 def test_many_tokens() -> None:
     """Of 65 thousand tokens, float32 adds the products of a thousand at a time."""
     for dtype in (torch.float32, torch.bfloat16):
