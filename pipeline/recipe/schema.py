@@ -162,26 +162,11 @@ class Variant(Strict):
         given = self.model_fields_set | own | self.coefficients.model_fields_set
         return {key: self.settings.value(key) for key in self.tune} if given & self.tune.keys() else None
 
-    def reads_calibration(self) -> bool:
-        """Return whether what is made of the variant depends on the tasks' calibration rows."""
-        return bool(
-            self.method.statistics
-            or isinstance(self.coefficients, SensCoefficients)
-            or isinstance(self.application, SeApplication)
-        )
-
-    @model_validator(mode="after")
-    def _check_lines(self) -> "Variant":
-        if self.lines is not None and not self.method.scales_with_weight():
-            unnormalised = {**self.method.model_dump(by_alias=True), "normalize": False}
-            way_out = "leave lines out"
-            if "normalize" in keys_of(type(self.method)) and method_of(unnormalised).scales_with_weight():
-                way_out = "set normalize: false, or leave lines out"
-            raise ValueError(
-                f"lines multiplies all experts' weights in a layer by one factor, which does not scale what method "
-                f"{self.method.name} adds there as it is set; {way_out}"
-            )
-        return self
+    @property
+    def tuning_split(self) -> Literal["tuning", "held_out"]:
+        """The rows of each task that the variant is tuned on: held out if it is made of calibration rows itself."""
+        reads = self.method.statistics or isinstance(self.coefficients, SensCoefficients)
+        return "held_out" if reads else "tuning"
 
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
