@@ -13,7 +13,6 @@ from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
 from sensmerge.pipeline.recipe.schema import Recipe
-from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.card import write_cards
 from sensmerge.pipeline.report.gate import choice
 from sensmerge.pipeline.report.report import (
@@ -173,8 +172,7 @@ def _write_mlflow_files(plan: Plan, report: Report) -> None:
     for name in plan.recipe.merges:
         merged = Merged.of(report, name)
         if merged.answers and merged.is_read_by_mlflow and not (merged.folder / MLMODEL).is_file():
-            stage: Stage = "route" if merged.kind == "dynamic" else "merge"
-            plan.store.fetch(plan.step(stage, name).key, NEEDED)
+            plan.store.fetch(plan.step(plan.recipe.merges[name].last_stage, name).key, NEEDED)
             plan.store.upload(merged.folder, *write_beside(merged))
 
 

@@ -107,6 +107,8 @@ def step_line(step: Step, done: Done) -> str:
 
 def _advice(plan: Plan, stage: Stage) -> str:
     """Return what to do about a worker of a stage that runs out of memory."""
+    if stage == "calibrate":
+        return "lower resources.calibrate.num_cpus (fewer experts at once) or max_in_flight"
     fewer = f"raise resources.{stage}.num_cpus (fewer at once) or lower max_in_flight"
     if stage in plan.placements and plan.placements[stage].placement == "whole":
         return f"set placement: streamed, or {fewer}"

@@ -30,7 +30,7 @@ class _Asked:
 
 
 def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, PlacementChoice]) -> tuple[str, ...]:
-    """Check on tiny networks that those of a recipe can do what it asks: sensitivities, distances, parts, generation.
+    """Check on tiny networks that those of a recipe can do what it asks: statistics, distances, parts, generation, …
 
     It takes a fraction of a second for each kind of network, whatever its size, and none if nothing of this is asked.
 
@@ -50,7 +50,7 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Plac
     in_parts = any(one.placement != "whole" for one in placements.values())
     for asked in _asked(recipe, inputs):
         key, way_out = f"tasks.{''.join(asked.generating[:1])}.generate", "set it to 0"
-        if statistics:
+        if statistics or recipe.calibrated_variants():
             key, way_out = _measured_for(recipe)
         with TemporaryDirectory(prefix="sensmerge-") as scratch:
             with _refused(key, way_out):
@@ -68,6 +68,9 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Plac
             if in_parts:
                 with _refused("placement", f"set placement: whole, or {way_out}"):
                     tiny.check_parts(statistics)
+            for name in recipe.calibrated_variants()[:1]:
+                with _refused(f"merges.{name}.calibrate", "leave it out"):
+                    tiny.check_calibration()
             for name in asked.generating:
                 with _refused(f"tasks.{name}.generate", "set it to 0"):
                     tiny.check_generation()
@@ -75,11 +78,13 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Plac
 
 
 def _measured_for(recipe: Recipe) -> tuple[str, str]:
-    """Return the key of a recipe for which statistics are measured, and what to do where they cannot be."""
+    """Return the key of a recipe for which experts run on calibration sets, and what to do where they cannot."""
     for name in recipe.sens_variants():
         return f"merges.{name}.coefficients", "use other coefficients than sens"
-    name = next(name for name, variant in recipe.merges.items() if variant.method.statistics)
-    return f"merges.{name}.method", "use another method"
+    for name, variant in recipe.merges.items():
+        if variant.method.statistics:
+            return f"merges.{name}.method", "use another method"
+    return f"merges.{recipe.calibrated_variants()[0]}.calibrate", "leave it out"
 
 
 def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
@@ -87,7 +92,7 @@ def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
     found: dict[tuple[Head, str], _Asked] = {}
     for name, task in recipe.tasks.items():
         generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
-        if not (generates or wanted_statistics(recipe)):
+        if not (generates or wanted_statistics(recipe) or recipe.calibrated_variants()):
             continue
         expert = inputs.experts[name]
         asked = _Asked(expert.config, expert.folder, task.head)

@@ -45,10 +45,7 @@ class Plan(Resolved):
     def models(self) -> dict[str, Path]:
         """Return the folder of every model by name: base, experts, variants."""
         folders = {name: listing.folder for name, listing in self.inputs.listings.items()}
-        dynamic = self.recipe.se_variants()
-        return folders | {
-            name: self.artifact("route" if name in dynamic else "merge", name) for name in self.recipe.merges
-        }
+        return folders | {name: self.artifact(one.last_stage, name) for name, one in self.recipe.merges.items()}
 
 
 def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> Plan:

@@ -9,8 +9,8 @@ from sensmerge.pipeline.recipe.schema import Variant
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import BaseWeights
-from sensmerge.tasks.stages.merge import plan_merged
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
+from sensmerge.tasks.stages.written import plan_merged
 
 HISTOGRAM = 32_000
 """Bytes of a tensor's magnitude histogram, about."""
@@ -33,6 +33,11 @@ def kept_trunks(resolved: Resolved) -> int:
     """Return the size of what stage cross_task keeps while it runs: what every trunk gives for every token."""
     tokens = sum(one.calibration_tokens for one in resolved.inputs.data.values())
     return len(resolved.recipe.experts) * _states(resolved, tokens) + kept_states(resolved, "cross_task", tokens)
+
+
+def travelling_states(resolved: Resolved) -> int:
+    """Return the size of the hidden states that stage calibrate keeps while it runs: of two networks, at two blocks."""
+    return 4 * _states(resolved, sum(one.calibration_tokens for one in resolved.inputs.data.values()))
 
 
 def _states(resolved: Resolved, tokens: int) -> int:

@@ -21,6 +21,7 @@ from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
+from sensmerge.tasks.stages.calibrate import CalibrateJob
 from sensmerge.tasks.stages.calibration import CalibrationSet
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.download import DownloadJob
@@ -51,6 +52,8 @@ def lay_out(resolved: Resolved) -> list[Step]:
         layout.tune(name)
     for name in recipe.merges:
         layout.merge(name)
+    for name in recipe.calibrated_variants():
+        layout.calibrate(name)
     for name in recipe.se_variants():
         layout.route(name)
     static = [name for name in recipe.merges if name not in recipe.se_variants()]
@@ -214,6 +217,29 @@ class _Layout:
             "groups": layer_groups(self._base),
         }
 
+    def calibrate(self, name: str) -> None:
+        """Add the calibration of a merged variant."""
+        experts, settings = self._inputs.experts, self._recipe.merges[name].calibrate
+        merged = self._made["merge"][name]
+        assert settings is not None
+        assert isinstance(merged.job, MergeJob), "the recipe's schema refuses application se"
+        job = CalibrateJob(
+            merged=merged.artifact(self._resolved.store),
+            base=self._model("base"),
+            experts={one: self._model(one) for one in experts},
+            base_config={one for one, expert in experts.items() if expert.base_config},
+            calibration={one: self._calibration(one) for one in experts},
+            tokenizer=self._tokenizer(),
+            settings=settings,
+            dtype=self._recipe.dtype,
+            merge=merged.job,
+            name=name,
+            device=self._device("calibrate"),
+        )
+        reads = merged.reads + 2 * merged.writes
+        writes = merged.writes + sizes.travelling_states(self._resolved)
+        self._add(name, job, [merged, *self._downloads("base", *experts)], reads, writes)
+
     def route(self, name: str) -> None:
         """Add the route of a dynamic variant."""
         variant, merged = self._recipe.merges[name], self._made["merge"][name]
@@ -244,7 +270,7 @@ class _Layout:
         if head and model in self._inputs.listings and model != head and not experts[head].has_trunk_in_head():
             # This model stays what it is when the task's expert changes, of which it only takes the head.
             config = computation_digest(experts[head].config)
-        made = self._made["download"].get(model) or self._made["merge"][model]
+        made = self._made["download"].get(model) or self._made[self._recipe.merges[model].last_stage][model]
         job = kind(
             base=self._model("base"),
             model=self._as_run(model) if model in self._inputs.listings else made.artifact(self._resolved.store),

@@ -9,7 +9,10 @@ class Resources(Strict):
     """What one step of a stage may use, and how many steps may run at once."""
 
     num_cpus: float = Field(
-        1, gt=0, description="CPU cores for one step; in the stages task_vectors and merge, for one layer group"
+        1,
+        gt=0,
+        description="CPU cores for one step; in the stages task_vectors and merge, for one layer group; in the stage "
+        "calibrate, how many experts are under way at once, too",
     )
     num_gpus: float = Field(0, ge=0, description="GPUs for one step; above 0, its network runs on cuda")
     max_in_flight: int = Field(

@@ -30,6 +30,7 @@ from sensmerge.tasks.coefficients import (
     UniformCoefficients,
 )
 from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.features import CalibrationSettings
 from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
 from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, Values, VariantSettings
 from sensmerge.tasks.strict import Strict
@@ -85,6 +86,11 @@ class Variant(Strict):
         "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
         "that the recipe gives such a setting elsewhere stays unless another is better beyond the 95 % interval",
     )
+    calibrate: CalibrationSettings = Field(
+        None,
+        description="fit the merged weights, block after block, to the experts' features on their calibration sets; "
+        "{} for the defaults; left out: no such step",
+    )
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; the base's if left out")
     shard_size: int = Field(5_000_000_000, ge=1, description="maximum size of a file of the merged model, in bytes")
 
@@ -122,6 +128,8 @@ class Variant(Strict):
     def _check_se(self) -> "Variant":
         if not isinstance(self.application, SeApplication):
             return self
+        if self.calibrate is not None:
+            raise ValueError("calibrate needs one set of weights, which application se has not; leave one of them out")
         for key in ("out_dtype", "shard_size"):
             if key in self.model_fields_set:
                 raise ValueError(f"{key} has no meaning for application se, which keeps the base as is; leave it out")
@@ -140,6 +148,19 @@ class Variant(Strict):
         if self.tune and isinstance(self.application, SeApplication):
             raise ValueError("tune is for static merges; set the values that a static variant was tuned to")
         check_tune(self.tune, self.settings)
+        return self
+
+    @model_validator(mode="after")
+    def _check_lines(self) -> "Variant":
+        if self.lines is not None and not self.method.scales_with_weight():
+            unnormalised = {**self.method.model_dump(by_alias=True), "normalize": False}
+            way_out = "leave lines out"
+            if "normalize" in keys_of(type(self.method)) and method_of(unnormalised).scales_with_weight():
+                way_out = "set normalize: false, or leave lines out"
+            raise ValueError(
+                f"lines multiplies all experts' weights in a layer by one factor, which does not scale what method "
+                f"{self.method.name} adds there as it is set; {way_out}"
+            )
         return self
 
     @property
@@ -165,8 +186,15 @@ class Variant(Strict):
     @property
     def tuning_split(self) -> Literal["tuning", "held_out"]:
         """The rows of each task that the variant is tuned on: held out if it is made of calibration rows itself."""
-        reads = self.method.statistics or isinstance(self.coefficients, SensCoefficients)
+        reads = self.method.statistics or isinstance(self.coefficients, SensCoefficients) or self.calibrate is not None
         return "held_out" if reads else "tuning"
+
+    @property
+    def last_stage(self) -> Stage:
+        """The stage whose artifact is the merged model: what is evaluated, registered and loaded."""
+        if isinstance(self.application, SeApplication):
+            return "route"
+        return "merge" if self.calibrate is None else "calibrate"
 
     def params(self) -> dict[str, str]:
         """Return the settings that tell this variant from others, flat: `method`, `weight`, `coefficients.kind`, …."""
@@ -294,6 +322,8 @@ class Recipe(Strict):
                 )
         if variant.method.statistics:
             self._check_calibration(f"{key}: method {variant.method.name}")
+        if variant.calibrate is not None:
+            self._check_calibration(f"{key}: calibrate")
         if isinstance(variant.coefficients, SensCoefficients):
             self._check_comparable(f"{key}: coefficients sens")
         if isinstance(variant.application, SeApplication):
@@ -344,6 +374,10 @@ class Recipe(Strict):
     def tuned_variants(self) -> list[str]:
         """Return the names of the variants with something left to choose."""
         return [name for name, variant in self.merges.items() if variant.tune]
+
+    def calibrated_variants(self) -> list[str]:
+        """Return the names of the variants that are calibrated."""
+        return [name for name, variant in self.merges.items() if variant.calibrate is not None]
 
     def sens_variants(self) -> list[str]:
         """Return the names of the variants with sens coefficients."""

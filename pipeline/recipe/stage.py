@@ -2,4 +2,6 @@
 
 from typing import Literal
 
-Stage = Literal["download", "task_vectors", "statistics", "cross_task", "tune", "merge", "route", "evaluate"]
+Stage = Literal[
+    "download", "task_vectors", "statistics", "cross_task", "tune", "merge", "calibrate", "route", "evaluate"
+]

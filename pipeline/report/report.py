@@ -75,6 +75,11 @@ class VariantInfo(BaseModel):
     tuning: TuningInfo | None = Field(None, description="how settings were chosen, if some were tuned")
     digest: str = Field(description="sha256 over the names and digests of the merged folder's files")
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether its weights were fitted to the experts' features."""
+        return any(key.startswith("calibrate.") for key in self.params)
+
 
 class RouteInfo(BaseModel):
     """How a variant with application se told its samples apart."""

@@ -59,7 +59,7 @@ def collect(plan: Plan) -> Report:
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
         kinds={name: task.kind for name, task in evaluated.items()},
-        notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan)],
+        notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan), *uncalibrated(plan)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
         first_half=first,
@@ -88,6 +88,17 @@ def remarks(plan: Plan) -> list[str]:
         f"merges.{name}: {text} (in {len(tensors)} tensors, such as {tensors[0]})"
         for name in plan.recipe.merges
         for text, tensors in _manifest(plan, "merge", name)["result"].get("remarks", {}).items()
+    ]
+
+
+def uncalibrated(plan: Plan) -> list[str]:
+    """Return a line for every calibrated variant that has tensors in its blocks which keep the merged values."""
+    found = {name: _manifest(plan, "calibrate", name)["result"] for name in plan.recipe.calibrated_variants()}
+    return [
+        f"merges.{name}.calibrate: {one['kept']} tensors in blocks, such as {one['first_kept'][0]}, keep the merged "
+        "values: they are of no linear layer or norm that sees the same tokens in the merge as in the experts"
+        for name, one in found.items()
+        if one["kept"]
     ]
 
 
@@ -145,8 +156,7 @@ def _stage(plan: Plan, step: Step) -> StageRecord:
 
 def _variant(plan: Plan, name: str) -> VariantInfo:
     variant = plan.recipe.merges[name]
-    stage: Stage = "route" if name in plan.recipe.se_variants() else "merge"
-    manifest = _manifest(plan, stage, name)
+    manifest = _manifest(plan, variant.last_stage, name)
     table = _read(plan, "merge", name, "coefficients.json")
     tuning = None
     if variant.tune:

@@ -7,7 +7,7 @@ from sensmerge.pipeline.store.store import MANIFEST, Store, stages
 from sensmerge.tasks.artifacts import checksum_file, read_json, sha256_file
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.stages.merge import weights_digest
+from sensmerge.tasks.stages.written import weights_digest
 
 
 def find_damage(store: Store) -> Iterator[tuple[Path, list[str]]]:

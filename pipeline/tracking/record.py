@@ -90,8 +90,9 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
         params |= {f"route.{key}": str(value) for key, value in route.rule.items()}
         params["route.trust"] = f"{route.trust:.6g}"
     tags = {"role": report.roles[model], MLFLOW_PARENT_RUN_ID: parent.id} | where
-    # Only estimated coefficients, and routes, have seen the calibration sets, and only tuned variants those to tune on.
-    calibrated = route is not None or (variant is not None and bool(variant.sigma))
+    # Only estimated coefficients, routes, and weights fitted to features, have seen the calibration sets, and only
+    # tuned variants the rows to tune on.
+    calibrated = route is not None or (variant is not None and (bool(variant.sigma) or variant.is_calibrated))
     seen = {"evaluation"} | ({"calibration"} if calibrated else set())
     seen |= {variant.tuning.split} if variant is not None and variant.tuning else set()
     used = [data for data in execution.datasets if data.context in seen]

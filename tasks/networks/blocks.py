@@ -7,7 +7,6 @@ else blocks are given come from that code, and blocks do exactly what they do in
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +17,13 @@ from transformers import PreTrainedModel
 
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.calls import Call, Calls, Learned, Slot, run_block
 from sensmerge.tasks.networks.networks import trunk_of
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.watching import Statistics, Sums, Watch, added
 
 Batch = Mapping[str, Tensor]
 """Inputs of a network for one sample, as `calibration_batch` gives them, or for B of one length."""
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is given beside the hidden states: positional arguments and those with names."""
-Calls = Sequence[Call]
-"""All calls of one block, which is called again with what it gives where a network has one block for all layers."""
-Learned = Sequence[Tensor]
-"""What blocks are given that depends on weights outside them (embeddings of relative positions, say), detached."""
 
 
 class Entry(NamedTuple):
@@ -40,13 +34,6 @@ class Entry(NamedTuple):
     calls: list[Calls]
     """of each block, with a `Slot` in the place of what is learned"""
     learned: Learned
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of one of the tensors that are learned."""
-
-    index: int
 
 
 TrunkOutput = dict[str, Tensor]
@@ -162,13 +149,8 @@ class Part:
             watch.write(folder, name)
 
     def _run(self, hidden: Tensor, calls: Sequence[Calls], learned: Learned) -> Tensor:
-        def given(leaf: Any) -> Any:
-            return learned[leaf.index] if isinstance(leaf, Slot) else leaf
-
-        for block, several in zip(self._blocks, tree_map(given, to_device(calls, self._device)), strict=True):
-            for args, kwargs in several:
-                output = block(hidden, *args, **kwargs)
-                hidden = output if isinstance(output, Tensor) else output[0]
+        for block, several in zip(self._blocks, to_device(calls, self._device), strict=True):
+            hidden = run_block(block, hidden, several, learned)
         return hidden
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.features import FeatureCalibration
 from sensmerge.tasks.networks.blocks import Batch, TrunkOutput
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.journeys import Measured, Runner
@@ -23,6 +24,7 @@ from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.stand_in import stand_ins
+from sensmerge.tasks.networks.walk import Traveller, Walk
 from sensmerge.tasks.networks.watching import Statistics
 
 Result = TypeVar("Result")
@@ -90,6 +92,28 @@ class StandIn:
             _same(self._trunk("streamed"), self._trunk("whole"))
 
         self._try("it cannot be run in parts", compare)
+
+    def check_calibration(self) -> None:
+        """Check that the network can be run in parts, and its blocks fitted to another's features.
+
+        Raises:
+            InputError: they cannot; without a recipe key.
+        """
+        self.check_parts({})
+        model, states = self._source.folder, [self._folder / "before", self._folder / "behind"]
+
+        def calibrate() -> None:
+            task = Traveller("task", self._source, [self._batch], self._source.head == "classification")
+            walk = Walk([task], FeatureCalibration.model_validate({}), 1)
+            walk.enter(model, states[0])
+            for place in range(walk.blocks):
+                for name, solved in walk.solve(place, model, states).items():
+                    if not bool(solved.isfinite().all()):
+                        raise ValueError(f"{name} is not finite")
+                walk.advance(place, model, states)
+                states.reverse()
+
+        self._try("it cannot be calibrated", calibrate)
 
     def check_generation(self) -> None:
         """Check that the network generates.

@@ -76,8 +76,8 @@ class Source:
         return layer_of(self._tensors[key][0])
 
     def tensors(self, parameter: str) -> Sequence[str]:
-        """Return the tensors of the base's checkpoint that a parameter holds, for which `layer` has a layer."""
-        return self._tensors[self.expert.base.names.parameter(parameter)]
+        """Return the tensors of the base's checkpoint that a parameter or buffer holds; none if no file has it."""
+        return self._tensors.get(self.expert.base.names.parameter(parameter), ())
 
     def parts(self, parameter: str) -> Mapping[str, View] | None:
         """Return the tensors of the base's checkpoint that a parameter holds, as views of it.
@@ -101,6 +101,11 @@ class Source:
     @cached_property
     def _skeleton(self) -> PreTrainedModel:
         return skeleton(self.expert.base.config, None, self.base)
+
+    def is_one_tensor(self, parameter: str) -> bool:
+        """Return whether a parameter is a tensor of the checkpoint as it is."""
+        several = self.tensors(parameter)
+        return len(several) == 1 and not self.expert.base.names.is_converted(several[0])
 
     def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None) -> None:
         """Give a module its weights, copied, in their dtype and on their device.
@@ -153,10 +158,14 @@ class Source:
             return self._placed(self._head[name])
         names = self.expert.base.names
         key = names.parameter(name)
-        found = {one: self._placed(self.expert.read(one)) for one in self._tensors.get(key, ())}
+        found = {one: self._placed(self._tensor(one)) for one in self._tensors.get(key, ())}
         if any(names.is_converted(one) for one in found):
             return names.convert(found, key)
         return next(iter(found.values()), None)
+
+    def _tensor(self, name: str) -> Tensor:
+        """Return a tensor of the base's checkpoint as the expert has it."""
+        return self.expert.read(name)
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

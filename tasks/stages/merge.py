@@ -1,10 +1,7 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
 import hashlib
-import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,25 +12,21 @@ from torch import Tensor
 
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text, write_json
 from sensmerge.tasks.checkpoints.checkpoint import (
-    DTYPES,
     Checkpoint,
-    CheckpointPlan,
     CheckpointWriter,
     open_checkpoint,
-    plan_checkpoint,
     preallocate,
     tensor_bytes,
 )
 from sensmerge.tasks.checkpoints.layers import layer_of
-from sensmerge.tasks.checkpoints.weights import BaseWeights
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.methods.kernels.delta import chunks
-from sensmerge.tasks.methods.kernels.stored import rounded
 from sensmerge.tasks.methods.remarks import remarks
 from sensmerge.tasks.stages.job import Earlier
 from sensmerge.tasks.stages.task_vectors import TABLE
 from sensmerge.tasks.stages.variant import VariantJob
+from sensmerge.tasks.stages.written import about, marker, nbytes, plan_merged, verified, write_tensor
 
 TENSORS = "tensors.json"
 """What every weight was made of (`inputs`), what came out (`checksum`) and what the method said of it (`remarks`), for
@@ -67,7 +60,7 @@ class MergeJob(VariantJob):
                 divides by weights that sum to 0.
         """
         assert isinstance(part, int)
-        done = out / _marker(part)
+        done = out / marker(part)
         if done.exists():
             return False
         torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
@@ -108,31 +101,18 @@ class MergeJob(VariantJob):
             OSError: a tensor on disk is not what a group wrote; its group is merged again when the step runs again.
         """
         plan = plan_merged(self.base, self.out_dtype, self.shard_size)
-        tensors = _verified(plan, [out / _marker(part) for part in self.parts()], out)
+        markers = [out / marker(part) for part in self.parts()]
+        tensors = verified(plan, markers, out)
         self.write_companions(out, self.out_dtype)
         self.write_heads(out)
         weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
         kept = {name: {key: entry[key] for key in ("inputs", "checksum", REMARKS)} for name, entry in weights.items()}
         write_json(out / TENSORS, kept)
-        for part in self.parts():
-            (out / _marker(part)).unlink()
-        shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in plan.tensors.items()}
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in shapes.items()}
-        taken = [sizes[name] for name, entry in tensors.items() if entry["taken"]]
-        return {
-            "digest": _digest(shapes, {name: entry["sha256"] for name, entry in tensors.items()}),
-            "tensors": len(sizes),
-            "tensor_bytes": sum(sizes.values()),
-            "taken_over": len(taken),
-            "taken_over_bytes": sum(taken),
-            "by_tensor": list(plan.sizes),
-            REMARKS: _by_remark(tensors),
-        }
-
-
-def _marker(part: int) -> str:
-    """Return the name of the file that says what became of the tensors of a group that is done."""
-    return f".group-{part}.json"
+        for one in markers:
+            one.unlink()
+        taken = [nbytes(plan.tensors[name]) for name, entry in tensors.items() if entry["taken"]]
+        found = {"taken_over": len(taken), "taken_over_bytes": sum(taken), REMARKS: _by_remark(tensors)}
+        return about(plan, tensors) | found
 
 
 def _by_remark(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -144,38 +124,6 @@ def _by_remark(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]
     return found
 
 
-def _verified(plan: CheckpointPlan, markers: Sequence[Path], out: Path) -> dict[str, dict[str, Any]]:
-    """Return what the groups' markers say of every tensor, once all is on the disk as it was written.
-
-    Raises:
-        OSError: a tensor is not; then the marker of its group is gone.
-    """
-    preallocate(plan, out)  # headers and sizes as planned, whatever became of the files since
-    for file in plan.sizes:
-        flush(out / file)
-    written = {marker: read_json(marker) for marker in markers}
-    tensors = {name: entry for entries in written.values() for name, entry in entries.items()}
-    assert set(tensors) == set(plan.tensors), "every tensor is in a group"
-    found = tensor_digests(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
-    altered = [name for name, entry in tensors.items() if found[name] != entry["checksum"]]
-    if altered:
-        for marker, entries in written.items():
-            if not entries.keys().isdisjoint(altered):
-                marker.unlink()
-        raise OSError(
-            f"{out}: {', '.join(altered)} read back differently from what was written; run again to merge them again"
-        )
-    return tensors
-
-
-def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> CheckpointPlan:
-    """Plan the files of a merged model from the base's headers."""
-    dtypes = {name: base.dtype(name) for name in (*base.weights, *base.buffers)}
-    if out_dtype is not None:
-        dtypes |= {name: getattr(torch, out_dtype) for name in base.weights}
-    return plan_checkpoint({name: (dtype, base.info(name).shape) for name, dtype in dtypes.items()}, shard_size)
-
-
 def _merge_tensor(
     job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype, writer: CheckpointWriter
 ) -> dict[str, Any]:
@@ -184,22 +132,15 @@ def _merge_tensor(
     Returns:
         Its digests, `checksum` (fast, to read it back by) and `sha256`; and what the method said of it.
     """
-    checksum, sha256, finite = xxhash.xxh3_128(), hashlib.sha256(), True
     with remarks() as said:
-        for where, merged in _merged_pieces(job, weights, name):
-            piece, piece_is_finite = rounded(merged, dtype)
-            finite = finite and piece_is_finite
-            content = tensor_bytes(piece)
-            checksum.update(content)
-            sha256.update(content)
-            writer.write(name, piece, where.start)
-    if not finite:
+        digests, is_finite = write_tensor(writer, name, _merged_pieces(job, weights, name), dtype)
+    if not is_finite:
         used = ", ".join(f"{expert} {weight:g}" for expert, weight in weights.items())
         raise InputError(
             f"tensor {name} merged by {job.method.name} has NaN or Inf as {dtype}; expected finite numbers: set "
             f"another out_dtype, or other weights (here: {used or 'the mean of the experts'})"
         )
-    return {"checksum": checksum.hexdigest(), "sha256": sha256.hexdigest(), REMARKS: said}
+    return {**digests, REMARKS: said}
 
 
 def _inputs(
@@ -257,29 +198,3 @@ def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> It
         flat = base.reshape(-1)
         return ((where, flat[where]) for where in chunks(len(flat)))
     return job.method.merged_pieces(base, [job.task_vector(key, name, weights[key]) for key in job.experts])
-
-
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """Return the sha256 over dtype, shape and content of all tensors, however they are sharded, as `finish_merge`."""
-    shapes = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    return _digest(shapes, tensor_digests(checkpoint, lambda content: hashlib.sha256(content).hexdigest()))
-
-
-def _digest(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], digests: Mapping[str, str]) -> str:
-    return sha256_text(canonical({name: [str(dtype), shape, digests[name]] for name, (dtype, shape) in shapes.items()}))
-
-
-def tensor_digests(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) -> dict[str, str]:
-    """Return a digest of every tensor's bytes, worked out for several at once."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(lambda name: digest(tensor_bytes(checkpoint.read(name))), checkpoint.tensors)
-        return dict(zip(checkpoint.tensors, digests, strict=True))
-
-
-def flush(path: Path) -> None:
-    """Have a file's bytes written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,8 +16,8 @@ from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.dynamic.vectors import BASE, VECTORS, LowRank, Vector, compact, save_vectors
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.contract import Additive
-from sensmerge.tasks.stages.merge import flush, plan_merged, tensor_digests
 from sensmerge.tasks.stages.variant import VariantJob
+from sensmerge.tasks.stages.written import flush, plan_merged, tensor_digests
 
 FILES = "files.json"
 """sha256 of every other file, by its path in the folder."""

@@ -44,6 +44,8 @@ from sensmerge.tasks.statistics.statistic import read_layers
 
 TUNE = "tune.json"
 """In an artifact of stage tune: what was tried, what was chosen (`chosen`) and why."""
+COEFFICIENTS = "coefficients.json"
+"""The weights of every layer, see `VariantJob.coefficient_table`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +218,7 @@ class VariantJob(Job):
             tensors = {key: tensor.contiguous() for key, tensor in self.experts[name].head_tensors().items()}
             save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
             (folder / "config.json").write_text(head_config)
-        write_json(out / "coefficients.json", self.coefficient_table())
+        write_json(out / COEFFICIENTS, self.coefficient_table())
 
 
 def chosen_values(folder: Path) -> Values:

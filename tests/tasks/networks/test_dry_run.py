@@ -46,6 +46,7 @@ def test_networks_that_can_do_all(config: PretrainedConfig, head: Head, tmp_path
     tiny.check_statistics(STATISTICS)
     tiny.check_head()
     tiny.check_parts(STATISTICS)
+    tiny.check_calibration()
     if head == "causal_lm":
         tiny.check_generation()
     assert config.to_dict() == before

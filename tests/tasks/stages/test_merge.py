@@ -36,7 +36,8 @@ from sensmerge.tasks.methods.kernels.delta import Whole
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network, open_expert
 from sensmerge.tasks.stages import merge
-from sensmerge.tasks.stages.merge import MergeJob, weights_digest
+from sensmerge.tasks.stages.merge import MergeJob
+from sensmerge.tasks.stages.written import weights_digest
 from tests.conftest import (
     TaskRows,
     cross_task_job,

@@ -1,0 +1,144 @@
+"""The checkpoint of a merged model, written group of tensors by group of tensors, each with a marker when it is done.
+
+A marker is a JSON file: by tensor its digests, `checksum` and `sha256`, and whatever else the stage needs to know.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
+from sensmerge.tasks.checkpoints.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    CheckpointPlan,
+    CheckpointWriter,
+    PlannedTensor,
+    open_checkpoint,
+    plan_checkpoint,
+    preallocate,
+    tensor_bytes,
+)
+from sensmerge.tasks.checkpoints.weights import BaseWeights
+from sensmerge.tasks.methods.kernels.stored import rounded
+
+
+def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> CheckpointPlan:
+    """Plan the files of a merged model from the base's headers."""
+    dtypes = {name: base.dtype(name) for name in (*base.weights, *base.buffers)}
+    if out_dtype is not None:
+        dtypes |= {name: getattr(torch, out_dtype) for name in base.weights}
+    return plan_checkpoint({name: (dtype, base.info(name).shape) for name, dtype in dtypes.items()}, shard_size)
+
+
+def marker(group: int | str) -> str:
+    """Return the name of the file that says what became of the tensors of a group that is done."""
+    return f".group-{group}.json"
+
+
+def write_tensor(
+    writer: CheckpointWriter, name: str, pieces: Iterable[tuple[slice, Tensor]], dtype: torch.dtype
+) -> tuple[dict[str, str], bool]:
+    """Write a tensor, and return its digests and whether all numbers are finite.
+
+    Args:
+        writer: of the checkpoint.
+        name: of the tensor.
+        pieces: its elements, flat, in order.
+        dtype: that it is rounded to.
+
+    Returns:
+        `checksum` (fast, to read it back by) and `sha256`.
+    """
+    checksum, sha256, is_finite = xxhash.xxh3_128(), hashlib.sha256(), True
+    for where, values in pieces:
+        piece, piece_is_finite = rounded(values, dtype)
+        is_finite = is_finite and piece_is_finite
+        content = tensor_bytes(piece)
+        checksum.update(content)
+        sha256.update(content)
+        writer.write(name, piece, where.start)
+    return {"checksum": checksum.hexdigest(), "sha256": sha256.hexdigest()}, is_finite
+
+
+def verified(plan: CheckpointPlan, markers: Sequence[Path], out: Path) -> dict[str, dict[str, Any]]:
+    """Return what the groups' markers say of every tensor, once all is on the disk as it was written.
+
+    Raises:
+        OSError: a tensor is not; then the marker of its group is gone.
+    """
+    preallocate(plan, out)  # headers and sizes as planned, whatever became of the files since
+    for file in plan.sizes:
+        flush(out / file)
+    written = {marker: read_json(marker) for marker in markers}
+    tensors = {name: entry for entries in written.values() for name, entry in entries.items()}
+    assert set(tensors) == set(plan.tensors), "every tensor is in a group"
+    found = tensor_digests(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
+    altered = [name for name, entry in tensors.items() if found[name] != entry["checksum"]]
+    if altered:
+        for marker, entries in written.items():
+            if not entries.keys().isdisjoint(altered):
+                marker.unlink()
+        raise OSError(
+            f"{out}: {', '.join(altered)} read back differently from what was written; run again to merge them again"
+        )
+    return tensors
+
+
+def about(plan: CheckpointPlan, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what a manifest says of a checkpoint.
+
+    Args:
+        plan: of its files.
+        tensors: from `verified`.
+
+    Returns:
+        `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors` and
+        `tensor_bytes`: how many there are and their size; `by_tensor`: the files that `digest` is of.
+    """
+    shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in plan.tensors.items()}
+    return {
+        "digest": _digest(shapes, {name: entry["sha256"] for name, entry in tensors.items()}),
+        "tensors": len(shapes),
+        "tensor_bytes": sum(map(nbytes, plan.tensors.values())),
+        "by_tensor": list(plan.sizes),
+    }
+
+
+def nbytes(tensor: PlannedTensor) -> int:
+    """Return the size of a tensor."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def weights_digest(checkpoint: Checkpoint) -> str:
+    """Return the sha256 over dtype, shape and content of all tensors, however they are sharded, as `about` has it."""
+    shapes = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    return _digest(shapes, tensor_digests(checkpoint, lambda content: hashlib.sha256(content).hexdigest()))
+
+
+def _digest(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], digests: Mapping[str, str]) -> str:
+    return sha256_text(canonical({name: [str(dtype), shape, digests[name]] for name, (dtype, shape) in shapes.items()}))
+
+
+def tensor_digests(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) -> dict[str, str]:
+    """Return a digest of every tensor's bytes, worked out for several at once."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(lambda name: digest(tensor_bytes(checkpoint.read(name))), checkpoint.tensors)
+        return dict(zip(checkpoint.tensors, digests, strict=True))
+
+
+def flush(path: Path) -> None:
+    """Have a file's bytes written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
