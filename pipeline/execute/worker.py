@@ -91,15 +91,15 @@ def run_part(job: Job, part: int | str, partial: Path, threads: int) -> Done:
 
 def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int) -> Done:
     """Complete a job and publish its artifact, in one go on the worker."""
-    has_parts = bool(job.parts())
+    goes_on = job.resumes or bool(job.parts())
     partial = store.partial(key)
     published = store.local_manifest(key)
-    if has_parts and not partial.exists() and published is not None:
+    if goes_on and not partial.exists() and published is not None:
         # A worker published it and died before it could say so.
         store.upload(store.folder(key))
         spent = Spent(**{each.name: published[each.name] for each in fields(Spent)})
         return Done(published["result"], spent, published["bytes"], published["node"])
-    if not has_parts and partial.exists():
+    if not goes_on and partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     result, spent = _measured(job, lambda: job.finish(partial), threads)

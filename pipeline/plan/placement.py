@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sensmerge.pipeline.plan.memory import Memory, machine_memory
+from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.recipe.resources import ActorPlacement
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
@@ -68,7 +69,8 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
             actors takes does not fit in the memory of workers on machines like this one.
     """
     asked, room = recipe.placement, _room(recipe, stage)
-    memory = Memory(base, getattr(torch, recipe.dtype), tokens, gradients=stage == "statistics")
+    statistics = wanted_statistics(recipe) if stage == "statistics" else {}
+    memory = Memory(base, getattr(torch, recipe.dtype), tokens, statistics)
     completes = any(not task.has_own_head for task in recipe.tasks.values())
     if room and stage == "cross_task" and completes and asked not in ("whole", "streamed"):
         _check_heads(memory, len(recipe.experts), room, human)

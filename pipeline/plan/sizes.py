@@ -3,12 +3,14 @@
 import torch
 
 from sensmerge.pipeline.plan.inputs import Inputs
+from sensmerge.pipeline.plan.memory import totals_of
 from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.step import Resolved
 from sensmerge.pipeline.recipe.schema import Variant
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import BaseWeights
+from sensmerge.tasks.networks.watching import Statistics, needs_gradients
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from sensmerge.tasks.stages.written import plan_merged
 
@@ -21,18 +23,26 @@ def task_vector(base: BaseWeights) -> int:
     return len(base.weights) * HISTOGRAM
 
 
-def kept_states(resolved: Resolved, stage: Stage, tokens: int) -> int:
-    """Return the size of the hidden states that a streamed network keeps on disk while it runs: both ways at most."""
-    if resolved.placements[stage].placement != "streamed":
-        return 0
-    blocks = len(block_names(resolved.inputs.base.weights)) if stage == "statistics" else 1
-    return 2 * (blocks + 1) * _states(resolved, tokens)
+def statistics(resolved: Resolved, measured: Statistics, tokens: int) -> int:
+    """Return the size of the totals by tensor that an expert has at most, and of the states kept while it runs."""
+    base = resolved.inputs.base
+    totals = totals_of(base, measured, lambda statistic, shape: statistic.stored_bytes(shape))
+    blocks = len(block_names(base.weights)) if needs_gradients(measured) else 0
+    return sum(totals.values()) + _kept_states(resolved, "statistics", blocks, tokens)
+
+
+def _kept_states(resolved: Resolved, stage: Stage, blocks: int, tokens: int) -> int:
+    """Return the size of the hidden states that a streamed network keeps on disk while it runs.
+
+    They are those before and behind a block; if there is a way back, those of all blocks, and as many gradients.
+    """
+    return 2 * (blocks + 1) * _states(resolved, tokens) if resolved.placements[stage].placement == "streamed" else 0
 
 
 def kept_trunks(resolved: Resolved) -> int:
     """Return the size of what stage cross_task keeps while it runs: what every trunk gives for every token."""
     tokens = sum(one.calibration_tokens for one in resolved.inputs.data.values())
-    return len(resolved.recipe.experts) * _states(resolved, tokens) + kept_states(resolved, "cross_task", tokens)
+    return len(resolved.recipe.experts) * _states(resolved, tokens) + _kept_states(resolved, "cross_task", 1, tokens)
 
 
 def travelling_states(resolved: Resolved) -> int:

@@ -98,11 +98,12 @@ class _Layout:
 
     def statistics(self, name: str) -> None:
         """Add what is measured on an expert's calibration set."""
+        measured = wanted_statistics(self._recipe)
         job = StatisticsJob(
             base=self._model("base"),
             expert=self._model(name),
             base_config=self._inputs.experts[name].base_config,
-            statistics=wanted_statistics(self._recipe),
+            statistics=measured,
             calibration=self._calibration(name),
             tokenizer=self._tokenizer(),
             dtype=self._recipe.dtype,
@@ -110,7 +111,7 @@ class _Layout:
             device=self._device("statistics"),
             placement=self._resolved.placements["statistics"].placement,
         )
-        writes = sizes.kept_states(self._resolved, "statistics", self._inputs.data[name].calibration_tokens)
+        writes = sizes.statistics(self._resolved, measured, self._inputs.data[name].calibration_tokens)
         self._add(name, job, self._downloads("base", name), self._weights("base", name), writes)
 
     def cross_task(self) -> None:

@@ -49,6 +49,7 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
         f"A merge of {', '.join(plan.recipe.experts)} on their common base, made by sensmerge without training.\n",
         f"## Merge\n\n{settings}\n",
         _tuning_text(variant.tuning) if variant.tuning is not None else "",
+        "".join(f"{note}\n" for note in _notes(report, name)),
         _route_text(route, variant.params) if route is not None else "",
         f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
         _heads_text(heads) if heads and route is None else "",
@@ -66,6 +67,12 @@ def _tuning_text(tuning: TuningInfo) -> str:
     (first, *notes) = tuning_lines("Chosen", tuning)
     lines = "\n".join([first, *notes])
     return f"## Tuning\n\n{lines}\n\n" + "\n".join(rows) + "\n"
+
+
+def _notes(report: Report, name: str) -> list[str]:
+    """Return what the method said of tensors."""
+    prefix = f"merges.{name}: "
+    return [note.removeprefix(prefix) for note in report.notes if note.startswith(prefix)]
 
 
 def _model_id(plan: Plan, name: str) -> str:

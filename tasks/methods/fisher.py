@@ -54,9 +54,11 @@ class FisherMean(Method):
             torch.zeros(1).expand(len(flat)) if total is None else total.reshape(-1).div_(vector.samples("fisher"))
             for vector, total in zip(vectors, totals, strict=True)
         ]
+        least = torch.finfo(torch.float32).tiny
         mean = sum(float(one.mean(dtype=torch.float64)) for one in found) / len(found) if len(flat) else 0.0
+        unit = mean if mean > least else 1.0  # squares may have underflowed
         weights = torch.tensor([vector.weight for vector in vectors])[:, None]
         for where, deltas in parts(flat, [vector.delta for vector in vectors]):
-            shares = torch.stack([one[where] for one in found]).div_(mean or 1.0).add_(self.floor).mul_(weights)
-            total = shares.sum(0).clamp_min(torch.finfo(torch.float32).tiny)  # where no weight is above 0
+            shares = torch.stack([one[where] for one in found]).div_(unit).add_(self.floor).mul_(weights)
+            total = shares.sum(0).clamp_min(least)  # where no weight is above 0
             yield where, add(deltas.mul_(shares).sum(0).div_(total).mul_(weights.mean()), flat[where])

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.contract import METHODS, Method, TaskVector
 from sensmerge.tasks.methods.remarks import remark
 
@@ -62,7 +63,12 @@ class RegMean(Method):
 
         δᵀ = (Σ wₖĜₖ)⁻¹ Σ wₖĜₖδₖᵀ, where Ĝₖ is the mean of x xᵀ over the tokens of expert k, with its off-diagonal
         multiplied by `factor`.
+
+        Raises:
+            InputError: Ĝ is not what it should be, positive semi-definite.
         """
+        import torch
+
         from sensmerge.tasks.methods.kernels.least_squares import NEARLY_ONE, Normal, reduced
         from sensmerge.tasks.methods.kernels.matrices import matrix_of, product, rows_of
 
@@ -73,11 +79,15 @@ class RegMean(Method):
             if gram is None:
                 continue
             seen, is_transposed = seen + 1, vector.input_dim("gram") == 1
-            gram = reduced(gram, factor).mul_(vector.weight / vector.tokens("gram"))
+            # Fewer tokens than samples come to an expert of a mixture that a task hardly uses, which then says little.
+            count = max(vector.tokens("gram"), vector.samples("gram"))
+            gram = reduced(gram, factor).mul_(vector.weight / count)
             added = product(gram, matrix_of(vector, base, is_transposed))
             left, right = (gram, added) if left is None or right is None else (left.add_(gram), right.add_(added))
         if left is None or right is None:
             return None
+        if not bool(right.any()):
+            return torch.zeros(base.shape, dtype=torch.float64)
         if seen < len(vectors):
             remark("no calibration sample of some experts comes here, so the others alone decide")
         equations = Normal(left)
@@ -87,6 +97,11 @@ class RegMean(Method):
                 "that, or take more calibration samples"
             )
             return self._fit(base, vectors, NEARLY_ONE)
+        if not equations.is_definite:
+            raise InputError(
+                f"method {self.name} cannot solve for a tensor: its Gram matrices are not positive definite with their "
+                f"off-diagonal multiplied by {factor:g}; set a smaller reduce"
+            )
         change = equations.solve(right)
         if bool(equations.empty.any()):
             remark("some inputs are 0 in all calibration samples; the mean of the experts was taken there")

@@ -77,13 +77,16 @@ def _size(blocks: Mapping[str, nn.Module]) -> int:
 class Part:
     """Some consecutive blocks with their weights."""
 
-    def __init__(self, source: Source, blocks: Mapping[str, nn.Module], statistics: Statistics) -> None:
+    def __init__(
+        self, source: Source, blocks: Mapping[str, nn.Module], statistics: Statistics, copied: bool = True
+    ) -> None:
         """Load blocks.
 
         Args:
             source: where the weights are.
             blocks: hollow blocks by name, in order; they are left hollow.
             statistics: what is added up over samples.
+            copied: see `Source.load`.
 
         Raises:
             InputError: parameters are left without weights.
@@ -93,7 +96,7 @@ class Part:
         self._watches: dict[str, Watch] = {}
         for name, hollow in blocks.items():
             block = copy.deepcopy(hollow)
-            source.load(block, f"{name}.")
+            source.load(block, f"{name}.", copied=copied)
             self._watches[name] = Watch(statistics, source, block, f"{name}.")
             self._blocks.append(block)
 
@@ -158,7 +161,12 @@ class Shell:
     """The network without its blocks: embedding, final norm, head."""
 
     def __init__(
-        self, source: Source, network: PreTrainedModel, blocks: Mapping[str, nn.Module], statistics: Statistics
+        self,
+        source: Source,
+        network: PreTrainedModel,
+        blocks: Mapping[str, nn.Module],
+        statistics: Statistics,
+        copied: bool = True,
     ) -> None:
         """Load all that is outside the blocks.
 
@@ -167,6 +175,7 @@ class Shell:
             network: hollow; it becomes the shell.
             blocks: all its blocks by name.
             statistics: what is added up over samples.
+            copied: see `Source.load`.
 
         Raises:
             InputError: parameters are left without weights.
@@ -178,7 +187,7 @@ class Shell:
         self._visits = 0
         for index, (name, block) in enumerate(blocks.items()):
             network.set_submodule(name, _Proxy(self, index, block))
-        source.load(network, "")
+        source.load(network, "", copied=copied)
         network.tie_weights()
         self._blocks = len(blocks)
         self._watch = Watch(statistics, source, network)
@@ -264,6 +273,13 @@ class Shell:
         (gradient,) = torch.autograd.grad(output.loss, leaf)
         return float(output.loss.detach()), gradient, self._watch.take()
 
+    def end(self, batch: Batch, hidden: Tensor) -> tuple[float | None, Sums]:
+        """Do what `loss` does where there is no way back: the loss is None for a sample without labels."""
+        hidden = hidden.to(self._source.device)
+        with torch.no_grad(), self._watch.inputs():
+            output = self._forward(self.network, batch, self._replay(lambda _: hidden))
+        return loss_of(output), self._watch.take()
+
     def backward(self, batch: Batch, hidden: Tensor, gradient: Tensor, gradients: Learned) -> Sums:
         """Run the shell and then backward, and return what the sample adds to statistics by layer.
 
@@ -314,6 +330,11 @@ class Shell:
         """Stand in for a block: called by its proxy."""
         assert self._answer is not None
         return self._answer(self._visit(index, hidden, call))
+
+
+def loss_of(output: Any) -> float | None:
+    """Return the loss in the output of a network; None for a sample without labels."""
+    return None if output.loss is None else float(output.loss.detach())
 
 
 def trunk_output(output: Any) -> TrunkOutput:

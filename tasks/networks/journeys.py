@@ -40,7 +40,8 @@ class Work:
 class Measured:
     """What one sample says."""
 
-    loss: float
+    loss: float | None
+    """None for a sample without labels"""
     sums: Sums
     """what it adds to statistics by layer"""
 
@@ -53,7 +54,7 @@ Keep = Callable[[Tensor], Tensor]
 
 
 Check = Callable[[int, float], None]
-"""Called with the number of a sample and its loss as soon as it is known."""
+"""Called with the number of a sample and its loss as soon as it is known, if it has one."""
 
 
 def statistics_journey(
@@ -64,7 +65,7 @@ def statistics_journey(
     A piece of work counts once, however often it is tried: what it adds is in its answer.
 
     Args:
-        batch: the sample, with labels.
+        batch: the sample, with labels if gradients are needed.
         parts: the blocks of each part.
         keep: what becomes of hidden states between the way forward and the way back.
         check: called with the loss.
@@ -78,11 +79,14 @@ def statistics_journey(
         states = [*(states if backward else ()), keep(hidden)]
         sums = added(sums, found)
     end = states.pop()
+    if not backward:
+        ending, found = yield Work(SHELL, "end", (batch, end))
+        if ending is not None:
+            check(ending)
+        return Measured(ending, added(sums, found))
     loss, gradient, found = yield Work(SHELL, "loss", (batch, end))
     check(loss)
     sums = added(sums, found)
-    if not backward:
-        return Measured(loss, sums)
     gradients = [torch.zeros_like(one) for one in learned]
     for place, blocks in reversed(list(enumerate(parts))):
         work = Work(place, "backward", (states.pop(), calls[blocks], learned, keep(gradient)))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from sensmerge.tasks.networks.blocks import Batch, TrunkOutput, to_device, trunk_output
+from sensmerge.tasks.networks.blocks import Batch, TrunkOutput, loss_of, to_device, trunk_output
 from sensmerge.tasks.networks.journeys import Check, Measured, Runner
 from sensmerge.tasks.networks.networks import trunk_of
 from sensmerge.tasks.networks.placement import Actors, Placement
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.streaming import StreamedRunner
+from sensmerge.tasks.networks.streaming import StreamedRunner, start_anew
 from sensmerge.tasks.networks.watching import Statistics, Watch, needs_gradients
 from sensmerge.tasks.statistics.statistic import Statistic
 
@@ -27,13 +27,16 @@ def open_runner(
         source: where it comes from.
         placement: where it runs.
         scratch: folder of the step, on a disk: for the totals of statistics by tensor, and for hidden states, of which
-            no file is left; by its name nothing else runs at the same time.
+            no file is left; by its name nothing else runs at the same time. What an earlier try has left there is
+            gone on with if it can be (`StreamedRunner`), or else removed.
         statistics: what sees its samples, by name.
 
     Raises:
         InputError: parameters are left without weights; a network whose blocks cannot be run apart.
     """
     statistics = statistics or {}
+    if placement != "streamed" and statistics:
+        start_anew(scratch, statistics)
     if isinstance(placement, Actors):
         from sensmerge.tasks.networks.sharded import ShardedRunner
 
@@ -60,12 +63,13 @@ class WholeRunner(Runner):
         """See `Runner`."""
         for number, batch in enumerate(batches):
             with self._watch.inputs(), torch.set_grad_enabled(self._backward):
-                loss = self._network(**to_device(batch, self._source.device)).loss
-            value = float(loss.detach())
-            check(number, value)
+                output = self._network(**to_device(batch, self._source.device))
+            loss = loss_of(output)
+            if loss is not None:
+                check(number, loss)
             if self._backward:
-                loss.backward()
-            yield number, Measured(value, self._watch.take())
+                output.loss.backward()
+            yield number, Measured(loss, self._watch.take())
         self._watch.write(self._scratch, "network")
 
     def trunk_outputs(self, batches: Sequence[Batch]) -> Iterator[tuple[int, TrunkOutput]]:

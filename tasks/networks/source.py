@@ -107,13 +107,15 @@ class Source:
         several = self.tensors(parameter)
         return len(several) == 1 and not self.expert.base.names.is_converted(several[0])
 
-    def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None) -> None:
-        """Give a module its weights, copied, in their dtype and on their device.
+    def load(self, module: nn.Module, prefix: str, names: Mapping[int, str] | None = None, copied: bool = True) -> None:
+        """Give a module its weights in their dtype and on their device.
 
         Args:
             module: hollow; parameters that are tied get one tensor.
             prefix: its name in the network with a dot behind, empty for the network itself.
             names: by `id`, the names in the network of parameters that are tied to others outside the module.
+            copied: whether all are copied; else those stay in the files, mapped into memory, that need not be: read
+                when they are used, and no memory of this process.
 
         Raises:
             InputError: a parameter is left without a value of its shape.
@@ -124,7 +126,7 @@ class Source:
         for name, hollow in module.state_dict(keep_vars=True).items():
             tensor = read.get(id(hollow))  # of a parameter that is tied to this one
             if tensor is None:
-                tensor = self._read((names or {}).get(id(hollow), prefix + name))
+                tensor = self._read((names or {}).get(id(hollow), prefix + name), copied)
                 if tensor is None or tensor.shape != hollow.shape:
                     if isinstance(hollow, nn.Parameter):
                         lacking.append(prefix + name)
@@ -152,13 +154,13 @@ class Source:
     def _head(self) -> Mapping[str, Tensor]:
         return self.expert.head_tensors()
 
-    def _read(self, name: str) -> Tensor | None:
+    def _read(self, name: str, copied: bool) -> Tensor | None:
         """Return the value of a parameter or buffer of the network; None where no file has it."""
         if name in self._head:
-            return self._placed(self._head[name])
+            return self._placed(self._head[name], copied)
         names = self.expert.base.names
         key = names.parameter(name)
-        found = {one: self._placed(self._tensor(one)) for one in self._tensors.get(key, ())}
+        found = {one: self._placed(self._tensor(one), copied) for one in self._tensors.get(key, ())}
         if any(names.is_converted(one) for one in found):
             return names.convert(found, key)
         return next(iter(found.values()), None)
@@ -167,5 +169,5 @@ class Source:
         """Return a tensor of the base's checkpoint as the expert has it."""
         return self.expert.read(name)
 
-    def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    def _placed(self, tensor: Tensor, copied: bool) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, copy=copied)

@@ -1,6 +1,7 @@
 """A network block by block on one worker."""
 
 import ctypes
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -10,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.networks.blocks import Part, Shell, blocks_of
-from sensmerge.tasks.networks.journeys import SHELL, Journey, PartsRunner, Result, Work
+from sensmerge.tasks.networks.blocks import Batch, Part, Shell, blocks_of
+from sensmerge.tasks.networks.journeys import SHELL, Check, Journey, Measured, PartsRunner, Result, Work
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.watching import Statistics
+from sensmerge.tasks.networks.states import StatesWriter, are_written, read_states
+from sensmerge.tasks.networks.watching import Statistics, Sums, added, needs_gradients
 
 LARGE = 2**22
 """Bytes from which on a free piece of memory is given back to the system."""
@@ -26,6 +28,10 @@ KEPT_FILE = 2**28
 """Bytes of hidden states in one file, but for larger ones."""
 
 
+STATES = "states"
+"""Folder of hidden states behind a number of blocks, by that number; of tries that were interrupted."""
+
+
 class StreamedRunner(PartsRunner):
     """One block at a time, for all samples; the next one is loaded meanwhile.
 
@@ -34,6 +40,15 @@ class StreamedRunner(PartsRunner):
     gives its blocks beside the hidden states, of all samples (for Llama 2 × head size numbers a token). The hidden
     states themselves, those of all samples before all blocks, lie in files that are mapped into memory: tokens × width
     × (blocks + 1) numbers.
+
+    Where no statistic needs gradients, there is no way back: one block is loaded at a time, as it runs much longer than
+    it is read, and of hidden states those before and behind it are kept. Weights that are stored as they are computed
+    with stay in their files, mapped into memory. So what is left is the totals of one block, activations, and what is
+    beside the hidden states; and the shell and one block where their dtype or form is another one.
+
+    If all statistics are by tensor, too, a run that was interrupted goes on behind the last block that was finished:
+    its totals and the hidden states behind it are on the disk. Sums by layer are in memory alone; with them it starts
+    anew.
     """
 
     def __init__(self, source: Source, scratch: Path, loader: Executor, statistics: Statistics) -> None:
@@ -49,7 +64,8 @@ class StreamedRunner(PartsRunner):
         network = source.hollow()
         blocks = blocks_of(network)
         self._source = source
-        self._shell = Shell(source, network, blocks, statistics)
+        self._returns = not statistics or needs_gradients(statistics)
+        self._shell = Shell(source, network, blocks, statistics, copied=self._returns)
         self._statistics = statistics
         self._blocks = [{name: block} for name, block in blocks.items()]
         self._parts = [slice(number, number + 1) for number in range(len(blocks))]
@@ -57,6 +73,54 @@ class StreamedRunner(PartsRunner):
         self._loading: dict[int, Future[Part]] = {}
         self._scratch = scratch
         self._file = torch.empty(0, dtype=torch.uint8)
+
+    def run(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Measured]]:
+        """See `Runner`."""
+        if not self._returns:
+            return self._go_forward(batches, check)
+        start_anew(self._scratch, self._statistics)
+        return super().run(batches, check)
+
+    def _go_forward(self, batches: Sequence[Batch], check: Check) -> Iterator[tuple[int, Measured]]:
+        """Do what journeys without a way back do, with all that a later try needs to go on kept on the disk."""
+        finished = self._finished_blocks()
+        if finished is None:
+            start_anew(self._scratch, self._statistics)
+        entries, sums = [], list[Sums]({} for _ in batches)
+        for batch in batches:
+            entries.append(self._shell.enter(batch))
+        if finished is None:
+            with StatesWriter(self._states(0)) as writer:
+                for entry in entries:
+                    writer.append(entry.hidden)
+        entries = [entry._replace(hidden=torch.empty(0)) for entry in entries]
+        for place in range(finished or 0, len(self._blocks)):
+            part = Part(self._source, self._blocks[place], self._statistics, copied=False)
+            with StatesWriter(self._states(place + 1)) as writer:
+                for number, hidden in enumerate(read_states(self._states(place), self._source.device)):
+                    calls, learned = entries[number].calls[self._parts[place]], entries[number].learned
+                    behind, found = part.forward(hidden, calls, learned)
+                    sums[number] = added(sums[number], found)
+                    writer.append(behind)
+                part.write(self._scratch)  # before the states count as written, and with them the block
+            del part  # before another one is loaded
+            self._states(place).unlink()
+        for number, hidden in enumerate(read_states(self._states(len(self._blocks)), self._source.device)):
+            loss, found = self._shell.end(batches[number], hidden)
+            if loss is not None:
+                check(number, loss)
+            yield number, Measured(loss, added(sums[number], found))
+        self._shell.write(self._scratch)
+        shutil.rmtree(self._scratch / STATES)
+
+    def _states(self, blocks: int) -> Path:
+        """Return the file of the hidden states behind a number of blocks."""
+        return self._scratch / STATES / f"{blocks}.bin"
+
+    def _finished_blocks(self) -> int | None:
+        """Return how many blocks an earlier try has finished whose states are here; None if there was none."""
+        places = range(len(self._blocks), -1, -1) if is_resumable(self._statistics) else ()
+        return next((one for one in places if are_written(self._states(one)) and self._states(one).exists()), None)
 
     def _travel(self, journeys: Sequence[Journey[Result]]) -> Iterator[tuple[int, Result]]:
         works = [next(journey) for journey in journeys]
@@ -101,6 +165,17 @@ class StreamedRunner(PartsRunner):
                 self._file = torch.from_file(file.name, shared=True, size=max(size, KEPT_FILE), dtype=torch.uint8)
         place, self._file = self._file[:size], self._file[size:]
         return place[: hidden.nbytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
+
+
+def is_resumable(statistics: Statistics) -> bool:
+    """Return whether a run with some statistics can go on behind the last block that was finished."""
+    return all(one.hook == "inputs" and one.by == "tensor" for one in statistics.values())
+
+
+def start_anew(scratch: Path, statistics: Statistics) -> None:
+    """Remove what an earlier try has left in the folder of a step."""
+    for name in (STATES, *statistics):
+        shutil.rmtree(scratch / name, ignore_errors=True)
 
 
 def _hold_no_free_memory() -> None:

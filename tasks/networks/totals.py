@@ -4,45 +4,17 @@ import json
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import sync
-from sensmerge.tasks.checkpoints.weights import View
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.statistics.statistic import TENSORS, Statistic, Total
-
-
-@dataclass(frozen=True)
-class LinearWeight:
-    """The matrix of a linear layer."""
-
-    name: str
-    """of the parameter in the network"""
-    view: View
-    """where it is in the parameter, (out, in)"""
-
-    def input_dims(self, parts: Mapping[str, View] | None) -> dict[str, int]:
-        """Return the tensors that are some of its rows, and the dimension of each that inputs run along.
-
-        Args:
-            parts: of the parameter, by tensor of the checkpoint (`Source.parts`); None if they are no parts of it.
-        """
-        (outputs, inputs), (step, stride) = self.view.shape, self.view.stride
-        found = {}
-        for tensor, part in (parts or {}).items():
-            first, odd = divmod(part.offset - self.view.offset, step)
-            for dim in (1, 0) if len(part.shape) == 2 else ():
-                rows, fits = part.shape[1 - dim], part.shape[dim] == inputs
-                same = part.stride[dim] == stride and part.stride[1 - dim] == step
-                if tensor not in found and fits and same and not odd and 0 <= first <= outputs - rows:
-                    found[tensor] = dim
-        return found
 
 
 class SharedInputs:
@@ -144,7 +116,7 @@ class Totals:
         while self._of:
             name, total = self._of.popitem()  # what it held is gone before the next one is stored
             for key, tensor, about in self._parts(name, total.stored()):
-                if not bool(tensor.isfinite().all()):
+                if not _is_finite(tensor):
                     raise InputError(
                         f"{self._source.key}: {self._key} of tensor {key} is not finite; try dtype: float32"
                     )
@@ -165,3 +137,8 @@ class Totals:
         assert parts is not None, "what has no parts is refused"
         for tensor, view in parts.items():
             yield tensor, total if len(parts) == 1 else view.of(total), {tensor: {}}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor infinity, looked at in pieces: what says so is as large as they."""
+    return all(bool(piece.isfinite().all()) for piece in torch.split(tensor.reshape(-1), 2**20))

@@ -1,19 +1,23 @@
 """What statistics see of a network or a part of it: gradients, dropped at once, and inputs of linear layers."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from sensmerge.tasks.checkpoints.weights import View
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.linear import (
+    LinearCalls,
+    LinearWeight,
+    linear_weights,
+    loose_weights,
+    run_experts_apart,
+)
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.totals import LinearWeight, SharedInputs, Totals
+from sensmerge.tasks.networks.totals import SharedInputs, Totals
 from sensmerge.tasks.statistics.statistic import Statistic
 
 Statistics = Mapping[str, Statistic]
@@ -56,10 +60,9 @@ class Watch:
         if chosen["gradients"]:
             for parameter in module.parameters():
                 self._watch_gradient(parameter, names[id(parameter)], chosen["gradients"])
+        self._calls: LinearCalls | None = None
         if chosen["inputs"]:
-            for child in module.modules():
-                if isinstance(child, nn.Linear | Conv1D):
-                    self._watch_inputs(child, names[id(child.weight)], chosen["inputs"])
+            self._watch_inputs(module, prefix, chosen["inputs"])
 
     def _watch_gradient(self, parameter: nn.Parameter, name: str, statistics: Statistics) -> None:
         layer = self._source.layer(name)
@@ -87,33 +90,47 @@ class Watch:
             )
         return partial(self._totals[key].add_gradient, name)
 
-    def _watch_inputs(self, linear: nn.Linear | Conv1D, name: str, statistics: Statistics) -> None:
-        layer, weight = self._source.layer(name), linear.weight
+    def _watch_inputs(self, module: nn.Module, prefix: str, statistics: Statistics) -> None:
+        for linear, matrix in linear_weights(module, prefix):
+            see = self._seer(matrix, linear.weight, statistics)
+            linear.register_forward_pre_hook(lambda _, given, see=see: see(given[0]))
+        loose = {id(parameter): name for name, parameter in loose_weights(module, prefix)}
+        seers: dict[LinearWeight, Callable[[Tensor], None]] = {}
+
+        def see_call(matrix: LinearWeight, weight: Tensor, inputs: Tensor) -> None:
+            if matrix not in seers:
+                seers[matrix] = self._seer(matrix, weight, statistics)
+            seers[matrix](inputs)
+
+        if loose:
+            run_experts_apart(module)
+            self._calls = LinearCalls(loose, see_call)
+
+    def _seer(self, matrix: LinearWeight, weight: Tensor, statistics: Statistics) -> Callable[[Tensor], None]:
+        """Return what sees the inputs of a linear layer, (..., in)."""
+        label, layer = matrix.label, self._source.layer(matrix.name)
         if layer is None:
-            return
-        view = View(tuple(weight.shape), weight.stride(), 0)
-        if isinstance(linear, Conv1D):
-            view = View(view.shape[::-1], view.stride[::-1], 0)
-        dims = LinearWeight(name, view).input_dims(self._source.parts(name))
+            return lambda _: None
+        dims = matrix.input_dims(self._source.parts(matrix.name))
         by_layer = {key: one for key, one in statistics.items() if one.by == "layer"}
         adders = [self._number_adder(weight, layer, key, one) for key, one in by_layer.items()]
         totals = {key: self._totals[key] for key in statistics if key not in by_layer} if dims else {}
         shares = any(statistics[key].inputs_alone for key in totals)
 
-        def see(_: nn.Module, given: tuple[Any, ...]) -> None:
+        def see(given: Tensor) -> None:
             if not self._sees_inputs:
                 return
-            inputs = given[0].detach().flatten(0, -2)
+            inputs = given.detach().flatten(0, -2)
             for add in adders:
                 add(weight.detach(), inputs)
-            leader = self._shared.leader(name, given[0]) if shares else name
+            leader = self._shared.leader(label, given) if shares else label
             for key, total in totals.items():
-                owner = leader if statistics[key].inputs_alone else name
+                owner = leader if statistics[key].inputs_alone else label
                 total.has_inputs_of(owner, dims)
-                if owner == name:
-                    total.add_inputs(name, weight.detach(), inputs)
+                if owner == label:
+                    total.add_inputs(label, weight.detach(), inputs)
 
-        linear.register_forward_pre_hook(see)
+        return see
 
     def _number_adder(self, parameter: Tensor, layer: str, key: str, statistic: Statistic) -> _Adder:
         """Return what adds to the sum of a layer, given a parameter and what is seen of it."""
@@ -130,7 +147,8 @@ class Watch:
         """See inputs within the block: they count once, however often a module is run."""
         self._sees_inputs = True
         try:
-            yield
+            with self._calls or nullcontext():
+                yield
         finally:
             self._sees_inputs = False
 

@@ -34,6 +34,9 @@ class Job(ABC):
     """counts up whenever equal inputs give other results than before"""
     uses_torch: ClassVar[bool] = True
     """whether torch computes in it; where it does not, a worker starts without it"""
+    resumes: ClassVar[bool] = False
+    """whether `finish` takes care of what a try that was interrupted left in the folder; else the folder is emptied,
+    unless the job has parts"""
 
     def identity(self) -> dict[str, Any]:
         """Return all that the result depends on, as JSON: stage, version, and every field that is not local."""

@@ -31,6 +31,7 @@ class StatisticsJob(Job):
 
     stage = "statistics"
     version = 1
+    resumes = True
 
     base: Artifact
     expert: Artifact

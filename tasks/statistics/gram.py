@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TOKENS = 1024
+TOKENS = 512
 """Inputs that are multiplied at a time: enough for a product to be fast, few enough to take little memory."""
 PANEL = 512
 """Columns of the symmetric matrix that are worked on at a time: what lies below their diagonal block is left out."""
@@ -27,7 +26,8 @@ class Gram(Statistic):
     """Σ x xᵀ of the inputs of each linear layer, float32, (in, in).
 
     Samples are run one by one, so that no token is padding and every token counts. Layers with the same inputs (query,
-    key and value, say) share a matrix.
+    key and value, say) share a matrix. An expert of a mixture counts the tokens that are routed to it: `read_tokens`
+    says how many, and one that had none has no matrix.
     """
 
     hook = "inputs"
@@ -51,8 +51,8 @@ class Gram(Statistic):
         return inputs.T @ inputs
 
     def held_bytes(self, shape: Sequence[int]) -> int:
-        """See `Statistic`: half of a float32 matrix, and at most as much of inputs that are still to be multiplied."""
-        return 2 * self.stored_bytes(shape)
+        """See `Statistic`: half of a float32 matrix, and as much of inputs, or those of `TOKENS` tokens."""
+        return self.stored_bytes(shape) + max(self.stored_bytes(shape), 4 * TOKENS * shape[-1])
 
     def stored_bytes(self, shape: Sequence[int]) -> int:
         """See `Statistic`: half of a float32 matrix with its diagonal, 4 · in · (in + 1) / 2 bytes."""
@@ -60,53 +60,58 @@ class Gram(Statistic):
 
 
 class GramTotal(Total):
-    """Keeps inputs as they are until half of the matrix would be smaller, and multiplies them then.
+    """Keeps inputs as they are while they are smaller than half of the matrix, and multiplies them then.
 
     So what is multiplied is many tokens long, however short the samples are: a few float32 additions to each element
     and not one for every sample, with a relative error below 1e-5 of √(Gᵢᵢ Gⱼⱼ) (`tests/tasks/statistics`). A float64
     sum would be twice as large, and methods read float32. Products of bfloat16 numbers are exact in float32; where the
-    inputs are such, processors multiply them as such and add up in float32, which is several times as fast.
+    inputs are such, and the processor multiplies them as such, that is several times as fast.
 
-    Memory, for inputs of n numbers: 2·n·(n + 1) bytes of inputs, and 2·n² + 2·n·`PANEL` of the matrix.
+    Memory, for inputs of n numbers: 2·n·(n + 1) bytes of inputs, of which those that are used are taken, and 2·n² +
+    2·n·`PANEL` of the matrix, from the first time on that inputs are multiplied; 4·n·`TOKENS` meanwhile.
     """
 
     def __init__(self, statistic: Statistic) -> None:
         """Begin with nothing."""
         super().__init__(statistic)
-        self._inputs: deque[Tensor] = deque()
-        self._bytes = 0
+        self._inputs: Tensor | None = None
+        self._count = 0
         self._panels: list[Tensor] = []
 
     def add(self, parameter: Tensor, seen: Tensor) -> None:
         """See `Total`."""
-        import torch
-
-        self._inputs += torch.split(seen.clone(memory_format=torch.contiguous_format), TOKENS)
-        self._bytes += seen.nbytes
-        if self._bytes > self._statistic.stored_bytes(seen.shape):
-            self._multiply()
+        if self._inputs is None:
+            width = seen.shape[1]
+            self._inputs = seen.new_empty(max(TOKENS, _fewest(width, seen.dtype)), width)
+        while len(seen):
+            if self._count == len(self._inputs):
+                self._multiply(self._inputs)
+            fitting = seen[: len(self._inputs) - self._count]
+            self._inputs[self._count : self._count + len(fitting)] = fitting
+            self._count, seen = self._count + len(fitting), seen[len(fitting) :]
 
     def stored(self) -> Tensor:
         """See `Total`: the inputs, or the packed matrix where that is smaller."""
-        import torch
-
-        if not self._panels:
-            return torch.cat(list(self._inputs))
-        self._multiply()
+        assert self._inputs is not None, "a total begins with a sample"
+        if not self._panels and self._count <= _fewest(self._inputs.shape[1], self._inputs.dtype):
+            return self._inputs[: self._count].clone()
+        self._multiply(self._inputs)
+        self._inputs = None
         return packed(self._panels)
 
-    def _multiply(self) -> None:
-        """Add all inputs to the matrix and let go of them."""
+    def _multiply(self, inputs: Tensor) -> None:
+        """Add all inputs to the matrix."""
         import torch
 
-        while self._inputs:
-            taken = [self._inputs.popleft()]
-            while self._inputs and sum(map(len, taken)) < TOKENS:
-                taken.append(self._inputs.popleft())
-            inputs = torch.cat(taken)
-            with _exact_products(inputs.dtype):
-                add_outer(self._panels, inputs.float())
-        self._bytes = 0
+        with _exact_products(inputs.dtype):
+            for some in torch.split(inputs[: self._count], TOKENS):
+                add_outer(self._panels, some.float())
+        self._count = 0
+
+
+def _fewest(width: int, dtype: torch.dtype) -> int:
+    """Return how many inputs take no more than half of a float32 matrix with its diagonal."""
+    return 2 * (width + 1) // dtype.itemsize
 
 
 def add_outer(panels: list[Tensor], inputs: Tensor) -> None:

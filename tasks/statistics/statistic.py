@@ -148,11 +148,12 @@ def read_input_dim(artifact: Path, name: str, tensor: str) -> int | None:
 
 def _places(artifact: Path, name: str) -> Mapping[str, Any]:
     path = artifact / f"{name}.json"
-    return _read_once(path, path.stat().st_mtime_ns)
+    about = path.stat()
+    return _read_once(path, (about.st_ino, about.st_mtime_ns))
 
 
 @lru_cache(maxsize=64)
-def _read_once(path: Path, _: int) -> Mapping[str, Any]:
+def _read_once(path: Path, _: tuple[int, int]) -> Mapping[str, Any]:
     """Methods ask for one tensor after the other, and a large model has thousands."""
     found: Mapping[str, Any] = read_json(path)
     return found

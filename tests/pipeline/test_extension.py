@@ -112,6 +112,8 @@ def test_a_whole_recipe(llamas: dict[str, Path], tmp_path: Path, ray_address: st
     two_dimensional = [key for key, one in load_file(llamas["base"] / "model.safetensors").items() if one.ndim == 2]
     said = f"merges.top: singular values were dropped (in {len(two_dimensional)} tensors, such as model.embed_tokens."
     assert [note.startswith(said) for note in report["notes"] if "merges." in note] == [True]
+    cards = {one: (Path(report["models"][one]) / "README.md").read_text() for one in ("top", "energy")}
+    assert [said.removeprefix("merges.top: ") in card for card in cards.values()] == [True, False]
     name = "model.layers.0.mlp.up_proj.weight"
     merged = {one: load_file(Path(report["models"][one]) / "model.safetensors")[name] for one in ("top", "energy")}
     change = merged["top"] - load_file(llamas["base"] / "model.safetensors")[name]

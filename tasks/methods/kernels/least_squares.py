@@ -5,8 +5,8 @@ from torch import Tensor
 
 SINGULAR = torch.finfo(torch.float32).eps
 """Reciprocal condition of a matrix that float32, in which Gram matrices are kept, cannot tell from a singular one."""
-NEARLY_ONE = 0.999
-"""Off-diagonal factor that stands in for a larger one where a matrix is singular."""
+NEARLY_ONE = 0.99
+"""Off-diagonal factor in place of a larger one where a matrix is singular: it leaves eigenvalues far above rounding."""
 
 
 def reduced(gram: Tensor, factor: float) -> Tensor:
@@ -35,12 +35,13 @@ class Normal:
         scaled.diagonal().fill_(1.0)
         self._norm = float(torch.linalg.matrix_norm(scaled, 1))
         self._factor, failed = torch.linalg.cholesky_ex(scaled)
-        self._is_factorised = not bool(failed)
+        self.is_definite = not bool(failed)
+        """whether there is a solution"""
 
     @property
     def is_singular(self) -> bool:
         """Whether the scaled matrix is, or is so close to singular that its solutions mean nothing."""
-        return not self._is_factorised or 1 / (self._norm * self._inverse_norm()) < SINGULAR
+        return not self.is_definite or 1 / (self._norm * self._inverse_norm()) < SINGULAR
 
     def solve(self, right: Tensor) -> Tensor:
         """Return X, float64 (n, columns); `right` is B, float64, which is used up."""

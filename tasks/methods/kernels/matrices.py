@@ -24,14 +24,20 @@ Matrix = Tensor | Factored
 
 
 def matrix_of(vector: TaskVector, base: Tensor, transposed: bool = False) -> Matrix:
-    """Return the task vector of a tensor of two dimensions, float64; `base` is in any float dtype."""
+    """Return the task vector of a tensor of two dimensions, float64; of one that is zero, factors of rank 0.
+
+    Args:
+        vector: the task vector.
+        base: the base's tensor, in any float dtype.
+        transposed: whether the transpose is wanted.
+    """
     factors = vector.factors()
-    if factors is None and isinstance(vector.delta, Unchanged):
-        factors = torch.empty(0, base.shape[1]), torch.empty(base.shape[0], 0), 1.0
-    if factors is None:
+    if factors is None and not isinstance(vector.delta, Unchanged):
         whole = vector.whole(base)
-        return (whole.T if transposed else whole).double()
-    first, second, scaling = factors
+        if bool(whole.any()):
+            return (whole.T if transposed else whole).double()
+    rows, columns = base.shape
+    first, second, scaling = factors or (torch.empty(0, columns), torch.empty(rows, 0), 1.0)
     left, right = second.double() * scaling, first.double()
     return Factored(right.T, left.T) if transposed else Factored(left, right)
 

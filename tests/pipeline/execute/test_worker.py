@@ -2,9 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from sensmerge.pipeline.execute.worker import Spent, run_finish
+from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.stages.job import Job
 
 STAGES = "sensmerge.tasks.stages"
 NEVER = {"ray", "mlflow", "datasets", "pandas", "peft", "sklearn", "matplotlib", "typer"}
@@ -48,3 +55,41 @@ done = run_finish(job, Store(here), Key.of("base", job), Spent(), 1)
 print(done.result["bytes"] > 0, "torch" in sys.modules)
 """
     assert printed(program) == "True False\n"
+
+
+@dataclass(frozen=True)
+class Twice(Job):
+    """Is interrupted after its first half."""
+
+    stage = "statistics"
+    version = 1
+    uses_torch = False
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        if not (out / "half").exists():
+            (out / "half").touch()
+            raise KeyboardInterrupt
+        return {"whole": True}
+
+
+@dataclass(frozen=True)
+class TwiceOn(Twice):
+    """The same, and it goes on."""
+
+    resumes = True
+
+
+def test_a_job_that_goes_on_finds_what_it_left(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for job in (Twice(), TwiceOn()):
+        key = Key.of(type(job).__name__, job)
+        with pytest.raises(KeyboardInterrupt):
+            run_finish(job, store, key, Spent(), 1)
+    with pytest.raises(KeyboardInterrupt):
+        run_finish(Twice(), store, Key.of("Twice", Twice()), Spent(), 1)
+    done = run_finish(job, store, key, Spent(), 1)
+    assert done.result == {"whole": True}
+    # Its worker may have died before it could say so.
+    assert run_finish(job, store, key, Spent(), 1) == done
+    assert read_json(store.folder(key) / "manifest.json")["seconds"] == done.spent.seconds

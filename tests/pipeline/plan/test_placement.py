@@ -1,15 +1,16 @@
 """Which placement is chosen, and what the plan says of it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.filesize import decimal
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
-from sensmerge.pipeline.plan import placement
-from sensmerge.pipeline.plan.memory import Memory
+from sensmerge.pipeline.plan import placement, steps
+from sensmerge.pipeline.plan.memory import Memory, totals_of
 from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.recipe.stage import Stage
@@ -22,13 +23,21 @@ from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.networks import skeleton
 from sensmerge.tasks.networks.placement import Actors, shares
+from sensmerge.tasks.networks.watching import Statistics
 from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.rows.tables import load_rows
-from tests.conftest import command_line, measure_sensitivity, plan_of, write_recipe
+from sensmerge.tasks.statistics.fisher import Fisher
+from sensmerge.tasks.statistics.gram import Gram
+from sensmerge.tasks.statistics.sensitivity import Sensitivity
+from tests.conftest import command_line, llama_config, make_gpt2, measure_sensitivity, plan_of, write_recipe
 
 Recipe = dict[str, Any]
+Save = Callable[..., Path]
 PLACES = ("whole", "streamed", "{actors: 2}")
 GIB = 2**30
+SENSITIVITY: Statistics = {"sensitivity": Sensitivity()}
+GRAM: Statistics = {"gram": Gram()}
+FISHER: Statistics = {"fisher": Fisher()}
 
 
 def test_auto_goes_by_the_memory_of_a_worker(
@@ -36,7 +45,7 @@ def test_auto_goes_by_the_memory_of_a_worker(
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     base = plan_of(tmp_path, llama_recipe).inputs.base
-    needed = Memory(base, torch.float32, 6, gradients=True).whole()
+    needed = Memory(base, torch.float32, 6, SENSITIVITY).whole()
     cases = ((8 * needed, 4, "whole"), (8 * needed - 4, 4, "streamed"), (2 * needed, 1, "whole"))
     for memory, at_once, expected in cases:
         monkeypatch.setattr(placement, "machine_memory", lambda memory=memory: memory)
@@ -57,8 +66,8 @@ def test_a_whole_network_with_its_activations(llamas: dict[str, Path]) -> None:
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(llamas["base"]).parameters())
     blocks = 2 * (2 * 64 + 2 * 48 + 3 * 80)  # q and o, k and v, the three of the MLP; rows + columns
     expected = 4 * (weights + 259 * 32 + 10 * blocks) + 3 * 10 * 259 * 4
-    assert Memory(base, torch.float32, 10, gradients=True).whole() == expected
-    assert Memory(base, torch.bfloat16, 10, gradients=False).whole() == 2 * (weights + 10 * 80) + 3 * 10 * 259 * 4
+    assert Memory(base, torch.float32, 10, SENSITIVITY).whole() == expected
+    assert Memory(base, torch.bfloat16, 10, {}).whole() == 2 * (weights + 10 * 80) + 3 * 10 * 259 * 4
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +94,7 @@ def test_what_a_network_of_70_billion_parameters_takes(large: Base) -> None:
     shell = 2 * embedding + 8192
     matrices = 2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672)  # rows + columns of those of a block
     logits = 3 * 1536 * 128256 * 4
-    memory = Memory(large, torch.float32, 1536, gradients=True)
+    memory = Memory(large, torch.float32, 1536, SENSITIVITY)
     assert memory.whole() == 4 * (shell + 80 * block + embedding + 80 * 1536 * matrices) + logits
     assert memory.streamed() == 4 * (shell + 2 * block + embedding + 1536 * matrices) + logits
     assert 22e9 < memory.streamed() < 24e9
@@ -93,8 +102,44 @@ def test_what_a_network_of_70_billion_parameters_takes(large: Base) -> None:
     assert shares(shell, [block] * 80, 3) == [slice(0, 25), slice(25, 53), slice(53, 80)]
     assert memory.actor(3) == 4 * (28 * block + embedding + 28 * 1536 * matrices) + logits
     assert memory.heads(4) == 4 * embedding * 4 + 2 * 256 * 128256 * 4
-    forward = Memory(large, torch.bfloat16, 1536, gradients=False)
+    forward = Memory(large, torch.bfloat16, 1536, {})
     assert forward.streamed() == 2 * (shell + 2 * block + 1536 * (8192 + 28672)) + logits
+
+
+def test_what_totals_of_70_billion_parameters_take(large: Base) -> None:
+    """Of a linear layer gram holds half of a matrix and as many bytes of inputs, fisher a number for each element."""
+    block, embedding = 855_654_400, 1_050_673_152
+    sens = Memory(large, torch.bfloat16, 1536, SENSITIVITY)
+    assert Memory(large, torch.bfloat16, 1536, SENSITIVITY | FISHER).streamed() == sens.streamed() + 4 * (
+        block + 2 * embedding + 8192
+    )
+    small, wide = 4 * 8192 * 8193, 4 * 28672 * 28673  # queries, keys, values, output, gate, up; down
+    both = Memory(large, torch.bfloat16, 1536, SENSITIVITY | GRAM)
+    assert both.streamed() == sens.streamed() + 6 * small + wide + small  # and the head
+    assert both.whole() == sens.whole() + 80 * (6 * small + wide) + small
+    assert both.actor(80) == sens.actor(80) + small + 6 * small + wide
+    alone, forward = (Memory(large, torch.bfloat16, 1536, one) for one in (GRAM, {}))
+    assert alone.streamed() == forward.streamed() - 2 * block + 7 * small + wide  # one block and not two
+
+
+def test_a_transposed_weight_has_its_inputs_first(save: Save, tmp_path: Path) -> None:
+    base = open_base(save(make_gpt2(), "base", tmp_path))
+    found = totals_of(base, GRAM, lambda _, shape: shape[-1])
+    assert found == {"transformer.h.0": 3 * 32 + 128, "transformer.h.1": 3 * 32 + 128, None: 32}
+
+
+def test_every_expert_of_a_mixture_counts(save: Save, tmp_path: Path) -> None:
+    settings = llama_config(num_hidden_layers=1).to_dict() | {"num_local_experts": 3, "model_type": "mixtral"}
+    base = open_base(save(MixtralForCausalLM(MixtralConfig(**settings)), "base", tmp_path))
+    found = totals_of(base, GRAM, lambda _, shape: shape[-1])
+    assert found == {"model.layers.0": 4 * 32 + 32 + 3 * (32 + 48), None: 32}  # attention, router, experts; head
+
+
+def test_totals_are_planned_for(llama_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "wanted_statistics", lambda _: SENSITIVITY | GRAM)
+    plan = plan_of(tmp_path, llama_recipe, "placement=whole")
+    half = 2 * (2 * (6 * 32 * 33 + 48 * 49) + 32 * 33)  # two blocks, and the head
+    assert plan.step("statistics", "math").writes == half
 
 
 def test_a_large_network_must_fit(

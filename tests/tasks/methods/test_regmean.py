@@ -6,18 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sensmerge.pipeline.recipe.schema import Variant
-from sensmerge.tasks.artifacts import read_json, write_json
+from sensmerge.tasks.artifacts import Artifact, read_json, write_json
 from sensmerge.tasks.coefficients import ExplicitCoefficients
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.methods.contract import TaskVector, method_of
 from sensmerge.tasks.methods.kernels.delta import Unchanged, Whole
 from sensmerge.tasks.methods.kernels.least_squares import Normal, reduced
 from sensmerge.tasks.methods.remarks import remarks
 from sensmerge.tasks.stages.merge import TENSORS, MergeJob
+from tests.conftest import calibration_set, make_adapter, make_gpt2, perturbed, statistics_job
 from tests.tasks.methods.pieces import whole_tensor
 from tests.tasks.methods.totals import write_totals
 from tests.tasks.stages.test_merge import make_job, merged, weights_of
@@ -136,6 +140,16 @@ def test_number_of_tokens_does_not_count(make: Make) -> None:
     torch.testing.assert_close(regmean(BASE, make(DELTAS, [INPUTS[0].repeat(5, 1), *INPUTS[1:]])), once)
 
 
+def test_experts_that_hardly_use_a_layer_say_little(make: Make, tmp_path: Path) -> None:
+    """A mixture routes 3 tokens of 12 samples to it, of another expert 60."""
+    vectors = make(DELTAS[:2], INPUTS[:2])
+    rows = [INPUTS[0][:3], INPUTS[1].repeat(3, 1)[:60]]
+    for k, few in enumerate(rows):
+        write_totals(tmp_path / f"{k}", "gram", {"tensor": few.T @ few}, len(few), samples=12)
+    expected = naive([BASE + delta for delta in DELTAS[:2]], rows, 0.9, [3 / 12, 1])
+    torch.testing.assert_close(regmean(BASE, vectors).double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_mean_weight_scales_and_the_rest_weighs_errors(make: Make) -> None:
     weights = [0.2, 0.4, 0.9]
     merged = regmean(BASE, make(DELTAS, INPUTS, weights))
@@ -158,6 +172,13 @@ def test_an_expert_that_changed_nothing_wants_the_base(make: Make) -> None:
     vectors[2] = replace(vectors[2], delta=Unchanged(BASE.numel()))
     expected = naive([BASE + DELTAS[0], BASE + DELTAS[1], BASE], INPUTS, 0.9, [1, 1, 1])
     torch.testing.assert_close(regmean(BASE, vectors).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_no_expert_changed_stays_and_is_not_remarked_upon(make: Make) -> None:
+    with remarks() as said:
+        merged = regmean(BASE, make([torch.zeros(OUT, IN)] * 3, [rows[:2] for rows in INPUTS]), reduce=1.0)
+    assert torch.equal(merged, BASE)
+    assert said == []
 
 
 @pytest.mark.parametrize("input_dim", [0, 1])
@@ -205,15 +226,23 @@ def test_singular_matrices_are_regularised_and_said_to_be(tokens: int, make: Mak
     few = [rows[:tokens] for rows in INPUTS]
     with remarks() as said:
         merged = regmean(BASE, make(DELTAS, few), reduce=1.0)
-    expected = naive([BASE + delta for delta in DELTAS], few, 0.999, [1, 1, 1])
+    expected = naive([BASE + delta for delta in DELTAS], few, 0.99, [1, 1, 1])
     torch.testing.assert_close(merged.double(), expected, rtol=1e-3, atol=1e-3)
     assert said == [
-        "Gram matrices are singular, so their off-diagonal was multiplied by 0.999; set reduce below that, or take "
+        "Gram matrices are singular, so their off-diagonal was multiplied by 0.99; set reduce below that, or take "
         "more calibration samples"
     ]
     with remarks() as said:
         regmean(BASE, make(DELTAS, few), reduce=0.9)
     assert said == []
+
+
+def test_what_is_no_gram_matrix_is_refused(make: Make, tmp_path: Path) -> None:
+    vectors = make(DELTAS, INPUTS)
+    for k in range(3):
+        write_totals(tmp_path / f"{k}", "gram", {"tensor": torch.eye(IN) - 5.0 * torch.eye(IN).roll(1, 0)})
+    with pytest.raises(InputError, match=r"not positive definite with their off-diagonal multiplied by 0\.9; set"):
+        regmean(BASE, vectors)
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e6, 1e9])
@@ -309,3 +338,41 @@ def test_negative_weights_name_their_layer(job: Callable[..., MergeJob], tmp_pat
     one = job(coefficients=ExplicitCoefficients(kind="explicit", weights=weights))
     with pytest.raises(InputError, match=r"layer model\.layers\.1: found the weight -0\.25; regmean weighs"):
         one.weights()
+
+
+def test_a_network_of_transposed_weights_and_an_adapter(save: Callable[..., Path], tmp_path: Path) -> None:
+    """From statistics as the stage takes them, against transformers' own network and naive least squares."""
+    base = save(make_gpt2(), "base", tmp_path)
+    experts = {
+        "math": save(perturbed(make_gpt2(), 1), "math", tmp_path),
+        "code": make_adapter(make_gpt2(), tmp_path / "code", 3, target_modules=["c_attn", "c_proj"]),
+    }
+    rows = {name: [{"prompt": f"{k}{name}", "completion": "xyz"} for k in range(5)] for name in experts}
+    artifacts, inputs, whole = {}, dict[str, list[Tensor]](), {}
+    for name, folder in experts.items():
+        artifacts[name] = Artifact(name, tmp_path / f"gram-{name}")
+        artifacts[name].folder.mkdir()
+        calibration = calibration_set(CompletionTask(kind="completion"), rows[name], tmp_path / f"rows-{name}")
+        statistics_job(base, folder, calibration, ["gram"]).finish(artifacts[name].folder)
+        network: Any = AutoModelForCausalLM.from_pretrained(base if name == "code" else folder)
+        if name == "code":
+            network = PeftModel.from_pretrained(network, folder).merge_and_unload()
+        whole[name] = {key: one.detach() for key, one in network.state_dict().items()}
+        layer = network.transformer.h[1].attn.c_proj
+        layer.register_forward_pre_hook(lambda _, seen, n=name: inputs.setdefault(n, []).append(seen[0].detach()[0]))
+        for sample in calibration.samples(name, AutoTokenizer.from_pretrained(base), {}):
+            network(input_ids=sample["input_ids"].reshape(1, -1))
+    one = make_job(tmp_path, base, experts, "regmean", statistics=artifacts, weight=1.0)
+    merged(one, tmp_path / "out")
+    key = "transformer.h.1.attn.c_proj.weight"
+    left = right = 0
+    for name in experts:
+        gram = torch.cat(inputs[name]).double()
+        gram = gram.T @ gram / len(gram)
+        gram = 0.9 * gram + 0.1 * torch.diag(gram.diagonal())
+        left, right = left + gram, right + gram @ whole[name][key].double()
+    expected = torch.linalg.solve(left, right)
+    torch.testing.assert_close(weights_of(tmp_path / "out")[key].double(), expected, rtol=1e-3, atol=1e-5)
+    norm = "transformer.h.1.ln_1.weight"
+    mean = (whole["math"][norm] + whole["code"][norm]) / 2
+    torch.testing.assert_close(weights_of(tmp_path / "out")[norm], mean)

@@ -12,9 +12,14 @@ from sensmerge.tasks.statistics.statistic import TENSORS
 
 
 def write_totals(
-    folder: Path, name: str, totals: Mapping[str, torch.Tensor], count: int = 1, input_dims: Mapping[str, int] = {}
+    folder: Path,
+    name: str,
+    totals: Mapping[str, torch.Tensor],
+    count: int = 1,
+    input_dims: Mapping[str, int] = {},
+    samples: int | None = None,
 ) -> Artifact:
-    """Write the totals of a statistic by tensor, each over `count` tokens and samples.
+    """Write the totals of a statistic by tensor, each over `count` tokens and `samples`, or else as many samples.
 
     Args:
         folder: of the artifact; it may hold another statistic's already.
@@ -30,5 +35,5 @@ def write_totals(
         key: {"file": f"{name}.safetensors", "key": key, "input_dim": input_dims.get(key, 1), "tokens": count}
         for key in totals
     }
-    write_json(folder / f"{name}.json", {TENSORS: places, "samples": count, "tokens": count})
+    write_json(folder / f"{name}.json", {TENSORS: places, "samples": samples or count, "tokens": count})
     return Artifact(folder.name, folder)

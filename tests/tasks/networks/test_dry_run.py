@@ -15,12 +15,17 @@ from transformers import (
 )
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.blocks import Part
 from sensmerge.tasks.networks.dry_run import StandIn, stand_in
 from sensmerge.tasks.networks.networks import Head
+from sensmerge.tasks.networks.watching import Statistics
+from sensmerge.tasks.statistics.fisher import Fisher
+from sensmerge.tasks.statistics.gram import Gram
 from sensmerge.tasks.statistics.sensitivity import Sensitivity
 from tests.conftest import llama_config
 
-STATISTICS = {"sensitivity": Sensitivity()}
+STATISTICS: Statistics = {"sensitivity": Sensitivity()}
+ALL: Statistics = STATISTICS | {"gram": Gram(), "fisher": Fisher()}
 
 
 def tried(config: PretrainedConfig, folder: Path, head: Head = "causal_lm") -> StandIn:
@@ -43,14 +48,24 @@ def tried(config: PretrainedConfig, folder: Path, head: Head = "causal_lm") -> S
 def test_networks_that_can_do_all(config: PretrainedConfig, head: Head, tmp_path: Path) -> None:
     before, state = config.to_dict(), torch.get_rng_state()
     tiny = tried(config, tmp_path, head)
-    tiny.check_statistics(STATISTICS)
+    tiny.check_statistics(ALL)
     tiny.check_head()
-    tiny.check_parts(STATISTICS)
+    tiny.check_parts(ALL)
+    tiny.check_parts({"gram": Gram()})
     tiny.check_calibration()
     if head == "causal_lm":
         tiny.check_generation()
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_totals_that_differ_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = tried(LlamaConfig(), tmp_path)
+    tiny.check_parts({"gram": Gram()})
+    forward = Part.forward
+    monkeypatch.setattr(Part, "forward", lambda part, hidden, *more: forward(part, 1.1 * hidden, *more))
+    with pytest.raises(InputError, match=r"^LlamaForCausalLM: it cannot be run in parts \(.+\.weight differs\)$"):
+        tiny.check_parts({"gram": Gram()})
 
 
 def test_what_blocks_hand_on_beside_hidden_states(tmp_path: Path) -> None:

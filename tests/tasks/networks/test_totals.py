@@ -12,10 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.weights import View
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.linear import LinearWeight
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.totals import LinearWeight, SharedInputs
+from sensmerge.tasks.networks.totals import SharedInputs
 from sensmerge.tasks.networks.watching import Watch
 from sensmerge.tasks.statistics.fisher import Fisher
 from sensmerge.tasks.statistics.gram import Gram
@@ -150,6 +151,72 @@ def test_a_stacked_parameters_gradients_are_told_apart(placement: Placement, sav
         assert found is not None
         assert found.shape == source.expert.base.info(tensor).shape
         torch.testing.assert_close(found.double(), parts[tensor].of(expected), rtol=1e-3, atol=1e-10)
+
+
+def routed(source: Source) -> dict[str, tuple[Tensor, int]]:
+    """Gram and number of tokens of Mixtral's router and experts by tensor, float64, from what the experts are given."""
+    network = AutoModelForCausalLM.from_pretrained(source.folder, experts_implementation="eager").double().eval()
+    found: dict[str, tuple[Tensor, int]] = {}
+
+    def add(name: str, rows: Tensor) -> None:
+        total, count = found.get(name, (0, 0))
+        found[name] = total + torch.einsum("ti,tj->ij", rows, rows), count + len(rows)
+
+    for number, block in enumerate(network.model.layers):
+        prefix = f"model.layers.{number}.mlp"
+
+        def see(experts: nn.Module, given: tuple[Tensor, ...], prefix: str = prefix) -> None:
+            hidden, chosen, _ = given
+            add(f"{prefix}.gate.weight", hidden)
+            for one in range(experts.num_experts):
+                rows = hidden[(chosen == one).any(-1)]
+                gate, up = (rows @ experts.gate_up_proj[one].T).chunk(2, -1)
+                if len(rows):
+                    add(f"{prefix}.experts.gate_up_proj[{one}]", rows)
+                    add(f"{prefix}.experts.down_proj[{one}]", nn.functional.silu(gate) * up)
+
+        block.mlp.experts.register_forward_pre_hook(see)
+    with torch.no_grad():
+        for sample in SAMPLES:
+            network(**sample)
+    return found
+
+
+@pytest.mark.parametrize("placement", ["whole", "streamed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_expert_of_a_mixture_has_the_inputs_routed_to_it(
+    placement: Placement, dtype: torch.dtype, save: Save, tmp_path: Path
+) -> None:
+    source = source_of("mixtral", save, tmp_path, dtype)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with open_runner(source, placement, folder, {"gram": Gram()}) as runner:  # without a way back
+        dict(runner.run(SAMPLES, lambda *_: None))
+    write_json(folder / "gram.json", {"tokens": TOKENS, TENSORS: index(folder, "gram")})
+    part = {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
+    expected = routed(source)
+    places = index(folder, "gram")
+    seen = 0
+    for tensor in source.expert.base.weights:
+        if ".block_sparse_moe." not in tensor:
+            continue
+        name = tensor.replace("block_sparse_moe", "mlp")
+        if ".experts." in name:
+            start, expert, matrix, _ = name.rsplit(".", 3)
+            name = f"{start}.{part[matrix]}[{expert}]"
+        if name not in expected:
+            assert read_tensor(folder, "gram", tensor) is None
+            continue
+        gram, count = expected[name]
+        seen += 1
+        assert read_input_dim(folder, "gram", tensor) == 1
+        assert source.expert.base.info(tensor).shape[1] == len(gram)
+        if dtype == torch.float32:  # in another one, a token may take another way
+            assert read_tokens(folder, "gram", tensor) == count
+            torch.testing.assert_close(read_tensor(folder, "gram", tensor).double(), gram, rtol=1e-4, atol=1e-4)
+        if tensor.endswith("w1.weight"):
+            assert places[tensor] == places[tensor.replace("w1", "w3")]
+    assert seen > 8
 
 
 def strided(shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> View:
