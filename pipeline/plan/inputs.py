@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sensmerge.pipeline.plan.models import about
-from sensmerge.pipeline.plan.rows import HeldOut, TaskRows, gather_rows
+from sensmerge.pipeline.plan.rows import TaskRows, Tuning, gather_rows
 from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
@@ -77,28 +77,23 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     notes += said
     reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
     routed = bool(recipe.se_variants())
-    data, said = gather_rows(recipe.tasks, experts, reader, folder, routed, _held_out(recipe))
+    data, said = gather_rows(recipe.tasks, experts, reader, folder, routed, _tuning(recipe))
     notes += [*said, *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(notes), tuple(classes))
 
 
-def _held_out(recipe: Recipe) -> HeldOut:
-    """Return which calibration rows tune variants: what a variant was made of says little of how good it is.
-
-    Where no variant that is tuned reads calibration rows, all do, and the others' coefficients stay as they are.
-    """
-    tuned = [recipe.merges[name] for name in recipe.tuned_variants()]
-    if not tuned:
-        return "none"
-    return "half" if any(variant.reads_calibration() for variant in tuned) else "all"
+def _tuning(recipe: Recipe) -> Tuning:
+    """Return what is tuned: how good a variant is cannot be told by the rows that it was made of."""
+    splits = {recipe.merges[name].tuning_split for name in recipe.tuned_variants()}
+    return "apart" if "held_out" in splits else "on_calibration" if splits else "none"
 
 
 def _tuning_passes(recipe: Recipe, data: Mapping[str, TaskRows]) -> list[str]:
     """Return a line for each variant that is tuned: what is run for it at most."""
-    rows = sum(len(one.tuning) for one in data.values())
     lines = []
     for name in recipe.tuned_variants():
         variant = recipe.merges[name]
+        rows = sum(len(getattr(one, variant.tuning_split)) for one in data.values())
         asked = len(combinations(variant.grid(), variant.default()))
         most = asked + WIDENED * len(variant.tune)
         lines.append(

@@ -16,9 +16,10 @@ from sensmerge.tasks.networks.networks import positions
 from sensmerge.tasks.rows.source import DataSource, Row, rows_digest
 from sensmerge.tasks.rows.tables import Rows, check_samples, draw_order, load_rows, open_table
 
-Split = Literal["calibration", "tuning", "evaluation"]
-HeldOut = Literal["none", "all", "half"]
-"""Which calibration rows of a task without tuning rows of its own are tuning rows."""
+Split = Literal["calibration", "tuning", "held_out", "evaluation"]
+Tuning = Literal["none", "on_calibration", "apart"]
+"""What is tuned: nothing; only variants that read no calibration rows, so that they can be tuned on these; also others,
+for which some of these rows are held out."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class TaskRows:
     calibration: list[Row]
     evaluation: list[Row]
     tuning: list[Row] = field(default_factory=list)
+    """by which variants are chosen that are not made of calibration rows"""
+    held_out: list[Row] = field(default_factory=list)
+    """by which variants are chosen that are: none of these calibrate"""
     calibration_tokens: int = 0
     """of all calibration rows"""
     longest_calibration: int = 0
@@ -100,14 +104,14 @@ def gather_rows(
     tokenizer: Any,
     folder: Path,
     routed: bool,
-    held_out: HeldOut = "none",
+    tuned: Tuning = "none",
 ) -> tuple[dict[str, TaskRows], list[str]]:
     """Choose and check the rows of all tasks.
 
     Calibration rows are those of `load_rows`. Tuning rows are drawn in the same order from the rows that no task
     calibrates on, evaluation rows from those that no task calibrates or tunes on: a row is left out if it equals such a
-    row of any task, or gives the same sample. A task without tuning rows of its own gives up calibration rows, every
-    second one, where half of them are held out, so that both halves have the same mix.
+    row of any task, or gives the same sample. A task without tuning rows of its own tunes on its calibration rows.
+    Where variants that are made of these are tuned, every second one is held out: both halves have the same mix.
 
     Args:
         tasks: the recipe's.
@@ -115,7 +119,7 @@ def gather_rows(
         tokenizer: the one that all models use.
         folder: what the recipe's paths are relative to.
         routed: whether a variant tells samples apart by their prompts.
-        held_out: which calibration rows are tuning rows where a task names none.
+        tuned: what is tuned on calibration rows where a task names no others.
 
     Returns:
         The rows by task, and lines about them: which tune, and of each task that lost rows to calibration.
@@ -132,12 +136,15 @@ def gather_rows(
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
     taken = _places(calibration)
     tuning: dict[str, list[_Chosen]] = {}
+    held_out: dict[str, list[_Chosen]] = {}
     for name, reader in readers.items():
         if reader.task.tuning is not None:
             tuning[name], said = _apart(reader, "tuning", folder, taken)
+            held_out[name] = tuning[name]
             said += _answers(name, reader.task, tuning[name])
         else:
-            calibration[name], tuning[name], said = _held_out(name, calibration[name], held_out)
+            tuning[name] = calibration[name] if tuned != "none" else []
+            calibration[name], held_out[name], said = _held_out(name, calibration[name], tuned)
         notes += said
     taken = _places(tuning) | taken
     named = any(reader.task.tuning for reader in readers.values())
@@ -146,11 +153,24 @@ def gather_rows(
     for name, reader in readers.items():
         evaluation, said = _apart(reader, "evaluation", folder, taken, users)
         notes += said
-        tokens = [one.tokens for one in calibration[name]]
-        rows, scored, tried = ([one.row for one in split] for split in (calibration[name], evaluation, tuning[name]))
-        unanswered = any(one.unanswered for one in tuning[name])
-        data[name] = TaskRows(reader.task, rows, scored, tried, sum(tokens), max(tokens, default=0), unanswered)
+        data[name] = _task_rows(reader.task, calibration[name], evaluation, tuning[name], held_out[name])
     return {name: data.get(name) or TaskRows(task, [], []) for name, task in tasks.items()}, notes
+
+
+def _task_rows(
+    task: Task, calibration: list[_Chosen], evaluation: list[_Chosen], tuning: list[_Chosen], held_out: list[_Chosen]
+) -> TaskRows:
+    tokens = [one.tokens for one in calibration]
+    return TaskRows(
+        task,
+        calibration=[one.row for one in calibration],
+        evaluation=[one.row for one in evaluation],
+        tuning=[one.row for one in tuning],
+        held_out=[one.row for one in held_out],
+        calibration_tokens=sum(tokens),
+        longest_calibration=max(tokens, default=0),
+        unanswered=any(one.unanswered for one in tuning),
+    )
 
 
 def _answers(name: str, task: RowTask, tuning: list[_Chosen]) -> list[str]:
@@ -179,22 +199,23 @@ def _places(chosen: Mapping[str, list[_Chosen]]) -> dict[object, str]:
     return {mark: one.place for rows in chosen.values() for one in rows for mark in one.marks}
 
 
-def _held_out(name: str, every: list[_Chosen], held_out: HeldOut) -> tuple[list[_Chosen], list[_Chosen], list[str]]:
-    """Return the rows that still calibrate, those that tune, and what is to be said of them."""
+def _held_out(name: str, every: list[_Chosen], tuned: Tuning) -> tuple[list[_Chosen], list[_Chosen], list[str]]:
+    """Return the calibration rows that still calibrate, those that are held out, and what is to be said of them."""
     key = f"tasks.{name}.calibration"
-    if held_out == "none" or not every:
+    if tuned == "none" or not every:
         return every, [], []
-    if held_out == "all":
-        return every, every, [f"{key}: variants are tuned on its {len(every)} rows"]
+    if tuned == "on_calibration":
+        return every, [], [f"{key}: variants are tuned on its {len(every)} rows"]
     kept = every[::2]
     taken = _places({name: kept})
-    tuning = [one for one in every[1::2] if taken.keys().isdisjoint(one.marks)]
-    if not tuning:
+    held_out = [one for one in every[1::2] if taken.keys().isdisjoint(one.marks)]
+    if not held_out:
         raise InputError(
             f"{key}: of {len(every)} rows none can be held out to tune variants on; give it more samples, or name rows "
             f"in tasks.{name}.tuning"
         )
-    return kept, tuning, [f"{key}: variants are tuned on {len(tuning)} of its rows; the other {len(kept)} calibrate"]
+    said = f"{key}: {len(held_out)} of its rows are held out to tune variants on; the other {len(kept)} calibrate"
+    return kept, held_out, [said]
 
 
 def _apart(

@@ -32,7 +32,7 @@ class Resolved:
     def write_rows(self) -> None:
         """Write the rows of all tasks to the files that steps read."""
         for one in self.inputs.data.values():
-            for rows in (one.calibration, one.tuning, one.evaluation):
+            for rows in (one.calibration, one.tuning, one.held_out, one.evaluation):
                 StoredRows.of(rows, self.store.rows).write(rows)
 
 

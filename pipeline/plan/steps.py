@@ -49,9 +49,6 @@ def lay_out(resolved: Resolved) -> list[Step]:
             layout.statistics(name)
     if recipe.sens_variants():
         layout.cross_task()
-    if recipe.tuned_variants():
-        for name in recipe.experts:
-            layout.tuning_scores(name)
     for name in recipe.tuned_variants():
         layout.tune(name)
     for name in recipe.merges:
@@ -137,15 +134,12 @@ class _Layout:
         names = ("base", *experts)
         self._add("all", job, self._downloads(*names), self._weights(*names), sizes.kept_trunks(self._resolved))
 
-    def tuning_scores(self, name: str) -> None:
-        """Add the scores of an expert on the rows that variants are tuned on."""
-        self._add(name, *self._scoring(TuningScoresJob, name, name, "tuning"))
-
     def tune(self, name: str) -> None:
-        """Add the choice of a variant's settings."""
-        variant, scores = self._recipe.merges[name], self._made["tune"]
+        """Add the choice of a variant's settings, and the scores of the experts on the same rows."""
+        variant = self._recipe.merges[name]
         used, fields = self._read_by(variant)
-        tuning = self._row_sets("tuning")
+        tuning = self._row_sets(variant.tuning_split)
+        scores = {task: self._tuning_scores(task, variant.tuning_split) for task in tuning}
         job = TuneJob(
             **fields | {"shard_size": 0},
             grid=variant.grid(),
@@ -154,11 +148,19 @@ class _Layout:
             unanswered=[task for task in tuning if self._inputs.data[task].unanswered],
             metrics={task: one.task.metric for task, one in tuning.items()},
             depends={task: one.task.depends_on() for task, one in tuning.items()},
-            own={task: scores[task].artifact(self._resolved.store) for task in tuning},
+            own={task: step.artifact(self._resolved.store) for task, step in scores.items()},
             dtype=self._recipe.dtype,
             device=self._device("tune"),
         )
-        self._add(name, job, [*used, *(scores[task] for task in tuning)], self._weights(*self._inputs.listings))
+        self._add(name, job, [*used, *scores.values()], self._weights(*self._inputs.listings))
+
+    def _tuning_scores(self, task: str, split: Split) -> Step:
+        """Return the scores of a task's own expert on the rows that variants are tuned on; added once."""
+        one, made = self._inputs.data[task], self._made["tune"]
+        name = task if split == "tuning" or one.held_out == one.tuning else f"{task}/{split}"
+        if name not in made:
+            self._add(name, *self._scoring(TuningScoresJob, task, task, split))
+        return made[name]
 
     def merge(self, name: str) -> None:
         """Add the merge of a variant."""
@@ -306,7 +308,7 @@ class _Layout:
             depends=one.task.depends_on(),
             name=task,
             is_expert=model in experts,
-            device=self._device("tune" if split == "tuning" else "evaluate"),
+            device=self._device("tune" if kind is TuningScoresJob else "evaluate"),
             head_config=config,
             base_config=tuple(expert.folder for expert in experts.values() if expert.base_config),
         )
@@ -374,7 +376,8 @@ class _Layout:
 
     def _task(self, one: TaskRows, split: Split) -> Any:
         """Return a task as rows of a split are scored on it."""
-        return one.task.for_tuning() if split == "tuning" and isinstance(one.task, RowTask) else one.task
+        is_tuned_on = split in ("tuning", "held_out")
+        return one.task.for_tuning() if is_tuned_on and isinstance(one.task, RowTask) else one.task
 
     def _labels(self, name: str, one: TaskRows) -> Mapping[str, int] | None:
         """Return the classes of a task's own expert."""

@@ -170,14 +170,11 @@ class Variant(Strict):
         given = self.model_fields_set | own | self.coefficients.model_fields_set
         return {key: self.settings.value(key) for key in self.tune} if given & self.tune.keys() else None
 
-    def reads_calibration(self) -> bool:
-        """Return whether what is made of the variant depends on the tasks' calibration rows."""
-        return bool(
-            self.method.statistics
-            or self.calibrate is not None
-            or isinstance(self.coefficients, SensCoefficients)
-            or isinstance(self.application, SeApplication)
-        )
+    @property
+    def tuning_split(self) -> Literal["tuning", "held_out"]:
+        """The rows of each task that the variant is tuned on: held out if it is made of calibration rows itself."""
+        reads = self.method.statistics or isinstance(self.coefficients, SensCoefficients) or self.calibrate is not None
+        return "held_out" if reads else "tuning"
 
     @property
     def origin(self) -> OriginName | None:

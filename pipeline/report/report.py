@@ -45,6 +45,9 @@ class TriedInfo(BaseModel):
 class TuningInfo(BaseModel):
     """How settings of a variant were chosen."""
 
+    split: Literal["tuning", "held_out"] = Field(
+        description="the rows of each task: those to tune on, which may be its calibration rows; or held out of these"
+    )
     tried: list[TriedInfo] = Field(description="all candidates")
     chosen: Values = Field(description="the settings that the variant has")
     best: Values = Field(description="those with the best mean")

@@ -160,7 +160,7 @@ def _variant(plan: Plan, name: str) -> VariantInfo:
     table = _read(plan, "merge", name, "coefficients.json")
     tuning = None
     if variant.tune:
-        tuning = TuningInfo.model_validate(_read(plan, "tune", name, TUNE))
+        tuning = TuningInfo.model_validate(_read(plan, "tune", name, TUNE) | {"split": variant.tuning_split})
         variant = variant.tuned(tuning.chosen)
     return VariantInfo(
         method=variant.method.name,
@@ -273,7 +273,7 @@ def halved(
 
 def data_sets(plan: Plan) -> list[TaskData]:
     """Return which rows the recipe's tasks used, for tracking."""
-    contexts: tuple[Split, ...] = ("calibration", "tuning", "evaluation")
+    contexts: tuple[Split, ...] = ("calibration", "tuning", "held_out", "evaluation")
     return [
         TaskData(name, context, _source(one.task, context), rows_digest(rows), len(rows))
         for name, one in plan.inputs.data.items()
@@ -285,6 +285,7 @@ def data_sets(plan: Plan) -> list[TaskData]:
 def _source(task: Task, context: Split) -> DataSource:
     """Return where rows are from. Those to tune on that a recipe does not name are of those to calibrate on."""
     assert isinstance(task, RowTask)
-    source: DataSource | None = getattr(task, context) or task.calibration
+    tuning = task.tuning or task.calibration
+    source: DataSource | None = tuning if context in ("tuning", "held_out") else getattr(task, context)
     assert source is not None
     return source

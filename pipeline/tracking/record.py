@@ -95,7 +95,7 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
     # calibration sets, and only tuned variants the rows to tune on.
     calibrated = route is not None or (variant is not None and _reads_calibration(variant))
     seen = {"evaluation"} | ({"calibration"} if calibrated else set())
-    seen |= {"tuning"} if variant is not None and variant.tuning else set()
+    seen |= {variant.tuning.split} if variant is not None and variant.tuning else set()
     used = [data for data in execution.datasets if data.context in seen]
     with started(client, parent.experiment, model, tags) as run:
         log_datasets(run, used)

@@ -172,8 +172,8 @@ class RowTask(Task):
     )
     tuning: Local[DataSource | None] = Field(
         None,
-        description="rows by which variants with tune are chosen; if left out, half of the calibration rows where "
-        "such a variant needs these too, else all of them",
+        description="rows that variants are tuned on; if left out, the calibration rows, or a half of them that is "
+        "held out where a variant is made of these",
     )
     evaluation: Local[DataSource | None] = Field(None, description="rows that every model is scored on")
     max_length: int = Field(512, ge=2, description="maximum length of a sample, in tokens; a longer one is cut")

@@ -111,11 +111,8 @@ class MergeJob(VariantJob):
         for one in markers:
             one.unlink()
         taken = [nbytes(plan.tensors[name]) for name, entry in tensors.items() if entry["taken"]]
-        return about(plan, tensors) | {
-            "taken_over": len(taken),
-            "taken_over_bytes": sum(taken),
-            REMARKS: _by_remark(tensors),
-        }
+        found = {"taken_over": len(taken), "taken_over_bytes": sum(taken), REMARKS: _by_remark(tensors)}
+        return about(plan, tensors) | found
 
 
 def _by_remark(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -126,9 +126,13 @@ def test_half_of_the_calibration_rows_are_held_out_for_a_variant_that_needs_them
     plan = plan_of(tmp_path, recipe)
     calibration = prompts(before, "calibration")
     assert prompts(plan, "calibration") == calibration[::2]
-    assert prompts(plan, "tuning") == calibration[1::2]
+    assert prompts(plan, "held_out") == calibration[1::2]
+    assert prompts(plan, "tuning") == calibration  # for variants that none of them goes into
     assert prompts(plan, "evaluation") == prompts(before, "evaluation")  # as it was, and none of the others
-    assert "tasks.math.calibration: variants are tuned on 3 of its rows; the other 4 calibrate" in plan.inputs.notes
+    assert (
+        "tasks.math.calibration: 3 of its rows are held out to tune variants on; the other 4 calibrate"
+        in plan.inputs.notes
+    )
     # The statistics of all variants are those of the other rows alone, and memory is planned for these.
     fingerprints = [one.step("statistics", "math").key.fingerprint for one in (before, plan)]
     assert fingerprints[0] != fingerprints[1]
@@ -142,6 +146,7 @@ def test_a_variant_that_needs_no_calibration_is_tuned_on_all_of_it(llama_recipe:
     llama_recipe["merges"]["tuned"] = AUTO
     plan = plan_of(tmp_path, llama_recipe)
     assert prompts(plan, "tuning") == prompts(plan, "calibration") == prompts(before, "calibration")
+    assert prompts(plan, "held_out") == []
     assert "tasks.math.calibration: variants are tuned on its 3 rows" in plan.inputs.notes
     for stage in ("statistics", "cross_task"):
         for step in before.steps:
@@ -159,12 +164,13 @@ def test_rows_to_tune_on_may_be_named(llama_recipe: Recipe, tmp_path: Path) -> N
     plan = plan_of(tmp_path, recipe)
     splits = {split: prompts(plan, split) for split in ("calibration", "tuning", "evaluation")}
     assert splits["calibration"] == before
+    assert prompts(plan, "held_out") == splits["tuning"]
     assert {split: len(found) for split, found in splits.items()} == {"calibration": 4, "tuning": 3, "evaluation": 5}
     assert len({prompt for found in splits.values() for prompt in found}) == 12
     notes = "\n".join(plan.inputs.notes)
     assert "tasks.math.tuning: 3 rows are tuned on; 4 left out because calibration uses them too: " in notes
     assert "tasks.math.evaluation: 5 rows are scored; 7 left out because calibration or tuning uses them too: " in notes
-    assert "tasks.code.calibration: variants are tuned on 1 of its rows; the other 2 calibrate" in notes
+    assert "tasks.code.calibration: 1 of its rows are held out to tune variants on; the other 2 calibrate" in notes
 
 
 def test_rows_that_say_the_same_are_not_in_both_halves(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -172,7 +178,7 @@ def test_rows_that_say_the_same_are_not_in_both_halves(llama_recipe: Recipe, tmp
     write_rows(tmp_path / "all.jsonl", [row | {"id": 0} for row in numbers(0, 1) * 3 + numbers(1, 9)])
     recipe["merges"]["tuned"] = SENS
     plan = plan_of(tmp_path, recipe)
-    assert (prompts(plan, "calibration"), prompts(plan, "tuning")) == (["0+1=", "0+1="], ["1+1="])
+    assert (prompts(plan, "calibration"), prompts(plan, "held_out")) == (["0+1=", "0+1="], ["1+1="])
 
 
 def test_no_row_left_to_tune_on(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -183,3 +189,19 @@ def test_no_row_left_to_tune_on(llama_recipe: Recipe, tmp_path: Path) -> None:
         plan_of(tmp_path, recipe)
     recipe["tasks"]["math"]["tuning"] = {"path": "json", "data_files": "all.jsonl", "samples": 2}  # a way out
     assert len(prompts(plan_of(tmp_path, recipe), "tuning")) == 2
+
+
+def test_what_a_variant_is_tuned_on_does_not_depend_on_the_others(llama_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = one_file(llama_recipe, tmp_path, 7, 5)
+    recipe["merges"] = {"auto": AUTO}
+    alone = plan_of(tmp_path, recipe)
+    recipe["merges"]["sens"] = SENS
+    plan = plan_of(tmp_path, recipe)
+    assert plan.step("tune", "auto").key == alone.step("tune", "auto").key
+    assert set(plan.step("tune", "auto").needs) >= {"tune math", "tune code"}
+    assert set(plan.step("tune", "sens").needs) >= {"tune math/held_out", "tune code/held_out"}
+    # Rows that the recipe names are those of all variants, and an expert is scored on them once.
+    for task in ("math", "code"):
+        recipe["tasks"][task]["tuning"] = {"path": "json", "data_files": "all.jsonl", "samples": 3}
+    named = plan_of(tmp_path, recipe)
+    assert [step.name for step in named.steps if step.stage == "tune"] == ["math", "code", "auto", "sens"]

@@ -24,6 +24,7 @@ def tuning(**changes: Any) -> TuningInfo:
     ]
     best = {"weight": 0.5, "density": 0.2}
     settings = {
+        "split": "tuning",
         "tried": tried,
         "chosen": best,
         "best": best,
