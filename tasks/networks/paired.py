@@ -1,7 +1,8 @@
 """A block of the merged model and the same block of an expert, run on the same samples: what their layers are given."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -92,6 +93,41 @@ def _may_be_norm(module: nn.Module) -> bool:
     )
 
 
+class _Seen:
+    """What hooks see of a block. It does not know the block, which so goes as soon as nobody needs it."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.outputs: list[tuple[str, Tensor]] | None = None
+        """None where they are not wanted"""
+        self._versions: dict[str, list[int]] = {}
+        self._is_open = False
+
+    def hook(self, name: str) -> Callable[..., None]:
+        """Return a forward hook for the layer of some name."""
+
+        def see(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            if self._is_open and inputs:
+                self.inputs.setdefault(name, []).append(inputs[0].detach())
+                self._versions.setdefault(name, []).append(inputs[0]._version)
+                if self.outputs is not None:
+                    self.outputs.append((name, output))
+
+        return see
+
+    @contextmanager
+    def during_a_pass(self) -> Iterator[None]:
+        """See what is run in the context, and forget what was seen before."""
+        self.inputs.clear()
+        self._versions.clear()
+        self._is_open = True
+        yield
+        self._is_open = False
+        for name, versions in self._versions.items():
+            if [one._version for one in self.inputs[name]] != versions:  # overwritten in place: they are gone
+                del self.inputs[name]
+
+
 class SeenBlock:
     """A block with its weights, of whose layers what they are given in a pass is kept until the next."""
 
@@ -107,35 +143,19 @@ class SeenBlock:
         self.module = copy.deepcopy(hollow)
         source.load(self.module, f"{name}.")
         self.module.requires_grad_(False)
-        self.inputs: dict[str, list[Tensor]] = {}
-        """of each layer, those of each of its calls, in the last pass"""
-        self._versions: dict[str, list[int]] = {}
-        self._outputs: list[tuple[str, Tensor]] | None = None
-        self._is_seen = False
+        self._seen = _Seen()
         for inner in layers:
-            self.module.get_submodule(inner).register_forward_hook(self._hook(inner))
+            self.module.get_submodule(inner).register_forward_hook(self._seen.hook(inner))
 
-    def _hook(self, name: str) -> Any:
-        def see(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if self._is_seen and inputs:
-                self.inputs.setdefault(name, []).append(inputs[0].detach())
-                self._versions.setdefault(name, []).append(inputs[0]._version)
-                if self._outputs is not None:
-                    self._outputs.append((name, output))
-
-        return see
+    @property
+    def inputs(self) -> dict[str, list[Tensor]]:
+        """Of each layer, the inputs of each of its calls, in the last pass."""
+        return self._seen.inputs
 
     def run(self, hidden: Tensor, calls: Calls, learned: Learned) -> Tensor:
         """Return the hidden states behind the block."""
-        self.inputs.clear()
-        self._versions.clear()
-        self._is_seen = True
-        output = run_block(self.module, hidden, calls, learned)
-        self._is_seen = False
-        for name, versions in self._versions.items():
-            if [one._version for one in self.inputs[name]] != versions:  # overwritten in place: they are gone
-                del self.inputs[name]
-        return output
+        with self._seen.during_a_pass():
+            return run_block(self.module, hidden, calls, learned)
 
     def run_for(self, read: Tensor, hidden: Tensor, calls: Calls, learned: Learned) -> tuple[Tensor, "Matter"]:
         """Run the block, and find out on which outputs of its layers some of the hidden states behind it depend.
@@ -149,18 +169,18 @@ class SeenBlock:
         Returns:
             The hidden states behind the block, and what matters of its layers' outputs.
         """
-        self._outputs = []
+        kept = self._seen.outputs = []
         with torch.enable_grad():
             output = self.run(hidden.detach().requires_grad_(), calls, learned)
             # Different weights, lest gradients cancel out: those through a norm add up to zero.
             chosen = output[read] @ torch.linspace(1, 2, output.shape[-1], device=output.device, dtype=output.dtype)
-            outputs = [one for _, one in self._outputs if one.requires_grad]
+            outputs = [one for _, one in kept if one.requires_grad]
             gradients = iter(torch.autograd.grad(chosen.sum(), outputs, allow_unused=True))
         matter: dict[str, list[Tensor | None]] = {}
-        for name, one in self._outputs:
+        for name, one in kept:
             gradient = next(gradients) if one.requires_grad else None  # what depends on no hidden states is for all
             matter.setdefault(name, []).append(None if gradient is None else gradient.ne(0).any(-1))
-        self._outputs = None
+        self._seen.outputs = None
         return output.detach(), matter
 
 

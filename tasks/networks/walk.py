@@ -6,6 +6,7 @@ each task under way, the block twice and the sums of its layers' inputs; beside 
 what networks give their blocks beside hidden states, of all samples.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -185,6 +186,8 @@ def _enter(
             if writer is not None:
                 writer.append(entry.hidden)
             entries.append(entry._replace(hidden=torch.empty(0)))
+    del network, shell
+    gc.collect()  # a shell and its proxies know each other
     # A head that reads several tokens of a sample, or is dead on one, has all count alike.
     return entries, read if all(bool((one.sum(-1) == 1).all()) for one in read) else []
 
