@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -87,13 +87,12 @@ class StreamedRunner(PartsRunner):
         if finished is None:
             start_anew(self._scratch, self._statistics)
         entries, sums = [], list[Sums]({} for _ in batches)
-        for batch in batches:
-            entries.append(self._shell.enter(batch))
-        if finished is None:
-            with StatesWriter(self._states(0)) as writer:
-                for entry in entries:
+        with nullcontext() if finished is not None else StatesWriter(self._states(0)) as writer:
+            for batch in batches:
+                entry = self._shell.enter(batch)
+                if writer is not None:
                     writer.append(entry.hidden)
-        entries = [entry._replace(hidden=torch.empty(0)) for entry in entries]
+                entries.append(entry._replace(hidden=torch.empty(0)))
         for place in range(finished or 0, len(self._blocks)):
             part = Part(self._source, self._blocks[place], self._statistics, copied=False)
             with StatesWriter(self._states(place + 1)) as writer:

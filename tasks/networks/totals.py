@@ -140,5 +140,9 @@ class Totals:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither NaN nor infinity, looked at in pieces: what says so is as large as they."""
-    return all(bool(piece.isfinite().all()) for piece in torch.split(tensor.reshape(-1), 2**20))
+    """Return whether a tensor has neither NaN nor infinity.
+
+    It is looked at in pieces, as what says so is as large as they; of most, the sum says enough, and much faster.
+    """
+    pieces = torch.split(tensor.reshape(-1), 2**20)
+    return all(bool(piece.sum().isfinite()) or bool(piece.isfinite().all()) for piece in pieces)

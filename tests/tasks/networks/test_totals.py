@@ -1,6 +1,7 @@
 """Gram and fisher of real networks: which tensor gets which total, and what is known of it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ from sensmerge.tasks.networks.linear import LinearWeight
 from sensmerge.tasks.networks.placement import Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.totals import SharedInputs
+from sensmerge.tasks.networks.totals import SharedInputs, Totals
 from sensmerge.tasks.networks.watching import Watch
 from sensmerge.tasks.statistics.fisher import Fisher
 from sensmerge.tasks.statistics.gram import Gram
-from sensmerge.tasks.statistics.statistic import TENSORS, index, read_input_dim, read_tensor, read_tokens
+from sensmerge.tasks.statistics.statistic import TENSORS, Statistic, index, read_input_dim, read_tensor, read_tokens
 from tests.conftest import llama_config, make_gpt2, make_llama, perturbed
 
 Save = Callable[..., Path]
@@ -305,3 +306,32 @@ def test_one_layer_leads(save: Save, tmp_path: Path) -> None:
     assert [shared.leader(*call) for call in given] == ["a", "a", "c", "a", "a", "a"]
     with pytest.raises(InputError, match=r"^experts\.math: d is given the inputs of a in some samples"):
         shared.check()
+
+
+@dataclass(frozen=True)
+class Given(Statistic):
+    """Σ of the inputs as they are."""
+
+    hook = "inputs"
+    by = "tensor"
+
+    def of(self, parameter: Tensor, seen: Tensor) -> Tensor:
+        """See `Statistic`."""
+        return seen
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named(bad: float | None, save: Save, tmp_path: Path) -> None:
+    """Numbers whose sum is too large for their dtype are no error."""
+    totals = Totals("given", Given(), source_of("llama", save, tmp_path))
+    inputs = torch.full((3, 4), 3e38)
+    if bad is not None:
+        inputs[1, 2] = bad
+    totals.has_inputs_of("a", {"a.weight": 1})
+    totals.add_inputs("a", inputs, inputs)
+    if bad is None:
+        totals.write(tmp_path, "a")
+        assert index(tmp_path, "given")["a.weight"]["tokens"] == 3
+        return
+    with pytest.raises(InputError, match=r"^experts\.math: given of tensor a\.weight is not finite; try dtype"):
+        totals.write(tmp_path, "a")
