@@ -176,18 +176,19 @@ def tuning_table(name: str, tuning: TuningInfo) -> Table:
 
 def tuning_lines(name: str, tuning: TuningInfo) -> list[str]:
     """Return lines for people: what was chosen and why, and what there is to know of the grid."""
-    chosen, count = _said(tuning.chosen), len(tuning.tried)
-    if tuning.default is None:
-        why = f"is the best of {count} candidates"
-    else:
+    chosen, best, count = _said(tuning.chosen), _said(tuning.best), len(tuning.tried)
+    why = f"is the best of {count} candidates"
+    if tuning.chosen not in (tuning.best, tuning.default):
+        why = f"is the best of its grid: {best} lies beyond it and is not surely better"
+    if tuning.default is not None:
         behind = tuning.of(tuning.default).behind
         by = f"by {behind.value:.3f} ({behind.low:.3f} to {behind.high:.3f}, n = {behind.n})"
-        if tuning.chosen != tuning.default:
-            why = f"is the best of {count} candidates, better than the recipe's {_said(tuning.default)} {by}"
-        elif tuning.best == tuning.default:
+        if tuning.best == tuning.default:
             why = f"is the recipe's, and the best of {count} candidates"
-        else:
-            why = f"is the recipe's and stays: {_said(tuning.best)}, the best of {count}, is not surely better: {by}"
+        elif tuning.chosen == tuning.default:
+            why = f"is the recipe's and stays: {best}, the best of {count}, is not surely better: {by}"
+        elif tuning.chosen == tuning.best:
+            why += f", better than the recipe's {_said(tuning.default)} {by}"
     return [f"{name}: {chosen} {why}", *(f"{name}: {note}" for note in tuning.notes)]
 
 

@@ -86,6 +86,11 @@ FAR = {"weight": 1.0, "density": 1.0}
     [
         ({}, "ta: weight 0.5, density 0.2 is the best of 6 candidates"),
         (
+            {"best": FAR},
+            "ta: weight 0.5, density 0.2 is the best of its grid: weight 1, density 1 lies beyond it and is not surely "
+            "better",
+        ),
+        (
             {"default": FAR},
             "ta: weight 0.5, density 0.2 is the best of 6 candidates, better than the recipe's weight 1, density 1 by "
             "0.580 (0.530 to 0.630, n = 80)",

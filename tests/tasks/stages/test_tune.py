@@ -154,7 +154,9 @@ def test_better_by_chance_is_not_better(right: int, default: Values | None, chos
     tried = scored([answers(right), answers(20)], candidates, metrics, own)
     behind = [difference(best_of(tried), one, metrics, own) for one in tried]
     assert behind[1].value == pytest.approx((right - 20) / 40)
-    assert choose(tried, behind, default).values == {"weight": chosen}
+    assert choose(tried, best_of(tried), default, metrics, own).values == {"weight": chosen}
+    # The same holds for one from beyond the grid, of which the other is then the best.
+    assert choose(tried, tried[1], None, metrics, own).values == {"weight": 0.3 if right == 36 else 1.0}
 
 
 def test_an_expert_that_gets_nothing_right(twins: dict[str, Path], tmp_path: Path) -> None:
