@@ -19,7 +19,7 @@ class RegMean(Method):
 
     needs: ClassVar[Literal["elements", "matrix"]] = "matrix"
     statistics: ClassVar[tuple[str, ...]] = ("gram",)
-    weights: ClassVar[tuple[float, ...]] = (0.6, 0.8, 1.0, 1.2, 1.5)
+    weights: ClassVar[tuple[float, ...]] = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
 
     reduce: float = Field(
         0.9, ge=0, le=1, description="factor of the off-diagonal elements of the experts' Gram matrices"
