@@ -14,9 +14,11 @@ from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.load import Merged
 from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks import walk as walk_module
 from sensmerge.tasks.stages.calibrate import CalibrateJob
+from sensmerge.tasks.stages.route import RouteJob
 from tests.conftest import command_line, do_steps, plan_of, write_recipe
 
 Recipe = dict[str, Any]
@@ -41,7 +43,10 @@ def recipe(llama_recipe: Recipe) -> Recipe:
         ({"calibrate": {"ridge": 0}}, r"merges\.x\.calibrate\.ridge: .*greater than or equal"),
         ({"calibrate": {"alpha": 1.5}}, r"merges\.x\.calibrate\.alpha: .*less than or equal to 1"),
         ({"calibrate": {"lambda": 1}}, r"merges\.x\.calibrate\.lambda"),
-        ({"calibrate": {}, "application": {"kind": "se"}}, r"merges\.x: calibrate needs one set of weights"),
+        (
+            {"calibrate": {}, "application": {"kind": "se", "origin": "base"}},
+            r"merges\.x: calibrate changes the static merge, so application se needs origin: static",
+        ),
     ],
 )
 def test_what_the_schema_refuses(changes: Recipe, message: str, recipe: Recipe, tmp_path: Path) -> None:
@@ -69,6 +74,23 @@ def test_the_calibrated_model_is_the_variant(recipe: Recipe, tmp_path: Path) -> 
     assert plan.models()["fitted"] == plan.artifact("calibrate", "fitted")
     # The merge is the same as that of the variant that is not calibrated.
     assert len({plan.step("merge", name).key.fingerprint for name in ("ta", "fitted")}) == 1
+
+
+def test_samples_can_be_answered_from_the_calibrated_model(recipe: Recipe, tmp_path: Path) -> None:
+    recipe["merges"]["fitted-se"] = {**recipe["merges"]["fitted"], "application": {"kind": "se"}}
+    plan = plan_of(tmp_path, recipe)
+    steps = [step for step in plan.steps if "fitted-se" in step.name]
+    stages = ["merge", "calibrate", "vectors", "route", "evaluate"]
+    assert [step.title for step in steps] == [f"{stage} fitted-se" for stage in stages]
+    assert steps[2].needs == ("calibrate fitted-se", "download base", "download math", "download code")
+    assert steps[3].needs == ("vectors fitted-se",)
+    route = steps[3].job
+    assert isinstance(route, RouteJob)
+    assert (route.origin, route.static) == ("static", 0.0)
+    # Which weights it is answered from does not depend on how samples are routed.
+    other = plan_of(tmp_path, recipe, "merges.fitted-se.application.temperature=0.5")
+    assert other.step("vectors", "fitted-se").key == plan.step("vectors", "fitted-se").key
+    assert other.step("route", "fitted-se").key != plan.step("route", "fitted-se").key
 
 
 CALIBRATED = {"calibrate fitted", "evaluate fitted/math", "evaluate fitted/code"}
@@ -120,11 +142,12 @@ def test_run_registers_the_calibrated_model(
     recipe: Recipe, tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe["resources"] = {"calibrate": {"num_cpus": 2}}
+    recipe["merges"]["fitted-se"] = {**recipe["merges"]["fitted"], "application": {"kind": "se"}}
     path, store, report = write_recipe(tmp_path, recipe), tmp_path / "store", tmp_path / "report.json"
     arguments = (path, "--store", store, "--address", ray_address, "--report", report)
     assert command_line("refresh", *arguments) == 0
     found = Report.model_validate_json(report.read_text())
-    (step,) = (stage for stage in found.stages if stage.stage == "calibrate")
+    (step,) = (stage for stage in found.stages if (stage.stage, stage.name) == ("calibrate", "fitted"))
     assert (step.pieces, step.pieces_run) == (2, 2)
     folder = Path(found.models["fitted"])
     assert folder.parent == store / "calibrate"
@@ -135,6 +158,10 @@ def test_run_registers_the_calibrated_model(
     assert found.scores["fitted"]["math"]["perplexity"] != found.scores["ta"]["math"]["perplexity"]
     assert Merged.of(found, "fitted").folder == folder
     assert isinstance(AutoModelForCausalLM.from_pretrained(folder), LlamaForCausalLM)
+    dynamic = Path(found.models["fitted-se"])
+    assert DynamicModel.load(dynamic).router.settings.origin == "static"
+    origin, static = (load_file(one / "model.safetensors") for one in (dynamic / "base", folder))
+    assert all(torch.equal(origin[name], static[name]) for name in static)
     card = (folder / "README.md").read_text()
     assert "calibrate.alpha: 0.25" in card
     assert not (Path(str(folder).replace("calibrate/", "merge/")) / "README.md").exists()
