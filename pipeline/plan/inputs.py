@@ -8,6 +8,7 @@ from sensmerge.pipeline.plan.models import about
 from sensmerge.pipeline.plan.rows import TaskRows, Tuning, gather_rows
 from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer
 from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
 from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.checkpoints.listing import Listing, LocalModel
@@ -64,6 +65,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     base, experts = _open_models(recipe, listings, cache)
     classes = _agreed_classes(base, experts)
     _check_layers(recipe, base)
+    _check_totals(recipe, base)
     notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
     if base.statistics:
         notes.append(
@@ -72,7 +74,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
         )
     for name, variant in recipe.merges.items():
         if isinstance(variant.application, SeApplication):
-            notes += _check_application(f"merges.{name}.application", variant.application, recipe, base, experts)
+            notes += _check_application(f"merges.{name}.application", variant, recipe, base, experts)
     tokenizer, said = choose_tokenizer(recipe.tokenizer.source, base, experts, listings, cache)
     notes += said
     reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
@@ -181,14 +183,30 @@ def _check_layers(recipe: Recipe, base: Base) -> None:
                     )
 
 
+def _check_totals(recipe: Recipe, base: Base) -> None:
+    """Check that statistics by tensor, which are taken in each expert's own network, are of the merged model's tensors.
+
+    An expert that ties what the merged model holds apart has one total for both.
+    """
+    for name, variant in recipe.merges.items():
+        if base.untied and variant.method.statistics:
+            raise InputError(
+                f"merges.{name}.method: {variant.method.name} reads {', '.join(variant.method.statistics)} of each "
+                "tensor, but not all experts tie their embedding and head as the base does; use a method without "
+                "statistics, or leave out the experts that do not tie them"
+            )
+
+
 def _check_application(
-    key: str, application: SeApplication, recipe: Recipe, base: Base, experts: Mapping[str, Expert]
+    key: str, variant: Variant, recipe: Recipe, base: Base, experts: Mapping[str, Expert]
 ) -> list[str]:
     """Check that the network can be run with coefficients per sample, and has the layer that the route looks at.
 
     Returns:
         What a user should know of it.
     """
+    application, is_calibrated = variant.application, variant.calibrate is not None
+    assert isinstance(application, SeApplication)
     head = next(task.head for task in recipe.tasks.values())  # all tasks have one: the schema refuses others
     config = next((expert.config for expert in experts.values() if expert.head), base.config)
     network = skeleton(config, head, base.folder)
@@ -196,7 +214,7 @@ def _check_application(
     changed = [
         name
         for holding in holdings(base, network)
-        if any(one.touches(tensor) for one in experts.values() for tensor in holding.tensors)
+        if is_calibrated or any(one.touches(tensor) for one in experts.values() for tensor in holding.tensors)
         for name in holding.parameters.values()
     ]
     trial = try_network(config, network, changed, key)

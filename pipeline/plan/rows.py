@@ -111,7 +111,7 @@ def gather_rows(
     Calibration rows are those of `load_rows`. Tuning rows are drawn in the same order from the rows that no task
     calibrates on, evaluation rows from those that no task calibrates or tunes on: a row is left out if it equals such a
     row of any task, or gives the same sample. A task without tuning rows of its own tunes on its calibration rows.
-    Where variants that are made of these are tuned, every second one is held out: both halves have the same mix.
+    Where variants that are made of these are tuned, half of them, drawn at random, is held out.
 
     Args:
         tasks: the recipe's.
@@ -132,20 +132,9 @@ def gather_rows(
         _check_kind(name, task, experts[name])
         if isinstance(task, RowTask):
             readers[name] = _Reader(name, task, experts[name], tokenizer, routed)
-    notes: list[str] = []
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
     taken = _places(calibration)
-    tuning: dict[str, list[_Chosen]] = {}
-    held_out: dict[str, list[_Chosen]] = {}
-    for name, reader in readers.items():
-        if reader.task.tuning is not None:
-            tuning[name], said = _apart(reader, "tuning", folder, taken)
-            held_out[name] = tuning[name]
-            said += _answers(name, reader.task, tuning[name])
-        else:
-            tuning[name] = calibration[name] if tuned != "none" else []
-            calibration[name], held_out[name], said = _held_out(name, calibration[name], tuned)
-        notes += said
+    tuning, held_out, notes = _to_tune_on(readers, calibration, tuned, folder)
     taken = _places(tuning) | taken
     named = any(reader.task.tuning for reader in readers.values())
     users = "calibration or tuning uses" if named else "calibration uses"
@@ -155,6 +144,37 @@ def gather_rows(
         notes += said
         data[name] = _task_rows(reader.task, calibration[name], evaluation, tuning[name], held_out[name])
     return {name: data.get(name) or TaskRows(task, [], []) for name, task in tasks.items()}, notes
+
+
+def _to_tune_on(
+    readers: Mapping[str, _Reader], calibration: dict[str, list[_Chosen]], tuned: Tuning, folder: Path
+) -> tuple[dict[str, list[_Chosen]], dict[str, list[_Chosen]], list[str]]:
+    """Return the rows to tune on by task, those held out, and lines about them; arguments as in `gather_rows`.
+
+    What is held out is taken out of `calibration`.
+    """
+    taken, notes = _places(calibration), list[str]()
+    tuning: dict[str, list[_Chosen]] = {}
+    held_out: dict[str, list[_Chosen]] = {}
+    halves = {
+        name: _halves(calibration[name])
+        for name, reader in readers.items()
+        if tuned == "apart" and reader.task.tuning is None
+    }
+    kept = _places(calibration | {name: half for name, (half, _) in halves.items()})
+    for name, reader in readers.items():
+        if reader.task.tuning is not None:
+            tuning[name], said = _apart(reader, "tuning", folder, taken)
+            held_out[name] = tuning[name]
+            said += _answers(name, reader.task, tuning[name])
+        else:
+            tuning[name] = calibration[name] if tuned != "none" else []
+            if name in halves and calibration[name]:
+                calibration[name], held_out[name], said = _held_out(name, *halves[name], kept)
+            else:
+                held_out[name], said = [], _tuned_on(name, calibration[name], tuned)
+        notes += said
+    return tuning, held_out, notes
 
 
 def _task_rows(
@@ -199,20 +219,40 @@ def _places(chosen: Mapping[str, list[_Chosen]]) -> dict[object, str]:
     return {mark: one.place for rows in chosen.values() for one in rows for mark in one.marks}
 
 
-def _held_out(name: str, every: list[_Chosen], tuned: Tuning) -> tuple[list[_Chosen], list[_Chosen], list[str]]:
-    """Return the calibration rows that still calibrate, those that are held out, and what is to be said of them."""
+def _halves(every: list[_Chosen]) -> tuple[list[_Chosen], list[_Chosen]]:
+    """Return rows in two halves, drawn at random, each in the rows' order; the first has one more if it must.
+
+    Not every second one: in a file with the classes in turn, each half would have its own.
+    """
+    second = set(draw_order(len(every), 0)[: len(every) // 2])
+    places = range(len(every))
+    return [every[i] for i in places if i not in second], [every[i] for i in places if i in second]
+
+
+def _tuned_on(name: str, every: list[_Chosen], tuned: Tuning) -> list[str]:
+    """Say that variants are tuned on all calibration rows of a task, if they are."""
+    if tuned != "on_calibration" or not every:
+        return []
+    return [f"tasks.{name}.calibration: variants are tuned on its {len(every)} rows"]
+
+
+def _held_out(
+    name: str, kept: list[_Chosen], others: list[_Chosen], taken: Mapping[object, str]
+) -> tuple[list[_Chosen], list[_Chosen], list[str]]:
+    """Return the calibration rows that still calibrate, those that are held out, and what is to be said of them.
+
+    Args:
+        name: of the task.
+        kept: the half that calibrates.
+        others: the other half; what any task calibrates on is in neither.
+        taken: marks of all rows that calibrate.
+    """
     key = f"tasks.{name}.calibration"
-    if tuned == "none" or not every:
-        return every, [], []
-    if tuned == "on_calibration":
-        return every, [], [f"{key}: variants are tuned on its {len(every)} rows"]
-    kept = every[::2]
-    taken = _places({name: kept})
-    held_out = [one for one in every[1::2] if taken.keys().isdisjoint(one.marks)]
+    held_out = [one for one in others if taken.keys().isdisjoint(one.marks)]
     if not held_out:
         raise InputError(
-            f"{key}: of {len(every)} rows none can be held out to tune variants on; give it more samples, or name rows "
-            f"in tasks.{name}.tuning"
+            f"{key}: of {len(kept) + len(others)} rows none can be held out to tune variants on; give it more samples, "
+            f"or name rows in tasks.{name}.tuning"
         )
     said = f"{key}: {len(held_out)} of its rows are held out to tune variants on; the other {len(kept)} calibrate"
     return kept, held_out, [said]

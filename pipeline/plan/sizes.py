@@ -61,11 +61,11 @@ def merged_model(inputs: Inputs, variant: Variant) -> int:
     return sum(plan_merged(inputs.base, variant.out_dtype, variant.shard_size).sizes.values())
 
 
-def vectors(inputs: Inputs) -> int:
-    """Return the size of what leads from a static merge to all experts: whole, of what some expert changes."""
-    experts = inputs.experts.values()
-    touched = [name for name in inputs.base.weights if any(expert.touches(name) for expert in experts)]
-    return len(experts) * sum(inputs.base.info(name).nbytes for name in touched)
+def vectors(inputs: Inputs, variant: Variant) -> int:
+    """Return the size of what leads from a static merge to all experts at most: whole, of what the merge changes."""
+    experts, is_calibrated = inputs.experts.values(), variant.calibrate is not None
+    names = [one for one in inputs.base.weights if is_calibrated or any(expert.touches(one) for expert in experts)]
+    return len(experts) * sum(inputs.base.info(name).nbytes for name in names)
 
 
 def dynamic_model(inputs: Inputs, job: MergeVectorsJob) -> int:

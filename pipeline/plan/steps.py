@@ -246,7 +246,8 @@ class _Layout:
 
     def vectors(self, name: str) -> None:
         """Add what leads from the static merge of a dynamic variant to its experts."""
-        merged = self._made[self._recipe.merges[name].last_static_stage][name]
+        variant = self._recipe.merges[name]
+        merged = self._made[variant.last_static_stage][name]
         names = ("base", *self._experts)
         job = VectorsJob(
             static=merged.artifact(self._resolved.store),
@@ -257,7 +258,7 @@ class _Layout:
         )
         reads = self._weights(*names) + len(self._experts) * merged.writes
         needs = [merged, *self._downloads(*names)]
-        self._add(name, job, needs, reads, sizes.vectors(self._inputs))  # the merge itself is linked
+        self._add(name, job, needs, reads, sizes.vectors(self._inputs, variant))  # the merge itself is linked
 
     def route(self, name: str) -> None:
         """Add the route of a dynamic variant."""

@@ -75,7 +75,7 @@ class RouterSettings(BaseModel):
 
     temperature: float
     mass: float
-    """sum of a sample's coefficients under full trust"""
+    """sum of a sample's coefficients under full trust; from the origin static, coefficient of an expert alone"""
     static: float
     """every expert's coefficient in the static merge; 0 if that is the origin"""
     trust: float

@@ -100,7 +100,8 @@ def combinations(grid: Mapping[str, Sequence[float]], default: Values | None) ->
 def beyond(settings: VariantSettings, values: Sequence[float], best: float, key: str) -> list[float]:
     """Return further candidates where the best one is at the end of a grid, as far as the setting takes them.
 
-    They go on as the grid ends: by the ratio of its last two where all are above 0, else by their difference.
+    They go on as the grid ends: by the ratio of its last two where all are above 0, else by their difference; never
+    below 0 where no candidate is.
 
     Args:
         settings: those of the variant.
@@ -115,6 +116,8 @@ def beyond(settings: VariantSettings, values: Sequence[float], best: float, key:
     for number in range(1, WIDENED + 1):
         step = last * (last / near) ** number if values[0] > 0 else last + number * (last - near)
         value = float(f"{step:.3g}")
+        if values[0] >= 0 > value:
+            break  # a grid of none below 0 has them on purpose
         try:
             settings.having({key: value})
         except ValueError:

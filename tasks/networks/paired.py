@@ -251,7 +251,7 @@ class Comparison:
                 continue
             if not seen:  # its weight may be used without it
                 continue
-            weights = [None if matter is None else _weights(one) for one in (matter or {}).get(name, seen)]
+            weights = [None if matter is None else _weights(one) for one in (matter[name] if matter else seen)]
             if layer.is_norm:
                 self._add_norm(name, seen, weights)
                 continue

@@ -63,9 +63,8 @@ class VectorsJob(Job):
         return True
 
     def _mixed(self, names: Iterable[str]) -> list[str]:
-        """Return the tensors that some expert changes; all others are the base's in the static merge too."""
-        own = [name for name in names if name not in self.base.statistics and self.base.info(name).is_floating_point]
-        return [name for name in own if any(expert.touches(name) for expert in self.experts.values())]
+        """Return the tensors that may differ: a calibrated merge changes some that no expert changed."""
+        return [name for name in names if name not in self.base.statistics and self.base.info(name).is_floating_point]
 
     def finish(self, out: Path) -> dict[str, Any]:
         """Complete the folder: the static merge as the checkpoint in `BASE`, per-task heads, the digests of all files.

@@ -241,6 +241,10 @@ def test_hub_weights_that_must_be_compared_are_fetched_for_the_plan(
     plan = plan_of(tmp_path, llama_recipe)
     assert plan.inputs.base.untied
     assert any("experts.math has its own values for both" in note for note in plan.inputs.notes)
+    llama_recipe["merges"]["x"] = {"method": "regmean"}
+    message = r"merges\.x\.method: regmean reads gram of each tensor, but not all experts tie their embedding and head"
+    with pytest.raises(InputError, match=message):
+        plan_of(tmp_path, llama_recipe)
 
 
 def test_sharded_hub_model_is_checked_by_its_headers(

@@ -125,8 +125,11 @@ def test_half_of_the_calibration_rows_are_held_out_for_a_variant_that_needs_them
     recipe["merges"]["tuned"] = SENS
     plan = plan_of(tmp_path, recipe)
     calibration = prompts(before, "calibration")
-    assert prompts(plan, "calibration") == calibration[::2]
-    assert prompts(plan, "held_out") == calibration[1::2]
+    halves = prompts(plan, "calibration"), prompts(plan, "held_out")
+    assert [len(half) for half in halves] == [4, 3]
+    assert sorted([*halves[0], *halves[1]]) == sorted(calibration)
+    assert all(half == [one for one in calibration if one in half] for half in halves)  # in the rows' order
+    assert halves[0] != calibration[::2]  # which could be all of one class
     assert prompts(plan, "tuning") == calibration  # for variants that none of them goes into
     assert prompts(plan, "evaluation") == prompts(before, "evaluation")  # as it was, and none of the others
     assert (
@@ -178,7 +181,22 @@ def test_rows_that_say_the_same_are_not_in_both_halves(llama_recipe: Recipe, tmp
     write_rows(tmp_path / "all.jsonl", [row | {"id": 0} for row in numbers(0, 1) * 3 + numbers(1, 9)])
     recipe["merges"]["tuned"] = SENS
     plan = plan_of(tmp_path, recipe)
-    assert (prompts(plan, "calibration"), prompts(plan, "held_out")) == (["0+1=", "0+1="], ["1+1="])
+    calibration, held_out = prompts(plan, "calibration"), prompts(plan, "held_out")
+    assert len(calibration) == 2
+    assert "0+1=" in calibration
+    assert set(held_out) == {"1+1="} - set(calibration)
+
+
+def test_what_one_task_calibrates_on_is_held_out_of_none(llama_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = one_file(llama_recipe, tmp_path, 8, 2, seed=None)
+    write_rows(tmp_path / "code.jsonl", numbers(1, 9))  # seven of math's eight, and another one
+    recipe["tasks"]["code"]["calibration"] = {"path": "json", "data_files": "code.jsonl", "seed": None}
+    recipe["merges"]["tuned"] = SENS
+    plan = plan_of(tmp_path, recipe)
+    calibrating = {prompt for task in ("math", "code") for prompt in prompts(plan, "calibration", task)}
+    for task in ("math", "code"):
+        assert prompts(plan, "held_out", task)
+        assert calibrating.isdisjoint(prompts(plan, "held_out", task))
 
 
 def test_no_row_left_to_tune_on(llama_recipe: Recipe, tmp_path: Path) -> None:

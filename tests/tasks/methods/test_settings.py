@@ -93,7 +93,8 @@ def test_combinations_are_those_of_all_candidates() -> None:
         ([0.25, 0.5, 1.0], 0.25, [0.125, 0.0625]),
         ([0.25, 0.5, 1.0], 0.5, []),
         ([0.0, 0.5, 0.75], 0.75, [1.0, 1.25]),  # by their difference, where ratios mean nothing
-        ([0.0, 0.5, 0.75], 0.0, [-0.5, -1.0]),
+        ([-0.5, 0.0, 0.75], -0.5, [-1.0, -1.5]),
+        ([0.0, 0.5, 0.75], 0.0, []),  # none below 0
         ([0.5, 1.0, 8.0], 8.0, []),  # 64 is more than a weight may be
         ([1.0], 1.0, []),
     ],
@@ -105,3 +106,4 @@ def test_a_grid_goes_on_where_the_best_is_at_its_end(values: list[float], best: 
 def test_a_grid_goes_on_only_as_far_as_its_setting() -> None:
     assert beyond(settings("ties"), [0.25, 0.5, 1.0], 1.0, "density") == []
     assert beyond(settings("ties"), [0.2, 0.4], 0.4, "density") == [0.8]
+    assert beyond(settings("regmean"), [0.0, 0.5, 1.0], 0.0, "weight") == []  # which takes none below 0

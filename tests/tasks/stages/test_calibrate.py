@@ -31,6 +31,7 @@ from sensmerge.tasks.networks.walk import Walk
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.stages.calibrate import CalibrateJob
 from sensmerge.tasks.stages.merge import MergeJob
+from sensmerge.tasks.stages.vectors import VectorsJob
 from sensmerge.tasks.stages.written import weights_digest
 from tests.conftest import (
     calibration_set,
@@ -45,6 +46,7 @@ from tests.conftest import (
 )
 from tests.merged import assert_loads
 from tests.tasks.stages.test_merge import equal, make_job, weights_of
+from tests.tasks.stages.test_merge_vectors import vectors_of
 
 Save = Callable[..., Path]
 COMPLETION, CLASSIFICATION = CompletionTask(kind="completion"), ClassificationTask(kind="classification")
@@ -363,6 +365,28 @@ def test_adapters_are_their_merged_checkpoints(save: Save, tmp_path: Path) -> No
 
 
 # Workers and interruptions ------------------------------------------------------------------------------------------
+
+
+def test_what_leads_from_the_calibrated_merge_to_experts_that_changed_less(save: Save, tmp_path: Path) -> None:
+    """Calibration changes layers that no adapter changed: on the way to an expert they go back to the base's."""
+    base = save(make_llama(), "base", tmp_path)
+    experts = {
+        name: make_adapter(make_llama(), tmp_path / name, seed, target_modules=["q_proj", "v_proj"])
+        for seed, name in enumerate(("math", "code"), 1)
+    }
+    made = Made(tmp_path, base, experts, COMPLETION, COMPLETIONS)
+    made.calibrated()
+    merge, out = made.job.merge, tmp_path / "vectors"
+    job = VectorsJob(Artifact("", tmp_path / "out"), merge.models, merge.base, merge.experts, merge.groups)
+    do_job(job, out)
+    vectors, static = vectors_of(out), made.weights()
+    only_calibrated = [name for name in vectors if not any(one.touches(name) for one in merge.experts.values())]
+    assert any("o_proj" in name for name in only_calibrated)
+    for key, expert in merge.experts.items():
+        for name in merge.base.weights:
+            vector = vectors.get(name, {}).get(key)
+            found = static[name].double() + (0 if vector is None else vector.dense().double())
+            torch.testing.assert_close(found, expert.read(name).double(), rtol=1e-6, atol=1e-7)
 
 
 def test_workers_change_no_bit(made: Made) -> None:
