@@ -420,10 +420,12 @@ def test_candidates_are_what_the_settings_leave_open() -> None:
     assert [(one.score, one.layer, one.pool) for one in some] == [("nearest", i, "cls") for i in range(1, 7)]
 
 
-def test_from_the_static_merge_there_is_no_alignment_with_the_way_to_it() -> None:
+def test_from_the_static_merge_experts_are_not_probed_unless_asked_for() -> None:
     found = candidates(SeApplication(kind="se"), 6, "static")
-    assert len(found) == 4 * 6 * 3
-    assert "alignment" not in {one.score for one in found}
+    assert len(found) == 2 * 6 * 3
+    assert not any(one.needs_experts for one in found)
+    asked = SeApplication(kind="se", score="nearest")
+    assert {one.score for one in candidates(asked, 6, "static")} == {"nearest"}
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.floats(0.01, 10))
