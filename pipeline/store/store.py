@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
 from sensmerge.tasks.artifacts import checksum_file, ordered, read_json, sha256_text, write_json
+from sensmerge.tasks.checkpoints.digests import records
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
 from sensmerge.tasks.stages.job import Job
@@ -183,6 +184,14 @@ class Store:
         else:
             files = [name for name in file_sizes(folder) if name != SYNCED]
             self.remote.upload(folder, self._path(folder), files, last=MANIFEST)
+
+    def upload_digests(self) -> None:
+        """Write the digests of local files, by which all know them, to where all see them."""
+        folder = records(self.hub_cache)
+        if self.remote is not None:
+            names = [path.name for path in folder.glob("*.json") if self._path(path) not in self._listed]
+            if names:
+                self.remote.upload(folder, self._path(folder), names)
 
     def look(self) -> None:
         """See what is at the URL by now, and download the small files of it; nothing to do for a store in a folder."""
