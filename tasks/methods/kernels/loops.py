@@ -7,14 +7,13 @@ their first call on a machine (some seconds in all), and then read from numba's 
 Inner loops count slices from 0: where an index is a sum, it might be negative, and numba does one element at a time.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-Loop = TypeVar("Loop", bound=Callable[..., Any])
+from sensmerge.tasks.methods.kernels.compiled import compiled
+
 Float32 = npt.NDArray[np.float32]
 UInt16 = npt.NDArray[np.uint16]
 Int32 = npt.NDArray[np.int32]
@@ -32,12 +31,7 @@ _27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (27, 30, 31, 32, 0x7FFFFFFF)
 _STEP, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _compiled(loop: Loop) -> Loop:
-    compiled: Loop = numba.njit(cache=True, nogil=True)(loop)
-    return compiled
-
-
-@_compiled
+@compiled
 def subtract_bfloat16(left: UInt16, right: UInt16, difference: Float32) -> None:
     """Subtract in float32.
 
@@ -55,7 +49,7 @@ def subtract_bfloat16(left: UInt16, right: UInt16, difference: Float32) -> None:
             found[i] -= second[i]
 
 
-@_compiled
+@compiled
 def add_bfloat16(total: Float32, summand: UInt16) -> None:
     """Add bfloat16 numbers, given as bits, to float32 ones of the same count, in place."""
     second = np.empty(_BLOCK, np.float32)
@@ -66,7 +60,7 @@ def add_bfloat16(total: Float32, summand: UInt16) -> None:
             first[i] += second[i]
 
 
-@_compiled
+@compiled
 def _widen(bits: UInt16, values: Float32) -> None:
     """Write the first of `values`, as many as there are bits of bfloat16."""
     wide = values.view(np.uint32)
@@ -74,7 +68,7 @@ def _widen(bits: UInt16, values: Float32) -> None:
         wide[i] = np.uint32(bits[i]) << _SHIFT
 
 
-@_compiled
+@compiled
 def round_bfloat16(values: Float32, rounded: UInt16) -> bool:
     """Round to the nearest bfloat16, of two equally near ones to the even one.
 
@@ -93,7 +87,7 @@ def round_bfloat16(values: Float32, rounded: UInt16) -> bool:
     return bool(largest <= _LARGEST_BFLOAT16)
 
 
-@_compiled
+@compiled
 def count_bins(piece: Float32, counts: Int64) -> int:
     """Add to `counts` (32768,) how many elements have each value of the upper 15 bits of a magnitude.
 
@@ -108,7 +102,7 @@ def count_bins(piece: Float32, counts: Int64) -> int:
     return int(largest)
 
 
-@_compiled
+@compiled
 def find_bin(piece: Float32, wanted: int, places: Int64, magnitudes: Int32) -> int:
     """Write where the elements of one bin are, and their magnitudes' bits; return how many there are.
 
@@ -131,7 +125,7 @@ def find_bin(piece: Float32, wanted: int, places: Int64, magnitudes: Int32) -> i
     return found
 
 
-@_compiled
+@compiled
 def trim(piece: Float32, least: int) -> None:
     """Set elements whose magnitude's bits are less than `least` to zero, in place."""
     bits = piece.view(np.int32)
@@ -141,7 +135,7 @@ def trim(piece: Float32, least: int) -> None:
         bits[i] = element if (element & _MAGNITUDE) >= bound else zero
 
 
-@_compiled
+@compiled
 def drop(piece: Float32, state: np.uint64, limit: int) -> None:
     """Set elements whose random number is not below `limit` to zero, in place.
 
@@ -163,7 +157,7 @@ def drop(piece: Float32, state: np.uint64, limit: int) -> None:
         bits[-1] = zero
 
 
-@_compiled
+@compiled
 def _splitmix64(state: np.uint64, number: int) -> Any:
     """Return one output of splitmix64 (Steele, Lea, Flood 2014) after a state, uint64; counted from 0."""
     mixed = state + np.uint64(number + 1) * _STEP
@@ -172,7 +166,7 @@ def _splitmix64(state: np.uint64, number: int) -> Any:
     return mixed ^ (mixed >> _31)
 
 
-@_compiled
+@compiled
 def weighted_sum(parts: Float32, weights: Float32, mixed: Float32) -> None:
     """Sum weighted task vectors.
 
@@ -195,7 +189,7 @@ def weighted_sum(parts: Float32, weights: Float32, mixed: Float32) -> None:
                     total[i] += part[i] * weight
 
 
-@_compiled
+@compiled
 def disjoint_sum(parts: Float32, weights: Float32, normalize: bool, mixed: Float32) -> None:
     """Sum weighted task vectors where they agree with the sign of the sum over all of them (0 counts as positive).
 
