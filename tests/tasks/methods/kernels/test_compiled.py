@@ -6,6 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from sensmerge.tasks.methods.contract import TaskVector, method_of
+from sensmerge.tasks.methods.kernels import loops
+from sensmerge.tasks.methods.kernels.delta import Difference
+from sensmerge.tasks.methods.kernels.stored import rounded
 
 CALL = """
 import numpy as np
@@ -55,3 +61,17 @@ def test_a_folder_that_others_write_to_is_not_read(tmp_path: Path) -> None:
         assert path.startswith(str(tmp_path / folder))
         Path(path).parent.chmod(0o777)
     assert ended(start(**where)) == (0, 1, "None")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "ties", "dare_ties", "dare_linear"])
+def test_every_loop_has_arguments_of_one_type(method: str, dtype: torch.dtype) -> None:
+    """So processes that start at once write the same."""
+    settings = {"method": method} | ({} if method in ("task_arithmetic", "linear") else {"density": 0.5})
+    base, *experts = torch.randn(4, 70_001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    vectors = [TaskVector(str(number), "a", Difference(one), 0.5) for number, one in enumerate(experts)]
+    for _, piece in method_of(settings).merged_pieces(base, vectors):
+        assert rounded(piece, dtype)[1]
+    signatures = {name: one.signatures for name, one in vars(loops).items() if hasattr(one, "signatures")}
+    assert any(signatures.values())
+    assert all(len(one) <= 1 for one in signatures.values()), signatures
