@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sensmerge.pipeline.plan.models import about
-from sensmerge.pipeline.plan.rows import TaskRows, Tuning, gather_rows
+from sensmerge.pipeline.plan.rows import RowUse, TaskRows, Tuning, gather_rows
+from sensmerge.pipeline.plan.statistics import takes_losses
 from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.variant import Variant
@@ -78,8 +79,8 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     tokenizer, said = choose_tokenizer(recipe.tokenizer.source, base, experts, listings, cache)
     notes += said
     reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
-    routed = bool(recipe.se_variants())
-    data, said = gather_rows(recipe.tasks, experts, reader, folder, routed, _tuning(recipe))
+    use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
+    data, said = gather_rows(recipe.tasks, experts, reader, folder, use)
     notes += [*said, *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(notes), tuple(classes))
 

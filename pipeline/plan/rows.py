@@ -23,6 +23,18 @@ for which some of these rows are held out."""
 
 
 @dataclass(frozen=True)
+class RowUse:
+    """What a recipe does with rows, as far as it says which rows will do."""
+
+    routed: bool
+    """whether a variant tells samples apart by their prompts"""
+    tuned: Tuning
+    """what is tuned on calibration rows where a task names no others"""
+    losses: str | None
+    """what takes losses on calibration rows, in words; where nothing does, these may lack their answers"""
+
+
+@dataclass(frozen=True)
 class TaskRows:
     """A task with the rows that the recipe chose for it."""
 
@@ -65,8 +77,21 @@ class _Reader:
     task: RowTask
     expert: Expert
     tokenizer: Any
-    routed: bool
-    """whether samples are told apart by their prompts"""
+    use: RowUse
+
+    def _may_lack_answers(self, split: Split) -> bool:
+        """Return whether rows of a split need not say what is right."""
+        return split == "tuning" or (split == "calibration" and self.use.losses is None and not self.task.reads_answer)
+
+    def _check_answers(self, split: Split, found: Rows) -> None:
+        """Say why calibration rows need an answer, where other recipes could do without."""
+        if split == "calibration" and self.use.losses is not None and not self.task.reads_answer:
+            for row, place in zip(found.rows, found.places, strict=True):
+                if self.task.lacks_answer(row):
+                    raise InputError(
+                        f"tasks.{self.name}.{split}: {place} has no {self.task.answer_field}, and "
+                        f"{self.use.losses} needs the loss on it; add it, or leave the variant out"
+                    )
 
     def _named(self, rows: list[Row]) -> list[Row]:
         """Return rows with their classes by name where numbers would be those of the expert's own config.
@@ -79,7 +104,8 @@ class _Reader:
     def read(self, split: Split, found: Rows) -> list[_Chosen]:
         """Return rows with their samples. Raises InputError for the first that does not fit the task or its network."""
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
-        lacking = [split == "tuning" and self.task.lacks_answer(row) for row in found.rows]
+        self._check_answers(split, found)
+        lacking = [self._may_lack_answers(split) and self.task.lacks_answer(row) for row in found.rows]
         rows = [self.task.with_answer(row, 0) if lacks else row for row, lacks in zip(found.rows, lacking, strict=True)]
         found = Rows(self._named(rows), found.places)
         self.task.check_rows(found.rows, key, label2id, found.places)
@@ -88,7 +114,7 @@ class _Reader:
             where = f"{key}: {place}"
             sample = self.task.sample(row, self.tokenizer, where, label2id)
             _check_sample(f"tasks.{self.name}", where, self.task, sample, self.expert)
-            if self.routed and not sample.has_prompt:
+            if self.use.routed and not sample.has_prompt:
                 raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
             contents = [sample.content]
             if unanswered:  # whatever the right answer of an equal row is
@@ -103,8 +129,7 @@ def gather_rows(
     experts: Mapping[str, Expert],
     tokenizer: Any,
     folder: Path,
-    routed: bool,
-    tuned: Tuning = "none",
+    use: RowUse,
 ) -> tuple[dict[str, TaskRows], list[str]]:
     """Choose and check the rows of all tasks.
 
@@ -118,8 +143,7 @@ def gather_rows(
         experts: of the tasks, by the same names.
         tokenizer: the one that all models use.
         folder: what the recipe's paths are relative to.
-        routed: whether a variant tells samples apart by their prompts.
-        tuned: what is tuned on calibration rows where a task names no others.
+        use: what the recipe does with them.
 
     Returns:
         The rows by task, and lines about them: which tune, and of each task that lost rows to calibration.
@@ -131,10 +155,15 @@ def gather_rows(
     for name, task in tasks.items():
         _check_kind(name, task, experts[name])
         if isinstance(task, RowTask):
-            readers[name] = _Reader(name, task, experts[name], tokenizer, routed)
+            readers[name] = _Reader(name, task, experts[name], tokenizer, use)
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
     taken = _places(calibration)
-    tuning, held_out, notes = _to_tune_on(readers, calibration, tuned, folder)
+    notes = []
+    for name, rows in calibration.items():
+        tuned_on = use.tuned if readers[name].task.tuning is None else "none"
+        notes += _answers(readers[name], "calibration", rows, tuned_on)
+    tuning, held_out, said = _to_tune_on(readers, calibration, use.tuned, folder)
+    notes += said
     taken = _places(tuning) | taken
     named = any(reader.task.tuning for reader in readers.values())
     users = "calibration or tuning uses" if named else "calibration uses"
@@ -166,7 +195,7 @@ def _to_tune_on(
         if reader.task.tuning is not None:
             tuning[name], said = _apart(reader, "tuning", folder, taken)
             held_out[name] = tuning[name]
-            said += _answers(name, reader.task, tuning[name])
+            said += _answers(reader, "tuning", tuning[name])
         else:
             tuning[name] = calibration[name] if tuned != "none" else []
             if name in halves and calibration[name]:
@@ -193,20 +222,22 @@ def _task_rows(
     )
 
 
-def _answers(name: str, task: RowTask, tuning: list[_Chosen]) -> list[str]:
-    """Return what is to be said of rows to tune on that leave open what is right.
+def _answers(reader: _Reader, split: Split, rows: list[_Chosen], tuned: Tuning = "none") -> list[str]:
+    """Return what is to be said of rows that leave open what is right.
 
     Raises:
         InputError: only some of them do.
     """
-    lacking = [one.place for one in tuning if one.unanswered]
-    given = next((one.place for one in tuning if not one.unanswered), None)
+    lacking = [one.place for one in rows if one.unanswered]
+    given = next((one.place for one in rows if not one.unanswered), None)
     if not lacking:
         return []
-    key, field = f"tasks.{name}.tuning", getattr(task, task.answer_setting or "")
+    key, answer = f"tasks.{reader.name}.{split}", reader.task.answer_field
     if given is not None:
-        raise InputError(f"{key}: {lacking[0]} has no {field}, {given} has one; give it to all rows, or to none")
-    return [f"{key}: its rows have no {field}, so what experts.{name} answers counts as right"]
+        raise InputError(f"{key}: {lacking[0]} has no {answer}, {given} has one; give it to all rows, or to none")
+    if split == "calibration" and tuned == "none":
+        return [f"{key}: its rows have no {answer}; no variant needs one there"]
+    return [f"{key}: its rows have no {answer}, so what experts.{reader.name} answers counts as right"]
 
 
 def _calibration(reader: _Reader, folder: Path) -> list[_Chosen]:

@@ -30,6 +30,7 @@ class ClassificationTask(RowTask):
     head: ClassVar[str] = "classification"
     fields: ClassVar[tuple[str, ...]] = ("label",)
     answer_setting: ClassVar[str | None] = "label"
+    reads_answer: ClassVar[bool] = False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "accuracy": Metric(("label", "prediction"), agreement, is_proportion=True),
         "routed_accuracy": Metric(("routed",), mean, is_proportion=True),

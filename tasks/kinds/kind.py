@@ -166,6 +166,8 @@ class RowTask(Task):
     answer_setting: ClassVar[str | None] = None
     """the one of them that names the field with the number of the right answer, which records have as `label` beside
     the `prediction`; without such a number in its rows a task can be tuned on by the answers of its own expert"""
+    reads_answer: ClassVar[bool] = True
+    """whether what a network reads of a calibration row depends on the right answer, beside its loss"""
 
     calibration: Local[DataSource | None] = Field(
         None, description="rows from which statistics, distances and routes are computed"
@@ -242,12 +244,18 @@ class RowTask(Task):
 
     def lacks_answer(self, row: Row) -> bool:
         """Return whether a row leaves open what is right, for kinds that have an `answer_setting`."""
-        return self.answer_setting is not None and row.get(getattr(self, self.answer_setting)) is None
+        return self.answer_setting is not None and row.get(self.answer_field) is None
 
     def with_answer(self, row: Row, number: int) -> Row:
         """Return a row with a right answer, for kinds that have an `answer_setting`."""
+        return row | {self.answer_field: number}
+
+    @property
+    def answer_field(self) -> str:
+        """The field with the number of the right answer, for kinds that have an `answer_setting`."""
         assert self.answer_setting is not None
-        return row | {getattr(self, self.answer_setting): number}
+        field: str = getattr(self, self.answer_setting)
+        return field
 
     # Samples
 
