@@ -25,6 +25,7 @@ from sensmerge.pipeline.store import lock
 from sensmerge.pipeline.store.history import begin, past_runs, remember, unfinished_runs
 from sensmerge.pipeline.store.remote import Remote
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, write_recipe
 
@@ -137,6 +138,20 @@ def test_what_is_removed_is_gone_everywhere(machines: Any, bucket: Any) -> None:
     store.remove(store.folder(key()))
     assert bucket.find(BUCKET) == []
     assert not store.folder(key()).exists()
+
+
+def test_digests_are_known_everywhere(machines: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    os.utime(file, (0, 10**9))
+    first = machines("a")
+    first.look()
+    digest = digests.compute_once(file, first.hub_cache)
+    first.upload_digests()
+    second = machines("b")
+    assert digests.find(file, file.stat(), second.hub_cache) is None
+    second.look()
+    assert digests.find(file, file.stat(), second.hub_cache) == digest
 
 
 def test_runs_are_known_everywhere(machines: Any) -> None:
