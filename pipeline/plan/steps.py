@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sensmerge.pipeline.plan import sizes
+from sensmerge.pipeline.plan.idle import without_idle
 from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.rows import Split, TaskRows
 from sensmerge.pipeline.plan.statistics import wanted_statistics
@@ -42,8 +43,9 @@ def lay_out(resolved: Resolved) -> list[Step]:
     recipe, layout = resolved.recipe, _Layout(resolved)
     for name in resolved.inputs.listings:
         layout.download(name)
-    for name in recipe.experts:
-        layout.task_vectors(name)
+    if any(one.reads_histograms for one in recipe.merges.values()):
+        for name in recipe.experts:
+            layout.task_vectors(name)
     if wanted_statistics(recipe):
         for name in recipe.experts:
             layout.statistics(name)
@@ -67,7 +69,7 @@ def lay_out(resolved: Resolved) -> list[Step]:
     if any(one.evaluation for one in resolved.inputs.data.values()):
         for name in recipe.se_variants():
             layout.evaluate_dynamic(name)
-    return layout.steps
+    return without_idle(layout.steps, resolved.store)
 
 
 class _Layout:
@@ -88,7 +90,7 @@ class _Layout:
         self._add(name, DownloadJob(listing, self._resolved.store.hub_cache), (), size, missing)
 
     def task_vectors(self, name: str) -> None:
-        """Add the task vector of an expert."""
+        """Add what is counted of the task vector of an expert."""
         job = TaskVectorsJob(
             base=self._model("base").fingerprint,
             expert=self._model(name).fingerprint,
@@ -188,7 +190,8 @@ class _Layout:
 
     def _read_by(self, variant: Variant) -> tuple[list[Step], dict[str, Any]]:
         """Return the steps that a variant's weights are made from, and the fields of its `VariantJob`."""
-        used: dict[str, Mapping[str, Step]] = {stage: self._made[stage] for stage in ("download", "task_vectors")}
+        used: dict[str, Mapping[str, Step]] = {"download": self._made["download"]}
+        used["task_vectors"] = self._made["task_vectors"] if variant.reads_histograms else {}
         sens = isinstance(variant.coefficients, SensCoefficients)
         used["statistics"] = self._made["statistics"] if sens or variant.method.statistics else {}
         used["cross_task"] = self._made["cross_task"] if sens else {}

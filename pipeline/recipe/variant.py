@@ -27,7 +27,7 @@ from sensmerge.tasks.coefficients import (
 from sensmerge.tasks.dynamic.application import OriginName, SeApplication
 from sensmerge.tasks.features import CalibrationSettings
 from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
-from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, Values, VariantSettings
+from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, Values, VariantSettings, combinations
 from sensmerge.tasks.strict import Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -169,6 +169,12 @@ class Variant(Strict):
         own = {key for key, name in keys_of(type(self.method)).items() if name in self.method.model_fields_set}
         given = self.model_fields_set | own | self.coefficients.model_fields_set
         return {key: self.settings.value(key) for key in self.tune} if given & self.tune.keys() else None
+
+    @property
+    def reads_histograms(self) -> bool:
+        """Whether some merge of the variant, those that are tried included, reads histograms of magnitudes."""
+        tried = combinations(self.grid(), self.default()) if self.tune else []
+        return any(self.settings.having(values).method.reads_histograms for values in (*tried, {}))
 
     @property
     def tuning_split(self) -> Literal["tuning", "held_out"]:

@@ -19,7 +19,7 @@ from sensmerge.tasks.kinds import scores as scoring
 from sensmerge.tasks.kinds.kind import RowTask, Task
 from sensmerge.tasks.kinds.scores import Metric, Record, Score
 from sensmerge.tasks.rows.source import DataSource, rows_digest
-from sensmerge.tasks.stages.variant import TUNE
+from sensmerge.tasks.stages.variant import TUNE, UNCHANGED
 
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
 """Of a step's manifest, what its record in the report has too."""
@@ -75,10 +75,11 @@ def collect(plan: Plan) -> Report:
 
 def unchanged(plan: Plan) -> list[str]:
     """Return a line for every expert that is the base itself."""
+    found = _manifest(plan, "merge", next(iter(plan.recipe.merges)))["result"][UNCHANGED]
     return [
         f"experts.{name} changes nothing: all its weights are the base's"
         for name, expert in plan.inputs.experts.items()
-        if not expert.head and not _manifest(plan, "task_vectors", name)["result"]["changed"]
+        if not expert.head and name in found
     ]
 
 

@@ -4,7 +4,7 @@ Small and picklable, and read without transformers: what reaches a worker is whe
 found out (`tasks.networks.expert`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,13 +14,29 @@ import xxhash
 from sensmerge.tasks.checkpoints.checkpoint import DTYPES, Checkpoint, tensor_bytes
 from sensmerge.tasks.checkpoints.header import TensorInfo
 from sensmerge.tasks.checkpoints.layers import group_by_layer
-from sensmerge.tasks.methods.kernels.delta import Delta, Difference, Unchanged, Whole
+from sensmerge.tasks.methods.kernels.delta import Delta, Difference, Unchanged, Whole, pieces
 
 GROUP_BYTES = 64 * 2**20
 """Layers are worked on in groups of about this size: enough groups to keep workers busy, few enough to schedule."""
 HEADS = "heads"
 """Folder beside a merged trunk: a folder per expert with its head."""
 HEAD_WEIGHTS = "head.safetensors"
+
+
+PIECE = 2**19
+"""Elements that are looked at at a time: they stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What there is to know of a tensor before it is merged."""
+
+    content: str
+    """digest of all that is stored for it"""
+    bad: int
+    """how many of these values are NaN or infinite"""
+    count: int
+    """of all values"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,10 @@ class BaseWeights:
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype; its pages are read when it is used."""
         return self.checkpoint.read(self.stored_name(name))
+
+    def examined(self, name: str) -> Examined:
+        """Read through one tensor."""
+        return _examined("", [(self.checkpoint, self.stored_name(name))])
 
 
 @dataclass(frozen=True)
@@ -135,25 +155,36 @@ class ExpertWeights:
             return Difference(self.read(name).reshape(-1))
         return Whole(self.delta(name).view(-1)) if self.touches(name) else Unchanged(self.base.info(name).numel)
 
-    def content(self, name: str) -> str:
-        """Return a digest of all that a tensor's task vector comes from: what the base and the expert store for it."""
-        digest = xxhash.xxh3_128()
-        stored = [(self.base.checkpoint, self.base.stored_name(name))]
+    def changes(self, name: str) -> bool:
+        """Return whether the expert's tensor differs from the base's; factors that are not 0 do not cancel out."""
+        parts = [piece.source for piece in self.pieces.get(name, ())]
+        if name in self.low_rank:
+            parts.append(self.low_rank[name])
+        if any(self._adds(one) for one in parts if isinstance(one, LoraFactors)):
+            return True
+        if name not in self.own and not any(isinstance(one, str) for one in parts):
+            return False
+        stored = self.read(name) if self.is_whole(name) else self.source.read(self.own[name])
+        base = self.base.read(name).view(-1)
+        return any(bool(piece.any()) for _, piece in pieces(Difference(stored.reshape(-1)), base))
+
+    def _adds(self, entry: LoraFactors) -> bool:
+        first, second, scaling = self._factors(entry)
+        return bool((first.any(1) & second.any(0)).any()) and scaling != 0
+
+    def examined(self, name: str) -> Examined:
+        """Read through all that the expert stores for a tensor; its task vector comes from that and the base's."""
+        stored, how = [], []
         if name in self.own:
             stored.append((self.source, self.own[name]))
-        parts = (*self.pieces.get(name, ()), *([Piece(self.low_rank[name])] if name in self.low_rank else []))
-        for part in parts:
-            digest.update(repr((part.taken, part.inside)).encode())
+        for part in (*self.pieces.get(name, ()), *([Piece(self.low_rank[name])] if name in self.low_rank else [])):
+            how.append(repr((part.taken, part.inside)))
             if isinstance(part.source, str):
                 stored += [] if (self.source, part.source) in stored else [(self.source, part.source)]
             else:
                 stored += [(self.source, part.source.first), (self.source, part.source.second)]
-                digest.update(f"{part.source.scaling!r} {part.source.transpose}".encode())
-        for checkpoint, tensor in stored:
-            info = checkpoint.tensors[tensor]
-            digest.update(f"{info.dtype} {info.shape}".encode())
-            digest.update(tensor_bytes(checkpoint.read(tensor)))
-        return digest.hexdigest()
+                how.append(f"{part.source.scaling!r} {part.source.transpose}")
+        return _examined(" ".join(how), stored)
 
     def delta(self, name: str) -> torch.Tensor:
         """Return the task vector of one tensor, expert − base, in float32 and the tensor's shape.
@@ -214,6 +245,21 @@ class ExpertWeights:
     def head_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the expert's head by parameter name."""
         return {name: self.source.read(stored) for name, stored in self.head.items()}
+
+
+def _examined(how: str, stored: Sequence[tuple[Checkpoint, str]]) -> Examined:
+    """Read through stored tensors, once; `how` says what becomes of them."""
+    digest, bad, count = xxhash.xxh3_128(how.encode()), 0, 0
+    for checkpoint, name in stored:
+        info = checkpoint.tensors[name]
+        digest.update(f"{info.dtype} {info.shape}".encode())
+        for piece in torch.split(checkpoint.read(name).reshape(-1), PIECE):
+            digest.update(tensor_bytes(piece))
+            # Most sums are finite, and then all values are; where one is not, they may be all the same.
+            if info.is_floating_point and not bool(piece.sum().isfinite()):
+                bad += len(piece) - int(piece.isfinite().sum())
+        count += info.numel
+    return Examined(digest.hexdigest(), bad, count)
 
 
 def layer_groups(base: BaseWeights, group_bytes: int = GROUP_BYTES) -> tuple[tuple[str, ...], ...]:

@@ -188,6 +188,12 @@ class Ties(_Sparse):
 
     normalize: bool = Field(True, description=_NORMALIZE)
 
+    @property
+    def reads_histograms(self) -> bool:
+        """See `Method`: an expert that keeps a share of its elements has the others trimmed."""
+        densities = self.density.values() if isinstance(self.density, dict) else [self.density]
+        return any(0 < density < 1 for density in densities)
+
     def sparsifier(self, vector: TaskVector, base: "Tensor", density: float) -> "Sparsifier":
         """See `_Sparse`."""
         from sensmerge.tasks.methods.kernels.sparsify import Trim, histogram_of

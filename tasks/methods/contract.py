@@ -127,6 +127,11 @@ class Method(Strict, ABC):
         values = {key: getattr(self, name) for key, name in marked.items()}
         return {key: value for key, value in values.items() if isinstance(value, dict)}
 
+    @property
+    def reads_histograms(self) -> bool:
+        """Whether it reads the histograms of task vectors' magnitudes (`TaskVector.histogram`)."""
+        return False
+
     def scales_with_weight(self) -> bool:
         """Return whether a common factor c > 0 of all weights scales what the merge adds to the base.
 

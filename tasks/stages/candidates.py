@@ -96,6 +96,7 @@ class Candidates:
                 touched = any(expert.touches(name) for expert in job.experts.values())
                 if name in job.base.statistics or not (touched or job.method.changes_untouched):
                     continue
+                job.contents(name)  # NaN that is left out of some candidates is found in none
                 vector = compact(_delta(job, name, own), dtype)
                 if vector is not None:
                     found[name] = {_MERGE: vector}

@@ -1,7 +1,7 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -24,8 +24,7 @@ from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.methods.kernels.delta import chunks
 from sensmerge.tasks.methods.remarks import remarks
 from sensmerge.tasks.stages.job import Earlier
-from sensmerge.tasks.stages.task_vectors import TABLE
-from sensmerge.tasks.stages.variant import VariantJob
+from sensmerge.tasks.stages.variant import UNCHANGED, VariantJob
 from sensmerge.tasks.stages.written import about, marker, nbytes, plan_merged, verified, write_tensor
 
 TENSORS = "tensors.json"
@@ -38,7 +37,7 @@ REMARKS = "remarks"
 class MergeJob(VariantJob):
     """Merges one variant into a checkpoint."""
 
-    version = 6
+    version = 7
 
     out_dtype: str | None
     """torch name of the merged weights' dtype; None keeps that of each tensor of the base"""
@@ -56,8 +55,8 @@ class MergeJob(VariantJob):
         Memory: that of the method, for one tensor at a time.
 
         Raises:
-            InputError: a merged weight that is NaN or Inf, naming the tensor: it overflows `out_dtype`, or the method
-                divides by weights that sum to 0.
+            InputError: a weight of base or experts that is NaN or Inf, naming the tensor; or a merged one: it overflows
+                `out_dtype`, or the method divides by weights that sum to 0.
         """
         assert isinstance(part, int)
         done = out / marker(part)
@@ -69,16 +68,13 @@ class MergeJob(VariantJob):
         weights = self.weights()
         preallocate(plan, out)
         previous = _Previous.of(self)
-        contents = [read_json(one.folder / TABLE) for one in self.task_vectors.values()]
         tensors = {}
         with CheckpointWriter(plan, out) as writer:
             for name in (*self.groups[part], *(base.buffers if part == 0 else ())):
                 dtype = plan.tensors[name].dtype
                 own = {} if name in base.statistics else weights.get(layer_of(name), {})
-                inputs = _inputs(
-                    self, own, name, dtype, [table[name]["content"] for table in contents if name in table]
-                )
                 with noted(f"tensor {name} of layer {layer_of(name)}"):
+                    inputs = None if name in base.buffers else _inputs(self, own, name, dtype)
                     found = previous.take(name, inputs, writer) if previous else None
                     taken = found is not None
                     if found is None:
@@ -95,9 +91,10 @@ class MergeJob(VariantJob):
             `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors` and
             `tensor_bytes`: how many there are and their size; `taken_over` and `taken_over_bytes`: those of them that
             an earlier merge had; `by_tensor`: the files that `digest` is of; `remarks`: what the method said, and of
-            which tensors.
+            which tensors; `unchanged`: experts that change nothing.
 
         Raises:
+            InputError: NaN or Inf in a head.
             OSError: a tensor on disk is not what a group wrote; its group is merged again when the step runs again.
         """
         plan = plan_merged(self.base, self.out_dtype, self.shard_size)
@@ -112,7 +109,7 @@ class MergeJob(VariantJob):
             one.unlink()
         taken = [nbytes(plan.tensors[name]) for name, entry in tensors.items() if entry["taken"]]
         found = {"taken_over": len(taken), "taken_over_bytes": sum(taken), REMARKS: _by_remark(tensors)}
-        return about(plan, tensors) | found
+        return about(plan, tensors) | found | {UNCHANGED: self.unchanged()}
 
 
 def _by_remark(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -143,15 +140,16 @@ def _merge_tensor(
     return {**digests, REMARKS: said}
 
 
-def _inputs(
-    job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype, contents: Sequence[str]
-) -> str | None:
-    """Return the fingerprint of all that a merged weight depends on; None for a buffer, which is only copied."""
-    if not contents:
-        return None
-    experts = [[key, weights.get(key), content] for key, content in zip(job.experts, contents, strict=True)]
+def _inputs(job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype) -> str:
+    """Return the fingerprint of all that a merged weight depends on.
+
+    Raises:
+        InputError: NaN or Inf in what base or experts store for it.
+    """
+    contents = job.contents(name)
+    experts = [[key, weights.get(key), contents[key]] for key in job.experts]
     how = [job.version, identity(job.method), identity(job.statistics if job.method.statistics else {})]
-    return sha256_text(canonical([*how, name, str(dtype), experts]))
+    return sha256_text(canonical([*how, name, str(dtype), contents["base"], experts]))
 
 
 @dataclass(frozen=True)

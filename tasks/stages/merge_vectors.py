@@ -14,7 +14,7 @@ from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.dynamic.vectors import BASE, LowRank, Vector, compact
 from sensmerge.tasks.dynamic.writing import finite_as, seal, vectors_file, write_vectors
 from sensmerge.tasks.methods.contract import Additive
-from sensmerge.tasks.stages.variant import VariantJob
+from sensmerge.tasks.stages.variant import UNCHANGED, VariantJob
 from sensmerge.tasks.stages.written import plan_merged, tensor_digests
 
 
@@ -22,7 +22,7 @@ from sensmerge.tasks.stages.written import plan_merged, tensor_digests
 class MergeVectorsJob(VariantJob):
     """Writes what each expert adds to the base in one variant."""
 
-    version = 4
+    version = 5
 
     method: Additive
 
@@ -50,6 +50,8 @@ class MergeVectorsJob(VariantJob):
             return False
         torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
         weights = self.weights()
+        for name in self.groups[part]:
+            self.contents(name)  # of what is sparse, NaN might not be seen later
         mixed = [name for name in self.groups[part] if name not in self.base.statistics]
         found = {name: _vectors(self, weights[layer_of(name)], name) for name in mixed}
         write_vectors(out, part, found)
@@ -59,7 +61,8 @@ class MergeVectorsJob(VariantJob):
         """Complete the folder: the base as a checkpoint in `BASE`, per-task heads, and the digests of all files.
 
         Returns:
-            `digest`: sha256 over the names and digests of the files; `bytes`: size of all weights, heads included.
+            `digest`: sha256 over the names and digests of the files; `bytes`: size of all weights, heads included;
+            `unchanged`: experts that change nothing.
 
         Raises:
             OSError: a tensor reads back differently from what was written.
@@ -68,7 +71,7 @@ class MergeVectorsJob(VariantJob):
         _write_base(self, out / BASE)
         self.write_companions(out / BASE)
         self.write_heads(out)
-        return seal(out)
+        return seal(out) | {UNCHANGED: self.unchanged()}
 
 
 def _vectors(job: MergeVectorsJob, weights: Mapping[str, float], name: str) -> dict[str, Vector]:

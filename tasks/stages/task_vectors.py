@@ -1,4 +1,4 @@
-"""Stage task_vectors: what each expert changed, tensor by tensor, and whether its weights are numbers at all."""
+"""Stage task_vectors: how large the changes of each expert are, counted once for all merges that trim them."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from sensmerge.tasks.checkpoints.weights import ExpertWeights
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.methods.kernels import loops
-from sensmerge.tasks.methods.kernels.delta import BLOCK, Delta, pieces
+from sensmerge.tasks.methods.kernels.delta import Delta, pieces
 from sensmerge.tasks.methods.kernels.sparsify import BINS
 from sensmerge.tasks.stages.job import Job
 
@@ -30,7 +30,7 @@ class TaskVectorsJob(Job):
     """Measures one expert's task vector."""
 
     stage = "task_vectors"
-    version = 5
+    version = 6
 
     base: str
     """fingerprint of the base's artifact"""
@@ -64,16 +64,17 @@ class TaskVectorsJob(Job):
         tensors: dict[str, dict[str, Any]] = {}
         histograms: dict[str, torch.Tensor] = {}
         for tensor in self.groups[part]:
-            content = {"content": self.weights.content(tensor)}
-            tensors[tensor] = {"changed": False, "l1": 0.0, "l2": 0.0, "max": 0.0} | content
+            tensors[tensor] = {"changed": False, "max": 0.0}
             if not self.weights.touches(tensor):
                 continue
             with noted(f"tensor {tensor} of layer {layer_of(tensor)}"):
-                entry, histogram = _measure(self.weights.task_vector(tensor), self.weights.base.read(tensor).view(-1))
-            if not math.isfinite(entry["max"]):
-                raise _not_finite(self.weights.delta(tensor), tensor, self.weights, self.name)
-            if entry["max"]:
-                tensors[tensor] = {"changed": True} | entry | content
+                largest, histogram = _measure(self.weights.task_vector(tensor), self.weights.base.read(tensor).view(-1))
+            if not math.isfinite(largest):
+                delta = self.weights.delta(tensor)
+                bad = delta.numel() - int(delta.isfinite().sum())
+                raise not_finite(f"experts.{self.name}", self.weights.folder, tensor, bad, delta.numel())
+            if largest:
+                tensors[tensor] = {"changed": True, "max": largest}
                 bins = histogram.nonzero().flatten()
                 histograms[tensor] = torch.stack([bins, histogram[bins]])
         save_file(histograms, out / _histograms(part))
@@ -83,19 +84,13 @@ class TaskVectorsJob(Job):
     def finish(self, out: Path) -> dict[str, Any]:
         """Put together what was found in all groups.
 
-        Writes `task_vector.json` (per tensor: changed, L1 and L2 norm, largest magnitude, and `content`, the digest of
-        what they come from) and `histograms.safetensors` (per changed tensor: the filled bins of its magnitude
-        histogram and their counts, int64 (2, bins), from which TIES takes exact thresholds for any density).
+        Writes `task_vector.json` (per tensor: changed, largest magnitude) and `histograms.safetensors` (per changed
+        tensor: the filled bins of its magnitude histogram and their counts, int64 (2, bins), from which TIES takes
+        exact thresholds for any density).
 
         Returns:
-            The number of tensors and of changed ones, and the L2 norm of the whole task vector.
-
-        Raises:
-            InputError: NaN or Inf in the expert's head, naming the tensor.
+            The number of tensors and of changed ones.
         """
-        for tensor, values in self.weights.head_tensors().items():
-            if not bool(values.isfinite().all()):
-                raise _not_finite(values, tensor, self.weights, self.name)
         tensors: dict[str, dict[str, Any]] = {}
         histograms: dict[str, torch.Tensor] = {}
         for group in self.parts():
@@ -106,8 +101,7 @@ class TaskVectorsJob(Job):
         for group in self.parts():
             (out / _measured(group)).unlink()
             (out / _histograms(group)).unlink()
-        total = math.hypot(*(entry["l2"] for entry in tensors.values()))
-        return {"tensors": len(tensors), "changed": sum(entry["changed"] for entry in tensors.values()), "l2": total}
+        return {"tensors": len(tensors), "changed": sum(entry["changed"] for entry in tensors.values())}
 
 
 def _measured(group: int) -> str:
@@ -118,25 +112,12 @@ def _histograms(group: int) -> str:
     return f".group-{group}.safetensors"
 
 
-def _measure(delta: Delta, base: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
-    """Return L1 and L2 norm, largest magnitude (NaN where one is) and histogram; base flat, in any float dtype."""
-    histogram = torch.zeros(BINS, dtype=torch.int64)
-    sums: list[float] = []
-    norms: list[float] = []
-    largest = 0
+def _measure(delta: Delta, base: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Return the largest magnitude (NaN where one is) and the histogram; base flat, in any float dtype."""
+    histogram, largest = torch.zeros(BINS, dtype=torch.int64), 0
     for _, piece in pieces(delta, base):
         largest = max(largest, loops.count_bins(piece.numpy(), histogram.numpy()))
-        for block in torch.split(piece, BLOCK):
-            sums.append(float(torch.linalg.vector_norm(block, 1)))
-            norms.append(_norm(block))
-    entry = {"l1": math.fsum(sums), "l2": math.hypot(*norms), "max": float(np.int32(largest).view(np.float32))}
-    return entry, histogram
-
-
-def _norm(block: torch.Tensor) -> float:
-    """Return the L2 norm; in float64, which is slow, only where float32 cannot hold the squares."""
-    norm = float(torch.linalg.vector_norm(block))
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(block, dtype=torch.float64))
+    return float(np.int32(largest).view(np.float32)), histogram
 
 
 def read_histogram(artifact: Path, tensor: str) -> torch.Tensor | None:
@@ -150,9 +131,8 @@ def read_histogram(artifact: Path, tensor: str) -> torch.Tensor | None:
     return histogram
 
 
-def _not_finite(values: torch.Tensor, tensor: str, expert: ExpertWeights, name: str) -> InputError:
-    bad = values.numel() - int(values.isfinite().sum())
+def not_finite(key: str, folder: Path, tensor: str, bad: int, count: int) -> InputError:
+    """Return the error for weights that are no numbers: `bad` of `count` values of a tensor of the model at a key."""
     return InputError(
-        f"experts.{name}: tensor {tensor} of {expert.folder} has {bad} NaN or Inf of {values.numel()} values "
-        "(expert or base); expected finite weights"
+        f"{key}: tensor {tensor} of {folder} has {bad} NaN or Inf of {count} values; expected finite weights"
     )

@@ -39,11 +39,13 @@ from sensmerge.tasks.methods.contract import Method, TaskVector, method_of
 from sensmerge.tasks.methods.kernels.stored import rounded
 from sensmerge.tasks.methods.settings import Values, VariantSettings
 from sensmerge.tasks.stages.job import Earlier, Job
-from sensmerge.tasks.stages.task_vectors import read_histogram
+from sensmerge.tasks.stages.task_vectors import not_finite, read_histogram
 from sensmerge.tasks.statistics.statistic import read_layers
 
 TUNE = "tune.json"
 """In an artifact of stage tune: what was tried, what was chosen (`chosen`) and why."""
+UNCHANGED = "unchanged"
+"""In the results of a merge: experts that change nothing."""
 COEFFICIENTS = "coefficients.json"
 """The weights of every layer, see `VariantJob.coefficient_table`."""
 
@@ -56,8 +58,6 @@ class VariantJob(Job):
 
     models: Mapping[str, str]
     """fingerprints of the artifacts of base and experts"""
-    task_vectors: Mapping[str, Artifact]
-    """by expert"""
     method: Method
     weight: float
     coefficients: Coefficients
@@ -78,6 +78,8 @@ class VariantJob(Job):
     """experts with a head of their own that run with the base's config"""
     tuned: Artifact | None = None
     """of stage tune: what settings have instead of the values here, which are those that it began with"""
+    task_vectors: Local[Mapping[str, Artifact]] = field(default_factory=dict)
+    """by expert, for a method that reads histograms; those that are not there are counted by the merge itself"""
     base: Local[BaseWeights]
     experts: Local[Mapping[str, ExpertWeights]]
     head_configs: Local[Mapping[str, str]]
@@ -158,10 +160,33 @@ class VariantJob(Job):
             tensor,
             self.experts[expert].task_vector(tensor),
             weight,
-            partial(read_histogram, self.task_vectors[expert].folder, tensor),
+            partial(self._histogram, expert, tensor),
             partial(self.experts[expert].factors, tensor),
             self.statistics[expert].folder if self.method.statistics else None,
         )
+
+    def _histogram(self, expert: str, tensor: str) -> Tensor | None:
+        counted = self.task_vectors.get(expert)
+        # Where this merge alone would read them they were not counted before.
+        return read_histogram(counted.folder, tensor) if counted is not None and counted.folder.is_dir() else None
+
+    def contents(self, tensor: str) -> dict[str, str]:
+        """Read through a tensor of base and experts, and return digests of what they store, by model.
+
+        Raises:
+            InputError: NaN or Inf in one of them.
+        """
+        found = {"base": self.base.examined(tensor)}
+        found |= {name: expert.examined(tensor) for name, expert in self.experts.items()}
+        for name, one in found.items():
+            if one.bad:
+                key, of = ("base", self.base) if name == "base" else (f"experts.{name}", self.experts[name])
+                raise not_finite(key, of.folder, tensor, one.bad, one.count)
+        return {name: one.content for name, one in found.items()}
+
+    def unchanged(self) -> list[str]:
+        """Return the experts that change no tensor of the base."""
+        return [name for name, one in self.experts.items() if not any(map(one.changes, self.base.weights))]
 
     def mean_pieces(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """Yield the experts' mean of a buffer with statistics (`BaseWeights.statistics`), as methods yield a merge.
@@ -211,11 +236,18 @@ class VariantJob(Job):
         copy_companions(files, out)
 
     def write_heads(self, out: Path) -> None:
-        """Write the heads that belong to one expert each, and `coefficients.json`, into the merged model's folder."""
+        """Write the heads that belong to one expert each, and `coefficients.json`, into the merged model's folder.
+
+        Raises:
+            InputError: NaN or Inf in a head.
+        """
         for name, head_config in self.head_configs.items():
             folder = out / HEADS / name
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {key: tensor.contiguous() for key, tensor in self.experts[name].head_tensors().items()}
+            for key, tensor in tensors.items():
+                if bad := tensor.numel() - int(tensor.isfinite().sum()):
+                    raise not_finite(f"experts.{name}", self.experts[name].folder, key, bad, tensor.numel())
             save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
             (folder / "config.json").write_text(head_config)
         write_json(out / COEFFICIENTS, self.coefficient_table())

@@ -70,7 +70,7 @@ def finished(
 def test_report_has_every_stage_model_and_score(finished: tuple[Path, Path, dict[str, Any]]) -> None:
     _, _, report = finished
     assert {stage["stage"] for stage in report["stages"]} == {
-        *("download", "task_vectors", "statistics", "cross_task", "merge", "evaluate")
+        *("download", "statistics", "cross_task", "merge", "evaluate")
     }
     assert all(stage["status"] == "run" and stage["peak_memory"] > 0 for stage in report["stages"])
     assert all(stage["pieces_run"] == stage["pieces"] > 0 for stage in report["stages"])
@@ -137,7 +137,7 @@ def test_weights_do_not_depend_on_the_number_of_workers(
 ) -> None:
     monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
     recipe, store, _ = finished
-    stages = ("statistics", "task_vectors", "merge")
+    stages = ("statistics", "merge")
     limits = [f"resources.{stage}.max_in_flight={workers}" for stage in stages]
     run(recipe, tmp_path / "store", ray_address, *(word for limit in limits for word in ("--set", limit)))
     assert weights(merged(tmp_path / "store", "ties-sens")) == weights(merged(store, "ties-sens"))

@@ -71,7 +71,7 @@ def test_steps_come_after_what_they_need(llama_recipe: Recipe, tmp_path: Path) -
     for step in plan.steps:
         assert set(step.needs) <= seen
         seen.add(step.title)
-    assert len(plan.steps) == len(seen) == 3 + 2 + 2 + 1 + 2 + 5 * 2
+    assert len(plan.steps) == len(seen) == 3 + 2 + 1 + 2 + 5 * 2
 
 
 def test_steps_of_equal_content_are_steps_of_their_own(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -128,7 +128,36 @@ def test_weights_that_left_the_hub_cache_are_fetched_again_when_they_are_read(
 def test_without_sens_coefficients_nothing_is_estimated(llama_recipe: Recipe, tmp_path: Path) -> None:
     del llama_recipe["merges"]["ties-sens"]
     stages = {step.stage for step in plan_of(tmp_path, llama_recipe).steps}
-    assert stages == {"download", "task_vectors", "merge", "evaluate"}
+    assert stages == {"download", "merge", "evaluate"}
+
+
+def test_magnitudes_are_counted_once_for_several_merges_that_read_them(llama_recipe: Recipe, tmp_path: Path) -> None:
+    ties = {"method": "ties", "density": 0.5}
+
+    def counted(**merges: Any) -> list[tuple[str, ...]]:
+        plan = plan_of(tmp_path, {**llama_recipe, "merges": merges})
+        titles = {step.title for step in plan.steps}
+        assert all(set(step.needs) <= titles for step in plan.steps)
+        assert ("task_vectors math" in titles) == ("task_vectors code" in titles)
+        return [step.needs for step in plan.steps if "task_vectors math" in step.needs]
+
+    assert counted(a=ties) == counted(a=ties, b={"method": "ties"}) == counted(a={"method": "dare_ties"}) == []
+    assert len(counted(a=ties, b={**ties, "density": {"math": 1.0, "code": 0.2}})) == 2
+    assert len(counted(a={**ties, "normalize": False, "tune": {"weight": [0.1, 0.2]}})) == 2  # to try, and to merge
+    assert len(counted(a={"method": "ties", "tune": {"density": [0.1, 1.0]}})) == 2
+
+
+def test_one_more_variant_costs_its_own_merge_and_scores(llama_recipe: Recipe, tmp_path: Path) -> None:
+    ties = {"method": "ties", "density": 0.5}
+    merges = {"a": ties, "b": {**ties, "density": 0.4}}
+    plan = plan_of(tmp_path, {**llama_recipe, "merges": merges})
+    for step in plan.steps:
+        plan.store.partial(step.key).mkdir(parents=True)
+        plan.store.publish(step.key, {"result": {}})
+    assert plan_of(tmp_path, {**llama_recipe, "merges": merges}).todo == {}
+    for method in ({**ties, "density": 0.3}, {"method": "linear"}):
+        more = plan_of(tmp_path, {**llama_recipe, "merges": {**merges, "c": method}})
+        assert set(more.todo) == {"merge c", "evaluate c/math", "evaluate c/code"}
 
 
 @pytest.mark.parametrize(
@@ -180,8 +209,8 @@ def test_a_changed_expert_changes_only_what_reads_it(llama_recipe: Recipe, save:
     before = plan_of(tmp_path, llama_recipe)
     llama_recipe["experts"]["math"]["model"] = str(save(perturbed(make_llama(), 9), "math"))
     touched = changed(before, plan_of(tmp_path, llama_recipe))
-    assert {"download math", "task_vectors math", "statistics math", "cross_task all", "merge ta"} <= touched
-    assert not {"download code", "task_vectors code", "statistics code", "evaluate base/math"} & touched
+    assert {"download math", "statistics math", "cross_task all", "merge ta"} <= touched
+    assert not {"download code", "statistics code", "evaluate base/math"} & touched
 
 
 def test_whose_settings_an_expert_runs_with_changes_what_runs_it(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -201,10 +230,10 @@ def test_whose_settings_an_expert_runs_with_changes_what_runs_it(llama_recipe: R
 
 def test_table_says_run_and_why(llama_recipe: Recipe, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, llama_recipe)
-    assert plan_summary(plan).startswith("tiny: 20 of 20 steps to run, ")
+    assert plan_summary(plan).startswith("tiny: 18 of 18 steps to run, ")
     rows = list(zip(*(column.cells for column in plan_table(plan).columns), strict=True))
     assert rows[0][:4] == ("download", "base", "RUN", "new")
-    assert len(rows) == 20
+    assert len(rows) == 18
 
 
 def on_hub(hub: HubServer, repo: str, folder: Path, **files: bytes) -> None:

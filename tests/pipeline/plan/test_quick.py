@@ -71,7 +71,7 @@ def test_what_depends_on_weights_that_nobody_read_is_undecided(recipe: dict[str,
     new = {"merge more", "evaluate more/math", "evaluate more/code"}
     assert quick.todo == dict.fromkeys(new, "new")
     # Code's own steps, and what the base scores on code, need none of math's weights.
-    apart = {"download base", "download code", "task_vectors code", "statistics code"}
+    apart = {"download base", "download code", "statistics code"}
     apart |= {f"evaluate {model}/{task}" for model in ("base", "code") for task in ("math", "code")}
     assert set(quick.undecided) == {step.title for step in quick.steps} - new - apart
     assert f"3 of {len(quick.steps)} steps to run, {len(quick.undecided)} undecided, " in plan_summary(quick)

@@ -51,7 +51,7 @@ from tests.conftest import (
 )
 from tests.merged import assert_loads
 from tests.tasks.methods.pieces import whole_tensor
-from tests.tasks.stages.test_task_vectors import measured
+from tests.tasks.stages.test_task_vectors import altered, measured, poison
 
 Save = Callable[..., Path]
 TASK = CompletionTask(kind="completion")
@@ -77,8 +77,8 @@ def make_job(
     opened_base = open_base(base)
     opened = {name: open_expert(expert, opened_base, f"experts.{name}") for name, expert in experts.items()}
     weights = opened_base.only_weights()
-    artifacts = {}
-    for name in experts:
+    artifacts: dict[str, Path] = {}
+    for name in experts if "task_vectors" not in changes else ():
         artifacts[name] = folder / f"task-vector-{name}"
         if not artifacts[name].exists():
             artifacts[name].mkdir(parents=True)
@@ -417,6 +417,52 @@ def test_weights_that_the_dtype_cannot_hold(job: Callable[..., MergeJob], tmp_pa
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear", "dare_ties", "ties"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_are_found_whatever_the_method_drops(
+    method: str, value: float, save: Save, llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    expert = altered(save(perturbed(make_llama(), 1), "expert", tmp_path), {name: poison(value, 2)})
+    experts = {"math": expert, "code": llamas["code"]}
+    settings = {} if method in ("task_arithmetic", "linear") else {"density": 0.1}
+    one = make_job(tmp_path, llamas["base"], experts, method, settings, task_vectors={})
+    with pytest.raises(InputError, match=rf"experts\.math: tensor {name} of .*expert has 2 NaN or Inf of 512 values"):
+        merged(one, tmp_path / "out")
+    base = altered(save(make_llama(), "base", tmp_path), {name: poison(value)})
+    one = make_job(tmp_path, base, {"code": llamas["code"], "math": llamas["math"]}, method, settings, task_vectors={})
+    with pytest.raises(InputError, match=rf"^base: tensor {name} of .*base has 1 NaN or Inf of 512 values"):
+        merged(one, tmp_path / "other")
+
+
+def test_numbers_that_are_none_in_a_head(save: Save, berts: dict[str, Path], tmp_path: Path) -> None:
+    mood = save(make_bert_expert(make_bert_trunk(), 1, 2), "mood", tmp_path)
+    topic = save(make_bert_expert(make_bert_trunk(), 2, 3), "topic", tmp_path)
+    altered(mood, {"classifier.bias": poison(float("inf"))})
+    with pytest.raises(InputError, match=r"experts\.mood: tensor classifier\.bias of .*has 1 NaN or Inf of 2 values"):
+        merged(make_job(tmp_path, berts["base"], {"mood": mood, "topic": topic}), tmp_path / "out")
+
+
+def test_experts_that_change_nothing_are_named(save: Save, llamas: dict[str, Path], tmp_path: Path) -> None:
+    same = save(make_llama(), "same", tmp_path)
+    adapter = make_adapter(make_llama(), tmp_path / "adapter", 1, target_modules=["q_proj"])
+    factor = "base_model.model.model.layers.{}.self_attn.q_proj.lora_B.weight"
+    altered(adapter, {factor.format(i): lambda tensor: tensor.zero_() for i in (0, 1)}, "adapter_model.safetensors")
+    experts = {"math": llamas["math"], "same": same, "idle": adapter}
+    assert merged(make_job(tmp_path, llamas["base"], experts), tmp_path / "out")["unchanged"] == ["same", "idle"]
+
+
+def test_a_merge_counts_itself_what_nobody_has_counted(job: Callable[..., MergeJob], tmp_path: Path) -> None:
+    one = job("ties", {"density": 0.3})
+    gone = {name: Artifact("", tmp_path / "gone") for name in one.task_vectors}
+    found = [
+        merged(replace(one, task_vectors=counted), tmp_path / f"{number}")["digest"]
+        for number, counted in enumerate((one.task_vectors, {}, gone))
+    ]
+    assert found[0] == found[1] == found[2]
+    assert one.identity() == replace(one, task_vectors={}).identity()
 
 
 def test_merged_folder_is_an_ordinary_model(save: Save, tmp_path: Path) -> None:
