@@ -94,7 +94,7 @@ def test_one_changed_expert(team: Path, ray_address: str, capsys: pytest.Capture
 
     changed = change(team.parent / "code", ("model.layers.1.", "model.norm."))
     assert command_line("plan", team, "--store", store) == 0
-    assert "code: 1 of 5 files changed; 10 of 23 steps" in capsys.readouterr().out
+    assert "code: 1 of 5 files changed; 10 of 21 steps" in capsys.readouterr().out
     report = work("refresh", team, store, ray_address)
     said = capsys.readouterr().out
     steps = {f"{stage['stage']} {stage['name']}": stage for stage in report["stages"]}

@@ -50,7 +50,10 @@ from sensmerge.tasks.checkpoints.source import resolve
 from sensmerge.tasks.stages.download import DownloadJob
 
 here = Path({str(tmp_path)!r})
-job = DownloadJob(resolve(LocalModel(Path({str(llamas["base"])!r})), here), here)
+listing = resolve(LocalModel(Path({str(llamas["base"])!r})), here)
+for file in listing.unhashed():
+    listing = listing.hashed(file.name, here)
+job = DownloadJob(listing, here)
 done = run_finish(job, Store(here), Key.of("base", job), Spent(), 1)
 print(done.result["bytes"] > 0, "torch" in sys.modules)
 """
