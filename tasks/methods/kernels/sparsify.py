@@ -20,7 +20,8 @@ _STEP = 0x9E3779B97F4A7C15
 """Of splitmix64's counter."""
 
 Sparsifier = Callable[[Tensor, slice], Tensor]
-"""Gets a piece of a task vector, which it may change, and which elements these are; returns it made sparse."""
+"""Gets a piece of a task vector, which it may change, and which elements these are; returns it made sparse. Which it
+keeps depends on their magnitudes and places alone."""
 
 
 def kept_elements(numel: int, density: float) -> int:
@@ -159,8 +160,8 @@ class Rescaled:
         """Measure the norms in one pass; base flat, in any float dtype."""
         before, after = [], []
         for where, piece in pieces(delta, base):
-            before += block_sums(piece.abs())
-            after += block_sums(sparsify(piece, where).abs_())
+            before += block_sums(piece.abs_())
+            after += block_sums(sparsify(piece, where))  # what is kept does not depend on signs
         return cls(sparsify, norm_ratio(math.fsum(before), math.fsum(after)))
 
     def __call__(self, piece: Tensor, where: slice) -> Tensor:
