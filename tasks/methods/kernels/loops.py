@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sensmerge.tasks.methods.kernels.compiled import compiled
-from sensmerge.tasks.methods.kernels.conversions import of_bfloat16, of_float16, to_bfloat16, to_float16
+from sensmerge.tasks.methods.kernels.instructions import (
+    of_bfloat16,
+    of_float16,
+    to_bfloat16,
+    to_float16,
+    trailing_zeros,
+)
 
 Float32 = npt.NDArray[np.float32]
 UInt16 = npt.NDArray[np.uint16]
@@ -32,7 +38,7 @@ _BLOCK = 1024
 """Elements at a time where a loop goes over several arrays: what lies between then stays in the fastest cache."""
 _NOTHING = np.float32(-0.0)
 """What changes no sum that it is added to, be that −0."""
-_27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (27, 30, 31, 32, 0x7FFFFFFF))
+_1, _3, _27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (1, 3, 27, 30, 31, 32, 0x7FFFFFFF))
 _STEP, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -136,14 +142,17 @@ def find_bin(piece: Float32, wanted: int, places: Int64, magnitudes: Int32) -> i
     eights = inside.view(np.uint64)
     for start in range(0, len(bits), _BLOCK):
         block = bits[start : start + _BLOCK]
+        if len(block) < _BLOCK:
+            inside[:] = np.uint8(0)
         for i in range(len(block)):  # without branches, so many at once
             inside[i] = np.uint8(np.int32((block[i] ^ bin_) & _BIN) == 0)
         for eight in range((len(block) + 7) // 8):
-            if eights[eight]:  # of few
-                for i in range(8 * eight, min(8 * eight + 8, len(block))):
-                    if inside[i]:
-                        places[found], magnitudes[found] = start + i, block[i] & _MAGNITUDE
-                        found += 1
+            left = eights[eight]
+            while left:  # of few
+                place = 8 * eight + np.int64(trailing_zeros(left) >> _3)
+                places[found], magnitudes[found] = start + place, block[place] & _MAGNITUDE
+                found += 1
+                left &= left - _1
     return found
 
 

@@ -86,7 +86,9 @@ class Trim:
         missing = keep - (int(from_top[rank - 1]) if rank else 0)
         places, magnitudes = [], []
         for where, piece in pieces(delta, base):
-            inside, bits = _in_bin(piece, boundary)
+            if where.start == 0:  # no other is longer
+                room = np.empty(len(piece), np.int64), np.empty(len(piece), np.int32)
+            inside, bits = _in_bin(piece, boundary, *room)
             places.append(inside + where.start)
             magnitudes.append(bits)
         found, place = torch.cat(magnitudes), torch.cat(places)
@@ -107,13 +109,15 @@ class Trim:
         return piece
 
 
-def _in_bin(piece: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """Return the places of the elements in one bin of the magnitude histogram, int64, and their magnitudes' bits."""
+def _in_bin(piece: Tensor, wanted: int, places: loops.Int64, magnitudes: loops.Int32) -> tuple[Tensor, Tensor]:
+    """Return the places of the elements in one bin of the magnitude histogram, int64, and their magnitudes' bits.
+
+    `places` and `magnitudes`, as long as the piece at least, are overwritten.
+    """
     if not piece.is_cpu:
         bits = _magnitude_bits(piece)
         inside = ((bits >> 16) == wanted).nonzero().flatten()
         return inside, bits[inside]
-    places, magnitudes = np.empty(len(piece), np.int64), np.empty(len(piece), np.int32)
     found = loops.find_bin(piece.numpy(), wanted, places, magnitudes)
     return torch.from_numpy(places[:found].copy()), torch.from_numpy(magnitudes[:found].copy())
 
