@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sensmerge.tasks.artifacts import read_json, write_json
+from sensmerge.tasks.artifacts import partial_of, read_json, write_json
 from sensmerge.tasks.errors import InputError
 
 SYNCED = ".synced"
@@ -106,7 +106,7 @@ class Remote:
         if not wanted:
             return
         fs, root = self._place
-        partial = {name: (target / name).with_name(f".{PurePosixPath(name).name}.partial") for name in wanted}
+        partial = {name: partial_of(target / name) for name in wanted}
         for path in partial.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():

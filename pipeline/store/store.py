@@ -26,7 +26,7 @@ from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.differences import differences
 from sensmerge.pipeline.store.lock import LOCKS, RemoteClaims, held, is_held
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
-from sensmerge.tasks.artifacts import checksum_file, ordered, read_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import checksum_file, is_partial, ordered, read_json, sha256_text, write_json
 from sensmerge.tasks.checkpoints.digests import records
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
@@ -168,6 +168,8 @@ class Store:
             by_tensor: large files that the stage has read back itself, and of which it has a digest by tensor.
         """
         partial, folder = self.partial(key), self.folder(key)
+        for path in [path for path in partial.rglob("*") if is_partial(path)]:
+            path.unlink()  # what was killed at it has left it
         write_json(partial / FINGERPRINT, key.inputs)
         about = {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint}
         files = file_sizes(partial)
@@ -369,8 +371,9 @@ def stages() -> tuple[str, ...]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of every file below a folder, by its path there."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return the size in bytes of every whole file below a folder, by its path there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_partial(path)]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
 
 
 def _lacking_at(uri: str) -> str | None:
