@@ -74,9 +74,8 @@ def test_a_damaged_download_is_made_good(
     weights = (plan.models()["math"] / "model.safetensors").resolve()
     stat = weights.stat()
     last = files["model.safetensors"][-1]
-    weights.write_bytes(
-        files["model.safetensors"][:-1] + bytes([last ^ 1])
-    )  # as a bad disk would: neither size nor time tells
+    # As a bad disk would: neither size nor time tells.
+    weights.write_bytes(files["model.safetensors"][:-1] + bytes([last ^ 1]))
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     ((folder, _),) = damage(plan.store).items()
     assert plan.artifact("download", "math").name == folder
