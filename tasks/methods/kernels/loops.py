@@ -25,6 +25,7 @@ Float32 = npt.NDArray[np.float32]
 UInt16 = npt.NDArray[np.uint16]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Four = tuple[npt.NDArray[Any], ...]
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 """All bits of a float32 but the sign; as integers they are in the order of the magnitudes."""
@@ -195,6 +196,43 @@ def _splitmix64(state: np.uint64, number: int) -> Any:
     mixed = (mixed ^ (mixed >> _30)) * _FIRST
     mixed = (mixed ^ (mixed >> _27)) * _SECOND
     return mixed ^ (mixed >> _31)
+
+
+@compiled
+def sum_narrow(base: UInt16, experts: Four, is_half: bool, weights: Float32, mixed: Float32) -> None:
+    """Sum the weighted differences of four experts from the base, in float32, in one pass over all.
+
+    Where there are fewer experts, the base stands for one, with weight −1: it adds −0, which changes no sum of numbers.
+
+    Args:
+        base: bits of float16 or bfloat16.
+        experts: likewise, each as long.
+        is_half: whether they are of float16.
+        weights: of the experts.
+        mixed: gets the sum; as long.
+    """
+    e0, e1, e2, e3 = experts
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    if is_half:
+        for i in range(len(mixed)):
+            b = of_float16(base[i])
+            v0, v1, v2, v3 = of_float16(e0[i]), of_float16(e1[i]), of_float16(e2[i]), of_float16(e3[i])
+            mixed[i] = (v0 - b) * w0 + (v1 - b) * w1 + (v2 - b) * w2 + (v3 - b) * w3
+    else:
+        for i in range(len(mixed)):
+            b = of_bfloat16(base[i])
+            v0, v1, v2, v3 = of_bfloat16(e0[i]), of_bfloat16(e1[i]), of_bfloat16(e2[i]), of_bfloat16(e3[i])
+            mixed[i] = (v0 - b) * w0 + (v1 - b) * w1 + (v2 - b) * w2 + (v3 - b) * w3
+
+
+@compiled
+def sum_float32(base: Float32, experts: Four, weights: Float32, mixed: Float32) -> None:
+    """Do `sum_narrow` for numbers in float32."""
+    e0, e1, e2, e3 = experts
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    for i in range(len(mixed)):
+        b = base[i]
+        mixed[i] = (e0[i] - b) * w0 + (e1[i] - b) * w1 + (e2[i] - b) * w2 + (e3[i] - b) * w3
 
 
 @compiled
