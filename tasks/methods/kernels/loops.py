@@ -1,8 +1,7 @@
 """Loops over pieces of task vectors on a CPU, compiled by numba.
 
 Each does in one pass through the processor's cache what torch does in many, bit for bit: numba keeps the order of
-operations and rounds after each. On other devices torch's own operations are used, beside the callers. Compiled at
-their first call on a machine (some seconds in all), and then read from numba's cache on disk.
+operations and rounds after each. On other devices torch's own operations are used, beside the callers.
 
 Inner loops count slices from 0: where an index is a sum, it might be negative, and numba does one element at a time.
 """
