@@ -27,7 +27,7 @@ from sensmerge.pipeline.store.differences import differences
 from sensmerge.pipeline.store.lock import LOCKS, RemoteClaims, held, is_held
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
 from sensmerge.tasks.artifacts import checksum_file, is_partial, ordered, read_json, sha256_text, write_json
-from sensmerge.tasks.checkpoints.digests import records
+from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
 from sensmerge.tasks.stages.job import Job
@@ -193,7 +193,7 @@ class Store:
 
     def upload_digests(self) -> None:
         """Write the digests of local files, by which all know them, to where all see them."""
-        folder = records(self.hub_cache)
+        folder = self.hub_cache / DIGESTS
         if self.remote is not None:
             names = [path.name for path in folder.glob("*.json") if self._path(path) not in self._listed]
             if names:

@@ -7,6 +7,7 @@ from sensmerge.pipeline.store.store import MANIFEST, Store, stages
 from sensmerge.tasks.artifacts import checksum_file, read_json
 from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
+from sensmerge.tasks.checkpoints.hub import doubt
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages.download import listed_files
 from sensmerge.tasks.stages.written import weights_digest
@@ -17,7 +18,7 @@ def find_damage(store: Store) -> Iterator[tuple[Path, list[str]]]:
     for stage in stages():
         for folder in store.artifacts(stage):
             with store.copy(folder) as copy:
-                wrong = [*damaged_files(copy), *(_damaged_model(copy) if stage == "download" else ())]
+                wrong = [*damaged_files(copy), *(_damaged_model(copy, store.hub_cache) if stage == "download" else ())]
             yield folder, wrong
 
 
@@ -59,7 +60,7 @@ def _has_digest(folder: Path, digest: str) -> bool:
         return False
 
 
-def _damaged_model(folder: Path) -> Iterator[str]:
+def _damaged_model(folder: Path, cache: Path) -> Iterator[str]:
     """Compare a model from the hub with its digests; a local one is the user's, who may change it."""
     model = read_json(folder / "files.json")
     if model["revision"] is None:
@@ -69,4 +70,5 @@ def _damaged_model(folder: Path) -> Iterator[str]:
         if not path.is_file():
             yield f"{path} is gone"
         elif digests.compute(path, file.digest.partition(":")[0]) != file.digest:
+            doubt(path, cache)
             yield f"{path} has other content"

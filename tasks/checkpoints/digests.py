@@ -34,20 +34,20 @@ def compute(path: Path, kind: str) -> str:
     return f"{kind}:{hash_file(path, hashlib.new('sha1' if kind == 'git' else 'sha256', start))}"
 
 
-def compute_once(path: Path, cache: Path) -> str:
+def compute_once(path: Path, records: Path) -> str:
     """Return the BLAKE3 digest of a file: the one that is kept, or else a new one, which is then kept.
 
     Raises:
         InputError: the file changes meanwhile.
     """
     begin, before = time.time_ns(), path.stat()
-    if known := find(path, before, cache):
+    if known := find(path, before, records):
         return known
     digest = compute(path, "blake3")
     if _state(path, path.stat()) != _state(path, before):
         raise InputError(f"{path}: changed while its digest was computed; wait until it is written, and run again")
     if abs(begin - before.st_mtime_ns) > SETTLED:
-        keep(path, before, digest, cache)
+        keep(path, before, digest, records)
     return digest
 
 
@@ -59,15 +59,15 @@ def bytes_per_second(path: Path, sample: int) -> float:
     return sample / (time.perf_counter() - begin)
 
 
-def find(path: Path, stat: os.stat_result, cache: Path) -> str | None:
+def find(path: Path, stat: os.stat_result, records: Path) -> str | None:
     """Return the digest that is kept of a file as it is now; None if there is none.
 
     Args:
         path: the file.
         stat: what the file system says of it.
-        cache: folder of the hub's cache, which has the records of all files.
+        records: folder with a record of every state of a file that has a digest.
     """
-    record = _record(path, stat, cache)
+    record = _record(path, stat, records)
     if not record.is_file():
         return None
     try:
@@ -77,26 +77,26 @@ def find(path: Path, stat: os.stat_result, cache: Path) -> str | None:
     return digest if isinstance(digest, str) and _DIGEST.fullmatch(digest) else None
 
 
-def keep(path: Path, stat: os.stat_result, digest: str, cache: Path) -> None:
-    """Keep the digest of a file for all who share the cache.
+def keep(path: Path, stat: os.stat_result, digest: str, records: Path) -> None:
+    """Keep the digest of a file for all who share the records.
 
     Every state of a file has a record of its own, so that those who write at the same time lose nothing of each other.
     """
-    record = _record(path, stat, cache)
+    record = _record(path, stat, records)
     record.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("w", dir=record.parent, prefix=".", suffix=".partial", delete=False) as partial:
         partial.write(canonical({"path": str(path), "size": stat.st_size, "digest": digest}) + "\n")
-    os.chmod(partial.name, 0o644)  # other users of the cache read it
+    os.chmod(partial.name, 0o644)  # other users of the folder read it
     os.replace(partial.name, record)
 
 
-def records(cache: Path) -> Path:
-    """Return the folder of the records."""
-    return cache / ".digests"
+def forget(path: Path, records: Path) -> None:
+    """Forget the digest that is kept of a file as it is now, so that whoever asks for it reads the file again."""
+    _record(path, path.stat(), records).unlink(missing_ok=True)
 
 
-def _record(path: Path, stat: os.stat_result, cache: Path) -> Path:
-    return records(cache) / f"{sha256_text(canonical(_state(path, stat)))[:32]}.json"
+def _record(path: Path, stat: os.stat_result, records: Path) -> Path:
+    return records / f"{sha256_text(canonical(_state(path, stat)))[:32]}.json"
 
 
 def _state(path: Path, stat: os.stat_result) -> list[str | int]:

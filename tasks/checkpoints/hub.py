@@ -30,6 +30,9 @@ from sensmerge.tasks.checkpoints.header import TensorInfo, tensor_info
 from sensmerge.tasks.checkpoints.listing import CONFIGS, HubModel, ListedFile, Listing, relevant
 from sensmerge.tasks.errors import InputError
 
+VERIFIED = ".verified"
+"""Folder, in the hub's cache, for the digests of its files that were compared with what the hub states."""
+
 
 def list_commit(source: HubModel, cache: Path) -> Listing:
     """List the files of the commit that a revision names now; see `tasks.checkpoints.source.resolve`."""
@@ -104,12 +107,12 @@ def _fetch(api: HfApi, source: HubModel, listing: Listing, file: ListedFile, cac
     for _ in range(2):
         path = Path(api.hf_hub_download(source.repo, file.name, revision=listing.revision, cache_dir=cache))
         blob, stat = path.resolve(), path.stat()
-        known = digests.find(blob, stat, cache)
+        known = digests.find(blob, stat, cache / VERIFIED)
         digest = file.digest if known == file.digest else digests.compute(path, file.digest.partition(":")[0])
         found = ListedFile(file.name, stat.st_size, digest)
         if found == file:
             if digest != known and digest.startswith("sha256:"):  # the others are small
-                digests.keep(blob, stat, digest, cache)
+                digests.keep(blob, stat, digest, cache / VERIFIED)
             return
         # The library trusts a file for its name alone, so a bad one must go, and the blob that it links to first.
         blob.unlink()
@@ -118,6 +121,11 @@ def _fetch(api: HfApi, source: HubModel, listing: Listing, file: ListedFile, cac
         f"model {source}: {file.name} is damaged: expected {file.size} bytes with {file.digest}, found twice "
         f"{found.size} bytes with {found.digest}; it was removed; try again later or from another mirror"
     )
+
+
+def doubt(path: Path, cache: Path) -> None:
+    """Have a file in the cache verified again the next time that it is needed."""
+    digests.forget(path.resolve(), cache / VERIFIED)
 
 
 def remote_header(source: HubModel, listing: Listing, name: str, cache: Path) -> dict[str, TensorInfo]:

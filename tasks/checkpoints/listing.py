@@ -20,6 +20,8 @@ READ = [WEIGHTS, "*.safetensors.index.json", *CONFIGS]
 """What is read of a model, at its top level; beside it, what travels into merged models (`is_companion`)."""
 # Mistral's repositories hold every weight twice; the copy of this name is not in the Hugging Face layout.
 FOREIGN = "consolidated*"
+DIGESTS = ".digests"
+"""Folder, in the hub's cache, for the digests of local files."""
 LOOKED_UP = 2**20
 """Bytes: of smaller files, weights apart, no digest is kept, since they are read as fast as its record."""
 PICKLES = ["pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt"]
@@ -91,7 +93,7 @@ class Listing:
         Raises:
             InputError: the file changes meanwhile.
         """
-        digest = digests.compute_once(self.folder / name, cache)
+        digest = digests.compute_once(self.folder / name, cache / DIGESTS)
         files = (replace(file, digest=digest) if file.name == name else file for file in self.files)
         return replace(self, files=tuple(files))
 
@@ -152,11 +154,11 @@ def list_folder(source: LocalModel, cache: Path) -> Listing:
     for name in sorted(relevant({name: stat.st_size for name, stat in stats.items()}, source, inner)):
         size = stats[name].st_size
         if fnmatch(name, WEIGHTS):
-            digest = digests.find(folder / name, stats[name], cache) or ""
+            digest = digests.find(folder / name, stats[name], cache / DIGESTS) or ""
         elif size < LOOKED_UP:
             digest = digests.compute(folder / name, "blake3")
         else:
-            digest = digests.compute_once(folder / name, cache)
+            digest = digests.compute_once(folder / name, cache / DIGESTS)
         files.append(ListedFile(name, size, digest))
     return Listing(source, folder, None, tuple(files))
 

@@ -72,14 +72,17 @@ class _Arithmetic(Additive):
         """See `ElementsMethod`. Semantics of mergekit's `GeneralizedTaskArithmeticMerge`."""
         from sensmerge.tasks.methods.kernels.consensus import disjoint_sum
         from sensmerge.tasks.methods.kernels.delta import weighted_sum
-        from sensmerge.tasks.methods.kernels.stored import add
 
         if self.consensus:
-            mixed = disjoint_sum(parts, weights, self.normalize)
-        else:
-            mixed = weighted_sum(parts, weights)
-            if self.normalize and abs(sum(weights)) >= _ZERO:
-                mixed /= sum(weights)
+            return self._added(disjoint_sum(parts, weights, self.normalize), base, weights)
+        return self._added(weighted_sum(parts, weights), base, weights)
+
+    def _added(self, mixed: "Tensor", base: "Tensor", weights: Sequence[float]) -> "Tensor":
+        """Return the base and a sum of (sparse) task vectors, which is changed, float32."""
+        from sensmerge.tasks.methods.kernels.stored import add
+
+        if self.normalize and not self.consensus and abs(sum(weights)) >= _ZERO:
+            mixed /= sum(weights)
         if self.lambda_ != 1:
             mixed *= self.lambda_
         return add(mixed, base)
@@ -115,6 +118,14 @@ class _Arithmetic(Additive):
 @METHODS.register("task_arithmetic")
 class TaskArithmetic(_Arithmetic):
     """Base plus the weighted sum of task vectors (arXiv 2212.04089)."""
+
+    def merged_pieces(self, base: "Tensor", vectors: Sequence[TaskVector]) -> "Iterator[tuple[slice, Tensor]]":
+        """See `Method`; the task vectors themselves need not be in memory."""
+        from sensmerge.tasks.methods.kernels.delta import sums
+
+        base, weights = base.reshape(-1), [vector.weight for vector in vectors]
+        for where, mixed in sums(base, [vector.delta for vector in vectors], weights):
+            yield where, self._added(mixed, base[where], weights)
 
     def keeps_whole(self, expert: str) -> bool:
         """See `Additive`."""

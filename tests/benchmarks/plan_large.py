@@ -116,7 +116,7 @@ def main() -> None:
                 f"plan --quick of {total / 1e9:.0f} GB, run {number + 1}: {seconds:.1f} s, {processor:.1f} s of "
                 f"processor time, {peak / 1e9:.2f} GB at most"
             )
-        print((recipe.parent / "plan.txt").read_text().partition("\n")[0])
+        print(" ".join((recipe.parent / "plan.txt").read_text().partition("┏")[0].split()))
         file = Path(temporary) / "weights"
         with file.open("wb") as target:
             for _ in range(arguments.gigabytes * 10**9 // PIECE):

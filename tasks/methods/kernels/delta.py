@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sensmerge.tasks.methods.kernels import loops
-from sensmerge.tasks.methods.kernels.stored import add, subtract
+from sensmerge.tasks.methods.kernels.stored import add, can_sum, subtract, sum_differences
 
 CHUNK = 1 << 17
 """Elements handled at a time: intermediate tensors then stay in the processor's cache."""
@@ -132,7 +132,18 @@ def weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
     return sum(parts[1:], start=parts[0])
 
 
+def sums(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which elements, and Σ weight · task vector there, flat and float32; base flat, in any float dtype."""
+    experts = [delta.expert for delta in deltas if isinstance(delta, Difference) and delta.expert.dtype == base.dtype]
+    if len(experts) < len(deltas) or not can_sum(base, len(experts)):
+        for where, found in parts(base, deltas):
+            yield where, weighted_sum(found, weights)
+        return
+    for where in chunks(len(base)):
+        yield where, sum_differences(base[where], [expert[where] for expert in experts], weights)
+
+
 def summed(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float]) -> Iterator[tuple[slice, Tensor]]:
     """Yield which elements, and base + Σ weight · task vector there, float32; the base flat, in any float dtype."""
-    for where, found in parts(base, deltas):
-        yield where, add(weighted_sum(found, weights), base[where])
+    for where, mixed in sums(base, deltas, weights):
+        yield where, add(mixed, base[where])

@@ -1,8 +1,7 @@
 """Loops over pieces of task vectors on a CPU, compiled by numba.
 
 Each does in one pass through the processor's cache what torch does in many, bit for bit: numba keeps the order of
-operations and rounds after each. On other devices torch's own operations are used, beside the callers. Compiled at
-their first call on a machine (some seconds in all), and then read from numba's cache on disk.
+operations and rounds after each. On other devices torch's own operations are used, beside the callers.
 
 Inner loops count slices from 0: where an index is a sum, it might be negative, and numba does one element at a time.
 """
@@ -13,12 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from sensmerge.tasks.methods.kernels.compiled import compiled
-from sensmerge.tasks.methods.kernels.conversions import of_bfloat16, of_float16, to_bfloat16, to_float16
+from sensmerge.tasks.methods.kernels.instructions import (
+    of_bfloat16,
+    of_float16,
+    to_bfloat16,
+    to_float16,
+    trailing_zeros,
+)
 
 Float32 = npt.NDArray[np.float32]
 UInt16 = npt.NDArray[np.uint16]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Four = tuple[npt.NDArray[Any], ...]
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 """All bits of a float32 but the sign; as integers they are in the order of the magnitudes."""
@@ -30,7 +36,9 @@ INFINITE = 0x7F800000
 """Bits of the infinite float32; those of a NaN are more, those of numbers less."""
 _BLOCK = 1024
 """Elements at a time where a loop goes over several arrays: what lies between then stays in the fastest cache."""
-_27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (27, 30, 31, 32, 0x7FFFFFFF))
+_NOTHING = np.float32(-0.0)
+"""What changes no sum that it is added to, be that −0."""
+_1, _3, _27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (1, 3, 27, 30, 31, 32, 0x7FFFFFFF))
 _STEP, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -134,14 +142,17 @@ def find_bin(piece: Float32, wanted: int, places: Int64, magnitudes: Int32) -> i
     eights = inside.view(np.uint64)
     for start in range(0, len(bits), _BLOCK):
         block = bits[start : start + _BLOCK]
+        if len(block) < _BLOCK:
+            inside[:] = np.uint8(0)
         for i in range(len(block)):  # without branches, so many at once
             inside[i] = np.uint8(np.int32((block[i] ^ bin_) & _BIN) == 0)
         for eight in range((len(block) + 7) // 8):
-            if eights[eight]:  # of few
-                for i in range(8 * eight, min(8 * eight + 8, len(block))):
-                    if inside[i]:
-                        places[found], magnitudes[found] = start + i, block[i] & _MAGNITUDE
-                        found += 1
+            left = eights[eight]
+            while left:  # of few
+                place = 8 * eight + np.int64(trailing_zeros(left) >> _3)
+                places[found], magnitudes[found] = start + place, block[place] & _MAGNITUDE
+                found += 1
+                left &= left - _1
     return found
 
 
@@ -187,6 +198,43 @@ def _splitmix64(state: np.uint64, number: int) -> Any:
 
 
 @compiled
+def sum_narrow(base: UInt16, experts: Four, is_half: bool, weights: Float32, mixed: Float32) -> None:
+    """Sum the weighted differences of four experts from the base, in float32, in one pass over all.
+
+    Where there are fewer experts, the base stands for one, with weight −1: it adds −0, which changes no sum of numbers.
+
+    Args:
+        base: bits of float16 or bfloat16.
+        experts: likewise, each as long.
+        is_half: whether they are of float16.
+        weights: of the experts.
+        mixed: gets the sum; as long.
+    """
+    e0, e1, e2, e3 = experts
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    if is_half:
+        for i in range(len(mixed)):
+            b = of_float16(base[i])
+            v0, v1, v2, v3 = of_float16(e0[i]), of_float16(e1[i]), of_float16(e2[i]), of_float16(e3[i])
+            mixed[i] = (v0 - b) * w0 + (v1 - b) * w1 + (v2 - b) * w2 + (v3 - b) * w3
+    else:
+        for i in range(len(mixed)):
+            b = of_bfloat16(base[i])
+            v0, v1, v2, v3 = of_bfloat16(e0[i]), of_bfloat16(e1[i]), of_bfloat16(e2[i]), of_bfloat16(e3[i])
+            mixed[i] = (v0 - b) * w0 + (v1 - b) * w1 + (v2 - b) * w2 + (v3 - b) * w3
+
+
+@compiled
+def sum_float32(base: Float32, experts: Four, weights: Float32, mixed: Float32) -> None:
+    """Do `sum_narrow` for numbers in float32."""
+    e0, e1, e2, e3 = experts
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    for i in range(len(mixed)):
+        b = base[i]
+        mixed[i] = (e0[i] - b) * w0 + (e1[i] - b) * w1 + (e2[i] - b) * w2 + (e3[i] - b) * w3
+
+
+@compiled
 def weighted_sum(parts: Float32, weights: Float32, mixed: Float32) -> None:
     """Sum weighted task vectors.
 
@@ -210,6 +258,15 @@ def weighted_sum(parts: Float32, weights: Float32, mixed: Float32) -> None:
 
 
 @compiled
+def _first_four(weights: Float32) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+    """Return the weights of the first four experts; of those that are not there, 1, with which `_NOTHING` stays."""
+    found = np.ones(4, np.float32)
+    for k in range(min(4, len(weights))):
+        found[k] = weights[k]
+    return found[0], found[1], found[2], found[3]
+
+
+@compiled
 def disjoint_sum(parts: Float32, weights: Float32, normalize: bool, mixed: Float32) -> None:
     """Sum weighted task vectors where they agree with the sign of the sum over all of them (0 counts as positive).
 
@@ -219,6 +276,9 @@ def disjoint_sum(parts: Float32, weights: Float32, normalize: bool, mixed: Float
         normalize: whether to divide by the sum of the weights that agree, where it is not 0.
         mixed: gets the result (elements,).
     """
+    if len(parts) <= 4:
+        _disjoint_sum_of_four(parts, weights, normalize, mixed)
+        return
     zero, one = np.float32(0), np.float32(1)
     experts, numel = parts.shape
     total, kept = np.empty(_BLOCK, np.float32), np.empty(_BLOCK, np.float32)
@@ -240,3 +300,32 @@ def disjoint_sum(parts: Float32, weights: Float32, normalize: bool, mixed: Float
         for i in range(len(agreed)):
             signed = agreed[i] if total[i] >= zero else -agreed[i]
             agreed[i] = signed / (kept[i] if normalize and kept[i] != zero else one)
+
+
+@compiled
+def _disjoint_sum_of_four(parts: Float32, weights: Float32, normalize: bool, mixed: Float32) -> None:
+    """Do `disjoint_sum` for up to four experts, for which all that lies between fits the registers."""
+    zero, one = np.float32(0), np.float32(1)
+    experts, numel = parts.shape
+    w0, w1, w2, w3 = _first_four(weights)
+    nothing = np.full(_BLOCK, _NOTHING)
+    for start in range(0, numel, _BLOCK):
+        stop = min(start + _BLOCK, numel)
+        agreed = mixed[start:stop]
+        p0 = parts[0, start:stop]
+        p1 = parts[1, start:stop] if experts > 1 else nothing
+        p2 = parts[2, start:stop] if experts > 2 else nothing
+        p3 = parts[3, start:stop] if experts > 3 else nothing
+        for i in range(len(agreed)):
+            v0, v1, v2, v3 = p0[i] * w0, p1[i] * w1, p2[i] * w2, p3[i] * w3
+            sign = one if zero + v0 + v1 + v2 + v3 >= zero else -one
+            v0, v1, v2, v3 = v0 * sign, v1 * sign, v2 * sign, v3 * sign
+            total = v0 if v0 > zero else zero
+            total += v1 if v1 > zero else zero
+            total += v2 if v2 > zero else zero
+            total += v3 if v3 > zero else zero
+            kept = w0 if v0 > zero else zero
+            kept += w1 if v1 > zero else zero
+            kept += w2 if v2 > zero else zero
+            kept += w3 if v3 > zero else zero
+            agreed[i] = total * sign / (kept if normalize and kept != zero else one)

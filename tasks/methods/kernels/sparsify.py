@@ -20,7 +20,8 @@ _STEP = 0x9E3779B97F4A7C15
 """Of splitmix64's counter."""
 
 Sparsifier = Callable[[Tensor, slice], Tensor]
-"""Gets a piece of a task vector, which it may change, and which elements these are; returns it made sparse."""
+"""Gets a piece of a task vector, which it may change, and which elements these are; returns it made sparse. Which it
+keeps depends on their magnitudes and places alone."""
 
 
 def kept_elements(numel: int, density: float) -> int:
@@ -85,7 +86,9 @@ class Trim:
         missing = keep - (int(from_top[rank - 1]) if rank else 0)
         places, magnitudes = [], []
         for where, piece in pieces(delta, base):
-            inside, bits = _in_bin(piece, boundary)
+            if where.start == 0:  # no other is longer
+                room = np.empty(len(piece), np.int64), np.empty(len(piece), np.int32)
+            inside, bits = _in_bin(piece, boundary, *room)
             places.append(inside + where.start)
             magnitudes.append(bits)
         found, place = torch.cat(magnitudes), torch.cat(places)
@@ -106,13 +109,15 @@ class Trim:
         return piece
 
 
-def _in_bin(piece: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """Return the places of the elements in one bin of the magnitude histogram, int64, and their magnitudes' bits."""
+def _in_bin(piece: Tensor, wanted: int, places: loops.Int64, magnitudes: loops.Int32) -> tuple[Tensor, Tensor]:
+    """Return the places of the elements in one bin of the magnitude histogram, int64, and their magnitudes' bits.
+
+    `places` and `magnitudes`, as long as the piece at least, are overwritten.
+    """
     if not piece.is_cpu:
         bits = _magnitude_bits(piece)
         inside = ((bits >> 16) == wanted).nonzero().flatten()
         return inside, bits[inside]
-    places, magnitudes = np.empty(len(piece), np.int64), np.empty(len(piece), np.int32)
     found = loops.find_bin(piece.numpy(), wanted, places, magnitudes)
     return torch.from_numpy(places[:found].copy()), torch.from_numpy(magnitudes[:found].copy())
 
@@ -159,8 +164,8 @@ class Rescaled:
         """Measure the norms in one pass; base flat, in any float dtype."""
         before, after = [], []
         for where, piece in pieces(delta, base):
-            before += block_sums(piece.abs())
-            after += block_sums(sparsify(piece, where).abs_())
+            before += block_sums(piece.abs_())
+            after += block_sums(sparsify(piece, where))  # what is kept does not depend on signs
         return cls(sparsify, norm_ratio(math.fsum(before), math.fsum(after)))
 
     def __call__(self, piece: Tensor, where: slice) -> Tensor:

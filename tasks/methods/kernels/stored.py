@@ -1,5 +1,8 @@
 """Arithmetic in float32 on elements in the dtypes that files have; on a CPU in compiled loops."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +33,30 @@ def add(total: Tensor, summand: Tensor) -> Tensor:
         loops.add_narrow(total.numpy(), _bits(summand), summand.dtype == torch.float16)
         return total
     return total.add_(summand.float())
+
+
+def can_sum(base: Tensor, experts: int) -> bool:
+    """Return whether `sum_differences` can sum those of so many experts."""
+    return base.is_cpu and base.dtype in (torch.float32, *_NARROW) and 1 <= experts <= 4
+
+
+def sum_differences(base: Tensor, experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return Σ weight · (expert − base) in float32, flat.
+
+    Args:
+        base: flat, on a CPU, in float16, bfloat16 or float32.
+        experts: one to four, likewise, each as long.
+        weights: of the experts.
+    """
+    lacking = 4 - len(experts)
+    four, factors = [*experts, *[base] * lacking], np.array([*weights, *[-1] * lacking], np.float32)
+    mixed = torch.empty(len(base))
+    if base.dtype == torch.float32:
+        loops.sum_float32(base.numpy(), tuple(one.numpy() for one in four), factors, mixed.numpy())
+    else:
+        bits = tuple(map(_bits, four))
+        loops.sum_narrow(_bits(base), bits, base.dtype == torch.float16, factors, mixed.numpy())
+    return mixed
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:

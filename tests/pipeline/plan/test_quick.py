@@ -12,6 +12,7 @@ from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.checkpoints import digests
+from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, plan_of, write_recipe
 
@@ -44,7 +45,7 @@ def publish(plan: Plan) -> None:
 
 def test_nothing_is_undecided_where_the_store_has_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
     quick = quick_plan(tmp_path, recipe)
-    assert not digests.records(quick.store.hub_cache).exists()
+    assert not (quick.store.hub_cache / DIGESTS).exists()
     full = plan_of(tmp_path, recipe)
     assert quick.todo == full.todo == {step.title: "new" for step in full.steps}
     assert not quick.undecided

@@ -26,6 +26,7 @@ from sensmerge.pipeline.store.history import begin, past_runs, remember, unfinis
 from sensmerge.pipeline.store.remote import Remote
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.checkpoints import digests
+from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, write_recipe
 
@@ -146,12 +147,12 @@ def test_digests_are_known_everywhere(machines: Any, tmp_path: Path) -> None:
     os.utime(file, (0, 10**9))
     first = machines("a")
     first.look()
-    digest = digests.compute_once(file, first.hub_cache)
+    digest = digests.compute_once(file, first.hub_cache / DIGESTS)
     first.upload_digests()
     second = machines("b")
-    assert digests.find(file, file.stat(), second.hub_cache) is None
+    assert digests.find(file, file.stat(), second.hub_cache / DIGESTS) is None
     second.look()
-    assert digests.find(file, file.stat(), second.hub_cache) == digest
+    assert digests.find(file, file.stat(), second.hub_cache / DIGESTS) == digest
 
 
 def test_runs_are_known_everywhere(machines: Any) -> None:

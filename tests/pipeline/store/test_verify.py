@@ -1,5 +1,7 @@
 """Damage of a store is found, deleted and made good; what nobody needs is freed."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.store.verify import find_damage
 from sensmerge.pipeline.tracking.registry import ModelRegistry
 from sensmerge.tasks.artifacts import sha256_file, write_json
-from tests.conftest import command_line, write_recipe
+from tests.conftest import command_line, do_steps, plan_of, write_recipe
+from tests.hub_server import HubServer
 
 
 def publish(store: Store, one: Key) -> Path:
@@ -58,6 +61,29 @@ def test_models_of_the_hub_are_read_again_and_local_ones_left_alone(version: int
     assert damage(store) == {}
     weights.write_text("Weights")
     assert list(damage(store).values()) == [[f"{weights} has other content"]]
+
+
+def test_a_damaged_download_is_made_good(
+    hub: HubServer, llama_recipe: dict[str, Any], llamas: dict[str, Path], tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in llamas["math"].iterdir()}
+    hub.add_repo("team/math", files)
+    llama_recipe["experts"]["math"]["model"] = "hub:team/math"
+    plan = plan_of(tmp_path, llama_recipe)
+    do_steps(replace(plan, steps=(plan.step("download", "math"),)))
+    weights = (plan.models()["math"] / "model.safetensors").resolve()
+    stat = weights.stat()
+    last = files["model.safetensors"][-1]
+    # As a bad disk would: neither size nor time tells.
+    weights.write_bytes(files["model.safetensors"][:-1] + bytes([last ^ 1]))
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    ((folder, _),) = damage(plan.store).items()
+    assert plan.artifact("download", "math").name == folder
+    plan.store.remove(plan.artifact("download", "math"))
+    again = plan_of(tmp_path, llama_recipe)
+    do_steps(replace(again, steps=(again.step("download", "math"),)))
+    assert weights.read_bytes() == files["model.safetensors"]
+    assert damage(plan.store) == {}
 
 
 @pytest.mark.ray

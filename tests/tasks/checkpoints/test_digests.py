@@ -11,7 +11,7 @@ import pytest
 from blake3 import blake3
 
 from sensmerge.tasks.checkpoints import digests
-from sensmerge.tasks.checkpoints.digests import bytes_per_second, compute, compute_once, find, keep, records
+from sensmerge.tasks.checkpoints.digests import bytes_per_second, compute, compute_once, find, forget, keep
 from sensmerge.tasks.errors import InputError
 
 CONTENT = bytes(range(256)) * 1000
@@ -44,9 +44,9 @@ def test_the_official_vector_of_nothing(tmp_path: Path) -> None:
 
 
 def test_every_state_has_its_digest(file: Path, tmp_path: Path) -> None:
-    assert compute_once(file, tmp_path) == find(file, file.stat(), tmp_path) == DIGEST
+    assert compute_once(file, tmp_path / "records") == find(file, file.stat(), tmp_path / "records") == DIGEST
     moved = file.rename(tmp_path / "moved")  # the same inode at another path
-    assert find(moved, moved.stat(), tmp_path) is None
+    assert find(moved, moved.stat(), tmp_path / "records") is None
     moved.rename(file)
     other = tmp_path / "other"  # another inode at the same path
     other.write_bytes(CONTENT)
@@ -54,15 +54,22 @@ def test_every_state_has_its_digest(file: Path, tmp_path: Path) -> None:
     kept = other.stat().st_ino
     other.rename(file)
     assert file.stat().st_ino == kept
-    assert find(file, file.stat(), tmp_path) is None
-    assert compute_once(file, tmp_path) == DIGEST
-    assert len([*records(tmp_path).iterdir()]) == 2
+    assert find(file, file.stat(), tmp_path / "records") is None
+    assert compute_once(file, tmp_path / "records") == DIGEST
+    assert len([*(tmp_path / "records").iterdir()]) == 2
+
+
+def test_what_is_forgotten(file: Path, tmp_path: Path) -> None:
+    compute_once(file, tmp_path / "records")
+    for _ in range(2):
+        forget(file, tmp_path / "records")
+        assert find(file, file.stat(), tmp_path / "records") is None
 
 
 def test_what_was_just_written_is_not_kept(file: Path, tmp_path: Path) -> None:
     os.utime(file)
-    assert compute_once(file, tmp_path) == DIGEST
-    assert find(file, file.stat(), tmp_path) is None
+    assert compute_once(file, tmp_path / "records") == DIGEST
+    assert find(file, file.stat(), tmp_path / "records") is None
 
 
 def test_a_file_that_changes_meanwhile(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,17 +79,17 @@ def test_a_file_that_changes_meanwhile(file: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(digests, "compute", compute_late)
     with pytest.raises(InputError, match="changed while its digest was computed"):
-        compute_once(file, tmp_path)
-    assert not records(tmp_path).exists()
+        compute_once(file, tmp_path / "records")
+    assert not (tmp_path / "records").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"digest": 3}', '{"digest": "blake3:cut"}'])
 def test_a_damaged_record_counts_for_nothing(text: str, file: Path, tmp_path: Path) -> None:
-    compute_once(file, tmp_path)
-    (record,) = records(tmp_path).iterdir()
+    compute_once(file, tmp_path / "records")
+    (record,) = (tmp_path / "records").iterdir()
     record.write_text(text)
-    assert find(file, file.stat(), tmp_path) is None
-    assert compute_once(file, tmp_path) == find(file, file.stat(), tmp_path) == DIGEST
+    assert find(file, file.stat(), tmp_path / "records") is None
+    assert compute_once(file, tmp_path / "records") == find(file, file.stat(), tmp_path / "records") == DIGEST
 
 
 def _keep_many(cache: Path, file: Path, first: int) -> None:
@@ -98,7 +105,7 @@ def test_many_write_at_once(file: Path, tmp_path: Path) -> None:
     for number in range(80):
         found = find(file.with_name(str(number)), file.stat(), tmp_path / "cache")
         assert found == f"blake3:{number:064x}"
-    assert not [*records(tmp_path / "cache").glob(".*")]
+    assert not [*(tmp_path / "cache").glob(".*")]
 
 
 def test_the_speed(file: Path) -> None:

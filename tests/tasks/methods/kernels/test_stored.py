@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensmerge.tasks.methods.kernels.stored import add, rounded, subtract
+from sensmerge.tasks.methods.kernels.stored import add, can_sum, rounded, subtract, sum_differences
 
 DTYPES = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint32}
 
@@ -45,6 +45,26 @@ def test_difference_and_sum(left: torch.dtype, right: torch.dtype, count: int, s
     subtract(expert, base, piece)
     assert same(piece, expert.float() - base.float())
     assert same(add(expert.float().clone(), base), expert.float() + base.float())
+
+
+@given(
+    dtype=st.sampled_from([*DTYPES]),
+    experts=st.integers(1, 4),
+    count=st.integers(0, 3000),
+    seed=st.integers(0, 2**32),
+    weights=st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4),
+)
+def test_sum_of_differences(dtype: torch.dtype, experts: int, count: int, seed: int, weights: list[float]) -> None:
+    base, *others = (any_numbers(dtype, count, seed + number) for number in range(experts + 1))
+    for one in others:
+        one[: count // 3] = base[: count // 3]  # as where an expert changed nothing
+    expected = (others[0].float() - base.float()) * weights[0]
+    for one, weight in zip(others[1:], weights[1:experts], strict=True):
+        expected += (one.float() - base.float()) * weight
+    found = sum_differences(base, others, weights[:experts])
+    assert can_sum(base, experts)
+    assert same(found[base.isfinite()], expected[base.isfinite()])
+    assert not found[base.isfinite().logical_not()].isfinite().any()
 
 
 def test_every_number_of_two_bytes() -> None:

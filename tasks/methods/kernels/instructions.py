@@ -1,4 +1,4 @@
-"""Conversions of one number in compiled loops, to the instructions that processors have for many at once."""
+"""What compiled loops do to one number and Python has no operation for: each is an instruction of the processor."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,3 +57,13 @@ def to_bfloat16(typing_context: Any, value: Any) -> _Signature:
         return builder.trunc(builder.lshr(nearest, _32(16)), _16)
 
     return types.uint16(types.float32), generate
+
+
+@_intrinsic
+def trailing_zeros(typing_context: Any, bits: Any) -> _Signature:
+    """Return how many zeros follow the last one of some bits that are not all 0, uint64."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.uint64(types.uint64), generate
