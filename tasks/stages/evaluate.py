@@ -29,10 +29,10 @@ from sensmerge.tasks.networks.head_inputs import (
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import load_tokenizer, trunk_of
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.tokens import Inputs, collate, pad_token
+from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.rows.stored import StoredRows
-from sensmerge.tasks.stages.answers import NetworkModel, batches, classifier_batch_size, items_of, records_of
+from sensmerge.tasks.stages.answers import NetworkModel, classifier_batch_size, items_of, records_of
 from sensmerge.tasks.stages.job import Earlier, Job
 
 _HEAD_INPUTS = "head_inputs.safetensors"
@@ -47,7 +47,7 @@ class EvaluateJob(Job):
     """
 
     stage = "evaluate"
-    version = 3
+    version = 4
 
     base: Artifact
     model: Artifact
@@ -188,7 +188,7 @@ class _HeadModel:
     def logits(self, samples: Sequence[Sample], owners: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See `Model`."""
         reads = [sample.inputs for sample in samples]
-        for number, chosen in enumerate(batches(reads, self.batch_size)):
+        for number, chosen in enumerate(batches([length(one) for one in reads], self.batch_size)):
             batch = collate([reads[place] for place in chosen], self.pad_id)
             if self.trunk is None:
                 found = self.inputs[number]
