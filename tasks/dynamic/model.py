@@ -65,8 +65,9 @@ class DynamicModel:
     """Base, task vectors, heads and router in memory. All methods take mixed samples and know nothing of tasks.
 
     What is linear in the number of tokens, padding included, is done in parts of the samples that need little of it.
-    Of a part that is given a `size` there are no more tokens than so many samples have that are as long as the longest.
-    Where many samples take the same of every expert, the weights are written out for them (`DynamicNetwork.alike`).
+    Those who answer many samples at once give a `size`: then no part has more tokens than so many samples that are as
+    long as the longest, and weights are written out for samples that take the same of every expert, where these are
+    many (`DynamicNetwork.alike`). Without it memory stays what it is, as servers need it.
     """
 
     def __init__(
@@ -122,7 +123,8 @@ class DynamicModel:
         inputs = [self.batch([samples[row] for row in rows]) for rows in places]
         order = torch.tensor([row for rows in places for row in rows]).argsort()
         with torch.inference_mode():
-            features = probe_all(self.network, inputs, [rule], len(self.experts), router.settings.static)
+            static, many = router.settings.static, size is not None
+            features = probe_all(self.network, inputs, [rule], len(self.experts), static, alike=many)
             affinity = affinities(rule, features[rule.layer, rule.pool], router.statistics)[order]
             chosen = coefficients(affinity, router.settings)
         return Routes(chosen, affinity.argmax(1).tolist())
@@ -180,8 +182,9 @@ class DynamicModel:
         chosen, lengths = routes.coefficients, [length(sample) for sample in samples]
         # Of padding before new tokens little is computed: samples of all lengths run together.
         little, more = (1.0, 1.0) if new_tokens else (LITTLE_PADDING, PADDING)
-        groups, rest = self._alike(chosen, [one + new_tokens for one in lengths])
-        for group in groups:
+        many = [] if size is None else self._alike(chosen, [one + new_tokens for one in lengths])
+        rest = sorted(set(range(len(samples))).difference(*many))
+        for group in many:
             with self.network.alike(chosen[group[0]]) as network:
                 for part in batches([lengths[row] for row in group], size, little):
                     yield network, [group[place] for place in part]
@@ -192,16 +195,12 @@ class DynamicModel:
                 with self.network.mixed(chosen[rows]) as network:
                     yield network, rows
 
-    def _alike(self, coefficients: Tensor, tokens: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        """Return groups of samples with equal coefficients for which weights are to be written out, and the others."""
+    def _alike(self, coefficients: Tensor, tokens: Sequence[int]) -> list[list[int]]:
+        """Return groups of samples with equal coefficients for which weights are to be written out."""
         groups: dict[tuple[float, ...], list[int]] = {}
         for row, values in enumerate(coefficients.tolist()):
             groups.setdefault(tuple(values), []).append(row)
-        large = {
-            values: rows for values, rows in groups.items() if self.network.writes_out(sum(tokens[row] for row in rows))
-        }
-        rest = [row for values, rows in groups.items() if values not in large for row in rows]
-        return list(large.values()), sorted(rest)
+        return [rows for rows in groups.values() if self.network.writes_out(sum(tokens[row] for row in rows))]
 
     def _head_logits(
         self, hidden: Tensor, pooled: Tensor | None, inputs: Mapping[str, Tensor], assigned: Sequence[str]

@@ -36,15 +36,20 @@ def probe(
 
 
 def probe_all(
-    network: DynamicNetwork, batches: Sequence[Mapping[str, Tensor]], rules: Sequence[Rule], experts: int, static: float
+    network: DynamicNetwork,
+    batches: Sequence[Mapping[str, Tensor]],
+    rules: Sequence[Rule],
+    experts: int,
+    static: float,
+    alike: bool = True,
 ) -> dict[Place, Features]:
     """Return the features of all samples of some batches, in their order, on the CPU; otherwise as `probe`.
 
-    Where there are many tokens and task vectors are whole, all batches pass by one probe after the other: each is
-    written out once, and costs no more than the plain network.
+    With `alike`, where there are many tokens and task vectors are whole, all batches pass by one probe after the other:
+    each is written out once, and costs no more than the plain network.
     """
     device = str(network.network.device)
-    if not network.writes_out(sum(batch["input_ids"].numel() for batch in batches)):
+    if not alike or not network.writes_out(sum(batch["input_ids"].numel() for batch in batches)):
         parts = [probe(network, to_device(dict(batch), device), rules, experts, static) for batch in batches]
         return {key: _joined([part[key] for part in parts]) for key in parts[0]}
     layers = sorted({rule.layer for rule in rules})
