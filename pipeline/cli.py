@@ -79,11 +79,18 @@ DEFAULT_STORE: Any = "store"  # parsed as what the user gives
 
 
 @app.command()
-def plan(recipe: RecipePath, store: StoreOption = DEFAULT_STORE, overrides: SetOption = None) -> None:
+def plan(
+    recipe: RecipePath,
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="read no weights; what only their digests tell is marked ? where unknown")
+    ] = False,
+) -> None:
     """Check a recipe and print its steps: RUN or SKIP, why, and the bytes to read and write. Runs nothing."""
     from sensmerge.pipeline.start import print_plan
 
-    print_plan(recipe, overrides or (), store, Console())
+    print_plan(recipe, overrides or (), store, Console(), quick)
 
 
 @app.command()

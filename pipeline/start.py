@@ -1,17 +1,19 @@
 """How a command that reads a recipe begins: what takes seconds goes on side by side."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
 from sensmerge.pipeline.execute.stop import stoppable
+from sensmerge.pipeline.hashing import hashed, said_of
 from sensmerge.pipeline.options import Options
-from sensmerge.pipeline.plan.models import list_models
+from sensmerge.pipeline.plan.models import list_models, unhashed_bytes
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.tracking.uri import check_server
@@ -20,8 +22,15 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages.download import DownloadJob
 
 
-def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Console) -> None:
+def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Console, quick: bool = False) -> None:
     """Print every step, RUN or SKIP and why, the bytes to read and write, and what is to be said of the input.
+
+    Args:
+        recipe: path of the recipe.
+        overrides: of its values.
+        store: where artifacts are looked for.
+        console: where the plan goes.
+        quick: read no weights; steps that depend on digests which nobody has computed yet may be undecided.
 
     Raises:
         InputError: bad input.
@@ -30,15 +39,24 @@ def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Co
     store.make()
     store.look()
     with ThreadPoolExecutor(1) as beside, _quick_imports():
-        # Files are hashed while transformers is imported, which takes seconds as well.
-        listings = beside.submit(list_models, loaded, folder, store.hub_cache)
+        # Files are hashed while transformers is imported, which takes seconds as well. They are hashed in this thread,
+        # the one that Ctrl-C reaches.
+        planning = beside.submit(import_module, "sensmerge.pipeline.plan.plan")
+        listings: Mapping[str, Listing] = list_models(loaded, folder, store.hub_cache)
+        if not quick:
+            listings = hashed(listings, store, console)
+        planning.result()
 
-        from sensmerge.pipeline.plan.changes import model_changes
-        from sensmerge.pipeline.plan.plan import make_plan, plan_table
+    from sensmerge.pipeline.plan.changes import model_changes
+    from sensmerge.pipeline.plan.plan import make_plan, plan_table
 
-    planned = make_plan(loaded, folder, store, listings.result())
+    planned = make_plan(loaded, folder, store, listings)
     console.print(plan_table(planned))
     for line in (*planned.inputs.notes, *model_changes(planned)):
+        console.print(line, highlight=False, soft_wrap=True)
+    if unknown := unhashed_bytes(listings):
+        line = f"{said_of(unknown)}: not read; "
+        line += "plan without --quick decides the steps marked ?" if planned.undecided else "every step is decided"
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -58,7 +76,7 @@ def work(command: Literal["run", "refresh"], options: Options, console: Console)
     """Run or refresh a recipe while its store is locked; return the exit status."""
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
-        listings = beside.submit(_begin, options)
+        listings = beside.submit(_begin, options, console)
         with _quick_imports():
             from sensmerge.pipeline import workflow
             from sensmerge.pipeline.execute.cluster import closed
@@ -70,11 +88,11 @@ def work(command: Literal["run", "refresh"], options: Options, console: Console)
             return run(options, found, console)
 
 
-def _begin(options: Options) -> dict[str, Listing]:
+def _begin(options: Options, console: Console) -> dict[str, Listing]:
     """List the models; if any is new there will be work, and Ray starts."""
     check_server(options.uri)
-    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
     cache = options.store.hub_cache
+    listings = hashed(list_models(options.recipe, options.folder, cache), options.store, console)
     keys = [Key.of(name, DownloadJob(listing, cache)) for name, listing in listings.items()]
     if any(options.store.manifest(key) is None for key in keys):
         from sensmerge.pipeline.execute.cluster import connect

@@ -22,12 +22,22 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text beside the target, flush it to disk and rename it into place."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with partial.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def partial_of(path: Path) -> Path:
+    """Return the file beside another one that becomes it when it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def is_partial(path: Path) -> bool:
+    """Return whether a file is one that was to become another: whoever wrote it was killed, or is at it."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def sync(path: Path) -> None:

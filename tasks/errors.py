@@ -3,16 +3,31 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+MOST = 500
+"""Characters of a message."""
+
 
 class InputError(ValueError):
     """Bad input. Its text is one line that says where, what was found, what was expected and what to do.
 
-    The command line prints it without a stack trace and exits with status 2; it is never retried.
+    The command line prints it without a stack trace and exits with status 2; it is never retried. Of a long text, as
+    other programs' messages and names from damaged files may be, the middle is left out.
     """
+
+    def __init__(self, text: str) -> None:
+        """Take a text, in one line of at most `MOST` characters."""
+        line = " ".join(text.split())
+        super().__init__(line if len(line) <= MOST else f"{line[: MOST // 2]} … {line[3 - MOST // 2 :]}")
 
 
 class StepError(RuntimeError):
     """A step failed for a reason that is not the user's input; the text names the step and where it ran."""
+
+
+def shown(value: object) -> str:
+    """Return a value as messages show it: its repr, of which little is left if it is long."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a number of more than 40 digits"
+    return text if len(text) <= 100 else f"{text[:80]} … ({len(text):,} characters)"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sensmerge.pipeline.plan.models import list_models
+from sensmerge.pipeline.plan.models import hash_models, list_models
 from sensmerge.pipeline.plan.plan import Plan, make_plan
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
@@ -354,7 +354,8 @@ def write_recipe(folder: Path, recipe: dict[str, Any], name: str = "recipe.yaml"
 def plan_of(folder: Path, recipe: dict[str, Any], *overrides: str, store: str = "store") -> Plan:
     """Write a recipe to a folder and plan it, with a store in the same folder."""
     loaded, target = load_recipe(write_recipe(folder, recipe), overrides), Store(folder / store)
-    return make_plan(loaded, folder, target, list_models(loaded, folder, target.hub_cache))
+    listings = list_models(loaded, folder, target.hub_cache)
+    return make_plan(loaded, folder, target, hash_models(listings, target.hub_cache))
 
 
 def command_line(*arguments: object) -> int:

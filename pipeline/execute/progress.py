@@ -4,7 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextmanager
@@ -23,3 +31,12 @@ def progress(console: Console, total: int, what: str) -> Iterator[Callable[[str 
             shown.advance(bar)
 
         yield advance
+
+
+@contextmanager
+def byte_progress(console: Console, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Show a bar of the bytes that are read, and the time left; nothing without a terminal."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        bar = shown.add_task(what, total=total)
+        yield lambda size: shown.advance(bar, size)

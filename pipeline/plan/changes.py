@@ -7,7 +7,8 @@ from rich.filesize import decimal
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.step import Step
 from sensmerge.tasks.artifacts import read_json
-from sensmerge.tasks.checkpoints.listing import HubModel, Listing
+from sensmerge.tasks.checkpoints.listing import HubModel, ListedFile, Listing
+from sensmerge.tasks.stages.download import listed_files
 
 
 def model_changes(plan: Plan) -> list[str]:
@@ -47,7 +48,17 @@ def _difference(last: dict[str, Any], listing: Listing) -> str:
     """Say what differs between `files.json` of a model's artifact and its files now."""
     if isinstance(listing.source, HubModel) and last["revision"] not in (None, listing.revision):
         return f"{listing.source.revision} moved {last['revision'][:7]} → {str(listing.revision)[:7]}"
-    before = {(file["name"], file["sha256"]) for file in last["files"]}
-    now = {(file.name, file.digest.partition(":")[2]) for file in listing.files}
-    changed = {name for name, _ in before ^ now}
-    return f"{len(changed)} of {len({name for name, _ in before | now})} files changed"
+    before = {file.name: file for file in listed_files(last)}
+    now = {file.name: file for file in listing.files}
+    changed = [name for name in {**before, **now} if _differ(before.get(name), now.get(name))]
+    if not changed:
+        return "digests are of another kind now"
+    return f"{len(changed)} of {len({**before, **now})} files changed"
+
+
+def _differ(one: ListedFile | None, other: ListedFile | None) -> bool:
+    """Return whether two files are known to differ; of digests of two kinds it cannot be told."""
+    if one is None or other is None or one.size != other.size:
+        return True
+    is_comparable = one.digest.partition(":")[0] == other.digest.partition(":")[0]
+    return is_comparable and one.digest != other.digest

@@ -1,9 +1,9 @@
 """The models that a recipe names, listed file by file; nothing of them is read but what listing them takes."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from sensmerge.pipeline.recipe.schema import Recipe
@@ -14,7 +14,7 @@ from sensmerge.tasks.errors import InputError
 
 
 def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]:
-    """List the files of base and experts, several models at once: files of folders are hashed.
+    """List the files of base and experts, several models at once, without reading weights (`hash_models` does).
 
     Args:
         recipe: the recipe.
@@ -27,13 +27,42 @@ def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]
     texts = {"base": recipe.base} | {name: one.model for name, one in recipe.experts.items()}
 
     def listing(name: str) -> Listing:
-        with about("base" if name == "base" else f"experts.{name}"):
+        with _about_model(name):
             return resolve(parse_model_id(texts[name], folder), cache)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         listings = dict(zip(texts, pool.map(listing, texts), strict=True))
     _check_distinct(listings)
     return listings
+
+
+def unhashed_bytes(listings: Mapping[str, Listing]) -> dict[str, int]:
+    """Return the size of the weights that nobody has read yet, by model; models without any are left out."""
+    sizes = {name: sum(file.size for file in listing.unhashed()) for name, listing in listings.items()}
+    return {name: size for name, size in sizes.items() if listings[name].unhashed()}
+
+
+def hash_models(
+    listings: Mapping[str, Listing], cache: Path, advance: Callable[[int], None] = lambda size: None
+) -> dict[str, Listing]:
+    """Return the models with the digests of all files: the weights that nobody has read yet are read.
+
+    Args:
+        listings: from `list_models`.
+        cache: the hub's cache, where digests are kept.
+        advance: told the size of every file that was read.
+
+    Raises:
+        InputError: a file changes meanwhile, or an expert stands there twice; it names the recipe's key.
+    """
+    hashed = dict(listings)
+    for name, listing in listings.items():
+        for file in listing.unhashed():
+            with _about_model(name):
+                hashed[name] = hashed[name].hashed(file.name, cache)
+            advance(file.size)
+    _check_distinct(hashed)
+    return hashed
 
 
 def model_digest(listing: Listing) -> str:
@@ -57,9 +86,15 @@ def about(key: str) -> Iterator[None]:
         raise InputError(f"{key}: {error}") from error
 
 
+def _about_model(name: str) -> AbstractContextManager[None]:
+    return about("base" if name == "base" else f"experts.{name}")
+
+
 def _check_distinct(listings: Mapping[str, Listing]) -> None:
     seen: dict[str, str] = {}
     for name, listing in listings.items():
+        if listing.unhashed():
+            continue
         digest = model_digest(listing)
         if digest in seen and "base" not in (name, seen[digest]):
             raise InputError(f"experts.{name}: the same files as experts.{seen[digest]}; expected every expert once")

@@ -1,7 +1,7 @@
 """From a recipe to a plan: RUN or SKIP for every step, and why."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class Plan(Resolved):
     steps: tuple[Step, ...]
     todo: Mapping[str, str]
     """title → why, of the steps that the store lacks; two steps may have one fingerprint, never one title"""
+    undecided: Collection[str] = ()
+    """titles of the steps that are in the store or not, which only digests tell that nobody has computed yet"""
 
     def step(self, stage: Stage, name: str) -> Step:
         """Return one step."""
@@ -55,7 +57,8 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
         recipe: the recipe.
         folder: what its relative paths are relative to.
         store: where artifacts are looked for.
-        listings: its models, from `list_models`.
+        listings: its models, from `list_models` or `hash_models`. Of the steps that depend on weights without a digest
+            it is not known whether they run: they are undecided, unless the store has no artifact of them at all.
 
     Raises:
         InputError: models that cannot be merged, data that does not fit its task, no room on the disk.
@@ -65,14 +68,28 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     inputs = replace(inputs, notes=(*inputs.notes, *try_networks(recipe, inputs, placements)))
     resolved = Resolved(recipe, store, inputs, placements)
     steps = tuple(lay_out(resolved))
-    todo = {step.title: store.why(step.key) for step in steps if store.manifest(step.key) is None}
+    undecided = _undecided(steps, store, listings)
+    todo = {
+        step.title: store.why(step.key)
+        for step in steps
+        if step.title not in undecided and store.manifest(step.key) is None
+    }
     # A model whose files are gone from this machine is fetched again if a step that runs reads it.
     read = {title for step in steps if step.title in todo for title in step.needs}
     lost = {f"download {name}" for name, listing in inputs.listings.items() if listing.missing()}
     todo |= dict.fromkeys(lost & read - todo.keys(), "files are gone")
-    plan = Plan(recipe, store, inputs, resolved.placements, steps, todo)
+    plan = Plan(recipe, store, inputs, resolved.placements, steps, todo, undecided)
     _check_room(plan)
     return plan
+
+
+def _undecided(steps: Sequence[Step], store: Store, listings: Mapping[str, Listing]) -> frozenset[str]:
+    """Return the titles of the steps that depend on digests nobody knows, and of which the store has artifacts."""
+    unknown = {f"download {name}" for name, listing in listings.items() if listing.unhashed()}
+    for step in steps:
+        if unknown & set(step.needs):
+            unknown.add(step.title)
+    return frozenset(step.title for step in steps if step.title in unknown and store.last(step.key) is not None)
 
 
 def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, PlacementChoice]:
@@ -99,17 +116,18 @@ def _check_room(plan: Plan) -> None:
 def plan_summary(plan: Plan) -> str:
     """Return the plan in a line: how many steps run, and the bytes they read and write."""
     run = [step for step in plan.steps if step.title in plan.todo]
-    if not run:
+    if not run and not plan.undecided:
         return f"{plan.recipe.name}: all {len(plan.steps)} steps are in the store"
+    undecided = f", {len(plan.undecided)} undecided" if plan.undecided else ""
     reads, writes = sum(step.reads for step in run), sum(step.writes for step in run)
     return (
-        f"{plan.recipe.name}: {len(run)} of {len(plan.steps)} steps to run, "
+        f"{plan.recipe.name}: {len(run)} of {len(plan.steps)} steps to run{undecided}, "
         f"{decimal(reads)} to read, {decimal(writes)} to write"
     )
 
 
 def plan_table(plan: Plan) -> Table:
-    """Return the plan for people: a row per step, RUN or SKIP and why, and what it reads and writes."""
+    """Return the plan for people: a row per step, RUN, SKIP or ? (undecided) and why, and what it reads and writes."""
     table = Table(title=plan_summary(plan), title_justify="left")
     for column in ("stage", "step", "", "why"):
         table.add_column(column)
@@ -117,14 +135,14 @@ def plan_table(plan: Plan) -> Table:
     table.add_column("write", justify="right")
     for step in plan.steps:
         why = plan.todo.get(step.title)
-        table.add_row(
-            step.stage,
-            step.name,
-            "SKIP" if why is None else "RUN",
-            "in the store" if why is None else why,
-            "" if why is None else decimal(step.reads),
-            "" if why is None else decimal(step.writes),
-        )
+        sizes = ("", "") if why is None else (decimal(step.reads), decimal(step.writes))
+        if step.title in plan.undecided:
+            mark, why = "?", "depends on weights without a digest"
+        elif why is None:
+            mark, why = "SKIP", "in the store"
+        else:
+            mark = "RUN"
+        table.add_row(step.stage, step.name, mark, why, *sizes)
     running = {step.stage for step in plan.steps if step.title in plan.todo}
     placed = [f"{stage} runs {one.name} ({one.why})" for stage, one in plan.placements.items() if stage in running]
     if placed:

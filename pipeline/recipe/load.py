@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from sensmerge.pipeline.recipe.parse import parse, read_text
 from sensmerge.pipeline.recipe.schema import Recipe
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -17,16 +17,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: no such file, no YAML, or what the schema refuses, naming the key.
     """
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a recipe") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected a recipe in UTF-8") from error
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        data = parse(text)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: found {type(data).__name__}; expected a mapping with name, base, experts, merges")
     for override in overrides:
@@ -37,27 +32,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{path}: {_first_error(error)}") from error
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Plain YAML takes the last of two equal keys without a word; here the same expert twice is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} stands twice in one mapping{node.start_mark}")
-        return node
-
-
 def _override(data: dict[str, Any], override: str) -> None:
     path, separator, value = override.partition("=")
     keys = path.split(".")
     if not separator or not all(keys):
         raise InputError(f"--set {override}: expected a.b=value")
     try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: not valid YAML: {' '.join(str(error).split())}") from error
+        found = parse(value)
+    except InputError as error:
+        raise InputError(f"--set {override}: {error}") from error
     _set(data, keys, found, override)
 
 
@@ -84,16 +67,15 @@ def _first_error(error: ValidationError) -> str:
         first = next((one for one in errors[1:] if one["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]), first)
     # Unions put the chosen kind or type into the path; the recipe's own keys have no such part.
     parts = [str(part) for part in first["loc"]]
-    shown = [part for position, part in enumerate(parts) if not (position > 0 and _is_tag(parts, position))]
-    key = ".".join(shown)
+    key = ".".join(part for position, part in enumerate(parts) if not (position > 0 and _is_tag(parts, position)))
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}; see `sensmerge schema` for the keys that exist"
     if first["type"] == "missing":
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
     found = first["input"]
-    shown_found = f" (found {found!r})" if isinstance(found, str | int | float | bool) else ""
-    return f"{key + ': ' if key else ''}{message}{shown_found}"
+    said = f" (found {shown(found)})" if isinstance(found, str | int | float | bool) else ""
+    return f"{key + ': ' if key else ''}{message}{said}"
 
 
 def _is_tag(parts: list[str], position: int) -> bool:

@@ -21,7 +21,8 @@ from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.methods.settings import WEIGHT
 from sensmerge.tasks.strict import Strict
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""Two of them name a folder of the store."""
 
 
 class ExpertModel(Strict):

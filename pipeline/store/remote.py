@@ -1,30 +1,18 @@
 """A store at a URL, such as s3://bucket/team: what machines without a disk in common share, through fsspec."""
 
-import json
-import os
-import platform
-import sys
-import threading
-import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sensmerge.tasks.artifacts import read_json, write_json
+from sensmerge.tasks.artifacts import partial_of, read_json, write_json
 from sensmerge.tasks.errors import InputError
 
-LOCK = ".lock"
-LEASE = timedelta(minutes=5)
-"""A lock that was not renewed for so long is that of a run that has died."""
-RENEWAL = timedelta(minutes=1)
 SYNCED = ".synced"
 """In a local folder: which state of each remote file its files are."""
-POLL = 1.0
-"""Seconds between two looks at another run's lock."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,9 @@ class Remote:
         import fsspec
 
         with self._explained():
-            found: tuple[Any, str] = fsspec.url_to_fs(self.url)
+            # Folders are made where there are any; elsewhere that would make buckets.
+            options = {"auto_mkdir": True} if self.url.startswith(("file:", "local:")) else {}
+            found: tuple[Any, str] = fsspec.url_to_fs(self.url, **options)
             return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,6 +65,29 @@ class Remote:
             content: bytes = fs.cat_file(f"{root}/{path}")
             return content
 
+    def read_with_time(self, path: str) -> tuple[bytes, datetime] | None:
+        """Return the content of a file, and when the server wrote it; None if it is not there."""
+        fs, root = self._place
+        with self._explained():
+            try:
+                fs.invalidate_cache()
+                return fs.cat_file(f"{root}/{path}"), fs.modified(f"{root}/{path}")
+            except FileNotFoundError:
+                return None
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a file."""
+        fs, root = self._place
+        with self._explained():
+            fs.pipe_file(f"{root}/{path}", content)
+
+    def exists(self, path: str) -> bool:
+        """Return whether a file is there."""
+        fs, root = self._place
+        with self._explained():
+            fs.invalidate_cache()
+            return bool(fs.exists(f"{root}/{path}"))
+
     def download(self, files: Mapping[str, RemoteFile], folder: str, target: Path) -> None:
         """Bring files of a remote folder to a local one, each whole or not at all; those it has already stay.
 
@@ -93,7 +106,7 @@ class Remote:
         if not wanted:
             return
         fs, root = self._place
-        partial = {name: (target / name).with_name(f".{PurePosixPath(name).name}.partial") for name in wanted}
+        partial = {name: partial_of(target / name) for name in wanted}
         for path in partial.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
@@ -137,72 +150,6 @@ class Remote:
                     fs.rm(f"{root}/{one}", recursive=True)
 
     @contextmanager
-    def lock(self, wait: float) -> Iterator[None]:
-        """Hold the lock of the store, and renew it meanwhile.
-
-        Args:
-            wait: seconds to wait for another run to end.
-
-        Raises:
-            InputError: another run holds it after that time.
-        """
-        mine = {"host": platform.node(), "process": os.getpid(), "since": datetime.now(UTC).isoformat("T", "seconds")}
-        give_up = time.monotonic() + wait
-        said = False
-        while not self._take(mine):
-            holder = self._holder()
-            if holder is None:  # it has just ended
-                continue
-            who = f"process {holder['process']} on {holder['host']}, since {holder['since']}"
-            if time.monotonic() >= give_up:
-                raise InputError(
-                    f"{self.url}: locked by another run ({who}); wait longer (--wait SECONDS) or pass another --store"
-                )
-            if not said:
-                sys.stderr.write(f"{self.url}: locked by {who}; waiting for it, {wait:g} s at most\n")
-                said = True
-            time.sleep(min(POLL, max(0.0, give_up - time.monotonic())))
-        ended = threading.Event()
-        renewing = threading.Thread(target=self._renew, args=(mine, ended), daemon=True)
-        renewing.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            renewing.join()
-            self.remove(LOCK)
-
-    def _take(self, mine: Mapping[str, Any]) -> bool:
-        fs, root = self._place
-        with self._explained():
-            try:
-                fs.pipe_file(f"{root}/{LOCK}", json.dumps(mine).encode(), mode="create")
-            except FileExistsError:
-                return False
-        return True
-
-    def _holder(self) -> dict[str, Any] | None:
-        """Return who holds the lock; a lock of a run that has died is removed."""
-        fs, root = self._place
-        with self._explained():
-            try:
-                fs.invalidate_cache()
-                age = datetime.now(UTC) - fs.modified(f"{root}/{LOCK}")
-                holder: dict[str, Any] = json.loads(fs.cat_file(f"{root}/{LOCK}"))
-                if age < LEASE and not _has_died(holder):
-                    return holder
-                fs.rm_file(f"{root}/{LOCK}")
-            except FileNotFoundError:
-                pass
-        return None
-
-    def _renew(self, mine: Mapping[str, Any], ended: threading.Event) -> None:
-        fs, root = self._place
-        while not ended.wait(RENEWAL.total_seconds()):
-            with self._explained():
-                fs.pipe_file(f"{root}/{LOCK}", json.dumps(mine).encode())
-
-    @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
@@ -214,16 +161,3 @@ class Remote:
                 f"--store {self.url}: cannot be used ({reason}); check the URL, the credentials, and that the package "
                 "for its file system is installed"
             ) from error
-
-
-def _has_died(holder: Mapping[str, Any]) -> bool:
-    """Return whether the process that holds a lock was on this machine and is no more."""
-    if holder["host"] != platform.node():
-        return False
-    try:
-        os.kill(holder["process"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False

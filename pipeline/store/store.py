@@ -6,7 +6,6 @@ once; what others made is downloaded when it is needed, its small files as soon 
 
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -24,8 +23,11 @@ from urllib.request import url2pathname
 from filelock import FileLock, Timeout
 
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.store.differences import differences
+from sensmerge.pipeline.store.lock import LOCKS, RemoteClaims, held, is_held
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
-from sensmerge.tasks.artifacts import checksum_file, ordered, read_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import checksum_file, is_partial, ordered, read_json, sha256_text, write_json
+from sensmerge.tasks.checkpoints.digests import records
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
 from sensmerge.tasks.stages.job import Job
@@ -74,6 +76,8 @@ class Store:
     """of a store at a URL"""
     _listed: dict[str, RemoteFile] = field(default_factory=dict, init=False, repr=False, compare=False)
     """files of the remote store when it was last looked at, by their path"""
+    _claim: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    """token of the claim by which this run holds a store at a URL"""
 
     @classmethod
     def open(cls, place: str) -> "Store":
@@ -85,8 +89,8 @@ class Store:
         return cls(cache.absolute() / f"{url.rpartition('/')[2]}-{sha256_text(url)[:8]}", Remote(url))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave what was listed behind when travelling to a worker, which reads and writes the local folder only."""
-        return {"root": self.root, "remote": self.remote, "_listed": {}}
+        """Leave what was listed behind when travelling to a worker, which does not look at the URL."""
+        return {"root": self.root, "remote": self.remote, "_listed": {}, "_claim": self._claim}
 
     def __str__(self) -> str:
         """Return what `open` takes."""
@@ -164,6 +168,8 @@ class Store:
             by_tensor: large files that the stage has read back itself, and of which it has a digest by tensor.
         """
         partial, folder = self.partial(key), self.folder(key)
+        for path in [path for path in partial.rglob("*") if is_partial(path)]:
+            path.unlink()  # what was killed at it has left it
         write_json(partial / FINGERPRINT, key.inputs)
         about = {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint}
         files = file_sizes(partial)
@@ -178,11 +184,32 @@ class Store:
         """Write an artifact, or some files of it, to where all see it; nothing to do for a store in a folder."""
         if self.remote is None:
             return
+        self._check_claim(self.remote)
         if names:
             self.remote.upload(folder, self._path(folder), names)
         else:
             files = [name for name in file_sizes(folder) if name != SYNCED]
             self.remote.upload(folder, self._path(folder), files, last=MANIFEST)
+
+    def upload_digests(self) -> None:
+        """Write the digests of local files, by which all know them, to where all see them."""
+        folder = records(self.hub_cache)
+        if self.remote is not None:
+            names = [path.name for path in folder.glob("*.json") if self._path(path) not in self._listed]
+            if names:
+                self.remote.upload(folder, self._path(folder), names)
+
+    def _check_claim(self, remote: Remote) -> None:
+        """Check that the store at the URL is still this run's, if it was.
+
+        Raises:
+            InputError: another run took it over.
+        """
+        if any(not is_held(remote, token) for token in self._claim):
+            raise InputError(
+                f"--store {remote.url}: another run took it over, since this one could not renew its lock in time (its "
+                "machine slept, or the server did not answer); nothing more is written; run again"
+            )
 
     def look(self) -> None:
         """See what is at the URL by now, and download the small files of it; nothing to do for a store in a folder."""
@@ -194,7 +221,7 @@ class Store:
         folders: dict[str, dict[str, RemoteFile]] = {}
         for path, file in found.items():
             stage, _, rest = path.partition("/")
-            if rest and stage != LEASES and file.size <= SMALL:
+            if rest and stage not in (LEASES, LOCKS) and file.size <= SMALL:
                 folders.setdefault(RUNS if stage == RUNS else "/".join(path.split("/")[:2]), {})[path] = file
         download = self.remote.download
         with ThreadPoolExecutor(LOOKS) as pool:
@@ -234,6 +261,7 @@ class Store:
     def remove(self, folder: Path) -> None:
         """Delete an artifact or what is left of one; the manifest goes first, so that none is left that looks whole."""
         if self.remote is not None:
+            self._check_claim(self.remote)
             self.remote.remove(self._path(folder), first=MANIFEST)
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
@@ -243,12 +271,14 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, run)
         if self.remote is not None:
+            self._check_claim(self.remote)
             self.remote.upload(self.root / RUNS, RUNS, [path.relative_to(self.root / RUNS).as_posix()])
 
     def remove_run(self, path: Path) -> None:
         """Delete a file below `runs`, if it is there."""
         path.unlink(missing_ok=True)
         if self.remote is not None:
+            self._check_claim(self.remote)
             self.remote.remove(self._path(path))
 
     def why(self, key: Key) -> str:
@@ -263,7 +293,7 @@ class Store:
         before = read_json(last / FINGERPRINT)
         if before.keys() != key.inputs.keys():
             return "made by another version of sensmerge"
-        return "; ".join(_differences(before, dict(key.inputs))[:3]) or "the order of its settings changed"
+        return "; ".join(differences(before, dict(key.inputs))[:3]) or "the order of its settings changed"
 
     def last(self, key: Key) -> Path | None:
         """Return the newest artifact of the same stage and name, whatever its fingerprint; None if there is none."""
@@ -323,9 +353,14 @@ class Store:
             if self.remote is None:
                 yield
             else:
-                with self.remote.lock(max(0.0, begin + wait - time.monotonic())):
-                    self.look()
-                    yield
+                left = max(0.0, begin + wait - time.monotonic())
+                with held(RemoteClaims(self.remote), self.remote.url, left) as claim:
+                    self._claim.append(claim.token)
+                    try:
+                        self.look()
+                        yield
+                    finally:
+                        self._claim.clear()
         finally:
             lock.release()
 
@@ -336,8 +371,9 @@ def stages() -> tuple[str, ...]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of every file below a folder, by its path there."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return the size in bytes of every whole file below a folder, by its path there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_partial(path)]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
 
 
 def _lacking_at(uri: str) -> str | None:
@@ -357,27 +393,3 @@ def _lacking_at(uri: str) -> str | None:
         if sizes[name] != size:
             return f"{place}/{name} has {sizes[name]} bytes instead of {size}"
     return None
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """List where two JSON values differ, `settings.weight: 0.4 → 0.5`; digests are only said to have changed."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in {**old, **new}:
-            inner = f"{path}.{key}" if path else str(key)
-            if key not in old:
-                found.append(f"{inner} is new")
-            elif key not in new:
-                found.append(f"{inner} is gone")
-            else:
-                found += _differences(old[key], new[key], inner)
-        return found
-    if old == new:
-        return []
-    if _is_digest(old) and _is_digest(new):
-        return [f"{path.removesuffix('.fingerprint').removesuffix('.digest')} changed"]
-    return [f"{path}: {old} → {new}"]
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None

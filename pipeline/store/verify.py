@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sensmerge.pipeline.store.store import MANIFEST, Store, stages
-from sensmerge.tasks.artifacts import checksum_file, read_json, sha256_file
+from sensmerge.tasks.artifacts import checksum_file, read_json
+from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.stages.download import listed_files
 from sensmerge.tasks.stages.written import weights_digest
 
 
@@ -62,9 +64,9 @@ def _damaged_model(folder: Path) -> Iterator[str]:
     model = read_json(folder / "files.json")
     if model["revision"] is None:
         return
-    for file in model["files"]:
-        path = Path(model["folder"]) / file["name"]
+    for file in listed_files(model):
+        path = Path(model["folder"]) / file.name
         if not path.is_file():
             yield f"{path} is gone"
-        elif sha256_file(path) != file["sha256"]:
+        elif digests.compute(path, file.digest.partition(":")[0]) != file.digest:
             yield f"{path} has other content"

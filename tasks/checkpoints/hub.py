@@ -24,9 +24,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 
 from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.companions import WEIGHTS
 from sensmerge.tasks.checkpoints.header import TensorInfo, tensor_info
-from sensmerge.tasks.checkpoints.listing import CONFIGS, HubModel, ListedFile, Listing, digest, relevant
+from sensmerge.tasks.checkpoints.listing import CONFIGS, HubModel, ListedFile, Listing, relevant
 from sensmerge.tasks.errors import InputError
 
 
@@ -76,8 +77,8 @@ def fetch_files(source: HubModel, listing: Listing, names: Collection[str], cach
                 _fetch(api, source, listing, file, cache)
 
 
-def fetch_all(source: HubModel, listing: Listing, cache: Path) -> dict[str, str]:
-    """Fetch all files of a model, several at a time, verify them and return their sha256 digests by name.
+def fetch_all(source: HubModel, listing: Listing, cache: Path) -> None:
+    """Fetch all files of a model, several at a time, and verify them.
 
     Raises:
         InputError: not enough room on the disk; a file's digest is wrong twice; the hub cannot be reached and not
@@ -94,19 +95,24 @@ def fetch_all(source: HubModel, listing: Listing, cache: Path) -> dict[str, str]
     with _hub(source, cache) as api:
         names = [escape(file.name) for file in listing.files]
         api.snapshot_download(source.repo, revision=listing.revision, cache_dir=cache, allow_patterns=names)
-        return {file.name: _fetch(api, source, listing, file, cache) for file in listing.files}
+        for file in listing.files:
+            _fetch(api, source, listing, file, cache)
 
 
-def _fetch(api: HfApi, source: HubModel, listing: Listing, file: ListedFile, cache: Path) -> str:
-    """Fetch a file of a model unless it is in the cache, verify it and return its sha256 digest."""
+def _fetch(api: HfApi, source: HubModel, listing: Listing, file: ListedFile, cache: Path) -> None:
+    """Fetch a file of a model unless it is in the cache, and verify it unless it was verified as it is."""
     for _ in range(2):
         path = Path(api.hf_hub_download(source.repo, file.name, revision=listing.revision, cache_dir=cache))
-        kind = file.digest.partition(":")[0]
-        found = ListedFile(file.name, path.stat().st_size, digest(path, kind))
+        blob, stat = path.resolve(), path.stat()
+        known = digests.find(blob, stat, cache)
+        digest = file.digest if known == file.digest else digests.compute(path, file.digest.partition(":")[0])
+        found = ListedFile(file.name, stat.st_size, digest)
         if found == file:
-            return found.digest if kind == "sha256" else digest(path, "sha256")
+            if digest != known and digest.startswith("sha256:"):  # the others are small
+                digests.keep(blob, stat, digest, cache)
+            return
         # The library trusts a file for its name alone, so a bad one must go, and the blob that it links to first.
-        path.resolve().unlink()
+        blob.unlink()
         path.unlink(missing_ok=True)
     raise InputError(
         f"model {source}: {file.name} is damaged: expected {file.size} bytes with {file.digest}, found twice "

@@ -1,18 +1,16 @@
 """Where a model comes from, a folder or a commit of a hub repository, and which of its files are read or travel."""
 
-import hashlib
 import os
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 
-from sensmerge.tasks.artifacts import hash_file, read_json, sha256_text, write_json
+from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.companions import WEIGHTS, is_companion, is_plain, local_files
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
@@ -22,6 +20,8 @@ READ = [WEIGHTS, "*.safetensors.index.json", *CONFIGS]
 """What is read of a model, at its top level; beside it, what travels into merged models (`is_companion`)."""
 # Mistral's repositories hold every weight twice; the copy of this name is not in the Hugging Face layout.
 FOREIGN = "consolidated*"
+LOOKED_UP = 2**20
+"""Bytes: of smaller files, weights apart, no digest is kept, since they are read as fast as its record."""
 PICKLES = ["pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt"]
 
 
@@ -61,7 +61,8 @@ class ListedFile:
     size: int
     """bytes"""
     digest: str
-    """`sha256:…`, or `git:…` (git blob id) for small files of the hub"""
+    """of a local file `blake3:…`, or empty while nobody has read it; of one of the hub what that states: `sha256:…`, or
+    `git:…` (git blob id) of a small one"""
 
     def __post_init__(self) -> None:
         """Refuse a name with a drive, `..`, or a folder that no model has."""
@@ -79,6 +80,20 @@ class Listing:
     revision: Local[str | None]
     """commit of a hub model"""
     files: tuple[ListedFile, ...]
+
+    def unhashed(self) -> tuple[ListedFile, ...]:
+        """Return the local weights whose digest nobody has computed yet."""
+        return tuple(file for file in self.files if not file.digest)
+
+    def hashed(self, name: str, cache: Path) -> "Listing":
+        """Return the listing with the digest of one more file, read unless its digest is kept in the cache.
+
+        Raises:
+            InputError: the file changes meanwhile.
+        """
+        digest = digests.compute_once(self.folder / name, cache)
+        files = (replace(file, digest=digest) if file.name == name else file for file in self.files)
+        return replace(self, files=tuple(files))
 
     def missing(self) -> tuple[ListedFile, ...]:
         """Return the files that are not in the folder yet."""
@@ -122,27 +137,28 @@ def _is_repo_id(text: str) -> bool:
     return True
 
 
-def list_folder(source: LocalModel, cache: Path) -> tuple[ListedFile, ...]:
-    """List a folder, hashing only files whose size or modification time is not the one of the last time.
+def list_folder(source: LocalModel, cache: Path) -> Listing:
+    """List a folder; weights have the digest that is kept of them as they are, or none.
 
     Raises:
         InputError: no such folder, or no weights in it.
     """
-    if not source.folder.is_dir():
+    folder = source.folder
+    if not folder.is_dir():
         raise InputError(f"model {source}: no such folder on this machine; workers must see it at the same path")
-    record = cache / ".digests" / f"{sha256_text(str(source))[:16]}.json"
-    known: dict[str, list[Any]] = read_json(record) if record.exists() else {}
-    fresh: dict[str, list[Any]] = {}
-    stats = {name: path.stat() for name, path in local_files(source.folder).items()}
-    inner = [path.relative_to(source.folder).as_posix() for path in source.folder.glob(f"*/{WEIGHTS}")]
+    stats = {name: path.stat() for name, path in local_files(folder).items()}
+    inner = [path.relative_to(folder).as_posix() for path in folder.glob(f"*/{WEIGHTS}")]
+    files = []
     for name in sorted(relevant({name: stat.st_size for name, stat in stats.items()}, source, inner)):
-        stat = stats[name]
-        key = [stat.st_size, stat.st_mtime_ns]
-        fresh[name] = known[name] if known.get(name, [])[:2] == key else [*key, digest(source.folder / name, "sha256")]
-    if fresh != known:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, fresh)
-    return tuple(ListedFile(name, size, digest) for name, (size, _, digest) in fresh.items())
+        size = stats[name].st_size
+        if fnmatch(name, WEIGHTS):
+            digest = digests.find(folder / name, stats[name], cache) or ""
+        elif size < LOOKED_UP:
+            digest = digests.compute(folder / name, "blake3")
+        else:
+            digest = digests.compute_once(folder / name, cache)
+        files.append(ListedFile(name, size, digest))
+    return Listing(source, folder, None, tuple(files))
 
 
 def relevant(sizes: Mapping[str, int], source: LocalModel | HubModel, inner: Collection[str] = ()) -> set[str]:
@@ -186,10 +202,3 @@ def _other_place(names: Collection[str], inner: Collection[str]) -> str:
         folders = sorted({path.rpartition("/")[0] for path in inner})
         return f"expected *.safetensors files; there are some in {', '.join(folders[:3])}: give a folder that has them"
     return "expected *.safetensors files"
-
-
-def digest(path: Path, kind: str) -> str:
-    """Hash a file in bounded memory; a git blob id is the sha1 of the header `blob SIZE NUL` and the content."""
-    start = b"blob %d\0" % path.stat().st_size if kind == "git" else b""
-    algorithm = "sha1" if kind == "git" else "sha256"
-    return f"{kind}:{hash_file(path, hashlib.new(algorithm, start))}"

@@ -15,8 +15,8 @@ def resolve(source: LocalModel | HubModel, cache: Path) -> Listing:
     """List the files of a model: weights in safetensors, configs, and the small files that travel into merged models.
 
     A branch or tag becomes a commit here, once; only the commit is used from then on. Where the hub cannot be reached
-    (or `HF_HUB_OFFLINE=1`), the commit and list that it gave the last time are used. Of a folder every file is
-    hashed; digests are kept in the cache by path, size and modification time.
+    (or `HF_HUB_OFFLINE=1`), the commit and list that it gave the last time are used. Of a folder no weights are read:
+    those that nobody has read yet have no digest (`Listing.hashed` gives them one).
 
     Args:
         source: the model.
@@ -28,7 +28,7 @@ def resolve(source: LocalModel | HubModel, cache: Path) -> Listing:
     """
     if isinstance(source, HubModel):
         return hub.list_commit(source, cache)
-    return Listing(source, source.folder, None, list_folder(source, cache))
+    return list_folder(source, cache)
 
 
 def small_files(listing: Listing, cache: Path) -> Path:
@@ -64,18 +64,21 @@ def safetensors_header(listing: Listing, name: str, cache: Path) -> dict[str, Te
     return hub.remote_header(listing.source, listing, name, cache)
 
 
-def verified(listing: Listing, cache: Path) -> dict[str, str]:
-    """Bring all files of a model to this machine, verify them and return their sha256 digests by name.
+def verify(listing: Listing, cache: Path) -> None:
+    """Bring all files of a model to this machine and verify them; of what was read as it is, nothing is read again.
 
     Raises:
         InputError: not enough room on the disk; a file's digest is wrong twice; a local file changed after it was
             listed; the hub cannot be reached and not everything is in the cache.
     """
     if isinstance(listing.source, HubModel):
-        return hub.fetch_all(listing.source, listing, cache)
-    changed = {file.name for file in {*listing.files} ^ {*list_folder(listing.source, cache)}}
+        hub.fetch_all(listing.source, listing, cache)
+        return
+    now = list_folder(listing.source, cache)
+    for file in now.unhashed():
+        now = now.hashed(file.name, cache)
+    changed = {file.name for file in {*listing.files} ^ {*now.files}}
     if changed:
         raise InputError(
             f"model {listing.source}: {', '.join(sorted(changed))} changed after it was planned; run again"
         )
-    return {file.name: file.digest for file in listing.files}

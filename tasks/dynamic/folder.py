@@ -99,6 +99,18 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise InputError(f"{path}: was altered: its sha256 is not the one in {MANIFEST}; copy the folder again")
 
 
+def check_names(folder: Path, manifest: Manifest) -> None:
+    """Check that the places that a model is loaded from hold nothing else: it would answer with that too.
+
+    Raises:
+        InputError: a file that the manifest does not name.
+    """
+    for place in (BASE, VECTORS, HEADS):
+        for path in sorted((folder / place).rglob("*")):
+            if path.is_file() and path.relative_to(folder).as_posix() not in manifest.files:
+                raise InputError(f"{path}: {MANIFEST} does not name it; remove it, or copy the folder again")
+
+
 def load_network_with_heads(
     folder: Path, experts: Sequence[str], head: Head, dtype: str, device: str
 ) -> tuple[DynamicNetwork, dict[str, DetachedHead]]:

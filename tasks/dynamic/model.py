@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sensmerge.tasks.dynamic.folder import STATISTICS, check_files, load_network_with_heads, read_manifest
+from sensmerge.tasks.dynamic.folder import STATISTICS, check_files, check_names, load_network_with_heads, read_manifest
 from sensmerge.tasks.dynamic.network import DynamicNetwork
 from sensmerge.tasks.dynamic.probes import probe_all
 from sensmerge.tasks.dynamic.router import RouterSettings, Rule, Statistics, affinities, coefficients
@@ -102,11 +102,12 @@ class DynamicModel:
             verify: read every file against its digest first.
 
         Raises:
-            InputError: the folder is no dynamic model, or a file of it is missing or altered.
+            InputError: the folder is no dynamic model, a file of it is missing or altered, or there is one too many.
         """
         manifest = read_manifest(folder)
         if verify:
             check_files(folder, manifest)
+        check_names(folder, manifest)
         network, heads = load_network_with_heads(
             folder, manifest.experts, manifest.head, dtype or manifest.dtype, device
         )

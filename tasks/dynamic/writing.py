@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.artifacts import sha256_file, sync, write_json
+from sensmerge.tasks.artifacts import is_partial, partial_of, sha256_file, sync, write_json
 from sensmerge.tasks.dynamic.vectors import VECTORS, Vector, save_vectors
 from sensmerge.tasks.errors import InputError
 
@@ -29,7 +29,7 @@ def write_vectors(out: Path, part: int, vectors: Mapping[str, Mapping[str, Vecto
     """Write the task vectors of a group of layers, by tensor and expert, beside their file and then rename it."""
     target = vectors_file(out, part)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}")
+    partial = partial_of(target)
     save_vectors({name: by_expert for name, by_expert in vectors.items() if by_expert}, partial)
     sync(partial)
     partial.replace(target)
@@ -54,7 +54,8 @@ def seal(out: Path) -> dict[str, Any]:
     Returns:
         `digest`: sha256 over the names and digests of the files; `bytes`: size of all weights, heads included.
     """
-    paths = sorted(path for path in out.rglob("*") if path.is_file() and str(path.relative_to(out)) not in _LATER)
+    found = sorted(path for path in out.rglob("*") if path.is_file() and not is_partial(path))
+    paths = [path for path in found if str(path.relative_to(out)) not in _LATER]
     digests = {str(path.relative_to(out)): sha256_file(path) for path in paths}
     write_json(out / FILES, digests)
     size = sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")

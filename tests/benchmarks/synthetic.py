@@ -56,6 +56,21 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (size.hidden,), "lm_head.weight": (size.vocabulary, size.hidden)}
 
 
+def llama_config(size: Size, dtype: torch.dtype) -> LlamaConfig:
+    """Return the config of a Llama with an untied head."""
+    return LlamaConfig(
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        intermediate_size=size.intermediate,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.key_value_heads,
+        vocab_size=size.vocabulary,
+        tie_word_embeddings=False,
+        dtype=str(dtype).removeprefix("torch."),
+        architectures=["LlamaForCausalLM"],
+    )
+
+
 def make_model(folder: Path, size: Size, expert: int | None, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write a base (`expert` None) or an expert of it, unless the folder is there; return the folder.
 
@@ -72,17 +87,7 @@ def make_model(folder: Path, size: Size, expert: int | None, dtype: torch.dtype 
     with CheckpointWriter(plan, making) as writer:
         for number, (name, shape) in enumerate(tensors.items()):
             writer.write(name, _values(number, shape, expert).to(dtype))
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        num_hidden_layers=size.layers,
-        intermediate_size=size.intermediate,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.key_value_heads,
-        vocab_size=size.vocabulary,
-        tie_word_embeddings=False,
-        dtype=str(dtype).removeprefix("torch."),
-        architectures=["LlamaForCausalLM"],
-    )
+    config = llama_config(size, dtype)
     (making / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
     return making.rename(folder)
 

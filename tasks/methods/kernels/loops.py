@@ -7,14 +7,14 @@ their first call on a machine (some seconds in all), and then read from numba's 
 Inner loops count slices from 0: where an index is a sum, it might be negative, and numba does one element at a time.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-Loop = TypeVar("Loop", bound=Callable[..., Any])
+from sensmerge.tasks.methods.kernels.compiled import compiled
+from sensmerge.tasks.methods.kernels.conversions import of_bfloat16, of_float16, to_bfloat16, to_float16
+
 Float32 = npt.NDArray[np.float32]
 UInt16 = npt.NDArray[np.uint16]
 Int32 = npt.NDArray[np.int32]
@@ -22,93 +22,104 @@ Int64 = npt.NDArray[np.int64]
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 """All bits of a float32 but the sign; as integers they are in the order of the magnitudes."""
-_HALF = np.int32(16)
-_SHIFT, _ODD, _ALMOST_HALF = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
-_LARGEST_BFLOAT16 = np.int32(0x7F7F7FFF)
-"""Bits of the largest float32 that is rounded to a finite bfloat16."""
+_BIN, _UPPER = np.int32(0x7FFF0000), np.uint16(0x7FFF)
+"""The bits that are the number of a bin, in a float32 and in its upper half."""
+_LARGEST_BFLOAT16, _LARGEST_FLOAT16 = np.int32(0x7F7F7FFF), np.int32(0x477FEFFF)
+"""Bits of the largest float32 that is rounded to a finite bfloat16 or float16."""
+INFINITE = 0x7F800000
+"""Bits of the infinite float32; those of a NaN are more, those of numbers less."""
 _BLOCK = 1024
 """Elements at a time where a loop goes over several arrays: what lies between then stays in the fastest cache."""
 _27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (27, 30, 31, 32, 0x7FFFFFFF))
 _STEP, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _compiled(loop: Loop) -> Loop:
-    compiled: Loop = numba.njit(cache=True, nogil=True)(loop)
-    return compiled
-
-
-@_compiled
-def subtract_bfloat16(left: UInt16, right: UInt16, difference: Float32) -> None:
+@compiled
+def subtract_narrow(left: UInt16, right: UInt16, is_half: bool, difference: Float32) -> None:
     """Subtract in float32.
 
     Args:
-        left: bits of bfloat16.
+        left: bits of float16 or bfloat16.
         right: likewise, as long.
+        is_half: whether they are of float16.
         difference: gets left − right; as long.
     """
-    second = np.empty(_BLOCK, np.float32)
-    for start in range(0, len(left), _BLOCK):
-        found = difference[start : start + _BLOCK]
-        _widen(left[start : start + _BLOCK], found)
-        _widen(right[start : start + _BLOCK], second)
-        for i in range(len(found)):
-            found[i] -= second[i]
+    if is_half:
+        for i in range(len(difference)):
+            difference[i] = of_float16(left[i]) - of_float16(right[i])
+    else:
+        for i in range(len(difference)):
+            difference[i] = of_bfloat16(left[i]) - of_bfloat16(right[i])
 
 
-@_compiled
-def add_bfloat16(total: Float32, summand: UInt16) -> None:
-    """Add bfloat16 numbers, given as bits, to float32 ones of the same count, in place."""
-    second = np.empty(_BLOCK, np.float32)
-    for start in range(0, len(total), _BLOCK):
-        first = total[start : start + _BLOCK]
-        _widen(summand[start : start + _BLOCK], second)
-        for i in range(len(first)):
-            first[i] += second[i]
+@compiled
+def subtract_float32(left: Float32, right: Float32, difference: Float32) -> None:
+    """Write left − right, all of them equally long."""
+    for i in range(len(difference)):
+        difference[i] = left[i] - right[i]
 
 
-@_compiled
-def _widen(bits: UInt16, values: Float32) -> None:
-    """Write the first of `values`, as many as there are bits of bfloat16."""
-    wide = values.view(np.uint32)
-    for i in range(len(bits)):
-        wide[i] = np.uint32(bits[i]) << _SHIFT
+@compiled
+def add_narrow(total: Float32, summand: UInt16, is_half: bool) -> None:
+    """Add float16 or (if not `is_half`) bfloat16 numbers, given as bits, to as many float32 ones in place."""
+    if is_half:
+        for i in range(len(total)):
+            total[i] += of_float16(summand[i])
+    else:
+        for i in range(len(total)):
+            total[i] += of_bfloat16(summand[i])
 
 
-@_compiled
-def round_bfloat16(values: Float32, rounded: UInt16) -> bool:
-    """Round to the nearest bfloat16, of two equally near ones to the even one.
+@compiled
+def round_narrow(values: Float32, is_half: bool, rounded: UInt16) -> bool:
+    """Round to the nearest float16 or (if not `is_half`) bfloat16, of two equally near ones to the even one.
 
     Args:
         values: the numbers.
-        rounded: gets the bits of bfloat16; as long.
+        is_half: whether to float16.
+        rounded: gets the bits; as long.
 
     Returns:
         Whether all of these are finite; otherwise they have no meaning.
     """
-    bits, magnitudes = values.view(np.uint32), values.view(np.int32)
-    largest = np.int32(0)
-    for i in range(len(bits)):
-        largest = max(largest, magnitudes[i] & _MAGNITUDE)
-        rounded[i] = (bits[i] + _ALMOST_HALF + ((bits[i] >> _SHIFT) & _ODD)) >> _SHIFT
+    magnitudes, largest = values.view(np.int32), np.int32(0)
+    if is_half:
+        for i in range(len(values)):
+            magnitude = np.int32(magnitudes[i] & _MAGNITUDE)
+            largest = magnitude if magnitude > largest else largest
+            rounded[i] = to_float16(values[i])
+        return bool(largest <= _LARGEST_FLOAT16)
+    for i in range(len(values)):
+        magnitude = np.int32(magnitudes[i] & _MAGNITUDE)
+        largest = magnitude if magnitude > largest else largest
+        rounded[i] = to_bfloat16(values[i])
     return bool(largest <= _LARGEST_BFLOAT16)
 
 
-@_compiled
+@compiled
+def largest_magnitude(values: Float32) -> int:
+    """Return the bits of the largest magnitude; any NaN is larger than all numbers."""
+    bits, largest = values.view(np.int32), np.int32(0)
+    for i in range(len(bits)):
+        magnitude = np.int32(bits[i] & _MAGNITUDE)
+        largest = magnitude if magnitude > largest else largest  # `max` would be taken of one at a time
+    return int(largest)
+
+
+@compiled
 def count_bins(piece: Float32, counts: Int64) -> int:
     """Add to `counts` (32768,) how many elements have each value of the upper 15 bits of a magnitude.
 
     Returns:
         The bits of the largest magnitude; any NaN is larger than all numbers.
     """
-    largest = np.int32(0)
-    for element in piece.view(np.int32):
-        magnitude = element & _MAGNITUDE
-        counts[magnitude >> _HALF] += 1
-        largest = max(largest, magnitude)
-    return int(largest)
+    halves = piece.view(np.uint16)  # lower half first
+    for i in range(len(piece)):
+        counts[halves[2 * i + 1] & _UPPER] += 1
+    return int(largest_magnitude(piece))
 
 
-@_compiled
+@compiled
 def find_bin(piece: Float32, wanted: int, places: Int64, magnitudes: Int32) -> int:
     """Write where the elements of one bin are, and their magnitudes' bits; return how many there are.
 
@@ -118,20 +129,23 @@ def find_bin(piece: Float32, wanted: int, places: Int64, magnitudes: Int32) -> i
         places: gets their indices in `piece`; as long as `piece`.
         magnitudes: gets the bits; as long as `piece`.
     """
-    bits, bin_, found = piece.view(np.int32), np.int32(wanted), 0
-    for start in range(0, len(bits), 32):
-        block, inside = bits[start : start + 32], np.int32(0)
-        for element in block:  # without branches, so many at once; most blocks have none
-            inside |= np.int32(((element & _MAGNITUDE) >> _HALF) == bin_)
-        if inside:
-            for i in range(len(block)):
-                if ((block[i] & _MAGNITUDE) >> _HALF) == bin_:
-                    places[found], magnitudes[found] = start + i, block[i] & _MAGNITUDE
-                    found += 1
+    bits, bin_, found = piece.view(np.int32), np.int32(wanted << 16), 0
+    inside = np.zeros(_BLOCK, np.uint8)
+    eights = inside.view(np.uint64)
+    for start in range(0, len(bits), _BLOCK):
+        block = bits[start : start + _BLOCK]
+        for i in range(len(block)):  # without branches, so many at once
+            inside[i] = np.uint8(np.int32((block[i] ^ bin_) & _BIN) == 0)
+        for eight in range((len(block) + 7) // 8):
+            if eights[eight]:  # of few
+                for i in range(8 * eight, min(8 * eight + 8, len(block))):
+                    if inside[i]:
+                        places[found], magnitudes[found] = start + i, block[i] & _MAGNITUDE
+                        found += 1
     return found
 
 
-@_compiled
+@compiled
 def trim(piece: Float32, least: int) -> None:
     """Set elements whose magnitude's bits are less than `least` to zero, in place."""
     bits = piece.view(np.int32)
@@ -141,7 +155,7 @@ def trim(piece: Float32, least: int) -> None:
         bits[i] = element if (element & _MAGNITUDE) >= bound else zero
 
 
-@_compiled
+@compiled
 def drop(piece: Float32, state: np.uint64, limit: int) -> None:
     """Set elements whose random number is not below `limit` to zero, in place.
 
@@ -163,7 +177,7 @@ def drop(piece: Float32, state: np.uint64, limit: int) -> None:
         bits[-1] = zero
 
 
-@_compiled
+@compiled
 def _splitmix64(state: np.uint64, number: int) -> Any:
     """Return one output of splitmix64 (Steele, Lea, Flood 2014) after a state, uint64; counted from 0."""
     mixed = state + np.uint64(number + 1) * _STEP
@@ -172,7 +186,7 @@ def _splitmix64(state: np.uint64, number: int) -> Any:
     return mixed ^ (mixed >> _31)
 
 
-@_compiled
+@compiled
 def weighted_sum(parts: Float32, weights: Float32, mixed: Float32) -> None:
     """Sum weighted task vectors.
 
@@ -195,7 +209,7 @@ def weighted_sum(parts: Float32, weights: Float32, mixed: Float32) -> None:
                     total[i] += part[i] * weight
 
 
-@_compiled
+@compiled
 def disjoint_sum(parts: Float32, weights: Float32, normalize: bool, mixed: Float32) -> None:
     """Sum weighted task vectors where they agree with the sign of the sum over all of them (0 counts as positive).
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -20,10 +21,11 @@ from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
-from sensmerge.pipeline.store import remote
+from sensmerge.pipeline.store import lock
 from sensmerge.pipeline.store.history import begin, past_runs, remember, unfinished_runs
 from sensmerge.pipeline.store.remote import Remote
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, write_recipe
 
@@ -138,6 +140,20 @@ def test_what_is_removed_is_gone_everywhere(machines: Any, bucket: Any) -> None:
     assert not store.folder(key()).exists()
 
 
+def test_digests_are_known_everywhere(machines: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    os.utime(file, (0, 10**9))
+    first = machines("a")
+    first.look()
+    digest = digests.compute_once(file, first.hub_cache)
+    first.upload_digests()
+    second = machines("b")
+    assert digests.find(file, file.stat(), second.hub_cache) is None
+    second.look()
+    assert digests.find(file, file.stat(), second.hub_cache) == digest
+
+
 def test_runs_are_known_everywhere(machines: Any) -> None:
     store = machines("a")
     begin(store, "tiny", "refresh", [key()], "http://mlflow")
@@ -152,7 +168,7 @@ def test_runs_are_known_everywhere(machines: Any) -> None:
 
 
 def test_two_machines_wait_for_each_other(machines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "POLL", 0.1)
+    monkeypatch.setattr(lock, "POLL", 0.1)
     first, second = machines("a"), machines("b")
     order = []
     with first.lock():
@@ -173,34 +189,94 @@ def test_two_machines_wait_for_each_other(machines: Any, monkeypatch: pytest.Mon
         pass
 
 
+def claim_of(process: int, **about: Any) -> bytes:
+    found = {"number": 1, "host": "elsewhere", "process": process, "since": "then", "machine": lock._machine()}
+    return json.dumps(found | about).encode()
+
+
 def test_a_lock_of_a_process_that_has_died_is_none(machines: Any, bucket: Any) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left = {"host": remote.platform.node(), "process": gone.pid, "since": "then"}
-    bucket.pipe_file(f"{BUCKET}/.lock", json.dumps(left).encode())
+    bucket.pipe_file(f"{BUCKET}/.locks/gone.json", claim_of(gone.pid, started="1"))
+    bucket.pipe_file(f"{BUCKET}/.locks/reused.json", claim_of(os.getpid(), started="1"))
     with machines("a").lock():
-        assert json.loads(bucket.cat_file(f"{BUCKET}/.lock"))["process"] == os.getpid()
-    assert not bucket.exists(f"{BUCKET}/.lock")
+        (held,) = bucket.find(f"{BUCKET}/.locks")
+        assert json.loads(bucket.cat_file(held))["process"] == os.getpid()
+    assert bucket.find(f"{BUCKET}/.locks") == []
+
+
+def test_processes_of_another_machine_or_container_are_not_looked_for(machines: Any, bucket: Any) -> None:
+    """Two containers may have one host name, and their processes the same numbers."""
+    bucket.pipe_file(f"{BUCKET}/.locks/other.json", claim_of(2**22 + 1, host=lock.platform.node(), machine="other"))
+    with pytest.raises(InputError, match=rf"locked by another run \(process {2**22 + 1} on "):
+        machines("a").lock().__enter__()
 
 
 def test_a_lock_that_is_not_renewed_is_none(machines: Any, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket.pipe_file(f"{BUCKET}/.lock", json.dumps({"host": "elsewhere", "process": 1, "since": "then"}).encode())
+    bucket.pipe_file(f"{BUCKET}/.locks/other.json", claim_of(1, machine="other"))
     with pytest.raises(InputError, match=r"locked by another run \(process 1 on elsewhere, since then\)"):
         machines("a").lock().__enter__()
-    monkeypatch.setattr(remote, "LEASE", timedelta(0))
+    monkeypatch.setattr(lock, "GRACE", -lock.LEASE - timedelta(seconds=1))
     with machines("a").lock():
         pass
 
 
 def test_a_held_lock_is_renewed(machines: Any, bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "RENEWAL", timedelta(milliseconds=50))
+    monkeypatch.setattr(lock, "RENEWAL", timedelta(milliseconds=50))
     with machines("a").lock():
-        first = bucket.info(f"{BUCKET}/.lock", refresh=True)["LastModified"]
+        (held,) = bucket.find(f"{BUCKET}/.locks")
+        first = bucket.info(held, refresh=True)["LastModified"]
         for _ in range(100):
             threading.Event().wait(0.1)
-            if bucket.info(f"{BUCKET}/.lock", refresh=True)["LastModified"] > first:
+            if bucket.info(held, refresh=True)["LastModified"] > first:
                 return
     pytest.fail("the lock was not renewed")
+
+
+def test_a_renewal_that_fails_is_tried_again(
+    machines: Any, bucket: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "RENEWAL", timedelta(milliseconds=50))
+    monkeypatch.setattr(lock, "RETRY", timedelta(milliseconds=50))
+    writes, write = [], Remote.write
+
+    def failing(self: Remote, path: str, content: bytes) -> None:
+        writes.append(path)
+        if len(writes) in (3, 4):
+            raise InputError("no answer")
+        write(self, path, content)
+
+    monkeypatch.setattr(Remote, "write", failing)
+    with machines("a").lock():
+        while len(writes) < 6:
+            threading.Event().wait(0.05)
+    assert capsys.readouterr().err.count("the lock is not renewed yet (no answer); trying again") == 2
+
+
+def test_a_run_that_lost_its_lock_writes_no_more(machines: Any, bucket: Any) -> None:
+    store = machines("a")
+    with store.lock():
+        there = pickle.loads(pickle.dumps(store))  # as workers have it
+        (held,) = bucket.find(f"{BUCKET}/.locks")
+        bucket.rm(held)  # as a run does that takes over
+        with pytest.raises(InputError, match=r"another run took it over.*nothing more is written; run again"):
+            publish(there, key())
+        with pytest.raises(InputError, match="another run took it over"):
+            begin(store, "tiny", "refresh", [key()], "http://mlflow")
+    assert bucket.find(BUCKET) == []
+    publish(machines("a"), key(0.5))  # what holds no lock is not kept from it
+
+
+def test_any_file_system_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SENSMERGE_CACHE", str(tmp_path / "cache"))
+    for url in (f"file://{tmp_path}/shared", "memory://team"):
+        store = Store.open(url)
+        with store.lock():
+            publish(store, key())
+            with pytest.raises(InputError, match="locked by another run"):
+                Store.open(url).lock().__enter__()
+            store.look()
+            assert store.manifest(key()) is not None
 
 
 @pytest.mark.parametrize(

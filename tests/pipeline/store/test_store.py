@@ -41,6 +41,26 @@ def test_a_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
     assert (publish(store, key()) / "data").exists()
 
 
+def test_what_a_kill_left_of_a_file_is_no_part_of_an_artifact(tmp_path: Path) -> None:
+    """A kill between writing the manifest and renaming it; then the step is completed."""
+    store = Store(tmp_path)
+    (store.partial(key()) / "inner").mkdir(parents=True)
+    for left in (".manifest.json.partial", ".data.partial", "inner/.table.json.partial"):
+        (store.partial(key()) / left).write_text("{")
+    (store.partial(key()) / "data").write_text("x")
+    store.publish(key(), {"seconds": 1.0})
+    manifest = store.manifest(key())
+    assert manifest is not None
+    assert manifest["files"].keys() == {"data", "fingerprint.json"}
+    assert {path.name for path in store.folder(key()).iterdir()} == {
+        "data",
+        "fingerprint.json",
+        "manifest.json",
+        "inner",
+    }
+    assert list((store.folder(key()) / "inner").iterdir()) == []
+
+
 def test_fingerprint_depends_on_content_and_order_and_not_on_the_name() -> None:
     assert Key("merge", "other name", key().inputs).fingerprint == key().fingerprint
     assert Key("merge", "ta", dict(reversed(key().inputs.items()))).fingerprint != key().fingerprint

@@ -40,13 +40,16 @@ def test_files_that_are_gone_cut_or_altered(tmp_path: Path) -> None:
     ]
 
 
-def test_models_of_the_hub_are_read_again_and_local_ones_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_models_of_the_hub_are_read_again_and_local_ones_left_alone(version: int, tmp_path: Path) -> None:
     store = Store(tmp_path)
     model = tmp_path / "model"
     model.mkdir()
     weights = model / "model.safetensors"
     weights.write_text("weights")
-    files = [{"name": weights.name, "size": 7, "sha256": sha256_file(weights)}]
+    sha256 = sha256_file(weights)
+    digest = {"sha256": sha256} if version == 2 else {"digest": f"sha256:{sha256}"}
+    files = [{"name": weights.name, "size": 7} | digest]
     for name, revision in (("local", None), ("remote", "a" * 40)):
         one = Key("download", name, {"name": name})
         store.partial(one).mkdir(parents=True)

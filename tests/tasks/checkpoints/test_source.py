@@ -2,14 +2,14 @@
 
 import json
 import os
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import save, save_file
 
-from sensmerge.tasks.checkpoints.listing import HubModel, ListedFile, LocalModel
+from sensmerge.tasks.checkpoints.listing import HubModel, ListedFile, Listing, LocalModel
 from sensmerge.tasks.checkpoints.source import resolve, safetensors_header
 from sensmerge.tasks.errors import InputError
 from tests.hub_server import HubServer
@@ -43,7 +43,14 @@ def local(tmp_path: Path) -> LocalModel:
     for name, content in model_files().items():
         if "/" not in name:
             (folder / name).write_bytes(content)
+            os.utime(folder / name, (0, 10**9))  # written long ago
     return LocalModel(folder)
+
+
+def hashed(listing: Listing, cache: Path) -> Listing:
+    for file in listing.unhashed():
+        listing = listing.hashed(file.name, cache)
+    return listing
 
 
 def test_unknown_repository(hub: HubServer, cache: Path) -> None:
@@ -121,14 +128,18 @@ def test_header_of_a_file_that_is_not_safetensors(hub: HubServer, cache: Path) -
 def test_local_digests_are_kept(local: LocalModel, cache: Path) -> None:
     weights = local.folder / "model.safetensors"
     listing = resolve(local, cache)
-    # The same size and time with other bytes: only a listing that reads them again could tell.
+    assert [file.name for file in listing.unhashed()] == ["model.safetensors"]
+    listing = hashed(listing, cache)
+    assert listing.files[1].digest == f"blake3:{blake3(weights.read_bytes()).hexdigest()}"
+    # The same size, time and inode with other bytes: only a listing that reads them again could tell.
     stat = weights.stat()
     zeros = b"\0" * stat.st_size
     weights.write_bytes(zeros)
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert resolve(local, cache) == listing
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert resolve(local, cache).files[1].digest == f"sha256:{sha256(zeros).hexdigest()}"
+    assert resolve(local, cache).unhashed()
+    assert hashed(resolve(local, cache), cache).files[1].digest == f"blake3:{blake3(zeros).hexdigest()}"
 
 
 @pytest.mark.parametrize(

@@ -488,6 +488,32 @@ def test_missing_and_altered_files_are_named(name: str, copied: Path) -> None:
         DynamicModel.load(copied)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vectors/group-00009.safetensors",
+        "vectors/.group-00001.safetensors",
+        "base/model-00002-of-00002.safetensors",
+        "base/adapter_config.json",
+        "base/chat_template.jinja",
+        "heads/math/config.json",
+    ],
+)
+def test_what_the_manifest_does_not_name_is_not_loaded(name: str, verify: bool, copied: Path) -> None:
+    (copied / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(copied / "vectors" / "group-00000.safetensors", copied / name)
+    with pytest.raises(InputError, match=rf"{name}: {MANIFEST} does not name it; remove it, or copy the folder again"):
+        DynamicModel.load(copied, verify=verify)
+
+
+def test_other_files_beside_do_no_harm(copied: Path) -> None:
+    for name in ("README.md", "MLmodel", "code/sensmerge/__init__.py"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text("")
+    DynamicModel.load(copied)
+
+
 def edit(folder: Path, **changes: Any) -> None:
     """Change a manifest and seal it again."""
     content = read_json(folder / MANIFEST) | changes

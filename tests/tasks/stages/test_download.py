@@ -10,17 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from huggingface_hub import constants
 from safetensors.torch import save
 
+from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.header import TensorInfo
 from sensmerge.tasks.checkpoints.listing import HubModel, ListedFile, Listing, LocalModel
 from sensmerge.tasks.checkpoints.source import resolve, safetensors_header, small_files
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.stages.download import DownloadJob
+from sensmerge.tasks.stages.download import DownloadJob, listed_files
 from tests.hub_server import HubServer
 from tests.tasks.checkpoints import test_source
-from tests.tasks.checkpoints.test_source import MAIN, REPO, model_files
+from tests.tasks.checkpoints.test_source import MAIN, REPO, hashed, model_files
 
 cache, local = test_source.cache, test_source.local
 
@@ -41,9 +43,7 @@ def test_download_lists_fetches_and_verifies(hub: HubServer, cache: Path, tmp_pa
     }
     written = json.loads((tmp_path / "out/files.json").read_text())
     assert written["source"] == "hub:org/name@main"
-    assert {file["name"]: (file["size"], file["sha256"]) for file in written["files"]} == {
-        file.name: (len(files[file.name]), sha256(files[file.name]).hexdigest()) for file in listing.files
-    }
+    assert [ListedFile(**file) for file in written["files"]] == [*listing.files] == listed_files(written)
     assert listing.missing() == ()
 
     hub.requests.clear()
@@ -225,10 +225,34 @@ def test_header_is_read_without_the_file(hub: HubServer, cache: Path, tmp_path: 
     assert hub.requests == []
 
 
+def test_verified_files_are_not_read_again(
+    hub: HubServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_repo(REPO, model_files())
+    listing = resolve(MAIN, cache)
+    DownloadJob(listing, cache).finish(tmp_path / "out")
+    read: list[str] = []
+    compute = digests.compute
+    monkeypatch.setattr(digests, "compute", lambda path, kind: read.append(path.name) or compute(path, kind))
+    DownloadJob(listing, cache).finish(tmp_path / "again")
+    assert read == ["config.json", "tokenizer.json"]  # small files of git
+    weights = (listing.folder / "model.safetensors").resolve()
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    DownloadJob(listing, cache).finish(tmp_path / "again")
+    assert weights.read_bytes() == model_files()["model.safetensors"]
+    assert read.count("model.safetensors") == 2  # the bad ones and the new ones
+
+
+def test_files_listed_by_an_earlier_version() -> None:
+    assert listed_files({"files": [{"name": "config.json", "size": 2, "sha256": "ab"}]}) == [
+        ListedFile("config.json", 2, "sha256:ab")
+    ]
+
+
 def test_local_folder_is_referenced(local: LocalModel, cache: Path, tmp_path: Path) -> None:
-    listing = resolve(local, cache)
+    listing = hashed(resolve(local, cache), cache)
     assert [(file.name, file.digest) for file in listing.files] == [
-        (name, f"sha256:{sha256(model_files()[name]).hexdigest()}")
+        (name, f"blake3:{blake3(model_files()[name]).hexdigest()}")
         for name in ("config.json", "model.safetensors", "tokenizer.json")
     ]
     total = sum(file.size for file in listing.files)
@@ -238,12 +262,12 @@ def test_local_folder_is_referenced(local: LocalModel, cache: Path, tmp_path: Pa
         "bytes": total,
     }
     written = json.loads((tmp_path / "out/files.json").read_text())
-    assert [f"sha256:{file['sha256']}" for file in written["files"]] == [file.digest for file in listing.files]
+    assert listed_files(written) == [*listing.files]
 
 
 @pytest.mark.parametrize("change", ["edited", "removed", "added"])
 def test_local_file_changed_after_planning(change: str, local: LocalModel, cache: Path, tmp_path: Path) -> None:
-    listing = resolve(local, cache)
+    listing = hashed(resolve(local, cache), cache)
     name = "merges.txt" if change == "added" else "tokenizer.json"
     if change == "removed":
         (local.folder / name).unlink()

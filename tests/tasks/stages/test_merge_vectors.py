@@ -205,7 +205,7 @@ def test_a_group_that_is_done_is_left_as_it_is(models: dict[str, tuple[Path, Fol
     job.run(1, tmp_path)
     done = tmp_path / VECTORS / "group-00001.safetensors"
     done.write_bytes(b"kept")
-    (tmp_path / VECTORS / ".group-00002.safetensors").write_bytes(b"half a file")
+    (tmp_path / VECTORS / ".group-00002.safetensors.partial").write_bytes(b"half a file")
     for group in job.parts():
         job.run(group, tmp_path)
     assert done.read_bytes() == b"kept"
