@@ -1,10 +1,10 @@
 """Models that were opened before: the steps of a stage open the same ones, one after the other in a process.
 
-Headers and tokenizers are kept, which are small; weights are not. Whoever changes tensors or a tokenizer in place must
-open a model anew: what is read twice is one tensor.
+Headers and tokenizers are kept, which are small. Weights are not: each time, files are opened, and mapped, anew.
 """
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,12 +21,13 @@ _Files = tuple[tuple[str, int, int, int], ...]
 
 def opened_base(artifact: Artifact) -> Base:
     """Return the headers of a base or of a merged model; see `open_base`."""
-    return _base(artifact, _files(artifact.folder))
+    return _unread(_base(artifact, _files(artifact.folder)))
 
 
-def opened_expert(artifact: Artifact, base: Artifact, key: str, base_config: bool) -> Expert:
+def opened_expert(artifact: Artifact, base: Artifact, base_config: bool) -> Expert:
     """Return the headers of an expert; see `open_expert`."""
-    return _expert(artifact, _files(artifact.folder), base, _files(base.folder), key, base_config)
+    found = _expert(artifact, _files(artifact.folder), base, _files(base.folder), base_config)
+    return replace(found, base=_unread(found.base), source=replace(found.source))
 
 
 def opened_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
@@ -36,12 +37,18 @@ def opened_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=2)  # the base, and the model that is scored
 def _base(artifact: Artifact, _: _Files) -> Base:
-    return open_base(artifact.folder)
+    return _unread(open_base(artifact.folder))
 
 
-@lru_cache(maxsize=16)
-def _expert(artifact: Artifact, _: _Files, base: Artifact, of_base: _Files, key: str, base_config: bool) -> Expert:
-    return open_expert(artifact.folder, _base(base, of_base), key, base_config=base_config)
+@lru_cache(maxsize=32)
+def _expert(artifact: Artifact, _: _Files, base: Artifact, of_base: _Files, base_config: bool) -> Expert:
+    found = open_expert(artifact.folder, _unread(_base(base, of_base)), "expert", base_config=base_config)
+    return replace(found, base=_unread(found.base), source=replace(found.source))
+
+
+def _unread(base: Base) -> Base:
+    """Return a base without open files."""
+    return replace(base, checkpoint=replace(base.checkpoint))
 
 
 @lru_cache(maxsize=1)

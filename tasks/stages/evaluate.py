@@ -120,7 +120,7 @@ class EvaluateJob(Job):
         return network
 
     def _expert(self, one: Artifact) -> Expert:
-        return opened_expert(one, self.base, self.name, one.folder in self.base_config)
+        return opened_expert(one, self.base, one.folder in self.base_config)
 
     def _through_head(self, task: RowTask, tokenizer: PreTrainedTokenizerBase, out: Path) -> list[Record]:
         """Return records as `evaluate_network` does, and keep in `out` what the head reads of the trunk."""
