@@ -62,7 +62,7 @@ def probe_all(
                 each.append(_pooled(network.states(inputs, layers), inputs["attention_mask"], rules))
         for key in each[0]:
             found.setdefault(key, []).append(torch.cat([one[key] for one in each]).cpu())
-    return {key: _features(torch.stack(values), rules) for key, values in found.items()}
+    return {key: _features(torch.stack(found.pop(key)), rules) for key in list(found)}
 
 
 def probes(rules: Sequence[Rule], experts: int, static: float) -> Tensor:

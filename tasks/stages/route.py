@@ -160,7 +160,7 @@ def _features(
     # In order of length, so that the halves that rules are judged on are alike.
     order = torch.tensor(sorted(range(len(prompts)), key=lengths.__getitem__))
     at = torch.tensor([place for some in places for place in some]).argsort()[order]
-    features = {key: states.rows(at) for key, states in found.items()}
+    features = {key: found.pop(key).rows(at) for key in list(found)}  # each is let go of as it is copied
     for (layer, _), states in features.items():
         if not all(bool(each.isfinite().all()) for each in vars(states).values() if each is not None):
             raise InputError(
