@@ -120,7 +120,7 @@ class DynamicModel:
     def route(self, samples: Sequence[Inputs], size: int | None = None) -> Routes:
         """Return the routes of samples: probes up to the rule's block, then the router's mathematics."""
         router, rule = self.router, self.router.rule
-        places = batches([length(sample) for sample in samples], size, PADDING)
+        places = batches([length(sample) for sample in samples], size, PADDING if size is None else LITTLE_PADDING)
         inputs = [self.batch([samples[row] for row in rows]) for rows in places]
         order = torch.tensor([row for rows in places for row in rows]).argsort()
         with torch.inference_mode():
