@@ -4,19 +4,18 @@ model = DynamicModel.load(Path("FOLDER"))
 model.predict(["What is 3 plus 4?"])
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sensmerge.tasks.dynamic.folder import STATISTICS, check_files, check_names, load_network_with_heads, read_manifest
 from sensmerge.tasks.dynamic.network import DynamicNetwork
-from sensmerge.tasks.dynamic.probes import probe
+from sensmerge.tasks.dynamic.probes import probe_all
 from sensmerge.tasks.dynamic.router import RouterSettings, Rule, Statistics, affinities, coefficients
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
@@ -24,11 +23,11 @@ from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import finite, load_tokenizer
 from sensmerge.tasks.networks.texts import text_inputs
-from sensmerge.tasks.networks.tokens import Inputs, collate, length, pad_token
+from sensmerge.tasks.networks.tokens import PADDING as LITTLE_PADDING
+from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 
 PADDING = 0.25
-"""Share of a part of a batch that is padding, at most."""
-Found = TypeVar("Found")
+"""Share of a sample's place in a part of a mixed batch that is padding at most: smaller parts would cost more."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,13 @@ class Prediction:
     """by expert"""
 
 
-def parts(lengths: Sequence[int]) -> list[list[int]]:
-    """Return the places of a batch's samples in parts of similar length: none is padded by more than `PADDING`."""
-    found: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if found and lengths[row] >= (1 - PADDING) * lengths[found[-1][0]]:
-            found[-1].append(row)
-        else:
-            found.append([row])
-    return found
-
-
 class DynamicModel:
-    """Base, task vectors, heads and router in memory. All methods take mixed batches and know nothing of tasks.
+    """Base, task vectors, heads and router in memory. All methods take mixed samples and know nothing of tasks.
 
-    What is linear in the number of tokens, padding included, is done in parts of the batch that need little of it.
+    What is linear in the number of tokens, padding included, is done in parts of the samples that need little of it.
+    Those who answer many samples at once give a `size`: then no part has more tokens than so many samples that are as
+    long as the longest, and weights are written out for samples that take the same of every expert, where these are
+    many (`DynamicNetwork.alike`). Without it memory stays what it is, as servers need it.
     """
 
     def __init__(
@@ -122,22 +113,20 @@ class DynamicModel:
         )
         if manifest.head == "causal_lm":
             set_end_tokens(network.network, folder / BASE, folder / BASE)
-        values = {name: tensor.to(device) for name, tensor in load_file(folder / STATISTICS).items()}
-        router = Router(manifest.rule, Statistics(**values), manifest.router)
+        router = Router(manifest.rule, Statistics(**load_file(folder / STATISTICS)), manifest.router)
         reader = load_tokenizer(folder / BASE)
         return cls(network, heads, manifest.experts, reader, router, manifest.head == "classification")
 
-    def route(self, samples: Sequence[Inputs]) -> Routes:
+    def route(self, samples: Sequence[Inputs], size: int | None = None) -> Routes:
         """Return the routes of samples: probes up to the rule's block, then the router's mathematics."""
         router, rule = self.router, self.router.rule
-
-        def resemblance(rows: list[int]) -> Tensor:
-            inputs = self.batch([samples[row] for row in rows])
-            features = probe(self.network, inputs, [rule], len(self.experts), router.settings.static)
-            return affinities(rule, features[rule.layer, rule.pool], router.statistics)
-
+        places = batches([length(sample) for sample in samples], size, PADDING if size is None else LITTLE_PADDING)
+        inputs = [self.batch([samples[row] for row in rows]) for rows in places]
+        order = torch.tensor([row for rows in places for row in rows]).argsort()
         with torch.inference_mode():
-            affinity = torch.stack(_in_parts(samples, resemblance, [list(range(len(samples)))]))
+            static, many = router.settings.static, size is not None
+            features = probe_all(self.network, inputs, [rule], len(self.experts), static, alike=many)
+            affinity = affinities(rule, features[rule.layer, rule.pool], router.statistics)[order]
             chosen = coefficients(affinity, router.settings)
         return Routes(chosen, affinity.argmax(1).tolist())
 
@@ -152,33 +141,67 @@ class DynamicModel:
 
     def logits(self, samples: Sequence[Inputs], routes: Routes) -> list[Tensor]:
         """Return the language model's logits of each sample, (tokens, vocabulary), or more rows that are padding."""
+        found = dict(self.each_logits(samples, routes))
+        return [found[row] for row in range(len(samples))]
 
-        def answers(rows: list[int]) -> Tensor:
-            with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
-                found: Tensor = network(**self.batch([samples[row] for row in rows]), use_cache=False).logits
-                return found
+    def each_logits(
+        self, samples: Sequence[Inputs], routes: Routes, size: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the place of each sample and its `logits`, in any order: no more than a part's are in memory."""
+        for network, rows in self._answering(samples, routes, size):
+            with torch.inference_mode():
+                logits = network(**self.batch([samples[row] for row in rows]), use_cache=False).logits
+            yield from zip(rows, logits, strict=True)
 
-        return _in_parts(samples, answers, self.network.together(routes.coefficients))
-
-    def class_logits(self, samples: Sequence[Inputs], routes: Routes, *heads: Sequence[str]) -> list[list[Tensor]]:
+    def class_logits(
+        self, samples: Sequence[Inputs], routes: Routes, *heads: Sequence[str], size: int | None = None
+    ) -> list[list[Tensor]]:
         """Return, for each assignment of heads (expert names) to the samples, the logits of every sample, float32.
 
         The trunk runs once for all assignments. Where the base itself is the classifier, its head is merged like
         the trunk, and answers in place of those assigned.
         """
-
-        def answers(rows: list[int]) -> list[tuple[Tensor, ...]]:
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for network, rows in self._answering(samples, routes, size):
             inputs = self.batch([samples[row] for row in rows])
-            with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
+            with torch.inference_mode():
                 if not self.heads:
-                    return [(values,) * len(heads) for values in network(**inputs).logits.float()]
+                    logits = network(**inputs).logits.float()
+                    found |= {row: (values,) * len(heads) for row, values in zip(rows, logits, strict=True)}
+                    continue
                 output = network.base_model(**inputs)
             hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
             assigned = [[names[row] for row in rows] for names in heads]
-            return list(zip(*(self._head_logits(hidden, pooled, inputs, names) for names in assigned), strict=True))
+            by_head = [self._head_logits(hidden, pooled, inputs, names) for names in assigned]
+            found |= zip(rows, zip(*by_head, strict=True), strict=True)
+        return [list(one) for one in zip(*(found[row] for row in range(len(samples))), strict=True)]
 
-        found = _in_parts(samples, answers, self.network.together(routes.coefficients))
-        return [list(one) for one in zip(*found, strict=True)]
+    def _answering(
+        self, samples: Sequence[Inputs], routes: Routes, size: int | None, new_tokens: int = 0
+    ) -> Iterator[tuple[PreTrainedModel, list[int]]]:
+        """Yield the network as it answers some of the samples, and their places, until all are answered."""
+        chosen, lengths = routes.coefficients, [length(sample) for sample in samples]
+        # Of padding before new tokens little is computed: samples of all lengths run together.
+        little, more = (1.0, 1.0) if new_tokens else (LITTLE_PADDING, PADDING)
+        many = [] if size is None else self._alike(chosen, [one + new_tokens for one in lengths])
+        rest = sorted(set(range(len(samples))).difference(*many))
+        for group in many:
+            with self.network.alike(chosen[group[0]]) as network:
+                for part in batches([lengths[row] for row in group], size, little):
+                    yield network, [group[place] for place in part]
+        for places in self.network.together(chosen[rest]) if rest else ():
+            group = [rest[place] for place in places]
+            for part in batches([lengths[row] for row in group], size, more):
+                rows = [group[place] for place in part]
+                with self.network.mixed(chosen[rows]) as network:
+                    yield network, rows
+
+    def _alike(self, coefficients: Tensor, tokens: Sequence[int]) -> list[list[int]]:
+        """Return groups of samples with equal coefficients for which weights are to be written out."""
+        groups: dict[tuple[float, ...], list[int]] = {}
+        for row, values in enumerate(coefficients.tolist()):
+            groups.setdefault(tuple(values), []).append(row)
+        return [rows for rows in groups.values() if self.network.writes_out(sum(tokens[row] for row in rows))]
 
     def _head_logits(
         self, hidden: Tensor, pooled: Tensor | None, inputs: Mapping[str, Tensor], assigned: Sequence[str]
@@ -195,15 +218,18 @@ class DynamicModel:
             logits |= dict(zip(rows, found, strict=True))
         return [logits[row] for row in range(len(assigned))]
 
-    def generate(self, prompts: Sequence[Inputs], routes: Routes, max_new_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Inputs], routes: Routes, max_new_tokens: int, size: int | None = None
+    ) -> list[list[int]]:
         """Return greedy continuations in tokens, up to an end token (left out).
 
-        The route, taken on the prompt, stays for the whole continuation, so the KV cache holds.
+        The route, taken on the prompt, stays for the whole continuation, so the KV cache holds. Without a `size`, all
+        that can be answered together is.
         """
         found: dict[int, list[int]] = {}
-        for rows in self.network.together(routes.coefficients):
+        for network, rows in self._answering(prompts, routes, size, max_new_tokens):
             own = [prompts[row] for row in rows]
-            with torch.inference_mode(), self.network.mixed(routes.coefficients[rows]) as network:
+            with torch.inference_mode():
                 answers = generate(network, self.tokenizer, own, max_new_tokens, self._pad_id, self.device)
             found |= zip(rows, answers, strict=True)
         return [found[row] for row in range(len(prompts))]
@@ -249,15 +275,3 @@ class DynamicModel:
     def _label(self, head: str, index: int) -> str:
         owner = self.heads[head].network if head in self.heads else self.network.network
         return str(owner.config.id2label[index])
-
-
-def _in_parts(
-    samples: Sequence[Inputs], work: Callable[[list[int]], Iterable[Found]], groups: Sequence[list[int]]
-) -> list[Found]:
-    """Return what some work finds for each sample; it is given the places of one part of a group at a time."""
-    found: dict[int, Found] = {}
-    for group in groups:
-        for places in parts([length(samples[row]) for row in group]):
-            rows = [group[place] for place in places]
-            found |= zip(rows, work(rows), strict=True)
-    return [found[row] for row in range(len(samples))]

@@ -17,15 +17,18 @@ from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.dynamic.materialised import Materialised
 from sensmerge.tasks.dynamic.mix import Change, Mix
 from sensmerge.tasks.dynamic.terms import Term, is_read, kind_of
-from sensmerge.tasks.dynamic.vectors import Vector
+from sensmerge.tasks.dynamic.vectors import LowRank, Vector
 from sensmerge.tasks.errors import InputError
+
+ALIKE_TOKENS = 2048
+"""From how many tokens on, with equal coefficients, weights are written out: well above what that itself costs."""
 
 
 class DynamicNetwork:
     """A base's network and the task vectors of its experts.
 
     Attributes:
-        network: the base's network, unchanged outside `mixed`.
+        network: the base's network, unchanged outside `mixed` and `alike`.
         blocks: number of its transformer blocks.
     """
 
@@ -54,6 +57,8 @@ class DynamicNetwork:
         vectors = {name: by_expert for name, by_expert in vectors.items() if by_expert}
         apart = {name: by_expert for name, by_expert in vectors.items() if name in written}
         self._materialised = Materialised(parameters, apart)
+        self._all = Materialised(parameters, vectors)
+        self._is_whole = not any(isinstance(one, LowRank) for by in vectors.values() for one in by.values())
         changes = {id(parameters[name]): Change.of(by) for name, by in vectors.items() if name not in apart}
         for name, module in network.named_modules():
             own = {
@@ -99,6 +104,30 @@ class DynamicNetwork:
                 term.attach(mix, stack)
             yield self.network
 
+    def writes_out(self, tokens: int) -> bool:
+        """Return whether so many tokens, of samples with equal coefficients, are answered sooner within `alike`.
+
+        Low-rank task vectors add little to what the base's weights cost, and are never written out for speed.
+        """
+        return self._is_whole and tokens >= ALIKE_TOKENS
+
+    @contextmanager
+    def alike(self, row: Tensor) -> Iterator[PreTrainedModel]:
+        """Inside the block, the network answers all samples by base + Σₖ row[k] · task vector k, whatever their number.
+
+        The weights are written out: then a sample costs what it costs the plain network. Memory: what experts change,
+        once more.
+
+        Args:
+            row: (K,) float.
+        """
+        assert not self._mixing, "alike within mixed would add both"
+        with ExitStack() as stack:
+            self._mixing = True
+            stack.callback(setattr, self, "_mixing", False)
+            stack.enter_context(self._all.written(row))
+            yield self.network
+
     def hidden_states(
         self, inputs: Mapping[str, Tensor], coefficients: Tensor, layers: Sequence[int]
     ) -> dict[int, Tensor]:
@@ -115,25 +144,26 @@ class DynamicNetwork:
         Raises:
             InputError: the network has no such block, or what `mixed` raises.
         """
+        groups = self.together(coefficients)
+        if len(groups) == 1:
+            with self.mixed(coefficients):
+                return self.states(inputs, layers)
+        found = {layer: [torch.empty(0)] * len(coefficients) for layer in layers}
+        for rows in groups:
+            part = {name: values[rows] for name, values in inputs.items()}
+            with self.mixed(coefficients[rows]):
+                states = self.states(part, layers)
+            for layer, some in states.items():
+                for row, one in zip(rows, some, strict=True):
+                    found[layer][row] = one
+        return {layer: torch.stack(some) for layer, some in found.items()}
+
+    def states(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return `hidden_states` by the weights that the network has: within `mixed` or `alike`, those."""
         assert layers, "no layers"
         for layer in layers:
             if not 1 <= layer <= self.blocks:
                 raise InputError(f"layer is {layer}; the model has {self.blocks} blocks, 1 to {self.blocks}")
-        groups = self.together(coefficients)
-        if len(groups) == 1:
-            return self._hidden_states(inputs, coefficients, layers)
-        found = {layer: [torch.empty(0)] * len(coefficients) for layer in layers}
-        for rows in groups:
-            part = {name: values[rows] for name, values in inputs.items()}
-            for layer, states in self._hidden_states(part, coefficients[rows], layers).items():
-                for row, one in zip(rows, states, strict=True):
-                    found[layer][row] = one
-        return {layer: torch.stack(states) for layer, states in found.items()}
-
-    def _hidden_states(
-        self, inputs: Mapping[str, Tensor], coefficients: Tensor, layers: Sequence[int]
-    ) -> dict[int, Tensor]:
-        """Return the hidden states of one group of samples."""
         found: dict[int, Tensor] = {}
         # Gemma 3n's blocks hand on several versions of the hidden states, in the first dimension.
         several = hasattr(self.network.config.get_text_config(), "altup_num_inputs")
@@ -151,7 +181,7 @@ class DynamicNetwork:
 
         trunk = self.network.base_model
         options = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
-        with self.mixed(coefficients), ExitStack() as stack:
+        with ExitStack() as stack:
             for layer in set(layers):
                 stack.enter_context(self._blocks[layer - 1].register_forward_hook(keep(layer)))
             with suppress(_LastBlockRan):

@@ -180,7 +180,10 @@ class RowTask(Task):
     evaluation: Local[DataSource | None] = Field(None, description="rows that every model is scored on")
     max_length: int = Field(512, ge=2, description="maximum length of a sample, in tokens; a longer one is cut")
     batch_size: Local[int] = Field(
-        8, ge=1, description="samples per forward pass in evaluation; does not change scores"
+        8,
+        ge=1,
+        description="samples of full length per forward pass in evaluation, and as many tokens of shorter ones; does "
+        "not change scores",
     )
 
     @property

@@ -16,16 +16,16 @@ from pydantic import Field
 from sensmerge.tasks.artifacts import sha256_file
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import KINDS, Task
-from sensmerge.tasks.kinds.scores import Columns, Metric, Record, Score, mean, ratio, score, strata, value_of
+from sensmerge.tasks.kinds.scores import Columns, Metric, Record, Score, Values, mean, ratio, score, strata, value_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # How lm-eval aggregates where it is not the mean; per sample it gives ln p, or ln p and the number of words or bytes.
-AGGREGATIONS: dict[str, Callable[[Columns], float]] = {
-    "perplexity": lambda columns: float(np.exp(-mean(columns))),
-    "word_perplexity": lambda columns: float(np.exp(-ratio(columns))),
-    "byte_perplexity": lambda columns: float(np.exp(-ratio(columns))),
+AGGREGATIONS: dict[str, Callable[[Columns], Values]] = {
+    "perplexity": lambda columns: np.exp(-mean(columns)),
+    "word_perplexity": lambda columns: np.exp(-ratio(columns)),
+    "byte_perplexity": lambda columns: np.exp(-ratio(columns)),
     "bits_per_byte": lambda columns: -ratio(columns) / float(np.log(2)),
 }
 LOWER_IS_BETTER = {*AGGREGATIONS, "brier_score", "ter"}

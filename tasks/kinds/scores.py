@@ -8,6 +8,7 @@ one sample are not independent. Records that name a `task` of their own (those o
 apart; a score is then the mean over the strata.
 """
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,16 @@ from pydantic import ConfigDict, Field
 
 Record = dict[str, Any]
 Columns = NDArray[np.float64]
+"""Fields of samples, (..., samples, columns): of all of them, or of several resamples at once."""
+Values = Any
+"""A score, or those of several resamples, of the leading shape of `Columns`."""
 
 RESAMPLES = 1000
+AT_ONCE = 2**17
+"""How many numbers of resamples are looked at together, at most: they stay in the processor's cache."""
 LEVEL = 0.95
+QUANTILE = 1.959963984540054
+"""Of the normal distribution, which is above it with probability (1 − LEVEL) ÷ 2."""
 
 
 @dataclass(frozen=True)
@@ -42,60 +50,70 @@ class Metric:
 
     columns: tuple[str, ...]
     """Fields of a record that it reads."""
-    value: Callable[[Columns], float]
-    """From those fields of all samples, shape (samples, columns), to the score."""
+    value: Callable[[Columns], Values]
+    """From those fields of all samples, shape (..., samples, columns), to the score, shape (...)."""
     is_proportion: bool = False
     """Whether it is the share of independent samples that are right."""
     higher_is_better: bool = True
 
 
-def mean(columns: Columns) -> float:
+def mean(columns: Columns) -> Values:
     """Mean of the first column."""
-    return float(columns[:, 0].mean())
+    return columns[..., 0].mean(-1)
 
 
-def ratio(columns: Columns) -> float:
+def ratio(columns: Columns) -> Values:
     """Sum of the first column ÷ sum of the second."""
-    total = columns.sum(axis=0)
-    return float(total[0] / total[1])
+    total = columns.sum(axis=-2)
+    return total[..., 0] / total[..., 1]
 
 
-def perplexity(columns: Columns) -> float:
+def perplexity(columns: Columns) -> Values:
     """Exp of the mean −ln p per token; at most e⁷⁰⁰, so that the worst of models has a number too."""
-    return float(np.exp(min(ratio(columns), 700.0)))
+    return np.exp(np.minimum(ratio(columns), 700.0))
 
 
-def agreement(columns: Columns) -> float:
+def agreement(columns: Columns) -> Values:
     """Share of samples whose two columns are equal."""
-    return float((columns[:, 0] == columns[:, 1]).mean())
+    return (columns[..., 0] == columns[..., 1]).mean(-1)
 
 
 def confusion(columns: Columns) -> NDArray[np.float64]:
-    """Confusion matrix C of columns (label, prediction): C[i, j] counts samples of class i that were called j."""
-    label, prediction = columns.T.astype(np.int64)
+    """Confusion matrix C of columns (label, prediction): C[..., i, j] counts samples of class i that were called j."""
+    *leading, _, _ = columns.shape
+    pairs = columns.astype(np.int64)
     classes = int(columns.max()) + 1
-    return np.bincount(label * classes + prediction, minlength=classes**2).reshape(classes, classes).astype(np.float64)
+    several = np.arange(math.prod(leading)).reshape(*leading, 1) * classes**2
+    places = several + pairs[..., 0] * classes + pairs[..., 1]
+    counts = np.bincount(places.ravel(), minlength=math.prod(leading) * classes**2)
+    return counts.reshape(*leading, classes, classes).astype(np.float64)
 
 
-def macro_f1(columns: Columns) -> float:
+def macro_f1(columns: Columns) -> Values:
     """Mean over classes of F1 = 2·TP ÷ (labels + predictions), over classes that occur as label or prediction.
 
     scikit-learn's `f1_score(average="macro")`, but fast enough to bootstrap.
     """
     table = confusion(columns)
-    seen = table.sum(axis=0) + table.sum(axis=1)
-    return float((2 * table.diagonal()[seen > 0] / seen[seen > 0]).mean())
+    seen = table.sum(axis=-2) + table.sum(axis=-1)
+    right = 2 * table.diagonal(axis1=-2, axis2=-1)
+    return np.divide(right, seen, out=np.zeros_like(seen), where=seen > 0).sum(-1) / (seen > 0).sum(-1)
 
 
-def matthews(columns: Columns) -> float:
+def matthews(columns: Columns) -> Values:
     """Matthews correlation for any number of classes (Gorodkin 2004, as scikit-learn); 0 where it is undefined.
 
     (c·n − p·t) ÷ √((n² − p·p)(n² − t·t)), with c right samples of n, t and p the counts of labels and predictions.
     """
     table = confusion(columns)
-    n, labels, predictions = table.sum(), table.sum(axis=1), table.sum(axis=0)
-    scale = (n**2 - predictions @ predictions) * (n**2 - labels @ labels)
-    return float((table.trace() * n - labels @ predictions) / np.sqrt(scale)) if scale > 0 else 0.0
+    n, labels, predictions = table.sum((-2, -1)), table.sum(axis=-1), table.sum(axis=-2)
+
+    def product(one: Columns, other: Columns) -> Values:
+        return (one * other).sum(-1)
+
+    scale = (n**2 - product(predictions, predictions)) * (n**2 - product(labels, labels))
+    right = table.trace(axis1=-2, axis2=-1) * n - product(labels, predictions)
+    return np.divide(right, np.sqrt(scale), out=np.zeros_like(n), where=scale > 0)
 
 
 def mean_score(values: Sequence[float], is_proportion: bool = False) -> Score:
@@ -158,18 +176,14 @@ def normalised_difference(
     if not pairs or any(_value(metric, below) <= 0 for pair in pairs for metric, _, below in pair):
         return None
 
-    def difference(draw: Callable[[int], Any]) -> float:
-        found = []
-        for first, second in pairs:
-            picks = [draw(len(rows)) for rows in first[2]]
-            mine, other = (
-                _value(metric, above, picks) / _value(metric, below, picks) for metric, above, below in (first, second)
-            )
-            found.append(mine - other)
-        return float(np.mean(found))
+    def difference(drawn: _Drawn | None) -> Values:
+        picks = [None] * len(pairs) if drawn is None else drawn
+        found = [_ratio(first, some) - _ratio(second, some) for (first, second), some in zip(pairs, picks, strict=True)]
+        return np.stack(found, -1).mean(-1)
 
+    sizes = [[len(rows) for rows in first[2]] for first, _ in pairs]
     n = sum(len(rows) for (_, above, _), _ in pairs for rows in above)
-    return Score(difference(_everything), n, *_bootstrap(difference))
+    return Score(float(difference(None)), n, *_bootstrap(difference, sizes))
 
 
 def mean_ratio(above: Mapping[str, list[Record]], below: Mapping[str, list[Record]], field: str) -> Score | None:
@@ -186,15 +200,18 @@ def paired_difference(metric: Metric, new: list[Record], old: list[Record]) -> S
     above, below = _strata(metric, new), _strata(metric, old)
     assert [len(rows) for rows in above] == [len(rows) for rows in below], "the models differ in rows"
 
-    def difference(draw: Callable[[int], Any]) -> float:
-        picks = [draw(len(rows)) for rows in below]
-        return float(_value(metric, above, picks) - _value(metric, below, picks))
+    def difference(drawn: _Drawn | None) -> Values:
+        (picks,) = drawn or (None,)
+        return _value(metric, above, picks) - _value(metric, below, picks)
 
-    return Score(difference(_everything), sum(map(len, below)), *_bootstrap(difference))
+    sizes = [len(rows) for rows in below]
+    return Score(float(difference(None)), sum(sizes), *_bootstrap(difference, [sizes]))
 
 
 _Comparison = tuple[Metric, list[Columns], list[Columns]]
 """A metric, and the strata whose value is divided by that of others."""
+_Drawn = list[list[NDArray[np.int64]]]
+"""By task and stratum, the rows of some resamples, (resamples, rows)."""
 
 
 def _comparisons(
@@ -213,45 +230,68 @@ def _mean_ratio(comparisons: Sequence[_Comparison]) -> Score | None:
     if not comparisons or any(_value(metric, below) <= 0 for metric, _, below in comparisons):
         return None
 
-    def normalised(draw: Callable[[int], Any]) -> float:
-        ratios = []
-        for metric, above, below in comparisons:
-            picks = [draw(len(rows)) for rows in below]
-            ratios.append(_value(metric, above, picks) / _value(metric, below, picks))
-        return float(np.mean(ratios))
+    def normalised(drawn: _Drawn | None) -> Values:
+        picks = [None] * len(comparisons) if drawn is None else drawn
+        found = [_ratio(one, some) for one, some in zip(comparisons, picks, strict=True)]
+        return np.stack(found, -1).mean(-1)
 
+    sizes = [[len(rows) for rows in below] for _, _, below in comparisons]
     n = sum(len(rows) for _, above, _ in comparisons for rows in above)
-    return Score(normalised(_everything), n, *_bootstrap(normalised))
+    return Score(float(normalised(None)), n, *_bootstrap(normalised, sizes))
 
 
-def _everything(n: int) -> slice:
-    return slice(n)
+def _ratio(comparison: _Comparison, picks: list[NDArray[np.int64]] | None) -> Values:
+    metric, above, below = comparison
+    return _value(metric, above, picks) / _value(metric, below, picks)
 
 
-def _bootstrap(statistic: Callable[[Callable[[int], Any]], float]) -> tuple[float, float]:
-    """Percentile interval of a statistic, which is handed a function that draws n rows of n with replacement."""
+def _bootstrap(statistic: Callable[[_Drawn], Values], sizes: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Return the percentile interval of a statistic of resamples: of n rows, n drawn with replacement.
+
+    Args:
+        statistic: given the rows that some resamples drew, returns the value of each.
+        sizes: how many rows there are, by task and stratum.
+    """
     generator = np.random.default_rng(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = np.array([statistic(lambda n: generator.integers(n, size=n)) for _ in range(RESAMPLES)])
-    low, high = np.quantile(values[np.isfinite(values)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    flat = [n for strata in sizes for n in strata]
+    ends, bounds = np.cumsum(flat), np.repeat(flat, flat)
+    step = max(1, AT_ONCE // len(bounds))
+    values = []
+    for start in range(0, RESAMPLES, step):
+        rows = generator.integers(bounds, size=(min(step, RESAMPLES - start), len(bounds)))
+        parts = iter(np.split(rows, ends[:-1], axis=1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = statistic([[next(parts) for _ in strata] for strata in sizes])
+        assert found.shape == rows.shape[:1], f"a metric gave {found.shape} for {len(rows)} resamples"
+        values.append(found)
+    every = np.concatenate(values)
+    low, high = np.quantile(every[np.isfinite(every)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def _score(metric: Metric, strata: list[Columns]) -> Score:
-    value, n = _value(metric, strata), sum(map(len, strata))
+    value, sizes = float(_value(metric, strata)), [len(rows) for rows in strata]
+    n = sum(sizes)
     if metric.is_proportion and len(strata) == 1:
-        from scipy.stats import binomtest  # takes half a second, which those who only plan save
-
-        interval = binomtest(round(value * n), n).proportion_ci(LEVEL, method="wilson")
-        return Score(float(value), n, float(interval.low), float(interval.high))
-    low, high = _bootstrap(lambda draw: float(_value(metric, strata, [draw(len(rows)) for rows in strata])))
-    return Score(float(value), n, low, high)
+        return Score(value, n, *wilson(round(value * n), n))
+    return Score(value, n, *_bootstrap(lambda drawn: _value(metric, strata, drawn[0]), [sizes]))
 
 
-def _value(metric: Metric, strata: list[Columns], picks: list[Any] | None = None) -> np.float64:
-    """Mean over strata of a metric, of all rows or of the picked ones."""
-    chosen = strata if picks is None else [rows[pick] for rows, pick in zip(strata, picks, strict=True)]
-    return np.float64(np.mean([metric.value(rows) for rows in chosen]))
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Return Wilson's interval of a proportion; as scipy's `binomtest`, whose import takes longer than a refresh may.
+
+    (2np + z² ± z √(4np(1 − p) + z²)) ÷ 2(n + z²), p = right ÷ n (Newcombe 1998).
+    """
+    p, scale = right / n, 2 * (n + QUANTILE**2)
+    centre = (2 * n * p + QUANTILE**2) / scale
+    half = QUANTILE / scale * math.sqrt(4 * n * p * (1 - p) + QUANTILE**2)
+    return (0.0 if right == 0 else centre - half), (1.0 if right == n else centre + half)
+
+
+def _value(metric: Metric, strata: list[Columns], picks: list[NDArray[np.int64]] | None = None) -> Values:
+    """Return the mean over strata of a metric: of all rows, or, (resamples,), of those that resamples picked."""
+    chosen = strata if picks is None else [rows.take(pick, axis=0) for rows, pick in zip(strata, picks, strict=True)]
+    return np.stack([metric.value(rows) for rows in chosen], -1).mean(-1)
 
 
 def _strata(metric: Metric, records: Sequence[Record]) -> list[Columns]:

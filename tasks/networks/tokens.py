@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Any]
 """what a network reads of one sample, by its argument: a list of token ids, or a tensor"""
+PADDING = 0.1
+"""Share of a sample's place in its batch that is padding at most: less would save little, and make more batches."""
 
 
 def tokens(text: str, tokenizer: "PreTrainedTokenizerBase", front: bool) -> list[int]:
@@ -86,6 +88,28 @@ def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right
 def length(sample: Inputs) -> int:
     """How many tokens a sample has; 0 where a network reads no text."""
     return len(sample.get("input_ids", ()))
+
+
+def batches(lengths: Sequence[int], size: int | None = None, padding: float = PADDING) -> list[list[int]]:
+    """Return the places of samples in batches of similar length, the longest first: no memory surprise comes late.
+
+    Args:
+        lengths: how many tokens each sample has; 0 for those that are no text.
+        size: how many samples as long as the longest one make a batch. Shorter ones run more at a time, up to as many
+            tokens, padding counted; 1 runs every sample alone. None sets no limit.
+        padding: share of a sample's place in its batch that is padding at most.
+    """
+    most = None if size is None else size * max((1, *lengths))
+    found: list[list[int]] = []
+    longest = 0
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        fits = size != 1 and lengths[place] >= (1 - padding) * longest
+        if found and fits and (most is None or (len(found[-1]) + 1) * max(1, longest) <= most):
+            found[-1].append(place)
+        else:
+            found.append([place])
+            longest = lengths[place]
+    return found
 
 
 def pad_token(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:

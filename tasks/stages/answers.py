@@ -16,7 +16,7 @@ from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.networks.blocks import to_device
 from sensmerge.tasks.networks.generation import generate
-from sensmerge.tasks.networks.tokens import Inputs, collate, length, pad_token
+from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.rows.source import Row
 
 
@@ -89,14 +89,8 @@ def records_of(model: Model, items: Sequence[Item]) -> list[Record]:
     return records
 
 
-def batches(samples: Sequence[Inputs], size: int) -> list[list[int]]:
-    """Return places in batches of similar length, the longest first: little padding, and no memory surprise late."""
-    order = sorted(range(len(samples)), key=lambda place: length(samples[place]), reverse=True)
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 def classifier_batch_size(network: PreTrainedModel, asked: int) -> int:
-    """Return how many samples a classifier takes at once: as many as are asked for, or one.
+    """Return how many samples of full length a classifier takes at once: as many as are asked for, or one.
 
     A decoder with a classification head finds the last token by the padding id of its config; without one it takes the
     last of the batch, which is right for a single sample only.
@@ -120,7 +114,7 @@ class NetworkModel:
         if self._task.has_own_head:
             size, options = classifier_batch_size(network, size), {}
         inputs = [sample.inputs for sample in samples]
-        for chosen in batches(inputs, size):
+        for chosen in batches([length(one) for one in inputs], size):
             batch = to_device(collate([inputs[place] for place in chosen], self._pad_id), str(network.device))
             with torch.inference_mode():
                 found: Tensor = network(**batch, **options).logits
@@ -129,7 +123,8 @@ class NetworkModel:
     def generate(self, prompts: Sequence[Inputs], owners: Sequence[int], max_new_tokens: int) -> list[str]:
         """See `Model`."""
         network, tokenizer, texts = self._network, self._tokenizer, [""] * len(prompts)
-        for chosen in batches(prompts, self._task.batch_size):
+        # Of padding before new tokens little is computed: prompts of all lengths run together.
+        for chosen in batches([length(one) for one in prompts], self._task.batch_size, padding=1):
             some = [prompts[place] for place in chosen]
             with torch.inference_mode():
                 found = generate(network, tokenizer, some, max_new_tokens, self._pad_id, network.device)

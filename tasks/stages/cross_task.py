@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -125,8 +126,18 @@ class CrossTaskJob(Job):
 
     def source(self, i: str) -> Source:
         """Return where the network of expert i comes from."""
-        ending, dtype, base_config = self.calibration[i].head, getattr(torch, self.dtype), i in self.base_config
-        return Source(self.base.folder, self.experts[i].folder, f"experts.{i}", ending, dtype, self.device, base_config)
+        return self._sources[i]
+
+    @cached_property
+    def _sources(self) -> Mapping[str, Source]:
+        """All sources, each of which reads its headers once."""
+        dtype = getattr(torch, self.dtype)
+
+        def source(i: str) -> Source:
+            ending, folder, base_config = self.calibration[i].head, self.experts[i].folder, i in self.base_config
+            return Source(self.base.folder, folder, f"experts.{i}", ending, dtype, self.device, base_config)
+
+        return {i: source(i) for i in self.experts}
 
     def head(self, i: str) -> DetachedHead:
         """Return the head of expert i; on the CPU where networks run on actors, for they have the GPUs."""

@@ -13,9 +13,8 @@ from sensmerge.tasks.artifacts import Artifact, canonical, sha256_text, write_js
 from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample, Task
 from sensmerge.tasks.kinds.scores import Record
-from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.blocks import to_device, trunk_output
-from sensmerge.tasks.networks.expert import Expert, load_network, open_expert
+from sensmerge.tasks.networks.expert import Expert, load_network
 from sensmerge.tasks.networks.generation import set_end_tokens
 from sensmerge.tasks.networks.head_inputs import (
     HeadInput,
@@ -28,11 +27,12 @@ from sensmerge.tasks.networks.head_inputs import (
 )
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import load_tokenizer, trunk_of
+from sensmerge.tasks.networks.opened import opened_base, opened_expert, opened_tokenizer
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.tokens import Inputs, collate, pad_token
+from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.rows.stored import StoredRows
-from sensmerge.tasks.stages.answers import NetworkModel, batches, classifier_batch_size, items_of, records_of
+from sensmerge.tasks.stages.answers import NetworkModel, classifier_batch_size, items_of, records_of
 from sensmerge.tasks.stages.job import Earlier, Job
 
 _HEAD_INPUTS = "head_inputs.safetensors"
@@ -47,7 +47,7 @@ class EvaluateJob(Job):
     """
 
     stage = "evaluate"
-    version = 3
+    version = 4
 
     base: Artifact
     model: Artifact
@@ -97,10 +97,12 @@ class EvaluateJob(Job):
         Raises:
             InputError: a row that has no sample, or logits that are not finite.
         """
-        task, tokenizer = self.task, load_tokenizer(self.tokenizer.folder)
+        task = self.task
         if not isinstance(task, RowTask):
-            records = task.evaluate(self._network(), tokenizer, f"tasks.{self.name}")
-        elif self.head_config is None:
+            records = task.evaluate(self._network(), load_tokenizer(self.tokenizer.folder), f"tasks.{self.name}")
+            return write_evaluation(task, records, out)
+        tokenizer = opened_tokenizer(self.tokenizer)
+        if self.head_config is None:
             key = f"tasks.{self.name}.evaluation"
             records = evaluate_network(self._network(), tokenizer, task, self.rows.read(), key)
         else:
@@ -108,9 +110,8 @@ class EvaluateJob(Job):
         return write_evaluation(task, records, out)
 
     def _network(self) -> PreTrainedModel:
-        base = open_base(self.base.folder)
-        model = self._expert(self.model, base) if self.is_expert else open_base(self.model.folder)
-        head_of = self._expert(self.head, base) if self.head else None
+        model = self._expert(self.model) if self.is_expert else opened_base(self.model)
+        head_of = self._expert(self.head) if self.head else None
         network = load_network(model, self.task.head, getattr(torch, self.dtype), self.device, head_of)
         if self.labels is not None:
             network.config.label2id = dict(self.labels)
@@ -118,8 +119,8 @@ class EvaluateJob(Job):
             set_end_tokens(network, self.model.folder, self.base.folder)
         return network
 
-    def _expert(self, one: Artifact, base: Base) -> Expert:
-        return open_expert(one.folder, base, self.name, base_config=one.folder in self.base_config)
+    def _expert(self, one: Artifact) -> Expert:
+        return opened_expert(one, self.base, one.folder in self.base_config)
 
     def _through_head(self, task: RowTask, tokenizer: PreTrainedTokenizerBase, out: Path) -> list[Record]:
         """Return records as `evaluate_network` does, and keep in `out` what the head reads of the trunk."""
@@ -188,7 +189,7 @@ class _HeadModel:
     def logits(self, samples: Sequence[Sample], owners: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See `Model`."""
         reads = [sample.inputs for sample in samples]
-        for number, chosen in enumerate(batches(reads, self.batch_size)):
+        for number, chosen in enumerate(batches([length(one) for one in reads], self.batch_size)):
             batch = collate([reads[place] for place in chosen], self.pad_id)
             if self.trunk is None:
                 found = self.inputs[number]

@@ -1,4 +1,4 @@
-"""Scores of a dynamic model: the samples of all tasks, shuffled into mixed batches."""
+"""Scores of a dynamic model on the samples of all tasks together."""
 
 import random
 import time
@@ -30,7 +30,7 @@ class EvaluateDynamicJob(Job):
     """
 
     stage = "evaluate"
-    version = 3
+    version = 4
 
     model: Artifact
     """the dynamic model"""
@@ -57,23 +57,20 @@ class EvaluateDynamicJob(Job):
         """
         model = DynamicModel.load(self.model.folder, self.device)
         items = [item for name, one in self.evaluation.items() for item in _items(name, one, model.tokenizer)]
-        batch_size = min(one.task.batch_size for one in self.evaluation.values())
-        random.Random(0).shuffle(items)
+        random.Random(0).shuffle(items)  # nothing may depend on which samples stand together
+        begin = time.perf_counter()
+        size = min(one.task.batch_size for one in self.evaluation.values())
+        routes = model.route([item.prompt for item in items], size)
+        found = _records(model, items, routes, size)
+        seconds = time.perf_counter() - begin
         records: dict[str, dict[int, Record]] = {name: {} for name in self.evaluation}
         taken: dict[str, list[int]] = {name: [] for name in self.evaluation}
         right: list[float] = []
-        seconds = 0.0
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
-            begin = time.perf_counter()
-            routes = model.route([item.prompt for item in batch])
-            found = _records(model, batch, routes)
-            seconds += time.perf_counter() - begin
-            chosen = zip(batch, found, routes.experts, routes.coefficients.tolist(), strict=True)
-            for item, record, expert, coefficients in chosen:
-                records[item.name][item.number] = record
-                taken[item.name].append(expert)
-                right.append(coefficients[model.experts.index(item.name)])
+        chosen = zip(items, found, routes.experts, routes.coefficients.tolist(), strict=True)
+        for item, record, expert, coefficients in chosen:
+            records[item.name][item.number] = record
+            taken[item.name].append(expert)
+            right.append(coefficients[model.experts.index(item.name)])
         ordered = {name: [by_row[i] for i in range(len(by_row))] for name, by_row in records.items()}
         write_json(out / "records.json", ordered)
         write_json(out / "scores.json", {name: self._scores(name, one) for name, one in ordered.items()})
@@ -107,12 +104,12 @@ def _items(name: str, one: RowSet, tokenizer: PreTrainedTokenizerBase) -> list[I
     return items
 
 
-def _records(model: DynamicModel, batch: Sequence[Item], routes: Routes) -> list[Record]:
-    """Return the record of each item of a batch."""
-    routed = _RoutedModel(model, routes, [item.name for item in batch])
-    records = records_of(routed, batch)
+def _records(model: DynamicModel, items: Sequence[Item], routes: Routes, size: int) -> list[Record]:
+    """Return the record of each item."""
+    routed = _RoutedModel(model, routes, [item.name for item in items], size)
+    records = records_of(routed, items)
     for place, logits in routed.chosen.items():
-        item = batch[place]
+        item = items[place]
         # With a single head, which is merged, there is none to be chosen wrongly.
         own_head = routed.heads[place] == item.name or not model.heads
         right = own_head and item.task.is_right(item.task.record(item.row, [item.task.judge(item.samples[0], logits)]))
@@ -121,13 +118,14 @@ def _records(model: DynamicModel, batch: Sequence[Item], routes: Routes) -> list
 
 
 class _RoutedModel:
-    """A dynamic model that answers the items of one batch, whose routes are known."""
+    """A dynamic model that answers items whose routes are known."""
 
-    def __init__(self, model: DynamicModel, routes: Routes, names: Sequence[str]) -> None:
-        """Take the routes of some items, and the names of their tasks."""
+    def __init__(self, model: DynamicModel, routes: Routes, names: Sequence[str], size: int) -> None:
+        """Take the routes of some items, the names of their tasks, and how many of full length make a batch."""
         self._model = model
         self._routes = routes
         self._names = names
+        self._size = size
         self.heads = [model.experts[expert] for expert in routes.experts]
         """the expert of each item whose head the router chose"""
         self.chosen: dict[int, Tensor] = {}
@@ -137,18 +135,15 @@ class _RoutedModel:
         """See `Model`."""
         model, inputs = self._model, [sample.inputs for sample in samples]
         if model.classifies:
-            given, chosen = model.class_logits(inputs, self._routes, self._names, self.heads)
+            given, chosen = model.class_logits(inputs, self._routes, self._names, self.heads, size=self._size)
             self.chosen = dict(enumerate(chosen))
             yield from enumerate(given)
-            return
-        size = len(self._names)
-        for start in range(0, len(samples), size):  # choices are more samples than the batch has rows
-            some = slice(start, start + size)
-            yield from enumerate(model.logits(inputs[some], self._of(owners[some])), start)
+        else:
+            yield from model.each_logits(inputs, self._of(owners), self._size)
 
     def generate(self, prompts: Sequence[Inputs], owners: Sequence[int], max_new_tokens: int) -> list[str]:
         """See `Model`."""
-        found = self._model.generate(prompts, self._of(owners), max_new_tokens)
+        found = self._model.generate(prompts, self._of(owners), max_new_tokens, self._size)
         return [self._model.tokenizer.decode(one, skip_special_tokens=True) for one in found]
 
     def _of(self, places: Sequence[int]) -> Routes:

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import Artifact, link_file, read_json, sha256_file, write_json
-from sensmerge.tasks.dynamic.application import OriginName, PoolName, SeApplication
+from sensmerge.tasks.dynamic.application import OriginName, SeApplication
 from sensmerge.tasks.dynamic.folder import FORMAT, STATISTICS, Manifest, load_network_with_heads, write_manifest
 from sensmerge.tasks.dynamic.network import DynamicNetwork
-from sensmerge.tasks.dynamic.probes import probe
+from sensmerge.tasks.dynamic.probes import Place, probe_all, probes
 from sensmerge.tasks.dynamic.router import (
     Features,
     RouterSettings,
@@ -32,11 +32,12 @@ from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import RowSet
 from sensmerge.tasks.kinds.scores import mean_score
 from sensmerge.tasks.networks.networks import load_tokenizer
-from sensmerge.tasks.networks.tokens import Inputs, collate, length, pad_token
+from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.stages.job import Job
 
 BATCH_SIZE = 8
-"""Samples per forward pass; each is probed up to K + 2 times in it."""
+"""Samples of full length per forward pass that are probed up to K + 2 times in it; as many more where each probe has a
+pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class RouteJob(Job):
     """Chooses the rule of a dynamic model, estimates its statistics, and completes the model with them."""
 
     stage = "route"
-    version = 4
+    version = 5
 
     model: Artifact
     """of stage merge or vectors: what task vectors start from, and these"""
@@ -81,7 +82,7 @@ class RouteJob(Job):
         head = next(iter(calibration.values())).task.head
         network, _ = load_network_with_heads(model, names, head, self.dtype, self.device)
         rules = candidates(self.application, network.blocks, self.origin)
-        features, owners = _features(model, network, calibration, rules, self.static, self.device)
+        features, owners = _features(model, network, calibration, rules, self.static)
         judged = judge(rules, features, owners, len(names), network.blocks)
         chosen = choose(judged, len(owners))
         rule = chosen.rule
@@ -138,8 +139,7 @@ def _features(
     calibration: Mapping[str, RowSet],
     rules: list[Rule],
     static: float,
-    device: str,
-) -> tuple[dict[tuple[int, PoolName], Features], Tensor]:
+) -> tuple[dict[Place, Features], Tensor]:
     """Return the features of all calibration samples by layer and pool, on the CPU, and whose each sample is (N,)."""
     tokenizer = load_tokenizer(model / BASE)
     prompts: list[Inputs] = []
@@ -151,28 +151,23 @@ def _features(
             assert sample.has_prompt, f"{where}: the plan refuses empty prompts"
             prompts.append(sample.prompt)
             owners.append(number)
-    order = sorted(range(len(prompts)), key=lambda i: length(prompts[i]))  # little padding
-    prompts, owners = [prompts[i] for i in order], [owners[i] for i in order]
-    pad_id = pad_token(network.network, tokenizer)
-    parts = []
+    pad_id, lengths = pad_token(network.network, tokenizer), [length(prompt) for prompt in prompts]
+    size = BATCH_SIZE * (len(probes(rules, len(calibration), static)) if network.writes_out(sum(lengths)) else 1)
+    places = batches(lengths, size)
+    inputs = [collate([prompts[place] for place in some], pad_id) for some in places]
     with torch.inference_mode():
-        for start in range(0, len(prompts), BATCH_SIZE):
-            batch = collate(prompts[start : start + BATCH_SIZE], pad_id)
-            inputs = {key: values.to(device) for key, values in batch.items()}
-            parts.append(probe(network, inputs, rules, len(calibration), static))
-    features = {key: _joined([part[key] for part in parts]) for key in parts[0]}
-    for (layer, _), found in features.items():
-        if not all(bool(each.isfinite().all()) for each in vars(found).values() if each is not None):
+        found = probe_all(network, inputs, rules, len(calibration), static)
+    # In order of length, so that the halves that rules are judged on are alike.
+    order = torch.tensor(sorted(range(len(prompts)), key=lengths.__getitem__))
+    at = torch.tensor([place for some in places for place in some]).argsort()[order]
+    features = {key: found.pop(key).rows(at) for key in list(found)}  # each is let go of as it is copied
+    for (layer, _), states in features.items():
+        if not all(bool(each.isfinite().all()) for each in vars(states).values() if each is not None):
             raise InputError(
                 f"hidden states of the calibration samples are NaN or infinite at layer {layer}; "
                 "merge with a smaller weight or a wider dtype"
             )
-    return features, torch.tensor(owners)
-
-
-def _joined(parts: list[Features]) -> Features:
-    columns = ([getattr(part, name) for part in parts] for name in ("base", "merged", "experts"))
-    return Features(*(None if column[0] is None else torch.cat(column).cpu() for column in columns))
+    return features, torch.tensor(owners)[order]
 
 
 def _confusion(names: list[str], owners: Tensor, found: Tensor) -> dict[str, dict[str, int]]:

@@ -51,7 +51,7 @@ class TuneJob(VariantJob):
     """Chooses settings of a variant."""
 
     stage = "tune"
-    version = 1
+    version = 2
 
     shard_size: Local[int] = 0
     grid: Mapping[str, Sequence[float]]

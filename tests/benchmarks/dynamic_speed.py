@@ -22,11 +22,11 @@ import torch
 from torch.func import functional_call
 
 from sensmerge.tasks.dynamic.folder import parameter_vectors
-from sensmerge.tasks.dynamic.model import DynamicModel, Routes, parts
+from sensmerge.tasks.dynamic.model import PADDING, DynamicModel, Routes
 from sensmerge.tasks.dynamic.vectors import BASE, Vector
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.networks import load_config, load_tokenizer
-from sensmerge.tasks.networks.tokens import Inputs, length
+from sensmerge.tasks.networks.tokens import Inputs, batches, length
 
 MATERIALISED = 4
 """Samples per batch that are answered by weights of their own."""
@@ -63,7 +63,7 @@ def plain(model: DynamicModel, samples: list[Inputs]) -> None:
 
 def plain_in_parts(model: DynamicModel, samples: list[Inputs]) -> None:
     """Answer a batch by the base, in parts of similar length."""
-    for rows in parts([length(sample) for sample in samples]):
+    for rows in batches([length(sample) for sample in samples], padding=PADDING):
         plain(model, [samples[row] for row in rows])
 
 

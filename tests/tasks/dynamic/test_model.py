@@ -4,14 +4,11 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import PeftModel
 from tokenizers import processors
 from torch import Tensor
@@ -32,15 +29,17 @@ from transformers import (
 )
 
 from sensmerge.tasks.artifacts import Artifact, canonical, read_json, sha256_file, sha256_text
+from sensmerge.tasks.dynamic import network as dynamic_network
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.dynamic.folder import MANIFEST
-from sensmerge.tasks.dynamic.model import PADDING, DynamicModel, Routes, parts
+from sensmerge.tasks.dynamic.model import PADDING, DynamicModel, Routes
+from sensmerge.tasks.dynamic.network import DynamicNetwork
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.kinds.kind import RowSet
-from sensmerge.tasks.networks.tokens import Inputs, length
+from sensmerge.tasks.networks.tokens import Inputs, batches, length
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.route import RouteJob
@@ -218,22 +217,11 @@ def test_a_batch_gives_what_its_samples_give_one_by_one(score: str, causal: Merg
     assert len({tuple(row) for row in together.coefficients.tolist()}) == len(TEXTS)
 
 
-@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40))
-def test_parts_of_a_batch_hold_every_sample_once_and_little_padding(lengths: list[int]) -> None:
-    found = parts(lengths)
-    assert sorted(row for rows in found for row in rows) == list(range(len(lengths)))
-    for rows in found:
-        longest = max(lengths[row] for row in rows)
-        assert all(longest - lengths[row] <= PADDING * longest for row in rows)
-    # No fewer parts would do: the longest of each is too long for the one before.
-    assert all(lengths[b[0]] < (1 - PADDING) * lengths[a[0]] for a, b in pairwise(found))
-
-
 def test_answers_come_in_the_order_of_the_samples(encoders: Merge, tmp_path: Path) -> None:
     model = encoders.routed(tmp_path, temperature=0.2)
     texts = ["x" * length for length in (3, 90, 1, 40, 3, 41, 12)]
     samples = tokenised(model, texts)
-    assert len(parts([length(one) for one in samples])) > 3
+    assert len(batches([length(one) for one in samples], padding=PADDING)) > 3
     routes = model.route(samples)
     given = ["mood", "topic", "topic", "mood", "topic", "mood", "mood"]
     routed = [model.experts[i] for i in routes.experts]
@@ -243,6 +231,53 @@ def test_answers_come_in_the_order_of_the_samples(encoders: Merge, tmp_path: Pat
             ((expected,),) = model.class_logits([sample], alone, [names[row]])
             torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-4)
     assert [one.expert for one in model.predict(texts)] == routed
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_weights_that_are_written_out_give_what_coefficients_per_sample_give(
+    size: int | None, llamas: Folders, encoders: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {name: CALIBRATION[name] for name in ("math", "code")}
+    full = merge(tmp_path, llamas["base"], {name: llamas[name] for name in sets}, sets)
+    model = full.routed(tmp_path / "model", temperature=0.2, score="nearest")
+    classifier = encoders.routed(tmp_path / "classifier", temperature=0.2)
+    texts = [text * times for text in TEXTS for times in (1, 3)]
+    samples, inputs = tokenised(model, texts), tokenised(classifier, texts)
+    rows = torch.tensor([[1.0, 0.0], [0.0, 0.7], [0.3, 0.4]])
+    chosen = [0, 1, 0, 2, 1, 1, 0, 0, 2, 0]
+    routes, names = Routes(rows[chosen], chosen), ["mood", "topic"] * 5
+
+    def answers() -> list[Any]:
+        return [
+            model.route(samples, size).coefficients,
+            {row: logits[: length(samples[row])] for row, logits in model.each_logits(samples, routes, size)},
+            classifier.class_logits(inputs, routes, names, size=size),
+            model.generate(samples, routes, 4, size),
+        ]
+
+    expected, alike, written = answers(), DynamicNetwork.alike, []
+
+    def spy(self: DynamicNetwork, row: Tensor) -> Any:
+        written.append(row.tolist())
+        return alike(self, row)
+
+    monkeypatch.setattr(dynamic_network, "ALIKE_TOKENS", 1)
+    monkeypatch.setattr(DynamicNetwork, "alike", spy)
+    found = answers()
+    probes = [[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]
+    assert written == ([] if size is None else probes + 3 * rows.tolist())
+    assert found[3] == expected[3]
+    torch.testing.assert_close(found[:3], expected[:3], rtol=0, atol=1e-4)
+
+
+def test_low_rank_task_vectors_are_never_written_out(
+    causal: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = causal.routed(tmp_path)
+    monkeypatch.setattr(dynamic_network, "ALIKE_TOKENS", 1)
+    monkeypatch.delattr(DynamicNetwork, "alike")
+    samples = tokenised(model, TEXTS)
+    assert len(dict(model.each_logits(samples, model.route(samples, 2), 2))) == len(TEXTS)
 
 
 # Answers --------------------------------------------------------------------------------------------------------------

@@ -189,6 +189,24 @@ def test_equals_the_weights_of_every_sample(name: str, form: str) -> None:
     assert torch.equal(network(**inputs).logits, base)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+@torch.no_grad()
+def test_alike_answers_any_number_of_samples_by_the_same_weights(name: str, form: str) -> None:
+    network = make(name)
+    vectors, inputs = make_vectors(network, form), make_inputs(name)
+    dynamic, base, row = DynamicNetwork(network, vectors, EXPERTS), network(**inputs).logits, torch.randn(EXPERTS)
+    expected = materialised(network, vectors, row)
+    with dynamic.alike(row) as inside:
+        for some in (inputs, alone(inputs, 3)):
+            torch.testing.assert_close(inside(**some).logits, expected(**some).logits, rtol=0, atol=2e-5)
+        with pytest.raises(AssertionError), dynamic.mixed(torch.ones(5, EXPERTS)):
+            pass
+    assert torch.equal(network(**inputs).logits, base)
+    assert dynamic.writes_out(10**6) == (form in ("dense", "sparse"))
+    assert not dynamic.writes_out(10)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_works_with_gradients_enabled(name: str) -> None:
     network, inputs, coefficients = make(name), make_inputs(name), scattered_coefficients()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sensmerge.tasks.dynamic.application import PoolName
 from sensmerge.tasks.dynamic.network import DynamicNetwork
-from sensmerge.tasks.dynamic.probes import probe
+from sensmerge.tasks.dynamic.probes import probe, probe_all, probes
 from sensmerge.tasks.dynamic.router import POOLS, SCORES, Rule
 from sensmerge.tasks.dynamic.vectors import Dense, LowRank, Vector
 from tests.conftest import make_bert_trunk, make_gpt2, make_llama
@@ -107,3 +107,42 @@ def test_several_rules_share_one_pass_and_give_what_each_alone_gives() -> None:
             for key, value in vars(alone).items():
                 if value is not None:
                     torch.testing.assert_close(getattr(together[rule.layer, rule.pool], key), value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_all_batches_at_once_give_what_each_gives(score: Any, low_rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, vectors = make("llama")
+    if not low_rank:
+        vectors = {
+            name: {expert: Dense(vector.dense()) for expert, vector in by_expert.items()}
+            for name, by_expert in vectors.items()
+        }
+    dynamic = DynamicNetwork(network, vectors, EXPERTS)
+    rules = [Rule(score, layer, "mean", "l2") for layer in (1, 2)]
+    batches = [{key: values[rows] for key, values in batch().items()} for rows in ([0, 1], [1])]
+    with torch.inference_mode():
+        parts = [probe(dynamic, one, rules, EXPERTS, STATIC) for one in batches]
+        monkeypatch.setattr("sensmerge.tasks.dynamic.network.ALIKE_TOKENS", 1)
+        if not low_rank:
+            monkeypatch.delattr(DynamicNetwork, "mixed")
+        found = probe_all(dynamic, batches, rules, EXPERTS, STATIC)
+    assert found.keys() == parts[0].keys()
+    for key, features in found.items():
+        for name, values in vars(features).items():
+            several = [getattr(part[key], name) for part in parts]
+            assert (values is None) == (several[0] is None)
+            if values is not None:
+                torch.testing.assert_close(values, torch.cat(several), rtol=0, atol=1e-5)
+
+
+def test_probes_are_those_that_rules_need() -> None:
+    rows = {score: probes([Rule(score, 1, "mean", "l2")], 2, STATIC).tolist() for score in SCORES}
+    base, merged, experts = [0.0, 0.0], pytest.approx([STATIC, STATIC]), [[1.0, 0.0], [0.0, 1.0]]
+    assert rows == {
+        "centroid": [base],
+        "discriminant": [base],
+        "nearest": [merged, *experts],
+        "shift": [base, *experts],
+        "alignment": [base, merged, *experts],
+    }

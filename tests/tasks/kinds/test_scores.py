@@ -1,18 +1,39 @@
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.kinds.kind import KINDS, Task
 from sensmerge.tasks.kinds.lm_eval import LmEvalTask
-from sensmerge.tasks.kinds.scores import Record, Score, halves, mean_normalised, mean_ratio, mean_score, value_of
+from sensmerge.tasks.kinds.scores import (
+    RESAMPLES,
+    Metric,
+    Record,
+    Score,
+    agreement,
+    halves,
+    macro_f1,
+    matthews,
+    mean,
+    mean_normalised,
+    mean_ratio,
+    mean_score,
+    paired_difference,
+    perplexity,
+    ratio,
+    strata,
+    value_of,
+    wilson,
+)
+from sensmerge.tasks.kinds.scores import score as score_of_records
 
 COMPLETION = CompletionTask(kind="completion")
 CLASSIFICATION = ClassificationTask(kind="classification")
@@ -307,3 +328,86 @@ def test_one_score_is_that_of_all(kind: str, record: Record) -> None:
         assert KINDS[kind].score_of(name, records) == score
     assert KINDS[kind].score_of("bleu", records) is None
     assert CompletionTask.score_of("exact_match", [{"nll": 1.0, "correct": 1, "tokens": 1}]) is None
+
+
+# All resamples at once against one after the other
+
+
+@given(st.integers(1, 300), st.data())
+def test_wilson_is_that_of_scipy(n: int, data: st.DataObject) -> None:
+    right = data.draw(st.integers(0, n))
+    expected = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert wilson(right, n) == (expected.low, expected.high)
+
+
+METRICS = {
+    "accuracy": Metric(("label", "prediction"), agreement),
+    "f1": Metric(("label", "prediction"), macro_f1),
+    "matthews": Metric(("label", "prediction"), matthews),
+    "token_accuracy": Metric(("correct", "tokens"), ratio),
+    "perplexity": Metric(("nll", "tokens"), perplexity, higher_is_better=False),
+    "loss": Metric(("nll",), mean),
+}
+
+
+def answered(seed: int, n: int = 90) -> list[Record]:
+    generator = np.random.default_rng(seed)
+    records = completed(generator, n)
+    for number, record in enumerate(records):
+        record |= {"label": int(generator.integers(5)), "task": "abc"[number % 3] if seed % 2 else "a"}
+        record["prediction"] = record["label"] if generator.random() < 0.6 else int(generator.integers(5))
+    return records
+
+
+def columns(metric: Metric, records: list[Record]) -> list[np.ndarray[Any, Any]]:
+    return [np.array([[one[name] for name in metric.columns] for one in some], float) for some in strata(records)]
+
+
+def percentiles(value: Callable[[Callable[[int], Any]], float]) -> tuple[float, float]:
+    """The interval of a statistic that is handed what draws n of n rows, resample after resample."""
+    generator = np.random.default_rng(0)
+    values = [value(lambda n: generator.integers(n, size=n)) for _ in range(RESAMPLES)]
+    low, high = np.quantile(np.array(values)[np.isfinite(values)], [0.025, 0.975])
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_resamples_are_those_of_one_generator(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sensmerge.tasks.kinds.scores.AT_ONCE", 12345)  # the last ones are fewer
+    metric, model, other, own = METRICS[name], answered(seed), answered(seed + 2), answered(seed + 4)
+    above, others, below = (columns(metric, one) for one in (model, other, own))
+
+    def value(parts: list[np.ndarray[Any, Any]], picks: list[Any]) -> float:
+        return float(np.mean([metric.value(rows[pick]) for rows, pick in zip(parts, picks, strict=True)]))
+
+    def alone(draw: Callable[[int], Any]) -> float:
+        return value(above, [draw(len(rows)) for rows in above])
+
+    def share(draw: Callable[[int], Any]) -> float:
+        found = []
+        for _ in range(2):
+            picks = [draw(len(rows)) for rows in below]
+            of = (above, below) if metric.higher_is_better else (below, above)
+            found.append(value(of[0], picks) / value(of[1], picks))
+        return float(np.mean(found))
+
+    def gain(draw: Callable[[int], Any]) -> float:
+        picks = [draw(len(rows)) for rows in above]
+        return value(above, picks) - value(others, picks)
+
+    both = {"one": metric, "two": metric}
+    ratios = mean_normalised(both, dict.fromkeys(both, model), dict.fromkeys(both, own))
+    assert ratios is not None
+    for score, statistic in (
+        (score_of_records(metric, model), alone),
+        (ratios, share),
+        (paired_difference(metric, model, other), gain),
+    ):
+        assert (score.low, score.high) == pytest.approx(percentiles(statistic), rel=1e-13, abs=1e-13)
+
+
+def test_a_metric_that_does_not_look_at_resamples_apart_is_found_out() -> None:
+    scalar = Metric(("nll",), lambda columns: float(columns[..., 0].mean()))
+    with pytest.raises(AssertionError, match="a metric gave"):
+        score_of_records(scalar, answered(0))

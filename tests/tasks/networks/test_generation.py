@@ -113,3 +113,32 @@ def test_a_model_that_ends_its_answers_with_a_token_of_its_own_is_scored_by_it(
         )
         scores.append(job.finish(out)["exact_match"]["value"])
     assert scores == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_reads_every_token_once_and_ends_with_its_last_answer(
+    dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    network = perturbed(make_llama(initializer_range=0.3), 1, 0.2).eval().to(dtype)
+    prompts = [tokenizer(text)["input_ids"] for text in ("1+2=", "abcdefghijk", "x", "y z", "9*8=72")]
+    whole = [greedy(network, prompt, 10) for prompt in prompts]
+    end = whole[0][3]
+    network.generation_config = GenerationConfig(eos_token_id=[end])
+    expected = []
+    for ids in whole:
+        stop = next((i for i, token in enumerate(ids) if token in (end, 1)), 10)
+        expected.append(ids[:stop])
+    read: list[tuple[int, ...]] = []
+    with (
+        torch.inference_mode(),
+        network.model.register_forward_pre_hook(
+            lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        ),
+    ):
+        found = generate(network, tokenizer, [{"input_ids": ids} for ids in prompts], 10, 2, "cpu")
+        together, read[:] = list(read), []
+        alone = [generate(network, tokenizer, [{"input_ids": ids}], 10, 2, "cpu")[0] for ids in prompts]
+    assert found == alone == expected
+    steps = min(10, 1 + max(map(len, expected)))  # an end token is generated too
+    longest = max(map(len, prompts))
+    assert together == [(len(prompts), longest)] + [(len(prompts), 1)] * (steps - 1)
