@@ -64,10 +64,10 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)  # the tests record nothing where th
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs the data beside the project, or a GPU, where there is none; of two processes, one has Ray."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if "ray" in item.keywords else item.path.name))
-        if "shared" in item.keywords and not SHARED.is_dir():
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
+        if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 

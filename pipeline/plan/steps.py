@@ -178,7 +178,7 @@ class _Layout:
             job = MergeVectorsJob(**fields)
             writes = sizes.dynamic_model(self._inputs, job)
         else:
-            job = MergeJob(**fields, out_dtype=variant.out_dtype)
+            job = MergeJob(**fields, out_dtype=variant.out_dtype, device=self._device("merge"))
             writes = sizes.merged_model(self._inputs, variant)
             reads += writes  # read back
         if not isinstance(variant.coefficients, SensCoefficients):  # those come of what earlier stages find

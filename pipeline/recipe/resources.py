@@ -14,7 +14,11 @@ class Resources(Strict):
         description="CPU cores for one step; in task_vectors, merge and vectors, for one layer group; in calibrate, "
         "how many experts are under way at once, too",
     )
-    num_gpus: float = Field(0, ge=0, description="GPUs for one step; above 0, its network runs on cuda")
+    num_gpus: float = Field(
+        0,
+        ge=0,
+        description="GPUs for one step (in merge, for one layer group); above 0, its network or its merge runs on cuda",
+    )
     max_in_flight: int = Field(
         64,
         ge=1,

@@ -18,6 +18,7 @@ from sensmerge.tasks.coefficients import (
     SensCoefficients,
 )
 from sensmerge.tasks.dynamic.application import SeApplication
+from sensmerge.tasks.methods.contract import METHODS
 from sensmerge.tasks.methods.settings import WEIGHT
 from sensmerge.tasks.strict import Strict
 
@@ -112,7 +113,7 @@ class Recipe(Strict):
             if expert.model in models:
                 raise ValueError(f"experts {models[expert.model]} and {name} are the same model {expert.model}")
             models[expert.model] = name
-        for stage in ("download", "task_vectors", "merge", "vectors"):
+        for stage in ("download", "task_vectors", "vectors"):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():
@@ -149,6 +150,8 @@ class Recipe(Strict):
                     f"{key}.{setting}: found {', '.join(sorted(value))}; expected every expert once: "
                     f"{', '.join(sorted(self.experts))}"
                 )
+        if self.resources_of("merge").num_gpus:
+            self._check_gpu(key, variant)
         if variant.method.statistics:
             self._check_calibration(f"{key}: method {variant.method.name}")
         if variant.calibrate is not None:
@@ -166,6 +169,21 @@ class Recipe(Strict):
                     variant.method.check_weights(weights)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
+
+    def _check_gpu(self, key: str, variant: Variant) -> None:
+        """Refuse a merge that a GPU would not give the same bits of; its weights would depend on where it is made."""
+        method = variant.method.name
+        if variant.origin == "base":
+            raise ValueError(
+                f"{key}: application se from the base is not merged on a GPU; leave resources.merge.num_gpus out, or "
+                "set application.origin: static"
+            )
+        if "cuda" not in variant.method.devices:
+            others = ", ".join(name for name, one in METHODS.items() if "cuda" in one.devices)
+            raise ValueError(
+                f"{key}: method {method} does not give the same bits on a GPU as on a CPU; leave "
+                f"resources.merge.num_gpus out, or merge it by a recipe of its own (methods that run on one: {others})"
+            )
 
     def _check_tuning(self, key: str) -> None:
         for name in self.experts:

@@ -247,7 +247,7 @@ class CheckpointWriter:
 
     def __init__(self, plan: CheckpointPlan, folder: Path) -> None:
         """Prepare to write below a folder; files are opened as they are needed."""
-        self._plan = plan
+        self.plan = plan
         self._folder = folder
         self._descriptors: dict[str, int] = {}
 
@@ -262,7 +262,7 @@ class CheckpointWriter:
 
     def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
         """Write some elements of a tensor, from element `start` on; they must have the planned dtype."""
-        planned = self._plan.tensors[name]
+        planned = self.plan.tensors[name]
         assert values.dtype == planned.dtype, (name, values.dtype, planned.dtype)
         assert start + values.numel() <= math.prod(planned.shape), (name, start, values.shape, planned.shape)
         if planned.file not in self._descriptors:
@@ -274,7 +274,7 @@ class CheckpointWriter:
 
     def begin_flush(self, name: str) -> None:
         """Have the disk begin to write a tensor that is complete, where the system can be told so."""
-        planned = self._plan.tensors[name]
+        planned = self.plan.tensors[name]
         if hasattr(os, "posix_fadvise") and planned.file in self._descriptors:
             size = math.prod(planned.shape) * planned.dtype.itemsize
             # What is still to be written when it is called unneeded is written, and stays in the page cache meanwhile.

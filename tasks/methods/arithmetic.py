@@ -39,10 +39,10 @@ class Linear(Additive):
 
     def merge_elements(self, base: "Tensor", parts: "Tensor", weights: Sequence[float]) -> "Tensor":
         """See `ElementsMethod`."""
-        from sensmerge.tasks.methods.kernels.delta import weighted_sum
+        from sensmerge.tasks.methods.kernels.delta import divide, weighted_sum
 
         merged = weighted_sum(parts.add_(base.float()), weights)
-        return merged / sum(weights) if self.normalize else merged
+        return divide(merged, sum(weights)) if self.normalize else merged
 
     def keeps_whole(self, expert: str) -> bool:
         """See `Additive`."""
@@ -79,10 +79,11 @@ class _Arithmetic(Additive):
 
     def _added(self, mixed: "Tensor", base: "Tensor", weights: Sequence[float]) -> "Tensor":
         """Return the base and a sum of (sparse) task vectors, which is changed, float32."""
+        from sensmerge.tasks.methods.kernels.delta import divide
         from sensmerge.tasks.methods.kernels.stored import add
 
         if self.normalize and not self.consensus and abs(sum(weights)) >= _ZERO:
-            mixed /= sum(weights)
+            divide(mixed, sum(weights))
         if self.lambda_ != 1:
             mixed *= self.lambda_
         return add(mixed, base)
@@ -134,6 +135,8 @@ class TaskArithmetic(_Arithmetic):
 
 class _Sparse(_Arithmetic):
     """Task arithmetic that first sets elements of each task vector to zero."""
+
+    version: ClassVar[int] = 2
 
     density: ForEachExpert = Field(
         1.0, description="share of each task vector's elements to keep; one number, or one per expert"

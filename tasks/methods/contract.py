@@ -110,7 +110,7 @@ class Method(Strict, ABC):
     statistics: ClassVar[tuple[str, ...]] = ()
     """names of the statistics that it reads of every expert"""
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
-    """types of the torch devices that it gives the same result on"""
+    """types of the torch devices that it gives the same bits on: cpu, and cuda if a merge may run there"""
     changes_untouched: ClassVar[bool] = False
     """whether it changes tensors that no expert changed"""
     weights: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)

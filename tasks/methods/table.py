@@ -7,8 +7,8 @@ from sensmerge.tasks.methods.contract import METHODS, Additive, Method, keys_of
 
 def methods_table() -> str:
     """Return a Markdown table of all methods: what they do and need, their settings, and where se can start from."""
-    header = ["method", "what it does", "needs", "settings and defaults", "random", "application se"]
-    cells = (_summary, _needs, _settings, _random, _se)
+    header = ["method", "what it does", "needs", "settings and defaults", "random", "GPU", "application se"]
+    cells = (_summary, _needs, _settings, _random, _gpu, _se)
     rows = [[f"`{name}`", *(cell(method) for cell in cells)] for name, method in METHODS.items()]
     return "".join("| " + " | ".join(row) + " |\n" for row in (header, ["---"] * len(header), *rows))
 
@@ -32,6 +32,10 @@ def _settings(method: type[Method]) -> str:
 
 def _random(method: type[Method]) -> str:
     return "yes, from `seed`" if "seed" in keys_of(method) else "no"
+
+
+def _gpu(method: type[Method]) -> str:
+    return "yes" if "cuda" in method.devices else "no"
 
 
 def _se(method: type[Method]) -> str:

@@ -1,7 +1,8 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,7 @@ from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.methods.kernels.delta import chunks
 from sensmerge.tasks.methods.remarks import remarks
 from sensmerge.tasks.stages.job import Earlier
+from sensmerge.tasks.stages.staging import Staging, one_ahead
 from sensmerge.tasks.stages.variant import UNCHANGED, VariantJob
 from sensmerge.tasks.stages.written import about, marker, nbytes, plan_merged, verified, write_tensor
 
@@ -43,6 +45,8 @@ class MergeJob(VariantJob):
     """torch name of the merged weights' dtype; None keeps that of each tensor of the base"""
     previous: Local[Path | None] = None
     """an earlier merge of the variant: tensors whose inputs are the same are taken over from it, bit for bit"""
+    device: Local[str] = "cpu"
+    """torch device, one that the method gives the same bits on; tensors go to any other than `cpu` ahead of time"""
 
     def resumed(self, earlier: Earlier) -> Self:
         """See `Job`. Each tensor's checksum is compared as it is taken over, so the artifact is not read before."""
@@ -52,7 +56,7 @@ class MergeJob(VariantJob):
         """Merge one group of layers and write it at its place in the checkpoint under construction in `out`.
 
         A group that an earlier, interrupted run finished is left as it is, and False returned.
-        Memory: that of the method, for one tensor at a time.
+        Memory: that of the method, for one tensor at a time; on a GPU, base and experts of the next one too.
 
         Raises:
             InputError: a weight of base or experts that is NaN or Inf, naming the tensor; or a merged one: it overflows
@@ -68,19 +72,24 @@ class MergeJob(VariantJob):
         weights = self.weights()
         preallocate(plan, out)
         previous = _Previous.of(self)
+        staging = None if self.device == "cpu" else Staging(self.device)
+        names = (*self.groups[part], *(base.buffers if part == 0 else ()))
+        own = {name: {} if name in base.statistics else weights.get(layer_of(name), {}) for name in names}
+
+        def load(name: str) -> _Loaded:
+            with _noted(name):
+                inputs = None if name in base.buffers else _inputs(self, own[name], name, plan.tensors[name].dtype)
+                taken = previous.take(name, inputs) if previous else None
+                return taken or _Loaded(inputs, _merged_pieces(self, own[name], name, staging))
+
         tensors = {}
         with CheckpointWriter(plan, out) as writer:
-            for name in (*self.groups[part], *(base.buffers if part == 0 else ())):
-                dtype = plan.tensors[name].dtype
-                own = {} if name in base.statistics else weights.get(layer_of(name), {})
-                with noted(f"tensor {name} of layer {layer_of(name)}"):
-                    inputs = None if name in base.buffers else _inputs(self, own, name, dtype)
-                    found = previous.take(name, inputs, writer) if previous else None
-                    taken = found is not None
-                    if found is None:
-                        found = _merge_tensor(self, own, name, dtype, writer)
+            for name, one in one_ahead(load, names) if staging else ((name, load(name)) for name in names):
+                with _noted(name):
+                    found = _write_tensor(self, own[name], name, one, writer)
                 writer.begin_flush(name)
-                tensors[name] = {"inputs": inputs, **found, "taken": taken}
+                tensors[name] = {"inputs": one.inputs, **found, "taken": one.known is not None}
+                del one  # what of it is on a GPU goes before more is loaded
         write_json(done, tensors)
         return True
 
@@ -121,16 +130,37 @@ def _by_remark(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]
     return found
 
 
-def _merge_tensor(
-    job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype, writer: CheckpointWriter
-) -> dict[str, Any]:
-    """Merge one tensor and write it.
+@dataclass(frozen=True)
+class _Loaded:
+    """A tensor that is ready to be written."""
+
+    inputs: str | None
+    """fingerprint of all that a merged weight depends on; None for a buffer"""
+    pieces: Iterable[tuple[slice, Tensor]]
+    """which elements, and their values, in the plan's dtype if they are known and else in any"""
+    known: Mapping[str, Any] | None = None
+    """what `_write_tensor` returns, of a tensor that is taken over from an earlier merge"""
+
+
+def _noted(name: str) -> AbstractContextManager[None]:
+    return noted(f"tensor {name} of layer {layer_of(name)}")
+
+
+def _write_tensor(
+    job: MergeJob, weights: Mapping[str, float], name: str, one: _Loaded, writer: CheckpointWriter
+) -> Mapping[str, Any]:
+    """Merge one tensor, or take it over, and write it.
 
     Returns:
         Its digests, `checksum` (fast, to read it back by) and `sha256`; and what the method said of it.
     """
+    if one.known is not None:
+        for where, values in one.pieces:
+            writer.write(name, values, where.start)
+        return one.known
+    dtype = writer.plan.tensors[name].dtype
     with remarks() as said:
-        digests, is_finite = write_tensor(writer, name, _merged_pieces(job, weights, name), dtype)
+        digests, is_finite = write_tensor(writer, name, one.pieces, dtype)
     if not is_finite:
         used = ", ".join(f"{expert} {weight:g}" for expert, weight in weights.items())
         raise InputError(
@@ -169,12 +199,8 @@ class _Previous:
         except InputError:  # its weights are gone or cut since it was made: all is merged again
             return None
 
-    def take(self, name: str, inputs: str | None, writer: CheckpointWriter) -> dict[str, Any] | None:
-        """Write a tensor as the earlier merge has it; None if it is another, or damaged.
-
-        Returns:
-            What `_merge_tensor` does.
-        """
+    def take(self, name: str, inputs: str | None) -> _Loaded | None:
+        """Return a tensor as the earlier merge has it; None if it is made of other inputs, or damaged."""
         known = self.tensors.get(name)
         if inputs is None or known is None or known["inputs"] != inputs:
             return None
@@ -182,12 +208,14 @@ class _Previous:
         content = tensor_bytes(values)
         if xxhash.xxh3_128_hexdigest(content) != known["checksum"]:
             return None
-        writer.write(name, values)
-        sha256 = hashlib.sha256(content).hexdigest()
-        return {"checksum": known["checksum"], "sha256": sha256, REMARKS: known.get(REMARKS, [])}
+        found = {"checksum": known["checksum"], "sha256": hashlib.sha256(content).hexdigest()}
+        return _Loaded(inputs, [(slice(0, len(values)), values)], {**found, REMARKS: known.get(REMARKS, [])})
 
 
-def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> Iterator[tuple[slice, Tensor]]:
+def _merged_pieces(
+    job: MergeJob, weights: Mapping[str, float], name: str, staging: Staging | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Return the pieces of a merged tensor; what they are made of is sent to the device if there is one."""
     if name in job.base.statistics:
         return job.mean_pieces(name)
     base = job.base.read(name)
@@ -195,4 +223,8 @@ def _merged_pieces(job: MergeJob, weights: Mapping[str, float], name: str) -> It
     if not job.base.info(name).is_floating_point or not (touched or job.method.changes_untouched):
         flat = base.reshape(-1)
         return ((where, flat[where]) for where in chunks(len(flat)))
-    return job.method.merged_pieces(base, [job.task_vector(key, name, weights[key]) for key in job.experts])
+    vectors = [job.task_vector(key, name, weights[key]) for key in job.experts]
+    if staging is None:
+        return job.method.merged_pieces(base, vectors)
+    there = [replace(one, delta=one.delta.moved(staging.sent)) for one in vectors]
+    return staging.returned(job.method.merged_pieces(staging.sent(base), there))

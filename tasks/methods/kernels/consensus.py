@@ -26,7 +26,10 @@ def disjoint_sum(parts: torch.Tensor, weights: Sequence[float], normalize: bool)
         loops.disjoint_sum(parts.numpy(), np.array(weights, np.float32), normalize, mixed.numpy())
         return mixed
     sign, magnitudes = agreeing(parts, weights)
-    mixed = sum(magnitudes[1:], start=magnitudes[0]).mul_(sign)
+    mixed = torch.zeros_like(sign)  # no −0 then where nothing agrees, as in the loop
+    for magnitude in magnitudes:
+        mixed += magnitude
+    mixed *= sign
     return mixed.div_(agreeing_weight(magnitudes, weights)) if normalize else mixed
 
 

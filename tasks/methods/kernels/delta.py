@@ -1,6 +1,6 @@
 """Task vectors of one tensor, worked out piece by piece: what is not asked for is never in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,8 @@ from sensmerge.tasks.methods.kernels.stored import add, can_sum, subtract, sum_d
 
 CHUNK = 1 << 17
 """Elements handled at a time: intermediate tensors then stay in the processor's cache."""
+GPU_CHUNK = 1 << 23
+"""The same on a GPU, which is slow to start and has no such cache."""
 BLOCK = 1 << 16
 """Sums are taken over blocks of this many elements, and then over blocks: so they do not depend on the chunks."""
 
@@ -29,8 +31,11 @@ class Delta(Protocol):
         Args:
             piece: gets them; flat, float32.
             where: which, from start to stop.
-            base: the base's elements there, in any float dtype.
+            base: the base's elements there, in any float dtype; on the same device.
         """
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Delta":
+        """Return the task vector with its tensors where `move` puts them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class Difference:
         """See `Delta`."""
         subtract(self.expert[where], base, piece)
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Delta:
+        """See `Delta`."""
+        return Difference(move(self.expert))
+
 
 @dataclass(frozen=True)
 class Whole:
@@ -64,6 +73,10 @@ class Whole:
         """See `Delta`."""
         piece.copy_(self.values[where])
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Delta:
+        """See `Delta`."""
+        return Whole(move(self.values))
+
 
 @dataclass(frozen=True)
 class Unchanged:
@@ -79,6 +92,10 @@ class Unchanged:
         """See `Delta`."""
         piece.zero_()
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Delta:
+        """See `Delta`."""
+        return self
+
 
 def chunks(numel: int, size: int | None = None) -> Iterator[slice]:
     """Yield the slices that make up `numel` elements, `size` (default `CHUNK`, a multiple of `BLOCK`) in each."""
@@ -88,6 +105,11 @@ def chunks(numel: int, size: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + size, numel))
 
 
+def _chunks_of(base: Tensor) -> Iterator[slice]:
+    """Yield the slices of a flat tensor that are worked on at a time where it lies; no result depends on them."""
+    return chunks(len(base), CHUNK if base.is_cpu else GPU_CHUNK)
+
+
 def pieces(delta: Delta, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield which elements, and the task vector's values there, flat and float32; the caller may change the tensor.
 
@@ -95,15 +117,29 @@ def pieces(delta: Delta, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
         delta: the task vector.
         base: the base's tensor, flat, in any float dtype.
     """
-    for where in chunks(len(delta)):
+    for where in _chunks_of(base):
         piece = torch.empty(where.stop - where.start, device=base.device)
         delta.fill(piece, where, base[where])
         yield where, piece
 
 
 def block_sums(values: Tensor) -> list[float]:
-    """Return the sum of every `BLOCK` elements of a flat tensor that starts with a block; of few, of those."""
-    return [float(block.sum()) for block in torch.split(values, BLOCK)]
+    """Return sums of magnitudes, some for every `BLOCK` of a flat float32 tensor that starts with one.
+
+    Every element is in one of them, added in an order that is the same on every device. So their exact sum is too.
+    """
+    if values.is_cpu:
+        sums = torch.empty(-(-len(values) // BLOCK), loops.LANES)
+        loops.block_sums(values.numpy(), BLOCK, sums.numpy())
+    else:
+        rows = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK // loops.ROW, loops.ROW)
+        sums = torch.zeros(len(rows), loops.ROW, device=values.device)
+        for row in rows.unbind(1):
+            sums += row
+        while sums.shape[1] > loops.LANES:
+            first, second = sums.chunk(2, 1)
+            sums = first + second
+    return sums.flatten().tolist()
 
 
 def parts(base: Tensor, deltas: Sequence[Delta]) -> Iterator[tuple[slice, Tensor]]:
@@ -113,7 +149,7 @@ def parts(base: Tensor, deltas: Sequence[Delta]) -> Iterator[tuple[slice, Tensor
         base: the base's tensor, flat, in any float dtype.
         deltas: the experts' task vectors of it.
     """
-    for where in chunks(len(base)):
+    for where in _chunks_of(base):
         origin = base[where]
         found = torch.empty(len(deltas), len(origin), device=base.device)
         for part, delta in zip(found, deltas, strict=True):
@@ -130,6 +166,14 @@ def weighted_sum(parts: Tensor, weights: Sequence[float]) -> Tensor:
     for part, weight in zip(parts, weights, strict=True):
         part.mul_(weight)
     return sum(parts[1:], start=parts[0])
+
+
+def divide(values: Tensor, divisor: float) -> Tensor:
+    """Divide float32 elements in place, and return them.
+
+    By a tensor where they lie: for a number, torch's GPU kernel multiplies with its reciprocal, which rounds twice.
+    """
+    return values.div_(torch.full((), divisor, dtype=torch.float32, device=values.device))
 
 
 def sums(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float]) -> Iterator[tuple[slice, Tensor]]:

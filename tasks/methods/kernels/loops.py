@@ -36,6 +36,8 @@ INFINITE = 0x7F800000
 """Bits of the infinite float32; those of a NaN are more, those of numbers less."""
 _BLOCK = 1024
 """Elements at a time where a loop goes over several arrays: what lies between then stays in the fastest cache."""
+ROW, LANES = 1024, 64
+"""Elements that `block_sums` adds side by side, and sums that it leaves of them."""
 _NOTHING = np.float32(-0.0)
 """What changes no sum that it is added to, be that −0."""
 _1, _3, _27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (1, 3, 27, 30, 31, 32, 0x7FFFFFFF))
@@ -112,6 +114,32 @@ def largest_magnitude(values: Float32) -> int:
         magnitude = np.int32(bits[i] & _MAGNITUDE)
         largest = magnitude if magnitude > largest else largest  # `max` would be taken of one at a time
     return int(largest)
+
+
+@compiled
+def block_sums(values: Float32, block: int, sums: Float32) -> None:
+    """Add up magnitudes: in every block, each `ROW` to those before, and then the upper half of the row to the lower.
+
+    Args:
+        values: the magnitudes.
+        block: elements in a block, a multiple of `ROW`.
+        sums: gets `LANES` sums for each block (blocks × LANES).
+    """
+    total = np.empty(ROW, np.float32)
+    for number in range(len(sums)):
+        elements = values[number * block : (number + 1) * block]
+        total[:] = np.float32(0)
+        for start in range(0, len(elements), ROW):
+            row = elements[start : start + ROW]
+            for i in range(len(row)):
+                total[i] += row[i]
+        width = ROW // 2
+        while width >= LANES:
+            lower, upper = total[:width], total[width : 2 * width]
+            for i in range(width):
+                lower[i] += upper[i]
+            width //= 2
+        sums[number] = total[:LANES]
 
 
 @compiled

@@ -139,7 +139,12 @@ def test_reading_a_recipe_needs_no_torch() -> None:
             {"merges": {"e": {"method": "ties", "coefficients": {"kind": "explicit", "weights": {"math": 1}}}}},
             "merges.e.coefficients.weights: found math; expected every expert once: code, math",
         ),
-        ({"resources": {"merge": {"num_gpus": 1}}}, "resources.merge.num_gpus: the stage uses no GPU"),
+        ({"resources": {"vectors": {"num_gpus": 1}}}, "resources.vectors.num_gpus: the stage uses no GPU"),
+        (
+            {"merges": {"t": {"method": "tsv_m"}}, "resources": {"merge": {"num_gpus": 1}}},
+            "merges.t: method tsv_m does not give the same bits on a GPU as on a CPU; leave resources.merge.num_gpus "
+            r"out, .* \(methods that run on one: linear, task_arithmetic, ties, dare_linear, dare_ties\)",
+        ),
         ({"tasks": {"math": {"kind": "completion"}}}, "tasks.math: has neither calibration nor evaluation"),
         ({"merges": {"t": {"method": "ties", "weight": True}}}, "merges.t.weight: .* valid number"),
         ({"merges": {"t": {"method": "ties", "weight": "0.5"}}}, "merges.t.weight: .* valid number"),

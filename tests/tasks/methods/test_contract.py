@@ -202,9 +202,9 @@ def test_a_statistic_needs_calibration_sets() -> None:
 def test_the_table_says_what_methods_need() -> None:
     lines = {line.split("`")[1]: line for line in methods_table().splitlines()[2:]}
     assert list(lines) == list(METHODS)
-    assert "| whole tensors | `rank: 1` | no | from static merge |" in lines["top_rank"]
+    assert "| whole tensors | `rank: 1` | no | no | from static merge |" in lines["top_rank"]
     assert "| elements, in pieces, the statistic `importance` of each expert | `power: 1.0` |" in lines["importance"]
-    assert "`seed: 0` | yes, from `seed` | from base or static merge |" in lines["dare_ties"]
+    assert "`seed: 0` | yes, from `seed` | yes | from base or static merge |" in lines["dare_ties"]
 
 
 class RankByName(TopRank):

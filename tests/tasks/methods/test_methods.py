@@ -351,17 +351,54 @@ def test_which_methods_leave_factors_alone(method: str, density: float, consensu
     assert how.keeps_whole("any") == low_rank
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", NAMES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_gpu_gives_the_same_bits(method: str, dtype: torch.dtype) -> None:
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"normalize": True, "lambda": 0.7},
+    {"normalize": False, "rescale": True},
+    {"normalize": True, "rescale": False},
+]
+
+
+def settings_of(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that a method has."""
+    unknown = {"linear": ("rescale", "lambda"), "task_arithmetic": ("rescale",)}.get(method, ())
+    return {key: value for key, value in settings.items() if key not in unknown}
+
+
+def bits_of_merge(how: Additive, weights: list[float], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """The bits of a merge of as many experts as weights, with equal magnitudes, zeros and −0 among the elements."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(3 * BLOCK + 7, generator=generator).to(dtype)
-    experts = [(base.float() + 0.05 * torch.randn(len(base), generator=generator)).to(dtype) for _ in range(3)]
-    how = of(method, 0.3, **({"rescale": False} if method in SPARSE else {}))
-    assert how.devices == ("cpu", "cuda")
-    merged = []
-    for device in how.devices:
-        given = [TaskVector(f"{k}", "tensor", Difference(one.to(device)), 0.4) for k, one in enumerate(experts)]
-        merged.append(joined(how.merged_pieces(base.to(device), given), base.shape).cpu())
-    assert torch.equal(*merged)
+    base[:64] = -0.0
+    experts = [(base.float() + 0.05 * torch.randn(len(base), generator=generator)).to(dtype) for _ in weights]
+    for one in experts:
+        one[32:5000] = base[32:5000]
+    given = [
+        TaskVector(f"{k}", "tensor", Difference(one.to(device)), weight)
+        for k, (one, weight) in enumerate(zip(experts, weights, strict=True))
+    ]
+    return joined(how.merged_pieces(base.to(device), given), base.shape).cpu().view(torch.int32)
+
+
+@pytest.mark.parametrize("weights", [[0.4, 0.3, -0.2], [0.1, 0.7, 0.3, 0.9, 0.45]])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("method", NAMES)
+def test_operations_of_any_device_give_the_bits_of_the_loops(
+    method: str, settings: dict[str, Any], weights: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = of(method, 0.3, **settings_of(method, settings))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        expected = bits_of_merge(how, weights, dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cpu", property(lambda _: False), raising=False)
+            assert torch.equal(bits_of_merge(how, weights, dtype), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("method", NAMES)
+def test_a_gpu_gives_the_same_bits(method: str, settings: dict[str, Any]) -> None:
+    how = of(method, 0.3, **settings_of(method, settings))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        expected, found = (bits_of_merge(how, WEIGHTS, dtype, device) for device in how.devices)
+        assert torch.equal(found, expected)

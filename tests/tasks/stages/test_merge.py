@@ -35,7 +35,7 @@ from sensmerge.tasks.methods.contract import TaskVector, method_of
 from sensmerge.tasks.methods.kernels.delta import Whole
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network, open_expert
-from sensmerge.tasks.stages import merge
+from sensmerge.tasks.stages import merge, staging
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.written import weights_digest
 from tests.conftest import (
@@ -185,6 +185,28 @@ def test_half_precision_is_merged_in_float32(method: str, density: float, save: 
     merged(make_job(tmp_path / "wide", wide_base, wide, method, at(density, method)), tmp_path / "full")
     expected = {name: tensor.bfloat16() for name, tensor in weights_of(tmp_path / "full").items()}
     assert equal(weights_of(tmp_path / "half"), expected)
+
+
+@pytest.mark.parametrize(("method", "density"), VARIANTS[:5])
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_staged_for_a_device_has_the_same_bits(
+    method: str,
+    density: float,
+    device: str,
+    job: Callable[..., MergeJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = job(method, at(density, method))
+    expected = merged(one, tmp_path / "cpu")
+    assert replace(one, device=device).identity() == one.identity()
+    with monkeypatch.context() as patch:
+        if device != "cuda":  # a tensor on cpu:0 is computed with as on a GPU
+            patch.setattr(torch.Tensor, "is_cpu", property(lambda _: False), raising=False)
+        patch.setattr(staging, "BUFFER", 1000)
+        found = merged(replace(one, device=device), tmp_path / "staged")
+    assert found == expected
+    assert equal(weights_of(tmp_path / "staged"), weights_of(tmp_path / "cpu"))
 
 
 @pytest.mark.parametrize(("method", "density"), VARIANTS)
