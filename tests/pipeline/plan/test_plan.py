@@ -356,6 +356,17 @@ def se_recipe(llama_recipe: Recipe) -> Recipe:
     return {**llama_recipe, "merges": {**llama_recipe["merges"], "se": {**ta, "application": {"kind": "se"}}}}
 
 
+def test_a_merge_on_a_gpu_is_the_same_merge(llama_recipe: Recipe, se_recipe: Recipe, tmp_path: Path) -> None:
+    override = "resources.merge.num_gpus=0.5"
+    before, after = plan_of(tmp_path, llama_recipe), plan_of(tmp_path, llama_recipe, override)
+    jobs = [plan.step("merge", "ta").job for plan in (before, after)]
+    assert [job.device for job in jobs if isinstance(job, MergeJob)] == ["cpu", "cuda"]
+    assert fingerprints(before) == fingerprints(after)
+    with pytest.raises(InputError, match=r"merges\.se: application se from the base .* set application\.origin"):
+        plan_of(tmp_path, se_recipe, override)
+    plan_of(tmp_path, se_recipe, override, "merges.se.application.origin=static")
+
+
 def test_a_dynamic_variant_has_a_route_and_one_evaluation(se_recipe: Recipe, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, se_recipe)
     titles = [step.title for step in plan.steps]

@@ -187,26 +187,46 @@ def test_half_precision_is_merged_in_float32(method: str, density: float, save: 
     assert equal(weights_of(tmp_path / "half"), expected)
 
 
+DEVICES = ["cpu:0", pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Devices that tensors are sent to; the first is this CPU."""
+
+
+def no_loops(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a device compute as any but a CPU does, and tensors go there in many turns of the buffers."""
+    if device != "cuda":
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False), raising=False)
+    monkeypatch.setattr(staging, "BUFFER", 1000)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("method", "density"), VARIANTS[:5])
-@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_what_is_staged_for_a_device_has_the_same_bits(
-    method: str,
-    density: float,
-    device: str,
-    job: Callable[..., MergeJob],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_is_sent_to_a_device_has_the_same_bits(
+    method: str, density: float, device: str, llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = job(method, at(density, method))
+    adapter = make_adapter(make_llama(), tmp_path / "adapter", 1, target_modules=["q_proj"])
+    experts = {"math": llamas["math"], "code": llamas["code"], "adapter": adapter}
+    one = make_job(tmp_path, llamas["base"], experts, method, at(density, method))
     expected = merged(one, tmp_path / "cpu")
-    assert replace(one, device=device).identity() == one.identity()
-    with monkeypatch.context() as patch:
-        if device != "cuda":  # a tensor on cpu:0 is computed with as on a GPU
-            patch.setattr(torch.Tensor, "is_cpu", property(lambda _: False), raising=False)
-        patch.setattr(staging, "BUFFER", 1000)
-        found = merged(replace(one, device=device), tmp_path / "staged")
-    assert found == expected
-    assert equal(weights_of(tmp_path / "staged"), weights_of(tmp_path / "cpu"))
+    there = replace(one, device=device)
+    no_loops(device, monkeypatch)
+    assert there.identity() == one.identity()
+    assert merged(there, tmp_path / "there") == expected
+    assert equal(weights_of(tmp_path / "there"), weights_of(tmp_path / "cpu"))
+    again = merged(replace(there, previous=tmp_path / "cpu", shard_size=30_000), tmp_path / "again")
+    assert (again["digest"], again["taken_over"]) == (expected["digest"], len(one.base.weights))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_that_are_none_are_found_as_a_tensor_is_sent(
+    device: str, save: Save, llamas: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    expert = altered(save(perturbed(make_llama(), 1), "expert", tmp_path), {name: poison(float("nan"), 2)})
+    experts = {"math": expert, "code": llamas["code"]}
+    one = make_job(tmp_path, llamas["base"], experts, device=device, task_vectors={})
+    no_loops(device, monkeypatch)
+    with pytest.raises(InputError, match=rf"experts\.math: tensor {name} of .*expert has 2 NaN or Inf of 512 values"):
+        merged(one, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("method", "density"), VARIANTS)
