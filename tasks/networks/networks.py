@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from sensmerge.tasks.artifacts import canonical, sha256_text
+from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
 from sensmerge.tasks.errors import InputError
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
@@ -38,10 +38,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a Hugging Face model folder")
-    try:
-        json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); get the file again") from error
+    content = load_object(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, StrictDataclassError) as error:
@@ -49,7 +46,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise InputError(
             f"{path}: not the config of a model that transformers has; code of a model is never run ({reason})"
         ) from error
-    quantised = _quantisation(json.loads(path.read_text()), "")
+    quantised = _quantisation(content, "")
     if quantised:
         raise InputError(
             f"{path}: the weights are quantised ({quantised}); expected float weights: merge a copy of the model that "

@@ -69,7 +69,6 @@ def test_invalid_json(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        [],
         {},
         {"model_type": "unheard-of"},
         {"model_type": 5},
@@ -83,6 +82,10 @@ def test_invalid_json(text: str, tmp_path: Path) -> None:
 def test_a_config_that_transformers_does_not_know(config: object, tmp_path: Path) -> None:
     assert "code of a model is never run" in refused(write_config(tmp_path, config))
     assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_config_that_is_no_object(tmp_path: Path) -> None:
+    assert "holds a list; expected a JSON object" in refused(write_config(tmp_path, []))
 
 
 def test_code_beside_a_known_model_is_not_run(tmp_path: Path) -> None:
