@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from sensmerge.pipeline.execute.stop import closed, stoppable
+from sensmerge.pipeline.execute.stop import stoppable
 from sensmerge.pipeline.hashing import hashed, said_of
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.models import list_models, unhashed_bytes
@@ -79,6 +79,7 @@ def work(command: Literal["run", "refresh"], options: Options, console: Console)
         listings = beside.submit(_begin, options, console)
         with _quick_imports():
             from sensmerge.pipeline import workflow
+            from sensmerge.pipeline.execute.cluster import closed
         run = workflow.run if command == "run" else workflow.refresh
         found = listings.result()
         # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as

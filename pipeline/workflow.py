@@ -8,6 +8,7 @@ from importlib import import_module
 import yaml
 from rich.console import Console
 
+from sensmerge.pipeline.execute.run import execute
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
@@ -115,10 +116,6 @@ def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:
         # These take seconds, which nobody then waits for.
         for name in ("sensmerge.pipeline.tracking.record", "mlflow.store.tracking.sqlalchemy_store"):
             beside.submit(import_module, name)
-        if not plan.todo and not options.metrics:
-            return ()
-        from sensmerge.pipeline.execute.run import execute  # Ray, which nothing to do does not need
-
         if not options.metrics:
             execute(plan, options.address, console)
             return ()

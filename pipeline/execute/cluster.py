@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from sensmerge.pipeline.execute.stop import Stopped, closed
+from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.tasks.errors import InputError, StepError
 
 SYSTEM_RETRIES = 1
@@ -42,6 +42,15 @@ def connect(address: str | None) -> None:
         raise Stopped(signal.SIGTERM) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
+
+
+@contextmanager
+def closed() -> Iterator[None]:
+    """Leave no connection behind when the block is left."""
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Ends work in order when this process is told to stop."""
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -39,15 +38,3 @@ def stoppable() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-@contextmanager
-def closed() -> Iterator[None]:
-    """Leave no connection to Ray behind when the block is left; Ray is not imported for that."""
-    try:
-        yield
-    finally:
-        if "ray" in sys.modules:
-            import ray
-
-            ray.shutdown()

@@ -44,13 +44,3 @@ def test_the_schema_imports_nothing_heavy() -> None:
     packages, seconds = imported("schema")
     assert packages & HEAVY == set()
     assert seconds < SECONDS
-
-
-def test_planning_and_finding_nothing_to_do_import_neither_ray_nor_mlflow() -> None:
-    code = "import sys, sensmerge.pipeline.start, sensmerge.pipeline.workflow; print(*sys.modules)"
-    told = subprocess.run(
-        [sys.executable, "-c", code], cwd=PROJECT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, check=True
-    )
-    loaded = set(told.stdout.decode().split())
-    assert "sensmerge.pipeline.plan.plan" in loaded
-    assert loaded & {"ray", "mlflow", "matplotlib", "datasets"} == set()
