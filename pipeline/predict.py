@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sensmerge.pipeline.execute.batches import Workers, work_in_batches
 from sensmerge.pipeline.execute.cluster import cluster
+from sensmerge.tasks.artifacts import parse_json
 from sensmerge.tasks.dynamic.folder import check_files, read_manifest
 from sensmerge.tasks.dynamic.model import DynamicModel, Prediction
 from sensmerge.tasks.errors import InputError
@@ -125,10 +126,10 @@ def _rows(path: Path, field: str) -> Iterator[tuple[str, Row]]:
 
 def _row(line: bytes, field: str, place: str) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         # Python reads NaN, numbers too large and halves of surrogate pairs, which JSON in UTF-8 cannot hold.
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{place}: is not JSON ({error}); expected an object on every line") from error
     if not isinstance(row, dict):
         raise InputError(f"{place}: is a {type(row).__name__}; expected an object")

@@ -10,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.identity import Local
 
 _HASHED_AT_ONCE = 32 * 2**20
@@ -59,6 +60,59 @@ def link_file(source: Path, target: Path) -> None:
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file."""
     return json.loads(path.read_text())
+
+
+MOST_JSON = 2**28
+"""Bytes of a JSON file from outside; the largest tokenizers take an eighth of that."""
+
+
+def load_json(path: Path) -> Any:
+    """Return the value of a JSON file that anyone may have written.
+
+    Raises:
+        InputError: it cannot be read, or is none: not UTF-8, a key twice in one object, nested too deeply, a number of
+            thousands of digits.
+    """
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); get the file again") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); get the file again") from error
+
+
+def load_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file that anyone may have written.
+
+    Raises:
+        InputError: as `load_json`, or for another value.
+    """
+    found = load_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds a {type(found).__name__}; expected a JSON object; get the file again")
+    return found
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text that anyone may have written.
+
+    Raises:
+        ValueError: it is none, see `load_json`.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"key {shown(twice)} stands twice in one object")
+    return found
 
 
 def canonical(value: Any) -> str:

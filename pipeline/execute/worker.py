@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sensmerge.pipeline.store.store import Key, Store, file_sizes
+from sensmerge.pipeline.store.manifest import file_sizes
+from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.errors import noted
 from sensmerge.tasks.stages.job import Job
 

@@ -9,8 +9,9 @@ from typing import Protocol
 from huggingface_hub import CachedRepoInfo, scan_cache_dir
 
 from sensmerge.pipeline.store.history import past_runs, unfinished_runs
-from sensmerge.pipeline.store.store import FINGERPRINT, PARTIAL, Store, stages
-from sensmerge.tasks.artifacts import read_json
+from sensmerge.pipeline.store.manifest import FINGERPRINT
+from sensmerge.pipeline.store.store import PARTIAL, Store, stages
+from sensmerge.tasks.artifacts import parse_json
 from sensmerge.tasks.serving import lease
 
 
@@ -112,7 +113,10 @@ def _used_revisions(store: Store, keep: set[str]) -> set[str] | None:
     files = [path for path in files if not path.parent.name.endswith(PARTIAL)]
     if not all(path.is_file() for path in files):
         return None
-    return {read_json(path)["revision"] for path in files}
+    try:
+        return {parse_json(path.read_bytes())["revision"] for path in files}
+    except (ValueError, KeyError, TypeError):  # damaged: what it needs is not known either
+        return None
 
 
 def _size(repo: CachedRepoInfo, commit: str) -> int:

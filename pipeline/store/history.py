@@ -3,7 +3,8 @@
 A run that has begun and not ended yet is in `runs/unfinished/`, a file per recipe.
 """
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
 from sensmerge.pipeline.store.store import RUNS, Key, Store
-from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.artifacts import parse_json
 
 SQLITE = "sqlite:///"
 """Beginning of the tracking URI of a database file."""
@@ -61,12 +62,22 @@ def remember(
 
 def past_runs(store: Store) -> list[PastRun]:
     """Return all runs that have ended, oldest first."""
-    return [PastRun(**read_json(path)) for path in sorted((store.root / RUNS).glob("*.json"))]
+    return list(_read(store.root / RUNS))
 
 
 def unfinished_runs(store: Store) -> list[PastRun]:
     """Return the runs that have begun and not ended, by recipe."""
-    return [PastRun(**read_json(path)) for path in sorted((store.root / UNFINISHED).glob("*.json"))]
+    return list(_read(store.root / UNFINISHED))
+
+
+def _read(folder: Path) -> Iterator[PastRun]:
+    """Yield the runs in a folder; of a file that cannot be read is said that it is left out."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            yield PastRun(**parse_json(path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            sys.stderr.write(f"{path}: tells no run ({reason}); it is left out: delete it\n")
 
 
 def last_run(store: Store, recipe: str, keys: Iterable[Key]) -> PastRun | None:

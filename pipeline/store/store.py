@@ -25,15 +25,24 @@ from filelock import FileLock, Timeout
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.differences import differences
 from sensmerge.pipeline.store.lock import LOCKS, RemoteClaims, held, is_held
+from sensmerge.pipeline.store.manifest import (
+    FINGERPRINT,
+    MANIFEST,
+    SMALL,
+    State,
+    altered,
+    file_sizes,
+    read_fingerprint,
+    read_manifest,
+    what_is_wrong,
+)
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
-from sensmerge.tasks.artifacts import checksum_file, is_partial, ordered, read_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import checksum_file, is_partial, ordered, sha256_text, write_json
 from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
 from sensmerge.tasks.stages.job import Job
 
-MANIFEST = "manifest.json"
-FINGERPRINT = "fingerprint.json"
 RUNS = "runs"
 """Folder of what `pipeline.store.history` writes."""
 PARTIAL = ".partial"
@@ -42,8 +51,6 @@ CACHE = "SENSMERGE_CACHE"
 """Environment variable: where the local folders of stores at URLs are."""
 LOOKS = 16
 """How many folders at a URL are looked at side by side."""
-SMALL = 2**23
-"""Files of up to so many bytes are downloaded as soon as a store at a URL is opened."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class Store:
     """of a store at a URL"""
     _listed: dict[str, RemoteFile] = field(default_factory=dict, init=False, repr=False, compare=False)
     """files of the remote store when it was last looked at, by their path"""
+    _intact: set[State] = field(default_factory=set, init=False, repr=False, compare=False)
+    """of small files that have been found to be as they were written"""
     _claim: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     """token of the claim by which this run holds a store at a URL"""
 
@@ -90,7 +99,7 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what was listed behind when travelling to a worker, which does not look at the URL."""
-        return {"root": self.root, "remote": self.remote, "_listed": {}, "_claim": self._claim}
+        return {"root": self.root, "remote": self.remote, "_listed": {}, "_intact": set(), "_claim": self._claim}
 
     def __str__(self) -> str:
         """Return what `open` takes."""
@@ -148,16 +157,17 @@ class Store:
         return self._manifest(key, lambda path: listed[self._path(path)].size if self._path(path) in listed else None)
 
     def local_manifest(self, key: Key) -> dict[str, Any] | None:
-        """Return the manifest of an artifact that is whole on this machine; None if it is not."""
-        return self._manifest(key, lambda path: path.stat().st_size if path.is_file() else None)
+        """Return the manifest of an artifact that is whole on this machine, its small files as they were written."""
+        manifest = self._manifest(key, lambda path: path.stat().st_size if path.is_file() else None)
+        return None if manifest is None or altered(self.folder(key), manifest, self._intact) else manifest
 
     def _manifest(self, key: Key, size_of: Callable[[Path], int | None]) -> dict[str, Any] | None:
         folder = self.folder(key)
         if size_of(folder / MANIFEST) is None:
             return None
-        manifest: dict[str, Any] = read_json(folder / MANIFEST)
-        whole = all(size_of(folder / name) == size for name, size in manifest["files"].items())
-        return manifest if whole and manifest["fingerprint"] == key.fingerprint else None
+        manifest = read_manifest(folder)
+        whole = manifest is not None and all(size_of(folder / name) == size for name, size in manifest["files"].items())
+        return manifest if whole and manifest is not None and manifest["fingerprint"] == key.fingerprint else None
 
     def publish(self, key: Key, manifest: Mapping[str, Any], by_tensor: Collection[str] = ()) -> None:
         """Turn the partial folder into the artifact: fingerprint and manifest written last, then one rename.
@@ -286,11 +296,11 @@ class Store:
         if self.partial(key).exists():
             return "was interrupted"
         if self.folder(key).exists():
-            return "files are gone"
+            return what_is_wrong(self.folder(key))
         last = self.last(key)
-        if last is None:
+        before = None if last is None else read_fingerprint(last)
+        if before is None:
             return "new"
-        before = read_json(last / FINGERPRINT)
         if before.keys() != key.inputs.keys():
             return "made by another version of sensmerge"
         return "; ".join(differences(before, dict(key.inputs))[:3]) or "the order of its settings changed"
@@ -370,17 +380,11 @@ def stages() -> tuple[str, ...]:
     return (*get_args(Stage), "sensitivity")
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of every whole file below a folder, by its path there."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_partial(path)]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-
-
 def _lacking_at(uri: str) -> str | None:
     if uri.startswith("file:"):
         folder = Path(url2pathname(urlparse(uri).path))
         place, sizes = str(folder), file_sizes(folder) if folder.is_dir() else {}
-        manifest: Any = read_json(folder / MANIFEST) if MANIFEST in sizes else None
+        manifest: Any = read_manifest(folder)
     else:
         remote = Remote(uri)
         place, sizes = uri, {name: file.size for name, file in remote.files().items()}

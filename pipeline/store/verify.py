@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from sensmerge.pipeline.store.store import MANIFEST, Store, stages
+from sensmerge.pipeline.store.manifest import MANIFEST, read_manifest
+from sensmerge.pipeline.store.store import Store, stages
 from sensmerge.tasks.artifacts import checksum_file, read_json
 from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
@@ -18,14 +19,19 @@ def find_damage(store: Store) -> Iterator[tuple[Path, list[str]]]:
     for stage in stages():
         for folder in store.artifacts(stage):
             with store.copy(folder) as copy:
-                wrong = [*damaged_files(copy), *(_damaged_model(copy, store.hub_cache) if stage == "download" else ())]
+                wrong = list(damaged_files(copy))
+                if stage == "download" and not wrong:
+                    wrong += _damaged_model(copy, store.hub_cache)
             yield folder, wrong
 
 
 def damaged_files(folder: Path) -> Iterator[str]:
     """Read an artifact again and yield what is wrong in it."""
-    manifest = read_json(folder / MANIFEST)
-    checksums, by_tensor = manifest.get("checksums", {}), manifest["result"].get("by_tensor", [])
+    manifest = read_manifest(folder)
+    if manifest is None:
+        yield f"{MANIFEST} cannot be read"
+        return
+    checksums, by_tensor = manifest.get("checksums", {}), manifest.get("result", {}).get("by_tensor", [])
     is_whole = True
     for name, size in manifest["files"].items():
         wrong = _damage(folder / name, size, checksums.get(name))
@@ -38,7 +44,7 @@ def damaged_files(folder: Path) -> Iterator[str]:
 
 def is_intact(folder: Path, name: str) -> bool:
     """Return whether one file of an artifact, which has a checksum, is as it was written."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder) or {"files": {}}
     size, checksum = manifest["files"].get(name), manifest.get("checksums", {}).get(name)
     return size is not None and checksum is not None and _damage(folder / name, size, checksum) is None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.header import TensorInfo, open_file, read_header
 from sensmerge.tasks.errors import InputError
 
@@ -154,9 +155,9 @@ def index_files(index: Path) -> list[str]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = load_object(index)["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise InputError(f"{index}: not an index of safetensors shards ({error!r}); download it again") from error
 
 

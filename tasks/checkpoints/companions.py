@@ -1,6 +1,5 @@
 """What lies beside a model's weights: which files travel into merged models, and how they are copied."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,8 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from sensmerge.tasks.artifacts import write_json
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.artifacts import load_json, write_json
 
 WEIGHTS = "*.safetensors"
 CONFIG = "config.json"
@@ -106,7 +104,7 @@ def copy_companions(files: Mapping[str, Path], target: Path) -> None:
     """
     for name, path in files.items():
         (target / name).parent.mkdir(exist_ok=True)
-        cleaned = without_code(_json(path)) if path.suffix == ".json" and names_code(path) else None
+        cleaned = without_code(load_json(path)) if path.suffix == ".json" and names_code(path) else None
         if cleaned is None:
             shutil.copyfile(path, target / name)
         else:
@@ -115,7 +113,7 @@ def copy_companions(files: Mapping[str, Path], target: Path) -> None:
 
 def names_code(path: Path) -> bool:
     """Return whether a JSON file tells transformers to run code that lies beside it; merged models have none."""
-    return path.suffix == ".json" and b'"auto_map"' in path.read_bytes() and any(_code_keys(_json(path)))
+    return path.suffix == ".json" and b'"auto_map"' in path.read_bytes() and any(_code_keys(load_json(path)))
 
 
 def without_code(value: Any) -> Any:
@@ -133,10 +131,3 @@ def _code_keys(value: Any) -> Iterator[str]:
         if key in _CODE:
             yield key
         yield from _code_keys(inner)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); get the file again") from error

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.companions import WEIGHTS
 from sensmerge.tasks.checkpoints.header import TensorInfo, tensor_info
@@ -57,7 +57,7 @@ def _cached_listing(source: HubModel, commit: str, cache: Path) -> Listing | Non
     path = folder / "trees" / f"{commit}.json"
     if not path.exists():
         return None
-    tree: dict[str, dict[str, Any]] = read_json(path)["files"]
+    tree: dict[str, dict[str, Any]] = load_object(path)["files"]
     for name in tree:
         # Git cannot hold such a path, so it did not come from a repository.
         if name.startswith("/") or ".." in name.split("/"):

@@ -6,13 +6,12 @@ instead of taking the base for the merge.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedModel
 
-from sensmerge.tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
+from sensmerge.tasks.artifacts import canonical, load_object, sha256_file, sha256_text, write_json
 from sensmerge.tasks.checkpoints.weights import HEADS
 from sensmerge.tasks.dynamic.network import DynamicNetwork
 from sensmerge.tasks.dynamic.parameters import by_parameter
@@ -68,9 +67,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise InputError(f"{folder}: no {MANIFEST} in it; expected the folder of a variant with application se")
     try:
-        content: dict[str, Any] = read_json(path)
+        content = load_object(path)
         version, digest = content["version"], content.pop("digest")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise InputError(f"{path}: not the manifest of a dynamic model ({error!r}); copy the folder again") from error
     if version != FORMAT:
         raise InputError(f"{path}: has format {version}, but this sensmerge reads {FORMAT}; run the recipe again")

@@ -1,7 +1,6 @@
 """PEFT LoRA adapters: which tensors their factors belong to, scaled exactly as peft scales them."""
 
 import copy
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -15,9 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
 from sensmerge.tasks.checkpoints.weights import BaseWeights, LoraFactors, Piece, View
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.names import Names, plain
 from sensmerge.tasks.networks.regions import regions
 
@@ -72,19 +72,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     from peft import LoraConfig  # takes its time, which recipes without adapters save
 
     path = folder / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); get the adapter again") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{path}: peft_type is {found!r}; only LORA adapters can be merged")
+    config = load_object(path)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type is {shown(config.get('peft_type'))}; only LORA adapters can be merged")
     defaults: dict[str, Any] = LoraConfig().to_dict()
     for key, value in config.items():
         if key in _UNDERSTOOD or value == defaults.get(key) or not value:
             continue
         raise InputError(
-            f"{path}: {key} = {value!r} cannot be handled; merge the adapter into its base with peft first"
+            f"{path}: {key} = {shown(value)} cannot be handled; merge the adapter into its base with peft first"
         )
     config = defaults | config
     if config["init_lora_weights"] not in _HARMLESS_INITS:

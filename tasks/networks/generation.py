@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.companions import GENERATION_CONFIG, has_tokenizer
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import load_tokenizer
@@ -37,10 +37,7 @@ def _stated(folder: Path) -> list[int]:
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return []
-    try:
-        found = read_json(path).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); get the file again") from error
+    found = load_object(path).get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(one, int) for one in ids):
         raise InputError(f"{path}: eos_token_id is {found!r}; expected a token id or a list of them")

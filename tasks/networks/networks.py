@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from sensmerge.tasks.artifacts import canonical, sha256_text
+from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.bounds import ERRORS, check_bounds
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
@@ -38,18 +39,16 @@ def load_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a Hugging Face model folder")
-    try:
-        json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); get the file again") from error
+    content = load_object(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, StrictDataclassError) as error:
+    except (*ERRORS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{path}: not the config of a model that transformers has; code of a model is never run ({reason})"
         ) from error
-    quantised = _quantisation(json.loads(path.read_text()), "")
+    check_bounds(config, path)
+    quantised = _quantisation(content, "")
     if quantised:
         raise InputError(
             f"{path}: the weights are quantised ({quantised}); expected float weights: merge a copy of the model that "
@@ -112,10 +111,19 @@ def untied_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTrainedModel:
-    """Return the network on the meta device: modules, parameter names and shapes, no memory."""
+    """Return the network on the meta device: modules, parameter names and shapes, no memory.
+
+    Raises:
+        InputError: transformers has no such class, or cannot build a network of these settings.
+    """
     cls = network_class(config, head, folder)
-    with torch.device("meta"):
-        return cls(config_of(cls, config))
+    try:
+        with torch.device("meta"):
+            return cls(config_of(cls, config))
+    except ERRORS as error:
+        raise InputError(
+            f"{folder / 'config.json'}: no {cls.__name__} can be built of its settings ({error!r}); get the file again"
+        ) from error
 
 
 def config_of(cls: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from sensmerge.tasks.artifacts import read_json, write_json
+from sensmerge.tasks.artifacts import load_object, write_json
 from sensmerge.tasks.checkpoints.companions import (
     GENERATION_CONFIG,
     companions,
@@ -343,20 +343,8 @@ def _numbered(content: Mapping[str, Any]) -> list[int | None]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, empty where there is none.
-
-    Raises:
-        InputError: it is no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = read_json(path)
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON object ({error}); get the file again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; get the file again")
-    return value
+    """Return the content of a JSON file, empty where there is none; raises InputError if it is no JSON object."""
+    return load_object(path) if path.is_file() else {}
 
 
 def _list(value: Any) -> list[int]:

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from sensmerge.tasks.artifacts import canonical, read_json, sha256_file, sha256_text, write_json
+from sensmerge.tasks.artifacts import (
+    canonical,
+    load_json,
+    load_object,
+    parse_json,
+    read_json,
+    sha256_file,
+    sha256_text,
+    write_json,
+)
+from sensmerge.tasks.errors import InputError
 
 
 def test_json_comes_back_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -40,3 +50,38 @@ def test_sha256(tmp_path: Path) -> None:
     assert sha256_text("ü") == hashlib.sha256("ü".encode()).hexdigest()
     (tmp_path / "large").write_bytes(b"x" * 1_000_001)
     assert sha256_file(tmp_path / "large") == hashlib.sha256(b"x" * 1_000_001).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"\xff\xfe{}", "can't decode byte"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a": %s}' % (b"9" * 5000), "4300 digits"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' stands twice in one object"),
+    ],
+)
+def test_json_that_is_none_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"config\.json: not valid JSON \(.*{message}.*\); get the file again"):
+        load_json(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=message):
+        parse_json(content)
+
+
+def test_json_of_any_size_and_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"limit": [0.0, Infinity], "name": "ä"}')
+    assert load_object(path) == {"limit": [0.0, float("inf")], "name": "ä"}
+    path.write_text("[1]")
+    assert load_json(path) == [1]
+    with pytest.raises(InputError, match="holds a list; expected a JSON object"):
+        load_object(path)
+    monkeypatch.setattr("sensmerge.tasks.artifacts.MOST_JSON", 2)
+    with pytest.raises(InputError, match="3 bytes; expected at most 2"):
+        load_json(path)
+    with pytest.raises(InputError, match=r"none\.json: cannot be read \(No such file"):
+        load_json(tmp_path / "none.json")

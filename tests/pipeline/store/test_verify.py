@@ -116,7 +116,7 @@ def test_a_store_is_verified_healed_and_tidied(
     said = capsys.readouterr().out
     assert f"merge/{second.name}: model.safetensors: other weights than were written" in said
     assert "1 of them damaged; deleted" in said
-    assert "1 of 7 steps to run" in run("--set", "merges.ta.weight=0.4")
+    assert "1 of 5 steps to run" in run("--set", "merges.ta.weight=0.4")
     assert weights.read_bytes() == before
 
     def free(*more: str) -> str:

@@ -174,7 +174,8 @@ def test_an_index_that_names_the_wrong_shard(weight_map: dict[str, str], sharded
 )
 def test_an_index_that_is_none(text: str, sharded: Path) -> None:
     (sharded / INDEX).write_bytes(text.encode(errors="surrogatepass"))
-    with pytest.raises(InputError, match="not an index of safetensors shards") as error:
+    expected = "not an index of safetensors shards|not valid JSON|expected a JSON object"
+    with pytest.raises(InputError, match=expected) as error:
         open_checkpoint(sharded)
     assert one_line(error).startswith(str(sharded / INDEX))
 

@@ -69,7 +69,6 @@ def test_invalid_json(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        [],
         {},
         {"model_type": "unheard-of"},
         {"model_type": 5},
@@ -83,6 +82,38 @@ def test_invalid_json(text: str, tmp_path: Path) -> None:
 def test_a_config_that_transformers_does_not_know(config: object, tmp_path: Path) -> None:
     assert "code of a model is never run" in refused(write_config(tmp_path, config))
     assert not (tmp_path / "it-ran").exists()
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("vocab_size", value) for value in (0, -5, 2**40, 1.5, True)),
+        *(("num_hidden_layers", value) for value in (0, 10**6, 10**30)),
+        *(("num_attention_heads", value) for value in (0, -1, 2**30)),
+        *(("hidden_size", value) for value in (0, 2**40)),
+        ("intermediate_size", 2**50),
+        ("num_key_value_heads", -2),
+    ],
+)
+def test_sizes_that_no_model_has(key: str, value: object, tmp_path: Path) -> None:
+    said = refused(write_config(tmp_path, LLAMA | {key: value}))
+    assert "expected a whole number from" in said or "not the config of a model" in said
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize("changes", [{"num_key_value_heads": 0}, {"num_attention_heads": 3, "head_dim": 0}])
+def test_settings_of_which_no_network_can_be_built(changes: dict[str, object], tmp_path: Path) -> None:
+    folder = write_config(tmp_path, LLAMA | changes)
+    with pytest.raises(InputError) as caught:
+        skeleton(load_config(folder), "causal_lm", folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_is_no_object(tmp_path: Path) -> None:
+    assert "holds a list; expected a JSON object" in refused(write_config(tmp_path, []))
 
 
 def test_code_beside_a_known_model_is_not_run(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""The two small files that say what an artifact is, whatever has become of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sensmerge.tasks.artifacts import checksum_file, is_partial, parse_json
+
+MANIFEST = "manifest.json"
+"""What an artifact holds, and what its step took; an artifact without it does not exist."""
+FINGERPRINT = "fingerprint.json"
+"""What the result depends on."""
+
+
+SMALL = 2**23
+"""Bytes of the files of which the content is looked at before they are used; at a URL, they are downloaded first."""
+State = tuple[str, int, int]
+"""Path, size and modification time of a file."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest in an artifact's folder; None if it is none, damaged or absent."""
+    try:
+        found = parse_json((folder / MANIFEST).read_bytes())
+        sizes, fingerprint = found["files"], found["fingerprint"]
+        is_manifest = isinstance(found.get("result", {}), dict) and isinstance(fingerprint, str)
+        return found if is_manifest and all(isinstance(size, int) for size in sizes.values()) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def altered(folder: Path, manifest: Mapping[str, Any], intact: set[State]) -> str | None:
+    """Return the first small file of an artifact that has another content than was written.
+
+    Args:
+        folder: the artifact, which has all files.
+        manifest: its manifest.
+        intact: files that need not be read again; those that are as they were written are added.
+    """
+    for name, checksum in manifest.get("checksums", {}).items():
+        stat = (folder / name).stat()
+        state = (str(folder / name), stat.st_size, stat.st_mtime_ns)
+        if stat.st_size > SMALL or state in intact:
+            continue
+        if checksum_file(folder / name) != checksum:
+            return str(name)
+        intact.add(state)
+    return None
+
+
+def what_is_wrong(folder: Path) -> str:
+    """Say why a folder that has the name of an artifact is none."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"{MANIFEST} is damaged"
+    if any(not (folder / name).is_file() for name in manifest["files"]):
+        return "files are gone"
+    damaged = altered(folder, manifest, set())
+    return "files were cut" if damaged is None else f"{damaged} is damaged"
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """Return what an artifact's result depends on; None if that cannot be read."""
+    try:
+        found = parse_json((folder / FINGERPRINT).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every whole file below a folder, by its path there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_partial(path)]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
