@@ -90,6 +90,8 @@ class MergeJob(VariantJob):
                 writer.begin_flush(name)
                 tensors[name] = {"inputs": one.inputs, **found, "taken": one.known is not None}
                 del one  # what of it is on a GPU goes before more is loaded
+        if staging:
+            staging.release()
         write_json(done, tensors)
         return True
 

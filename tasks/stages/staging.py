@@ -21,6 +21,7 @@ BUFFER = 1 << 25
 
 Name = TypeVar("Name")
 Loaded = TypeVar("Loaded")
+Item = TypeVar("Item")
 
 
 def one_ahead(load: Callable[[Name], Loaded], names: Sequence[Name]) -> Iterator[tuple[Name, Loaded]]:
@@ -80,18 +81,30 @@ class Staging:
 
         The next piece is computed and copied while the caller is busy with one.
         """
-        before: tuple[slice, Tensor, Callable[[], None]] | None = None
+        for where, buffer, wait in _one_behind(self._returning(pieces)):
+            wait()
+            yield where, buffer
+
+    def _returning(self, pieces: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor, Callable[[], None]]]:
+        """Begin to copy each piece back; yield what gets it, and what waits for it."""
         for where, values in pieces:
             buffer = self._back.next(values)
             buffer.copy_(values, non_blocking=True)
-            wait = self._back.mark()
-            if before is not None:
-                before[2]()
-                yield before[:2]
-            before = where, buffer, wait
-        if before is not None:
-            before[2]()
-            yield before[:2]
+            yield where, buffer, self._back.mark()
+
+    def release(self) -> None:
+        """Leave the memory of a GPU to other processes."""
+        if self._is_cuda:
+            torch.cuda.empty_cache()
+
+
+def _one_behind(found: Iterable[Item]) -> Iterator[Item]:
+    """Yield each item once the next one has been found."""
+    before: list[Item] = []
+    for item in found:
+        yield from before
+        before = [item]
+    yield from before
 
 
 class _Buffers:
