@@ -89,16 +89,23 @@ def work(command: Literal["run", "refresh"], options: Options, console: Console)
 
 
 def _begin(options: Options, console: Console) -> dict[str, Listing]:
-    """List the models; if any is new there will be work, and Ray starts."""
+    """List the models; if any is new there will be work, and Ray starts while their files are hashed."""
     check_server(options.uri)
     cache = options.store.hub_cache
-    listings = hashed(list_models(options.recipe, options.folder, cache), options.store, console)
-    keys = [Key.of(name, DownloadJob(listing, cache)) for name, listing in listings.items()]
-    if any(options.store.manifest(key) is None for key in keys):
-        from sensmerge.pipeline.execute.cluster import connect
+    listings = list_models(options.recipe, options.folder, cache)
+    with ThreadPoolExecutor(1) as beside:
+        hashing = beside.submit(hashed, listings, options.store, console)
+        if any(listing.unhashed() for listing in listings.values()) or _is_new(listings, options.store):
+            from sensmerge.pipeline.execute.cluster import connect
 
-        connect(options.address)
-    return listings
+            connect(options.address, ahead=True)
+        return hashing.result()
+
+
+def _is_new(listings: Mapping[str, Listing], store: Store) -> bool:
+    """Return whether a model is not in the store as it is now."""
+    keys = [Key.of(name, DownloadJob(listing, store.hub_cache)) for name, listing in listings.items()]
+    return any(store.manifest(key) is None for key in keys)
 
 
 @contextmanager

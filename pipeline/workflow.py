@@ -113,15 +113,24 @@ def _gate(plan: Plan) -> str:
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:
     """Run the steps, and return the load of this machine meanwhile if it is wanted."""
     with ThreadPoolExecutor(1) as beside:
-        # These take seconds, which nobody then waits for.
-        for name in ("sensmerge.pipeline.tracking.record", "mlflow.store.tracking.sqlalchemy_store"):
-            beside.submit(import_module, name)
+        # It takes seconds, which nobody then waits for; what fails here fails again when the run is recorded.
+        beside.submit(_prepare_to_record, options.uri)
         if not options.metrics:
             execute(plan, options.address, console)
             return ()
         with sampled() as samples:
             execute(plan, options.address, console, count_steps=True)
         return samples
+
+
+def _prepare_to_record(uri: str) -> None:
+    """Import what records a run, and have the database made if there is none yet."""
+    import_module("sensmerge.pipeline.tracking.record")
+    if not is_server(uri):
+        from sensmerge.pipeline.tracking.client import connected
+
+        with connected(uri) as client:
+            client.search_experiments(max_results=1)
 
 
 def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console) -> Report:

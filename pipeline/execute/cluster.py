@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import ray
@@ -13,15 +14,19 @@ import ray
 from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.tasks.errors import InputError, StepError
 
+MOST_WARM = 8
+"""Workers that import anything before there is work; a machine may have many more cores than a recipe has steps."""
 SYSTEM_RETRIES = 1
 """How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, ahead: bool = False) -> None:
     """Connect to a cluster, or start one. It ends with the thread that does so.
 
     Args:
         address: of the cluster; None takes RAY_ADDRESS (as a Ray job has it) or starts Ray on this machine.
+        ahead: whether there is nothing to run yet, so that workers of a Ray on this machine may import what takes them
+            seconds.
 
     Raises:
         InputError: no cluster answers.
@@ -42,6 +47,17 @@ def connect(address: str | None) -> None:
         raise Stopped(signal.SIGTERM) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
+    if ahead and here:
+        for _ in range(min(int(ray.cluster_resources().get("CPU", 0)), MOST_WARM)):
+            _WARM_UP.remote()
+
+
+def _warm_up() -> None:
+    """Import in a worker what nearly every step needs: a worker that is done with one step does the next."""
+    import_module("sensmerge.tasks.stages.merge")
+
+
+_WARM_UP = ray.remote(_warm_up)
 
 
 @contextmanager
@@ -50,6 +66,7 @@ def closed() -> Iterator[None]:
     try:
         yield
     finally:
+        _wait_for_the_last()
         ray.shutdown()
 
 
@@ -57,16 +74,34 @@ def closed() -> Iterator[None]:
 def cluster(address: str | None) -> Iterator[None]:
     """Be connected to a cluster within the block; a connection that there is already is used, and closed too.
 
+    What comes after the block does not wait for the end of Ray's processes, which takes a second; `closed` does.
+
     Args:
         address: as in `connect`.
 
     Raises:
         InputError: no cluster answers.
     """
-    with closed():
+    _wait_for_the_last()
+    try:
         if not ray.is_initialized():
             connect(address)
         yield
+    except BaseException:
+        ray.shutdown()
+        raise
+    ending = threading.Thread(target=ray.shutdown)
+    _CLOSING.append(ending)
+    ending.start()
+
+
+_CLOSING: list[threading.Thread] = []
+"""What ends a connection that nothing needs any more."""
+
+
+def _wait_for_the_last() -> None:
+    while _CLOSING:
+        _CLOSING.pop().join()
 
 
 def room_for(cpus: float, gpus: float) -> int:
