@@ -37,7 +37,6 @@ def one_ahead(load: Callable[[Name], Loaded], names: Sequence[Name]) -> Iterator
             loaded = coming.result()
             coming = thread.submit(load, names[number + 1]) if number + 1 < len(names) else None
             yield name, loaded
-            del loaded  # else it would stay while the next but one is loaded
 
 
 class Staging:

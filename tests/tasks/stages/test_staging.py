@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Iterator
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -28,6 +29,23 @@ def test_one_is_loaded_ahead_and_no_more() -> None:
         allowed.release()
     assert found == [(0, 0), (1, 10), (2, 20), (3, 30)]
     assert list(one_ahead(load, [])) == []
+
+
+def test_no_more_than_two_are_in_memory() -> None:
+    alive, counts = WeakSet[torch.Tensor](), list[int]()
+
+    def load(number: int) -> torch.Tensor:
+        loaded = torch.full((3,), number)
+        alive.add(loaded)
+        counts.append(len(alive))
+        return loaded
+
+    for number, loaded in one_ahead(load, range(9)):
+        assert loaded.tolist() == [number] * 3
+        while len(counts) < min(9, number + 2):  # busy until the next is loaded
+            pass
+        del loaded  # else it would still be there as the next but one is loaded
+    assert counts == [1] + [2] * 8
 
 
 def test_what_a_load_raises_comes_in_its_turn() -> None:
