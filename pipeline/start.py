@@ -13,8 +13,10 @@ from rich.console import Console
 from sensmerge.pipeline.execute.stop import stoppable
 from sensmerge.pipeline.hashing import hashed, said_of
 from sensmerge.pipeline.options import Options
+from sensmerge.pipeline.plan.kept import find, keep, kept_table
 from sensmerge.pipeline.plan.models import list_models, unhashed_bytes
 from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.store.history import has_passed, last_run
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.tracking.uri import check_server
 from sensmerge.tasks.checkpoints.listing import Listing
@@ -38,11 +40,17 @@ def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Co
     loaded, folder = load_recipe(recipe, overrides), recipe.absolute().parent
     store.make()
     store.look()
+    listings: Mapping[str, Listing] = list_models(loaded, folder, store.hub_cache)
+    kept = find(loaded, folder, store, listings)
+    if kept is not None:
+        console.print(kept_table(kept))
+        for line in kept.lines:
+            console.print(line, highlight=False, soft_wrap=True)
+        return
     with ThreadPoolExecutor(1) as beside, _quick_imports():
         # Files are hashed while transformers is imported, which takes seconds as well. They are hashed in this thread,
         # the one that Ctrl-C reaches.
         planning = beside.submit(import_module, "sensmerge.pipeline.plan.plan")
-        listings: Mapping[str, Listing] = list_models(loaded, folder, store.hub_cache)
         if not quick:
             listings = hashed(listings, store, console)
         planning.result()
@@ -51,6 +59,7 @@ def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Co
     from sensmerge.pipeline.plan.plan import make_plan, plan_table
 
     planned = make_plan(loaded, folder, store, listings)
+    keep(planned, folder)
     console.print(plan_table(planned))
     for line in (*planned.inputs.notes, *model_changes(planned)):
         console.print(line, highlight=False, soft_wrap=True)
@@ -75,6 +84,9 @@ def check_report(report: Path | None) -> None:
 def work(command: Literal["run", "refresh"], options: Options, console: Console) -> int:
     """Run or refresh a recipe while its store is locked; return the exit status."""
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
+        if command == "refresh" and _is_as_it_was(options):
+            console.print(f"{options.recipe.name}: nothing changed", highlight=False)
+            return 0
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
         listings = beside.submit(_begin, options, console)
         with _quick_imports():
@@ -86,6 +98,22 @@ def work(command: Literal["run", "refresh"], options: Options, console: Console)
         # the thread beside has ended.
         with stoppable(), closed():
             return run(options, found, console)
+
+
+def _is_as_it_was(options: Options) -> bool:
+    """Return whether nothing changed since the last refresh: no input, no artifact, no gate, and the champion loads."""
+    if options.report is not None:
+        return False  # it is made of the artifacts
+    check_server(options.uri)
+    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
+    kept = find(options.recipe, options.folder, options.store, listings)
+    if kept is None or last_run(options.store, kept.recipe, kept.step_keys()) is None:
+        return False
+    if not has_passed(options.store, kept.recipe, kept.step_keys(), options.recipe.gate.text()):
+        return False
+    from sensmerge.pipeline.tracking.registry import loss_of_champion
+
+    return loss_of_champion(options.recipe.name, options.store, options.uri) is None
 
 
 def _begin(options: Options, console: Console) -> dict[str, Listing]:

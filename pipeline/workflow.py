@@ -11,6 +11,7 @@ from rich.console import Console
 from sensmerge.pipeline.execute.run import execute
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
+from sensmerge.pipeline.plan.kept import keep
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.report.card import write_cards
@@ -25,10 +26,10 @@ from sensmerge.pipeline.report.report import (
     tuning_table,
 )
 from sensmerge.pipeline.report.results import collect, data_sets, outcomes
-from sensmerge.pipeline.store.history import begin, last_run, remember
+from sensmerge.pipeline.store.history import begin, has_passed, last_run, remember
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
 from sensmerge.pipeline.tracking.uri import is_server
-from sensmerge.tasks.artifacts import canonical, write_json
+from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.listing import Listing
 
 REFUSED = 3
@@ -55,7 +56,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     _finish(options, plan, _execute(options, plan, console), console)
-    remember(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
+    remember(plan.store, plan.recipe.name, "run", plan.lasting_keys(), options.tracking_uri)
     return 0
 
 
@@ -83,10 +84,13 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         report = collect(plan)
         if options.report is not None:
             write_json(options.report, report.model_dump())
-        from sensmerge.pipeline.tracking.champion import loss_of_champion
+        from sensmerge.pipeline.tracking.registry import loss_of_champion
 
+        keep(plan, options.folder)
         # What a `run` has made has not passed this gate yet; and a champion that is lost has to be replaced.
-        is_settled = last.gate == _gate(plan) and loss_of_champion(plan, options.uri) is None
+        loss = loss_of_champion(plan.recipe.name, plan.store, options.uri)
+        passed = has_passed(plan.store, plan.recipe.name, plan.keys(), plan.recipe.gate.text())
+        is_settled = passed and loss is None
         return 0 if is_settled else _pass_gate(options, plan, report, console)
     for line in (*plan.inputs.notes, *model_changes(plan), plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
@@ -102,12 +106,10 @@ def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -
     passed, said = choose_champion(plan, report, options.uri)
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)
-    remember(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri, _gate(plan))
+    remember(
+        plan.store, plan.recipe.name, "refresh", plan.lasting_keys(), options.tracking_uri, plan.recipe.gate.text()
+    )
     return 0 if passed else REFUSED
-
-
-def _gate(plan: Plan) -> str:
-    return canonical(plan.recipe.gate.model_dump())
 
 
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:
@@ -138,6 +140,7 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
     from sensmerge.pipeline.tracking.record import Execution, record
 
     plan.store.look()
+    keep(plan, options.folder)
     report = collect(plan)
     text = recipe_yaml(plan.recipe)
     write_cards(plan, report, text)

@@ -9,7 +9,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from sensmerge.pipeline.plan.dry_run import try_networks
+from sensmerge.pipeline.plan.idle import without_idle
 from sensmerge.pipeline.plan.inputs import Inputs, gather_inputs
+from sensmerge.pipeline.plan.kept import step_table
 from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
@@ -39,6 +41,10 @@ class Plan(Resolved):
     def keys(self) -> list[Key]:
         """Return what names the artifacts of all steps."""
         return [step.key for step in self.steps]
+
+    def lasting_keys(self) -> list[Key]:
+        """Return what names the artifacts that the plan has the next time, once all steps have run."""
+        return [step.key for step in without_idle(self.steps, self.store)]
 
     def artifact(self, stage: Stage, name: str) -> Path:
         """Return the folder of a step's artifact."""
@@ -128,11 +134,7 @@ def plan_summary(plan: Plan) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """Return the plan for people: a row per step, RUN, SKIP or ? (undecided) and why, and what it reads and writes."""
-    table = Table(title=plan_summary(plan), title_justify="left")
-    for column in ("stage", "step", "", "why"):
-        table.add_column(column)
-    table.add_column("read", justify="right")
-    table.add_column("write", justify="right")
+    table = step_table(plan_summary(plan))
     for step in plan.steps:
         why = plan.todo.get(step.title)
         sizes = ("", "") if why is None else (decimal(step.reads), decimal(step.writes))

@@ -2,6 +2,7 @@
 
 from pydantic import Field, FiniteFloat
 
+from sensmerge.tasks.artifacts import canonical
 from sensmerge.tasks.strict import Strict
 
 MEAN_NORMALISED = "mean_normalised"
@@ -26,3 +27,7 @@ class Gate(Strict):
         description="share of the champion's score that a challenger may lose on a task, measured at the worse end of "
         "the 95 % interval of their difference",
     )
+
+    def text(self) -> str:
+        """Return the settings as the one text that two equal gates have."""
+        return canonical(self.model_dump())

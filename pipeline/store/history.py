@@ -86,6 +86,14 @@ def last_run(store: Store, recipe: str, keys: Iterable[Key]) -> PastRun | None:
     return runs[-1] if runs and set(runs[-1].artifacts) == set(_folders(store, keys)) else None
 
 
+def has_passed(store: Store, recipe: str, keys: Iterable[Key], gate: str) -> bool:
+    """Return whether the last refresh of a recipe had these very steps and this gate; runs after it do not matter."""
+    refreshed = [run for run in past_runs(store) if run.recipe == recipe and run.command == "refresh"]
+    if not refreshed or refreshed[-1].gate != gate:
+        return False
+    return set(refreshed[-1].artifacts) == set(_folders(store, keys))
+
+
 def public(uri: str | None) -> str | None:
     """Return a tracking URI that can be kept: a database's with its whole path, a server's without its password."""
     if uri is not None and uri.startswith(SQLITE):

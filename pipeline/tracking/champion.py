@@ -4,14 +4,7 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.recipe.gate import Gate
 from sensmerge.pipeline.report.gate import best_variant, candidates, is_held_out, judge, passes
 from sensmerge.pipeline.report.report import Report
-from sensmerge.pipeline.tracking.registry import ModelRegistry
-
-
-def loss_of_champion(plan: Plan, uri: str) -> str | None:
-    """Say what is gone of the champion's model; None if it is whole, or there is no champion."""
-    champion = ModelRegistry(uri, plan.recipe.name).champion()
-    gone = None if champion is None else plan.store.lacking(champion.folder)
-    return None if gone is None else f"{champion} is champion, but can no longer be loaded: {gone}"
+from sensmerge.pipeline.tracking.registry import ModelRegistry, loss_of_champion
 
 
 def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[str]]:
@@ -25,7 +18,7 @@ def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[st
         report: of that run.
         uri: where it is recorded.
     """
-    gate, loss = plan.recipe.gate, loss_of_champion(plan, uri)
+    gate, loss = plan.recipe.gate, loss_of_champion(plan.recipe.name, plan.store, uri)
     said = [] if loss is None else [loss]
     if not report.tasks:
         return True, [*said, "no task has evaluation samples, so there is no champion"]

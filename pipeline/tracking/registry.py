@@ -144,6 +144,19 @@ class ModelRegistry:
             client.set_model_version_tag(self.recipe, version.number, key, value)
 
 
+def loss_of_champion(recipe: str, store: Store, uri: str) -> str | None:
+    """Say what is gone of the champion's model; None if it is whole, or there is no champion.
+
+    Args:
+        recipe: its name.
+        store: the recipe's.
+        uri: where its runs are recorded.
+    """
+    champion = ModelRegistry(uri, recipe).champion()
+    gone = None if champion is None else store.lacking(champion.folder)
+    return None if gone is None else f"{champion} is champion, but can no longer be loaded: {gone}"
+
+
 def check_whole(version: Version, store: Store) -> None:
     """Check that a version's model can be loaded: that its files are there, whole.
 

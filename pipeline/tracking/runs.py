@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlflow import MlflowClient
 from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
@@ -12,9 +13,11 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Met
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
-from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.tracking.client import once_more, unless_there
 from sensmerge.pipeline.tracking.system_metrics import Load
+
+if TYPE_CHECKING:  # with plans it takes seconds to import
+    from sensmerge.pipeline.report.results import TaskData
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,13 @@ def started(client: MlflowClient, experiment: str, name: str, tags: Mapping[str,
     client.set_terminated(run, "FINISHED")
 
 
-def log_datasets(run: OpenRun, datasets: Sequence[TaskData]) -> None:
+def log_datasets(run: OpenRun, datasets: "Sequence[TaskData]") -> None:
     """Name the data sets of tasks as inputs of a run."""
     inputs = [_dataset_input(data) for data in datasets]
     once_more(lambda: run.client.log_inputs(run.id, inputs))
 
 
-def _dataset_input(data: TaskData) -> DatasetInput:
+def _dataset_input(data: "TaskData") -> DatasetInput:
     source = HuggingFaceDatasetSource(
         path=data.source.path,
         config_name=data.source.name,

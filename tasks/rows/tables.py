@@ -52,7 +52,9 @@ def open_table(source: DataSource, key: str, folder: Path) -> Table:
     """
     files = source.data_files
     if source.path in TEXT_FORMATS and files:
-        found = [path for file in ([files] if isinstance(files, str) else files) for path in _paths(file, folder, key)]
+        found = [
+            path for file in ([files] if isinstance(files, str) else files) for path in paths_of(file, folder, key)
+        ]
         table = _read_files({"train": found}, source.path, source.split, key)
     else:
         table = _load_dataset(source, key, folder)
@@ -100,7 +102,7 @@ def draw_order(total: int, seed: int | None) -> Sequence[int]:
 # Files of rows -------------------------------------------------------------------------------------------------------
 
 
-def _paths(file: str, folder: Path, key: str) -> list[Path]:
+def paths_of(file: str, folder: Path, key: str) -> list[Path]:
     """Return the local paths of what an entry of `data_files` names: sorted, as `datasets` takes them."""
     if "://" in file:
         return _downloaded(file, key)

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from sensmerge.pipeline.store.history import begin, last_run, past_runs, remember, unfinished_runs
+from sensmerge.pipeline.store.history import begin, has_passed, last_run, past_runs, remember, unfinished_runs
 from sensmerge.pipeline.store.store import Key, Store
 
 
@@ -49,3 +49,17 @@ def test_a_run_is_unfinished_until_one_of_its_recipe_has_ended(tmp_path: Path) -
     assert past_runs(store) == []
     remember(store, "one", "run", keys(1), None)
     assert [run.recipe for run in unfinished_runs(store)] == ["two"]
+
+
+def test_what_passed_the_gate_stays_so_while_only_runs_come_after_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one, other = (Key("merge", "ta", {"stage": "merge", "weight": weight}) for weight in (0.1, 0.2))
+    remember(store, "tiny", "run", [one], None)
+    assert not has_passed(store, "tiny", [one], "gate")
+    remember(store, "tiny", "refresh", [one], None, "gate")
+    remember(store, "tiny", "run", [one], None)
+    assert has_passed(store, "tiny", [one], "gate")
+    assert not has_passed(store, "tiny", [one], "another gate")
+    assert not has_passed(store, "tiny", [other], "gate")
+    remember(store, "tiny", "refresh", [other], None, "gate")
+    assert not has_passed(store, "tiny", [one], "gate")

@@ -1,0 +1,171 @@
+"""Plans of recipes with nothing left to do, kept in the store and believed while all that they depend on is as it was.
+
+To make a plan takes torch, transformers and the rows of all tasks, which is seconds. Where nothing changed, what was
+said then is said again. What cannot be told apart cheaply and surely, such as rows of a data set on the hub, or methods
+of other packages, is never kept.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from sensmerge.pipeline.plan.models import model_digest
+from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.artifacts import canonical, parse_json, sha256_text, write_json
+from sensmerge.tasks.checkpoints.digests import compute_once
+from sensmerge.tasks.checkpoints.listing import Listing
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.kind import RowTask
+from sensmerge.tasks.rows.tables import TEXT_FORMATS, paths_of
+
+if TYPE_CHECKING:
+    from sensmerge.pipeline.plan.plan import Plan
+
+PLANS = "plans"
+"""Folder of the store, with a file for each recipe."""
+_LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "datasets", "huggingface_hub", "numpy")
+_GROUPS = ("sensmerge.methods", "sensmerge.statistics", "sensmerge.kinds")
+
+
+@dataclass(frozen=True)
+class KeptPlan:
+    """A plan of which every step is in the store."""
+
+    made_from: str
+    """digest of all that the plan depends on"""
+    recipe: str
+    """its name"""
+    steps: list[tuple[str, str, dict[str, Any]]]
+    """stage, name and identity of each"""
+    lines: list[str]
+    """what is to be said of the input"""
+
+    def step_keys(self) -> list[Key]:
+        """Return what names the artifacts of all steps."""
+        return [Key(stage, name, inputs) for stage, name, inputs in self.steps]
+
+
+def keep(plan: "Plan", folder: Path) -> None:
+    """Keep a plan as it will be made from now on, if the store has all that its steps make.
+
+    Args:
+        plan: of a recipe that has run, or has nothing left to do.
+        folder: the recipe's.
+    """
+    if plan.undecided or any(plan.store.manifest(step.key) is None for step in plan.steps):
+        return
+    made_from = _made_from(plan.recipe, folder, plan.store, plan.inputs.listings)
+    if made_from is None:
+        return
+    steps = [(key.stage, key.name, dict(key.inputs)) for key in plan.lasting_keys()]
+    kept = KeptPlan(made_from, plan.recipe.name, steps, list(plan.inputs.notes))
+    with suppress(OSError):  # a store that may only be read: the next plan takes as long as this one
+        (plan.store.root / PLANS).mkdir(exist_ok=True)
+        write_json(_path(plan.store, plan.recipe.name), asdict(kept))
+
+
+def find(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> KeptPlan | None:
+    """Return the plan of a recipe if one is kept that would be made again; else None.
+
+    Args:
+        recipe: the recipe.
+        folder: what its relative paths are relative to.
+        store: where artifacts are looked for.
+        listings: its models, with the digests of all files that are known.
+    """
+    try:
+        kept = KeptPlan(**parse_json(_path(store, recipe.name).read_bytes()))
+        steps = kept.step_keys()
+    except (OSError, ValueError, TypeError):  # none, or none that this version has kept
+        return None
+    if kept.made_from != _made_from(recipe, folder, store, listings):
+        return None
+    return kept if all(store.manifest(key) is not None for key in steps) else None
+
+
+def kept_table(kept: KeptPlan) -> Table:
+    """Return the plan for people, as `plan_table` does."""
+    table = step_table(f"{kept.recipe}: all {len(kept.steps)} steps are in the store")
+    for stage, name, _ in kept.steps:
+        table.add_row(stage, name, "SKIP", "in the store", "", "")
+    return table
+
+
+def step_table(title: str) -> Table:
+    """Return an empty table for steps: stage, name, whether it runs and why, and the bytes read and written."""
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "step", "", "why"):
+        table.add_column(column)
+    table.add_column("read", justify="right")
+    table.add_column("write", justify="right")
+    return table
+
+
+def _path(store: Store, name: str) -> Path:
+    return store.root / PLANS / f"{name}.json"
+
+
+def _made_from(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> str | None:
+    """Return a digest of all that a plan depends on; None if some of it cannot be told."""
+    if any(listing.unhashed() for listing in listings.values()) or any(entry_points(group=one) for one in _GROUPS):
+        return None
+    try:
+        rows = {str(path): compute_once(path, store.hub_cache / ".digests") for path in _row_files(recipe, folder)}
+    except (InputError, OSError, LookupError):  # what is wrong with them is said when the plan is made
+        return None
+    models = {name: [str(listing.folder), model_digest(listing)] for name, listing in listings.items()}
+    about = {
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "folder": str(folder),
+        "models": models,
+        "rows": rows,
+        "libraries": {name: _version(name) for name in _LIBRARIES} | {"python": sys.version},
+        "source": _source(),
+    }
+    return sha256_text(canonical(about))
+
+
+def _row_files(recipe: Recipe, folder: Path) -> Iterator[Path]:
+    """Yield the files with the rows of all tasks; raises LookupError for rows that are elsewhere."""
+    for name, task in recipe.tasks.items():
+        if not isinstance(task, RowTask):
+            raise LookupError(name)
+        for split in ("calibration", "tuning", "evaluation"):
+            source = getattr(task, split)
+            if source is None:
+                continue
+            files = source.data_files
+            if source.path not in TEXT_FORMATS or not files or "://" in str(files):
+                raise LookupError(name)
+            for file in [files] if isinstance(files, str) else files:
+                yield from paths_of(file, folder, f"tasks.{name}.{split}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def rooms() -> list[Path]:
+    """Return the folders of the program."""
+    return [Path(__file__).parents[1], Path(sys.modules["sensmerge.tasks"].__path__[0])]
+
+
+def _source() -> str:
+    """Return a digest of the program itself."""
+    digest = sha256()
+    for room in rooms():
+        for path in sorted(room.rglob("*.py")):
+            digest.update(f"{path.relative_to(room)} {path.stat().st_size} ".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
