@@ -117,23 +117,32 @@ def _is_as_it_was(options: Options) -> bool:
 
 
 def _begin(options: Options, console: Console) -> dict[str, Listing]:
-    """List the models; if any is new there will be work, and Ray starts while their files are hashed."""
+    """List the models; if any is new there will be work, and Ray starts, while files are hashed if that is sure."""
     check_server(options.uri)
-    cache = options.store.hub_cache
-    listings = list_models(options.recipe, options.folder, cache)
+    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
     with ThreadPoolExecutor(1) as beside:
         hashing = beside.submit(hashed, listings, options.store, console)
-        if any(listing.unhashed() for listing in listings.values()) or _is_new(listings, options.store):
-            from sensmerge.pipeline.execute.cluster import connect
+        if is_sure := _is_new(listings, options.store):
+            _connect_ahead(options)
+        found = hashing.result()
+    if not is_sure and _is_new(found, options.store):
+        _connect_ahead(options)
+    return found
 
-            connect(options.address, ahead=True)
-        return hashing.result()
+
+def _connect_ahead(options: Options) -> None:
+    from sensmerge.pipeline.execute.cluster import connect
+
+    connect(options.address, ahead=True)
 
 
 def _is_new(listings: Mapping[str, Listing], store: Store) -> bool:
-    """Return whether a model is not in the store as it is now."""
-    keys = [Key.of(name, DownloadJob(listing, store.hub_cache)) for name, listing in listings.items()]
-    return any(store.manifest(key) is None for key in keys)
+    """Return whether a model is not in the store as it is now; one without digests may be, if it has been there."""
+    for name, listing in listings.items():
+        key = Key.of(name, DownloadJob(listing, store.hub_cache))
+        if (store.last(key) if listing.unhashed() else store.manifest(key)) is None:
+            return True
+    return False
 
 
 @contextmanager
