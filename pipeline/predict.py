@@ -169,4 +169,6 @@ def _written_whole(path: Path) -> Iterator[TextIO]:
         finally:
             partial_path.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); make room or choose another file") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); make room or choose another file"
+        ) from error

@@ -13,7 +13,7 @@ from rich.console import Console
 from sensmerge.pipeline.execute.stop import stoppable
 from sensmerge.pipeline.hashing import hashed, said_of
 from sensmerge.pipeline.options import Options
-from sensmerge.pipeline.plan.kept import find, keep, kept_table
+from sensmerge.pipeline.plan.kept import about, find, keep, kept_table
 from sensmerge.pipeline.plan.models import list_models, unhashed_bytes
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.history import has_passed, last_run
@@ -58,8 +58,9 @@ def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Co
     from sensmerge.pipeline.plan.changes import model_changes
     from sensmerge.pipeline.plan.plan import make_plan, plan_table
 
+    made_from = about(loaded, folder, store, listings)
     planned = make_plan(loaded, folder, store, listings)
-    keep(planned, folder)
+    keep(planned, folder, made_from)
     console.print(plan_table(planned))
     for line in (*planned.inputs.notes, *model_changes(planned)):
         console.print(line, highlight=False, soft_wrap=True)

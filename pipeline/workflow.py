@@ -11,7 +11,7 @@ from rich.console import Console
 from sensmerge.pipeline.execute.run import execute
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
-from sensmerge.pipeline.plan.kept import keep
+from sensmerge.pipeline.plan.kept import about, keep
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.report.card import write_cards
@@ -51,11 +51,13 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         InputError: bad input.
         StepError: a step failed.
     """
+    made_from = about(options.recipe, options.folder, options.store, listings)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     for line in (*plan.inputs.notes, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     _finish(options, plan, _execute(options, plan, console), console)
+    keep(plan, options.folder, made_from)
     remember(plan.store, plan.recipe.name, "run", plan.lasting_keys(), options.tracking_uri)
     return 0
 
@@ -77,6 +79,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         InputError: bad input.
         StepError: a step failed.
     """
+    made_from = about(options.recipe, options.folder, options.store, listings)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     last = None if plan.todo else last_run(plan.store, plan.recipe.name, plan.keys())
     if last is not None:
@@ -86,7 +89,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
             write_json(options.report, report.model_dump())
         from sensmerge.pipeline.tracking.registry import loss_of_champion
 
-        keep(plan, options.folder)
+        keep(plan, options.folder, made_from)
         # What a `run` has made has not passed this gate yet; and a champion that is lost has to be replaced.
         loss = loss_of_champion(plan.recipe.name, plan.store, options.uri)
         passed = has_passed(plan.store, plan.recipe.name, plan.keys(), plan.recipe.gate.text())
@@ -96,6 +99,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
     report = _finish(options, plan, _execute(options, plan, console), console)
+    keep(plan, options.folder, made_from)
     return _pass_gate(options, plan, report, console)
 
 
@@ -140,7 +144,6 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
     from sensmerge.pipeline.tracking.record import Execution, record
 
     plan.store.look()
-    keep(plan, options.folder)
     report = collect(plan)
     text = recipe_yaml(plan.recipe)
     write_cards(plan, report, text)

@@ -19,7 +19,7 @@ from rich.table import Table
 from sensmerge.pipeline.plan.models import model_digest
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.store.store import Key, Store
-from sensmerge.tasks.artifacts import canonical, parse_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import ordered, parse_json, sha256_text, write_json
 from sensmerge.tasks.checkpoints.digests import compute_once
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.errors import InputError
@@ -53,17 +53,17 @@ class KeptPlan:
         return [Key(stage, name, inputs) for stage, name, inputs in self.steps]
 
 
-def keep(plan: "Plan", folder: Path) -> None:
+def keep(plan: "Plan", folder: Path, made_from: str | None) -> None:
     """Keep a plan as it will be made from now on, if the store has all that its steps make.
 
     Args:
         plan: of a recipe that has run, or has nothing left to do.
         folder: the recipe's.
+        made_from: what `about` said before the plan was made: what has changed since is not in it.
     """
-    if plan.undecided or any(plan.store.manifest(step.key) is None for step in plan.steps):
+    if made_from is None or plan.undecided or any(plan.store.manifest(step.key) is None for step in plan.steps):
         return
-    made_from = _made_from(plan.recipe, folder, plan.store, plan.inputs.listings)
-    if made_from is None:
+    if about(plan.recipe, folder, plan.store, plan.inputs.listings) != made_from:
         return
     steps = [(key.stage, key.name, dict(key.inputs)) for key in plan.lasting_keys()]
     kept = KeptPlan(made_from, plan.recipe.name, steps, list(plan.inputs.notes))
@@ -86,7 +86,7 @@ def find(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, List
         steps = kept.step_keys()
     except (OSError, ValueError, TypeError):  # none, or none that this version has kept
         return None
-    if kept.made_from != _made_from(recipe, folder, store, listings):
+    if kept.made_from != about(recipe, folder, store, listings):
         return None
     return kept if all(store.manifest(key) is not None for key in steps) else None
 
@@ -113,7 +113,7 @@ def _path(store: Store, name: str) -> Path:
     return store.root / PLANS / f"{name}.json"
 
 
-def _made_from(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> str | None:
+def about(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> str | None:
     """Return a digest of all that a plan depends on; None if some of it cannot be told."""
     if any(listing.unhashed() for listing in listings.values()) or any(entry_points(group=one) for one in _GROUPS):
         return None
@@ -122,7 +122,7 @@ def _made_from(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str
     except (InputError, OSError, LookupError):  # what is wrong with them is said when the plan is made
         return None
     models = {name: [str(listing.folder), model_digest(listing)] for name, listing in listings.items()}
-    about = {
+    depends = {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "folder": str(folder),
         "models": models,
@@ -130,7 +130,7 @@ def _made_from(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str
         "libraries": {name: _version(name) for name in _LIBRARIES} | {"python": sys.version},
         "source": _source(),
     }
-    return sha256_text(canonical(about))
+    return sha256_text(ordered(depends))
 
 
 def _row_files(recipe: Recipe, folder: Path) -> Iterator[Path]:

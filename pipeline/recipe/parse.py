@@ -52,7 +52,8 @@ def parse(text: str) -> Any:
             loader.dispose()
     except RecursionError:
         raise InputError(f"is nested too deeply; expected at most {MOST_LEVELS} levels") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date, or a number of too many digits
+    # Beside impossible dates and numbers of too many digits, what explicit tags make of texts that are no such value.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"not valid YAML: {error}") from error

@@ -184,9 +184,11 @@ class Claim:
         return None if self.has_lapsed else min(ahead, key=_order, default=None)
 
     def _write(self, number: int | None) -> None:
-        begin = self.clock.now()
+        begin, before = self.clock.now(), self._renewed
         self.claims.write(self.token, json.dumps({"number": number, **self._about}).encode())
-        self._number, self._renewed = number, begin
+        # A write that took so long may have come after others had deleted the claim and gone on.
+        in_time = before == -math.inf or self.clock.now() - before < LEASE.total_seconds()
+        self._number, self._renewed = number, begin if in_time else -math.inf
 
     def _others(self) -> list[_Claim]:
         """Return the claims of others that have not lapsed."""
@@ -305,4 +307,13 @@ def _has_died(about: Mapping[str, Any]) -> bool:
     machine, process = _machine(), about.get("process")
     if machine is None or about.get("machine") != machine or not isinstance(process, int):
         return False
-    return _started(process) != about.get("started")
+    started = _started(process)
+    if started is not None:
+        return started != about.get("started")
+    try:  # where /proc hides the processes of other users
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -180,10 +180,10 @@ class DynamicModel:
         self, samples: Sequence[Inputs], routes: Routes, size: int | None, new_tokens: int = 0
     ) -> Iterator[tuple[PreTrainedModel, list[int]]]:
         """Yield the network as it answers some of the samples, and their places, until all are answered."""
-        chosen, lengths = routes.coefficients, [length(sample) for sample in samples]
+        chosen, lengths = routes.coefficients, [length(sample) + new_tokens for sample in samples]
         # Of padding before new tokens little is computed: samples of all lengths run together.
         little, more = (1.0, 1.0) if new_tokens else (LITTLE_PADDING, PADDING)
-        many = [] if size is None else self._alike(chosen, [one + new_tokens for one in lengths])
+        many = [] if size is None else self._alike(chosen, lengths)
         rest = sorted(set(range(len(samples))).difference(*many))
         for group in many:
             with self.network.alike(chosen[group[0]]) as network:

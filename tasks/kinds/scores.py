@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Annotated, Any
 
 import numpy as np
@@ -89,6 +90,20 @@ def confusion(columns: Columns) -> NDArray[np.float64]:
     return counts.reshape(*leading, classes, classes).astype(np.float64)
 
 
+def _sliced(metric: Callable[[Columns], Values]) -> Callable[[Columns], Values]:
+    """Have a metric of confusion matrices look at so few resamples at a time that their matrices take little memory."""
+
+    @wraps(metric)
+    def sliced(columns: Columns) -> Values:
+        step = max(1, AT_ONCE // (int(columns.max()) + 1) ** 2)
+        if columns.ndim < 3 or len(columns) <= step:
+            return metric(columns)
+        return np.concatenate([metric(columns[start : start + step]) for start in range(0, len(columns), step)])
+
+    return sliced
+
+
+@_sliced
 def macro_f1(columns: Columns) -> Values:
     """Mean over classes of F1 = 2·TP ÷ (labels + predictions), over classes that occur as label or prediction.
 
@@ -100,6 +115,7 @@ def macro_f1(columns: Columns) -> Values:
     return np.divide(right, seen, out=np.zeros_like(seen), where=seen > 0).sum(-1) / (seen > 0).sum(-1)
 
 
+@_sliced
 def matthews(columns: Columns) -> Values:
     """Matthews correlation for any number of classes (Gorodkin 2004, as scikit-learn); 0 where it is undefined.
 

@@ -57,5 +57,5 @@ def _tokenizer(artifact: Artifact, _: _Files) -> PreTrainedTokenizerBase:
 
 
 def _files(folder: Path) -> _Files:
-    found = ((entry.name, entry.stat()) for entry in os.scandir(folder))
+    found = ((entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file())
     return tuple(sorted((name, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in found))

@@ -124,7 +124,7 @@ class NetworkModel:
         """See `Model`."""
         network, tokenizer, texts = self._network, self._tokenizer, [""] * len(prompts)
         # Of padding before new tokens little is computed: prompts of all lengths run together.
-        for chosen in batches([length(one) for one in prompts], self._task.batch_size, padding=1):
+        for chosen in batches([length(one) + max_new_tokens for one in prompts], self._task.batch_size, 1):
             some = [prompts[place] for place in chosen]
             with torch.inference_mode():
                 found = generate(network, tokenizer, some, max_new_tokens, self._pad_id, network.device)

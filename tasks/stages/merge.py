@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sensmerge.tasks.artifacts import canonical, read_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import canonical, load_object, sha256_text, write_json
 from sensmerge.tasks.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -197,14 +197,14 @@ class _Previous:
         if job.previous is None or not (job.previous / TENSORS).is_file():
             return None
         try:
-            return cls(open_checkpoint(job.previous), read_json(job.previous / TENSORS))
+            return cls(open_checkpoint(job.previous), load_object(job.previous / TENSORS))
         except InputError:  # its weights are gone or cut since it was made: all is merged again
             return None
 
     def take(self, name: str, inputs: str | None) -> _Loaded | None:
         """Return a tensor as the earlier merge has it; None if it is made of other inputs, or damaged."""
         known = self.tensors.get(name)
-        if inputs is None or known is None or known["inputs"] != inputs:
+        if inputs is None or not isinstance(known, dict) or known.get("inputs") != inputs or "checksum" not in known:
             return None
         values = self.checkpoint.read(name).reshape(-1)
         content = tensor_bytes(values)

@@ -79,7 +79,7 @@ class VariantJob(Job):
     tuned: Artifact | None = None
     """of stage tune: what settings have instead of the values here, which are those that it began with"""
     task_vectors: Local[Mapping[str, Artifact]] = field(default_factory=dict)
-    """by expert, for a method that reads histograms; those that are not there are counted by the merge itself"""
+    """by expert, for a method that reads histograms; without them the merge counts itself"""
     base: Local[BaseWeights]
     experts: Local[Mapping[str, ExpertWeights]]
     head_configs: Local[Mapping[str, str]]
@@ -167,8 +167,7 @@ class VariantJob(Job):
 
     def _histogram(self, expert: str, tensor: str) -> Tensor | None:
         counted = self.task_vectors.get(expert)
-        # Where this merge alone would read them they were not counted before.
-        return read_histogram(counted.folder, tensor) if counted is not None and counted.folder.is_dir() else None
+        return None if counted is None else read_histogram(counted.folder, tensor)
 
     def contents(self, tensor: str) -> dict[str, str]:
         """Read through a tensor of base and experts, and return digests of what they store, by model.

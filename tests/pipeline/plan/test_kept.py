@@ -45,6 +45,10 @@ def found(folder: Path, recipe: Recipe) -> kept.KeptPlan | None:
     return kept.find(loaded, folder, store, list_models(loaded, folder, store.hub_cache))
 
 
+def keep(plan: Plan, folder: Path) -> None:
+    kept.keep(plan, folder, kept.about(plan.recipe, folder, plan.store, plan.inputs.listings))
+
+
 def text(table: object) -> str:
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(table)
@@ -62,7 +66,7 @@ def settled(llama_recipe: Recipe, save: Save, tmp_path: Path) -> Recipe:
             os.utime(path, (10**9, 10**9))
     plan = done(tmp_path, llama_recipe)
     assert not plan.todo
-    kept.keep(plan, tmp_path)
+    keep(plan, tmp_path)
     assert found(tmp_path, llama_recipe) is not None
     return llama_recipe
 
@@ -147,10 +151,25 @@ def test_nothing_stale_is_believed(
     assert found(tmp_path, settled) is None
 
 
+def test_what_changes_while_steps_run_is_not_tied_to_their_plan(settled: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "store" / "plans" / "tiny.json").unlink()
+    plan = planned(tmp_path, settled)
+    before = kept.about(plan.recipe, tmp_path, plan.store, plan.inputs.listings)
+    rewrite(tmp_path / "math.jsonl", lambda old: old.replace(b"1", b"2", 1))
+    kept.keep(plan, tmp_path, before)
+    assert found(tmp_path, settled) is None
+
+
+def test_the_order_of_experts_counts(settled: Recipe, tmp_path: Path) -> None:
+    settled["experts"] = dict(reversed(settled["experts"].items()))
+    assert planned(tmp_path, settled).todo
+    assert found(tmp_path, settled) is None
+
+
 def test_rows_that_a_pattern_finds_anew(settled: Recipe, tmp_path: Path) -> None:
     settled["tasks"]["math"]["calibration"]["data_files"] = "math*.jsonl"
     plan = done(tmp_path, {**settled, "merges": {"x": {"method": "linear"}}})
-    kept.keep(plan, tmp_path)
+    keep(plan, tmp_path)
     recipe = {**settled, "merges": {"x": {"method": "linear"}}}
     assert found(tmp_path, recipe) is not None
     write_rows(tmp_path / "math-more.jsonl", [{"prompt": "9+9=", "completion": "18"}])
@@ -158,7 +177,7 @@ def test_rows_that_a_pattern_finds_anew(settled: Recipe, tmp_path: Path) -> None
 
 
 def test_what_has_something_left_to_do_is_not_kept(llama_recipe: Recipe, tmp_path: Path) -> None:
-    kept.keep(planned(tmp_path, llama_recipe), tmp_path)
+    keep(planned(tmp_path, llama_recipe), tmp_path)
     assert not (tmp_path / "store" / "plans").exists()
 
 
@@ -192,5 +211,5 @@ def test_a_store_that_may_only_be_read(settled: Recipe, tmp_path: Path, monkeypa
         raise PermissionError
 
     monkeypatch.setattr(kept, "write_json", refused)
-    kept.keep(planned(tmp_path, settled), tmp_path)
+    keep(planned(tmp_path, settled), tmp_path)
     assert command_line("plan", tmp_path / "recipe.yaml", "--store", tmp_path / "store") == 0

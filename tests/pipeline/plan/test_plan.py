@@ -154,7 +154,19 @@ def test_one_more_variant_costs_its_own_merge_and_scores(llama_recipe: Recipe, t
     for step in plan.steps:
         plan.store.partial(step.key).mkdir(parents=True)
         plan.store.publish(step.key, {"result": {}})
-    assert plan_of(tmp_path, {**llama_recipe, "merges": merges}).todo == {}
+    again = plan_of(tmp_path, {**llama_recipe, "merges": merges})
+    assert again.todo == {}
+    # What was counted is read as long as it is whole; it is not counted again for one merge.
+    more = {**llama_recipe, "merges": {**merges, "c": {**ties, "density": 0.2}}}
+    job = plan_of(tmp_path, more).step("merge", "c").job
+    assert isinstance(job, MergeJob)
+    assert job.task_vectors["math"].folder == again.artifact("task_vectors", "math")
+    (again.artifact("task_vectors", "math") / "fingerprint.json").write_text("{}")
+    damaged = plan_of(tmp_path, more)
+    job = damaged.step("merge", "c").job
+    assert isinstance(job, MergeJob)
+    assert job.task_vectors == {}
+    assert set(damaged.todo) == {"merge c", "evaluate c/math", "evaluate c/code"}
     for method in ({**ties, "density": 0.3}, {"method": "linear"}):
         more = plan_of(tmp_path, {**llama_recipe, "merges": {**merges, "c": method}})
         assert set(more.todo) == {"merge c", "evaluate c/math", "evaluate c/code"}

@@ -274,6 +274,30 @@ def counting(step: float) -> Callable[[], float]:
     return now
 
 
+def test_a_renewal_that_comes_through_too_late_is_none() -> None:
+    """It began in time; but when it was written, others may have deleted the claim and gone on."""
+    claims, time = Plain(), [0.0]
+    claim = take(claims, "s3://models", 0, Clock(lambda: time[0]))
+    write = claims.write
+
+    def slow(token: str, content: bytes) -> None:
+        time[0] += 12
+        write(token, content)
+
+    time[0] = LEASE.total_seconds() - 1
+    claims.write = slow  # type: ignore[method-assign]
+    claim.renew()
+    assert claim.has_lapsed
+
+
+def test_whether_a_hidden_process_lives_is_asked_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    about = lock._this_process()
+    assert not lock._has_died(about)
+    monkeypatch.setattr(lock, "_started", lambda process: None)  # as where /proc hides those of other users
+    assert not lock._has_died(about)
+    assert lock._has_died(about | {"process": 2**22 + 1})
+
+
 def test_a_claim_that_lapsed_is_not_renewed() -> None:
     claims, time = Plain(), [0.0]
     claim = take(claims, "s3://models", 0, Clock(lambda: time[0]))

@@ -48,3 +48,9 @@ def test_other_files_are_another_model(tmp_path: Path, save: Callable[..., Path]
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))
     assert opened_base(Artifact("base", copied)).names is not after.names
     assert opened_base(Artifact("another", folder)).names is not after.names
+
+
+def test_a_link_to_nowhere_is_no_file(tmp_path: Path, save: Callable[..., Path]) -> None:
+    base = Artifact("base", save(make_llama(), "base", tmp_path))
+    (base.folder / "pytorch_model.bin").symlink_to(tmp_path / "freed")
+    assert opened_base(base).weights

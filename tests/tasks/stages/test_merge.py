@@ -498,12 +498,11 @@ def test_experts_that_change_nothing_are_named(save: Save, llamas: dict[str, Pat
 
 def test_a_merge_counts_itself_what_nobody_has_counted(job: Callable[..., MergeJob], tmp_path: Path) -> None:
     one = job("ties", {"density": 0.3})
-    gone = {name: Artifact("", tmp_path / "gone") for name in one.task_vectors}
     found = [
         merged(replace(one, task_vectors=counted), tmp_path / f"{number}")["digest"]
-        for number, counted in enumerate((one.task_vectors, {}, gone))
+        for number, counted in enumerate((one.task_vectors, {}))
     ]
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert one.identity() == replace(one, task_vectors={}).identity()
 
 
@@ -669,6 +668,16 @@ def test_a_damaged_tensor_is_merged_anew(job: Callable[..., MergeJob], tmp_path:
     assert found["tensors"] - found["taken_over"] == 1
     assert 0 < found["taken_over_bytes"] < found["tensor_bytes"]
     assert found["digest"] == merged(one, tmp_path / "anew")["digest"]
+
+
+@pytest.mark.parametrize("table", ["", "[]", "{", '{"model.norm.weight": 5}', '{"model.norm.weight": {}}'])
+def test_an_earlier_merge_whose_table_is_damaged_is_left_alone(
+    table: str, job: Callable[..., MergeJob], tmp_path: Path
+) -> None:
+    one = job()
+    merged(one, tmp_path / "first")
+    (tmp_path / "first" / "tensors.json").write_text(table)
+    assert merged(replace(one, previous=tmp_path / "first"), tmp_path / "second")["taken_over"] == 0
 
 
 @pytest.mark.parametrize("left", [None, 100], ids=["gone", "cut"])
