@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sensmerge.pipeline.execute.batches import Workers, work_in_batches
 from sensmerge.pipeline.execute.cluster import cluster
-from sensmerge.tasks.artifacts import parse_json
+from sensmerge.tasks.artifacts import parse_json, partial_of
 from sensmerge.tasks.dynamic.folder import check_files, read_manifest
 from sensmerge.tasks.dynamic.model import DynamicModel, Prediction
 from sensmerge.tasks.errors import InputError
@@ -158,7 +158,7 @@ def _batches(path: Path, field: str, batch_size: int, count: int) -> Iterator[Ba
 @contextmanager
 def _written_whole(path: Path) -> Iterator[TextIO]:
     """Open a file beside the target; when all is written, flush it to disk and rename it into place."""
-    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path = partial_of(path)
     try:
         try:
             with partial_path.open("w", encoding="utf-8", newline="\n") as file:

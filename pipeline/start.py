@@ -13,7 +13,7 @@ from rich.console import Console
 from sensmerge.pipeline.execute.stop import stoppable
 from sensmerge.pipeline.hashing import hashed, said_of
 from sensmerge.pipeline.options import Options
-from sensmerge.pipeline.plan.kept import about, find, keep, kept_table
+from sensmerge.pipeline.plan.kept import find, inputs_digest, keep, kept_table
 from sensmerge.pipeline.plan.models import list_models, unhashed_bytes
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.history import has_passed, last_run
@@ -58,7 +58,7 @@ def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Co
     from sensmerge.pipeline.plan.changes import model_changes
     from sensmerge.pipeline.plan.plan import make_plan, plan_table
 
-    made_from = about(loaded, folder, store, listings)
+    made_from = inputs_digest(loaded, folder, store, listings)
     planned = make_plan(loaded, folder, store, listings)
     keep(planned, folder, made_from)
     console.print(plan_table(planned))

@@ -11,7 +11,7 @@ from rich.console import Console
 from sensmerge.pipeline.execute.run import execute
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
-from sensmerge.pipeline.plan.kept import about, keep
+from sensmerge.pipeline.plan.kept import inputs_digest, keep
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.report.card import write_cards
@@ -51,7 +51,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         InputError: bad input.
         StepError: a step failed.
     """
-    made_from = about(options.recipe, options.folder, options.store, listings)
+    made_from = inputs_digest(options.recipe, options.folder, options.store, listings)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     for line in (*plan.inputs.notes, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
@@ -79,7 +79,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         InputError: bad input.
         StepError: a step failed.
     """
-    made_from = about(options.recipe, options.folder, options.store, listings)
+    made_from = inputs_digest(options.recipe, options.folder, options.store, listings)
     plan = make_plan(options.recipe, options.folder, options.store, listings)
     last = None if plan.todo else last_run(plan.store, plan.recipe.name, plan.keys())
     if last is not None:

@@ -59,11 +59,11 @@ def keep(plan: "Plan", folder: Path, made_from: str | None) -> None:
     Args:
         plan: of a recipe that has run, or has nothing left to do.
         folder: the recipe's.
-        made_from: what `about` said before the plan was made: what has changed since is not in it.
+        made_from: what `inputs_digest` said before the plan was made: what has changed since is not in it.
     """
     if made_from is None or plan.undecided or any(plan.store.manifest(step.key) is None for step in plan.steps):
         return
-    if about(plan.recipe, folder, plan.store, plan.inputs.listings) != made_from:
+    if inputs_digest(plan.recipe, folder, plan.store, plan.inputs.listings) != made_from:
         return
     steps = [(key.stage, key.name, dict(key.inputs)) for key in plan.lasting_keys()]
     kept = KeptPlan(made_from, plan.recipe.name, steps, list(plan.inputs.notes))
@@ -86,7 +86,7 @@ def find(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, List
         steps = kept.step_keys()
     except (OSError, ValueError, TypeError):  # none, or none that this version has kept
         return None
-    if kept.made_from != about(recipe, folder, store, listings):
+    if kept.made_from != inputs_digest(recipe, folder, store, listings):
         return None
     return kept if all(store.manifest(key) is not None for key in steps) else None
 
@@ -113,7 +113,7 @@ def _path(store: Store, name: str) -> Path:
     return store.root / PLANS / f"{name}.json"
 
 
-def about(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> str | None:
+def inputs_digest(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, Listing]) -> str | None:
     """Return a digest of all that a plan depends on; None if some of it cannot be told."""
     if any(listing.unhashed() for listing in listings.values()) or any(entry_points(group=one) for one in _GROUPS):
         return None

@@ -46,7 +46,7 @@ def found(folder: Path, recipe: Recipe) -> kept.KeptPlan | None:
 
 
 def keep(plan: Plan, folder: Path) -> None:
-    kept.keep(plan, folder, kept.about(plan.recipe, folder, plan.store, plan.inputs.listings))
+    kept.keep(plan, folder, kept.inputs_digest(plan.recipe, folder, plan.store, plan.inputs.listings))
 
 
 def text(table: object) -> str:
@@ -154,7 +154,7 @@ def test_nothing_stale_is_believed(
 def test_what_changes_while_steps_run_is_not_tied_to_their_plan(settled: Recipe, tmp_path: Path) -> None:
     (tmp_path / "store" / "plans" / "tiny.json").unlink()
     plan = planned(tmp_path, settled)
-    before = kept.about(plan.recipe, tmp_path, plan.store, plan.inputs.listings)
+    before = kept.inputs_digest(plan.recipe, tmp_path, plan.store, plan.inputs.listings)
     rewrite(tmp_path / "math.jsonl", lambda old: old.replace(b"1", b"2", 1))
     kept.keep(plan, tmp_path, before)
     assert found(tmp_path, settled) is None
