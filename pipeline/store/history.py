@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from sensmerge.pipeline.store.store import RUNS, Key, Store
+from sensmerge.pipeline.store.manifest import RUNS
+from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import parse_json
 
 SQLITE = "sqlite:///"

@@ -1,4 +1,4 @@
-"""The two small files that say what an artifact is, whatever has become of them."""
+"""The two small files that say what an artifact is, whatever has become of them; and the folders that are beside."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +10,10 @@ MANIFEST = "manifest.json"
 """What an artifact holds, and what its step took; an artifact without it does not exist."""
 FINGERPRINT = "fingerprint.json"
 """What the result depends on."""
-
-
+RUNS = "runs"
+"""Folder of what `pipeline.store.history` writes."""
+PLANS = "plans"
+"""Folder of the store with a file for each recipe that has nothing left to do, written by `pipeline.plan.kept`."""
 SMALL = 2**23
 """Bytes of the files of which the content is looked at before they are used; at a URL, they are downloaded first."""
 State = tuple[str, int, int]

@@ -28,6 +28,8 @@ from sensmerge.pipeline.store.lock import LOCKS, RemoteClaims, held, is_held
 from sensmerge.pipeline.store.manifest import (
     FINGERPRINT,
     MANIFEST,
+    PLANS,
+    RUNS,
     SMALL,
     State,
     altered,
@@ -43,8 +45,6 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
 from sensmerge.tasks.stages.job import Job
 
-RUNS = "runs"
-"""Folder of what `pipeline.store.history` writes."""
 PARTIAL = ".partial"
 """Ending of the folder of an artifact under construction."""
 CACHE = "SENSMERGE_CACHE"
@@ -269,12 +269,13 @@ class Store:
         return sum(file.size for path, file in self._listed.items() if path.startswith(f"{self._path(folder)}/"))
 
     def remove(self, folder: Path) -> None:
-        """Delete an artifact or what is left of one; the manifest goes first, so that none is left that looks whole."""
+        """Delete an artifact, or what is left of one: manifest first, so that none looks whole; and all kept plans."""
         if self.remote is not None:
             self._check_claim(self.remote)
             self.remote.remove(self._path(folder), first=MANIFEST)
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
+        shutil.rmtree(self.root / PLANS, ignore_errors=True)
 
     def write_run(self, path: Path, run: Mapping[str, Any]) -> None:
         """Write a JSON file below `runs`."""

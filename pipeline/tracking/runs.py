@@ -13,8 +13,9 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Met
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
-from sensmerge.pipeline.tracking.client import once_more, unless_there
+from sensmerge.pipeline.tracking.client import connected, if_there, once_more, unless_there
 from sensmerge.pipeline.tracking.system_metrics import Load
+from sensmerge.pipeline.tracking.uri import is_server
 
 if TYPE_CHECKING:  # with plans it takes seconds to import
     from sensmerge.pipeline.report.results import TaskData
@@ -51,6 +52,19 @@ def started(client: MlflowClient, experiment: str, name: str, tags: Mapping[str,
         client.set_terminated(run, "FAILED")
         raise
     client.set_terminated(run, "FINISHED")
+
+
+def where_recorded(uri: str, run: str) -> str | None:
+    """Return how people find a run: its page on a server, or a command that shows the database.
+
+    None where it has not ended well, was deleted, or never was there.
+    """
+    with connected(uri) as client:
+        found = if_there(lambda: client.get_run(run))
+    if found is None or found.info.lifecycle_stage != LifecycleStage.ACTIVE or found.info.status != "FINISHED":
+        return None
+    page = f"{uri.rstrip('/')}/#/experiments/{found.info.experiment_id}/runs/{run}"
+    return page if is_server(uri) else f"mlflow ui --backend-store-uri {uri}"
 
 
 def log_datasets(run: OpenRun, datasets: "Sequence[TaskData]") -> None:
