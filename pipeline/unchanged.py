@@ -9,7 +9,7 @@ from sensmerge.pipeline.plan.kept import KeptPlan, Recorded, find
 from sensmerge.pipeline.plan.models import list_models
 from sensmerge.pipeline.report.printed import print_results
 from sensmerge.pipeline.report.report import Report
-from sensmerge.pipeline.store.history import has_passed, last_run, public
+from sensmerge.pipeline.store.history import has_passed, last_run, lasting_uri
 from sensmerge.pipeline.tracking.uri import check_server
 from sensmerge.tasks.artifacts import write_json
 
@@ -57,7 +57,7 @@ def _say_refreshed(options: Options, kept: KeptPlan, console: Console) -> bool:
 def _say_run(options: Options, kept: KeptPlan, report: Report | None, console: Console) -> bool:
     """Print the result again if MLflow, where this run is to be recorded, has it."""
     recorded: Recorded | None = kept.recorded
-    if report is None or recorded is None or recorded.tracking_uri != public(options.tracking_uri):
+    if report is None or recorded is None or recorded.tracking_uri != lasting_uri(options.tracking_uri):
         return False
     from sensmerge.pipeline.tracking.runs import where_recorded
 

@@ -18,11 +18,12 @@ from sensmerge.pipeline.report.card import write_cards
 from sensmerge.pipeline.report.printed import print_results
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.report.results import collect, data_sets, outcomes
-from sensmerge.pipeline.store.history import begin, has_passed, last_run, public, remember
+from sensmerge.pipeline.store.history import begin, has_passed, last_run, lasting_uri, remember
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
 from sensmerge.pipeline.tracking.uri import is_server
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.listing import Listing
+from sensmerge.tasks.urls import public_text
 
 REFUSED = 3
 """Exit status of a refresh whose challenger is not shown to be as good as the champion."""
@@ -148,7 +149,7 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
     run = record(execution, options.uri, plan.store.root)
     console.print(f"MLflow: {where_recorded(options.uri, run)}", highlight=False, soft_wrap=True)
     found = report.found_again().model_dump(mode="json")
-    return report, Recorded(found, public(options.tracking_uri), run)
+    return report, Recorded(found, lasting_uri(options.tracking_uri), run)
 
 
 def _write_mlflow_files(plan: Plan, report: Report) -> None:
@@ -165,8 +166,9 @@ def _write_mlflow_files(plan: Plan, report: Report) -> None:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Return a recipe, overrides applied, as YAML that says no more than was set."""
-    return yaml.safe_dump(recipe.model_dump(by_alias=True, exclude_unset=True), sort_keys=False, allow_unicode=True)
+    """Return a recipe, overrides applied, as YAML that says no more than was set, and no password in URLs."""
+    dumped = recipe.model_dump(by_alias=True, exclude_unset=True)
+    return public_text(yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True))
 
 
 def _text(table: object) -> str:

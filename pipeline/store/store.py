@@ -36,10 +36,11 @@ from sensmerge.pipeline.store.manifest import (
     file_sizes,
     read_fingerprint,
     read_manifest,
+    tidy,
     what_is_wrong,
 )
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
-from sensmerge.tasks.artifacts import checksum_file, is_partial, ordered, sha256_text, write_json
+from sensmerge.tasks.artifacts import checksum_file, ordered, sha256_text, write_json
 from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
@@ -178,8 +179,7 @@ class Store:
             by_tensor: large files that the stage has read back itself, and of which it has a digest by tensor.
         """
         partial, folder = self.partial(key), self.folder(key)
-        for path in [path for path in partial.rglob("*") if is_partial(path)]:
-            path.unlink()  # what was killed at it has left it
+        tidy(partial)
         write_json(partial / FINGERPRINT, key.inputs)
         about = {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint}
         files = file_sizes(partial)

@@ -86,7 +86,7 @@ def keep(path: Path, stat: os.stat_result, digest: str, records: Path) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("w", dir=record.parent, prefix=".", suffix=".partial", delete=False) as partial:
         partial.write(canonical({"path": str(path), "size": stat.st_size, "digest": digest}) + "\n")
-    os.chmod(partial.name, 0o644)  # other users of the folder read it
+    os.chmod(partial.name, record.parent.stat().st_mode & 0o666)  # other users of the folder read it
     os.replace(partial.name, record)
 
 
