@@ -1,7 +1,7 @@
-"""Ray on this machine alone: nobody else reaches it, and it may take its time to start.
+"""Ray on this machine alone: nobody else reaches it, it may take its time to start, and has no more than it needs.
 
-What Ray 2.60 has no option for is set where it looks: in variables that its processes inherit, and in two of its own
-modules while it starts.
+What Ray 2.60 has no option for is set where it looks: in variables that its processes inherit, and in its own modules
+while it starts.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from ray._private import ray_constants, services
+from ray._private.node import Node
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 from sensmerge.tasks.errors import StepError
@@ -47,6 +48,10 @@ def started_here() -> Iterator[None]:
         with (
             patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False),
             patch.object(services, "get_node", _patient(services.get_node)),
+            # The autoscaler has nothing to scale, and the dashboard, which is off, has a process all the same: together
+            # more than a second of processor time.
+            patch.object(Node, "start_monitor", _nothing),
+            patch.object(Node, "start_api_server", _nothing),
         ):
             yield
     except Exception as error:
@@ -74,6 +79,10 @@ def _ask_for_a_token() -> None:
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     Config.initialize("")  # it has been read when ray was imported
+
+
+def _nothing(node: Node, **_: Any) -> None:
+    """Start no process."""
 
 
 def _patient(ask: Callable[..., Any]) -> Callable[..., Any]:
