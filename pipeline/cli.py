@@ -336,6 +336,21 @@ def check_exists(store: Store) -> None:
         raise InputError(f"--store {store}: no such folder; name the store of earlier runs")
 
 
+@app.command("import")
+def import_(
+    configuration: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="a configuration of mergekit (YAML)", show_default=False)
+    ],
+) -> None:
+    """Print the recipe that merges what a configuration of mergekit merges."""
+    import yaml
+
+    from sensmerge.pipeline.recipe.load import load_recipe, read_recipe
+
+    load_recipe(configuration)  # what the schema refuses is said now
+    sys.stdout.write(yaml.safe_dump(read_recipe(configuration), sort_keys=False, allow_unicode=True))
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for use in editors."""

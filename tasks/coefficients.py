@@ -2,16 +2,17 @@
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
 
 from sensmerge.tasks.strict import Strict
+from sensmerge.tasks.varying import Varying, number_at
 
 PerExpert = dict[str, float]
 Weights = dict[str, PerExpert]
-"""weights[layer][expert]"""
+"""weights[layer][expert]; of tensors that differ from others of their layer, weights[tensor][expert]"""
 
 
 class UniformCoefficients(Strict):
@@ -24,8 +25,9 @@ class ExplicitCoefficients(Strict):
     """Your own numbers; each is multiplied by the variant's `weight`."""
 
     kind: Literal["explicit"]
-    weights: dict[str, FiniteFloat | dict[str, FiniteFloat]] = Field(
-        description="expert → number, or expert → {layer pattern: number}; the last matching pattern wins"
+    weights: dict[str, FiniteFloat | dict[str, FiniteFloat] | Varying] = Field(
+        description="expert → number; or → {layer pattern: number}, of which the last that matches wins; or → numbers "
+        "from the first block to the last, or filters on names of tensors, as in mergekit"
     )
 
 
@@ -100,19 +102,46 @@ def sens_weights(sigmas: Mapping[str, PerExpert], weight: float) -> Weights:
 def plain_weights(
     coefficients: UniformCoefficients | ExplicitCoefficients,
     weight: float,
-    layers: Iterable[str],
+    layers: Mapping[str, Sequence[str]],
+    depths: Mapping[str, float],
     experts: Iterable[str],
 ) -> Weights:
-    """Return the weights of uniform or explicit coefficients in every layer."""
+    """Return the weights of uniform or explicit coefficients: a row per layer, or per tensor where those differ.
+
+    Args:
+        coefficients: how much of each expert.
+        weight: that multiplies them.
+        layers: the tensors of each layer.
+        depths: of the layers: from 0, the first block, to 1, the last; 0 outside the blocks.
+        experts: their names.
+
+    Raises:
+        ValueError: no filter fits a tensor.
+    """
     names = list(experts)
     if isinstance(coefficients, UniformCoefficients):
         return {layer: dict.fromkeys(names, weight) for layer in layers}
-    return {layer: {name: weight * _explicit(coefficients.weights[name], layer) for name in names} for layer in layers}
+    settings = {name: coefficients.weights[name] for name in names}
+
+    def row(layer: str, tensor: str) -> PerExpert:
+        return {name: weight * _explicit(one, layer, tensor, depths[layer]) for name, one in settings.items()}
+
+    found: Weights = {}
+    for layer, tensors in layers.items():
+        rows = {tensor: row(layer, tensor) for tensor in tensors}
+        first = rows[tensors[0]]
+        found |= {layer: first} if all(one == first for one in rows.values()) else rows
+    return found
 
 
-def _explicit(setting: float | dict[str, float], layer: str) -> float:
+def row_of(weights: Weights, tensor: str, layer: str) -> PerExpert:
+    """Return the experts' weights of one tensor: its own row, or its layer's."""
+    return weights[tensor] if tensor in weights else weights[layer]
+
+
+def _explicit(setting: float | dict[str, float] | Varying, layer: str, tensor: str, depth: float) -> float:
     if not isinstance(setting, dict):
-        return setting
+        return number_at(setting, tensor, depth)
     return [number for pattern, number in setting.items() if matches(pattern, layer)][-1]
 
 
@@ -122,8 +151,6 @@ def matches(pattern: str, layer: str) -> bool:
 
 
 def scaled(weights: Weights, lines: Lines, depths: Mapping[str, float]) -> Weights:
-    """Return weights times the factor of each layer, whose depth is between 0 and 1."""
-    return {
-        layer: {expert: weight * lines.at(depths[layer]) for expert, weight in row.items()}
-        for layer, row in weights.items()
-    }
+    """Return weights times the factor of each row, whose depth is between 0 and 1."""
+    factors = {key: lines.at(depths[key]) for key in weights}
+    return {key: {expert: weight * factors[key] for expert, weight in row.items()} for key, row in weights.items()}

@@ -183,7 +183,7 @@ class _Layout:
             reads += writes  # read back
         if not isinstance(variant.coefficients, SensCoefficients):  # those come of what earlier stages find
             try:
-                job.having(job.settings).weights()
+                job.having(job.settings).check()
             except InputError as error:
                 raise InputError(f"merges.{name}: {error}") from None
         self._add(name, job, used, reads, writes)
@@ -210,6 +210,7 @@ class _Layout:
             "weight": variant.weight,
             "coefficients": variant.coefficients,
             "lines": variant.lines,
+            "varying": variant.varying,
             "statistics": artifacts["statistics"],
             "distances": artifacts["cross_task"].get("all"),
             "shard_size": variant.shard_size,

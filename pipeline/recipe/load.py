@@ -6,24 +6,35 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sensmerge.pipeline.recipe.mergekit import is_mergekit, recipe_name, recipe_of
 from sensmerge.pipeline.recipe.parse import parse, read_text
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.tasks.errors import InputError, shown
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `a.b=value` overrides (values are YAML).
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return what a file says: of a recipe, its YAML; of a configuration of mergekit, that of the recipe it comes to.
 
     Raises:
-        InputError: no such file, no YAML, or what the schema refuses, naming the key.
+        InputError: no such file, no YAML mapping, or what of mergekit's no recipe can say.
     """
     text = read_text(path)
     try:
         data = parse(text)
+        if not isinstance(data, dict):
+            raise InputError(f"found {type(data).__name__}; expected a mapping with name, base, experts, merges")
+        return recipe_of(data, recipe_name(path), path.absolute().parent) if is_mergekit(data) else data
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: found {type(data).__name__}; expected a mapping with name, base, experts, merges")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, or a configuration of mergekit, and apply `a.b=value` overrides (values are YAML).
+
+    Raises:
+        InputError: as `read_recipe`, and what the schema refuses, naming the key.
+    """
+    data = read_recipe(path)
     for override in overrides:
         _override(data, override)
     try:

@@ -6,6 +6,7 @@ from pydantic import GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 
 from sensmerge.tasks.methods.contract import METHODS
+from sensmerge.tasks.varying import VARYING
 
 
 def method_properties(handler: GetJsonSchemaHandler) -> dict[str, JsonSchemaValue]:
@@ -14,11 +15,24 @@ def method_properties(handler: GetJsonSchemaHandler) -> dict[str, JsonSchemaValu
     for name, method in METHODS.items():
         for key, schema in handler.resolve_ref_schema(handler(method.__pydantic_core_schema__))["properties"].items():
             found.setdefault(key, {})[name] = schema
+    varying = handler(VARYING.core_schema)["anyOf"]
     properties: dict[str, JsonSchemaValue] = {"method": {"enum": list(METHODS), "description": "merge method"}}
     for key, by_method in found.items():
         if key != "method":
-            properties[key] = _shared_property(by_method)
+            shared = _shared_property(by_method)
+            properties[key] = _or(shared, varying) if _is_number(shared) else shared
     return properties
+
+
+def _is_number(kind: JsonSchemaValue) -> bool:
+    return kind.get("type") == "number" or any(map(_is_number, kind.get("anyOf", ())))
+
+
+def _or(kind: JsonSchemaValue, others: list[JsonSchemaValue]) -> JsonSchemaValue:
+    """Return the schema of what one schema takes, or one of others."""
+    about = {key: kind[key] for key in ("default", "description", "title") if key in kind}
+    own = {key: value for key, value in kind.items() if key not in about}
+    return about | {"anyOf": [*own.get("anyOf", [own]), *others]}
 
 
 def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:

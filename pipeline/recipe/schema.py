@@ -219,7 +219,9 @@ class Recipe(Strict):
         """Return the experts' weights (with sens coefficients, their mean); None if they differ from layer to layer."""
         numbers: list[float] = [1.0] * len(self.experts)
         if isinstance(variant.coefficients, ExplicitCoefficients):
-            numbers = [number for number in variant.coefficients.weights.values() if not isinstance(number, dict)]
+            numbers = [
+                number for number in variant.coefficients.weights.values() if not isinstance(number, dict | list)
+            ]
         return [number * weight for number in numbers] if len(numbers) == len(self.experts) else None
 
     def resources_of(self, stage: Stage) -> Resources:

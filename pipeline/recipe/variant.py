@@ -9,6 +9,7 @@ from pydantic import (
     InstanceOf,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
     model_serializer,
     model_validator,
 )
@@ -27,10 +28,21 @@ from sensmerge.tasks.coefficients import (
 from sensmerge.tasks.dynamic.application import OriginName, SeApplication
 from sensmerge.tasks.features import CalibrationSettings
 from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
-from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, Values, VariantSettings, combinations
+from sensmerge.tasks.methods.settings import (
+    LARGEST_WEIGHT,
+    Values,
+    VariantSettings,
+    VaryingSetting,
+    combinations,
+    samples_of,
+    varying_settings,
+)
 from sensmerge.tasks.strict import Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+_VARYING_SETTINGS: TypeAdapter[dict[str, VaryingSetting]] = TypeAdapter(dict[str, VaryingSetting])
 
 
 class StaticApplication(Strict):
@@ -50,6 +62,7 @@ class Variant(Strict):
     """
 
     method: SerializeAsAny[InstanceOf[Method]]
+    varying: dict[str, Any] = Field({}, exclude=True)
     weight: Weight = Field(
         1.0,
         ge=-LARGEST_WEIGHT,
@@ -85,23 +98,31 @@ class Variant(Strict):
     def _gather_method(cls, data: Any) -> Any:
         if not isinstance(data, dict) or "method" not in data or isinstance(data["method"], Method):
             return data
-        own = {key: value for key, value in data.items() if key in cls.model_fields and key != "method"}
-        method = method_of({key: value for key, value in data.items() if key not in own})
+        common = cls.model_fields.keys() - {"method", "varying"}
+        own = {key: value for key, value in data.items() if key in common}
+        settings = {key: value for key, value in data.items() if key not in own}
+        varying = varying_settings(settings)
+        settings |= {key: next(samples_of(setting)) for key, setting in varying.items()}
+        method = method_of(settings)
+        for key, setting in varying.items():
+            for value in samples_of(setting):  # every number is one that the method takes by itself
+                method_of(settings | {key: value})
         for key in keys_of(type(method)).keys() & cls.model_fields.keys():
             raise TypeError(f"method {method.name} has a setting {key}, as every variant has; it needs another name")
-        return own | {"method": method}
+        return own | {"method": method, "varying": varying}
 
     @model_serializer(mode="wrap")
     def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = dump(self)
         method: dict[str, Any] = found.pop("method", {})
-        return method | found
+        varying: dict[str, Any] = _VARYING_SETTINGS.dump_python(self.varying, exclude_unset=True)
+        return {**method, **varying, **found}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Put the settings of all methods beside the other keys."""
         schema = handler.resolve_ref_schema(handler(core))
-        del schema["properties"]["method"]
+        del schema["properties"]["method"], schema["properties"]["varying"]
         schema["properties"] = method_properties(handler) | schema["properties"]
         return schema
 
@@ -130,6 +151,17 @@ class Variant(Strict):
         self.method.check_se()
         if self.method.static_coefficient(self.weight, 2) <= 0:
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_varying(self) -> "Variant":
+        for key in self.varying:
+            if self.origin == "base":
+                raise ValueError(f"{key}: application se from the base needs one number for all tensors; give one")
+            if key in self.tune:
+                raise ValueError(
+                    f"tune.{key}: the setting changes from tensor to tensor; tune others, or give a number"
+                )
         return self
 
     @model_validator(mode="after")

@@ -63,6 +63,12 @@ def depths(layers: Sequence[str]) -> dict[str, float]:
     return found
 
 
+def depths_of_blocks(layers: Sequence[str]) -> dict[str, float]:
+    """Return how deep each layer lies in its stack of blocks, as `depths`; 0 outside the blocks, as mergekit has it."""
+    found = depths(layers)
+    return {layer: found[layer] if in_block(f"{layer}.") else 0.0 for layer in layers}
+
+
 def _modules_in_common(name: str, other: str) -> int:
     """Return how many modules, from the outermost on, two names share."""
     pairs = zip(name.split("."), other.split("."), strict=False)

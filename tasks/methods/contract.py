@@ -128,11 +128,15 @@ class Method(Strict, ABC):
 
     name: str = Field(alias="method", description="merge method")
 
+    @classmethod
+    def keys_for_each_expert(cls) -> set[str]:
+        """Return the keys of the settings that may have a value for each expert."""
+        return {key for key, name in keys_of(cls).items() if _FOR_EACH_EXPERT in cls.model_fields[name].metadata}
+
     def for_each_expert(self) -> dict[str, Mapping[str, Any]]:
         """Return the settings that have a value for each expert, by their keys in a recipe."""
-        fields = type(self).model_fields
-        marked = {key: name for key, name in keys_of(type(self)).items() if _FOR_EACH_EXPERT in fields[name].metadata}
-        values = {key: getattr(self, name) for key, name in marked.items()}
+        names = keys_of(type(self))
+        values = {key: getattr(self, names[key]) for key in names if key in self.keys_for_each_expert()}
         return {key: value for key, value in values.items() if isinstance(value, dict)}
 
     @property

@@ -1,7 +1,7 @@
 """The settings of a variant that its weights depend on, and candidates for some of them."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from sensmerge.tasks.coefficients import Coefficients, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.methods.contract import Method, keys_of
+from sensmerge.tasks.varying import Varying, number_at, numbers_in, varying_of
 
 WEIGHT, TEMPERATURE = "weight", "temperature"
 LARGEST_WEIGHT = 10
@@ -104,6 +105,63 @@ class VariantSettings:
         whole = isinstance(getattr(self.method, keys[key]), int) and isinstance(value, float) and value.is_integer()
         settings = self.method.model_dump(by_alias=True) | {key: int(value) if whole else value}
         return replace(self, method=type(self.method).model_validate(settings))
+
+
+VaryingSetting = Varying | dict[str, float | Varying]
+"""A setting that changes from tensor to tensor: for all experts, or some of them"""
+
+
+def varying_settings(settings: Mapping[str, Any]) -> dict[str, VaryingSetting]:
+    """Return those of a method's settings that change from tensor to tensor, by key.
+
+    Raises:
+        ValueError: one is no list of numbers or filters.
+    """
+    found: dict[str, VaryingSetting] = {}
+    for key, value in settings.items():
+        inner = value.values() if isinstance(value, dict) else [value]
+        if not any(isinstance(one, list) for one in inner):
+            continue
+        try:
+            found[key] = (
+                {k: varying_of(one) if isinstance(one, list) else one for k, one in value.items()}
+                if isinstance(value, dict)
+                else varying_of(value)
+            )
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    return found
+
+
+def varied(method: Method, varying: Mapping[str, VaryingSetting], tensor: str, depth: float) -> Method:
+    """Return a method with the settings that it has for one tensor; `depth` as in `number_at`.
+
+    Raises:
+        ValueError: no filter fits the tensor.
+    """
+    found: dict[str, Any] = {}
+    for key, setting in varying.items():
+        try:
+            found[key] = _at(setting, tensor, depth)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    return type(method).model_validate(method.model_dump(by_alias=True) | found)
+
+
+def _at(setting: VaryingSetting, tensor: str, depth: float) -> float | dict[str, float]:
+    if isinstance(setting, dict):
+        return {key: number_at(one, tensor, depth) for key, one in setting.items()}
+    return number_at(setting, tensor, depth)
+
+
+def samples_of(setting: VaryingSetting) -> Iterator[float | dict[str, float]]:
+    """Yield values of a setting that hold every number that it names, each of them of a form that a method takes."""
+    if not isinstance(setting, dict):
+        yield from numbers_in(setting)
+        return
+    numbers = {key: list(numbers_in(one)) for key, one in setting.items()}
+    for place in range(max(map(len, numbers.values()))):
+        yield {key: some[min(place, len(some) - 1)] for key, some in numbers.items()}
 
 
 def combinations(grid: Mapping[str, Sequence[float]], default: Values | None) -> list[Values]:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.checkpoints.weights import HEADS
+from sensmerge.tasks.coefficients import row_of
 from sensmerge.tasks.dynamic.materialised import Materialised
 from sensmerge.tasks.dynamic.parameters import by_parameter
 from sensmerge.tasks.dynamic.vectors import Vector, compact
@@ -92,7 +93,7 @@ class Candidates:
         found: _Vectors = {}
         with _one_thread():
             for name in job.base.weights:
-                own = weights.get(layer_of(name), {})
+                own = {} if name in job.base.statistics else row_of(weights, name, layer_of(name))
                 touched = any(expert.touches(name) for expert in job.experts.values())
                 if name in job.base.statistics or not (touched or job.method.changes_untouched):
                     continue
@@ -153,7 +154,7 @@ def _delta(job: VariantJob, name: str, weights: Mapping[str, float]) -> torch.Te
     base = job.base.read(name)
     delta = torch.empty(base.numel())
     vectors = [job.task_vector(expert, name, weights[expert]) for expert in job.experts]
-    for where, merged in job.method.merged_pieces(base, vectors):
+    for where, merged in job.method_for(name).merged_pieces(base, vectors):
         delta[where] = merged
     if not bool(delta.isfinite().all()):
         raise InputError(

@@ -20,6 +20,7 @@ from sensmerge.tasks.checkpoints.checkpoint import (
     tensor_bytes,
 )
 from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.coefficients import row_of
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.methods.kernels.delta import chunks
@@ -73,8 +74,9 @@ class MergeJob(VariantJob):
         preallocate(plan, out)
         previous = _Previous.of(self)
         staging = None if self.device == "cpu" else Staging(self.device)
+        copied = {*base.buffers, *base.statistics}  # or the experts' mean, whatever their weights
         names = (*self.groups[part], *(base.buffers if part == 0 else ()))
-        own = {name: {} if name in base.statistics else weights.get(layer_of(name), {}) for name in names}
+        own = {name: {} if name in copied else row_of(weights, name, layer_of(name)) for name in names}
 
         def load(name: str) -> _Loaded:
             with _noted(name):
@@ -180,7 +182,8 @@ def _inputs(job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch
     """
     contents = job.contents(name)
     experts = [[key, weights.get(key), contents[key]] for key in job.experts]
-    how = [job.version, identity(job.method), identity(job.statistics if job.method.statistics else {})]
+    method = job.method_for(name)
+    how = [job.version, identity(method), identity(job.statistics if method.statistics else {})]
     return sha256_text(canonical([*how, name, str(dtype), contents["base"], experts]))
 
 
@@ -222,11 +225,13 @@ def _merged_pieces(
         return job.mean_pieces(name)
     base = job.base.read(name)
     touched = any(expert.touches(name) for expert in job.experts.values())
-    if not job.base.info(name).is_floating_point or not (touched or job.method.changes_untouched):
+    method = job.method_for(name)
+    is_merged = job.base.info(name).is_floating_point and name not in job.base.buffers
+    if not (is_merged and (touched or method.changes_untouched)):
         flat = base.reshape(-1)
         return ((where, flat[where]) for where in chunks(len(flat)))
     vectors = [job.task_vector(key, name, weights[key]) for key in job.experts]
     if staging is None:
-        return job.method.merged_pieces(base, vectors)
+        return method.merged_pieces(base, vectors)
     there = [replace(one, delta=one.delta.moved(staging.sent)) for one in vectors]
-    return staging.returned(job.method.merged_pieces(staging.sent(base), there))
+    return staging.returned(method.merged_pieces(staging.sent(base), there))

@@ -11,6 +11,7 @@ import xxhash
 from sensmerge.tasks.artifacts import sync
 from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, open_checkpoint, preallocate, tensor_bytes
 from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.coefficients import row_of
 from sensmerge.tasks.dynamic.vectors import BASE, LowRank, Vector, compact
 from sensmerge.tasks.dynamic.writing import finite_as, seal, vectors_file, write_vectors
 from sensmerge.tasks.methods.contract import Additive
@@ -53,7 +54,7 @@ class MergeVectorsJob(VariantJob):
         for name in self.groups[part]:
             self.contents(name)  # of what is sparse, NaN might not be seen later
         mixed = [name for name in self.groups[part] if name not in self.base.statistics]
-        found = {name: _vectors(self, weights[layer_of(name)], name) for name in mixed}
+        found = {name: _vectors(self, row_of(weights, name, layer_of(name)), name) for name in mixed}
         write_vectors(out, part, found)
         return True
 

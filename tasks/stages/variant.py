@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from sensmerge.tasks.checkpoints.companions import (
     is_tokenizer_file,
     without_code,
 )
-from sensmerge.tasks.checkpoints.layers import depths, group_by_layer, layer_of
+from sensmerge.tasks.checkpoints.layers import depths, depths_of_blocks, group_by_layer, layer_of
 from sensmerge.tasks.checkpoints.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
 from sensmerge.tasks.coefficients import (
     Coefficients,
@@ -37,7 +37,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.methods.contract import Method, TaskVector, method_of
 from sensmerge.tasks.methods.kernels.stored import rounded
-from sensmerge.tasks.methods.settings import Values, VariantSettings
+from sensmerge.tasks.methods.settings import Values, VariantSettings, VaryingSetting, varied
 from sensmerge.tasks.stages.job import Earlier, Job
 from sensmerge.tasks.stages.task_vectors import not_finite, read_histogram
 from sensmerge.tasks.statistics.statistic import read_layers
@@ -61,6 +61,8 @@ class VariantJob(Job):
     method: Method
     weight: float
     coefficients: Coefficients
+    varying: Mapping[str, VaryingSetting] = field(default_factory=dict)
+    """settings of the method that change from tensor to tensor; those in `method` are one of their values"""
     lines: Lines | None = None
     statistics: Mapping[str, Artifact] = field(default_factory=dict)
     """by expert: its sensitivity (sens coefficients), and what the method asks for"""
@@ -122,6 +124,20 @@ class VariantJob(Job):
                 raise InputError(f"layer {layer}: {error}") from None
         return weights
 
+    def check(self) -> None:
+        """Check the weights and settings of all tensors.
+
+        Raises:
+            InputError: as `weights`, and no filter of a setting fits a tensor.
+        """
+        self.weights()
+        if self.varying:
+            for name in self.base.weights:
+                try:
+                    self.method_for(name)
+                except ValueError as error:
+                    raise InputError(str(error)) from None
+
     def coefficient_table(self) -> dict[str, Any]:
         """Return the weights of every layer, and for sens coefficients also the τ and σ that they come from.
 
@@ -129,28 +145,47 @@ class VariantJob(Job):
             InputError: weights are to grow with depth in a network without blocks.
         """
         assert self.tuned is None, "the job is resumed before it merges"
-        layers = list(group_by_layer(name for name in self.base.weights if name not in self.base.statistics))
+        layers = self._layers
         table = self._table(layers)
         if self.lines is not None:
-            found = depths(layers)
+            found = depths(list(layers))
             if not found:
                 raise InputError(
                     f"lines: {self.base.folder} has no numbered blocks for factors to grow with; leave it out"
                 )
-            table["weights"] = scaled(table["weights"], self.lines, found)
+            rows = {key: found[key] if key in found else found[layer_of(key)] for key in table["weights"]}
+            table["weights"] = scaled(table["weights"], self.lines, rows)
         return table
 
-    def _table(self, layers: Sequence[str]) -> dict[str, Any]:
+    @cached_property
+    def _layers(self) -> dict[str, list[str]]:
+        """The tensors of each layer that are merged."""
+        return group_by_layer(name for name in self.base.weights if name not in self.base.statistics)
+
+    @cached_property
+    def _depths(self) -> dict[str, float]:
+        return depths_of_blocks(list(group_by_layer(self.base.weights)))
+
+    def method_for(self, tensor: str) -> Method:
+        """Return the method with the settings that it has for one tensor."""
+        if not self.varying:
+            return self.method
+        return varied(self.method, self.varying, tensor, self._depths[layer_of(tensor)])
+
+    def _table(self, layers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         """Return the table before `lines`."""
         if not isinstance(self.coefficients, SensCoefficients):
-            return {"weights": plain_weights(self.coefficients, self.weight, layers, self.experts)}
+            try:
+                return {"weights": plain_weights(self.coefficients, self.weight, layers, self._depths, self.experts)}
+            except ValueError as error:
+                raise InputError(f"coefficients.weights: {error}") from None
         assert self.distances is not None
         alphas = {
             name: _with_tied_layers(alpha(read_layers(one.folder, "sensitivity")), self.base)
             for name, one in self.statistics.items()
         }
         taus = tau(read_json(self.distances.folder / "distances.json"), self.coefficients.direction)
-        sigmas = sigma(alphas, taus, self.coefficients.temperature, layers)
+        sigmas = sigma(alphas, taus, self.coefficients.temperature, list(layers))
         return {"weights": sens_weights(sigmas, self.weight), "tau": taus, "sigma": sigmas}
 
     def task_vector(self, expert: str, tensor: str, weight: float) -> TaskVector:

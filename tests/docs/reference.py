@@ -10,6 +10,8 @@ Node = Mapping[str, Any]
 """A schema, or a part of one."""
 BOUNDS = {"minimum": "≥", "maximum": "≤", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
 DISCRIMINATORS = ("kind", "method")
+MOST_PATHS = 5
+"""A mapping that may stand in more places is called by its name, and not by all of them."""
 
 
 @dataclass
@@ -22,6 +24,8 @@ class _Section:
 
     @property
     def title(self) -> str:
+        if len(self.paths) > MOST_PATHS:
+            return str(self.node["title"])
         return ", ".join(f"`{path}`" for path in self.paths)
 
     @property
@@ -104,6 +108,8 @@ def _values(node: Node, sections: Mapping[str, _Section], schema: Node) -> str:
         name = node["$ref"].rpartition("/")[2]
         if name in sections:
             inner = _kind(schema["$defs"][name]).removeprefix(" with ")
+            if len(sections[name].paths) > MOST_PATHS:
+                inner = sections[name].title
             return f"[{inner or 'mapping'}](#{sections[name].anchor})"
         return _values(schema["$defs"][name], sections, schema)
     choices = [*node.get("anyOf", ()), *node.get("oneOf", ())]

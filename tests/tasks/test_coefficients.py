@@ -16,6 +16,7 @@ from sensmerge.tasks.coefficients import (
     alpha,
     matches,
     plain_weights,
+    row_of,
     scaled,
     sens_weights,
     sigma,
@@ -118,7 +119,7 @@ def test_weights_average_to_the_variants_weight(
 
 
 def test_uniform_weights() -> None:
-    assert plain_weights(UniformCoefficients(), 0.4, ["a", "b"], ["x", "y"]) == {
+    assert plain_weights(UniformCoefficients(), 0.4, {"a": ["a.w"], "b": ["b.w"]}, {}, ["x", "y"]) == {
         "a": {"x": 0.4, "y": 0.4},
         "b": {"x": 0.4, "y": 0.4},
     }
@@ -127,7 +128,9 @@ def test_uniform_weights() -> None:
 def test_explicit_weights_last_matching_pattern_wins() -> None:
     patterns: dict[str, Any] = {"*": 1.0, "layers.*": 2.0, "layers.?": 3.0, "layers.[1]": 4.0}
     coefficients = ExplicitCoefficients(kind="explicit", weights={"x": patterns, "y": -0.5})
-    found = plain_weights(coefficients, 0.5, LAYERS, ["x", "y"])
+    found = plain_weights(
+        coefficients, 0.5, {layer: [f"{layer}.weight"] for layer in LAYERS}, dict.fromkeys(LAYERS, 0.0), ["x", "y"]
+    )
     assert {layer: row["x"] for layer, row in found.items()} == {
         "embed_tokens": 0.5,
         "layers.0": 1.5,
@@ -140,7 +143,9 @@ def test_explicit_weights_last_matching_pattern_wins() -> None:
 
 def test_a_later_general_pattern_overrides_an_earlier_special_one() -> None:
     coefficients = ExplicitCoefficients(kind="explicit", weights={"x": {"layers.0": 9.0, "*": 1.0}})
-    assert plain_weights(coefficients, 1.0, ["layers.0"], ["x"]) == {"layers.0": {"x": 1.0}}
+    assert plain_weights(coefficients, 1.0, {"layers.0": ["layers.0.weight"]}, {"layers.0": 0}, ["x"]) == {
+        "layers.0": {"x": 1.0}
+    }
 
 
 def test_patterns_are_those_of_a_shell_and_mind_case() -> None:
@@ -189,3 +194,30 @@ def test_bad_settings_are_refused(setting: dict[str, Any]) -> None:
 def test_defaults() -> None:
     sens = TypeAdapter(Coefficients).validate_python({"kind": "sens"})
     assert sens == SensCoefficients(kind="sens", temperature=1.0, direction="distance")
+
+
+def test_gradients_give_a_row_to_each_layer_and_filters_to_each_tensor_that_differs() -> None:
+    layers = {
+        "embed": ["embed.weight"],
+        "layers.0": ["layers.0.attn.weight", "layers.0.mlp.weight"],
+        "layers.1": ["layers.1.attn.weight", "layers.1.mlp.weight"],
+    }
+    coefficients = ExplicitCoefficients.model_validate(
+        {
+            "kind": "explicit",
+            "weights": {"x": [0.2, 0.6], "y": [{"filter": "0.mlp", "value": 3}, {"value": [1, 2]}], "z": {"*": 1.0}},
+        }
+    )
+    depths = {"embed": 0.0, "layers.0": 0.0, "layers.1": 1.0}
+    found = plain_weights(coefficients, 0.5, layers, depths, ["x", "y", "z"])
+    assert found == {
+        "embed": {"x": 0.1, "y": 0.5, "z": 0.5},
+        "layers.0.attn.weight": {"x": 0.1, "y": 0.5, "z": 0.5},
+        "layers.0.mlp.weight": {"x": 0.1, "y": 1.5, "z": 0.5},
+        "layers.1": {"x": 0.3, "y": 1.0, "z": 0.5},
+    }
+    assert row_of(found, "layers.0.mlp.weight", "layers.0")["y"] == 1.5
+    assert row_of(found, "layers.1.mlp.weight", "layers.1")["y"] == 1.0
+    doubled = scaled(found, Lines(first=2, last=1), {row: float("1" in row) for row in found})
+    assert doubled["layers.0.mlp.weight"]["y"] == 3.0
+    assert doubled["layers.1"] == found["layers.1"]

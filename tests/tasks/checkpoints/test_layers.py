@@ -1,6 +1,13 @@
 import pytest
 
-from sensmerge.tasks.checkpoints.layers import block_names, depths, group_by_layer, in_block, layer_of
+from sensmerge.tasks.checkpoints.layers import (
+    block_names,
+    depths,
+    depths_of_blocks,
+    group_by_layer,
+    in_block,
+    layer_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +96,9 @@ def test_blocks_in_order() -> None:
 )
 def test_depth_grows_from_the_first_block_to_the_last(layers: list[str], expected: list[float]) -> None:
     assert depths(layers) == dict(zip(layers, expected, strict=bool(expected)))
+
+
+def test_depth_is_that_of_blocks_and_0_outside() -> None:
+    layers = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "lm_head"]
+    assert list(depths_of_blocks(layers).values()) == [0, 0, 0.5, 1, 0, 0]
+    assert depths_of_blocks(["encoder", "head"]) == {"encoder": 0, "head": 0}

@@ -1,0 +1,131 @@
+"""Configurations of mergekit, run as they are, against mergekit 0.1.5 itself (skipped where pip cannot fetch it)."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import command_line, make_llama, perturbed
+
+pytestmark = pytest.mark.ray
+
+MERGEKIT = ("mergekit==0.1.5", "immutables==0.20")
+"""What it needs beside what is installed here."""
+
+
+@pytest.fixture(scope="session")
+def mergekit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with mergekit alone, which uses the torch and transformers that are installed here."""
+    folder = tmp_path_factory.mktemp("mergekit")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={folder}", *MERGEKIT]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"pip cannot fetch {MERGEKIT[0]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(save: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base and three experts, of three blocks."""
+    folder = tmp_path_factory.mktemp("models")
+    save(make_llama(num_hidden_layers=3), "base", folder)
+    for seed, name in enumerate(("math", "code", "talk"), 1):
+        save(perturbed(make_llama(num_hidden_layers=3), seed), name, folder)
+    return folder
+
+
+def of(*names: str, **parameters: Any) -> list[dict[str, Any]]:
+    """Models with the parameters given to each, or to each by its name."""
+    own = {
+        name: {key: one[name] if isinstance(one, dict) else one for key, one in parameters.items()} for name in names
+    }
+    return [{"model": name, "parameters": own[name]} for name in names]
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "soup": {
+        "merge_method": "linear",
+        "models": of("base", "math", "code", weight={"base": 1, "math": 0.3, "code": 0.5}),
+    },
+    "per-model-weights": {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": of("math", "code", weight={"math": 0.4, "code": [0.1, 0.9]}),
+        "parameters": {"lambda": 0.8},
+    },
+    "gradient-ties": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [
+            *of("math", density=[1, 0.7, 0.1], weight=1.0),
+            *of("code", density=0.5, weight=[0, 0.3, 0.7, 1]),
+            *of("talk", density=0.33, weight=[{"filter": "mlp", "value": 0.5}, {"value": 0}]),
+        ],
+        "parameters": {"normalize": True, "int8_mask": True},
+    },
+    "slerp": {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "slices": [{"sources": [{"model": "base", "layer_range": [0, 3]}, {"model": "math", "layer_range": [0, 3]}]}],
+        "parameters": {
+            "t": [
+                {"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]},
+                {"filter": "mlp", "value": [1, 0.5, 0.7, 0.3, 0]},
+                {"value": 0.5},
+            ]
+        },
+    },
+    "model-stock": {
+        "merge_method": "model_stock",
+        "base_model": "base",
+        "models": [{"model": "math"}, {"model": "code"}],
+    },
+    "nuslerp": {
+        "merge_method": "nuslerp",
+        "models": [
+            *of("math", weight=0.4),
+            *of("code", weight=[{"filter": "mlp", "value": 0.2}, {"value": [0.5, 0.9]}]),
+        ],
+    },
+    "passthrough": {
+        "merge_method": "passthrough",
+        "models": of("math", scale=[{"filter": "o_proj", "value": 0.0}, {"value": 1.0}]),
+    },
+    "karcher": {"merge_method": "karcher", "models": [{"model": "base"}, {"model": "math"}]},
+    "breadcrumbs": {
+        "merge_method": "breadcrumbs",
+        "base_model": "base",
+        "models": [
+            *of("math", weight=0.5, density=[0.3, 0.9], gamma=0.02),
+            *of("code", weight=0.5, density=0.9, gamma=[0.01, 0.05]),
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_makes_what_mergekit_makes(name: str, mergekit: Path, models: Path, ray_address: str) -> None:
+    path = models / f"{name}.yml"
+    path.write_text(yaml.safe_dump(CONFIGS[name] | {"dtype": "float32"}))
+    theirs = models / f"{name}-out"
+    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), str(theirs), "--no-write-model-card"]
+    environment = os.environ | {"PYTHONPATH": str(mergekit)}
+    done = subprocess.run(command, cwd=models, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = models / f"{name}.json"
+    assert command_line("run", path, "--store", models / "store", "--address", ray_address, "--report", report) == 0
+    ours = Path(json.loads(report.read_text())["models"]["merged"])
+    expected = {key: value for file in theirs.glob("*.safetensors") for key, value in load_file(file).items()}
+    found = load_file(ours / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key] - value).abs().max() <= 1e-5 * max(1, value.abs().max()), key
+    assert filecmp.cmp(ours / "tokenizer.json", theirs / "tokenizer.json", shallow=False)
