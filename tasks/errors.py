@@ -1,5 +1,6 @@
 """The two ways in which a run ends without a result."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,18 @@ class InputError(ValueError):
 
 class StepError(RuntimeError):
     """A step failed for a reason that is not the user's input; the text names the step and where it ran."""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """Return what is to be said where a disk is full or may not be written; None of any other error."""
+    if not isinstance(error, OSError) or error.errno not in {*_FULL, errno.EROFS}:
+        return None
+    where = error.filename2 or error.filename
+    way_out = "make room on it" if error.errno in _FULL else "choose another --store"
+    return f"{f'{where}: ' if where else ''}{error.strerror}; {way_out}, and run again: what is done is kept"
 
 
 def shown(value: object) -> str:
