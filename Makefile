@@ -6,9 +6,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: quickstart test lint install clean
 
-quickstart: install
-	$(BIN)/python configs/quickstart/make_models.py
+quickstart: install configs/quickstart/build/settings.json
 	$(BIN)/python -m pipeline run configs/quickstart/recipe.yaml
+
+configs/quickstart/build/settings.json: configs/quickstart/make_models.py | install
+	$(BIN)/python $<
+	touch $@
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup

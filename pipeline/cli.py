@@ -5,9 +5,11 @@ import gc
 import json
 import os
 import sys
+import traceback
 from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +19,7 @@ from sensmerge.pipeline.execute.stop import Stopped, stoppable
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking.uri import TRACKING_URI, checked_uri
 from sensmerge.tasks.errors import InputError, StepError, disk_trouble
+from sensmerge.tasks.urls import public_text
 
 # Commands import what they need themselves: --help and what reads no recipe do not wait for torch.
 
@@ -341,6 +344,11 @@ def schema() -> None:
     sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
 
 
+def _print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what nothing expected, as Python does, but without what is secret in URLs."""
+    sys.stderr.write(public_text("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main() -> None:
     """Run the command line: bad input is one line on standard error and exit status 2, a failed step exit status 1.
 
@@ -350,6 +358,7 @@ def main() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # On its way out the interpreter would look through all modules for garbage, for more than a second.
     atexit.register(gc.freeze)
+    sys.excepthook = _print_exception
     try:
         app()
     except InputError as error:

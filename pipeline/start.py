@@ -16,9 +16,9 @@ from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.kept import find, inputs_digest, keep, kept_table
 from sensmerge.pipeline.plan.models import list_models, unhashed_bytes
 from sensmerge.pipeline.recipe.load import load_recipe
-from sensmerge.pipeline.store.history import has_passed, last_run
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.tracking.uri import check_server
+from sensmerge.pipeline.unchanged import say_unchanged
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.stages.download import DownloadJob
@@ -85,8 +85,7 @@ def check_report(report: Path | None) -> None:
 def work(command: Literal["run", "refresh"], options: Options, console: Console) -> int:
     """Run or refresh a recipe while its store is locked; return the exit status."""
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
-        if command == "refresh" and _is_as_it_was(options):
-            console.print(f"{options.recipe.name}: nothing changed", highlight=False)
+        if say_unchanged(command, options, console):
             return 0
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
         listings = beside.submit(_begin, options, console)
@@ -99,22 +98,6 @@ def work(command: Literal["run", "refresh"], options: Options, console: Console)
         # the thread beside has ended.
         with stoppable(), closed():
             return run(options, found, console)
-
-
-def _is_as_it_was(options: Options) -> bool:
-    """Return whether nothing changed since the last refresh: no input, no artifact, no gate, and the champion loads."""
-    if options.report is not None:
-        return False  # it is made of the artifacts
-    check_server(options.uri)
-    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
-    kept = find(options.recipe, options.folder, options.store, listings)
-    if kept is None or last_run(options.store, kept.recipe, kept.step_keys()) is None:
-        return False
-    if not has_passed(options.store, kept.recipe, kept.step_keys(), options.recipe.gate.text()):
-        return False
-    from sensmerge.pipeline.tracking.registry import loss_of_champion
-
-    return loss_of_champion(options.recipe.name, options.store, options.uri) is None
 
 
 def _begin(options: Options, console: Console) -> dict[str, Listing]:

@@ -12,26 +12,19 @@ from sensmerge.pipeline.execute.run import execute
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
 from sensmerge.pipeline.plan.damage import with_damaged
-from sensmerge.pipeline.plan.kept import inputs_digest, keep
+from sensmerge.pipeline.plan.kept import Recorded, inputs_digest, keep
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.report.card import write_cards
-from sensmerge.pipeline.report.gate import choice
-from sensmerge.pipeline.report.report import (
-    Report,
-    merge_summary,
-    route_table,
-    route_warnings,
-    score_table,
-    tuning_lines,
-    tuning_table,
-)
+from sensmerge.pipeline.report.printed import print_results
+from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.report.results import collect, data_sets, outcomes
-from sensmerge.pipeline.store.history import begin, has_passed, last_run, remember
+from sensmerge.pipeline.store.history import begin, has_passed, last_run, lasting_uri, remember
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
 from sensmerge.pipeline.tracking.uri import is_server
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.listing import Listing
+from sensmerge.tasks.urls import public_text
 
 REFUSED = 3
 """Exit status of a refresh whose challenger is not shown to be as good as the champion."""
@@ -57,8 +50,8 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
     for line in (*plan.inputs.notes, *damage, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
-    _finish(options, plan, _execute(options, plan, console), console)
-    keep(plan, options.folder, made_from)
+    _, recorded = _finish(options, plan, _execute(options, plan, console), console)
+    keep(plan, options.folder, made_from, recorded)
     remember(plan.store, plan.recipe.name, "run", plan.lasting_keys(), options.tracking_uri)
     return 0
 
@@ -99,8 +92,8 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
     for line in (*plan.inputs.notes, *model_changes(plan), *damage, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
-    report = _finish(options, plan, _execute(options, plan, console), console)
-    keep(plan, options.folder, made_from)
+    report, recorded = _finish(options, plan, _execute(options, plan, console), console)
+    keep(plan, options.folder, made_from, recorded)
     return _pass_gate(options, plan, report, console)
 
 
@@ -140,9 +133,10 @@ def _prepare_to_record(uri: str) -> None:
             client.search_experiments(max_results=1)
 
 
-def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console) -> Report:
+def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console) -> tuple[Report, Recorded]:
     """Write cards and report, print the tables, and record the run."""
     from sensmerge.pipeline.tracking.record import Execution, record
+    from sensmerge.pipeline.tracking.runs import where_recorded
 
     plan.store.look()
     report = collect(plan)
@@ -151,32 +145,12 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
     _write_mlflow_files(plan, report)
     if options.report is not None:
         write_json(options.report, report.model_dump())
-    for name, variant in report.variants.items():
-        if variant.tuning is not None:
-            console.print(tuning_table(name, variant.tuning))
-            for line in tuning_lines(name, variant.tuning):
-                console.print(line, highlight=False, soft_wrap=True)
-    if report.tasks:
-        console.print(score_table(report))
-    chosen = choice(report, plan.recipe.gate)
-    if chosen is not None:
-        console.print(chosen, highlight=False, soft_wrap=True)
-    if report.routes:
-        console.print(route_table(report))
-    for warning in route_warnings(report):
-        console.print(warning, highlight=False, soft_wrap=True)
-    summary = merge_summary(report)
-    if summary is not None:
-        console.print(summary, highlight=False, soft_wrap=True)
-    for note in report.notes[len(plan.inputs.notes) :]:
-        console.print(note, highlight=False, soft_wrap=True)
-    for name in plan.recipe.merges:
-        console.print(f"{name}: {report.models[name]}", highlight=False, soft_wrap=True)
+    print_results(report, plan.recipe.gate, len(plan.inputs.notes), console)
     execution = Execution(report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load)
-    where = record(execution, options.uri, plan.store.root)
-    shown = where if is_server(options.uri) else f"mlflow ui --backend-store-uri {options.uri}"
-    console.print(f"MLflow: {shown}", highlight=False, soft_wrap=True)
-    return report
+    run = record(execution, options.uri, plan.store.root)
+    console.print(f"MLflow: {where_recorded(options.uri, run)}", highlight=False, soft_wrap=True)
+    found = report.found_again().model_dump(mode="json")
+    return report, Recorded(found, lasting_uri(options.tracking_uri), run)
 
 
 def _write_mlflow_files(plan: Plan, report: Report) -> None:
@@ -193,8 +167,9 @@ def _write_mlflow_files(plan: Plan, report: Report) -> None:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Return a recipe, overrides applied, as YAML that says no more than was set."""
-    return yaml.safe_dump(recipe.model_dump(by_alias=True, exclude_unset=True), sort_keys=False, allow_unicode=True)
+    """Return a recipe, overrides applied, as YAML that says no more than was set, and no password in URLs."""
+    dumped = recipe.model_dump(by_alias=True, exclude_unset=True)
+    return public_text(yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True))
 
 
 def _text(table: object) -> str:

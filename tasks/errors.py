@@ -4,6 +4,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sensmerge.tasks.urls import public_text
+
 MOST = 500
 """Characters of a message."""
 
@@ -12,17 +14,22 @@ class InputError(ValueError):
     """Bad input. Its text is one line that says where, what was found, what was expected and what to do.
 
     The command line prints it without a stack trace and exits with status 2; it is never retried. Of a long text, as
-    other programs' messages and names from damaged files may be, the middle is left out.
+    other programs' messages and names from damaged files may be, the middle is left out; no URL in it lets
+    anyone in.
     """
 
     def __init__(self, text: str) -> None:
         """Take a text, in one line of at most `MOST` characters."""
-        line = " ".join(text.split())
+        line = " ".join(public_text(text).split())
         super().__init__(line if len(line) <= MOST else f"{line[: MOST // 2]} … {line[3 - MOST // 2 :]}")
 
 
 class StepError(RuntimeError):
     """A step failed for a reason that is not the user's input; the text names the step and where it ran."""
+
+    def __init__(self, text: str) -> None:
+        """Take a text of any length."""
+        super().__init__(public_text(text))
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

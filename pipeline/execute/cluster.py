@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from sensmerge.pipeline.execute.here import started_here
 from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.tasks.errors import InputError, StepError, disk_trouble
 
@@ -30,15 +31,23 @@ def connect(address: str | None, ahead: bool = False) -> None:
 
     Raises:
         InputError: no cluster answers.
+        StepError: Ray does not start on this machine.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     # Left to itself Ray tries a task that its memory monitor killed again without end.
     os.environ.setdefault("RAY_task_oom_retries", str(SYSTEM_RETRIES))
-    here = {"include_dashboard": False} if address == "local" else {}
+    is_here = address == "local"
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, logging_level="ERROR", **here)
-    except (ConnectionError, ValueError) as error:
+        if is_here:
+            with started_here():
+                ray.init(address=address, logging_level="ERROR", include_dashboard=False)
+        else:
+            ray.init(address=address, logging_level="ERROR")
+    except StepError:
+        ray.shutdown()  # what of it had started
+        raise
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise InputError(
             f"--address {address}: no Ray cluster answers ({error}); start one with ray start --head"
         ) from error
@@ -47,7 +56,7 @@ def connect(address: str | None, ahead: bool = False) -> None:
         raise Stopped(signal.SIGTERM) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # in place of Ray's, which prints a stack and exits with status 15
-    if ahead and here:
+    if ahead and is_here:
         for _ in range(min(int(ray.cluster_resources().get("CPU", 0)), MOST_WARM)):
             _WARM_UP.remote()
 

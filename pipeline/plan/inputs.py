@@ -27,6 +27,7 @@ from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.classes import class_names
 from sensmerge.tasks.networks.expert import Expert, open_expert
 from sensmerge.tasks.networks.networks import load_tokenizer, skeleton
+from sensmerge.tasks.urls import public_text
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
     data, said = gather_rows(recipe.tasks, experts, reader, folder, use)
     notes += [*said, *_tuning_passes(recipe, data)]
-    return Inputs(base, experts, listings, data, tokenizer, tuple(notes), tuple(classes))
+    return Inputs(base, experts, listings, data, tokenizer, tuple(map(public_text, notes)), tuple(classes))
 
 
 def _tuning(recipe: Recipe) -> Tuning:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from sensmerge.pipeline.plan.models import model_digest
 from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.store.manifest import PLANS
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import ordered, parse_json, sha256_text, write_json
 from sensmerge.tasks.checkpoints.digests import compute_once
@@ -29,10 +30,20 @@ from sensmerge.tasks.rows.tables import TEXT_FORMATS, paths_of
 if TYPE_CHECKING:
     from sensmerge.pipeline.plan.plan import Plan
 
-PLANS = "plans"
-"""Folder of the store, with a file for each recipe."""
 _LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "datasets", "huggingface_hub", "numpy")
 _GROUPS = ("sensmerge.methods", "sensmerge.statistics", "sensmerge.kinds")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a run found, and where it told MLflow."""
+
+    report: dict[str, Any]
+    """as JSON"""
+    tracking_uri: str | None
+    """without a password; None: the database in the store"""
+    mlflow_run: str
+    """id of the run in MLflow"""
 
 
 @dataclass(frozen=True)
@@ -47,26 +58,33 @@ class KeptPlan:
     """stage, name and identity of each"""
     lines: list[str]
     """what is to be said of the input"""
+    recorded: Recorded | None
+    """None where no run that ended with these steps is known"""
 
     def step_keys(self) -> list[Key]:
         """Return what names the artifacts of all steps."""
         return [Key(stage, name, inputs) for stage, name, inputs in self.steps]
 
+    def summary(self) -> str:
+        """Return in a line what is left to do: nothing."""
+        return f"{self.recipe}: all {len(self.steps)} steps are in the store"
 
-def keep(plan: "Plan", folder: Path, made_from: str | None) -> None:
+
+def keep(plan: "Plan", folder: Path, made_from: str | None, recorded: Recorded | None = None) -> None:
     """Keep a plan as it will be made from now on, if the store has all that its steps make.
 
     Args:
         plan: of a recipe that has run, or has nothing left to do.
         folder: the recipe's.
         made_from: what `inputs_digest` said before the plan was made: what has changed since is not in it.
+        recorded: what the run has found that did these steps.
     """
     if made_from is None or plan.undecided or any(plan.store.manifest(step.key) is None for step in plan.steps):
         return
     if inputs_digest(plan.recipe, folder, plan.store, plan.inputs.listings) != made_from:
         return
     steps = [(key.stage, key.name, dict(key.inputs)) for key in plan.lasting_keys()]
-    kept = KeptPlan(made_from, plan.recipe.name, steps, list(plan.inputs.notes))
+    kept = KeptPlan(made_from, plan.recipe.name, steps, list(plan.inputs.notes), recorded)
     with suppress(OSError):  # a store that may only be read: the next plan takes as long as this one
         (plan.store.root / PLANS).mkdir(exist_ok=True)
         write_json(_path(plan.store, plan.recipe.name), asdict(kept))
@@ -82,9 +100,11 @@ def find(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, List
         listings: its models, with the digests of all files that are known.
     """
     try:
-        kept = KeptPlan(**parse_json(_path(store, recipe.name).read_bytes()))
+        found = parse_json(_path(store, recipe.name).read_bytes())
+        recorded = found["recorded"]
+        kept = KeptPlan(**{**found, "recorded": None if recorded is None else Recorded(**recorded)})
         steps = kept.step_keys()
-    except (OSError, ValueError, TypeError):  # none, or none that this version has kept
+    except (OSError, LookupError, ValueError, TypeError):  # none, or none that this version has kept
         return None
     if kept.made_from != inputs_digest(recipe, folder, store, listings):
         return None
@@ -93,7 +113,7 @@ def find(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, List
 
 def kept_table(kept: KeptPlan) -> Table:
     """Return the plan for people, as `plan_table` does."""
-    table = step_table(f"{kept.recipe}: all {len(kept.steps)} steps are in the store")
+    table = step_table(kept.summary())
     for stage, name, _ in kept.steps:
         table.add_row(stage, name, "SKIP", "in the store", "", "")
     return table

@@ -22,16 +22,21 @@ def method_properties(handler: GetJsonSchemaHandler) -> dict[str, JsonSchemaValu
 
 
 def _shared_property(by_method: dict[str, JsonSchemaValue]) -> JsonSchemaValue:
-    """Return the JSON schema of a setting that some methods have, and say which, and their defaults if they differ."""
+    """Return the JSON schema of a setting that some methods have; say which, and what it is to each if that differs."""
     first, types = next(iter(by_method.values())), list[JsonSchemaValue]()
     defaults: dict[str, list[str]] = {}
+    meanings: dict[str, list[str]] = {}
     for name, one in by_method.items():
+        meanings.setdefault(one.get("description", ""), []).append(name)
         kind = {key: value for key, value in one.items() if key not in ("default", "description", "title")}
         types += [] if kind in types else [kind]
         default = f"default: {json.dumps(one['default'])}" if "default" in one else "required"
         defaults.setdefault(default, []).append(name)
-    said = [first["description"]] if "description" in first else []
-    said += [f"only for {', '.join(by_method)}"] if len(by_method) < len(METHODS) else []
+    said = [text for text in meanings if text]
+    if len(meanings) > 1:
+        said = [f"{text} ({', '.join(names)})" for text, names in meanings.items()]
+    elif len(by_method) < len(METHODS):
+        said += [f"only for {', '.join(by_method)}"]
     if len(defaults) > 1:
         said += [f"{default} for {', '.join(names)}" for default, names in defaults.items()]
     kept = {

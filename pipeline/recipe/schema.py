@@ -98,9 +98,21 @@ class Recipe(Strict):
     @field_validator("experts")
     @classmethod
     def _enough_experts(cls, experts: dict[str, ExpertModel]) -> dict[str, ExpertModel]:
-        if len(experts) < 2:
-            raise ValueError(f"found {len(experts)}; expected at least two experts to merge")
+        if not experts:
+            raise ValueError("found 0; expected at least two experts to merge")
         return experts
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> "Recipe":
+        for name, variant in self.merges.items():
+            try:
+                variant.method.check_experts(len(self.experts))
+            except ValueError as error:
+                raise ValueError(
+                    f"experts: {error} by method {variant.method.name} (merges.{name}); use another method, or a "
+                    "recipe of its own for it"
+                ) from None
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":

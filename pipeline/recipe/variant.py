@@ -45,8 +45,8 @@ Application = Annotated[StaticApplication | SeApplication, Field(discriminator="
 class Variant(Strict):
     """One merge: a method with its settings, its coefficients, and how they are applied.
 
-    In a recipe, the method's name and settings are written beside the other keys. Those of linear, task_arithmetic,
-    ties, dare_linear and dare_ties match mergekit 0.1.5.
+    In a recipe, the method's name and settings are written beside the other keys. Those of methods that mergekit has
+    too match mergekit 0.1.5.
     """
 
     method: SerializeAsAny[InstanceOf[Method]]
@@ -109,6 +109,10 @@ class Variant(Strict):
     def _check_se(self) -> "Variant":
         if not isinstance(self.application, SeApplication):
             return self
+        if self.method.most_experts == 1:
+            raise ValueError(
+                f"application se chooses between experts, and method {self.method.name} has one; leave it out"
+            )
         for key in ("out_dtype", "shard_size"):
             if key in self.model_fields_set:
                 raise ValueError(f"{key} has no meaning for application se, which keeps the base's; leave it out")
@@ -126,6 +130,11 @@ class Variant(Strict):
         self.method.check_se()
         if self.method.static_coefficient(self.weight, 2) <= 0:
             raise ValueError("application se needs coefficients to rescale; set weight and lambda above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "Variant":
+        self.settings.check_weights_used()
         return self
 
     @model_validator(mode="after")

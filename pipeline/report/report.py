@@ -130,6 +130,10 @@ class Report(BaseModel):
     tau: dict[str, float] = Field({}, description="tau[expert]")
     sigma: dict[str, dict[str, float]] = Field({}, description="sigma[layer][expert]")
 
+    def found_again(self) -> "Report":
+        """Return what a run reports that finds all steps in the store."""
+        return self.model_copy(update={"stages": [one.model_copy(update={"status": "cached"}) for one in self.stages]})
+
 
 def merge_summary(report: Report) -> str | None:
     """Return in a line how much was merged now and how much taken over; None where no static variant was merged."""

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit, urlunsplit
 
-from sensmerge.pipeline.store.store import RUNS, Key, Store
+from sensmerge.pipeline.store.manifest import RUNS
+from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import parse_json
+from sensmerge.tasks.urls import public
 
 SQLITE = "sqlite:///"
 """Beginning of the tracking URI of a database file."""
@@ -40,7 +41,7 @@ def begin(
     store: Store, recipe: str, command: Literal["run", "refresh"], keys: Iterable[Key], tracking_uri: str | None
 ) -> None:
     """Write down a run that begins now, so that what it has made is kept until one of its recipe has ended."""
-    run = PastRun(recipe, command, None, _folders(store, keys), public(tracking_uri))
+    run = PastRun(recipe, command, None, _folders(store, keys), lasting_uri(tracking_uri))
     store.write_run(_unfinished(store, recipe), asdict(run))
 
 
@@ -55,7 +56,7 @@ def remember(
     """Write down a run that has just ended."""
     now = datetime.now(UTC)
     ended = now.isoformat(timespec="seconds")
-    run = PastRun(recipe, command, ended, _folders(store, keys), public(tracking_uri), gate)
+    run = PastRun(recipe, command, ended, _folders(store, keys), lasting_uri(tracking_uri), gate)
     store.write_run(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
     store.remove_run(_unfinished(store, recipe))
 
@@ -94,12 +95,11 @@ def has_passed(store: Store, recipe: str, keys: Iterable[Key], gate: str) -> boo
     return set(refreshed[-1].artifacts) == set(_folders(store, keys))
 
 
-def public(uri: str | None) -> str | None:
+def lasting_uri(uri: str | None) -> str | None:
     """Return a tracking URI that can be kept: a database's with its whole path, a server's without its password."""
     if uri is not None and uri.startswith(SQLITE):
         return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
-    parts = urlsplit(uri or "")
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+    return uri and public(uri)
 
 
 def _unfinished(store: Store, recipe: str) -> Path:

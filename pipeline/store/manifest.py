@@ -1,5 +1,6 @@
-"""The two small files that say what an artifact is, whatever has become of them."""
+"""The two small files that say what an artifact is, whatever has become of them; and the folders that are beside."""
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,30 @@ MANIFEST = "manifest.json"
 """What an artifact holds, and what its step took; an artifact without it does not exist."""
 FINGERPRINT = "fingerprint.json"
 """What the result depends on."""
-
-
+RUNS = "runs"
+"""Folder of what `pipeline.store.history` writes."""
+PLANS = "plans"
+"""Folder of the store with a file for each recipe that has nothing left to do, written by `pipeline.plan.kept`."""
 SMALL = 2**23
 """Bytes of the files of which the content is looked at before they are used; at a URL, they are downloaded first."""
 State = tuple[str, int, int]
 """Path, size and modification time of a file."""
+
+
+def tidy(partial: Path) -> None:
+    """Delete what killed writes have left in a folder under construction, and let others read what they may.
+
+    Libraries write weights that only their owner can read; all files get the rights that the umask left the folder.
+    """
+    rights = partial.stat().st_mode & 0o666
+    for path in list(partial.rglob("*")):
+        if is_partial(path):
+            path.unlink()
+            continue
+        found = path.lstat()
+        # Who has a second name for a file, such as an earlier artifact, has given it its rights.
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_mode & 0o666 != rights:
+            path.chmod(rights)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

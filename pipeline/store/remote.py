@@ -10,6 +10,7 @@ from typing import Any
 
 from sensmerge.tasks.artifacts import partial_of, read_json, write_json
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.urls import public
 
 SYNCED = ".synced"
 """In a local folder: which state of each remote file its files are."""
@@ -35,6 +36,11 @@ class Remote:
     def _place(self) -> tuple[Any, str]:
         import fsspec
 
+        if public(self.url) != self.url:  # it stands in reports, in cards and in MLflow
+            raise InputError(
+                f"--store {self.url}: the URL holds a password or token; leave it out, and give it where fsspec looks: "
+                "in a variable such as FSSPEC_SFTP_PASSWORD, or in the provider's own"
+            )
         with self._explained():
             # Folders are made where there are any; elsewhere that would make buckets.
             options = {"auto_mkdir": True} if self.url.startswith(("file:", "local:")) else {}

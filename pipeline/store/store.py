@@ -27,23 +27,24 @@ from sensmerge.pipeline.store.lock import LOCKS, RemoteClaims, held, is_held
 from sensmerge.pipeline.store.manifest import (
     FINGERPRINT,
     MANIFEST,
+    PLANS,
+    RUNS,
     SMALL,
     State,
     altered,
     file_sizes,
     read_fingerprint,
     read_manifest,
+    tidy,
     what_is_wrong,
 )
 from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
-from sensmerge.tasks.artifacts import checksum_file, is_partial, ordered, sha256_text, write_json
+from sensmerge.tasks.artifacts import checksum_file, ordered, sha256_text, write_json
 from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.lease import LEASES
 from sensmerge.tasks.stages.job import Job
 
-RUNS = "runs"
-"""Folder of what `pipeline.store.history` writes."""
 PARTIAL = ".partial"
 """Ending of the folder of an artifact under construction."""
 CACHE = "SENSMERGE_CACHE"
@@ -177,8 +178,7 @@ class Store:
             by_tensor: large files that the stage has read back itself, and of which it has a digest by tensor.
         """
         partial, folder = self.partial(key), self.folder(key)
-        for path in [path for path in partial.rglob("*") if is_partial(path)]:
-            path.unlink()  # what was killed at it has left it
+        tidy(partial)
         write_json(partial / FINGERPRINT, key.inputs)
         about = {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint}
         files = file_sizes(partial)
@@ -194,11 +194,8 @@ class Store:
         if self.remote is None:
             return
         self._check_claim(self.remote)
-        if names:
-            self.remote.upload(folder, self._path(folder), names)
-        else:
-            files = [name for name in file_sizes(folder) if name != SYNCED]
-            self.remote.upload(folder, self._path(folder), files, last=MANIFEST)
+        files = names or [name for name in file_sizes(folder) if name != SYNCED]
+        self.remote.upload(folder, self._path(folder), files, last=None if names else MANIFEST)
 
     def upload_digests(self) -> None:
         """Write the digests of local files, by which all know them, to where all see them."""
@@ -269,12 +266,13 @@ class Store:
         return sum(file.size for path, file in self._listed.items() if path.startswith(f"{self._path(folder)}/"))
 
     def remove(self, folder: Path) -> None:
-        """Delete an artifact or what is left of one; the manifest goes first, so that none is left that looks whole."""
+        """Delete an artifact, or what is left of one: manifest first, so that none looks whole; and all kept plans."""
         if self.remote is not None:
             self._check_claim(self.remote)
             self.remote.remove(self._path(folder), first=MANIFEST)
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
+        shutil.rmtree(self.root / PLANS, ignore_errors=True)
 
     def write_run(self, path: Path, run: Mapping[str, Any]) -> None:
         """Write a JSON file below `runs`."""

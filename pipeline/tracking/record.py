@@ -58,7 +58,7 @@ class Execution:
 
 
 def record(execution: Execution, uri: str, store: Path) -> str:
-    """Log one execution at the tracking URI `uri`; return the page of its parent run (server) or the run's id (SQLite).
+    """Log one execution at the tracking URI `uri`; return the id of its parent run.
 
     The metrics of all child runs have the keys of `metrics_of`; the load of this machine is `system/…` of the parent
     run. With SQLite, pictures and tables go into `mlartifacts` in `store`; a server keeps them where it was told to.
@@ -84,7 +84,7 @@ def record(execution: Execution, uri: str, store: Path) -> str:
                 client.log_figure(parent.id, distance_heatmap(report.distances), "distances.png")
             for model in report.models:
                 _record_model(parent, execution, model)
-    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{parent.id}" if is_server(uri) else parent.id
+    return parent.id
 
 
 def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:

@@ -13,8 +13,10 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Met
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
-from sensmerge.pipeline.tracking.client import once_more, unless_there
+from sensmerge.pipeline.tracking.client import connected, if_there, once_more, unless_there
 from sensmerge.pipeline.tracking.system_metrics import Load
+from sensmerge.pipeline.tracking.uri import is_server
+from sensmerge.tasks.urls import public
 
 if TYPE_CHECKING:  # with plans it takes seconds to import
     from sensmerge.pipeline.report.results import TaskData
@@ -66,6 +68,19 @@ def started(client: MlflowClient, experiment: str, name: str, tags: Mapping[str,
     client.set_terminated(run, "FINISHED")
 
 
+def where_recorded(uri: str, run: str) -> str | None:
+    """Return how people find a run: its page on a server, or a command that shows the database.
+
+    None where it has not ended well, was deleted, or never was there.
+    """
+    with connected(uri) as client:
+        found = if_there(lambda: client.get_run(run))
+    if found is None or found.info.lifecycle_stage != LifecycleStage.ACTIVE or found.info.status != "FINISHED":
+        return None
+    page = f"{public(uri).rstrip('/')}/#/experiments/{found.info.experiment_id}/runs/{run}"
+    return page if is_server(uri) else f"mlflow ui --backend-store-uri {uri}"
+
+
 def log_datasets(run: OpenRun, datasets: "Sequence[TaskData]") -> None:
     """Name the data sets of tasks as inputs of a run."""
     inputs = [_dataset_input(data) for data in datasets]
@@ -73,10 +88,11 @@ def log_datasets(run: OpenRun, datasets: "Sequence[TaskData]") -> None:
 
 
 def _dataset_input(data: "TaskData") -> DatasetInput:
+    files = data.source.data_files
     source = HuggingFaceDatasetSource(
-        path=data.source.path,
+        path=public(data.source.path),
         config_name=data.source.name,
-        data_files=data.source.data_files,
+        data_files=[public(file) for file in files] if isinstance(files, list) else files and public(files),
         split=data.source.split,
         revision=data.source.revision,
     )

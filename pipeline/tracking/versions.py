@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from sensmerge.pipeline.store.history import SQLITE, past_runs, public
+from sensmerge.pipeline.store.history import SQLITE, lasting_uri, past_runs
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking.registry import Registered, mark_freed, registered_versions
 from sensmerge.pipeline.tracking.uri import TRACKING_URI, check_server, default_uri
@@ -25,7 +25,7 @@ def known_versions(store: Store, tracking_uri: str | None) -> dict[str, list[Reg
     asked = {run.tracking_uri for run in past_runs(store)} if tracking_uri is None else {tracking_uri}
     named = os.environ.get(TRACKING_URI) if tracking_uri is None else None
     if named:  # with the password that the history leaves out
-        asked = asked - {public(named)} | {named}
+        asked = asked - {lasting_uri(named)} | {named}
     uris = {uri or default_uri(store) for uri in asked}
     versions = {}
     for uri in sorted(uris):

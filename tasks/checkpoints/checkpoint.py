@@ -227,7 +227,7 @@ def preallocate(plan: CheckpointPlan, folder: Path) -> None:
     """Create the planned files at their full size, headers written; files that are there already keep their tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     for file, header in plan.headers.items():
-        descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             os.pwrite(descriptor, header, 0)
             os.truncate(descriptor, plan.sizes[file])

@@ -1,6 +1,6 @@
 """Linear merges and task arithmetic, with the semantics, defaults and corner cases of mergekit 0.1.5.
 
-Four published methods are rows of one table: how a task vector is made sparse × whether signs must agree × defaults.
+Eight published methods are rows of one table: how a task vector is made sparse × whether signs must agree × defaults.
 To add another of that family, add a class.
 """
 
@@ -194,27 +194,40 @@ class _Sparse(_Arithmetic):
         return Rescaled.of(vector.delta, base, sparsify) if self.rescale else sparsify
 
 
+class _ByMagnitude(_Sparse):
+    """Keeps elements by the order of their magnitudes."""
+
+    @property
+    def reads_histograms(self) -> bool:
+        """See `Method`: an expert that keeps a share of its elements has the others set to zero."""
+        densities = self.density.values() if isinstance(self.density, dict) else [self.density]
+        return any(0 < density < 1 for density in densities)
+
+    def sparsifier(self, vector: TaskVector, base: "Tensor", density: float) -> "Sparsifier":
+        """See `_Sparse`."""
+        from sensmerge.tasks.methods.kernels.sparsify import histogram_of
+
+        known = vector.histogram()
+        return self.kept(vector, base, density, histogram_of(vector.delta, base) if known is None else known)
+
+    @abstractmethod
+    def kept(self, vector: TaskVector, base: "Tensor", density: float, histogram: "Tensor") -> "Sparsifier":
+        """Do as `sparsifier`; `histogram` is that of the task vector's magnitudes."""
+
+
 @METHODS.register("ties")
-class Ties(_Sparse):
+class Ties(_ByMagnitude):
     """Trims task vectors to their largest elements, and sums those that agree in sign (arXiv 2306.01708)."""
 
     consensus: ClassVar[bool] = True
 
     normalize: bool = Field(True, description=_NORMALIZE)
 
-    @property
-    def reads_histograms(self) -> bool:
-        """See `Method`: an expert that keeps a share of its elements has the others trimmed."""
-        densities = self.density.values() if isinstance(self.density, dict) else [self.density]
-        return any(0 < density < 1 for density in densities)
+    def kept(self, vector: TaskVector, base: "Tensor", density: float, histogram: "Tensor") -> "Sparsifier":
+        """See `_ByMagnitude`."""
+        from sensmerge.tasks.methods.kernels.sparsify import Trim, kept_elements
 
-    def sparsifier(self, vector: TaskVector, base: "Tensor", density: float) -> "Sparsifier":
-        """See `_Sparse`."""
-        from sensmerge.tasks.methods.kernels.sparsify import Trim, histogram_of
-
-        known = vector.histogram()
-        histogram = histogram_of(vector.delta, base) if known is None else known
-        return Trim.of(vector.delta, base, density, histogram)
+        return Trim.of(vector.delta, base, kept_elements(len(base), density), histogram)
 
 
 class _Dare(_Sparse):
@@ -240,3 +253,87 @@ class DareTies(_Dare):
     """Drops random elements of task vectors and sums those that agree in sign (arXiv 2311.03099, 2306.01708)."""
 
     consensus: ClassVar[bool] = True
+
+
+@METHODS.register("breadcrumbs")
+class Breadcrumbs(_ByMagnitude):
+    """Drops the largest and the smallest elements of task vectors and sums the rest (arXiv 2312.06795)."""
+
+    gamma: ForEachExpert = Field(
+        0.01,
+        description="share of each task vector's elements that are dropped for being the largest, as far as density "
+        "leaves room; one number, or one per expert",
+    )
+
+    @model_validator(mode="after")
+    def _check_gammas(self) -> "Breadcrumbs":
+        for gamma in self.gamma.values() if isinstance(self.gamma, dict) else [self.gamma]:
+            if not 0 <= gamma <= 1:
+                raise ValueError(f"gamma is {gamma}; expected a number between 0 and 1")
+        return self
+
+    def kept(self, vector: TaskVector, base: "Tensor", density: float, histogram: "Tensor") -> "Sparsifier":
+        """See `_ByMagnitude`; shares are rounded down, so of few elements none may stay."""
+        from sensmerge.tasks.methods.kernels.sparsify import Band, drop_all
+
+        gamma = self.gamma[vector.expert] if isinstance(self.gamma, dict) else self.gamma
+        keep = int(density * len(base))
+        if not keep:
+            return drop_all
+        return Band.of(vector.delta, base, min(int(gamma * len(base)), len(base) - keep), keep, histogram)
+
+
+@METHODS.register("breadcrumbs_ties")
+class BreadcrumbsTies(Breadcrumbs):
+    """Drops task vectors' largest and smallest elements and sums those that agree (arXiv 2312.06795, 2306.01708)."""
+
+    consensus: ClassVar[bool] = True
+
+
+class _Della(_Sparse):
+    """Drops random elements of each task vector, small ones rather than large ones (arXiv 2406.11617)."""
+
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    rescale: bool = Field(True, description="scale each sparse task vector back to the L1 norm that it had before")
+    epsilon: ForEachExpert = Field(
+        0.15,
+        description="an element is kept with a probability between density − epsilon, for the smallest of its row, and "
+        "density + epsilon, for the largest; one number, or one per expert",
+    )
+    seed: int = Field(0, description="seed of the random masks")
+
+    @model_validator(mode="after")
+    def _check_epsilons(self) -> "_Della":
+        named = {*self.density} if isinstance(self.density, dict) else set()
+        for expert in named | ({*self.epsilon} if isinstance(self.epsilon, dict) else set()) or {""}:
+            density = self.density.get(expert, 1.0) if isinstance(self.density, dict) else self.density
+            epsilon = self.epsilon.get(expert, 0.0) if isinstance(self.epsilon, dict) else self.epsilon
+            if epsilon < 0 or (0 < density < 1 and not epsilon < density < 1 - epsilon):
+                raise ValueError(
+                    f"epsilon is {epsilon} where density is {density}; expected 0 or more, and density ± epsilon "
+                    "between 0 and 1"
+                )
+        return self
+
+    def sparsifier(self, vector: TaskVector, base: "Tensor", density: float) -> "Sparsifier":
+        """See `_Sparse`. Memory: a bit for each element, and 17 bytes for each in a piece of whole rows."""
+        from sensmerge.tasks.methods.kernels.ranked import Chosen, by_rank
+
+        epsilon = self.epsilon[vector.expert] if isinstance(self.epsilon, dict) else self.epsilon
+        key = f"{self.seed}/{vector.expert}/{vector.tensor}"
+        return Chosen(by_rank(vector, base, (density - epsilon, density + epsilon), key))
+
+
+@METHODS.register("della")
+class Della(_Della):
+    """Drops random elements, small ones rather, and sums those that agree in sign (arXiv 2406.11617)."""
+
+    consensus: ClassVar[bool] = True
+
+    normalize: bool = Field(True, description=_NORMALIZE)
+
+
+@METHODS.register("della_linear")
+class DellaLinear(_Della):
+    """Drops random elements of task vectors, small ones rather, and sums the rest (arXiv 2406.11617)."""

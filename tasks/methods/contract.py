@@ -58,6 +58,8 @@ class TaskVector:
     """reads what delta is the product of, where it comes from an adapter alone"""
     statistics: Path | None = None
     """the expert's artifact of stage statistics, for a method that asks for some"""
+    shape: tuple[int, ...] | None = None
+    """of the tensor, for a method that looks at its rows; None: it has one dimension at most"""
 
     def statistic(self, name: str) -> "Tensor | None":
         """Return the sum over the expert's samples of a statistic by tensor; None if this tensor has none."""
@@ -105,8 +107,12 @@ class Method(Strict, ABC):
 
     version: ClassVar[int] = 1
     """counts up whenever equal settings and inputs give other results than before"""
-    needs: ClassVar[Literal["elements", "matrix"]]
-    """how much of a tensor it sees at a time: pieces in any order, or all of it with its shape"""
+    needs: ClassVar[Literal["elements", "tensor", "matrix"]]
+    """how much of a tensor it sees at a time: pieces in any order (tensor: twice, for it measures all of it before it
+    merges any), or all of it with its shape"""
+    least_experts: ClassVar[int] = 2
+    most_experts: ClassVar[int | None] = None
+    """how many experts it merges; None: however many there are"""
     statistics: ClassVar[tuple[str, ...]] = ()
     """names of the statistics that it reads of every expert"""
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
@@ -115,6 +121,8 @@ class Method(Strict, ABC):
     """whether it changes tensors that no expert changed"""
     weights: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
     """the weights λ to try where a recipe leaves the choice open: those that published results lie between"""
+    no_weights: ClassVar[str] = ""
+    """why experts have no weights in it, so that `weight` and coefficients, those of sens too, mean nothing to it"""
     no_se: ClassVar[str] = "what one expert adds cannot be separated from what the others add"
     """why the method cannot be applied per sample (application se), unless it is `Additive`"""
 
@@ -131,6 +139,26 @@ class Method(Strict, ABC):
     def reads_histograms(self) -> bool:
         """Whether it reads the histograms of task vectors' magnitudes (`TaskVector.histogram`)."""
         return False
+
+    @classmethod
+    def check_experts(cls, count: int) -> None:
+        """Check how many experts there are.
+
+        Raises:
+            ValueError: it does not merge so many.
+        """
+        least, most = cls.least_experts, cls.most_experts
+        if count >= least and (most is None or count <= most):
+            return
+        numbers = {1: "one expert", 2: "two experts"}
+        wanted = numbers.get(least, f"{least} experts")
+        if least == most:
+            raise ValueError(f"found {count}; expected exactly {wanted}")
+        raise ValueError(f"found {count}; expected at least {wanted} to merge")
+
+    def depends_on_weight(self) -> bool:
+        """Return whether a common factor of all weights makes a difference."""
+        return bool(self.weights) and not self.no_weights
 
     def scales_with_weight(self) -> bool:
         """Return whether a common factor c > 0 of all weights scales what the merge adds to the base.
@@ -161,7 +189,7 @@ class Method(Strict, ABC):
 class ElementsMethod(Method):
     """A method that merges each element by itself, or with little that it has measured before."""
 
-    needs: ClassVar[Literal["elements", "matrix"]] = "elements"
+    needs: ClassVar[Literal["elements", "tensor", "matrix"]] = "elements"
 
     @abstractmethod
     def merge_elements(self, base: "Tensor", parts: "Tensor", weights: Sequence[float]) -> "Tensor":
@@ -235,6 +263,10 @@ class Additive(ElementsMethod):
     @abstractmethod
     def shares(self, weights: Sequence[float]) -> list[float]:
         """Return the factor that each expert's (sparse) task vector has in a merge without consensus."""
+
+    def depends_on_weight(self) -> bool:
+        """See `Method`."""
+        return self.static_coefficient(1.0, 2) != self.static_coefficient(0.5, 2)
 
     def static_coefficient(self, weight: float, experts: int) -> float:
         """Return the factor of every expert's task vector under uniform coefficients: λ, or 1 / K if normalised."""

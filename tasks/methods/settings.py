@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sensmerge.tasks.coefficients import Coefficients, SensCoefficients
-from sensmerge.tasks.methods.contract import Additive, Method, keys_of
+from sensmerge.tasks.coefficients import Coefficients, SensCoefficients, UniformCoefficients
+from sensmerge.tasks.methods.contract import Method, keys_of
 
 WEIGHT, TEMPERATURE = "weight", "temperature"
 LARGEST_WEIGHT = 10
@@ -58,9 +58,24 @@ class VariantSettings:
     @property
     def depends_on_weight(self) -> bool:
         """Whether a common factor of all weights makes a difference."""
-        if isinstance(self.method, Additive):
-            return self.method.static_coefficient(1.0, 2) != self.method.static_coefficient(0.5, 2)
-        return bool(self.method.weights)
+        return self.method.depends_on_weight()
+
+    def check_weights_used(self) -> None:
+        """Check that there are no weights where the method has none.
+
+        Raises:
+            ValueError: it has none, and the settings say what they are.
+        """
+        if not self.method.no_weights:
+            return
+        for key, is_given in (
+            (WEIGHT, self.weight != 1),
+            ("coefficients", not isinstance(self.coefficients, UniformCoefficients)),
+        ):
+            if is_given:
+                raise ValueError(
+                    f"{key} has no meaning for method {self.method.name}: {self.method.no_weights}; leave it out"
+                )
 
     def having(self, values: Values) -> "VariantSettings":
         """Return these settings with some others.

@@ -163,6 +163,7 @@ class VariantJob(Job):
             partial(self._histogram, expert, tensor),
             partial(self.experts[expert].factors, tensor),
             self.statistics[expert].folder if self.method.statistics else None,
+            tuple(self.base.info(tensor).shape),
         )
 
     def _histogram(self, expert: str, tensor: str) -> Tensor | None:

@@ -108,8 +108,7 @@ def server(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def record(server: Server, recipe: str, folder: Path) -> str:
     """Record an execution and return the id of its parent run."""
     report = make_report(folder, recipe)
-    page = tracking.record(tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets()), server.uri, folder)
-    return page.rsplit("/", 1)[-1]
+    return tracking.record(tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets()), server.uri, folder)
 
 
 def check_complete(server: Server, parent: str) -> None:

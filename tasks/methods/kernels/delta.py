@@ -123,6 +123,21 @@ def pieces(delta: Delta, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield where, piece
 
 
+def expert_values(delta: Delta, where: slice, base: Tensor) -> Tensor:
+    """Return some of the expert's own elements, float32; what it stores whole is not rounded on the way.
+
+    Args:
+        delta: its task vector.
+        where: which elements.
+        base: the base's elements there, in any float dtype.
+    """
+    if isinstance(delta, Difference):
+        return delta.expert[where].to(torch.float32, copy=True)
+    values = torch.empty(len(base), device=base.device)
+    delta.fill(values, where, base)
+    return add(values, base)
+
+
 def block_sums(values: Tensor) -> list[float]:
     """Return sums of magnitudes, some for every `BLOCK` of a flat float32 tensor that starts with one.
 

@@ -40,8 +40,7 @@ ROW, LANES = 1024, 64
 """Elements that `block_sums` adds side by side, and sums that it leaves of them."""
 _NOTHING = np.float32(-0.0)
 """What changes no sum that it is added to, be that −0."""
-_1, _3, _27, _30, _31, _32, _LOWER = (np.uint64(n) for n in (1, 3, 27, 30, 31, 32, 0x7FFFFFFF))
-_STEP, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_1, _3 = np.uint64(1), np.uint64(3)
 
 
 @compiled
@@ -143,6 +142,20 @@ def block_sums(values: Float32, block: int, sums: Float32) -> None:
 
 
 @compiled
+def inner_product(left: Float32, right: Float32) -> float:
+    """Return Σ left · right in float64, of arrays that are as long: in `ROW` sums side by side, and then of these."""
+    total = np.zeros(ROW)
+    for start in range(0, len(left), ROW):
+        first, second = left[start : start + ROW], right[start : start + ROW]
+        for i in range(len(first)):
+            total[i] += np.float64(first[i]) * np.float64(second[i])
+    found = 0.0
+    for i in range(ROW):
+        found += total[i]
+    return found
+
+
+@compiled
 def count_bins(piece: Float32, counts: Int64) -> int:
     """Add to `counts` (32768,) how many elements have each value of the upper 15 bits of a magnitude.
 
@@ -185,44 +198,30 @@ def find_bin(piece: Float32, wanted: int, places: Int64, magnitudes: Int32) -> i
 
 
 @compiled
-def trim(piece: Float32, least: int) -> None:
-    """Set elements whose magnitude's bits are less than `least` to zero, in place."""
-    bits = piece.view(np.int32)
-    bound, zero = np.int32(least), np.int32(0)
-    for i in range(len(bits)):
-        element = bits[i]
-        bits[i] = element if (element & _MAGNITUDE) >= bound else zero
-
-
-@compiled
-def drop(piece: Float32, state: np.uint64, limit: int) -> None:
-    """Set elements whose random number is not below `limit` to zero, in place.
-
-    The numbers are those of `kernels.sparsify.random_bits` without their uppermost bit.
+def variance(parts: Float32, found: Float32) -> None:
+    """Write the variance over experts of each element, in float32.
 
     Args:
-        piece: the elements.
-        state: splitmix64's before the first output.
-        limit: 0 to 2^31.
+        parts: task vectors (experts × elements).
+        found: gets the variance (elements,).
     """
-    bits = piece.view(np.int32)
-    bound, zero = np.uint32(limit), np.int32(0)
-    for pair in range(len(bits) // 2):
-        output = _splitmix64(state, pair)
-        first, second = bits[2 * pair], bits[2 * pair + 1]
-        bits[2 * pair] = first if np.uint32(output & _LOWER) < bound else zero
-        bits[2 * pair + 1] = second if np.uint32((output >> _32) & _LOWER) < bound else zero
-    if len(bits) % 2 and np.uint32(_splitmix64(state, len(bits) // 2) & _LOWER) >= bound:
-        bits[-1] = zero
-
-
-@compiled
-def _splitmix64(state: np.uint64, number: int) -> Any:
-    """Return one output of splitmix64 (Steele, Lea, Flood 2014) after a state, uint64; counted from 0."""
-    mixed = state + np.uint64(number + 1) * _STEP
-    mixed = (mixed ^ (mixed >> _30)) * _FIRST
-    mixed = (mixed ^ (mixed >> _27)) * _SECOND
-    return mixed ^ (mixed >> _31)
+    experts, numel = parts.shape
+    count, mean = np.float32(experts), np.empty(_BLOCK, np.float32)
+    for start in range(0, numel, _BLOCK):
+        stop = min(start + _BLOCK, numel)
+        total = found[start:stop]
+        mean[:], total[:] = np.float32(0), np.float32(0)
+        for k in range(experts):
+            part = parts[k, start:stop]
+            for i in range(len(part)):
+                mean[i] += part[i]
+        for k in range(experts):
+            part = parts[k, start:stop]
+            for i in range(len(part)):
+                difference = part[i] - mean[i] / count
+                total[i] += difference * difference
+        for i in range(len(total)):
+            total[i] /= count
 
 
 @compiled

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.methods.kernels import loops
+from sensmerge.tasks.methods.kernels import loops, masks
 from sensmerge.tasks.methods.kernels.delta import Delta, block_sums, pieces
 
 BINS = 1 << 15
@@ -54,6 +54,15 @@ def histogram_of(delta: Delta, base: Tensor) -> Tensor:
     return histogram
 
 
+def ranking(delta: Delta, base: Tensor) -> tuple[Tensor, int]:
+    """Return the magnitude histogram of a whole task vector, and how many elements are not zero; base flat."""
+    histogram, count = torch.zeros(BINS, dtype=torch.int64, device=base.device), 0
+    for _, piece in pieces(delta, base):
+        add_to_histogram(piece, histogram)
+        count += int(piece.count_nonzero())
+    return histogram, count
+
+
 @dataclass(frozen=True)
 class Trim:
     """Keeps the elements of largest magnitude (TIES step 1, arXiv 2306.01708); of equal ones, the first.
@@ -68,7 +77,7 @@ class Trim:
     """index of the last element of that magnitude which is kept"""
 
     @classmethod
-    def of(cls, delta: Delta, base: Tensor, density: float, histogram: Tensor) -> "Trim":
+    def of(cls, delta: Delta, base: Tensor, keep: int, histogram: Tensor) -> "Trim":
         """Find the threshold of a task vector, in one pass that looks closer at a single bin of the histogram.
 
         Memory: 12 bytes for each element in that bin, which spans a 128th of a power of two.
@@ -76,10 +85,9 @@ class Trim:
         Args:
             delta: the task vector.
             base: the base's tensor, flat, in any float dtype.
-            density: share of elements to keep, above 0 and below 1.
+            keep: how many elements to keep: 1 to all.
             histogram: magnitude histogram of the task vector.
         """
-        keep = kept_elements(len(delta), density)
         from_top = histogram.flip(0).cumsum(0)
         rank = int(torch.searchsorted(from_top, keep))
         boundary = BINS - 1 - rank
@@ -103,9 +111,46 @@ class Trim:
         until = min(max(self.last + 1 - where.start, 0), len(piece))
         for part, least in ((piece[:until], self.threshold), (piece[until:], self.threshold + 1)):
             if part.is_cpu:
-                loops.trim(part.numpy(), least)
+                masks.trim(part.numpy(), least)
             else:
                 part.masked_fill_(_magnitude_bits(part) < least, 0)
+        return piece
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keeps elements of middling magnitude (Breadcrumbs, arXiv 2312.06795); of equal ones, the first are larger."""
+
+    large: Trim
+    """keeps these, and outliers"""
+    outliers: Trim | None
+    """would keep the outliers, which are set to zero; None: there are none"""
+
+    @classmethod
+    def of(cls, delta: Delta, base: Tensor, outliers: int, keep: int, histogram: Tensor) -> "Band":
+        """Find the thresholds: one pass each. Memory and other arguments as of `Trim.of`.
+
+        Args:
+            delta: the task vector.
+            base: the base's tensor.
+            outliers: how many of the largest elements are set to zero.
+            keep: how many of the next are kept, 1 or more.
+            histogram: of the task vector.
+        """
+        highest = Trim.of(delta, base, outliers, histogram) if outliers else None
+        return cls(Trim.of(delta, base, outliers + keep, histogram), highest)
+
+    def __call__(self, piece: Tensor, where: slice) -> Tensor:
+        """See `Sparsifier`."""
+        self.large(piece, where)
+        if self.outliers is None:
+            return piece
+        until = min(max(self.outliers.last + 1 - where.start, 0), len(piece))
+        for part, most in ((piece[:until], self.outliers.threshold - 1), (piece[until:], self.outliers.threshold)):
+            if part.is_cpu:
+                masks.cap(part.numpy(), most)
+            else:
+                part.masked_fill_(_magnitude_bits(part) > most, 0)
         return piece
 
 
@@ -142,7 +187,7 @@ class Drop:
         """See `Sparsifier`."""
         limit = round(self.density * (_LARGEST + 1))
         if piece.is_cpu:
-            loops.drop(piece.numpy(), np.uint64(_state(self.key, where)), limit)
+            masks.drop(piece.numpy(), np.uint64(stream(self.key, where)), limit)
             return piece
         return piece.masked_fill_((random_bits(self.key, where, piece.device) & _LARGEST) > limit - 1, 0)
 
@@ -190,15 +235,15 @@ def random_bits(key: str, where: slice, device: torch.device) -> Tensor:
         device: where they are made.
     """
     state = torch.arange(1, (where.stop - where.start + 1) // 2 + 1, dtype=torch.int64, device=device)
-    state.mul_(_signed(_STEP)).add_(_signed(_state(key, where)))
+    state.mul_(_signed(_STEP)).add_(_signed(stream(key, where)))
     for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state.bitwise_xor_(_shift(state, bits)).mul_(_signed(factor))
     state.bitwise_xor_(_shift(state, 31))
     return state.view(torch.int32)[: where.stop - where.start]
 
 
-def _state(key: str, where: slice) -> int:
-    """Return splitmix64's state, 64 bits, before the output for the first of some elements."""
+def stream(key: str, where: slice) -> int:
+    """Return splitmix64's state, 64 bits, before the output for the first of some elements, which has an even index."""
     assert where.start % 2 == 0, where
     start = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     outputs: int = where.start // 2

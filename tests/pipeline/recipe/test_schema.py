@@ -67,11 +67,17 @@ def test_settings_of_methods_have_mergekit_defaults(method: str, defaults: dict[
 def test_the_schema_has_the_settings_of_all_methods() -> None:
     properties = Recipe.model_json_schema()["$defs"]["Variant"]["properties"]
     assert properties["method"]["enum"] == list(METHODS)
-    assert properties["seed"]["description"] == "seed of the random masks; only for dare_linear, dare_ties"
+    random = "dare_linear, dare_ties, della, della_linear"
+    assert properties["seed"]["description"] == f"seed of the random masks; only for {random}"
     assert properties["seed"]["default"] == 0
     assert "default" not in properties["rescale"]
     assert properties["rescale"]["description"].endswith(
-        "default: false for ties; default: true for dare_linear, dare_ties"
+        "default: false for ties, breadcrumbs, breadcrumbs_ties; "
+        "default: true for dare_linear, dare_ties, della, della_linear"
+    )
+    assert properties["t"]["description"] == (
+        "where on the arc: 0 is the base, 1 the expert (slerp); how far an element moves from the base's at most "
+        "(nearswap)"
     )
 
 
@@ -143,7 +149,7 @@ def test_reading_a_recipe_needs_no_torch() -> None:
         (
             {"merges": {"t": {"method": "tsv_m"}}, "resources": {"merge": {"num_gpus": 1}}},
             "merges.t: method tsv_m does not give the same bits on a GPU as on a CPU; leave resources.merge.num_gpus "
-            r"out, .* \(methods that run on one: linear, task_arithmetic, ties, dare_linear, dare_ties\)",
+            r"out, .* \(methods that run on one: linear, task_arithmetic, ties, dare_linear, dare_ties, .*\)",
         ),
         ({"tasks": {"math": {"kind": "completion"}}}, "tasks.math: has neither calibration nor evaluation"),
         ({"merges": {"t": {"method": "ties", "weight": True}}}, "merges.t.weight: .* valid number"),

@@ -1,11 +1,14 @@
 """Artifacts: published whole or not at all, found by what they depend on."""
 
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.errors import InputError
@@ -59,6 +62,25 @@ def test_what_a_kill_left_of_a_file_is_no_part_of_an_artifact(tmp_path: Path) ->
         "inner",
     }
     assert list((store.folder(key()) / "inner").iterdir()) == []
+
+
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
+    """Also those that safetensors writes for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        store = Store(tmp_path / "store")
+        folder = store.partial(key()) / "vectors"
+        folder.mkdir(parents=True)
+        save_file({"weight": torch.ones(2)}, folder / "group.safetensors")
+        (tmp_path / "another").touch(mode=0o600)
+        os.link(tmp_path / "another", folder / "linked")
+        store.publish(key(), {})
+    finally:
+        os.umask(before)
+    rights = {path.name: path.stat().st_mode & 0o777 for path in store.folder(key()).rglob("*")}
+    assert rights.pop("linked") == 0o600  # what it is a second name of is somebody else's
+    assert rights.pop("vectors") == 0o750
+    assert rights == dict.fromkeys(("group.safetensors", "manifest.json", "fingerprint.json"), 0o640)
 
 
 def test_fingerprint_depends_on_content_and_order_and_not_on_the_name() -> None:

@@ -31,6 +31,7 @@ from sensmerge.pipeline.report.report import Report, RouteInfo, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking import record as tracking
+from sensmerge.pipeline.tracking.runs import where_recorded
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import check_server, default_uri
 from sensmerge.tasks.artifacts import Artifact, read_json
@@ -738,16 +739,15 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
     check_server(server)
     report = make_report(tmp_path)
     with captured() as text:
-        page = tracking.record(tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets()), server, tmp_path)
+        parent = tracking.record(tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets()), server, tmp_path)
         again = tracking.record(
             tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets()), f"{server}/", tmp_path
         )
     assert text.getvalue() == ""
-    assert again.startswith(f"{server}/#/experiments/")
     client = MlflowClient(server, server)
-    parent = page.rsplit("/", 1)[-1]
     experiment = client.get_experiment_by_name("two-skills").experiment_id
-    assert page == f"{server}/#/experiments/{experiment}/runs/{parent}"
+    for uri, run in ((server, parent), (f"{server}/", again)):
+        assert where_recorded(uri, run) == f"{server}/#/experiments/{experiment}/runs/{run}"
     runs = children(client, parent)
     assert {name: run.data.tags["role"] for name, run in runs.items()} == MODELS
     assert len({frozenset(run.data.metrics) for run in runs.values()}) == 1
@@ -764,12 +764,12 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
 
 def test_a_real_server_serves_dynamic_models(server, dynamic_report, classifier, tmp_path, monkeypatch):
     with captured() as text:
-        page = tracking.record(
+        parent = tracking.record(
             tracking.Execution(dynamic_report, OUTCOMES, RECIPE, PLAN, make_datasets()), server, tmp_path
         )
     assert text.getvalue() == ""
     client = MlflowClient(server, server)
-    runs = children(client, page.rsplit("/", 1)[-1])
+    runs = children(client, parent)
     assert len({frozenset(run.data.metrics) for run in runs.values()}) == 1
     (version,) = client.search_model_versions("name = 'dynamic' AND tags.variant = 'se.3'")
     loaded = load(server, monkeypatch, f"models:/dynamic/{version.version}")

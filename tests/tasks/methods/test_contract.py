@@ -15,7 +15,15 @@ from torch import Tensor
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.tasks.artifacts import Artifact, write_json
-from sensmerge.tasks.methods.contract import METHODS, ElementsMethod, ForEachExpert, MatrixMethod, TaskVector, method_of
+from sensmerge.tasks.methods.contract import (
+    METHODS,
+    Additive,
+    ElementsMethod,
+    ForEachExpert,
+    MatrixMethod,
+    TaskVector,
+    method_of,
+)
 from sensmerge.tasks.methods.table import methods_table
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.statistics.statistic import TENSORS
@@ -202,9 +210,115 @@ def test_a_statistic_needs_calibration_sets() -> None:
 def test_the_table_says_what_methods_need() -> None:
     lines = {line.split("`")[1]: line for line in methods_table().splitlines()[2:]}
     assert list(lines) == list(METHODS)
-    assert "| whole tensors | `rank: 1` | no | no | from static merge |" in lines["top_rank"]
+    assert (
+        "| 2 or more | whole tensors | `rank: 1` | no | no | yes | from static merge; not from base: what"
+        in lines["top_rank"]
+    )
     assert "| elements, in pieces, the statistic `importance` of each expert | `power: 1.0` |" in lines["importance"]
-    assert "`seed: 0` | yes, from `seed` | yes | from base or static merge |" in lines["dare_ties"]
+    assert "`seed: 0` | yes, from `seed` | yes | yes | from base or static merge |" in lines["dare_ties"]
+    assert (
+        "| 1 | pieces, after a look through the whole tensor | `t` (required) | no | no | no: t says" in lines["slerp"]
+    )
+    assert lines["slerp"].endswith("| no: there is one expert |")
+    assert "| no: the mean squares of the task vectors are the experts' weights | from static merge;" in lines["sce"]
+    assert "| 2 | pieces" in lines["nuslerp"]
+
+
+def recipe_of(experts: int, **variant: Any) -> dict[str, Any]:
+    named = {f"e{k}": {"model": f"m{k}"} for k in range(experts)}
+    return {"name": "r", "base": "b", "experts": named, "merges": {"one": variant}}
+
+
+@pytest.mark.parametrize(
+    ("experts", "variant", "message"),
+    [
+        (
+            2,
+            {"method": "slerp", "t": 0.5},
+            r"experts: found 2; expected exactly one expert by method slerp \(merges.one\)",
+        ),
+        (2, {"method": "nearswap", "t": 0.1}, "experts: found 2; expected exactly one expert by method nearswap"),
+        (3, {"method": "nuslerp"}, "experts: found 3; expected exactly two experts by method nuslerp"),
+        (1, {"method": "nuslerp"}, "experts: found 1; expected exactly two experts by method nuslerp"),
+        (
+            1,
+            {"method": "model_stock"},
+            "experts: found 1; expected at least two experts to merge by method model_stock",
+        ),
+        (2, {"method": "passthrough"}, "experts: found 2; expected exactly one expert by method passthrough"),
+        (
+            2,
+            {"method": "sce", "weight": 0.5},
+            "weight has no meaning for method sce: the mean squares of the task vectors",
+        ),
+        (
+            2,
+            {"method": "ram", "coefficients": {"kind": "sens"}},
+            "coefficients has no meaning for method ram: all experts",
+        ),
+        (
+            2,
+            {"method": "karcher", "coefficients": {"kind": "explicit", "weights": {"e0": 1, "e1": 2}}},
+            "coefficients has no meaning for method karcher: its mean counts all experts equally; leave it out",
+        ),
+        (2, {"method": "sce", "weight": "auto"}, "tune.weight: sce with these settings gives the same merge for every"),
+        (
+            2,
+            {"method": "nuslerp", "tune": {"weight": [0.1, 1]}},
+            "tune.weight: nuslerp with these settings gives the same",
+        ),
+        (
+            2,
+            {"method": "multislerp", "weight": "auto"},
+            "tune.weight: multislerp with these settings gives the same merge",
+        ),
+        (2, {"method": "model_stock", "lines": {"first": 0.1}}, "does not scale what method model_stock adds"),
+        (1, {"method": "slerp"}, "t\n.*Field required"),
+        (1, {"method": "slerp", "t": 1.5}, "t\n.*less than or equal to 1"),
+        (
+            1,
+            {"method": "slerp", "t": 0.5, "application": {"kind": "se"}},
+            "application se chooses between experts, and method slerp has one; leave it out",
+        ),
+        (
+            2,
+            {"method": "ram", "application": {"kind": "se", "origin": "base"}},
+            "method ram has no application se from the base: what one expert alone adds is in the merge whole",
+        ),
+    ],
+)
+def test_what_methods_say_of_experts_weights_and_applications(
+    experts: int, variant: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recipe.model_validate(recipe_of(experts, **variant))
+
+
+@pytest.mark.parametrize(
+    ("experts", "variant"),
+    [
+        (1, {"method": "slerp", "t": 0.5, "weight": 1.0}),
+        (1, {"method": "passthrough"}),
+        (2, {"method": "nuslerp", "coefficients": {"kind": "explicit", "weights": {"e0": 1, "e1": 2}}}),
+        (2, {"method": "multislerp", "normalize_weights": False, "lines": {"first": 0.1}}),
+        (4, {"method": "sce", "select_topk": 0.1}),
+    ],
+)
+def test_what_methods_take(experts: int, variant: dict[str, Any]) -> None:
+    Recipe.model_validate(recipe_of(experts, **variant))
+
+
+def test_weights_of_multislerp_that_cancel_are_refused_by_name() -> None:
+    weights = {"kind": "explicit", "weights": {"e0": 1, "e1": -1}}
+    with pytest.raises(ValidationError, match=r"merges\.one: the weights sum to 0, which multislerp divides by"):
+        Recipe.model_validate(recipe_of(2, method="multislerp", coefficients=weights))
+
+
+def test_every_method_says_what_it_goes_with() -> None:
+    for method in METHODS.values():
+        assert bool(method.no_weights) <= (not method.weights)
+        assert method.most_experts is None or method.most_experts >= method.least_experts >= 1
+        assert issubclass(method, Additive) or method.no_se
 
 
 class RankByName(TopRank):

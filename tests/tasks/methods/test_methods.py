@@ -1,29 +1,26 @@
 import itertools
-import json
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
-from sensmerge.tasks.methods.contract import Additive, TaskVector, method_of
+from sensmerge.tasks.methods.contract import METHODS, Additive, TaskVector, method_of
 from sensmerge.tasks.methods.kernels import delta as delta_module
-from sensmerge.tasks.methods.kernels.delta import BLOCK, CHUNK, Difference
+from sensmerge.tasks.methods.kernels.delta import BLOCK, CHUNK, Difference, Whole
 from sensmerge.tasks.methods.kernels.sparsify import norm_ratio
-from tests.conftest import SHARED
 from tests.tasks.methods.pieces import agreed_contributions, contribution, joined, vector, whole_tensor
 
-REFERENCE = SHARED / "reference" / "merge_methods.json"
-NAMES = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"]
-SPARSE = ["ties", "dare_linear", "dare_ties"]
+SPARSE = [
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della",
+    "della_linear",
+]
+NAMES = ["linear", "task_arithmetic", *SPARSE]
 WEIGHTS = [0.5, 0.3, 0.4]
-
-
-def reference_cases() -> list[Any]:
-    if not REFERENCE.is_file():
-        return [pytest.param(None, marks=pytest.mark.skip(reason="needs ../shared"))]
-    cases = [case for case in json.loads(REFERENCE.read_text())["cases"] if case["method"] in NAMES]
-    return [pytest.param(case, id=case["output"].removeprefix("out.")) for case in cases]
 
 
 def of(name: str, density: Any = None, **settings: Any) -> Additive:
@@ -68,27 +65,6 @@ def naive_ties(
     return torch.tensor(merged, dtype=torch.float64).view_as(base)
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize("case", reference_cases())
-def test_mergekit_gives_the_same(case: dict[str, Any]) -> None:
-    given = dict(case["parameters"])
-    weights, number = given.pop("weight"), case["tensor"]
-    densities = given.pop("density", [1.0] * case["experts"])
-    of_experts = {f"expert{i}": density for i, density in enumerate(densities)}
-    with safe_open(REFERENCE.with_suffix(".safetensors"), framework="pt") as tensors:
-        base = tensors.get_tensor(f"{number}.base")
-        experts = [tensors.get_tensor(f"{number}.expert{k}") for k in range(case["experts"])]
-        expected = tensors.get_tensor(case["output"])
-    deltas = [expert - base for expert in experts]
-    merged = whole_tensor(base, vectors(deltas, weights), of(case["method"], of_experts, **given))
-    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.shared
-def test_no_reference_case_of_our_methods_is_left_out() -> None:
-    assert len([case for case in reference_cases() if case.values[0]]) == 24
-
-
 def test_linear_is_the_mean_of_the_experts(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
     experts = [(base + delta).double() for delta in deltas]
     total = sum(w * e for w, e in zip(WEIGHTS, experts, strict=True))
@@ -118,6 +94,87 @@ def test_ties_of_the_paper(
     merged = whole_tensor(base, vectors(deltas, weights), of("ties", density, normalize=normalize))
     expected = naive_ties(base, deltas, weights, density, normalize)
     torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def naive_breadcrumbs(delta: torch.Tensor, density: float, gamma: float) -> torch.Tensor:
+    """Model Breadcrumbs on a sorted list: the largest share gamma goes, then as much as density says stays."""
+    values = delta.flatten().tolist()
+    keep = int(density * len(values))
+    outliers = min(int(gamma * len(values)), len(values) - keep)
+    kept = sorted(range(len(values)), key=lambda i: -abs(values[i]))[outliers : outliers + keep]
+    return torch.tensor([value if i in set(kept) else 0.0 for i, value in enumerate(values)]).view_as(delta)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize(("density", "gamma"), [(0.6, 0.05), (0.9, 0.3), (0.3, 0.0), (0.001, 0.1), (0.5, 1.0)])
+def test_breadcrumbs_of_the_paper(
+    density: float, gamma: float, coarse: bool, base: torch.Tensor, deltas: list[torch.Tensor]
+) -> None:
+    """Coarse task vectors have many elements of equal magnitude."""
+    given = [delta.round() if coarse else delta for delta in deltas]
+    sparse = [naive_breadcrumbs(delta, density, gamma) for delta in given]
+    expected = base + sum(weight * one for weight, one in zip(WEIGHTS, sparse, strict=True))
+    found = whole_tensor(base, vectors(given, WEIGHTS), of("breadcrumbs", density, gamma=gamma))
+    torch.testing.assert_close(found, expected)
+    ties = whole_tensor(base, vectors(given, WEIGHTS), of("breadcrumbs_ties", density, gamma=gamma, normalize=True))
+    torch.testing.assert_close(ties, naive_ties(base, sparse, WEIGHTS, 1.0, True).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_breadcrumbs_per_expert(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
+    gammas, densities = {"expert0": 0.0, "expert1": 0.2}, {"expert0": 0.3, "expert1": 0.7}
+    found = whole_tensor(base, vectors(deltas[:2], [1.0, 1.0]), of("breadcrumbs", densities, gamma=gammas))
+    expected = base + naive_breadcrumbs(deltas[0], 0.3, 0.0) + naive_breadcrumbs(deltas[1], 0.7, 0.2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_della_keeps_large_elements_rather() -> None:
+    """Of many rows, each rank is kept as often as its probability says."""
+    generator = torch.Generator().manual_seed(2)
+    delta = torch.randn(4000, 9, generator=generator)
+    given = TaskVector("one", "tensor", Whole(delta.flatten()), 1.0, shape=tuple(delta.shape))
+    how = of("della_linear", 0.5, epsilon=0.2, rescale=False)
+    kept = whole_tensor(torch.zeros_like(delta), [given], how) != 0
+    by_rank = kept.gather(1, delta.abs().argsort(1)).double().mean(0)
+    torch.testing.assert_close(by_rank, torch.linspace(0.3, 0.7, 9, dtype=torch.float64), rtol=0, atol=0.04)
+    # Four standard deviations of the mean; and neighbours do not depend on each other.
+    both = (kept[:, :-1] & kept[:, 1:]).double().mean()
+    assert float(both) == pytest.approx(0.25, abs=0.02)
+
+
+def test_della_draws_from_seed_expert_and_tensor() -> None:
+    delta = torch.randn(300, generator=torch.Generator().manual_seed(0))
+
+    def kept(expert: str, tensor: str, seed: int) -> torch.Tensor:
+        given = TaskVector(expert, tensor, Whole(delta), 1.0)
+        return whole_tensor(torch.zeros(300), [given], of("della_linear", 0.5, seed=seed)) != 0
+
+    first = kept("one", "tensor", 1)
+    assert torch.equal(first, kept("one", "tensor", 1))
+    for other in (kept("two", "tensor", 1), kept("one", "other", 1), kept("one", "tensor", 2)):
+        assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "breadcrumbs", "gamma": 1.5}, "gamma is 1.5; expected a number between 0 and 1"),
+        ({"method": "breadcrumbs", "gamma": {"a": -0.1}}, "gamma is -0.1; expected"),
+        ({"method": "breadcrumbs_ties", "density": 2}, "density is 2.0; expected a number between 0 and 1"),
+        ({"method": "della", "density": 0.5, "epsilon": 0.5}, "epsilon is 0.5 where density is 0.5; expected"),
+        ({"method": "della_linear", "density": 0.1}, "epsilon is 0.15 where density is 0.1; expected 0 or more, and"),
+        ({"method": "della", "epsilon": -0.1}, "epsilon is -0.1 where density is 1.0"),
+        ({"method": "della", "density": {"a": 0.5, "b": 0.9}}, "epsilon is 0.15 where density is 0.9"),
+        ({"method": "della", "density": {"a": 0.5, "b": 0.5}, "epsilon": {"a": 0.1, "b": 0.6}}, "epsilon is 0.6 where"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        method_of(settings)
+
+
+def test_dense_and_empty_della_need_no_room_for_epsilon() -> None:
+    for density in (0.0, 1.0, {"a": 1.0, "b": 0.0}):
+        assert method_of({"method": "della", "density": density}).name == "della"
 
 
 def test_dense_dare_ties_is_dense_ties(base: torch.Tensor, deltas: list[torch.Tensor]) -> None:
@@ -258,7 +315,9 @@ def test_large_tensors_are_merged_in_chunks(method: str) -> None:
 @pytest.mark.parametrize("lambda_", [1.0, 0.6])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0, -0.5, 0.2], [0.0, 1.0, 0.3]])
-@pytest.mark.parametrize(("method", "density"), [("ties", 1.0), ("ties", 0.4), ("dare_ties", 0.5)])
+@pytest.mark.parametrize(
+    ("method", "density"), [("ties", 1.0), ("ties", 0.4), ("dare_ties", 0.5), ("breadcrumbs_ties", 0.5), ("della", 0.5)]
+)
 def test_agreed_contributions_sum_to_the_merge(
     method: str,
     density: float,
@@ -289,7 +348,7 @@ def test_agreed_contributions_by_hand() -> None:
 @pytest.mark.parametrize("lambda_", [1.0, 0.6])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0, -0.5, 0.2], [0.5, -0.5, 0.0]])
-@pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear", "breadcrumbs", "della_linear"])
 def test_contributions_sum_to_the_merge(
     method: str,
     weights: list[float],
@@ -343,6 +402,9 @@ def test_static_coefficient_is_what_uniform_weights_give_each_expert(how: Additi
         ("ties", 1.0, True, False),
         ("ties", 0.3, True, False),
         ("dare_ties", 0.3, True, False),
+        ("breadcrumbs", 1.0, False, True),
+        ("breadcrumbs", 0.9, False, False),
+        ("della", 1.0, True, False),
     ],
 )
 def test_which_methods_leave_factors_alone(method: str, density: float, consensus: bool, low_rank: bool) -> None:
@@ -396,7 +458,7 @@ def test_operations_of_any_device_give_the_bits_of_the_loops(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", [name for name in NAMES if "cuda" in METHODS[name].devices])
 def test_a_gpu_gives_the_same_bits(method: str, settings: dict[str, Any]) -> None:
     how = of(method, 0.3, **settings_of(method, settings))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

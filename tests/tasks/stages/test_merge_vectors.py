@@ -113,6 +113,10 @@ VARIANTS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "ties sum": ("ties", 0.3, {}),
     "dare_ties": ("dare_ties", 0.5, {"rescale": True, "lambda": 0.7}),
     "dare_ties normalised": ("dare_ties", 0.5, {"rescale": True, "normalize": True}),
+    "breadcrumbs": ("breadcrumbs", 0.5, {"gamma": 0.1}),
+    "breadcrumbs_ties": ("breadcrumbs_ties", 0.5, {"gamma": 0.1, "normalize": True}),
+    "della": ("della", 0.5, {"rescale": True, "normalize": True}),
+    "della_linear": ("della_linear", 0.5, {"rescale": True}),
 }
 
 
@@ -124,7 +128,8 @@ VARIANTS: dict[str, tuple[str, float, dict[str, Any]]] = {
         *((variant, "mixed", "sens") for variant in ("ta", "ties sum", "dare_ties normalised")),
         *((variant, "berts", "uniform") for variant in ("linear", "ties")),
         *((variant, "gpt2", "explicit") for variant in ("ta", "dare_ties")),
-        *((variant, "full", "lines") for variant in ("ta", "ties sum")),
+        *((variant, "full", "lines") for variant in ("ta", "ties sum", "della_linear")),
+        *((variant, "mixed", "sens") for variant in ("breadcrumbs", "breadcrumbs_ties", "della", "della_linear")),
     ],
 )
 def test_base_plus_vectors_is_the_static_merge(

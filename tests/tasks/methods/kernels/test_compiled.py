@@ -15,11 +15,11 @@ from sensmerge.tasks.methods.kernels.stored import rounded
 
 CALL = """
 import numpy as np
-from sensmerge.tasks.methods.kernels import loops
+from sensmerge.tasks.methods.kernels import masks
 piece = np.array([0.5, -2.0, 0.25, -0.75], np.float32)
-loops.trim(piece, int(np.float32(0.6).view(np.int32)))
+masks.trim(piece, int(np.float32(0.6).view(np.int32)))
 assert piece.tolist() == [0.0, -2.0, 0.0, -0.75]
-stats = loops.trim.stats
+stats = masks.trim.stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), stats.cache_path)
 """
 

@@ -129,7 +129,7 @@ def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
         return delta if keep else torch.zeros_like(delta)
     flat = Whole(delta.reshape(-1))
     zero = torch.zeros(len(flat))
-    return sparse(delta, Trim.of(flat, zero, density, histogram_of(flat, zero)))
+    return sparse(delta, Trim.of(flat, zero, kept_elements(len(flat), density), histogram_of(flat, zero)))
 
 
 def full_sort_trim(delta: torch.Tensor, density: float) -> torch.Tensor:

@@ -1,0 +1,106 @@
+"""Inner products of a tensor's base and task vectors: all that their lengths and angles depend on."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sensmerge.tasks.methods.kernels import loops
+from sensmerge.tasks.methods.kernels.delta import BLOCK, CHUNK, Delta, parts
+
+Float64 = npt.NDArray[np.float64]
+
+
+def inner_products(base: Tensor, deltas: Sequence[Delta]) -> Float64:
+    """Return the inner products of the base and its task vectors over the whole tensor, float64 (1 + experts, twice).
+
+    Args:
+        base: the base's tensor, flat, in any float dtype.
+        deltas: the experts' task vectors.
+    """
+    pairs = _pairs(1 + len(deltas))
+    sums: list[list[float]] = [[] for _ in pairs]
+    for where, found in parts(base, deltas):
+        every = [base[where].float().numpy(), *(part.numpy() for part in found)]
+        for start in range(0, found.shape[1], BLOCK):
+            blocks = [values[start : start + BLOCK] for values in every]
+            for of_pair, (i, j) in zip(sums, pairs, strict=True):
+                of_pair.append(loops.inner_product(blocks[i], blocks[j]))
+    return _symmetric([np.asarray(_exact(of_pair)) for of_pair in sums], pairs)
+
+
+def row_groups(numel: int, width: int) -> Iterator[slice]:
+    """Yield the slices of a tensor that are some whole rows each: about `CHUNK` elements, one row at least.
+
+    Args:
+        numel: elements of the tensor, above 0.
+        width: of a row.
+    """
+    step = max(1, CHUNK // width) * width
+    for start in range(0, numel, step):
+        yield slice(start, min(start + step, numel))
+
+
+def rows_of(base: Tensor, deltas: Sequence[Delta], width: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which elements, some whole rows, and there base and task vectors, float32 (1 + experts × rows × width).
+
+    Args:
+        base: the base's tensor, flat, in any float dtype, not empty.
+        deltas: the experts' task vectors.
+        width: of a row.
+    """
+    for where in row_groups(len(base), width):
+        origin = base[where]
+        found = torch.empty(1 + len(deltas), len(origin))
+        found[0] = origin
+        for part, delta in zip(found[1:], deltas, strict=True):
+            delta.fill(part, where, origin)
+        yield where, found.view(len(found), -1, width)
+
+
+def products_of_rows(found: Tensor) -> Float64:
+    """Return the inner products of vectors in each row, float64 (rows × n × n); found is float32 (n × rows × width)."""
+    return _products(found, 1)
+
+
+def products_of_columns(base: Tensor, deltas: Sequence[Delta], width: int) -> Float64:
+    """Return the inner products of base and task vectors in each column, float64 (width × 1 + experts, twice).
+
+    Args:
+        base: the base's tensor, flat, in any float dtype, not empty.
+        deltas: the experts' task vectors.
+        width: of a row.
+    """
+    total = np.zeros((width, 1 + len(deltas), 1 + len(deltas)))
+    for _, found in rows_of(base, deltas, width):
+        total += _products(found, 0)
+    return total
+
+
+def _products(found: Tensor, dim: int) -> Float64:
+    every, pairs = found.double(), _pairs(len(found))
+    return _symmetric([(every[i] * every[j]).sum(dim).numpy() for i, j in pairs], pairs)
+
+
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(count) for j in range(i, count)]
+
+
+def _symmetric(products: Sequence[Float64], pairs: Sequence[tuple[int, int]]) -> Float64:
+    """Return the products of all pairs as matrices, in the last two dimensions."""
+    count = 1 + pairs[-1][0]
+    found = np.empty((*products[0].shape, count, count))
+    for product, (i, j) in zip(products, pairs, strict=True):
+        found[..., i, j] = found[..., j, i] = product
+    return found
+
+
+def _exact(summands: Sequence[float]) -> float:
+    """Return a sum that does not depend on the order of the summands; NaN if one is, or if it overflows."""
+    try:
+        return math.fsum(summands)
+    except (OverflowError, ValueError):  # inf − inf
+        return math.nan

@@ -1,0 +1,113 @@
+"""Ray on this machine: nobody else reaches it, and it may take its time. Each test starts one in its own process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+PROJECT = Path(__file__).resolve().parents[3]
+START = "from sensmerge.pipeline.execute import cluster\nfrom sensmerge.pipeline.execute import here\n"
+LISTENS = (
+    START
+    + """
+import os, subprocess, sys, time
+import psutil, ray
+
+with cluster.cluster("local"):
+    assert ray.get(ray.remote(lambda: 5).remote()) == 5
+    names, ports = set(), 0
+    while "ray::RuntimeEnvAgent" not in names or ports < 6:  # its processes come one after the other
+        names, ports = set(), 0
+        for process in psutil.Process().children(recursive=True):
+            for one in process.net_connections("inet"):
+                if one.status == "LISTEN":
+                    names.add(process.name())
+                    ports += 1
+                    assert one.laddr.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1"), (process.name(), one.laddr)
+        time.sleep(0.1)
+
+    address = ray.get_runtime_context().gcs_address
+    ask = f"from ray._raylet import GcsClient; GcsClient(address={address!r}).internal_kv_keys(b'', None, timeout=30)"
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    for more, status in (
+        ({"RAY_AUTH_MODE": "disabled"}, 1),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 32}, 1),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"]}, 0),
+    ):
+        told = subprocess.run([sys.executable, "-c", ask], env=plain | more, capture_output=True, text=True)
+        assert told.returncode == status, told.stderr
+        assert status == 0 or "AuthenticationError" in told.stderr, told.stderr
+"""
+)
+SLOW = (
+    START
+    + """
+import time
+from types import SimpleNamespace
+import ray
+from ray._private import node, services
+
+# Ray's own clock, while it waits for its node, runs so fast that its 30 seconds are over when the node is there.
+node.time = SimpleNamespace(monotonic=lambda: 100 * time.monotonic(), sleep=time.sleep, time=time.time)
+began, found = time.monotonic(), services.get_node
+def late(*what):
+    if time.monotonic() - began < 8:
+        raise RuntimeError("no such node yet")
+    return found(*what)
+services.get_node = late
+here.SAY_EVERY = 2
+with cluster.cluster("local"):
+    assert ray.get(ray.remote(lambda: 5).remote()) == 5
+"""
+)
+NEVER = (
+    START
+    + """
+import time
+from types import SimpleNamespace
+from ray._private import node, services
+from sensmerge.tasks.errors import StepError
+
+def never(*what):
+    raise RuntimeError("no such node yet")
+node.time = SimpleNamespace(monotonic=lambda: 100 * time.monotonic(), sleep=time.sleep, time=time.time)
+services.get_node = never
+here.WAIT = 1
+try:
+    with cluster.cluster("local"):
+        raise AssertionError("it did start")
+except StepError as error:
+    print(error)
+"""
+)
+
+
+def told(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    environment = plain | {"PYTHONPATH": str(PROJECT)} | variables
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_it_listens_on_loopback_and_asks_for_a_token(mode: str | None) -> None:
+    done = told(LISTENS, **({} if mode is None else {"RAY_AUTH_MODE": mode}))
+    said = "RAY_AUTH_MODE=disabled counts for clusters (--address) only: Ray on this machine asks for a token\n"
+    assert (said in done.stderr) == (mode == "disabled")
+
+
+def test_it_may_take_longer_than_ray_waits() -> None:
+    done = told(SLOW)
+    assert "Ray is starting on this machine: 2 s, of 300 s at most\n" in done.stderr
+
+
+def test_one_that_does_not_start_ends_with_a_line() -> None:
+    (line,) = told(NEVER).stdout.splitlines()
+    assert line.startswith("Ray did not start on this machine: The current node timed out during startup.")
+    assert "see its logs in" in line

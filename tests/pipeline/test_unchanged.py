@@ -1,0 +1,104 @@
+"""A run that finds nothing to do says what the last one found, and records it again only where MLflow lacks it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.conftest import command_line, write_recipe
+
+pytestmark = pytest.mark.ray
+
+NO_CLUSTER = "no such cluster"
+
+
+@pytest.fixture
+def settled(llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str) -> Path:
+    """A recipe that has run, with models and rows old enough for digests to be kept."""
+    recipe = write_recipe(tmp_path, llama_recipe)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            os.utime(path, (10**9, 10**9))
+    assert command_line("run", recipe, "--store", tmp_path / "store", "--address", ray_address) == 0
+    return recipe
+
+
+def run(recipe: Path, address: str, *more: Any) -> dict[str, Any]:
+    """Run a recipe once more and return its report."""
+    report = recipe.with_name("report.json")
+    command = ("run", recipe, "--store", recipe.with_name("store"), "--address", address, "--report", report, *more)
+    assert command_line(*command) == 0
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def runs(database: Path) -> list[Any]:
+    """The runs of MLflow that are not deleted and have no parent."""
+    client = MlflowClient(f"sqlite:///{database}")
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    return list(client.search_runs(experiments, "tags.role = 'recipe'"))
+
+
+def test_the_same_result_without_ray_or_another_record(settled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = settled.with_name("store")
+    capsys.readouterr()
+    quick = run(settled, NO_CLUSTER)
+    said = capsys.readouterr().out
+    assert "MLflow has this run: mlflow ui --backend-store-uri sqlite" in said
+    assert len(runs(store / "mlflow.db")) == 1
+
+    (store / "plans" / "tiny.json").unlink()
+    assert run(settled, NO_CLUSTER) == quick
+    assert capsys.readouterr().out.replace("MLflow: ", "MLflow has this run: ") == said
+    assert len(runs(store / "mlflow.db")) == 2
+
+
+def test_it_is_recorded_where_it_has_not_been(settled: Path) -> None:
+    database, other = settled.with_name("store") / "mlflow.db", settled.with_name("other.db")
+    run(settled, NO_CLUSTER, "--tracking-uri", f"sqlite:///{other}")
+    assert (len(runs(database)), len(runs(other))) == (1, 1)
+    (recorded,) = runs(database)
+    MlflowClient(f"sqlite:///{database}").delete_run(recorded.info.run_id)
+    for _ in range(2):
+        run(settled, NO_CLUSTER)
+        (again,) = runs(database)
+        assert again.info.run_id != recorded.info.run_id
+
+
+def test_weights_that_were_deleted_and_made_again_are_recorded_again(
+    settled: Path, ray_address: str, llama_recipe: dict[str, Any]
+) -> None:
+    """Their versions were marked as lost meanwhile, whichever recipe makes them again."""
+    store = settled.with_name("store")
+    damaged = next((store / "merge").glob("*/model.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert command_line("verify", "--store", store, "--delete") == 1
+    (settled.parent / "same").mkdir()
+    same = write_recipe(settled.parent / "same", llama_recipe | {"name": "same"})
+    for rows in settled.parent.glob("*.jsonl"):
+        (same.parent / rows.name).write_bytes(rows.read_bytes())
+    assert command_line("run", same, "--store", store, "--address", ray_address) == 0
+    run(settled, NO_CLUSTER)
+    assert sorted(one.info.run_name.split()[0] for one in runs(store / "mlflow.db")) == ["same", "tiny", "tiny"]
+
+
+def test_it_takes_no_torch(settled: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom sensmerge.pipeline.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print(sorted({'torch', 'transformers', 'ray', 'numba'} & set(sys.modules)), file=sys.stderr)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program, "run", str(settled), "--store", str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert "MLflow has this run" in told.stdout
+    assert told.stderr.endswith("[]\n")
