@@ -65,7 +65,8 @@ class Trials:
     def prepared(cls, scenario: Scenario, folder: Path) -> "Trials":
         """Make the world, and do the command undisturbed."""
         template = folder.with_name(f"{folder.name}-{scenario.name}")
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (folder, template):
+            shutil.rmtree(left, ignore_errors=True)
         scenario.make(folder)
         shutil.copytree(folder, template, symlinks=True)
         begin = time.monotonic()

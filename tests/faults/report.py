@@ -4,17 +4,22 @@ from collections.abc import Sequence
 
 from tests.faults.kills import Outcome
 
-HEADING = "| fault | command | points | harm |\n| --- | --- | --- | --- |\n"
-
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Return Markdown: a row for every fault and command, and below what was wrong. What came too late is no fault."""
-    found: dict[tuple[str, str], list[Outcome]] = {}
+    """Return Markdown: a row for every fault, by command the points and the harm done; and below what was wrong.
+
+    What came too late is no fault.
+    """
+    found: dict[str, dict[str, list[Outcome]]] = {}
     for one in [one for one in outcomes if one.came]:
-        found.setdefault((one.fault, one.command), []).append(one)
-    lines = [
-        f"| {fault} | {command} | {len(some)} | {sum(bool(one.harm) for one in some) or 'none'} |"
-        for (fault, command), some in sorted(found.items())
-    ]
+        found.setdefault(one.fault, {}).setdefault(one.command, []).append(one)
+    commands = list(dict.fromkeys(one.command for one in outcomes))
+    lines = ["| fault, by command: points, harm | " + " | ".join(commands) + " |", "| --- |" + " --- |" * len(commands)]
+    for fault, by_command in found.items():
+        lines.append(f"| {fault} | " + " | ".join(_cell(by_command.get(one, [])) for one in commands) + " |")
     wrong = [f"- {one.command}, {one.fault}, {one.where}: {'; '.join(one.harm)[:1500]}" for one in outcomes if one.harm]
-    return HEADING + "".join(f"{line}\n" for line in (*lines, *([""] if wrong else []), *wrong))
+    return "".join(f"{line}\n" for line in (*lines, *([""] if wrong else []), *wrong))
+
+
+def _cell(outcomes: Sequence[Outcome]) -> str:
+    return f"{len(outcomes)}, {sum(bool(one.harm) for one in outcomes) or 'none'}" if outcomes else ""
