@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,12 @@ from tests.faults.kills import DONE, Outcome, Trials
 from tests.faults.world import LIMIT, RUN, command, restore
 
 PROJECT = Path(__file__).resolve().parents[2]
-AFTER = 90
+AFTER = 30
 """Seconds within which nothing of a run may be left after its end."""
 STEPS = ("merge ta", "cross_task all", "evaluate ties-sens", "route ta-se")
 """At which faults come; others take so little time that they are missed. A worker is called by what it does."""
+IDLE = ("Agent", "dashboard", "log_monitor")
+"""In the command lines of what watches Ray, which notices within a minute that there is none any more."""
 RAYLET, GCS = "raylet/raylet", "gcs_server"
 """In the command lines of Ray's other processes."""
 TRIES = 6
@@ -52,11 +55,8 @@ class Real:
         deadline = time.monotonic() + LIMIT
         while self.process.poll() is None and time.monotonic() < deadline:
             for one in self._started():
-                try:
-                    if what in " ".join(one.cmdline()):
-                        return one
-                except psutil.Error:
-                    continue
+                if what in _line(one):
+                    return one
             time.sleep(0.002)
         return None
 
@@ -72,22 +72,33 @@ class Real:
         return int(status), self._log.read_text()
 
     def survivors(self) -> list[str]:
-        """Return the processes that it has left behind, of which none may be there after a while; they are ended."""
+        """Return the processes left behind that may still write after a while; all are ended."""
         deadline = time.monotonic() + AFTER
-        while found := [one for one in psutil.process_iter(["environ"]) if self._is_of(one)]:
+        while found := [line for line in map(_line, self._left()) if line and not any(name in line for name in IDLE)]:
             if time.monotonic() > deadline:
-                names = [" ".join(one.cmdline())[:80] for one in found]
-                for one in found:
-                    one.kill()
-                return names
+                break
             time.sleep(0.3)
-        return []
+        for one in self._left():
+            with suppress(psutil.Error):
+                one.kill()
+        return [line[:80] for line in found]
+
+    def _left(self) -> list[psutil.Process]:
+        return [one for one in psutil.process_iter() if self._is_of(one)]
 
     def _is_of(self, one: psutil.Process) -> bool:
         try:
             return os.getsid(one.pid) == self.process.pid and one.status() != psutil.STATUS_ZOMBIE
         except (psutil.Error, ProcessLookupError):
             return False
+
+
+def _line(process: psutil.Process) -> str:
+    """Return the command line of a process; nothing if it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 class MissedError(Exception):
