@@ -87,7 +87,7 @@ class Trials:
             if number % 4 == 3:
                 yield Point(TIME, after=draw.uniform(0.05, self.seconds), elsewhere=elsewhere)
             else:
-                place = draw.choice(own) if number % 8 else draw.randrange(len(self.operations))
+                place = draw.choice(own) if number % 8 != 4 else draw.randrange(len(self.operations))
                 yield Point(OPERATION, place, elsewhere=elsewhere)
         for number in range(-(-kills // 5)):
             yield Point((FULL, READ_ONLY)[number % 2], draw.choice(own))
