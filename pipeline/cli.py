@@ -18,7 +18,7 @@ from rich.console import Console
 from sensmerge.pipeline.execute.stop import Stopped, stoppable
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking.uri import TRACKING_URI, checked_uri
-from sensmerge.tasks.errors import InputError, StepError
+from sensmerge.tasks.errors import InputError, StepError, disk_trouble
 from sensmerge.tasks.urls import public_text
 
 # Commands import what they need themselves: --help and what reads no recipe do not wait for torch.
@@ -381,6 +381,12 @@ def main() -> None:
         sys.exit(2)
     except StepError as error:
         sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except OSError as error:
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        sys.stderr.write(f"error: {trouble}\n")
         sys.exit(1)
     except Stopped as stopped:
         sys.stderr.write(f"error: stopped by {stopped}; run it again to finish\n")

@@ -11,6 +11,7 @@ from rich.console import Console
 from sensmerge.pipeline.execute.run import execute
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
+from sensmerge.pipeline.plan.damage import with_damaged
 from sensmerge.pipeline.plan.kept import Recorded, inputs_digest, keep
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
 from sensmerge.pipeline.recipe.schema import Recipe
@@ -45,8 +46,8 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         StepError: a step failed.
     """
     made_from = inputs_digest(options.recipe, options.folder, options.store, listings)
-    plan = make_plan(options.recipe, options.folder, options.store, listings)
-    for line in (*plan.inputs.notes, plan_summary(plan)):
+    plan, damage = with_damaged(make_plan(options.recipe, options.folder, options.store, listings))
+    for line in (*plan.inputs.notes, *damage, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     _, recorded = _finish(options, plan, _execute(options, plan, console), console)
@@ -73,7 +74,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         StepError: a step failed.
     """
     made_from = inputs_digest(options.recipe, options.folder, options.store, listings)
-    plan = make_plan(options.recipe, options.folder, options.store, listings)
+    plan, damage = with_damaged(make_plan(options.recipe, options.folder, options.store, listings))
     last = None if plan.todo else last_run(plan.store, plan.recipe.name, plan.keys())
     if last is not None:
         console.print(f"{plan.recipe.name}: nothing changed", highlight=False)
@@ -88,7 +89,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         passed = has_passed(plan.store, plan.recipe.name, plan.keys(), plan.recipe.gate.text())
         is_settled = passed and loss is None
         return 0 if is_settled else _pass_gate(options, plan, report, console)
-    for line in (*plan.inputs.notes, *model_changes(plan), plan_summary(plan)):
+    for line in (*plan.inputs.notes, *model_changes(plan), *damage, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
     report, recorded = _finish(options, plan, _execute(options, plan, console), console)

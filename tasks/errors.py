@@ -1,5 +1,6 @@
 """The two ways in which a run ends without a result."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,18 @@ class StepError(RuntimeError):
     def __init__(self, text: str) -> None:
         """Take a text of any length."""
         super().__init__(public_text(text))
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """Return what is to be said where a disk is full or may not be written; None of any other error."""
+    if not isinstance(error, OSError) or error.errno not in {*_FULL, errno.EROFS}:
+        return None
+    where = error.filename2 or error.filename
+    way_out = "make room on it" if error.errno in _FULL else "choose another --store"
+    return f"{f'{where}: ' if where else ''}{error.strerror}; {way_out}, and run again: what is done is kept"
 
 
 def shown(value: object) -> str:

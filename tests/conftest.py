@@ -388,7 +388,8 @@ def do_steps(plan: Plan) -> None:
         out = plan.store.partial(step.key)
         out.mkdir(parents=True, exist_ok=True)
         job = step.job.resumed(EarlierArtifacts(plan.store, step.key))
-        plan.store.publish(step.key, {"result": do_job(job, out)})
+        result = do_job(job, out)
+        plan.store.publish(step.key, {"result": result}, result.get("by_tensor", ()))
     assert_store_loads(plan.store.root)
 
 

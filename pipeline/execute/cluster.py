@@ -13,7 +13,7 @@ import ray
 
 from sensmerge.pipeline.execute.here import started_here
 from sensmerge.pipeline.execute.stop import Stopped
-from sensmerge.tasks.errors import InputError, StepError
+from sensmerge.tasks.errors import InputError, StepError, disk_trouble
 
 MOST_WARM = 8
 """Workers that import anything before there is work; a machine may have many more cores than a recipe has steps."""
@@ -139,6 +139,8 @@ def answer_of(ready: ray.ObjectRef[Any], title: str, advice: str, others: Iterab
             ray.cancel(other)
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None
+        if trouble := disk_trouble(error.cause):
+            raise StepError(f"{title}: {trouble}") from None
         if _is_out_of_memory(error.cause):
             raise StepError(f"{title}: its worker ran out of memory; {advice}. It says: {error.cause}") from None
         raise StepError(f"{title} failed: {error.cause!r}\n{error}") from None  # Ray's text has process and node

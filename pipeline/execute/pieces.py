@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +16,16 @@ from sensmerge.pipeline.execute.worker import Done, Spent
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
+from sensmerge.tasks.artifacts import write_whole
+from sensmerge.tasks.checkpoints.unchanged import PlannedModels
 from sensmerge.tasks.stages.job import Job
 
 if TYPE_CHECKING:  # with transformers it takes seconds, which Ray's start does not wait for
     from sensmerge.pipeline.plan.step import Step
+
+
+READ_FROM = ".models.partial"
+"""In a folder under construction, and never in an artifact: the states of the models that its pieces were read from."""
 
 
 @dataclass
@@ -26,15 +34,33 @@ class Running:
 
     step: Step
     job: ray.ObjectRef[Job]
+    models: ray.ObjectRef[PlannedModels]
     waiting: deque[int | str]
     pending: int
     spent: Spent = field(default_factory=Spent)
 
     @classmethod
     def begin(cls, step: Step, store: Store) -> Running:
-        """Look for what earlier runs left, and hand the job to Ray, once for all its pieces."""
-        job = step.job.resumed(EarlierArtifacts(store, step.key))
-        return cls(step, ray.put(job), deque(job.parts()), len(job.parts()) + 1)
+        """Look for what earlier runs left, and hand the job and its models to Ray, once for all its pieces."""
+        job = prepared(step, store)
+        return cls(step, ray.put(job), ray.put(step.models), deque(job.parts()), len(job.parts()) + 1)
+
+
+def prepared(step: Step, store: Store) -> Job:
+    """Return the job of a step that begins, with what it can take over, and its folder as it may go on from it.
+
+    Pieces that an interrupted run has done are of use only if the models are still the files that they were read from:
+    one that was exchanged while a piece read it, and then put back, would have its digest.
+    """
+    job = step.job.resumed(EarlierArtifacts(store, step.key))
+    if job.resumes or job.parts():
+        partial, states = store.partial(step.key), json.dumps(step.models.states())
+        record = partial / READ_FROM
+        if not record.is_file() or record.read_text() != states:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_whole(record, states)
+    return job
 
 
 class Pieces:

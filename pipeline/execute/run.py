@@ -66,10 +66,6 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
     steps = [step for step in plan.steps if step.title in plan.todo]
     if not steps:
         return
-    read = {title for step in steps for title in step.needs} - set(plan.todo)
-    for step in plan.steps:
-        if step.title in read:
-            plan.store.fetch(step.key)
     plan.write_rows()
     with cluster(address), progress(console, len(steps), "steps") as advance:
         _check_resources(plan, steps)
@@ -128,8 +124,8 @@ def _submit(plan: Plan, state: Running, part: int | str | None) -> ray.ObjectRef
         "name": step.title,
     }
     if part is not None:
-        return _RUN_PART.options(**options).remote(state.job, part, plan.store.partial(step.key), threads)
-    return _RUN_FINISH.options(**options).remote(state.job, plan.store, step.key, state.spent, threads)
+        return _RUN_PART.options(**options).remote(state.job, part, plan.store.partial(step.key), threads, state.models)
+    return _RUN_FINISH.options(**options).remote(state.job, plan.store, step.key, state.spent, threads, state.models)
 
 
 def _check_resources(plan: Plan, steps: list[Step]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sensmerge.pipeline.store.manifest import file_sizes
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
 from sensmerge.tasks.errors import noted
 from sensmerge.tasks.stages.job import Job
 
@@ -83,15 +84,22 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run_part(job: Job, part: int | str, partial: Path, threads: int) -> Done:
-    """Run one of a job's pieces in the folder under construction; it says whether there was something left to do."""
+def run_part(job: Job, part: int | str, partial: Path, threads: int, models: PlannedModels = NONE) -> Done:
+    """Run one of a job's pieces in the folder under construction; it says whether there was something left to do.
+
+    Raises:
+        InputError: bad input that the job found, or a model that is not what it was when the step was planned.
+    """
+    models.check()
     partial.mkdir(parents=True, exist_ok=True)
     was_left, spent = _measured(job, lambda: job.run(part, partial), threads)
+    models.check()
     return Done({}, spent if was_left else replace(spent, pieces_run=0))
 
 
-def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int) -> Done:
-    """Complete a job and publish its artifact, in one go on the worker."""
+def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int, models: PlannedModels = NONE) -> Done:
+    """Complete a job and publish its artifact, in one go on the worker; errors as of `run_part`."""
+    models.check()
     goes_on = job.resumes or bool(job.parts())
     partial = store.partial(key)
     published = store.local_manifest(key)
@@ -104,6 +112,7 @@ def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int) ->
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     result, spent = _measured(job, lambda: job.finish(partial), threads)
+    models.check()
     done = Done(result, before + spent, sum(file_sizes(partial).values()), platform.node())
     manifest = asdict(done.spent) | {"bytes": done.bytes, "node": done.node, "result": result}
     store.publish(key, manifest, result.get("by_tensor", ()))

@@ -11,6 +11,7 @@ from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import Artifact
+from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
 from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.stages.job import Job
 
@@ -51,6 +52,8 @@ class Step:
     """bytes written"""
     actors: int = 0
     """workers that it starts for itself, each with the resources of the stage; then it takes none of its own"""
+    models: PlannedModels = NONE
+    """from outside, that it reads"""
 
     @property
     def stage(self) -> Stage:

@@ -1,7 +1,7 @@
 """The steps of a recipe: which there are, what each reads, and the job that it does."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sensmerge.pipeline.plan import sizes
@@ -14,6 +14,7 @@ from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.pipeline.store.store import Key
 from sensmerge.tasks.artifacts import Artifact
+from sensmerge.tasks.checkpoints.unchanged import PlannedModels
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
@@ -335,10 +336,12 @@ class _Layout:
         )
         self._add(name, job, [routed], reads=routed.reads)
 
-    def _add(self, name: str, job: Job, needs: Iterable[Step], reads: int = 0, writes: int = 0) -> None:
+    def _add(self, name: str, job: Job, needs: Sequence[Step], reads: int = 0, writes: int = 0) -> None:
         placement = getattr(job, "placement", None)
         actors = placement.count if isinstance(placement, Actors) else 0
-        step = Step(name, Key.of(name, job), tuple(one.title for one in needs), job, reads, writes, actors)
+        listings = tuple(one.job.listing for one in needs if isinstance(one.job, DownloadJob))
+        models = PlannedModels(listings, self._resolved.store.hub_cache)
+        step = Step(name, Key.of(name, job), tuple(one.title for one in needs), job, reads, writes, actors, models)
         self._made[step.stage][name] = step
         self.steps.append(step)
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -195,11 +194,8 @@ class Store:
         if self.remote is None:
             return
         self._check_claim(self.remote)
-        if names:
-            self.remote.upload(folder, self._path(folder), names)
-        else:
-            files = [name for name in file_sizes(folder) if name != SYNCED]
-            self.remote.upload(folder, self._path(folder), files, last=MANIFEST)
+        files = names or [name for name in file_sizes(folder) if name != SYNCED]
+        self.remote.upload(folder, self._path(folder), files, last=None if names else MANIFEST)
 
     def upload_digests(self) -> None:
         """Write the digests of local files, by which all know them, to where all see them."""
@@ -255,14 +251,15 @@ class Store:
 
     @contextmanager
     def copy(self, folder: Path) -> Iterator[Path]:
-        """Give an artifact as it is where all see it: the folder itself, or a fresh download from the URL."""
-        if self.remote is None:
-            yield folder
-            return
-        path = self._path(folder)
-        with TemporaryDirectory(dir=self.root) as temporary:
-            self.remote.download(self.remote.files(path), path, Path(temporary))
-            yield Path(temporary)
+        """Give an artifact as it is where all see it: the folder itself, or a fresh download, one at a time."""
+        path, copy = self._path(folder), self.root / f".copy{PARTIAL}"
+        shutil.rmtree(copy, ignore_errors=True)  # who was killed at one has left it
+        try:
+            if self.remote is not None:
+                self.remote.download(self.remote.files(path), path, copy)
+            yield folder if self.remote is None else copy
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
 
     def remote_bytes(self, folder: Path) -> int:
         """Return the bytes that an artifact takes at the URL."""
@@ -315,10 +312,11 @@ class Store:
         return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
 
     def artifacts(self, stage: str) -> list[Path]:
-        """Return the folders of all artifacts of a stage."""
-        return [
+        """Return the folders of all artifacts of a stage; those at the URL, of a store at one."""
+        found = [
             path.parent for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")) if path.parent.suffix != PARTIAL
         ]
+        return [one for one in found if self.remote is None or f"{self._path(one)}/{MANIFEST}" in self._listed]
 
     def make(self) -> None:
         """Make the root folder.

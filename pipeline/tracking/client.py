@@ -5,12 +5,16 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
 from mlflow.exceptions import MlflowException
 
+from sensmerge.pipeline.store.history import SQLITE
+from sensmerge.tasks.artifacts import partial_of
 from sensmerge.tasks.errors import StepError
 
 
@@ -18,7 +22,28 @@ from sensmerge.tasks.errors import StepError
 def connected(uri: str) -> Iterator[MlflowClient]:
     """A client of the tracking URI, which prints nothing; a failure of MLflow is a StepError."""
     with _quiet(), _explained(uri):
+        _make_database(uri)
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(uri: str) -> None:
+    """Make the file of a database that is not there yet, whole or not at all.
+
+    MLflow takes dozens of steps to make its tables, and none of them a second time: if it is killed in between, the
+    file is of no use ever after.
+    """
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            partial = partial_of(path)
+            for left in path.parent.glob(f"{partial.name}*"):  # by a process that was killed; its journal too
+                left.unlink()
+            beside = f"{SQLITE}{partial}"
+            MlflowClient(tracking_uri=beside, registry_uri=beside).search_experiments(max_results=1)
+            partial.rename(path)
 
 
 @contextmanager

@@ -29,7 +29,15 @@ from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.tracking.client import connected, once_more
 from sensmerge.pipeline.tracking.metrics import metrics_of, score_columns
 from sensmerge.pipeline.tracking.models import OUTCOMES, log_model
-from sensmerge.pipeline.tracking.runs import OpenRun, experiment_of, log_datasets, log_load, started
+from sensmerge.pipeline.tracking.runs import (
+    STORE,
+    OpenRun,
+    end_abandoned,
+    experiment_of,
+    log_datasets,
+    log_load,
+    started,
+)
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
 from sensmerge.tasks.methods.contract import METHODS
@@ -55,13 +63,15 @@ def record(execution: Execution, uri: str, store: Path) -> str:
     The metrics of all child runs have the keys of `metrics_of`; the load of this machine is `system/…` of the parent
     run. With SQLite, pictures and tables go into `mlartifacts` in `store`; a server keeps them where it was told to.
 
-    If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
+    If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError. Those that a process
+    left open which was killed end as KILLED here: `store` is locked, so nobody else records what comes of it.
     """
     report = execution.report
     with connected(uri) as client:
         experiment = experiment_of(client, report.recipe, None if is_server(uri) else store)
+        end_abandoned(client, experiment, store)
         name = f"{report.recipe} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        with started(client, experiment, name, {"role": "recipe"}) as parent:
+        with started(client, experiment, name, {"role": "recipe", STORE: str(store)}) as parent:
             client.log_text(parent.id, execution.recipe_yaml, "recipe.yaml")
             client.log_text(parent.id, execution.plan_text, "plan.txt")
             client.log_text(parent.id, report.model_dump_json(indent=2), "report.json")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mlflow import MlflowClient
 from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
 from sensmerge.pipeline.tracking.client import connected, if_there, once_more, unless_there
@@ -20,6 +20,10 @@ from sensmerge.tasks.urls import public
 
 if TYPE_CHECKING:  # with plans it takes seconds to import
     from sensmerge.pipeline.report.results import TaskData
+
+
+STORE = "store"
+"""Tag of an execution's run: the folder of the artifacts, on the machine that recorded them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,15 @@ def experiment_of(client: MlflowClient, name: str, store: Path | None) -> str:
     elif experiment.lifecycle_stage != LifecycleStage.ACTIVE:  # someone deleted it in the UI; its name is still taken
         client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)
+
+
+def end_abandoned(client: MlflowClient, experiment: str, store: Path) -> None:
+    """End the runs of an experiment that nobody records any more: killed processes of a store left them open."""
+    found = client.search_runs([experiment], "attributes.status = 'RUNNING'")
+    parents = {run.info.run_id for run in found if run.data.tags.get(STORE) == str(store)}
+    for run in found:
+        if not parents.isdisjoint((run.info.run_id, run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""))):
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 @contextmanager

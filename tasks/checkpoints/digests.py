@@ -6,7 +6,6 @@ import re
 import time
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from blake3 import blake3
 
@@ -81,13 +80,11 @@ def keep(path: Path, stat: os.stat_result, digest: str, records: Path) -> None:
     """Keep the digest of a file for all who share the records.
 
     Every state of a file has a record of its own, so that those who write at the same time lose nothing of each other.
+    One that is cut, since its writer was killed, is none, and is written again: nothing has to lie beside it meanwhile.
     """
     record = _record(path, stat, records)
     record.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", dir=record.parent, prefix=".", suffix=".partial", delete=False) as partial:
-        partial.write(canonical({"path": str(path), "size": stat.st_size, "digest": digest}) + "\n")
-    os.chmod(partial.name, record.parent.stat().st_mode & 0o666)  # other users of the folder read it
-    os.replace(partial.name, record)
+    record.write_text(canonical({"path": str(path), "size": stat.st_size, "digest": digest}) + "\n")
 
 
 def forget(path: Path, records: Path) -> None:

@@ -1,5 +1,6 @@
 """Jobs that go wrong; workers import this module, so it imports little."""
 
+import errno
 import os
 import signal
 import time
@@ -51,6 +52,33 @@ class Fail(Job):
         """See `Job`."""
         (out.parent / "calls").open("a").write("x")
         raise RuntimeError("broken on purpose")
+
+
+@dataclass(frozen=True)
+class FillDisk(Job):
+    """Finds no room."""
+
+    stage = "download"
+    version = 1
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / "weights"))
+
+
+@dataclass(frozen=True)
+class Exchange(Job):
+    """Has a model changed by someone else while it works."""
+
+    stage = "download"
+    version = 1
+
+    model: Local[Path]
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        (self.model / "config.json").write_text("{}")
+        return {}
 
 
 @dataclass(frozen=True)

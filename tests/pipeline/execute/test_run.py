@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,10 +30,11 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.store.store import Key
 from sensmerge.tasks.checkpoints import weights as weights_module
-from sensmerge.tasks.errors import StepError
+from sensmerge.tasks.checkpoints.unchanged import PlannedModels
+from sensmerge.tasks.errors import InputError, StepError
 from sensmerge.tasks.stages.job import Job
 from tests.conftest import command_line, plan_of, tiny_recipe, write_recipe
-from tests.pipeline.execute.jobs import Die, DieOnce, Fail
+from tests.pipeline.execute.jobs import Die, DieOnce, Exchange, Fail, FillDisk
 
 pytestmark = pytest.mark.ray
 
@@ -312,6 +314,40 @@ def test_an_exception_is_final_and_leaves_no_artifact(
     assert Path(log).is_file()
     assert (tmp_path / "store" / "download" / "calls").read_text() == "x"
     assert plan.store.manifest(plan.steps[0].key) is None
+
+
+def test_a_full_disk_is_told_of_in_one_line(llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str) -> None:
+    plan = one_step(FillDisk(), llama_recipe, tmp_path)
+    with pytest.raises(StepError) as raised:
+        execute(plan, ray_address, Console(quiet=True))
+    (step,) = plan.steps
+    where = plan.store.partial(step.key) / "weights"
+    way_out = "make room on it, and run again: what is done is kept"
+    assert str(raised.value) == f"download work: {where}: No space left on device; {way_out}"
+
+
+def test_a_model_that_changes_meanwhile_ends_the_run(
+    llama_recipe: dict[str, Any], llamas: dict[str, Path], tmp_path: Path, ray_address: str
+) -> None:
+    llama_recipe["experts"]["math"]["model"] = str(shutil.copytree(llamas["math"], tmp_path / "math"))
+    plan = one_step(Exchange(tmp_path / "math"), llama_recipe, tmp_path)
+    (step,) = plan.steps
+    models = PlannedModels((plan.inputs.listings["math"],), plan.store.hub_cache)
+    with pytest.raises(InputError, match=r"math: config\.json changed after it was planned; run again"):
+        execute(replace(plan, steps=(replace(step, models=models),)), ray_address, Console(quiet=True))
+    assert plan.store.manifest(step.key) is None
+
+
+def test_every_step_that_reads_models_is_tied_to_them(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
+    llama_recipe["merges"] |= {"ta-se": {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}}
+    plan = plan_of(tmp_path, llama_recipe)
+    found = {step.title: [one.folder.name for one in step.models.listings] for step in plan.steps}
+    every = ["base", "math", "code"]
+    assert found["merge ta"] == found["merge ties-sens"] == found["merge ta-se"] == found["cross_task all"] == every
+    assert found["statistics code"] == ["base", "code"]
+    assert found["evaluate math/code"] == ["math", "base"]
+    assert found["evaluate ta/code"] == ["base"]  # its tokenizer
+    assert found["download base"] == found["route ta-se"] == []
 
 
 def test_a_step_is_told_of_in_one_line(llama_recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -368,6 +368,18 @@ def test_a_recipe_without_tasks_has_runs_without_metrics(client, store, uri):
     assert {a.path for a in client.list_artifacts(parent)} == {"recipe.yaml", "plan.txt", "report.json"}
 
 
+def test_runs_that_a_killed_process_left_open_are_ended(client, store, uri):
+    experiment = client.create_experiment("killed", (store / "mlartifacts").as_uri())
+    own = client.create_run(experiment, tags={"role": "recipe", "store": str(store)}).info.run_id
+    child = client.create_run(experiment, tags={"mlflow.parentRunId": own}).info.run_id
+    done = client.create_run(experiment, tags={"mlflow.parentRunId": own}).info.run_id
+    client.set_terminated(done)
+    other = client.create_run(experiment, tags={"role": "recipe", "store": f"{store}2"}).info.run_id
+    parent = record(make_report(store, "killed"), store, uri)
+    found = {run: client.get_run(run).info.status for run in (own, child, done, other, parent)}
+    assert found == {own: "KILLED", child: "KILLED", done: "FINISHED", other: "RUNNING", parent: "FINISHED"}
+
+
 def test_what_fails_leaves_no_run_running(client, store, uri):
     # MLflow refuses this key, after parent and child were opened.
     report = make_report(store, "broken", tasks={"a#b": "accuracy"}, scores={"base": {"a#b": {"accuracy": score(0.5)}}})
