@@ -61,7 +61,7 @@ def check_vectors(
         for expert, vector in by_expert.items():
             if expert not in experts or tensor not in known:
                 what = f"expert {expert}" if expert not in experts else f"tensor {tensor}"
-                raise InputError(f"{folder}: holds a task vector of {what}, which the model lacks; copy the folder again")
+                raise InputError(f"{folder}: holds a task vector of {what}, which the model lacks; copy it again")
             if not _fits(vector, base.info(tensor).shape):
                 raise InputError(
                     f"{folder}: the task vector of {expert} for {tensor} has another shape than the base's tensor, "
