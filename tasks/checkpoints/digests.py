@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import time
+from contextlib import suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -47,7 +48,8 @@ def compute_once(path: Path, records: Path) -> str:
     if _state(path, path.stat()) != _state(path, before):
         raise InputError(f"{path}: changed while its digest was computed; wait until it is written, and run again")
     if abs(begin - before.st_mtime_ns) > SETTLED:
-        keep(path, before, digest, records)
+        with suppress(OSError):  # records that may only be read: whoever asks next takes as long
+            keep(path, before, digest, records)
     return digest
 
 

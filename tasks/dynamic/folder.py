@@ -6,7 +6,7 @@ instead of taking the base for the merge.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -41,9 +41,9 @@ class Manifest(BaseModel):
     version: int
     experts: Annotated[list[str], Field(min_length=1)]
     """in the order of coefficients"""
-    head: Literal["causal_lm", "classification"]
+    head: Annotated[Head, Field(pattern="^(causal_lm|classification)$")]
     """what the network ends in"""
-    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    dtype: Annotated[str, Field(pattern="^(float16|bfloat16|float32|float64)$")]
     """torch name of the dtype that the route was made in"""
     rule: Rule
     router: RouterSettings
