@@ -20,7 +20,7 @@ from sensmerge.tasks.dynamic.router import RouterSettings, Rule
 from sensmerge.tasks.dynamic.sense import check_heads, check_vectors
 from sensmerge.tasks.dynamic.trial import try_network
 from sensmerge.tasks.dynamic.vectors import BASE, VECTORS, Vector, load_vectors
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.heads import DetachedHead, SavedHead
@@ -82,7 +82,8 @@ def read_manifest(folder: Path) -> Manifest:
     except KeyError as error:
         raise InputError(f"{path}: not the manifest of a dynamic model ({error!r}); copy the folder again") from error
     if version != FORMAT:
-        raise InputError(f"{path}: has format {version}, but this sensmerge reads {FORMAT}; run the recipe again")
+        found = shown(version)
+        raise InputError(f"{path}: has format {found}, but this sensmerge reads {FORMAT}; run the recipe again")
     if sha256_text(canonical(content)) != digest:
         raise InputError(f"{path}: was altered: its digest does not match its content; copy the folder again")
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.hostile.cases import made_world, try_one
+from tests.hostile.cases import HONEST, made_world, try_one
 
 
 def main() -> int:
@@ -25,6 +25,11 @@ def main() -> int:
         world = Path(folder) / "world"
         world.mkdir()
         made_world(world)
+        for number in HONEST:
+            what, outcome = try_one(world, options.seed, number)
+            if outcome.finding or outcome.status != 0:
+                print(f"{what}: as it should be, but refused: {outcome.finding or outcome.said}", flush=True)
+                results["found"] += 1
         for number in options.only if options.only is not None else range(options.count):
             what, outcome = try_one(world, options.seed, number)
             result = "found" if outcome.finding else "accepted" if outcome.status == 0 else "refused"

@@ -236,6 +236,10 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+HONEST = sorted({kind.read: number - len(KINDS) for number, kind in enumerate(KINDS.values())}.values())
+"""Numbers of inputs that nothing is wrong with: one for each reader."""
+
+
 def try_one(world: Path, seed: int, number: int) -> tuple[str, Outcome]:
     """Make one hostile input of a world, and have it read; of a number below 0, an honest one.
 

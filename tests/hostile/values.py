@@ -185,4 +185,4 @@ def misplace(path: Path, draw: Random) -> None:
         path.symlink_to(path.name if form == "loop" else Path("/proc/self/mem"))
     elif form == "sparse":
         with path.open("wb") as file:
-            file.truncate(2**34)
+            file.truncate(2**31)
