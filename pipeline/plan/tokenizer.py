@@ -17,6 +17,7 @@ from sensmerge.tasks.checkpoints.companions import (
     names_code,
 )
 from sensmerge.tasks.checkpoints.listing import Listing
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import network_class
@@ -78,8 +79,22 @@ def _digest(listing: Listing) -> str:
 
 
 def _write(choice: Choice, base: Owner, experts: list[Owner], cache: Path) -> Path:
-    """Write a tokenizer to a folder named by its content, unless it is there, and return the folder."""
+    """Write a tokenizer to a folder named by its content, unless it is there, and return the folder.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
     tokenizers = cache / ".tokenizers"
+    try:
+        return _written(choice, base, experts, tokenizers)
+    except OSError as error:
+        raise InputError(
+            f"--store: {tokenizers} cannot be written ({error.strerror}), which has to hold the tokenizer of merged "
+            "models; choose another folder"
+        ) from error
+
+
+def _written(choice: Choice, base: Owner, experts: list[Owner], tokenizers: Path) -> Path:
     tokenizers.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=tokenizers, prefix=".") as temporary:
         folder = Path(temporary) / "written"

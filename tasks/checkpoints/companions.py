@@ -12,6 +12,7 @@ from sensmerge.tasks.artifacts import load_json, write_json
 WEIGHTS = "*.safetensors"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 LARGEST = 100 * 2**20
 """Bytes; the vocabularies of today are a third of it at most."""
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import time
+from contextlib import suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
@@ -37,16 +38,20 @@ def compute_once(path: Path, records: Path) -> str:
     """Return the BLAKE3 digest of a file: the one that is kept, or else a new one, which is then kept.
 
     Raises:
-        InputError: the file changes meanwhile.
+        InputError: the file cannot be read, or changes meanwhile.
     """
     begin, before = time.time_ns(), path.stat()
     if known := find(path, before, records):
         return known
-    digest = compute(path, "blake3")
+    try:
+        digest = compute(path, "blake3")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if _state(path, path.stat()) != _state(path, before):
         raise InputError(f"{path}: changed while its digest was computed; wait until it is written, and run again")
     if abs(begin - before.st_mtime_ns) > SETTLED:
-        keep(path, before, digest, records)
+        with suppress(OSError):  # records that may only be read: whoever asks next takes as long
+            keep(path, before, digest, records)
     return digest
 
 

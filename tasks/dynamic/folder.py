@@ -6,9 +6,10 @@ instead of taking the base for the merge.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedModel
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_file, sha256_text, write_json
@@ -16,9 +17,10 @@ from sensmerge.tasks.checkpoints.weights import HEADS
 from sensmerge.tasks.dynamic.network import DynamicNetwork
 from sensmerge.tasks.dynamic.parameters import by_parameter
 from sensmerge.tasks.dynamic.router import RouterSettings, Rule
+from sensmerge.tasks.dynamic.sense import check_heads, check_vectors
 from sensmerge.tasks.dynamic.trial import try_network
 from sensmerge.tasks.dynamic.vectors import BASE, VECTORS, Vector, load_vectors
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.heads import DetachedHead, SavedHead
@@ -37,16 +39,24 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int
-    experts: list[str]
+    experts: Annotated[list[str], Field(min_length=1)]
     """in the order of coefficients"""
-    head: Head
+    head: Annotated[Head, Field(pattern="^(causal_lm|classification)$")]
     """what the network ends in"""
-    dtype: str
+    dtype: Annotated[str, Field(pattern="^(float16|bfloat16|float32|float64)$")]
     """torch name of the dtype that the route was made in"""
     rule: Rule
     router: RouterSettings
     files: dict[str, str]
     """sha256 of every other file, by its path in the folder"""
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError("an expert stands twice in experts")
+        if self.rule.layer < 1:
+            raise ValueError(f"rule.layer is {self.rule.layer}; expected at least 1")
+        return self
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> str:
@@ -72,13 +82,15 @@ def read_manifest(folder: Path) -> Manifest:
     except KeyError as error:
         raise InputError(f"{path}: not the manifest of a dynamic model ({error!r}); copy the folder again") from error
     if version != FORMAT:
-        raise InputError(f"{path}: has format {version}, but this sensmerge reads {FORMAT}; run the recipe again")
+        found = shown(version)
+        raise InputError(f"{path}: has format {found}, but this sensmerge reads {FORMAT}; run the recipe again")
     if sha256_text(canonical(content)) != digest:
         raise InputError(f"{path}: was altered: its digest does not match its content; copy the folder again")
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        reason = " ".join(str(error.errors()[0]["msg"]).split())
+        first = error.errors()[0]
+        reason = ": ".join([*(str(part) for part in first["loc"][:1]), str(first["msg"]).removeprefix("Value error, ")])
         raise InputError(f"{path}: not the manifest of a dynamic model ({reason}); copy the folder again") from error
 
 
@@ -121,7 +133,11 @@ def load_network_with_heads(
         head: `causal_lm` or `classification`.
         dtype: torch name of the dtype.
         device: torch device.
+
+    Raises:
+        InputError: what is in the folder does not fit together.
     """
+    check_heads(folder, experts, head)
     base = open_base(folder / BASE)
     torch_dtype = getattr(torch, dtype)
     saved = {name: SavedHead(folder / HEADS / name) for name in experts if (folder / HEADS / name).is_dir()}
@@ -140,4 +156,5 @@ def parameter_vectors(
     vectors: dict[str, dict[str, Vector]] = {}
     for path in sorted((folder / VECTORS).glob("*.safetensors")):
         vectors |= load_vectors(path)
+    check_vectors(folder, experts, vectors, base)
     return by_parameter(base, network, vectors, experts)

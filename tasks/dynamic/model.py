@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +16,7 @@ from sensmerge.tasks.dynamic.folder import STATISTICS, check_files, check_names,
 from sensmerge.tasks.dynamic.network import DynamicNetwork
 from sensmerge.tasks.dynamic.probes import probe_all
 from sensmerge.tasks.dynamic.router import RouterSettings, Rule, Statistics, affinities, coefficients
+from sensmerge.tasks.dynamic.sense import read_statistics
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
@@ -102,7 +102,8 @@ class DynamicModel:
             verify: read every file against its digest first.
 
         Raises:
-            InputError: the folder is no dynamic model, a file of it is missing or altered, or there is one too many.
+            InputError: the folder is no dynamic model, a file of it is missing or altered, there is one too many, or
+                they do not fit together.
         """
         manifest = read_manifest(folder)
         if verify:
@@ -113,7 +114,14 @@ class DynamicModel:
         )
         if manifest.head == "causal_lm":
             set_end_tokens(network.network, folder / BASE, folder / BASE)
-        router = Router(manifest.rule, Statistics(**load_file(folder / STATISTICS)), manifest.router)
+        if manifest.rule.layer > network.blocks:
+            raise InputError(
+                f"{folder}: its manifest routes by layer {manifest.rule.layer}, but the base has {network.blocks} "
+                "blocks; copy the folder again"
+            )
+        width = network.network.config.get_text_config().hidden_size
+        statistics = read_statistics(folder / STATISTICS, manifest.rule, len(manifest.experts), width)
+        router = Router(manifest.rule, statistics, manifest.router)
         reader = load_tokenizer(folder / BASE)
         return cls(network, heads, manifest.experts, reader, router, manifest.head == "classification")
 

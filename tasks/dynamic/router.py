@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from sensmerge.tasks.dynamic.application import MetricName, OriginName, PoolName, ScoreName, SeApplication
@@ -75,14 +75,14 @@ class Rule:
 class RouterSettings(BaseModel):
     """How affinities become coefficients."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    temperature: float
+    temperature: float = Field(gt=0)
     mass: float
     """sum of a sample's coefficients under full trust; from the origin static, coefficient of an expert alone"""
     static: float
     """every expert's coefficient in the static merge; 0 if that is the origin"""
-    trust: float
+    trust: float = Field(ge=0, le=1)
     """how far the route is followed, 0 to 1"""
     origin: OriginName = "base"
     """weights that task vectors start from"""

@@ -167,12 +167,15 @@ def load_vectors(path: Path, device: str = "cpu") -> dict[str, dict[str, Vector]
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable file of task vectors ({error}); run the recipe again") from error
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key in sorted(stored):
-        tensor, expert, part = key.split("/")
-        parts.setdefault((tensor, expert), {})[part] = stored[key]
     vectors: dict[str, dict[str, Vector]] = {}
-    for (tensor, expert), found in parts.items():
-        vectors.setdefault(tensor, {})[expert] = _vector(found)
+    try:
+        for key in sorted(stored):
+            tensor, expert, part = key.split("/")
+            parts.setdefault((tensor, expert), {})[part] = stored[key]
+        for (tensor, expert), found in parts.items():
+            vectors.setdefault(tensor, {})[expert] = _vector(found)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a file of task vectors ({error}); run the recipe again") from error
     return vectors
 
 

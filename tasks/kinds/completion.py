@@ -4,13 +4,12 @@ The expected completion is read, not generated: a record is its `likelihood`, wi
 and `exact` (0 or 1) if the model also generates.
 """
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.identity import Local, Only
 from sensmerge.tasks.kinds.checks import NamedField
 from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
@@ -18,6 +17,7 @@ from sensmerge.tasks.kinds.likelihood import likelihood, text_sample
 from sensmerge.tasks.kinds.scores import Metric, Record, mean, perplexity, ratio
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.networks.tokens import tokens
+from sensmerge.tasks.patterns import TimeLimit, compile_pattern
 from sensmerge.tasks.rows.source import Row
 
 if TYPE_CHECKING:
@@ -78,12 +78,8 @@ class CompletionTask(RowTask):
         """See `RowTask`: the answer has to be found in the completion."""
         if self.answer is None:
             return
-        try:
-            found = find_answer(self.answer, render(self.completion, row))
-        except re.error as error:
-            raise InputError(f"{settings}.answer: {self.answer!r} is not a regular expression: {error}") from None
-        if found is None:
-            raise InputError(f"{settings}.answer: {self.answer!r} matches nothing in the completion of {where}")
+        if find_answer(self.answer, render(self.completion, row), f"{settings}.answer") is None:
+            raise InputError(f"{settings}.answer: {shown(self.answer)} matches nothing in the completion of {where}")
 
     def sample(
         self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
@@ -121,7 +117,11 @@ class CompletionTask(RowTask):
         return likelihood(sample, logits)
 
     def answer_record(self, row: Row, text: str) -> Record:
-        """Return as `exact` whether a text is the row's completion, or holds the same answer (`answer`)."""
+        """Return as `exact` whether a text is the row's completion, or holds the same answer (`answer`).
+
+        Raises:
+            InputError: the pattern of the answer takes too long on the text.
+        """
         expected = render(self.completion, row)
         if self.answer is None:
             return {"exact": int(text.strip() == expected.strip())}
@@ -137,9 +137,11 @@ class CompletionTask(RowTask):
         return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
-def find_answer(pattern: str, text: str) -> str | None:
-    """The last match of a regular expression, its group 1 if it has one, without surrounding space; None if none."""
-    matches = list(re.finditer(pattern, text))
-    if not matches:
-        return None
-    return (matches[-1][1 if matches[-1].re.groups else 0] or "").strip()
+def find_answer(pattern: str, text: str, where: str = "answer") -> str | None:
+    """The last match of a regular expression, its group 1 if it has one, without surrounding space; None if none.
+
+    Raises:
+        InputError: no regular expression, or one that takes too long on the text; `where` names it.
+    """
+    found = compile_pattern(pattern, where).last(text, TimeLimit())
+    return None if found is None else found.strip()

@@ -7,46 +7,26 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
 from sensmerge.tasks.checkpoints.weights import BaseWeights, LoraFactors, Piece, View
-from sensmerge.tasks.errors import InputError, shown
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG, AdapterConfig
+from sensmerge.tasks.networks.bounds import ERRORS
 from sensmerge.tasks.networks.names import Names, plain
 from sensmerge.tasks.networks.regions import regions
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer.weight"
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B))\.(?!weight$)[\w-]+(?=\.weight$|$)")
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[\w-]+\.")
 _ORIGINAL_MODULE = ".original_module."
-
-# Settings that change the applied weights in no way, or in the way this module implements.
-_UNDERSTOOD = {
-    *(
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "runtime_config"),
-    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("megatron_core", "ensure_weight_tying"),
-}
-# Initialisations that leave the base's weights alone; the others (pissa, olora, …) need the base changed as well.
-_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -63,37 +43,9 @@ class Adapter:
     """whether it changes one of two tied parameters, or each in its own way; then nothing else is told"""
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return the adapter's configuration with peft's defaults, checked to hold nothing that is not applied.
-
-    Raises:
-        InputError: another adapter type than LoRA, or a setting that cannot be handled, by name.
-    """
-    from peft import LoraConfig  # takes its time, which recipes without adapters save
-
-    path = folder / ADAPTER_CONFIG
-    config = load_object(path)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type is {shown(config.get('peft_type'))}; only LORA adapters can be merged")
-    defaults: dict[str, Any] = LoraConfig().to_dict()
-    for key, value in config.items():
-        if key in _UNDERSTOOD or value == defaults.get(key) or not value:
-            continue
-        raise InputError(
-            f"{path}: {key} = {shown(value)} cannot be handled; merge the adapter into its base with peft first"
-        )
-    config = defaults | config
-    if config["init_lora_weights"] not in _HARMLESS_INITS:
-        raise InputError(
-            f"{path}: init_lora_weights = {config['init_lora_weights']!r} changes the base's own weights; "
-            "convert the adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=…) first"
-        )
-    return config
-
-
 def parse_adapter(
     checkpoint: Checkpoint,
-    config: Mapping[str, Any],
+    config: AdapterConfig,
     network: PreTrainedModel,
     names: Names,
     base: BaseWeights,
@@ -122,7 +74,7 @@ class _Match:
     """An adapter beside the network and the base that it belongs to; see `parse_adapter`."""
 
     checkpoint: Checkpoint
-    config: Mapping[str, Any]
+    config: AdapterConfig
     network: PreTrainedModel
     names: Names
     base: BaseWeights
@@ -150,7 +102,7 @@ class _Match:
             if names.key(parameter) not in tied or self._changes_base(name, names.key(parameter))
         }
         changed = {names.key(f"{module}.weight") for module in pairs} | {names.key(parameter) for parameter in saved}
-        if not self.config["ensure_weight_tying"] and changed & tied:
+        if not self.config.ensure_weight_tying and changed & tied:
             return Adapter({}, {}, {}, unties=True)
         saved = {parameter: name for parameter, name in saved.items() if names.key(parameter) not in names.tied}
         low_rank: dict[str, LoraFactors] = {}
@@ -199,7 +151,7 @@ class _Match:
         """
         pairs: dict[str, dict[str, str]] = {}
         saved: dict[str, str] = {}
-        names, modules_to_save = self.names, self.config["modules_to_save"] or ()
+        names, modules_to_save = self.names, self.config.modules_to_save or ()
         for stripped, name in stored.items():
             module, kind = _split_lora_name(stripped)
             if kind is not None:
@@ -263,8 +215,6 @@ class _Match:
         Raises:
             InputError: another kind of module; a factor is missing, or has another shape.
         """
-        from peft.utils.other import get_pattern_key
-
         path, tensors, config = self.path, self.checkpoint.tensors, self.config
         embedding = isinstance(module, nn.Embedding)
         if not (module is None or embedding or isinstance(module, nn.Linear | Conv1D)):
@@ -275,9 +225,7 @@ class _Match:
             first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
         except KeyError as missing:
             raise InputError(f"{path}: {name} has no factor {missing}; save the whole adapter again") from missing
-        rank_pattern, alpha_pattern = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
-        rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), config["r"])
-        alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), config["lora_alpha"])
+        rank, alpha = config.rank(name), config.alpha(name)
         transpose = embedding or isinstance(module, Conv1D)
         rows, columns = reversed(shape) if transpose else shape
         found, expected = (tensors[first].shape, tensors[second].shape), ((rank, columns), (rows, rank))
@@ -287,7 +235,7 @@ class _Match:
                 f"{expected[1]} for the base's weight and the rank of {ADAPTER_CONFIG}; it was made for another base"
             )
         # peft: LoraLayer.update_layer
-        scaling = alpha / math.sqrt(rank) if config["use_rslora"] else alpha / rank
+        scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
         return LoraFactors(first, second, scaling, transpose)
 
 
@@ -320,9 +268,7 @@ def _module_key(key: str, modules: Mapping[str, nn.Module], names: Names) -> str
     return key
 
 
-def _check_whole(
-    path: Path, stored: set[str], config: Mapping[str, Any], network: PreTrainedModel, names: Names
-) -> None:
+def _check_whole(path: Path, stored: set[str], config: AdapterConfig, network: PreTrainedModel, names: Names) -> None:
     """Check that an adapter has all tensors, and no other factors, that peft makes of its config for the network.
 
     Args:
@@ -334,17 +280,17 @@ def _check_whole(
 
     Raises:
         InputError: a tensor is missing, or is one that peft would not load; peft finds nothing in the network that the
-            config names.
+            config names; what `AdapterConfig.naming` raises.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-    known = LoraConfig().to_dict().keys()
-    settings = {key: value for key, value in config.items() if key in known} | {"init_lora_weights": False}
+    naming = config.naming([name for name, _ in network.named_modules()])
     try:
-        adapted = get_peft_model(copy.deepcopy(network), LoraConfig(**settings), low_cpu_mem_usage=True)
-    except ValueError as error:
+        settings = LoraConfig(**naming, r=1, init_lora_weights=False)  # which rank is no matter here
+        adapted = get_peft_model(copy.deepcopy(network), settings, low_cpu_mem_usage=True)
+    except ERRORS as error:
         raise InputError(
-            f"{path.parent / ADAPTER_CONFIG}: peft cannot apply it to {type(network).__name__} "
+            f"{config.path}: peft cannot apply it to {type(network).__name__} "
             f"({' '.join(str(error).split())}); expected the config of an adapter of that network"
         ) from error
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)

@@ -22,8 +22,8 @@ _ANY = {
     "num_local_experts": 2**14,
     "n_routed_experts": 2**14,
 }
-ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError)
-"""What transformers raises where settings make no sense together."""
+ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError, ImportError)
+"""What transformers raises where settings make no sense together, or call for packages that are not there."""
 
 
 def check_bounds(config: PretrainedConfig, path: Path) -> None:

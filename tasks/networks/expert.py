@@ -13,7 +13,8 @@ from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, o
 from sensmerge.tasks.checkpoints.header import read_header
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, parse_adapter, read_adapter_config
+from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS, parse_adapter
+from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from sensmerge.tasks.networks.base import Base, examine, untied_note
 from sensmerge.tasks.networks.classes import class_names, class_order, in_order, parameters_of_classes, with_classes_of
 from sensmerge.tasks.networks.compare import check_sizes, differences, listed, with_settings_of
@@ -213,7 +214,8 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
     try:
         adapter_config = read_adapter_config(folder)
         # A network ends in what peft's model class for the task type puts there.
-        ending: Head | None = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}.get(adapter_config["task_type"])
+        endings: dict[str | None, Head] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}
+        ending = endings.get(adapter_config.task_type)
         if ending == "causal_lm" and not has_network(base.config, ending):
             ending = None  # a language model with other towers: its own class
         network = skeleton(base.config, ending, base.folder)
@@ -235,7 +237,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
     config, ends_in = base.config, names.network
     if head and has_network(base.config, "classification"):
         classifier = skeleton(base.config, "classification", base.folder)
-        if adapter_config["task_type"] is None and set(head) <= set(parameter_names(classifier)):
+        if adapter_config.task_type is None and set(head) <= set(parameter_names(classifier)):
             ends_in = type(classifier).__name__
         # An adapter has no config of its own: the last layer of its head says how many classes there are.
         last = parameter_names(classifier)[-1]

@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
+from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER_CONFIG
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.bounds import ERRORS, check_bounds
+from sensmerge.tasks.networks.foreign import check_foreign
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
@@ -34,15 +36,17 @@ def load_config(folder: Path) -> PretrainedConfig:
     """Read a model's `config.json`. Code that comes with a model is never run.
 
     Raises:
-        InputError: no or invalid config, an architecture that transformers does not know, or quantised weights.
+        InputError: no or invalid config, an architecture that transformers does not know, quantised weights, or what
+            would have transformers fetch or run something from elsewhere.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a Hugging Face model folder")
     content = load_object(path)
+    check_foreign(path)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (*ERRORS, StrictDataclassError) as error:
+    except (*ERRORS, StrictDataclassError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{path}: not the config of a model that transformers has; code of a model is never run ({reason})"
@@ -92,7 +96,7 @@ def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> 
         if (isinstance(own, type) and getattr(own, "config_class", None) is type(config)) or own in listed:
             return own  # type: ignore[no-any-return]
     raise InputError(
-        f"{folder / 'config.json'}: architectures = {config.architectures!r} names no network that transformers has "
+        f"{folder / CONFIG}: architectures = {config.architectures!r} names no network that transformers has "
         f'for model_type {config.model_type!r}; expected one such as ["LlamaForCausalLM"]'
     )
 
@@ -122,7 +126,7 @@ def skeleton(config: PretrainedConfig, head: Head | None, folder: Path) -> PreTr
             return cls(config_of(cls, config))
     except ERRORS as error:
         raise InputError(
-            f"{folder / 'config.json'}: no {cls.__name__} can be built of its settings ({error!r}); get the file again"
+            f"{folder / CONFIG}: no {cls.__name__} can be built of its settings ({error!r}); get the file again"
         ) from error
 
 
@@ -222,8 +226,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder.
 
     Raises:
-        InputError: there is none, or it needs code of its own.
+        InputError: there is none, it needs code of its own, or its files name others elsewhere.
     """
+    for name in (CONFIG, TOKENIZER_CONFIG):
+        if (folder / name).is_file():
+            check_foreign(folder / name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read

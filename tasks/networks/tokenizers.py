@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from sensmerge.tasks.artifacts import load_object, write_json
 from sensmerge.tasks.checkpoints.companions import (
     GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
     companions,
     copy_companions,
     has_tokenizer,
@@ -21,7 +22,6 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import load_tokenizer
 
 TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 BASE, UNION = "base", "union"
 WAY_OUT = "set tokenizer: {source: NAME}, NAME being base or the expert whose tokenizer merged models shall have"
 

@@ -49,7 +49,10 @@ def read_rows(path: Path, form: str) -> list[tuple[Row, int]]:
     Raises:
         InputError: it cannot be read, or is not what the module says; with the line.
     """
-    return list((_json_rows if form == "json" else _csv_rows)(path, _text(path)))
+    try:
+        return list((_json_rows if form == "json" else _csv_rows)(path, _text(path)))
+    except MemoryError:
+        raise InputError(f"{path}: its rows do not fit into memory; split the file, or write it as Parquet") from None
 
 
 def _text(path: Path) -> str:

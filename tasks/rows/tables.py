@@ -7,11 +7,11 @@ import glob
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.rows.files import read_rows
 from sensmerge.tasks.rows.source import DataSource, Row
 
@@ -167,7 +167,7 @@ def _load_dataset(source: DataSource, key: str, folder: Path) -> Table:
     # Else every file that is read is reported to the hub, and without a network that is waited for.
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     path, files = source.path, source.data_files
-    what = path
+    what, texts = path, None
     if path in BUILDERS:
         if not files:
             raise InputError(f"{key}: path '{path}' is a file format; name the files to read in data_files")
@@ -177,19 +177,55 @@ def _load_dataset(source: DataSource, key: str, folder: Path) -> Table:
         path = str(folder / path)
         with _explained(what, key):
             builder = datasets.load_dataset_builder(path, source.name, data_files=files)
-        if builder.name in TEXT_FORMATS and builder.info.features is None:
+        if builder.name in TEXT_FORMATS:
             by_split = {str(name): [Path(file) for file in found] for name, found in builder.config.data_files.items()}
-            return _read_files(by_split, builder.name, source.split, key)
+            texts = _read_files(by_split, builder.name, source.split, key)
+            if builder.info.features is None:
+                return texts
     elif path.startswith((".", "/")):
         raise InputError(f"{key}.path: no such folder: {folder / path}")
     with _explained(what, key):
         data = datasets.load_dataset(path, source.name, data_files=files, split=source.split, revision=source.revision)
-    return Table(
-        what,
-        len(data),
-        lambda chosen: data.select(chosen).to_list(),
-        lambda index: f"row {index} of {what}, split {source.split}",
-    )
+    place = texts.place if texts else lambda index: f"row {index} of {what}, split {source.split}"
+    table = Table(what, len(data), lambda chosen: _rows_of(data, chosen, place, key), place)
+    return _as_declared(table, texts, key) if texts else table
+
+
+def _rows_of(data: Any, chosen: Sequence[int], place: Callable[[int], str], key: str) -> list[Row]:
+    """Return some rows of a data set; if one of them cannot be read, the message names it."""
+    try:
+        rows: list[Row] = data.select(chosen).to_list()
+    except Exception as error:  # a text that is no UTF-8, a picture that is none: what libraries of formats raise
+        if len(chosen) > 1:
+            half = len(chosen) // 2
+            return [row for part in (chosen[:half], chosen[half:]) for row in _rows_of(data, part, place, key)]
+        raise InputError(f"{key}: {place(chosen[0])} cannot be read: {_line(error)}; repair or remove it") from error
+    return rows
+
+
+def _as_declared(table: Table, texts: Table, key: str) -> Table:
+    """Return rows in the types that a folder's README declares, all of whose texts are those of the files.
+
+    `datasets` makes JSON of values that are not of a declared type, and then of the others of their field too.
+    """
+    if table.total != texts.total:
+        raise InputError(
+            f"{key}: {table.what} has {texts.total} rows, of which datasets reads {table.total} with the features that "
+            "its README.md declares; correct these"
+        )
+
+    def take(chosen: Sequence[int]) -> list[Row]:
+        rows = table.take(chosen)
+        for index, row, own in zip(chosen, rows, texts.take(chosen), strict=True):
+            for name, value in own.items():
+                if isinstance(value, str) and isinstance(row.get(name), str) and row[name] != value:
+                    raise InputError(
+                        f"{key}: {table.place(index)}: {name} is {shown(value)}, but {shown(row[name])} with the "
+                        f"features that the README.md of {table.what} declares; give all rows a value of that type"
+                    )
+        return rows
+
+    return replace(table, take=take)
 
 
 def _located(file: str, folder: Path, key: str) -> str:
@@ -202,9 +238,7 @@ def _located(file: str, folder: Path, key: str) -> str:
 
 @contextmanager
 def _explained(what: str, key: str) -> Iterator[None]:
-    """What `datasets` raises where it cannot read something becomes an InputError."""
-    import datasets
-
+    """What `datasets`, or a library that it reads a format with, raises becomes an InputError."""
     try:
         with _quiet():
             yield
@@ -212,7 +246,12 @@ def _explained(what: str, key: str) -> Iterator[None]:
         raise InputError(f"{key}: {what} has no rows") from None
     except ConnectionError as error:
         raise InputError(f"{key}: {_line(error)}; it is not in the local cache either") from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except ImportError as error:
+        name = error.name or _line(error)
+        raise InputError(f"{key}: {what} is read with the package {name}, which is not here; install it") from error
+    except Exception as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{key}: cannot read {what}: {_line(error.__cause__ or error)}") from error
 
 

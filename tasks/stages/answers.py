@@ -72,7 +72,7 @@ def records_of(model: Model, items: Sequence[Item]) -> list[Record]:
     """Return the record of each item.
 
     Raises:
-        InputError: logits that are not finite.
+        InputError: logits that are not finite; an answer that its task cannot look through.
     """
     samples = [sample for item in items for sample in item.samples]
     owners = [place for place, item in enumerate(items) for _ in item.samples]
@@ -85,7 +85,11 @@ def records_of(model: Model, items: Sequence[Item]) -> list[Record]:
         asked = [place for place, item in enumerate(items) if item.task.answer_tokens == most]
         texts = model.generate([items[place].prompt for place in asked], asked, most)
         for place, text in zip(asked, texts, strict=True):
-            records[place] |= items[place].task.answer_record(items[place].row, text)
+            item = items[place]
+            try:
+                records[place] |= item.task.answer_record(item.row, text)
+            except InputError as error:
+                raise InputError(f"tasks.{item.name}.{error}; the text is the answer to row {item.number}") from None
     return records
 
 

@@ -162,7 +162,8 @@ def evaluate_network(
     batch size changes no record beyond rounding. Raises InputError as `items_of`, and for logits that are not finite.
     """
     labels = network.config.label2id if task.has_own_head else None
-    return records_of(NetworkModel(network, tokenizer, task), items_of("", task, rows, tokenizer, key, labels))
+    name = key.partition(".")[2].rpartition(".")[0]
+    return records_of(NetworkModel(network, tokenizer, task), items_of(name, task, rows, tokenizer, key, labels))
 
 
 def write_evaluation(task: Task, records: list[Record], out: Path) -> dict[str, dict[str, float]]:

@@ -1,9 +1,12 @@
 """Bad input: one clear line on standard error, exit status 2, nothing half-written."""
 
 import json
+import os
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -365,3 +368,28 @@ def test_two_fine_tunes_that_differ_only_in_weights_are_two_experts(
 ) -> None:
     llama_recipe["experts"]["code"]["model"] = str(save(perturbed(make_llama(), 7), "code"))
     assert command_line("plan", write_recipe(tmp_path, llama_recipe), "--store", tmp_path / "store") == 0
+
+
+def test_a_store_that_may_only_be_read_is_planned_with(llama_recipe: Recipe, tmp_path: Path) -> None:
+    store, bound = tmp_path / "store", []
+    store.mkdir()
+    store.chmod(0o555)
+    for name in ("base", "math", "code"):  # else too new for their digests to be kept
+        entry = llama_recipe if name == "base" else llama_recipe["experts"][name]
+        key = "base" if name == "base" else "model"
+        entry[key] = str(shutil.copytree(entry[key], tmp_path / name))
+        for file in (tmp_path / name).iterdir():
+            os.utime(file, (1e9, 1e9))
+    if os.geteuid() == 0:  # who may write everywhere
+        if not shutil.which("setpriv"):
+            pytest.skip("needs setpriv to give up a right of root")
+        bound = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    plan = [*bound, sys.executable, "-m", "sensmerge.pipeline", "plan", str(write_recipe(tmp_path, llama_recipe))]
+    done = subprocess.run([*plan, "--store", str(store)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "18 of 18 steps to run" in done.stdout
+    named = ["--set", "tokenizer={source: math}"]
+    done = subprocess.run([*plan, "--store", str(store), *named], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--store: {store}/hub/.tokenizers cannot be written (Permission denied)" in done.stderr
+    assert not list(store.iterdir())

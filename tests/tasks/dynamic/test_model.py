@@ -1,6 +1,7 @@
 """A dynamic model against weights that are written out for each sample, and against folders that are damaged."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor
 from transformers import (
@@ -550,6 +552,65 @@ def test_a_manifest_that_lacks_something(key: str, copied: Path) -> None:
     (copied / MANIFEST).write_text(json.dumps(content | {"digest": sha256_text(canonical(content))}))
     with pytest.raises(InputError, match=f"{MANIFEST}: not the manifest of a dynamic model"):
         DynamicModel.load(copied)
+
+
+def shifted(content: dict[str, Any], part: str, **changes: object) -> dict[str, Any]:
+    return {part: content[part] | changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda _: {"experts": []}, "experts: List should have at least 1"),
+        (lambda _: {"experts": ["math", "code", "code"]}, "stands twice"),
+        (lambda _: {"experts": ["math", "code", "law"]}, "holds a task vector of expert lora, which the model lacks"),
+        (lambda _: {"experts": ["math", "code"]}, "holds a task vector of expert lora, which the model lacks"),
+        (lambda _: {"experts": ["math", "code", "lora", "law"]}, "expected finite numbers, .* of the 4 experts"),
+        (lambda _: {"experts": "math"}, "experts: Input should be a valid list"),
+        (lambda _: {"head": "masked_lm"}, "head: String should match"),
+        (lambda _: {"head": "classification"}, "no fitting weights for score.weight"),
+        (lambda _: {"dtype": "int8"}, "dtype: String should match"),
+        (lambda _: {"dtype": "nn"}, "dtype: String should match"),
+        *((lambda old, n=n: shifted(old, "rule", layer=n), "rule.layer is") for n in (0, -1)),
+        *((lambda old, n=n: shifted(old, "rule", layer=n), f"by layer {n}, but the base has 2") for n in (3, 10**9)),
+        (lambda old: shifted(old, "rule", score="shift"), "is not what score shift takes"),
+        (lambda old: shifted(old, "rule", score="best"), "rule: Input should be"),
+        (lambda old: shifted(old, "router", temperature=0), "router: Input should be greater than 0"),
+        (lambda old: shifted(old, "router", temperature="warm"), "router: Input should be a valid number"),
+        (lambda old: shifted(old, "router", trust=2.0), "router: Input should be less than or equal to 1"),
+    ],
+)
+def test_manifests_that_are_sealed_and_wrong(change: Callable[[Any], dict[str, Any]], said: str, copied: Path) -> None:
+    edit(copied, **change(read_json(copied / MANIFEST)))
+    with pytest.raises(InputError, match=said) as error:
+        DynamicModel.load(copied)
+    assert "\n" not in str(error.value)
+
+
+def altered(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Change the tensors of a file and seal the manifest again."""
+    save_file(change(load_file(folder / name)), folder / name)
+    files = read_json(folder / MANIFEST)["files"]
+    edit(folder, files=files | {name: sha256_file(folder / name)})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("statistics", lambda old: {name: one[:1].clone() for name, one in old.items()}, "has the shape"),
+        ("statistics", lambda old: {name: one * math.nan for name, one in old.items()}, "expected finite numbers"),
+        ("statistics", lambda old: {f"{name}2": one for name, one in old.items()}, "is not what score"),
+        ("vectors", lambda old: {f"{name}/x": one for name, one in old.items()}, "not a file of task vectors"),
+        ("vectors", lambda old: {name: one[:1].clone() for name, one in old.items()}, "has another shape"),
+        ("vectors", lambda old: {f"x{name}": one for name, one in old.items()}, "task vector of tensor x"),
+    ],
+)
+def test_files_that_are_sealed_and_wrong(name: str, change: Any, said: str, copied: Path) -> None:
+    file = "statistics.safetensors" if name == "statistics" else "vectors/group-00001.safetensors"
+    altered(copied, file, change)
+    with pytest.raises(InputError, match=said) as error:
+        DynamicModel.load(copied)
+    assert "\n" not in str(error.value)
 
 
 def test_an_altered_manifest(copied: Path) -> None:

@@ -63,6 +63,16 @@ def test_find_answer() -> None:
     assert find_answer(r"\d", "none") is None
 
 
+def test_a_slow_answer_is_found_in_rows_and_in_what_models_say() -> None:
+    task = completion_task(answer="(a|aa)+$")
+    with pytest.raises(InputError, match=r"^tasks\.math\.answer: searching a text for '\(a\|aa\)\+\$' takes too long"):
+        task.check_rows([{"prompt": "x", "completion": "a" * 60 + "b"}], KEY)
+    with pytest.raises(InputError, match=r"^answer: searching a text for"):
+        task.answer_record({"prompt": "x", "completion": "a"}, "a" * 60 + "b")
+    with pytest.raises(InputError, match=r"^tasks\.math\.answer: '\(a' is not a regular expression"):
+        completion_task(answer="(a").check_rows([ROW], KEY)
+
+
 ROW = {"prompt": "how many are seven", "completion": "fifteen"}
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from transformers import (
 )
 
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
+from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import Expert, load_network, open_expert
 from tests.conftest import bert_config, llama_config, make_bert_expert, make_bert_trunk, make_gpt2, make_llama
@@ -337,6 +339,63 @@ def test_real_adapters_that_are_refused(settings: dict[str, Any], llamas: dict[s
     adapt(make_llama(), tmp_path / "lora", **LLAMA | settings)
     with pytest.raises(InputError, match=next(iter(settings))):
         open_expert(tmp_path / "lora", open_base(llamas["base"]), "experts.x")
+
+
+SLOW = "(.|..|...)+[!?]"
+"""A pattern that goes back for ever on any name."""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("r", value) for value in ("8", [8], None, 0, -1, 2.5, True, 10**30, math.nan)),
+        *(("lora_alpha", value) for value in ("6", [6], None, True, math.nan, math.inf, 10**400, 1e300, {})),
+        *(("rank_pattern", value) for value in (["q_proj"], "q_proj", {"q_proj": "2"}, {"q_proj": 0})),
+        *(("rank_pattern", {pattern: 2}) for pattern in ("(q_proj", SLOW, "a{4294967294}", "a" * 5000)),
+        *(("alpha_pattern", value) for value in ({"q_proj": [1]}, {"q_proj": math.inf}, {"v_proj": 10**30}, 7)),
+        *(("alpha_pattern", {pattern: 2}) for pattern in ("*", SLOW)),
+        *(("target_modules", value) for value in (5, {"q_proj": 1}, [5], ["q_proj", SLOW], SLOW, "(", "nothing.*")),
+        *(("exclude_modules", value) for value in (5, [None], SLOW, "(")),
+        *(("modules_to_save", value) for value in ("norm", 5, [5], [SLOW], ["a" * 5000])),
+        *(("layers_to_transform", value) for value in ("1", [1.5], [[1]])),
+        *(("layers_pattern", value) for value in (5, SLOW, [SLOW], [5])),
+        *(("task_type", value) for value in (5, ["CAUSAL_LM"], {"a": 1})),
+        *(("use_rslora", value) for value in ("yes", 1, [])),
+        *(("ensure_weight_tying", value) for value in ("yes", 1)),
+        *(("init_lora_weights", value) for value in ({"a": 1}, [True], "a" * 5000)),
+        ("a" * 5000, 5),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_settings_of_wrong_types_and_sizes(key: str, value: object, llamas: dict[str, Path], tmp_path: Path) -> None:
+    adapt(make_llama(), tmp_path / "lora", **LLAMA)
+    changes: dict[str, Any] = {key: value}
+    if key == "layers_pattern":
+        changes |= {"layers_to_transform": [1]}
+    edit_config(tmp_path / "lora", **changes)
+    with pytest.raises(InputError) as error:
+        open_expert(tmp_path / "lora", open_base(llamas["base"]), "experts.x")
+    message = str(error.value)
+    assert message.startswith(f"experts.x: {tmp_path / 'lora' / ADAPTER_CONFIG}: {key[:20]}")
+    assert "\n" not in message
+    assert len(message) <= 500
+
+
+def test_settings_are_by_default_what_they_are_in_peft(tmp_path: Path) -> None:
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    ours = read_adapter_config(tmp_path).model_dump(exclude={"path"})
+    peft = LoraConfig().to_dict()
+    assert {key: peft[key] or None for key in ours} == {key: ours[key] or None for key in ours}
+
+
+def test_modules_are_chosen_as_peft_chooses_them(save: Callable[..., Path], tmp_path: Path) -> None:
+    settings = LLAMA | {"target_modules": r"(?!.*layers\.0).*(q|v)_proj", "exclude_modules": r".*\.v_proj"}
+    origin = make_llama()
+    base = open_base(save(origin, "base", tmp_path))
+    adapted = adapt(origin, tmp_path / "lora", **settings)
+    expert = open_expert(tmp_path / "lora", base, "experts.x")
+    assert set(expert.low_rank) == {"model.layers.1.self_attn.q_proj.weight"}
+    assert_same_as_peft(expert, adapted.merge_and_unload().state_dict())
 
 
 @pytest.mark.parametrize("config", [IA3Config(feedforward_modules=["down_proj"]), VeraConfig(r=4)], ids=["IA3", "VERA"])

@@ -205,7 +205,7 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 def test_a_tokenizer_that_cannot_be_used(file: str, text: str, tokenizer_folder: Path) -> None:
     write_config(tokenizer_folder, llama())
     (tokenizer_folder / file).write_text(text)
-    with pytest.raises(InputError, match="no usable tokenizer") as error:
+    with pytest.raises(InputError, match=r"no usable tokenizer|not valid JSON") as error:
         load_tokenizer(tokenizer_folder)
     assert str(error.value).startswith(str(tokenizer_folder))
     assert "\n" not in str(error.value)

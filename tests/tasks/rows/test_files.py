@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import lzma
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -125,3 +127,14 @@ def test_packed_files_that_are_cut(tmp_path: Path, pack: Any) -> None:
     path.write_bytes(pack(b'{"a": 1}\n' * 1000)[:-20])
     with pytest.raises(InputError, match=r"rows.jsonl: cannot be read: "):
         read_rows(path, "json")
+
+
+def test_a_file_that_does_not_fit_into_memory_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "rows.csv").open("wb") as file:
+        file.truncate(2**31)  # a hole, which takes no room on the disk
+    code = (
+        "import resource; from pathlib import Path; from sensmerge.tasks.rows.files import read_rows\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30)); read_rows(Path('rows.csv'), 'csv')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "InputError: rows.csv: its rows do not fit into memory" in done.stderr

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -141,6 +143,60 @@ def test_bad_sources(folder: Path, settings: dict[str, Any], message: str) -> No
     with pytest.raises(InputError, match=message) as caught:
         load_rows(source(**settings), KEY, folder)
     assert "\n" not in str(caught.value)
+
+
+CARD = "---\ndataset_info:\n  features:\n  - name: prompt\n    dtype: string\n---\n"
+"""A README that declares the one field of a folder's rows."""
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.jsonl", b"null\nnull\n", "a.jsonl, line 1: expected an object"),
+        ("a.json", b"[null, null]", "a.json, line 1: expected an object"),
+        ("a.jsonl", b'{"prompt": "a"}\nnull\n', "a.jsonl, line 2: expected an object"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "a.jsonl, line 2: not UTF-8"),
+        ("a.csv", b"prompt\na\n\xff\n", "a.csv, line 3: not UTF-8"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": [1]}\n', "line 1 of .*a.jsonl: prompt is 'a', but '\"a\"' with"),
+    ],
+)
+def test_rows_with_declared_features(folder: Path, file: str, content: bytes, message: str) -> None:
+    """Which `datasets` reads, and would end the process, or change texts, of some."""
+    (folder / "set").mkdir()
+    (folder / "set" / "README.md").write_text(CARD)
+    (folder / "set" / file).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_rows(DataSource(path="set"), KEY, folder)
+    (folder / "set" / file).write_bytes(b'{"prompt": "a"}\n' if "json" in file else b"prompt\na\n")
+    assert load_rows(DataSource(path="set"), KEY, folder).rows == [{"prompt": "a"}]
+
+
+def test_a_bad_row_of_a_table_is_named(folder: Path) -> None:
+    texts, ends = b"abc\xffde", [0, 1, 2, 3, 4, 5, 6]
+    places = b"".join(one.to_bytes(4, "little") for one in ends)
+    array = pa.StringArray.from_buffers(6, pa.py_buffer(places), pa.py_buffer(texts))
+    pq.write_table(pa.table({"prompt": array}), folder / "rows.parquet")
+    with pytest.raises(InputError, match=r"row 3 of .*rows\.parquet, split train cannot be read: 'utf-8' codec"):
+        load_rows(source(path="parquet", data_files="rows.parquet"), KEY, folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [("hdf5", "is read with the package h5py, which"), ("webdataset", "truncated header"), ("arrow", "too small")],
+)
+def test_builders_that_lack_a_package_or_get_another_file(folder: Path, form: str, message: str) -> None:
+    (folder / "rows.x").write_text("hello\n")
+    with pytest.raises(InputError, match=message):
+        load_rows(source(path=form, data_files="rows.x"), KEY, folder)
+
+
+@pytest.mark.parametrize("text", ["---\nconfigs: [1, 2\n---", "---\nconfigs: 5\n---"])
+def test_a_readme_that_is_damaged(folder: Path, text: str) -> None:
+    (folder / "set").mkdir()
+    write(folder / "set" / "a.jsonl", [{"prompt": "a"}])
+    (folder / "set" / "README.md").write_text(text)
+    with pytest.raises(InputError, match=f"^{KEY}: cannot read set: "):
+        load_rows(DataSource(path="set"), KEY, folder)
 
 
 def test_reading_files_asks_no_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
