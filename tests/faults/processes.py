@@ -29,6 +29,8 @@ IDLE = ("Agent", "dashboard", "log_monitor")
 RAYLET, GCS = "raylet/raylet", "gcs_server"
 """In the command lines of Ray's other processes."""
 TRIES = 6
+PATIENCE = 900
+"""Seconds within which a run gives up a server that is gone; MLflow asks it again and again, for some minutes."""
 LINES = 3
 """So many lines may end a run that was disturbed; a traceback is longer."""
 
@@ -66,9 +68,9 @@ class Real:
         except psutil.Error:
             return []
 
-    def ended(self) -> tuple[int, str]:
-        """Wait for its end, and return its exit status and what it has said."""
-        status = self.process.wait(LIMIT)
+    def ended(self, limit: float = LIMIT) -> tuple[int, str]:
+        """Wait so many seconds for its end, and return its exit status and what it has said."""
+        status = self.process.wait(limit)
         return int(status), self._log.read_text()
 
     def survivors(self) -> list[str]:
@@ -236,7 +238,7 @@ class Processes:
                 time.sleep(0.05)
             time.sleep(self.draw.uniform(0, 1))
             server.stop()
-            status, said = real.ended()
+            status, said = real.ended(PATIENCE)
             wrong = [*_long(status, said), *_left(real)]
             server.start()
             again = Real(self.trials.folder, words)
@@ -245,7 +247,8 @@ class Processes:
             expected = {key: one for key, one in self.trials.expected.items() if key.startswith("MLflow")}
             wrong += harm.differences(expected, harm.recorded(folder / "mlflow.db"))
         finally:
-            server.stop()
+            with suppress(ProcessLookupError):  # it was not started again
+                server.stop()
         return wrong
 
     def _is_recording(self, database: Path) -> bool:
