@@ -242,6 +242,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             check_foreign(folder / name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a", verbose=False)  # settings of wrong types are found by those who use them
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: no usable tokenizer ({reason}); get its files again") from error
