@@ -25,11 +25,17 @@ def compute(path: Path, kind: str) -> str:
     Args:
         path: the file.
         kind: `blake3`, `sha256`, or `git`, a blob id: the sha1 of the header `blob SIZE NUL` and the content.
+
+    Raises:
+        InputError: the file cannot be read.
     """
     if kind == "blake3":
         # All cores at once, and without the interpreter's lock from the first byte to the last: beside a thread that
         # imports, pieces would wait for the lock longer than they take.
-        return f"blake3:{blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()}"
+        try:
+            return f"blake3:{blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()}"
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     start = b"blob %d\0" % path.stat().st_size if kind == "git" else b""
     return f"{kind}:{hash_file(path, hashlib.new('sha1' if kind == 'git' else 'sha256', start))}"
 
@@ -43,10 +49,7 @@ def compute_once(path: Path, records: Path) -> str:
     begin, before = time.time_ns(), path.stat()
     if known := find(path, before, records):
         return known
-    try:
-        digest = compute(path, "blake3")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    digest = compute(path, "blake3")
     if _state(path, path.stat()) != _state(path, before):
         raise InputError(f"{path}: changed while its digest was computed; wait until it is written, and run again")
     if abs(begin - before.st_mtime_ns) > SETTLED:

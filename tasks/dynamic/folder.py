@@ -106,7 +106,11 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise InputError(f"{folder / MANIFEST}: names {name!r}, which lies outside the folder")
         if not path.is_file():
             raise InputError(f"{path}: is missing; copy the folder again")
-        if sha256_file(path) != digest:
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); copy the folder again") from error
+        if found != digest:
             raise InputError(f"{path}: was altered: its sha256 is not the one in {MANIFEST}; copy the folder again")
 
 

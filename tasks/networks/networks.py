@@ -3,7 +3,8 @@
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def load_config(folder: Path) -> PretrainedConfig:
     content = load_object(path)
     check_foreign(path)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with _quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (*ERRORS, StrictDataclassError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -59,6 +61,17 @@ def load_config(folder: Path) -> PretrainedConfig:
             "is saved in bfloat16 or float32, without that key"
         )
     return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines of transformers: what is wrong with a model is said here."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def _quantisation(value: Any, path: str) -> str | None:
@@ -186,10 +199,8 @@ def fill_network(
         InputError: the weights leave a parameter of the network without a value of its shape.
     """
     cls = network_class(config, head, folder)
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with _quiet():
         network, loaded = cls.from_pretrained(
             None,
             config=config_of(cls, config),
@@ -198,8 +209,6 @@ def fill_network(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    finally:
-        transformers.logging.set_verbosity(level)
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
         names = sorted([*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])])
         raise InputError(f"{folder}: no fitting weights for {', '.join(names[:5])} of {cls.__name__}")
@@ -233,6 +242,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             check_foreign(folder / name)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("a", verbose=False)  # settings of wrong types are found by those who use them
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: no usable tokenizer ({reason}); get its files again") from error
