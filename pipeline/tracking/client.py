@@ -3,24 +3,33 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR, MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT
+from mlflow.environment_variables import (
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
+    MLFLOW_HTTP_REQUEST_MAX_RETRIES,
+    MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
+)
 from mlflow.exceptions import MlflowException
 
 from sensmerge.pipeline.store.history import SQLITE
 from sensmerge.tasks.artifacts import partial_of
 from sensmerge.tasks.errors import StepError
 
+TRIES = 5
+"""How often a server that is gone is asked again, unless the environment says it: for a minute, not for four."""
+RETRIES = MLFLOW_HTTP_REQUEST_MAX_RETRIES.name
+
 
 @contextmanager
 def connected(uri: str) -> Iterator[MlflowClient]:
     """A client of the tracking URI, which prints nothing; a failure of MLflow is a StepError."""
+    os.environ.setdefault(RETRIES, str(TRIES))
     with _quiet(), _explained(uri):
         _make_database(uri)
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -62,13 +71,28 @@ def _quiet() -> Iterator[None]:
     """Keep MLflow's progress off the terminal: what it logs below a warning, the links it prints, its bars."""
     logger = logging.getLogger("mlflow")
     settings = {MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.name: "true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.name: "false"}
-    level, before = logger.level, {name: os.environ.get(name) for name in settings}
+    level = logger.level
     logger.setLevel(logging.WARNING)
+    try:
+        with _having(settings):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def at_once() -> AbstractContextManager[None]:
+    """Have a server asked once only within the block."""
+    return _having({RETRIES: "0"})
+
+
+@contextmanager
+def _having(settings: Mapping[str, str]) -> Iterator[None]:
+    """Have MLflow see environment variables within the block."""
+    before = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
     try:
         yield
     finally:
-        logger.setLevel(level)
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from mlflow import MlflowClient
 from mlflow.data.huggingface_dataset_source import HuggingFaceDatasetSource
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric
+from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 
-from sensmerge.pipeline.tracking.client import connected, if_there, once_more, unless_there
+from sensmerge.pipeline.tracking.client import at_once, connected, if_there, once_more, unless_there
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
 from sensmerge.tasks.urls import public
@@ -63,7 +64,8 @@ def started(client: MlflowClient, experiment: str, name: str, tags: Mapping[str,
     try:
         yield OpenRun(client, experiment, run)
     except BaseException:
-        client.set_terminated(run, "FAILED")
+        with at_once(), suppress(MlflowException):  # what is gone would be waited for again, run by run
+            client.set_terminated(run, "FAILED")
         raise
     client.set_terminated(run, "FINISHED")
 

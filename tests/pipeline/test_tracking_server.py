@@ -17,6 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from sensmerge.pipeline.tracking import record as tracking
+from sensmerge.tasks.errors import StepError
 from tests.pipeline.tracking.test_record import (
     MODELS,
     OUTCOMES,
@@ -148,3 +149,29 @@ def test_a_server_that_stops_and_comes_back(server: Server, tmp_path: Path) -> N
     recording.join(120)
     (parent,) = parents
     check_complete(server, parent)
+
+
+def test_a_server_that_stops_for_good(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for a while, once, and not for each run that is open; the error is the server's."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    server = Server(database, tmp_path)
+    server.start()
+    errors: list[StepError] = []
+
+    def recorded() -> None:
+        with pytest.raises(StepError) as failed:
+            record(server, "lost", tmp_path)
+        errors.append(failed.value)
+
+    recording = threading.Thread(target=recorded)
+    recording.start()
+    client = MlflowClient(server.uri, server.uri)
+    while (experiment := client.get_experiment_by_name("lost")) is None or not client.search_runs(
+        [experiment.experiment_id], "tags.role = 'base'"
+    ):
+        assert recording.is_alive(), "recorded before the server could be stopped"
+    server.stop()
+    recording.join(60)
+    (error,) = errors
+    assert str(error).startswith(f"MLflow at {server.uri} failed: ")
+    assert str(error).endswith("; the results are in the store; run again to record them")
