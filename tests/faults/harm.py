@@ -11,7 +11,8 @@ from typing import Any
 from sensmerge.pipeline.store.store import stages
 
 VOLATILE = {"seconds", "peak_memory", "pieces", "pieces_run", "node", "milliseconds", "bytes", "folder", "checksums"}
-"""Keys of JSON files whose values differ between two runs that did the same."""
+VOLATILE |= {"taken_over", "taken_over_bytes"}
+"""Keys of JSON files whose values differ between two runs that come to the same."""
 DATED = {"README.md", ".synced", "routes.json", "files.json"}
 """Files with times in them, and those of which others know the size for it."""
 MEASURED = ("peak_memory", "milliseconds")
@@ -86,4 +87,6 @@ def differences(expected: Mapping[str, str], found: Mapping[str, str]) -> Iterat
         elif name not in expected:
             yield f"{name} is too much"
         elif expected[name] != found[name]:
-            yield f"{name} is {found[name][:300]} instead of {expected[name][:300]}"
+            pairs = enumerate(zip(expected[name], found[name], strict=False))
+            start = max(0, next((place for place, (one, other) in pairs if one != other), 0) - 100)
+            yield f"{name} has … {found[name][start:][:300]} instead of {expected[name][start:][:300]}"

@@ -1,7 +1,6 @@
 """Configurations of mergekit, run as they are, against mergekit 0.1.5 itself (skipped where pip cannot fetch it)."""
 
 import filecmp
-import json
 import os
 import subprocess
 import sys
@@ -13,15 +12,29 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import command_line, make_llama, perturbed
-
-pytestmark = pytest.mark.ray
+from sensmerge.pipeline.plan.models import hash_models, list_models
+from sensmerge.pipeline.plan.plan import make_plan
+from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.store.store import Store
+from tests.conftest import do_steps, make_llama, perturbed
 
 MERGEKIT = ("mergekit==0.1.5", "immutables==0.20")
 """What it needs beside what is installed here."""
+MERGE = """
+import sys
+from pathlib import Path
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+for name in sys.argv[1:]:
+    config = MergeConfiguration.model_validate(yaml.safe_load(Path(f"{name}.yml").read_text()))
+    run_merge(config, f"{name}-out", MergeOptions(write_model_card=False, copy_tokenizer=True))
+"""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mergekit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with mergekit alone, which uses the torch and transformers that are installed here."""
     folder = tmp_path_factory.mktemp("mergekit")
@@ -111,21 +124,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_it_makes_what_mergekit_makes(name: str, mergekit: Path, models: Path, ray_address: str) -> None:
-    path = models / f"{name}.yml"
-    path.write_text(yaml.safe_dump(CONFIGS[name] | {"dtype": "float32"}))
-    theirs = models / f"{name}-out"
-    command = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), str(theirs), "--no-write-model-card"]
+@pytest.fixture(scope="module")
+def theirs(mergekit: Path, models: Path) -> Path:
+    """The folder of the models, with what mergekit makes of each configuration in `NAME-out`."""
+    for name, config in CONFIGS.items():
+        (models / f"{name}.yml").write_text(yaml.safe_dump(config | {"dtype": "float32"}))
     environment = os.environ | {"PYTHONPATH": str(mergekit)}
+    command = [sys.executable, "-c", MERGE, *CONFIGS]
     done = subprocess.run(command, cwd=models, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    report = models / f"{name}.json"
-    assert command_line("run", path, "--store", models / "store", "--address", ray_address, "--report", report) == 0
-    ours = Path(json.loads(report.read_text())["models"]["merged"])
-    expected = {key: value for file in theirs.glob("*.safetensors") for key, value in load_file(file).items()}
+    return models
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_makes_what_mergekit_makes(name: str, theirs: Path) -> None:
+    recipe, store = load_recipe(theirs / f"{name}.yml"), Store(theirs / "store")
+    store.make()
+    listings = hash_models(list_models(recipe, theirs, store.hub_cache), store.hub_cache)
+    plan = make_plan(recipe, theirs, store, listings)
+    do_steps(plan)
+    ours, out = plan.models()["merged"], theirs / f"{name}-out"
+    expected = {key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()}
     found = load_file(ours / "model.safetensors")
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert (found[key] - value).abs().max() <= 1e-5 * max(1, value.abs().max()), key
-    assert filecmp.cmp(ours / "tokenizer.json", theirs / "tokenizer.json", shallow=False)
+    assert filecmp.cmp(ours / "tokenizer.json", out / "tokenizer.json", shallow=False)
