@@ -3,7 +3,6 @@
 Headers and tokenizers are kept, which are small. Weights are not: each time, files are opened, and mapped, anew.
 """
 
-import os
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -57,5 +56,6 @@ def _tokenizer(artifact: Artifact, _: _Files) -> PreTrainedTokenizerBase:
 
 
 def _files(folder: Path) -> _Files:
-    found = ((entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file())
+    # A link that leads to itself is no file; of `os.scandir`, it would raise.
+    found = ((path.name, path.stat()) for path in folder.iterdir() if path.is_file())
     return tuple(sorted((name, one.st_ino, one.st_size, one.st_mtime_ns) for name, one in found))

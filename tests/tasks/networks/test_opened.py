@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -50,7 +51,8 @@ def test_other_files_are_another_model(tmp_path: Path, save: Callable[..., Path]
     assert opened_base(Artifact("another", folder)).names is not after.names
 
 
-def test_a_link_to_nowhere_is_no_file(tmp_path: Path, save: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("target", ["freed", "base/pytorch_model.bin"], ids=["nowhere", "itself"])
+def test_a_link_that_leads_to_no_file_is_none(target: str, tmp_path: Path, save: Callable[..., Path]) -> None:
     base = Artifact("base", save(make_llama(), "base", tmp_path))
-    (base.folder / "pytorch_model.bin").symlink_to(tmp_path / "freed")
+    (base.folder / "pytorch_model.bin").symlink_to(tmp_path / target)
     assert opened_base(base).weights
