@@ -56,6 +56,18 @@ def test_what_is_refused(change: dict[str, Any], message: str) -> None:
         Variant.model_validate(TIES | change)
 
 
+def test_numbers_that_begin_with_zero_are_tuned_as_others() -> None:
+    for numbers in ([0, 1], [1, 0]):
+        settings = {"method": "task_arithmetic", "lambda": numbers, "tune": {"weight": [0.5, 1]}}
+        assert Variant.model_validate(settings).varying == {"lambda": numbers}
+
+
+def test_values_that_do_not_go_together_are_refused_before_they_are_tried() -> None:
+    settings = {"method": "della", "tune": {"epsilon": [0.1, 0.45], "density": [0.2, 0.5]}}
+    with pytest.raises(ValidationError, match=r"tune: epsilon 0.45, density 0.2: .*epsilon is 0.45 where density is"):
+        Variant.model_validate(settings)
+
+
 class Ordered(Linear):
     """Another package's method, with a list of its own."""
 
