@@ -10,6 +10,7 @@ from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.rows import Split, TaskRows
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
+from sensmerge.pipeline.plan.vocabulary import fingerprint
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.pipeline.store.store import Key
@@ -346,8 +347,11 @@ class _Layout:
         self.steps.append(step)
 
     def _model(self, name: str) -> Artifact:
-        """Return base or an expert, where its files are."""
-        return Artifact(self._made["download"][name].key.fingerprint, self._inputs.listings[name].folder)
+        """Return base or an expert, where its files are, or what stands for it in the vocabulary of merged models."""
+        prints = {one: step.key.fingerprint for one, step in self._made["download"].items()}
+        seen = self._inputs.tokenizer.seen.get(name)
+        folder = self._inputs.listings[name].folder if seen is None else seen.folder
+        return Artifact(fingerprint(prints[name], seen, prints), folder)
 
     def _as_run(self, name: str) -> Artifact:
         """Return base or an expert as it runs: its files, and whose settings it runs with."""
@@ -359,7 +363,10 @@ class _Layout:
         return Artifact(self._inputs.tokenizer.digest, self._inputs.tokenizer.folder)
 
     def _downloads(self, *names: str) -> list[Step]:
-        return [self._made["download"][name] for name in names]
+        """Return the downloads of models, and of those that they have rows of tokens from."""
+        seen = self._inputs.tokenizer.seen
+        needed = dict.fromkeys([*names, *(one for name in names if name in seen for one in seen[name].donors)])
+        return [self._made["download"][name] for name in needed]
 
     def _weights(self, *names: str) -> int:
         """Return the size of the weights of models."""

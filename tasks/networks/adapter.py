@@ -239,6 +239,20 @@ class _Match:
         return LoraFactors(first, second, scaling, transpose)
 
 
+def parameters_of(checkpoint: Checkpoint, names: Names) -> dict[str, tuple[str, str | None]]:
+    """Return, by the name of each tensor of an adapter, the key of the parameter that it changes or stands for.
+
+    With it stands which factor of the change it is (`A`, `B`, `embedding_A`, `embedding_B`), or None for values.
+    """
+    found: dict[str, tuple[str, str | None]] = {}
+    for name in checkpoint.tensors:
+        if _ORIGINAL_MODULE not in name:
+            module, kind = _split_lora_name(_peft_name(name, checkpoint.folder / ADAPTER_WEIGHTS))
+            module = module.replace(_BASE_LAYER, ".weight") if kind is None else f"{module}.weight"
+            found[name] = names.key(module), kind
+    return found
+
+
 def _peft_name(name: str, path: Path) -> str:
     """Return a stored name without what peft, torch.compile and data parallelism put there.
 

@@ -1,0 +1,230 @@
+"""Models in the vocabulary of merged models: which of their tensors have a row for every token, and how they get it."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from sensmerge.tasks.artifacts import load_object, write_json
+from sensmerge.tasks.checkpoints.checkpoint import INDEX, Checkpoint
+from sensmerge.tasks.checkpoints.companions import CONFIG, GENERATION_CONFIG, companions, copy_companions
+from sensmerge.tasks.checkpoints.views import Gathered, Place, VocabularyView, gather, stretches, write_view
+from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.adapter import parameters_of
+from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
+from sensmerge.tasks.networks.names import Names, names_of
+from sensmerge.tasks.networks.networks import after_padding, load_config, skeleton
+
+_IDS = re.compile(r".*_token_(id|ids|index)|(begin_)?suppress_tokens")
+"""Keys of configs whose values are token ids."""
+
+
+@dataclass(frozen=True)
+class TokenTensor:
+    """A tensor of a checkpoint that has a row for every token."""
+
+    name: str
+    key: str
+    """of the parameter that it is, or is a factor of the change of"""
+    axis: int
+    """along which its rows lie"""
+    is_change: bool = False
+    """whether it is a factor of a change: a row that the model lacks is zero"""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model whose tokens are among those of merged models."""
+
+    key: str
+    """`base`, or the recipe key of an expert"""
+    checkpoint: Checkpoint
+    """its headers; nothing of its weights need be here"""
+    config: PretrainedConfig | None
+    """None of an adapter"""
+    tensors: tuple[TokenTensor, ...]
+    tied: Mapping[str, str]
+    """see `Names`"""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the model."""
+        return self.checkpoint.folder
+
+    def rows(self, tensor: TokenTensor) -> int:
+        """Return how many rows one of its tensors has."""
+        return self.checkpoint.tensors[tensor.name].shape[tensor.axis]
+
+    def place(self, key: str, folder: str) -> Place | None:
+        """Return where the values of a parameter are stored, under any name that is tied to it."""
+        aliases = {key, self.tied.get(key, key), *(alias for alias, one in self.tied.items() if one == key)}
+        found = [one for one in self.tensors if one.key in aliases and not one.is_change]
+        found.sort(key=lambda one: one.key != key)
+        if not found:
+            return None
+        return Place(folder, self.checkpoint.tensors[found[0].name].file, found[0].name)
+
+
+def token_axes(config: PretrainedConfig, names: Names, folder: Path) -> dict[str, int]:
+    """Return the axis along which parameters and buffers of a network have a row for every token, by key.
+
+    They are those that have another shape in a network of one token more.
+    """
+    wider = copy.deepcopy(config)
+    wider.get_text_config().vocab_size += 1
+    shapes, more = (
+        {name: tuple(tensor.shape) for name, tensor in skeleton(one, None, folder).state_dict().items()}
+        for one in (config, wider)
+    )
+    return {
+        names.key(name): next(axis for axis, size in enumerate(shape) if size != more[name][axis])
+        for name, shape in shapes.items()
+        if shape != more[name]
+    }
+
+
+def whole_member(key: str, checkpoint: Checkpoint, config: PretrainedConfig) -> Member:
+    """Return a whole model."""
+    names = names_of(skeleton(config, None, checkpoint.folder))
+    axes = token_axes(config, names, checkpoint.folder)
+    keys = {name: names.key(name) for name in checkpoint.tensors}
+    tensors = tuple(TokenTensor(name, one, axes[one]) for name, one in keys.items() if one in axes)
+    return Member(key, checkpoint, config, tensors, names.tied)
+
+
+def adapter_member(key: str, checkpoint: Checkpoint, base: Member) -> Member:
+    """Return an adapter of the base, of which only factors of changes may be there, or no such tensor at all."""
+    assert base.config is not None
+    names = names_of(skeleton(base.config, None, base.folder))
+    axes = token_axes(base.config, names, base.folder)
+    tensors = []
+    for name, (parameter, kind) in parameters_of(checkpoint, names).items():
+        if parameter in axes and kind in (None, "B"):
+            tensors.append(TokenTensor(name, parameter, axes[parameter], is_change=kind is not None))
+        elif parameter in axes and kind == "embedding_A":
+            tensors.append(TokenTensor(name, parameter, 1, is_change=True))
+    return Member(key, checkpoint, None, tuple(tensors), names.tied)
+
+
+def view_of(
+    member: Member, vocabulary: Vocabulary, members: Sequence[Member], folders: Mapping[str, str]
+) -> VocabularyView:
+    """Return a model in the vocabulary of merged models.
+
+    Args:
+        member: the model.
+        vocabulary: of merged models.
+        members: all models.
+        folders: what folder each is said to have, by key.
+
+    Raises:
+        InputError: a model lacks a tensor that rows are to be taken from.
+    """
+    sources, own = vocabulary.rows_of(member.key), vocabulary.own_rows(member.key)
+    tensors: dict[str, Gathered] = {}
+    for one in member.tensors:
+        info = member.checkpoint.tensors[one.name]
+        shape = tuple(vocabulary.rows if axis == one.axis else size for axis, size in enumerate(info.shape))
+        like = Gathered(one.axis, info.dtype, shape, info.file, ())
+        if one.is_change:
+            tensors[one.name] = gather(like, own, {member.key: Place(folders[member.key], info.file, one.name)})
+            continue
+        found = {other.key: other.place(one.key, folders[other.key]) for other in members}
+        found[member.key] = Place(folders[member.key], info.file, one.name)
+        try:
+            tensors[one.name] = gather(like, sources, {key: place for key, place in found.items() if place})
+        except KeyError as error:
+            tokens = [token for token, place in vocabulary.ids.items() if _takes(sources[place], error.args[0])]
+            raise InputError(
+                f"{error.args[0]} has no tensor like {one.name} of {member.key} that the row of {tokens[0]!r} could be "
+                f"taken from; set tokenizer.tokens: {{{tokens[0]!r}: {{source: MODEL}}}}, MODEL being one that has it"
+            ) from None
+    places = {to: start for start, to in vocabulary.places(member.key).items()}
+    return VocabularyView(tensors, (), stretches(places))
+
+
+def _takes(rows: Iterable[Any], model: str) -> bool:
+    return any(one.model == model for one in rows)
+
+
+def donors(view: VocabularyView, key: str) -> list[str]:
+    """Return the other models that a view, whose folders are the models' keys, takes rows from."""
+    parts = [one for how in view.tensors.values() for one in (*how.parts, *sum(how.means.values(), ()))]
+    return sorted({one.folder for one in parts} - {key})
+
+
+def fill_folder(member: Member, view: VocabularyView, rows: int, target: Path) -> None:
+    """Write a folder that stands for a model in the vocabulary of merged models.
+
+    Args:
+        member: the model.
+        view: of it.
+        rows: of merged models' embeddings.
+        target: the folder, which is there and empty.
+
+    Raises:
+        InputError: the network's size of vocabulary cannot be set, or its positions depend on a token that moves.
+    """
+    copy_companions(companions(member.folder), target)
+    moved = view.moved()
+    if member.config is None:
+        copyfile(member.folder / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
+    if (member.folder / GENERATION_CONFIG).is_file():
+        write_json(target / GENERATION_CONFIG, _with_moved(load_object(member.folder / GENERATION_CONFIG), moved))
+    if member.config is not None:
+        write_json(target / CONFIG, _moved_config(member, member.config, moved, rows))
+        found = getattr(load_config(target).get_text_config(), "vocab_size", None)
+        if found != rows:
+            raise InputError(
+                f"{member.key}: {member.folder / CONFIG}: {member.config.model_type} has no size of vocabulary that "
+                "could be changed; use experts with the base's tokens"
+            )
+    for file in {info.file for info in member.checkpoint.tensors.values()} | {INDEX}:
+        path = member.folder / file
+        if file != INDEX or path.is_file():
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            (target / file).symlink_to(path.absolute())
+    write_view(view, target)
+
+
+def _moved_config(member: Member, config: PretrainedConfig, moved: Mapping[int, int], rows: int) -> dict[str, Any]:
+    """Return a model's `config.json` with the size and the token ids of merged models."""
+    written = load_object(member.folder / CONFIG)
+    text = config.get_text_config()
+    inner = {name: getattr(config, name, None) for name in type(config).sub_configs}
+    for name, part in {"": config, **inner}.items():
+        if not isinstance(part, PretrainedConfig):
+            continue
+        values = part.to_dict()
+        changed = {key: one for key, one in _with_moved(values, moved).items() if one != values[key]}
+        changed |= {"vocab_size": rows} if part is text else {}
+        if not name:
+            written |= changed
+        elif changed:
+            written[name] = {**(written.get(name) or {}), **changed}
+    padding = getattr(text, "pad_token_id", None)
+    if after_padding(config) and padding is not None and moved.get(padding) != padding:
+        raise InputError(
+            f"{member.key}: {config.model_type} numbers positions from behind its padding token, which merged models "
+            "number differently; name it as tokenizer.source"
+        )
+    return written
+
+
+def _with_moved(values: Mapping[str, Any], moved: Mapping[int, int]) -> dict[str, Any]:
+    """Return settings with the token ids of merged models; an id without a token there is left out."""
+    found = dict(values)
+    for key, value in values.items():
+        if not _IDS.fullmatch(key):
+            continue
+        if isinstance(value, list):
+            found[key] = [moved[one] for one in value if one in moved]
+        elif isinstance(value, int) and value >= 0:
+            found[key] = moved.get(value)
+    return found
