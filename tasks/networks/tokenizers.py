@@ -68,8 +68,8 @@ class Choice:
         """Return the token ids in which the config of merged models differs from the base's."""
         if self.source.key == BASE:
             return {"eos_token_id": _one_or_list(self.ends)} if self.ends else {}
-        tokenizer = load_tokenizer(self.source.folder)
-        found = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        tokenizer = load_tokenizer(self.source.folder) if has_tokenizer(self.source.folder) else None
+        found = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "pad_token_id")}
         ids: dict[str, int | list[int]] = {key: one for key, one in found.items() if one is not None}
         return ids | ({"eos_token_id": _one_or_list(self.ends)} if self.ends else {})
 
