@@ -90,7 +90,7 @@ def choose_tokenizer(
     choice = choose(base, experts, _asked(settings), generates)
     ids = choice.token_ids()
     folder = base.folder
-    if choice.source is not base or choice.added or choice.ends:
+    if choice.source is not base or choice.added or choice.ends or choice.template is not None:
         folder = settled(cache / ".tokenizers", lambda target: write_choice(choice, base, experts, target))
     files = {name: path for name, path in companions(folder).items() if is_tokenizer_file(name)}
     digests = {name: sha256_file(path) for name, path in files.items()}
@@ -167,7 +167,7 @@ def _asked(settings: TokenizerSettings) -> Asked:
                 tokens[token] = Wanted(key(name), found, number, one.force)
             case _:
                 tokens[token] = Wanted(None, force=one.force)
-    return Asked(settings.source, settings.pad_to_multiple_of, tokens)
+    return Asked(settings.source, settings.pad_to_multiple_of, tokens, settings.chat_template)
 
 
 def _digest(listing: Listing) -> str:

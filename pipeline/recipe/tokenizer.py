@@ -63,6 +63,11 @@ class TokenizerSettings(Strict):
     tokens: dict[str, TokenSettings] = Field(
         {}, description="by token, the row that models have for it; a token that no model has is added"
     )
+    chat_template: str | None = Field(
+        None,
+        pattern=r"^auto$|\{",
+        description="a Jinja template; auto: the one that most of the models have; without it, that of the source",
+    )
 
     def check(self, models: list[str]) -> None:
         """Check that named models are in the recipe; raises ValueError."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.union import Asked, United, conflict_of, unite
 
 TOKENIZER_JSON = "tokenizer.json"
-BASE, UNION = "base", "union"
+BASE, UNION, AUTO = "base", "union", "auto"
 WAY_OUT = "set tokenizer: {source: NAME}, NAME being base or the expert whose tokenizer merged models shall have"
 
 
@@ -59,6 +60,8 @@ class Choice:
     """token → id, of tokens that other models, or the recipe, add to those of the source"""
     ends: tuple[int, ...]
     """ids of the tokens that end an answer, the source's first; none where networks do not generate"""
+    template: str | None = None
+    """the chat template, where it is not the source's"""
     vocabulary: Vocabulary | None = None
     """where models have its tokens; None where all have it as their own"""
     notes: tuple[str, ...] = ()
@@ -92,7 +95,7 @@ def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool)
     """
     owners = [one for one in (base, *experts) if has_tokenizer(one.folder)]
     exact = asked.source != UNION
-    source = _source(base, experts, owners, asked.source)
+    source = _source(base, experts, owners, asked)
     notes = []
     if source is not base:
         what = "tokenizer, chat template, special tokens and generation config"
@@ -105,7 +108,9 @@ def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool)
     added = united.added if united else {}
     if united and (moves or added):
         notes += united.notes
-    notes += (_conflicts(source, maps) if exact else []) + _other_templates(source, owners)
+    template = _asked_template(asked.chat_template, owners)
+    notes += _conflicts(source, maps) if exact else []
+    notes += _other_templates(source, owners) if template is None else []
     ends: list[int] = []
     if generates:
         own = end_ids(source, base, stated_only=exact)
@@ -119,7 +124,8 @@ def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool)
             )
         if source is base and not more:
             ends = []  # the base's own files say so
-    return Choice(source, added, tuple(ends), united.vocabulary if united and moves else None, tuple(notes))
+    vocabulary = united.vocabulary if united and moves else None
+    return Choice(source, added, tuple(ends), template, vocabulary, tuple(notes))
 
 
 def _differ(models: Sequence[Owner], maps: Mapping[str, Mapping[str, int]], asked: Asked) -> bool:
@@ -127,17 +133,17 @@ def _differ(models: Sequence[Owner], maps: Mapping[str, Mapping[str, int]], aske
     return bool(maps or asked.changes or len({one.rows for one in models}) > 1)
 
 
-def _source(base: Owner, experts: Sequence[Owner], owners: Sequence[Owner], named: str) -> Owner:
+def _source(base: Owner, experts: Sequence[Owner], owners: Sequence[Owner], asked: Asked) -> Owner:
     """Return the model that merged models have their tokenizer from; `owners` have one."""
-    if named != UNION:
-        source = next(one for one in (base, *experts) if one.name == named)
+    if asked.source != UNION:
+        source = next(one for one in (base, *experts) if one.name == asked.source)
         if source not in owners and owners:
             have = ", ".join(one.name for one in owners)
             raise InputError(
                 f"tokenizer.source: {source.key} has no tokenizer in {source.folder}; expected one of {have}"
             )
         return source
-    templates = [one for one in owners if chat_templates(one.folder)]
+    templates = [] if asked.chat_template else [one for one in owners if chat_templates(one.folder)]
     return next(iter(templates if base not in templates else []), owners[0] if owners else base)
 
 
@@ -184,6 +190,23 @@ def chat_templates(folder: Path) -> dict[str, Any]:
     }
     stated = _object(folder / TOKENIZER_CONFIG).get("chat_template")
     return found | ({TOKENIZER_CONFIG: stated} if stated else {})
+
+
+def _asked_template(asked: str | None, owners: Sequence[Owner]) -> str | None:
+    """Return the chat template that a recipe asks for; the first of those that as many models have."""
+    if asked is not None and not owners:
+        raise InputError("tokenizer.chat_template: no model has a tokenizer to put it in; leave it out")
+    if asked != AUTO:
+        return asked
+    found = [one for one in map(_default_template, owners) if one]
+    return max(found, key=found.count, default=None)
+
+
+def _default_template(owner: Owner) -> str:
+    """Return the chat template that a model's tokenizer uses unless another is named; "" without one."""
+    reader = read_tokenizer(owner.folder)
+    found: Any = None if reader is None else reader.chat_template
+    return str((found.get("default") if isinstance(found, dict) else found) or "").strip()
 
 
 def _templates(folder: Path) -> set[str]:
@@ -270,7 +293,7 @@ def write_choice(choice: Choice, base: Owner, experts: Sequence[Owner], target: 
     """Write the tokenizer and generation config of merged models into a folder.
 
     Raises:
-        InputError: a tokenizer that tokens cannot be added to.
+        InputError: a tokenizer that tokens cannot be added to; a chat template that is none.
     """
     source = choice.source.folder
     copy_companions({n: p for n, p in companions(source).items() if is_tokenizer_file(n)}, target)
@@ -282,11 +305,30 @@ def write_choice(choice: Choice, base: Owner, experts: Sequence[Owner], target: 
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
         entries = {token: {"content": token, **plain} for token in choice.added} | entries
         _add_tokens(target, choice, entries)
+    if choice.template is not None:
+        _set_template(target, choice.template)
     generation = _generation(choice.source, base)
     if choice.ends:
         generation = {**choice.token_ids(), **generation, "eos_token_id": _one_or_list(choice.ends)}
     if generation:
         write_json(target / GENERATION_CONFIG, generation)
+
+
+def _set_template(folder: Path, template: str) -> None:
+    """Give a tokenizer one chat template instead of all that it has."""
+    for name in chat_templates(folder):
+        if name != TOKENIZER_CONFIG:
+            (folder / name).unlink()
+    config = _object(folder / TOKENIZER_CONFIG)
+    if config.pop("chat_template", None) is not None:
+        write_json(folder / TOKENIZER_CONFIG, config)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    try:
+        load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise InputError(f"tokenizer.chat_template: no Jinja template ({error}); correct it") from error
+    except TemplateError:  # a template may refuse this conversation
+        return
 
 
 def _add_tokens(folder: Path, choice: Choice, entries: Mapping[str, Mapping[str, Any]]) -> None:

@@ -34,6 +34,8 @@ class Asked:
     pad_to_multiple_of: int | None = None
     """None keeps the rows without a token that the source has"""
     tokens: Mapping[str, Wanted] = field(default_factory=dict)
+    chat_template: str | None = None
+    """a template; `auto`: that of most models; None: the source's"""
 
     @property
     def changes(self) -> bool:
