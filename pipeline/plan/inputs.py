@@ -1,8 +1,9 @@
 """The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sensmerge.pipeline.plan.models import about
 from sensmerge.pipeline.plan.rows import RowUse, TaskRows, Tuning, gather_rows
@@ -80,11 +81,20 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant, recipe, base, experts)
     notes += about_tokenizer
-    reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
+    readers = _readers(tokenizer, recipe.tasks)
     use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
-    data, said = gather_rows(recipe.tasks, experts, reader, folder, use)
+    data, said = gather_rows(recipe.tasks, experts, readers, folder, use)
     notes += [*said, *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(map(public_text, notes)), tuple(classes))
+
+
+def _readers(tokenizer: Tokenizer, tasks: Collection[str]) -> dict[str, list[Any]]:
+    """Return the tokenizers that read each task: its expert's, if that is another, and that of merged models."""
+    if not tasks:
+        return {}
+    merged = load_tokenizer(tokenizer.folder)
+    own = {name: load_tokenizer(one.folder) for name, one in tokenizer.readers.items() if name in tasks}
+    return {name: [own[name], merged] if name in own else [merged] for name in tasks}
 
 
 def _tuning(recipe: Recipe) -> Tuning:

@@ -112,7 +112,7 @@ class _Layout:
             base_config=self._inputs.experts[name].base_config,
             statistics=measured,
             calibration=self._calibration(name),
-            tokenizer=self._tokenizer(),
+            tokenizer=self._inputs.tokenizer.of(name),
             dtype=self._recipe.dtype,
             name=name,
             device=self._device("statistics"),
@@ -129,7 +129,7 @@ class _Layout:
             experts={name: self._model(name) for name in experts},
             base_config={name for name, one in experts.items() if one.base_config},
             calibration={name: self._calibration(name) for name in experts},
-            tokenizer=self._tokenizer(),
+            tokenizer=self._inputs.tokenizer.of_all(experts),
             dtype=self._recipe.dtype,
             heads={name: computation_digest(one.config) for name, one in experts.items()},
             device=self._device("cross_task"),
@@ -239,7 +239,7 @@ class _Layout:
             experts={one: self._model(one) for one in experts},
             base_config={one for one, expert in experts.items() if expert.base_config},
             calibration={one: self._calibration(one) for one in experts},
-            tokenizer=self._tokenizer(),
+            tokenizer=self._inputs.tokenizer.of_all(experts),
             settings=settings,
             dtype=self._recipe.dtype,
             merge=merged.job,
@@ -296,18 +296,19 @@ class _Layout:
         self, kind: type[EvaluateJob], model: str, task: str, split: Split
     ) -> tuple[EvaluateJob, list[Step], int]:
         """Return the job that scores a model on the rows of a task, the steps that it needs, and the bytes it reads."""
-        experts, one = self._inputs.experts, self._inputs.data[task]
+        experts, one, is_input = self._inputs.experts, self._inputs.data[task], model in self._inputs.listings
+        reads = self._inputs.tokenizer
         head = task if one.task.has_own_head and experts[task].head else None
         config = None
-        if head and model in self._inputs.listings and model != head and not experts[head].has_trunk_in_head():
+        if head and is_input and model != head and not experts[head].has_trunk_in_head():
             # This model stays what it is when the task's expert changes, of which it only takes the head.
             config = computation_digest(experts[head].config)
         made = self._made["download"].get(model) or self._made[self._recipe.merges[model].last_stage][model]
         job = kind(
             base=self._model("base"),
-            model=self._as_run(model) if model in self._inputs.listings else made.artifact(self._resolved.store),
+            model=self._as_run(model) if is_input else made.artifact(self._resolved.store),
             head=self._as_run(head) if head else None,
-            tokenizer=self._tokenizer(),
+            tokenizer=reads.of(task) if is_input and isinstance(one.task, RowTask) else reads.artifact,
             task=self._task(one, split),
             rows=self._resolved.rows(task, split),
             labels=self._labels(task, one),
@@ -358,9 +359,6 @@ class _Layout:
         files, expert = self._model(name), self._inputs.experts.get(name)
         adopted = " with the base's config" if expert is not None and expert.base_config else ""
         return Artifact(f"{files.fingerprint}{adopted}", files.folder)
-
-    def _tokenizer(self) -> Artifact:
-        return Artifact(self._inputs.tokenizer.digest, self._inputs.tokenizer.folder)
 
     def _downloads(self, *names: str) -> list[Step]:
         """Return the downloads of models, and of those that they have rows of tokens from."""

@@ -1,6 +1,6 @@
 """The tokenizer and generation config that all models of a recipe are run with and merged models get."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from sensmerge.pipeline.plan.models import about
 from sensmerge.pipeline.plan.vocabulary import Seen, in_vocabulary, settled
 from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings, TokenOfModel
-from sensmerge.tasks.artifacts import canonical, sha256_file, sha256_text
+from sensmerge.tasks.artifacts import Artifact, canonical, sha256_file, sha256_text
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from sensmerge.tasks.checkpoints.companions import (
     CONFIG,
@@ -44,6 +44,21 @@ class Tokenizer:
     """special tokens for which configs of merged models differ from the base's"""
     seen: Mapping[str, Seen] = field(default_factory=dict)
     """what stands for base and experts in the vocabulary of merged models; empty where all have it as their own"""
+    readers: Mapping[str, Artifact] = field(default_factory=dict)
+    """by expert, its own tokenizer with ids of merged models: by this, base and experts read the expert's task"""
+
+    @property
+    def artifact(self) -> Artifact:
+        """What reads texts for merged models."""
+        return Artifact(self.digest, self.folder)
+
+    def of(self, task: str) -> Artifact:
+        """Return the tokenizer by which base and experts read a task."""
+        return self.readers.get(task) or self.artifact
+
+    def of_all(self, tasks: Collection[str]) -> Artifact | dict[str, Artifact]:
+        """Return the tokenizer by which base and experts read all tasks, or by task where there are several."""
+        return {task: self.of(task) for task in tasks} if self.readers else self.artifact
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,12 @@ def choose_tokenizer(
         members = _members(models, [base, *experts])
         seen = in_vocabulary(choice.vocabulary, members, cache)
         about_it.append({name: one.digest for name, one in seen.items()})
-    tokenizer = Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical(about_it)), ids, seen)
+    readers = {
+        owner.name: Artifact(sha256_text(canonical([owner.digest, seen[owner.name].digest])), seen[owner.name].folder)
+        for owner in experts
+        if owner.key in choice.readers
+    }
+    tokenizer = Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical(about_it)), ids, seen, readers)
     return tokenizer, [*choice.notes, *_code_notes(base.folder, folder), *_large_notes(base.folder)]
 
 

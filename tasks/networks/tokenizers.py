@@ -64,6 +64,8 @@ class Choice:
     """the chat template, where it is not the source's"""
     vocabulary: Vocabulary | None = None
     """where models have its tokens; None where all have it as their own"""
+    readers: tuple[str, ...] = ()
+    """keys of the experts whose own tokenizers can read texts for merged models: these have all of their tokens"""
     notes: tuple[str, ...] = ()
     """what a user should know of it: a line each"""
 
@@ -125,7 +127,12 @@ def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool)
         if source is base and not more:
             ends = []  # the base's own files say so
     vocabulary = united.vocabulary if united and moves else None
-    return Choice(source, added, tuple(ends), template, vocabulary, tuple(notes))
+    readers = _readers(vocabulary, [one.key for one in experts if one.key in maps]) if vocabulary else ()
+    return Choice(source, added, tuple(ends), template, vocabulary, readers, tuple(notes))
+
+
+def _readers(vocabulary: Vocabulary, keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(one for one in keys if all(token in vocabulary.ids for token in vocabulary.models[one]))
 
 
 def _differ(models: Sequence[Owner], maps: Mapping[str, Mapping[str, int]], asked: Asked) -> bool:

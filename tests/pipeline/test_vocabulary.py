@@ -22,8 +22,13 @@ from transformers import (
 )
 
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
+from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
-from tests.conftest import do_steps, make_llama, perturbed, plan_of
+from sensmerge.tasks.networks.expert import load_network
+from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.statistics.statistic import read_layers
+from tests.conftest import do_steps, make_llama, perturbed, plan_of, write_rows
 from tests.tasks.networks.test_tokenizers import WORDS, word_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -243,3 +248,153 @@ def test_what_cannot_be_is_refused(tokenizer: dict[str, Any], message: str, tmp_
     save(tmp_path / "a", 1, 41, added=["<a>"])
     with pytest.raises(InputError, match=re.escape(message)):
         plan_of(tmp_path, recipe_of("a", tokenizer=tokenizer))
+
+
+PLACES = [*WORDS, "<a>", "<b>"]
+"""The tokens of merged models, in their order."""
+
+
+def by_hand(folder: Path, words: Sequence[str], others: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """An expert whose embedding has the rows of merged models, put together token by token."""
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    own = dict(zip(words, network.get_input_embeddings().weight.detach().clone(), strict=True))
+    network.resize_token_embeddings(len(PLACES), mean_resizing=False)
+    with torch.no_grad():
+        network.get_input_embeddings().weight.copy_(
+            torch.stack([own[one] if one in own else others[one] for one in PLACES])
+        )
+    return network.eval()
+
+
+def task(folder: Path, name: str, texts: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+    write_rows(folder / f"{name}.jsonl", rows[:2])
+    write_rows(folder / f"{name}-test.jsonl", rows[2:])
+    calibration, evaluation = ({"path": "json", "data_files": f"{name}{end}.jsonl"} for end in ("", "-test"))
+    return {"kind": "completion", "calibration": calibration, "evaluation": evaluation, "end_token": False}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> tuple[Path, dict[str, Any], dict[str, list[str]]]:
+    """A folder with base and two experts, each with a token of its own; a recipe with tasks that use them."""
+    words = {"a": [*WORDS, "<a>"], "b": [*shuffled(), "<b>"]}
+    save(tmp_path / "base", 0, 40)
+    save(tmp_path / "a", 1, 41, added=["<a>"])
+    save(tmp_path / "b", 2, 41, shuffled(), ["<b>"])
+    tasks = {}
+    for name, own in words.items():
+        network = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        texts = []
+        for number in range(5):
+            prompt = f"w{number} <{name}> w{2 * number + 3}"
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            answer = network.generate(ids, max_new_tokens=1, do_sample=False)[0, ids.shape[1] :].tolist()
+            texts.append((prompt, f" {own[answer[0]]}"))
+        tasks[name] = task(tmp_path, name, texts) | {"generate": 1}
+    merges: dict[str, Any] = {
+        "ta": {"method": "task_arithmetic", "weight": 0.5},
+        "sens": {"method": "ties", "coefficients": {"kind": "sens", "temperature": 0.5}},
+        "se": {
+            "method": "task_arithmetic",
+            "weight": 0.5,
+            "application": {"kind": "se", "temperature": 1e6, "score": "centroid", "layer": 1, "pool": "mean"},
+        },
+        "alone": {"method": "task_arithmetic", "coefficients": {"kind": "explicit", "weights": {"a": 1.0, "b": 0.0}}},
+    }
+    return tmp_path, recipe_of("a", "b", tasks=tasks, merges=merges), words
+
+
+def test_measured_scored_and_routed_in_one_vocabulary(
+    measured: tuple[Path, dict[str, Any], dict[str, list[str]]],
+) -> None:
+    folder, recipe, words = measured
+    plan = plan_of(folder, recipe)
+    do_steps(plan)
+    rows = {
+        name: AutoModelForCausalLM.from_pretrained(folder / name).get_input_embeddings().weight.detach()[40]
+        for name in words
+    }
+    others = {f"<{name}>": row for name, row in rows.items()}
+    experts = {name: by_hand(folder / name, own, others) for name, own in words.items()}
+    texts = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in words}
+    samples = {
+        name: [[[PLACES.index(word) for word in row[key].split()] for key in ("prompt", "completion")] for row in found]
+        for name, found in texts.items()
+    }
+
+    for name, network in experts.items():
+        total: dict[str, float] = {}
+        for prompt, completion in samples[name]:
+            network.zero_grad()
+            ids = torch.tensor([prompt + completion])
+            network(ids, labels=torch.tensor([[-100] * len(prompt) + completion])).loss.backward()
+            for key, parameter in network.named_parameters():
+                layer = layer_of(key)
+                value = float((parameter.detach() * parameter.grad).abs().double().sum())
+                total[layer] = total.get(layer, 0) + value / len(samples[name])
+        found = read_layers(plan.artifact("statistics", name), "sensitivity")
+        assert found == pytest.approx(total, rel=1e-5)
+
+    distances = json.loads((plan.artifact("cross_task", "all") / "distances.json").read_text())
+    for i, j in (("a", "b"), ("b", "a")):
+        norms = []
+        for prompt, completion in samples[j]:
+            with torch.no_grad():
+                ours, theirs = (experts[name](torch.tensor([prompt + completion])).logits[0] for name in (i, j))
+            norms.append(float((ours - theirs).norm(dim=-1).mean()))
+        assert distances[i][j] == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+
+    for name in words:  # an expert answers its own task as it does alone, whatever the others' tokens are
+        scores = json.loads((plan.artifact("evaluate", f"{name}/{name}") / "scores.json").read_text())
+        assert scores["exact_match"]["value"] == 1.0
+    scores = json.loads((plan.artifact("evaluate", "alone/a") / "scores.json").read_text())
+    assert scores["exact_match"]["value"] == 1.0
+
+    static = AutoModelForCausalLM.from_pretrained(plan.artifact("merge", "ta")).eval()
+    dynamic = DynamicModel.load(plan.artifact("route", "se"))
+    inputs = [{"input_ids": samples["b"][0][0]}]
+    with torch.no_grad():
+        (logits,) = dynamic.logits(inputs, dynamic.route(inputs))
+        expected = static(torch.tensor([inputs[0]["input_ids"]])).logits[0]
+    torch.testing.assert_close(logits[: len(expected)], expected, rtol=0, atol=1e-4)
+    assert len(PLACES) == expected.shape[1]
+
+
+def test_an_expert_gives_the_logits_of_its_own_tokens(
+    measured: tuple[Path, dict[str, Any], dict[str, list[str]]],
+) -> None:
+    """In the vocabulary of merged models, and alone in a merge."""
+    folder, recipe, words = measured
+    plan = plan_of(folder, recipe)
+    expert = plan.inputs.experts["b"]
+    own = AutoTokenizer.from_pretrained(folder / "b")
+    seen = load_tokenizer(expert.folder)
+    text = "w1 <b> w30 </s> w7"
+    ids, moved = own(text).input_ids, seen(text)["input_ids"]
+    assert moved == [PLACES.index(one) for one in text.split()]
+    assert ids != moved
+    assert (seen.eos_token_id, seen.bos_token_id, seen.pad_token_id) == (2, 1, None)
+    assert seen.decode(moved) == own.decode(ids)
+    network = load_network(expert, "causal_lm", torch.float32, "cpu")
+    places = [PLACES.index(one) for one in words["b"]]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder / "b").eval()(torch.tensor([ids])).logits
+        torch.testing.assert_close(network(torch.tensor([moved])).logits[..., places], expected, rtol=0, atol=1e-5)
+    alone = plan_of(folder, recipe_of("b"), store="alone")
+    do_steps(alone)
+    merged = AutoModelForCausalLM.from_pretrained(alone.artifact("merge", "ta")).eval()
+    reader = AutoTokenizer.from_pretrained(alone.artifact("merge", "ta"))
+    places = [reader.get_vocab()[one] for one in words["b"]]
+    with torch.no_grad():
+        found = merged(torch.tensor([reader(text).input_ids])).logits[..., places]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_tokens_that_merged_models_lack_are_read_as_they_read_them(
+    measured: tuple[Path, dict[str, Any], dict[str, list[str]]],
+) -> None:
+    folder, recipe, _ = measured
+    plan = plan_of(folder, recipe | {"tokenizer": {"source": "a"}})
+    assert set(plan.inputs.tokenizer.readers) == {"a"}
+    assert plan.inputs.tokenizer.of("b") == plan.inputs.tokenizer.artifact
