@@ -22,13 +22,15 @@ from sensmerge.tasks.checkpoints.companions import (
     names_code,
 )
 from sensmerge.tasks.checkpoints.header import read_header
+from sensmerge.tasks.checkpoints.layers import in_block
 from sensmerge.tasks.checkpoints.listing import Listing
+from sensmerge.tasks.checkpoints.vocabulary import plain_vocabulary
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
 from sensmerge.tasks.networks.expert import is_adapter
 from sensmerge.tasks.networks.networks import load_config, network_class
 from sensmerge.tasks.networks.tokenizers import BASE, Owner, choose, write_choice
 from sensmerge.tasks.networks.union import Asked, Wanted
-from sensmerge.tasks.networks.views import Member, adapter_member, whole_member
+from sensmerge.tasks.networks.views import Member, TokenTensor, adapter_member, whole_member
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,12 @@ def choose_tokenizer(
     stated = sha256_file(generation) if generation.is_file() else None
     about_it = [digests, stated, ids]
     seen: dict[str, Seen] = {}
-    if choice.vocabulary is not None:
+    # Where all have one vocabulary, what holds single rows of an embedding alone is to be seen as a whole.
+    keys = [one.key for one in (base, *experts) if choice.vocabulary is not None or one.trained]
+    if keys:
         members = _members(models, [base, *experts])
-        seen = in_vocabulary(choice.vocabulary, members, cache)
+        vocabulary = choice.vocabulary or plain_vocabulary(base.rows, [one.key for one in members])
+        seen = in_vocabulary(vocabulary, members, keys, cache)
         about_it.append({name: one.digest for name, one in seen.items()})
     readers = {
         owner.name: Artifact(sha256_text(canonical([owner.digest, seen[owner.name].digest])), seen[owner.name].folder)
@@ -137,14 +142,20 @@ def _owner(name: str, model: Unopened, base: Owner, of_base: Unopened) -> Owner:
     with about(key):
         if not is_adapter(model.folder, model.headers, key):
             return whole_owner(key, model)
-        rows, trained = base.rows, frozenset[int]()
         headers = model.checkpoint()
-        if any(".lora_A." not in one and ".lora_B." not in one for one in headers.tensors):
-            found = adapter_member(key, headers, _member(of_base, base))
-            whole = [one for one in found.tensors if not one.is_change]
-            if whole:
-                return Owner(key, model.folder, None, _digest(model.listing), found.rows(whole[0]))
-        return Owner(key, model.folder, None, _digest(model.listing), rows, trained)
+        digest, rows = _digest(model.listing), base.rows
+        found: Sequence[TokenTensor] = ()
+        if any(not in_block(one) for one in headers.tensors):
+            found = adapter_member(key, headers, _member(of_base, base)).tensors
+        whole = [
+            headers.tensors[one.name].shape[one.axis] for one in found if not one.is_change and one.trained is None
+        ]
+        if whole:
+            return Owner(key, model.folder, None, digest, whole[0])
+        if any(one.is_change for one in found):
+            return Owner(key, model.folder, None, digest, rows)
+        trained = frozenset(row for one in found for row in one.trained or ())
+        return Owner(key, model.folder, None, digest, rows, trained)
 
 
 def _member(model: Unopened, owner: Owner) -> Member:

@@ -1,6 +1,6 @@
 """Models whose tokens differ, in the one vocabulary of merged models: a folder in the cache stands for each of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,17 +23,25 @@ class Seen:
     """names of the other models that rows are taken from"""
 
 
-def in_vocabulary(vocabulary: Vocabulary, members: Sequence[Member], cache: Path) -> dict[str, Seen]:
-    """Return, by name, what stands for each model; folders are written below the cache unless they are there.
+def in_vocabulary(
+    vocabulary: Vocabulary, members: Sequence[Member], keys: Collection[str], cache: Path
+) -> dict[str, Seen]:
+    """Return, by name, what stands for models; folders are written below the cache unless they are there.
+
+    Args:
+        vocabulary: of merged models.
+        members: all models, the base first.
+        keys: those that are to be seen in it.
+        cache: the hub's cache, which all workers see.
 
     Raises:
         InputError: what `view_of` and `fill_folder` raise; the cache cannot be written.
     """
-    keys = {one.key: one.key for one in members}
+    told_as = {one.key: one.key for one in members}
     folders = {one.key: str(one.folder.absolute()) for one in members}
     found = {}
-    for one in members:
-        view, told = (view_of(one, vocabulary, members, where) for where in (folders, keys))
+    for one in (member for member in members if member.key in keys):
+        view, told = (view_of(one, vocabulary, members, where) for where in (folders, told_as))
 
         def fill(target: Path, one: Member = one, view: VocabularyView = view) -> None:
             fill_folder(one, view, vocabulary.rows, target)

@@ -14,7 +14,7 @@ import torch
 
 from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.header import TensorInfo, open_file, read_header
-from sensmerge.tasks.checkpoints.views import Gathered, Taken, read_view
+from sensmerge.tasks.checkpoints.views import Gathered, Stretch, Taken, read_view
 from sensmerge.tasks.errors import InputError
 
 WEIGHTS = "model.safetensors"
@@ -72,21 +72,28 @@ class Checkpoint:
         whole = torch.zeros(how.shape, dtype=DTYPES[how.dtype])
         rows = whole.movedim(how.axis, 0)
 
-        def taken(one: Taken) -> torch.Tensor:
-            return self._stored(one.path, one.tensor).movedim(how.axis, 0)
-
         for part in how.parts:
-            stored = taken(part)
             for one in part.stretches:
-                rows[one.to : one.to + one.count] = stored[one.start : one.start + one.count]
+                rows[one.to : one.to + one.count] = self._rows(part, one, how.axis)
         for place, sources in how.means.items():
-            rows[place] = sum(taken(one)[one.stretches[0].start].float() for one in sources) / len(sources)
+            rows[place] = sum(self._rows(one, one.stretches[0], how.axis)[0].float() for one in sources) / len(sources)
         blank = sum(one.count for one in how.blank)
         if blank:
             mean = rows.sum(0, dtype=torch.float32) / (len(rows) - blank)
             for one in how.blank:
                 rows[one.to : one.to + one.count] = mean.to(rows.dtype)
         return whole
+
+    def _rows(self, part: Taken, where: Stretch, axis: int) -> torch.Tensor:
+        """Return some rows of a stored tensor, which are first in their dimensions, with what comes on top."""
+        chosen = slice(where.start, where.start + where.count)
+        stored, change = self._stored(part.path, part.tensor).movedim(axis, 0)[chosen], part.change
+        if change is None:
+            return stored
+        file = Path(change.folder) / change.file
+        first, second = (self._stored(file, name).float() for name in (change.first, change.second))
+        product = (second @ first[:, chosen]).T if change.by_columns else second[chosen] @ first
+        return stored.float() + change.scaling * product
 
     def require(self, *files: str) -> None:
         """Check that some files of the checkpoint are here, and those of others that rows are taken from.
@@ -99,8 +106,9 @@ class Checkpoint:
             raise FilesNeeded(self.folder, lacking)
         for how in self.gathered.values():
             for one in (*how.parts, *(one for sources in how.means.values() for one in sources)):
-                if not one.path.exists():
-                    raise FilesNeeded(Path(one.folder), [one.file])
+                for at in (one, one.change):
+                    if at is not None and not (Path(at.folder) / at.file).exists():
+                        raise FilesNeeded(Path(at.folder), [at.file])
 
     def holds_equal(self, first: str, second: str) -> bool:
         """Return whether two tensors have the same dtype, shape and bytes.

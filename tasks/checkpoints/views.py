@@ -4,7 +4,7 @@ Such a folder holds links to the model's weights, its small files with token ids
 that says of which rows of which models its tensors are made. The program alone writes them, below the hub's cache.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,20 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class RowChange:
+    """What an adapter adds to rows of a tensor: scaling · second @ first, in factors that its own file holds."""
+
+    folder: str
+    """of the adapter"""
+    file: str
+    first: str
+    second: str
+    scaling: float
+    by_columns: bool
+    """whether the columns of `first` belong to rows of the tensor (an embedding), and not the rows of `second`"""
+
+
+@dataclass(frozen=True)
 class Taken:
     """Rows that are taken from one stored tensor."""
 
@@ -38,6 +52,8 @@ class Taken:
     file: str
     tensor: str
     stretches: tuple[Stretch, ...]
+    change: RowChange | None = None
+    """what comes on top"""
 
     @property
     def path(self) -> Path:
@@ -92,38 +108,40 @@ def stretches(places: Mapping[int, int]) -> tuple[Stretch, ...]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is stored."""
+    """A row of a stored tensor."""
 
     folder: str
     file: str
     tensor: str
+    row: int
+    change: RowChange | None = None
+    """what comes on top"""
 
-    def taken(self, places: Mapping[int, int]) -> Taken:
-        """Return rows of the tensor, new → stored."""
-        return Taken(self.folder, self.file, self.tensor, stretches(places))
 
-
-def gather(like: Gathered, sources: Mapping[int, Sequence[ModelRow]], stored: Mapping[str, Place]) -> Gathered:
+def gather(like: Gathered, sources: Mapping[int, Sequence[ModelRow]], where: Callable[[ModelRow], Place]) -> Gathered:
     """Return a tensor put together of rows of models.
 
     Args:
         like: the tensor, without its parts.
         sources: for every row but the last ones, which have the mean of all others: of `Vocabulary.rows_of`.
-        stored: model → the tensor with its rows.
-
-    Raises:
-        KeyError: a row comes from a model that stores no such tensor.
+        where: says where a row is stored.
     """
-    single: dict[str, dict[int, int]] = {}
+    single: dict[tuple[str, str, str, RowChange | None], dict[int, int]] = {}
     means: dict[int, tuple[Taken, ...]] = {}
-    for place, found in sources.items():
-        if len(found) == 1:
-            single.setdefault(found[0].model, {})[place] = found[0].number
-        elif found:
-            means[place] = tuple(stored[one.model].taken({0: one.number}) for one in found)
-    parts = tuple(stored[model].taken(places) for model, places in single.items())
+    for to, found in sources.items():
+        places = [where(one) for one in found]
+        if len(places) == 1:
+            (one,) = places
+            single.setdefault((one.folder, one.file, one.tensor, one.change), {})[to] = one.row
+        elif places:
+            means[to] = tuple(
+                Taken(one.folder, one.file, one.tensor, (Stretch(0, one.row, 1),), one.change) for one in places
+            )
+    parts = tuple(
+        Taken(folder, file, tensor, stretches(rows), change) for (folder, file, tensor, change), rows in single.items()
+    )
     rows = like.shape[like.axis]
-    blank = stretches({place: place for place in range(rows) if place not in sources})
+    blank = stretches({to: to for to in range(rows) if to not in sources})
     return Gathered(like.axis, like.dtype, like.shape, like.file, parts, means, blank)
 
 

@@ -3,7 +3,7 @@
 What a model has for a token that it lacks is decided as mergekit 0.1.5 does (`mergekit/tokenizer/embed.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,3 +77,9 @@ class Vocabulary:
         found = self.own_rows(model)
         whole = rows == self.rows == len(found)
         return whole and all(sources == (ModelRow(model, place),) for place, sources in found.items())
+
+
+def plain_vocabulary(rows: int, models: Iterable[str]) -> Vocabulary:
+    """Return the vocabulary of models of one size in which rows of one number are of one token."""
+    ids: dict[Token, int] = {number: number for number in range(rows)}
+    return Vocabulary(ids, rows, dict.fromkeys(models, ids))

@@ -70,7 +70,16 @@ class United:
 
     def changes(self, owners: Sequence[TokenOwner]) -> bool:
         """Return whether a model must be seen in another vocabulary than its own."""
-        return not all(self.vocabulary.is_that_of(one.key, one.rows) for one in owners)
+        base, *_ = owners
+        return not all(
+            # An adapter that leaves all rows as the base has them follows the base, whatever tokens it does not name.
+            self.vocabulary.is_that_of(one.key, one.rows)
+            or (one.rows == base.rows and not one.trained and one.trained is not None and self._keeps_places(one.key))
+            for one in owners
+        )
+
+    def _keeps_places(self, model: str) -> bool:
+        return all(self.vocabulary.ids.get(token, row) == row for token, row in self.vocabulary.models[model].items())
 
 
 def unite(
@@ -224,7 +233,7 @@ def _notes(
         yield f"tokenizer: embeddings of merged models have {vocabulary.rows} rows; those of the base have {base.rows}"
     for one in owners:
         own = vocabulary.models[one.key]
-        lacking = {str(token): row for token, row in vocabulary.ids.items() if token not in own}
+        lacking = {token: row for token, row in vocabulary.ids.items() if isinstance(token, str) and token not in own}
         if lacking:
             yield f"tokenizer: {one.key} has no rows for {_listed(lacking)}: those of other models stand in"
         beyond = [token for token, row in _ordered(maps.get(one.key, {})) if row >= one.rows]
@@ -238,6 +247,9 @@ def _notes(
         lost = {token: row for token, row in texts[one.key].items() if token not in vocabulary.ids}
         if lost:
             yield f"tokenizer: merged models are without {_listed(lost)} of {one.key}"
+        left = one.rows - len(lost) - len(vocabulary.places(one.key))
+        if one.rows > vocabulary.rows and left > 0:
+            yield f"tokenizer: {left} rows of {one.key} that no token is of are left out"
 
 
 def _listed(tokens: Mapping[str, int]) -> str:

@@ -2,10 +2,9 @@
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from shutil import copyfile
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -13,11 +12,11 @@ from transformers import PretrainedConfig
 from sensmerge.tasks.artifacts import load_object, write_json
 from sensmerge.tasks.checkpoints.checkpoint import INDEX, Checkpoint
 from sensmerge.tasks.checkpoints.companions import CONFIG, GENERATION_CONFIG, companions, copy_companions
-from sensmerge.tasks.checkpoints.views import Gathered, Place, VocabularyView, gather, stretches, write_view
-from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
+from sensmerge.tasks.checkpoints.views import Gathered, Place, RowChange, VocabularyView, gather, stretches, write_view
+from sensmerge.tasks.checkpoints.vocabulary import ModelRow, Vocabulary
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.adapter import parameters_of
-from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
+from sensmerge.tasks.networks.adapter import TRAINED_TOKENS, module_of, parameters_of, scaling_of, trained_tokens
+from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from sensmerge.tasks.networks.names import Names, names_of
 from sensmerge.tasks.networks.networks import after_padding, load_config, skeleton
 
@@ -36,6 +35,8 @@ class TokenTensor:
     """along which its rows lie"""
     is_change: bool = False
     """whether it is a factor of a change: a row that the model lacks is zero"""
+    trained: tuple[int, ...] | None = None
+    """rows of the parameter that it holds, in its order; None: all of them. The others are the base's"""
 
 
 @dataclass(frozen=True)
@@ -51,24 +52,29 @@ class Member:
     tensors: tuple[TokenTensor, ...]
     tied: Mapping[str, str]
     """see `Names`"""
+    factors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """of an adapter: key of a parameter → factor (`A`, `B`, …) → its name"""
 
     @property
     def folder(self) -> Path:
         """Folder of the model."""
         return self.checkpoint.folder
 
-    def rows(self, tensor: TokenTensor) -> int:
-        """Return how many rows one of its tensors has."""
-        return self.checkpoint.tensors[tensor.name].shape[tensor.axis]
-
-    def place(self, key: str, folder: str) -> Place | None:
-        """Return where the values of a parameter are stored, under any name that is tied to it."""
+    def stored(self, key: str) -> TokenTensor | None:
+        """Return what holds the values of a parameter, under any name that is tied to it."""
         aliases = {key, self.tied.get(key, key), *(alias for alias, one in self.tied.items() if one == key)}
         found = [one for one in self.tensors if one.key in aliases and not one.is_change]
-        found.sort(key=lambda one: one.key != key)
-        if not found:
+        return min(found, key=lambda one: one.key != key, default=None)
+
+    def change(self, key: str, folder: str) -> RowChange | None:
+        """Return what an adapter adds to a parameter; None where it has no factors for it."""
+        found = self.factors.get(key)
+        if found is None:
             return None
-        return Place(folder, self.checkpoint.tensors[found[0].name].file, found[0].name)
+        by_columns = "embedding_A" in found
+        first, second = (found[f"embedding_{one}" if by_columns else one] for one in "AB")
+        scaling = scaling_of(read_adapter_config(self.folder), module_of(first))
+        return RowChange(folder, self.checkpoint.tensors[first].file, first, second, scaling, by_columns)
 
 
 def token_axes(config: PretrainedConfig, names: Names, folder: Path) -> dict[str, int]:
@@ -104,12 +110,21 @@ def adapter_member(key: str, checkpoint: Checkpoint, base: Member) -> Member:
     names = names_of(skeleton(base.config, None, base.folder))
     axes = token_axes(base.config, names, base.folder)
     tensors = []
+    factors: dict[str, dict[str, str]] = {}
     for name, (parameter, kind) in parameters_of(checkpoint, names).items():
-        if parameter in axes and kind in (None, "B"):
+        if parameter not in axes:
+            continue
+        if kind not in (None, "trained_tokens"):
+            factors.setdefault(parameter, {})[str(kind)] = name
+        if kind == "trained_tokens":
+            trained = trained_tokens(checkpoint.folder, name)
+            if len(trained) == checkpoint.tensors[name].shape[0]:
+                tensors.append(TokenTensor(name, parameter, axes[parameter], trained=trained))
+        elif kind in (None, "B"):
             tensors.append(TokenTensor(name, parameter, axes[parameter], is_change=kind is not None))
-        elif parameter in axes and kind == "embedding_A":
+        elif kind == "embedding_A":
             tensors.append(TokenTensor(name, parameter, 1, is_change=True))
-    return Member(key, checkpoint, None, tuple(tensors), names.tied)
+    return Member(key, checkpoint, None, tuple(tensors), names.tied, factors)
 
 
 def view_of(
@@ -120,7 +135,7 @@ def view_of(
     Args:
         member: the model.
         vocabulary: of merged models.
-        members: all models.
+        members: all models, the base first.
         folders: what folder each is said to have, by key.
 
     Raises:
@@ -128,35 +143,62 @@ def view_of(
     """
     sources, own = vocabulary.rows_of(member.key), vocabulary.own_rows(member.key)
     tensors: dict[str, Gathered] = {}
+    left_out = []
     for one in member.tensors:
-        info = member.checkpoint.tensors[one.name]
-        shape = tuple(vocabulary.rows if axis == one.axis else size for axis, size in enumerate(info.shape))
-        like = Gathered(one.axis, info.dtype, shape, info.file, ())
-        if one.is_change:
-            tensors[one.name] = gather(like, own, {member.key: Place(folders[member.key], info.file, one.name)})
-            continue
-        found = {other.key: other.place(one.key, folders[other.key]) for other in members}
-        found[member.key] = Place(folders[member.key], info.file, one.name)
-        try:
-            tensors[one.name] = gather(like, sources, {key: place for key, place in found.items() if place})
-        except KeyError as error:
-            tokens = [token for token, place in vocabulary.ids.items() if _takes(sources[place], error.args[0])]
-            raise InputError(
-                f"{error.args[0]} has no tensor like {one.name} of {member.key} that the row of {tokens[0]!r} could be "
-                f"taken from; set tokenizer.tokens: {{{tokens[0]!r}: {{source: MODEL}}}}, MODEL being one that has it"
-            ) from None
+        info, name = member.checkpoint.tensors[one.name], one.name
+        shape, dtype = info.shape, info.dtype
+        if one.trained is not None:
+            whole = members[0].stored(one.key)
+            assert whole is not None, "the base has what its network has"
+            of_base = members[0].checkpoint.tensors[whole.name]
+            shape, dtype = of_base.shape, dtype if dtype == of_base.dtype else "F32"
+            left_out.append(name)
+            name = name.replace(TRAINED_TOKENS, ".weight")
+        shape = tuple(vocabulary.rows if axis == one.axis else size for axis, size in enumerate(shape))
+        like = Gathered(one.axis, dtype, shape, info.file, ())
+        found = _Rows(member, one, members, folders)
+        tensors[name] = gather(like, own if one.is_change else sources, found.place)
     places = {to: start for start, to in vocabulary.places(member.key).items()}
-    return VocabularyView(tensors, (), stretches(places))
+    return VocabularyView(tensors, tuple(left_out), stretches(places))
 
 
-def _takes(rows: Iterable[Any], model: str) -> bool:
-    return any(one.model == model for one in rows)
+@dataclass(frozen=True)
+class _Rows:
+    """Where the rows are stored that one tensor of a model is made of."""
+
+    member: Member
+    tensor: TokenTensor
+    members: Sequence[Member]
+    folders: Mapping[str, str]
+
+    def place(self, row: ModelRow) -> Place:
+        """Return where a row is stored; raises InputError if its model has no such tensor."""
+        owner, base = next(one for one in self.members if one.key == row.model), self.members[0]
+        stored = self.tensor if owner is self.member else owner.stored(self.tensor.key)
+        if stored is None and owner.config is None:  # an adapter has the base's, but for what it adds
+            found = self.place(ModelRow(base.key, row.number))
+        elif stored is None:
+            raise InputError(
+                f"{owner.key} has no tensor like {self.tensor.name} of {self.member.key}, which lacks tokens that "
+                f"{owner.key} has; name another model for them in tokenizer.tokens"
+            )
+        elif stored.trained is not None and row.number not in stored.trained:
+            return self.place(ModelRow(base.key, row.number))
+        else:
+            number = row.number if stored.trained is None else stored.trained.index(row.number)
+            file = owner.checkpoint.tensors[stored.name].file
+            found = Place(self.folders[owner.key], file, stored.name, number)
+        if owner is self.member:  # whose factors are tensors of their own
+            return found
+        key = self.tensor.key if stored is None else stored.key
+        return replace(found, change=owner.change(key, self.folders[owner.key]))
 
 
 def donors(view: VocabularyView, key: str) -> list[str]:
     """Return the other models that a view, whose folders are the models' keys, takes rows from."""
     parts = [one for how in view.tensors.values() for one in (*how.parts, *sum(how.means.values(), ()))]
-    return sorted({one.folder for one in parts} - {key})
+    folders = {one.folder for one in parts} | {one.change.folder for one in parts if one.change is not None}
+    return sorted(folders - {key})
 
 
 def fill_folder(member: Member, view: VocabularyView, rows: int, target: Path) -> None:
@@ -174,7 +216,12 @@ def fill_folder(member: Member, view: VocabularyView, rows: int, target: Path) -
     copy_companions(companions(member.folder), target)
     moved = view.moved()
     if member.config is None:
-        copyfile(member.folder / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
+        trains = any(one.trained is not None for one in member.tensors)
+        settings = load_object(member.folder / ADAPTER_CONFIG)
+        if trains and len({member.tied.get(one.key, one.key) for one in member.tensors}) == 1:
+            # peft changes what is tied to an embedding along with it.
+            settings["ensure_weight_tying"] = bool(member.tied)
+        write_json(target / ADAPTER_CONFIG, {**settings, **({"trainable_token_indices": None} if trains else {})})
     if (member.folder / GENERATION_CONFIG).is_file():
         write_json(target / GENERATION_CONFIG, _with_moved(load_object(member.folder / GENERATION_CONFIG), moved))
     if member.config is not None:
