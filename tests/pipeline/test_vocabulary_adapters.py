@@ -1,17 +1,20 @@
 """Adapters that train rows of tokens, or bring an embedding of another size, against peft's own merge."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tests.conftest import do_steps, make_llama, perturbed, plan_of
-from tests.pipeline.test_vocabulary import EMBEDDING, HEAD, recipe_of
+from tests.hub_server import HubServer
+from tests.pipeline.test_vocabulary import EMBEDDING, HEAD, MERGES, recipe_of
 from tests.tasks.networks.test_tokenizers import WORDS, word_tokenizer
 
 ROWS = 44
@@ -140,3 +143,33 @@ def test_factors_of_an_embedding_beside_more_tokens(tmp_path: Path) -> None:
             expected = (a[name][row] + b[name][words.index(token)]) / 2
             torch.testing.assert_close(merged[name][row], expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(merged[name][40], b[name][40], rtol=0, atol=1e-6)
+
+
+def test_weights_that_are_not_here_yet(hub: HubServer, tmp_path: Path) -> None:
+    """Only what must be compared is fetched for the plan, wherever its rows come from; jobs travel to workers."""
+    base = base_llama(tied=False)
+    base.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    full = copy.deepcopy(base)
+    full.resize_token_embeddings(41, mean_resizing=False)
+    perturbed(full, 3).save_pretrained(tmp_path / "a")
+    word_tokenizer(["<a>"]).save_pretrained(tmp_path / "a")
+    save_adapter(base, tmp_path / "b", 1)
+    save_adapter(base_llama(tied=True), tmp_path / "c", 1, target_modules=["q_proj", "embed_tokens"])
+    expected = merged_of(tmp_path, "a", "b", "c")
+    for name in ("base", "a"):
+        hub.add_repo(f"team/{name}", {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    recipe = recipe_of("b") | {"base": "hub:team/base", "merges": MERGES}
+    recipe["experts"]["a"] = {"model": "hub:team/a"}
+    plan = plan_of(tmp_path, recipe, store="hub")
+    assert not list(plan.inputs.listings["base"].folder.glob("*.safetensors"))
+    assert {"base", "a", "b"} == set(plan.inputs.tokenizer.seen)
+    recipe["experts"]["c"] = {"model": "c"}  # whose copy of the base's embedding is compared with it
+    plan = plan_of(tmp_path, recipe, store="hub")
+    assert list(plan.inputs.listings["base"].folder.glob("*.safetensors"))
+    for step in plan.steps:
+        assert pickle.loads(pickle.dumps(step.job)) == step.job
+    do_steps(plan)
+    found = load_file(plan.artifact("merge", "ta") / "model.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
