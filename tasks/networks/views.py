@@ -83,7 +83,10 @@ def token_axes(config: PretrainedConfig, names: Names, folder: Path) -> dict[str
     They are those that have another shape in a network of one token more.
     """
     wider = copy.deepcopy(config)
-    wider.get_text_config().vocab_size += 1
+    text = wider.get_text_config()
+    if getattr(text, "vocab_size", None) is None:
+        return {}
+    text.vocab_size += 1
     shapes, more = (
         {name: tuple(tensor.shape) for name, tensor in skeleton(one, None, folder).state_dict().items()}
         for one in (config, wider)

@@ -2,12 +2,14 @@
 
 import json
 import re
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -21,14 +23,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
+from sensmerge.tasks.checkpoints.checkpoint import WEIGHTS, open_checkpoint
 from sensmerge.tasks.checkpoints.layers import layer_of
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.statistics.statistic import read_layers
-from tests.conftest import do_steps, make_llama, perturbed, plan_of, write_rows
+from tests.conftest import SHARED, do_steps, make_llama, perturbed, plan_of, write_rows
 from tests.tasks.networks.test_tokenizers import WORDS, word_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -398,3 +400,34 @@ def test_tokens_that_merged_models_lack_are_read_as_they_read_them(
     plan = plan_of(folder, recipe | {"tokenizer": {"source": "a"}})
     assert set(plan.inputs.tokenizer.readers) == {"a"}
     assert plan.inputs.tokenizer.of("b") == plan.inputs.tokenizer.artifact
+
+
+CASES = SHARED / "cases" / "checkpoints"
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize(
+    ("case", "apart"),
+    [
+        ("C01_vocab_plus_one", []),
+        ("C14_trainable_tokens_untied", []),
+        ("G16_embedding_base_layer_changed", []),
+        ("F01_added_tokens_in_padding", [50, 51]),
+    ],
+)
+def test_cases_of_users(case: str, apart: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that only expert a has tokens for are a's; all others are what the case says is right."""
+    monkeypatch.setattr("sys.argv", [case, str(tmp_path)])
+    runpy.run_path(str(CASES / f"{case}.py"), run_name="__main__")
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    plan = plan_of(tmp_path, recipe)
+    do_steps(plan)
+    merged, right = load_file(plan.artifact("merge", "m") / WEIGHTS), load_file(tmp_path / "right.safetensors")
+    assert merged.keys() == right.keys()
+    own = load_file(tmp_path / "a" / WEIGHTS) if apart else {}
+    for name, value in right.items():
+        lone = apart if name in (EMBEDDING, HEAD) else []
+        keep = [row for row in range(len(value)) if row not in lone]
+        torch.testing.assert_close(merged[name][keep], value[keep], rtol=0, atol=1e-6)
+        for row in lone:
+            torch.testing.assert_close(merged[name][row], own[name][row], rtol=0, atol=1e-6)
