@@ -72,6 +72,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     _check_layers(recipe, base)
     _check_totals(recipe, base)
     notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
+    notes = [tokenizer.as_given(note) for note in notes]
     if base.statistics:
         notes.append(
             f"base: of {len(base.statistics)} buffers with statistics, such as {min(base.statistics)}, merged models "
@@ -139,6 +140,8 @@ def _open_models(
         except FilesNeeded as needed:
             name = next(name for name in folders if needed.folder in (folders[name], seen[name]))
             fetch_files(models[name].listing, needed.files, cache)
+        except InputError as error:
+            raise InputError(tokenizer.as_given(str(error))) from error
     base = next((one.base for one in experts.values() if one.base.untied), base)
     return base, {name: expert.on(base) for name, expert in experts.items()}
 

@@ -54,6 +54,12 @@ class Tokenizer:
         """What reads texts for merged models."""
         return Artifact(self.digest, self.folder)
 
+    def as_given(self, text: str) -> str:
+        """Return a text about models with the folders that the recipe names, and not those that stand for them."""
+        for one in self.seen.values():
+            text = text.replace(str(one.folder), str(one.given))
+        return text
+
     def of(self, task: str) -> Artifact:
         """Return the tokenizer by which base and experts read a task."""
         return self.readers.get(task) or self.artifact

@@ -17,6 +17,8 @@ class Seen:
     """A model in the vocabulary of merged models."""
 
     folder: Path
+    given: Path
+    """folder of the model itself"""
     digest: str
     """of what makes it another model than the files that it is of"""
     donors: tuple[str, ...]
@@ -47,7 +49,9 @@ def in_vocabulary(
             fill_folder(one, view, vocabulary.rows, target)
 
         names = tuple(key.removeprefix("experts.") for key in donors(told, one.key))
-        found[one.key.removeprefix("experts.")] = Seen(settled(cache / VIEWS, fill), view_digest(told), names)
+        found[one.key.removeprefix("experts.")] = Seen(
+            settled(cache / VIEWS, fill), one.folder, view_digest(told), names
+        )
     return found
 
 

@@ -123,11 +123,19 @@ def adapter_member(key: str, checkpoint: Checkpoint, base: Member) -> Member:
             trained = trained_tokens(checkpoint.folder, name)
             if len(trained) == checkpoint.tensors[name].shape[0]:
                 tensors.append(TokenTensor(name, parameter, axes[parameter], trained=trained))
-        elif kind in (None, "B"):
+        elif kind == "B" or (kind is None and _fits(checkpoint, name, base, parameter, axes[parameter])):
             tensors.append(TokenTensor(name, parameter, axes[parameter], is_change=kind is not None))
         elif kind == "embedding_A":
             tensors.append(TokenTensor(name, parameter, 1, is_change=True))
     return Member(key, checkpoint, None, tuple(tensors), names.tied, factors)
+
+
+def _fits(checkpoint: Checkpoint, name: str, base: Member, key: str, axis: int) -> bool:
+    """Return whether a tensor is a parameter of the base but for the number of its rows; what is not, is refused."""
+    found, whole = checkpoint.tensors[name].shape, base.stored(key)
+    expected = base.checkpoint.tensors[whole.name].shape if whole else ()
+    others = [[size for place, size in enumerate(shape) if place != axis] for shape in (found, expected)]
+    return len(found) == len(expected) and others[0] == others[1] and found[axis] > 0
 
 
 def view_of(
