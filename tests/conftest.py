@@ -87,9 +87,9 @@ def row_set(task: RowTask, rows: list[Row], labels: Labels | None = None) -> Row
     return RowSet(task, stored(rows), labels)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: 256 bytes, begin, end and padding."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def make_tokenizer(order: int = 1) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: begin, end, padding and 256 bytes, which with order -1 are numbered backwards."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[::order]
     vocabulary = {character: number for number, character in enumerate(["<s>", "</s>", "<pad>", *alphabet])}
     model = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,16 +1,17 @@
 """The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sensmerge.pipeline.plan.models import about
 from sensmerge.pipeline.plan.rows import RowUse, TaskRows, Tuning, gather_rows
 from sensmerge.pipeline.plan.statistics import takes_losses
-from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer
+from sensmerge.pipeline.plan.tokenizer import Tokenizer, Unopened, choose_tokenizer
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.variant import Variant
-from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
+from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors, viewed
 from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.checkpoints.listing import Listing, LocalModel
 from sensmerge.tasks.checkpoints.source import fetch_files, safetensors_header, small_files
@@ -64,11 +65,14 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     Raises:
         InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
     """
-    base, experts = _open_models(recipe, listings, cache)
+    models = {name: _unopened(listing, cache) for name, listing in listings.items()}
+    tokenizer, about_tokenizer = choose_tokenizer(recipe.tokenizer, models, cache)
+    base, experts = _open_models(recipe, models, tokenizer, cache)
     classes = _agreed_classes(base, experts)
     _check_layers(recipe, base)
     _check_totals(recipe, base)
     notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
+    notes = [tokenizer.as_given(note) for note in notes]
     if base.statistics:
         notes.append(
             f"base: of {len(base.statistics)} buffers with statistics, such as {min(base.statistics)}, merged models "
@@ -77,13 +81,21 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     for name, variant in recipe.merges.items():
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant, recipe, base, experts)
-    tokenizer, said = choose_tokenizer(recipe.tokenizer.source, base, experts, listings, cache)
-    notes += said
-    reader = load_tokenizer(tokenizer.folder) if recipe.tasks else None
+    notes += about_tokenizer
+    readers = _readers(tokenizer, recipe.tasks)
     use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
-    data, said = gather_rows(recipe.tasks, experts, reader, folder, use)
+    data, said = gather_rows(recipe.tasks, experts, readers, folder, use)
     notes += [*said, *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(map(public_text, notes)), tuple(classes))
+
+
+def _readers(tokenizer: Tokenizer, tasks: Collection[str]) -> dict[str, list[Any]]:
+    """Return the tokenizers that read each task: its expert's, if that is another, and that of merged models."""
+    if not tasks:
+        return {}
+    merged = load_tokenizer(tokenizer.folder)
+    own = {name: load_tokenizer(one.folder) for name, one in tokenizer.readers.items() if name in tasks}
+    return {name: [own[name], merged] if name in own else [merged] for name in tasks}
 
 
 def _tuning(recipe: Recipe) -> Tuning:
@@ -107,26 +119,35 @@ def _tuning_passes(recipe: Recipe, data: Mapping[str, TaskRows]) -> list[str]:
     return lines
 
 
-def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> tuple[Base, dict[str, Expert]]:
+def _open_models(
+    recipe: Recipe, models: Mapping[str, Unopened], tokenizer: Tokenizer, cache: Path
+) -> tuple[Base, dict[str, Expert]]:
     """Open base and experts; where one expert holds apart what the base ties, all are seen so."""
-    folders = {name: small_files(listing, cache) for name, listing in listings.items()}
-    headers = {name: _remote_headers(listing, cache) for name, listing in listings.items()}
+    folders = {name: one.folder for name, one in models.items()}
+    seen = folders | {name: one.folder for name, one in tokenizer.seen.items()}
+    headers = {name: one.headers and viewed(replace(one.headers, folder=seen[name])) for name, one in models.items()}
     while True:
         try:
             with about("base"):
-                base = open_base(folders["base"], headers["base"])
+                base = open_base(seen["base"], headers["base"])
             experts = {}
             for name, expert in recipe.experts.items():
                 with about(f"experts.{name}"):
                     experts[name] = open_expert(
-                        folders[name], base, f"experts.{name}", headers[name], expert.config == "base"
+                        seen[name], base, f"experts.{name}", headers[name], expert.config == "base"
                     )
             break
         except FilesNeeded as needed:
-            name = next(name for name, folder in folders.items() if folder == needed.folder)
-            fetch_files(listings[name], needed.files, cache)
+            name = next(name for name in folders if needed.folder in (folders[name], seen[name]))
+            fetch_files(models[name].listing, needed.files, cache)
+        except InputError as error:
+            raise InputError(tokenizer.as_given(str(error))) from error
     base = next((one.base for one in experts.values() if one.base.untied), base)
     return base, {name: expert.on(base) for name, expert in experts.items()}
+
+
+def _unopened(listing: Listing, cache: Path) -> Unopened:
+    return Unopened(listing, small_files(listing, cache), _remote_headers(listing, cache))
 
 
 def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:

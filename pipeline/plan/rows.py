@@ -1,6 +1,6 @@
 """The rows of a recipe's tasks: chosen, checked, and kept apart: no sample both calibrates and is scored."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -76,7 +76,8 @@ class _Reader:
     name: str
     task: RowTask
     expert: Expert
-    tokenizer: Any
+    tokenizers: Sequence[Any]
+    """all that read the task; samples are those of the first"""
     use: RowUse
 
     def _may_lack_answers(self, split: Split) -> bool:
@@ -112,13 +113,14 @@ class _Reader:
         chosen = []
         for row, place, unanswered in zip(found.rows, found.places, lacking, strict=True):
             where = f"{key}: {place}"
-            sample = self.task.sample(row, self.tokenizer, where, label2id)
-            _check_sample(f"tasks.{self.name}", where, self.task, sample, self.expert)
-            if self.use.routed and not sample.has_prompt:
-                raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
+            sample, *others = (self.task.sample(row, one, where, label2id) for one in self.tokenizers)
+            for one in (sample, *others):
+                _check_sample(f"tasks.{self.name}", where, self.task, one, self.expert)
+                if self.use.routed and not one.has_prompt:
+                    raise InputError(f"{where}: the prompt has no token that application se can route by; leave it out")
             contents = [sample.content]
             if unanswered:  # whatever the right answer of an equal row is
-                every = self.task.samples(row, self.tokenizer, where, label2id)
+                every = self.task.samples(row, self.tokenizers[0], where, label2id)
                 contents = [replace(one, label=label).content for one in every for label in (None, *label2id.values())]
             chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered))
         return chosen
@@ -127,7 +129,7 @@ class _Reader:
 def gather_rows(
     tasks: Mapping[str, Task],
     experts: Mapping[str, Expert],
-    tokenizer: Any,
+    tokenizers: Mapping[str, Sequence[Any]],
     folder: Path,
     use: RowUse,
 ) -> tuple[dict[str, TaskRows], list[str]]:
@@ -141,7 +143,7 @@ def gather_rows(
     Args:
         tasks: the recipe's.
         experts: of the tasks, by the same names.
-        tokenizer: the one that all models use.
+        tokenizers: those that read a task, by its name; samples are those of the first.
         folder: what the recipe's paths are relative to.
         use: what the recipe does with them.
 
@@ -155,7 +157,7 @@ def gather_rows(
     for name, task in tasks.items():
         _check_kind(name, task, experts[name])
         if isinstance(task, RowTask):
-            readers[name] = _Reader(name, task, experts[name], tokenizer, use)
+            readers[name] = _Reader(name, task, experts[name], tokenizers[name], use)
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
     taken = _places(calibration)
     notes = []

@@ -10,6 +10,7 @@ from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.rows import Split, TaskRows
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
+from sensmerge.pipeline.plan.vocabulary import fingerprint
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.pipeline.store.store import Key
@@ -111,7 +112,7 @@ class _Layout:
             base_config=self._inputs.experts[name].base_config,
             statistics=measured,
             calibration=self._calibration(name),
-            tokenizer=self._tokenizer(),
+            tokenizer=self._inputs.tokenizer.of(name),
             dtype=self._recipe.dtype,
             name=name,
             device=self._device("statistics"),
@@ -128,7 +129,7 @@ class _Layout:
             experts={name: self._model(name) for name in experts},
             base_config={name for name, one in experts.items() if one.base_config},
             calibration={name: self._calibration(name) for name in experts},
-            tokenizer=self._tokenizer(),
+            tokenizer=self._inputs.tokenizer.of_all(experts),
             dtype=self._recipe.dtype,
             heads={name: computation_digest(one.config) for name, one in experts.items()},
             device=self._device("cross_task"),
@@ -239,7 +240,7 @@ class _Layout:
             experts={one: self._model(one) for one in experts},
             base_config={one for one, expert in experts.items() if expert.base_config},
             calibration={one: self._calibration(one) for one in experts},
-            tokenizer=self._tokenizer(),
+            tokenizer=self._inputs.tokenizer.of_all(experts),
             settings=settings,
             dtype=self._recipe.dtype,
             merge=merged.job,
@@ -296,18 +297,19 @@ class _Layout:
         self, kind: type[EvaluateJob], model: str, task: str, split: Split
     ) -> tuple[EvaluateJob, list[Step], int]:
         """Return the job that scores a model on the rows of a task, the steps that it needs, and the bytes it reads."""
-        experts, one = self._inputs.experts, self._inputs.data[task]
+        experts, one, is_input = self._inputs.experts, self._inputs.data[task], model in self._inputs.listings
+        reads = self._inputs.tokenizer
         head = task if one.task.has_own_head and experts[task].head else None
         config = None
-        if head and model in self._inputs.listings and model != head and not experts[head].has_trunk_in_head():
+        if head and is_input and model != head and not experts[head].has_trunk_in_head():
             # This model stays what it is when the task's expert changes, of which it only takes the head.
             config = computation_digest(experts[head].config)
         made = self._made["download"].get(model) or self._made[self._recipe.merges[model].last_stage][model]
         job = kind(
             base=self._model("base"),
-            model=self._as_run(model) if model in self._inputs.listings else made.artifact(self._resolved.store),
+            model=self._as_run(model) if is_input else made.artifact(self._resolved.store),
             head=self._as_run(head) if head else None,
-            tokenizer=self._tokenizer(),
+            tokenizer=reads.of(task) if is_input and isinstance(one.task, RowTask) else reads.artifact,
             task=self._task(one, split),
             rows=self._resolved.rows(task, split),
             labels=self._labels(task, one),
@@ -347,8 +349,11 @@ class _Layout:
         self.steps.append(step)
 
     def _model(self, name: str) -> Artifact:
-        """Return base or an expert, where its files are."""
-        return Artifact(self._made["download"][name].key.fingerprint, self._inputs.listings[name].folder)
+        """Return base or an expert, where its files are, or what stands for it in the vocabulary of merged models."""
+        prints = {one: step.key.fingerprint for one, step in self._made["download"].items()}
+        seen = self._inputs.tokenizer.seen.get(name)
+        folder = self._inputs.listings[name].folder if seen is None else seen.folder
+        return Artifact(fingerprint(prints[name], seen, prints), folder)
 
     def _as_run(self, name: str) -> Artifact:
         """Return base or an expert as it runs: its files, and whose settings it runs with."""
@@ -356,11 +361,11 @@ class _Layout:
         adopted = " with the base's config" if expert is not None and expert.base_config else ""
         return Artifact(f"{files.fingerprint}{adopted}", files.folder)
 
-    def _tokenizer(self) -> Artifact:
-        return Artifact(self._inputs.tokenizer.digest, self._inputs.tokenizer.folder)
-
     def _downloads(self, *names: str) -> list[Step]:
-        return [self._made["download"][name] for name in names]
+        """Return the downloads of models, and of those that they have rows of tokens from."""
+        seen = self._inputs.tokenizer.seen
+        needed = dict.fromkeys([*names, *(one for name in names if name in seen for one in seen[name].donors)])
+        return [self._made["download"][name] for name in needed]
 
     def _weights(self, *names: str) -> int:
         """Return the size of the weights of models."""

@@ -1,11 +1,16 @@
 """The tokenizer and generation config that all models of a recipe are run with and merged models get."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from sensmerge.tasks.artifacts import canonical, sha256_file, sha256_text
+from transformers import PretrainedConfig
+
+from sensmerge.pipeline.plan.models import about
+from sensmerge.pipeline.plan.vocabulary import Seen, in_vocabulary, settled
+from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings, TokenOfModel
+from sensmerge.tasks.artifacts import Artifact, canonical, sha256_file, sha256_text
+from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from sensmerge.tasks.checkpoints.companions import (
     CONFIG,
     GENERATION_CONFIG,
@@ -16,12 +21,16 @@ from sensmerge.tasks.checkpoints.companions import (
     local_files,
     names_code,
 )
+from sensmerge.tasks.checkpoints.header import read_header
+from sensmerge.tasks.checkpoints.layers import in_block
 from sensmerge.tasks.checkpoints.listing import Listing
-from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.base import Base
-from sensmerge.tasks.networks.expert import Expert
-from sensmerge.tasks.networks.networks import network_class
-from sensmerge.tasks.networks.tokenizers import BASE, Choice, Owner, choose, write_choice
+from sensmerge.tasks.checkpoints.vocabulary import plain_vocabulary
+from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
+from sensmerge.tasks.networks.expert import is_adapter
+from sensmerge.tasks.networks.networks import load_config, network_class
+from sensmerge.tasks.networks.tokenizers import BASE, Owner, choose, write_choice
+from sensmerge.tasks.networks.union import Asked, Wanted
+from sensmerge.tasks.networks.views import Member, TokenTensor, adapter_member, whole_member
 
 
 @dataclass(frozen=True)
@@ -35,75 +44,171 @@ class Tokenizer:
     """content digest of these, the generation config and `token_ids`"""
     token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
     """special tokens for which configs of merged models differ from the base's"""
+    seen: Mapping[str, Seen] = field(default_factory=dict)
+    """what stands for base and experts in the vocabulary of merged models; empty where all have it as their own"""
+    readers: Mapping[str, Artifact] = field(default_factory=dict)
+    """by expert, its own tokenizer with ids of merged models: by this, base and experts read the expert's task"""
+
+    @property
+    def artifact(self) -> Artifact:
+        """What reads texts for merged models."""
+        return Artifact(self.digest, self.folder)
+
+    def as_given(self, text: str) -> str:
+        """Return a text about models with the folders that the recipe names, and not those that stand for them."""
+        for one in self.seen.values():
+            text = text.replace(str(one.folder), str(one.given))
+        return text
+
+    def of(self, task: str) -> Artifact:
+        """Return the tokenizer by which base and experts read a task."""
+        return self.readers.get(task) or self.artifact
+
+    def of_all(self, tasks: Collection[str]) -> Artifact | dict[str, Artifact]:
+        """Return the tokenizer by which base and experts read all tasks, or by task where there are several."""
+        return {task: self.of(task) for task in tasks} if self.readers else self.artifact
+
+
+@dataclass(frozen=True)
+class Unopened:
+    """A model of which only small files and headers were looked at."""
+
+    listing: Listing
+    folder: Path
+    headers: Checkpoint | None
+    """None where its weights are in the folder"""
+
+    def checkpoint(self) -> Checkpoint:
+        """Return the headers of a whole model, or of an adapter.
+
+        Raises:
+            InputError: its weights cannot be read.
+        """
+        if self.headers is not None:
+            return self.headers
+        adapter = self.folder / ADAPTER_WEIGHTS
+        return Checkpoint(self.folder, read_header(adapter)) if adapter.is_file() else open_checkpoint(self.folder)
 
 
 def choose_tokenizer(
-    named: str, base: Base, experts: Mapping[str, Expert], listings: Mapping[str, Listing], cache: Path
+    settings: TokenizerSettings, models: Mapping[str, Unopened], cache: Path
 ) -> tuple[Tokenizer, list[str]]:
     """Choose whose tokenizer it is; one that no model has as it is, is written below the cache.
 
     Args:
-        named: the recipe's `tokenizer.source`.
-        base: the base.
-        experts: the experts.
-        listings: of base and experts; their small files are here.
+        settings: the recipe's `tokenizer`.
+        models: base and experts by name.
         cache: the hub's cache, which all workers see.
 
     Returns:
         The tokenizer, and what a user should know of it: a line each.
 
     Raises:
-        InputError: what `choose` and `write_choice` raise.
+        InputError: what `choose`, `write_choice` and `in_vocabulary` raise.
     """
-    owner = Owner(BASE, base.folder, base.config, _digest(listings["base"]))
-    others = [
-        Owner(f"experts.{name}", one.folder, None if one.is_adapter else one.config, _digest(listings[name]))
-        for name, one in experts.items()
-    ]
-    generates = network_class(base.config, None, base.folder).can_generate()
-    choice = choose(owner, others, named, getattr(base.config.get_text_config(), "vocab_size", 0), generates)
+    with about(BASE):
+        base = whole_owner(BASE, models[BASE])
+        generates = network_class(_config(base), None, base.folder).can_generate()
+    experts = [_owner(name, one, base, models[BASE]) for name, one in models.items() if name != BASE]
+    choice = choose(base, experts, _asked(settings), generates)
     ids = choice.token_ids()
     folder = base.folder
-    if choice.source is not owner or choice.added or choice.ends:
-        folder = _write(choice, owner, others, cache)
+    if choice.source is not base or choice.added or choice.ends or choice.template is not None:
+        folder = settled(cache / ".tokenizers", lambda target: write_choice(choice, base, experts, target))
     files = {name: path for name, path in companions(folder).items() if is_tokenizer_file(name)}
     digests = {name: sha256_file(path) for name, path in files.items()}
     generation = folder / GENERATION_CONFIG
     stated = sha256_file(generation) if generation.is_file() else None
-    tokenizer = Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical([digests, stated, ids])), ids)
+    about_it = [digests, stated, ids]
+    seen: dict[str, Seen] = {}
+    # Where all have one vocabulary, what holds single rows of an embedding alone is to be seen as a whole.
+    keys = [one.key for one in (base, *experts) if choice.vocabulary is not None or one.trained]
+    if keys:
+        members = _members(models, [base, *experts])
+        vocabulary = choice.vocabulary or plain_vocabulary(base.rows, [one.key for one in members])
+        seen = in_vocabulary(vocabulary, members, keys, cache)
+        about_it.append({name: one.digest for name, one in seen.items()})
+    readers = {
+        owner.name: Artifact(sha256_text(canonical([owner.digest, seen[owner.name].digest])), seen[owner.name].folder)
+        for owner in experts
+        if owner.key in choice.readers
+    }
+    tokenizer = Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical(about_it)), ids, seen, readers)
     return tokenizer, [*choice.notes, *_code_notes(base.folder, folder), *_large_notes(base.folder)]
+
+
+def whole_owner(key: str, model: Unopened) -> Owner:
+    """Return a whole model; raises InputError for a config that cannot be read."""
+    config = load_config(model.folder)
+    return Owner(key, model.folder, config, _digest(model.listing), _rows(config))
+
+
+def _owner(name: str, model: Unopened, base: Owner, of_base: Unopened) -> Owner:
+    key = f"experts.{name}"
+    with about(key):
+        if not is_adapter(model.folder, model.headers, key):
+            return whole_owner(key, model)
+        headers = model.checkpoint()
+        digest, rows = _digest(model.listing), base.rows
+        found: Sequence[TokenTensor] = ()
+        if any(not in_block(one) for one in headers.tensors):
+            found = adapter_member(key, headers, _member(of_base, base)).tensors
+        whole = [
+            headers.tensors[one.name].shape[one.axis] for one in found if not one.is_change and one.trained is None
+        ]
+        if whole:
+            return Owner(key, model.folder, None, digest, whole[0])
+        if any(one.is_change for one in found):
+            return Owner(key, model.folder, None, digest, rows)
+        trained = frozenset(row for one in found for row in one.trained or ())
+        return Owner(key, model.folder, None, digest, rows, trained)
+
+
+def _member(model: Unopened, owner: Owner) -> Member:
+    return whole_member(owner.key, model.checkpoint(), _config(owner))
+
+
+def _members(models: Mapping[str, Unopened], owners: Sequence[Owner]) -> list[Member]:
+    """Return the models whose tokens merged models have."""
+    members: list[Member] = []
+    for model, owner in zip(models.values(), owners, strict=True):
+        with about(owner.key):
+            whole = owner.config is not None
+            members.append(
+                _member(model, owner) if whole else adapter_member(owner.key, model.checkpoint(), members[0])
+            )
+    return members
+
+
+def _config(owner: Owner) -> PretrainedConfig:
+    assert owner.config is not None, "a whole model has a config"
+    return owner.config
+
+
+def _rows(config: PretrainedConfig) -> int:
+    return int(getattr(config.get_text_config(), "vocab_size", None) or 0)
+
+
+def _asked(settings: TokenizerSettings) -> Asked:
+    """Return what a recipe says of tokens, with models by their keys."""
+
+    def key(name: str) -> str:
+        return name if name == BASE else f"experts.{name}"
+
+    tokens = {}
+    for token, one in settings.tokens.items():
+        match one.source:
+            case str(name):
+                tokens[token] = Wanted(key(name), force=one.force)
+            case TokenOfModel(model=name, token=found, token_id=number):
+                tokens[token] = Wanted(key(name), found, number, one.force)
+            case _:
+                tokens[token] = Wanted(None, force=one.force)
+    return Asked(settings.source, settings.pad_to_multiple_of, tokens, settings.chat_template)
 
 
 def _digest(listing: Listing) -> str:
     return sha256_text(canonical([[one.name, one.digest] for one in listing.files if is_tokenizer_file(one.name)]))
-
-
-def _write(choice: Choice, base: Owner, experts: list[Owner], cache: Path) -> Path:
-    """Write a tokenizer to a folder named by its content, unless it is there, and return the folder.
-
-    Raises:
-        InputError: the cache cannot be written.
-    """
-    tokenizers = cache / ".tokenizers"
-    try:
-        return _written(choice, base, experts, tokenizers)
-    except OSError as error:
-        raise InputError(
-            f"--store: {tokenizers} cannot be written ({error.strerror}), which has to hold the tokenizer of merged "
-            "models; choose another folder"
-        ) from error
-
-
-def _written(choice: Choice, base: Owner, experts: list[Owner], tokenizers: Path) -> Path:
-    tokenizers.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=tokenizers, prefix=".") as temporary:
-        folder = Path(temporary) / "written"
-        folder.mkdir()
-        write_choice(choice, base, experts, folder)
-        target = tokenizers / sha256_text(canonical({n: sha256_file(p) for n, p in companions(folder).items()}))[:32]
-        if not target.exists():
-            folder.rename(target)
-    return target
 
 
 def _code_notes(base: Path, tokenizer: Path) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sensmerge.pipeline.recipe.mergekit_tokenizer import tokenizer_of
 from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.methods.contract import METHODS, Method, keys_of
 
@@ -67,15 +68,11 @@ def recipe_of(data: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any
     for key in data:
         if key not in KNOWN:
             raise InputError(f"unknown key {shown(key)}; expected a configuration of mergekit 0.1.5")
-    for key, way_out in (
-        ("modules", "write models: if the model has one module; others cannot be merged yet"),
-        (
-            "chat_template",
-            "leave it out: merged models have the chat template of the model that tokenizer_source names",
-        ),
-    ):
-        if data.get(key) is not None:
-            raise InputError(f"{key}: a recipe has nothing like it; {way_out}")
+    if data.get("modules") is not None:
+        raise InputError(
+            "modules: a recipe has nothing like it; write models: if the model has one module; others cannot be merged "
+            "yet"
+        )
     method = data[MERGE_METHOD]
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"{MERGE_METHOD}: found {shown(method)}; expected one of {', '.join(METHODS)}")
@@ -101,7 +98,7 @@ def recipe_of(data: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any
         "name": name,
         "base": _place(base, "base_model", folder),
         "experts": {key: {"model": _expert(one, base, folder)} for key, one in experts.items()},
-        "tokenizer": {"source": _tokenizer(data, base, experts)},
+        "tokenizer": tokenizer_of(data, lambda value, where: _of_tokenizer(value, where, base, experts)),
         "merges": {VARIANT: variant},
     }
 
@@ -380,22 +377,12 @@ def _number(value: Any, where: str) -> Any:
 # Tokenizer -----------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(data: Mapping[str, Any], base: _Model, experts: Mapping[str, _Listed]) -> str:
-    """Return the recipe's `tokenizer.source`; mergekit takes the base's where nothing is said."""
-    source, where = data.get("tokenizer_source"), "tokenizer_source"
-    if data.get("tokenizer") is not None:
-        settings = _mapping(data["tokenizer"], "tokenizer")
-        for key in settings.keys() - {"source"}:
-            raise InputError(f"tokenizer.{key}: a recipe has nothing like it; leave it out")
-        source, where = settings.get("source", "union"), "tokenizer.source"
-    if source is None:
-        return "base"
-    if source in ("base", "union"):
-        return str(source)
-    model = _model(source, where)
+def _of_tokenizer(value: Any, where: str, base: _Model, experts: Mapping[str, _Listed]) -> str:
+    """Return what a recipe calls a model that a tokenizer, or the row of a token, comes from."""
+    model = _model(value, where)
     if model == base:
         return "base"
     for name, one in experts.items():
         if one.model == model:
             return name
-    raise InputError(f"{where}: {model.path} is none of the models that are merged; name one of them, base or union")
+    raise InputError(f"{where}: {model.path} is none of the models that are merged; name one of them")

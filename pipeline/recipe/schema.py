@@ -12,6 +12,7 @@ from sensmerge.pipeline.recipe.gate import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.resources import ActorPlacement, Resources
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings
 from sensmerge.pipeline.recipe.variant import Dtype, Variant
 from sensmerge.tasks.coefficients import (
     ExplicitCoefficients,
@@ -39,16 +40,6 @@ class ExpertModel(Strict):
     )
 
 
-class TokenizerSource(Strict):
-    """The model whose tokenizer, chat template, special tokens, end tokens and generation config merged models get."""
-
-    source: str = Field(
-        "union",
-        description="base or the name of an expert: take everything from that model; union: take everything from the "
-        "base (or, if it has no chat template, the first expert with one) and add the others' tokens and end tokens",
-    )
-
-
 class Recipe(Strict):
     """A base, its experts, the tasks that judge them, and the merges to make."""
 
@@ -59,8 +50,8 @@ class Recipe(Strict):
     )
     experts: dict[Name, ExpertModel] = Field(description="the experts, by name")
     tasks: dict[Name, AnyTask] = Field({}, description="the task of each expert, under the expert's name")
-    tokenizer: TokenizerSource = Field(
-        TokenizerSource.model_validate({}), description="where the tokenizer of merged models comes from"
+    tokenizer: TokenizerSettings = Field(
+        TokenizerSettings.model_validate({}), description="where the tokenizer of merged models comes from"
     )
     merges: dict[Name, Variant] = Field(min_length=1, description="the merges to make (variants), by name")
     dtype: Dtype = Field("float32", description="dtype in which networks run")
@@ -136,9 +127,7 @@ class Recipe(Strict):
         for name, variant in self.merges.items():
             self._check_variant(f"merges.{name}", variant)
         self._check_gate()
-        sources = ["union", "base", *self.experts]
-        if self.tokenizer.source not in sources:
-            raise ValueError(f"tokenizer.source: found {self.tokenizer.source}; expected one of {', '.join(sources)}")
+        self.tokenizer.check(["base", *self.experts])
         return self
 
     def _check_gate(self) -> None:

@@ -5,7 +5,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.header import TensorInfo, open_file, read_header
+from sensmerge.tasks.checkpoints.views import Gathered, Stretch, Taken, read_view
 from sensmerge.tasks.errors import InputError
 
 WEIGHTS = "model.safetensors"
@@ -42,9 +43,11 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...] = ()
     """what a user should know of the files: a line each"""
+    gathered: Mapping[str, Gathered] = field(default_factory=dict)
+    """tensors that are put together of rows of stored ones: those that have a row for every token of a vocabulary"""
 
     @cached_property
-    def _open_files(self) -> dict[str, Any]:
+    def _open_files(self) -> dict[Path, Any]:
         return {}
 
     def read(self, name: str) -> torch.Tensor:
@@ -53,14 +56,47 @@ class Checkpoint:
         Raises:
             InputError: the file is gone or corrupt.
         """
-        file = self.tensors[name].file
-        if file not in self._open_files:
-            self._open_files[file] = open_file(self.folder / file, "pt")
-        tensor: torch.Tensor = self._open_files[file].get_tensor(name)
+        if name in self.gathered:
+            return self._gather(name)
+        return self._stored(self.folder / self.tensors[name].file, name)
+
+    def _stored(self, path: Path, name: str) -> torch.Tensor:
+        if path not in self._open_files:
+            self._open_files[path] = open_file(path, "pt")
+        tensor: torch.Tensor = self._open_files[path].get_tensor(name)
         return tensor
 
+    def _gather(self, name: str) -> torch.Tensor:
+        """Return a tensor that is put together of rows of stored ones."""
+        how = self.gathered[name]
+        whole = torch.zeros(how.shape, dtype=DTYPES[how.dtype])
+        rows = whole.movedim(how.axis, 0)
+
+        for part in how.parts:
+            for one in part.stretches:
+                rows[one.to : one.to + one.count] = self._rows(part, one, how.axis)
+        for place, sources in how.means.items():
+            rows[place] = sum(self._rows(one, one.stretches[0], how.axis)[0].float() for one in sources) / len(sources)
+        blank = sum(one.count for one in how.blank)
+        if blank:
+            mean = rows.sum(0, dtype=torch.float32) / (len(rows) - blank)
+            for one in how.blank:
+                rows[one.to : one.to + one.count] = mean.to(rows.dtype)
+        return whole
+
+    def _rows(self, part: Taken, where: Stretch, axis: int) -> torch.Tensor:
+        """Return some rows of a stored tensor, which are first in their dimensions, with what comes on top."""
+        chosen = slice(where.start, where.start + where.count)
+        stored, change = self._stored(part.path, part.tensor).movedim(axis, 0)[chosen], part.change
+        if change is None:
+            return stored
+        file = Path(change.folder) / change.file
+        first, second = (self._stored(file, name).float() for name in (change.first, change.second))
+        product = (second @ first[:, chosen]).T if change.by_columns else second[chosen] @ first
+        return stored.float() + change.scaling * product
+
     def require(self, *files: str) -> None:
-        """Check that some files of the checkpoint are here.
+        """Check that some files of the checkpoint are here, and those of others that rows are taken from.
 
         Raises:
             FilesNeeded: one is not.
@@ -68,6 +104,11 @@ class Checkpoint:
         lacking = sorted({file for file in files if not (self.folder / file).exists()})
         if lacking:
             raise FilesNeeded(self.folder, lacking)
+        for how in self.gathered.values():
+            for one in (*how.parts, *(one for sources in how.means.values() for one in sources)):
+                for at in (one, one.change):
+                    if at is not None and not (Path(at.folder) / at.file).exists():
+                        raise FilesNeeded(Path(at.folder), [at.file])
 
     def holds_equal(self, first: str, second: str) -> bool:
         """Return whether two tensors have the same dtype, shape and bytes.
@@ -101,13 +142,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         notes: tuple[str, ...] = ()
         if (folder / INDEX).is_file() and index_files(folder / INDEX) != [WEIGHTS]:
             notes = (f"{folder} has both {WEIGHTS} and {INDEX}: {WEIGHTS} is read, as transformers does",)
-        return Checkpoint(folder, read_header(folder / WEIGHTS), notes)
+        return viewed(Checkpoint(folder, read_header(folder / WEIGHTS), notes))
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} in it; expected a checkpoint saved as safetensors")
     for file in index_files(folder / INDEX):
         if not (folder / file).is_file():
             raise InputError(f"{folder / INDEX}: names {file}, which is not in the folder; put the file there")
-    return Checkpoint(folder, indexed_tensors(folder / INDEX, lambda file: read_header(folder / file)))
+    return viewed(Checkpoint(folder, indexed_tensors(folder / INDEX, lambda file: read_header(folder / file))))
+
+
+def viewed(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint in the vocabulary of merged models, if its folder is a view (`read_view`)."""
+    view = read_view(checkpoint.folder)
+    if view is None:
+        return checkpoint
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in view.left_out}
+    tensors |= {name: TensorInfo(how.dtype, how.shape, how.file) for name, how in view.tensors.items()}
+    return replace(checkpoint, tensors=tensors, gathered=view.tensors)
 
 
 def indexed_tensors(index: Path, header: Callable[[str], Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:

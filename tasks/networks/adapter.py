@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
 from sensmerge.tasks.checkpoints.weights import BaseWeights, LoraFactors, Piece, View
 from sensmerge.tasks.errors import InputError
@@ -24,6 +25,8 @@ from sensmerge.tasks.networks.regions import regions
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BASE_LAYER = ".base_layer.weight"
+TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
+"""Ends the name of some rows of an embedding: their values, whatever the name says."""
 _ADAPTER_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B))\.(?!weight$)[\w-]+(?=\.weight$|$)")
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[\w-]+\.")
 _ORIGINAL_MODULE = ".original_module."
@@ -225,7 +228,7 @@ class _Match:
             first, second = (pair["embedding_A"], pair["embedding_B"]) if embedding else (pair["A"], pair["B"])
         except KeyError as missing:
             raise InputError(f"{path}: {name} has no factor {missing}; save the whole adapter again") from missing
-        rank, alpha = config.rank(name), config.alpha(name)
+        rank = config.rank(name)
         transpose = embedding or isinstance(module, Conv1D)
         rows, columns = reversed(shape) if transpose else shape
         found, expected = (tensors[first].shape, tensors[second].shape), ((rank, columns), (rows, rank))
@@ -234,9 +237,53 @@ class _Match:
                 f"{path}: the factors of {name} have shapes {found[0]} and {found[1]}, expected {expected[0]} and "
                 f"{expected[1]} for the base's weight and the rank of {ADAPTER_CONFIG}; it was made for another base"
             )
-        # peft: LoraLayer.update_layer
-        scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-        return LoraFactors(first, second, scaling, transpose)
+        return LoraFactors(first, second, scaling_of(config, name), transpose)
+
+
+def scaling_of(config: AdapterConfig, module: str) -> float:
+    """Return what the product of a module's factors is multiplied by."""
+    rank, alpha = config.rank(module), config.alpha(module)
+    return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank  # peft: LoraLayer.update_layer
+
+
+def module_of(name: str) -> str:
+    """Return the module that a factor of an adapter belongs to, by the factor's name in the file."""
+    return _split_lora_name(_peft_name(name, Path(ADAPTER_WEIGHTS)))[0]
+
+
+def parameters_of(checkpoint: Checkpoint, names: Names) -> dict[str, tuple[str, str | None]]:
+    """Return, by the name of each tensor of an adapter, the key of the parameter that it changes or stands for.
+
+    With it stands which factor of the change it is (`A`, `B`, `embedding_A`, `embedding_B`), `trained_tokens` for some
+    rows of values, or None for all values.
+    """
+    found: dict[str, tuple[str, str | None]] = {}
+    for name in checkpoint.tensors:
+        if _ORIGINAL_MODULE in name:
+            continue
+        stripped = _peft_name(name, checkpoint.folder / ADAPTER_WEIGHTS)
+        module, kind = _split_lora_name(stripped)
+        if stripped.endswith(TRAINED_TOKENS):
+            module, kind = stripped.removesuffix(TRAINED_TOKENS), "trained_tokens"
+        parameter = f"{module}.weight" if kind else stripped.replace(_BASE_LAYER, ".weight")
+        found[name] = names.key(parameter), kind
+    return found
+
+
+def trained_tokens(folder: Path, tensor: str) -> tuple[int, ...]:
+    """Return the rows of an embedding that an adapter trains (`trainable_token_indices`), in the order of its tensor.
+
+    Raises:
+        InputError: the adapter's config does not say them, or not as peft writes them.
+    """
+    path = folder / ADAPTER_CONFIG
+    stated = load_object(path).get("trainable_token_indices")
+    module = tensor.removesuffix(TRAINED_TOKENS)
+    if isinstance(stated, dict):
+        stated = next((one for key, one in stated.items() if f".{module}".endswith(f".{key}")), None)
+    if not isinstance(stated, list) or not all(isinstance(one, int) and one >= 0 for one in stated):
+        raise InputError(f"{path}: trainable_token_indices does not say which rows {tensor} holds; save it again")
+    return tuple(stated)
 
 
 def _peft_name(name: str, path: Path) -> str:

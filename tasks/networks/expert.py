@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint
+from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, viewed
 from sensmerge.tasks.checkpoints.header import read_header
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
 from sensmerge.tasks.errors import InputError
@@ -86,7 +86,7 @@ def open_expert(
     """
     if is_adapter(folder, checkpoint, key):
         weights = folder / ADAPTER_WEIGHTS
-        return _open_adapter(folder, base, key, checkpoint or Checkpoint(folder, read_header(weights)))
+        return _open_adapter(folder, base, key, checkpoint or viewed(Checkpoint(folder, read_header(weights))))
     return _open_full(folder, base, key, checkpoint or open_checkpoint(folder), base_config)
 
 

@@ -18,9 +18,11 @@ from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER_CONFIG
+from sensmerge.tasks.checkpoints.views import read_view
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.bounds import ERRORS, check_bounds
 from sensmerge.tasks.networks.foreign import check_foreign
+from sensmerge.tasks.networks.merged_ids import in_merged_ids
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
@@ -236,6 +238,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         InputError: there is none, it needs code of its own, or its files name others elsewhere.
+
+    Returns:
+        Of a folder that stands for a model in the vocabulary of merged models, one that gives their ids.
     """
     for name in (CONFIG, TOKENIZER_CONFIG):
         if (folder / name).is_file():
@@ -246,7 +251,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: no usable tokenizer ({reason}); get its files again") from error
-    return tokenizer
+    view = read_view(folder)
+    return tokenizer if view is None else in_merged_ids(tokenizer, view.moved(), folder)
 
 
 def describe(config: PretrainedConfig) -> dict[str, Any]:

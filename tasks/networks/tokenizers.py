@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -18,11 +19,13 @@ from sensmerge.tasks.checkpoints.companions import (
     has_tokenizer,
     is_tokenizer_file,
 )
+from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.union import Asked, United, conflict_of, unite
 
 TOKENIZER_JSON = "tokenizer.json"
-BASE, UNION = "base", "union"
+BASE, UNION, AUTO = "base", "union", "auto"
 WAY_OUT = "set tokenizer: {source: NAME}, NAME being base or the expert whose tokenizer merged models shall have"
 
 
@@ -37,6 +40,10 @@ class Owner:
     """None of an adapter, which has none of its own"""
     digest: str
     """of its tokenizer's files; models of one digest have one tokenizer"""
+    rows: int
+    """of its embedding"""
+    trained: frozenset[int] | None = None
+    """of an adapter without an embedding of its own, the rows that it changes; None: all are its own"""
 
     @property
     def name(self) -> str:
@@ -50,9 +57,15 @@ class Choice:
 
     source: Owner
     added: Mapping[str, int]
-    """token → id, of tokens that other models add to those of the source"""
+    """token → id, of tokens that other models, or the recipe, add to those of the source"""
     ends: tuple[int, ...]
     """ids of the tokens that end an answer, the source's first; none where networks do not generate"""
+    template: str | None = None
+    """the chat template, where it is not the source's"""
+    vocabulary: Vocabulary | None = None
+    """where models have its tokens; None where all have it as their own"""
+    readers: tuple[str, ...] = ()
+    """keys of the experts whose own tokenizers can read texts for merged models: these have all of their tokens"""
     notes: tuple[str, ...] = ()
     """what a user should know of it: a line each"""
 
@@ -60,55 +73,51 @@ class Choice:
         """Return the token ids in which the config of merged models differs from the base's."""
         if self.source.key == BASE:
             return {"eos_token_id": _one_or_list(self.ends)} if self.ends else {}
-        tokenizer = load_tokenizer(self.source.folder)
-        found = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        tokenizer = load_tokenizer(self.source.folder) if has_tokenizer(self.source.folder) else None
+        found = {key: getattr(tokenizer, key, None) for key in ("bos_token_id", "pad_token_id")}
         ids: dict[str, int | list[int]] = {key: one for key, one in found.items() if one is not None}
         return ids | ({"eos_token_id": _one_or_list(self.ends)} if self.ends else {})
 
 
-def choose(base: Owner, experts: Sequence[Owner], named: str, rows: int, generates: bool) -> Choice:
+def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool) -> Choice:
     """Choose the source of tokenizer, templates, special tokens and generation config, and compare all tokenizers.
 
     For `union` it is the base; the first expert with a chat template if the base has none; the first that has a
-    tokenizer if the base has none. Tokens of the others which lie in rows of the embedding that the source
-    leaves unused are added to it, and the end tokens of the others to the end tokens of the source. Of a named source,
-    everything is as it is.
+    tokenizer if the base has none. The tokens of the others are added to it (see `unite`), and the end tokens of the
+    others to the end tokens of the source. Of a named source, everything is as it is.
 
     Args:
         base: the base.
         experts: the experts.
-        named: what the recipe says: `union`, `base` or the name of an expert.
-        rows: of the embedding.
+        asked: what the recipe says.
         generates: whether merged models generate text.
 
     Raises:
-        InputError: a named source without a tokenizer; tokenizers that give one id two tokens or one token two ids.
+        InputError: a named source without a tokenizer; what `unite` raises.
     """
     owners = [one for one in (base, *experts) if has_tokenizer(one.folder)]
-    exact = named != UNION
-    if exact:
-        source = next(one for one in (base, *experts) if one.name == named)
-        if source not in owners:
-            have = ", ".join(one.name for one in owners) or "none has one"
-            raise InputError(
-                f"tokenizer.source: {source.key} has no tokenizer in {source.folder}; expected one of {have}"
-            )
-    else:
-        templates = [one for one in owners if chat_templates(one.folder)]
-        source = next(iter(templates if base not in templates else []), owners[0] if owners else base)
+    exact = asked.source != UNION
+    source = _source(base, experts, owners, asked)
     notes = []
     if source is not base:
         what = "tokenizer, chat template, special tokens and generation config"
         why = "" if exact else f", because the base has no {'chat template' if base in owners else 'tokenizer'}"
         notes.append(f"tokenizer: merged models have the {what} of {source.key}{why}")
-    maps = _distinct_maps(source, owners, notes)
-    added, said = ({}, _conflicts(source, maps)) if exact else _union(source, maps, owners, rows)
-    notes += said + _other_templates(source, owners)
+    models = (base, *experts)
+    maps = _maps(models, owners, asked, notes)
+    united = unite(source, models, maps, asked) if _differ(models, maps, asked) else None
+    moves = united is not None and united.changes(models)
+    added = united.added if united else {}
+    if united and (moves or added):
+        notes += united.notes
+    template = _asked_template(asked.chat_template, owners)
+    notes += _conflicts(source, maps) if exact else []
+    notes += _other_templates(source, owners) if template is None else []
     ends: list[int] = []
     if generates:
         own = end_ids(source, base, stated_only=exact)
-        others = [one for owner in (base, *experts) for one in end_ids(owner, base)] if not exact else []
-        ends = list(dict.fromkeys([*own, *(one for one in others if one < rows)]))
+        others = [] if exact else [one for owner in models for one in _ends_of(owner, base, united)]
+        ends = list(dict.fromkeys([*own, *others]))
         more = [one for one in ends if one not in own]
         if more and own:
             notes.append(
@@ -117,7 +126,41 @@ def choose(base: Owner, experts: Sequence[Owner], named: str, rows: int, generat
             )
         if source is base and not more:
             ends = []  # the base's own files say so
-    return Choice(source, added, tuple(ends), tuple(notes))
+    vocabulary = united.vocabulary if united and moves else None
+    readers = _readers(vocabulary, [one.key for one in experts if one.key in maps]) if vocabulary else ()
+    return Choice(source, added, tuple(ends), template, vocabulary, readers, tuple(notes))
+
+
+def _readers(vocabulary: Vocabulary, keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(one for one in keys if all(token in vocabulary.ids for token in vocabulary.models[one]))
+
+
+def _differ(models: Sequence[Owner], maps: Mapping[str, Mapping[str, int]], asked: Asked) -> bool:
+    """Return whether models may have other tokens than each other, or than the recipe asks for."""
+    return bool(maps or asked.changes or len({one.rows for one in models}) > 1)
+
+
+def _source(base: Owner, experts: Sequence[Owner], owners: Sequence[Owner], asked: Asked) -> Owner:
+    """Return the model that merged models have their tokenizer from; `owners` have one."""
+    if asked.source != UNION:
+        source = next(one for one in (base, *experts) if one.name == asked.source)
+        if source not in owners and owners:
+            have = ", ".join(one.name for one in owners)
+            raise InputError(
+                f"tokenizer.source: {source.key} has no tokenizer in {source.folder}; expected one of {have}"
+            )
+        return source
+    templates = [] if asked.chat_template else [one for one in owners if chat_templates(one.folder)]
+    return next(iter(templates if base not in templates else []), owners[0] if owners else base)
+
+
+def _ends_of(owner: Owner, base: Owner, united: United | None) -> list[int]:
+    """Return the ids that end a model's answers, as merged models number them."""
+    found = end_ids(owner, base)
+    if united is None:
+        return [one for one in found if one < base.rows]
+    places = united.vocabulary.places(owner.key)
+    return [places[one] for one in found if one in places]
 
 
 def _generation(owner: Owner, base: Owner) -> dict[str, Any]:
@@ -156,6 +199,23 @@ def chat_templates(folder: Path) -> dict[str, Any]:
     return found | ({TOKENIZER_CONFIG: stated} if stated else {})
 
 
+def _asked_template(asked: str | None, owners: Sequence[Owner]) -> str | None:
+    """Return the chat template that a recipe asks for; the first of those that as many models have."""
+    if asked is not None and not owners:
+        raise InputError("tokenizer.chat_template: no model has a tokenizer to put it in; leave it out")
+    if asked != AUTO:
+        return asked
+    found = [one for one in map(_default_template, owners) if one]
+    return max(found, key=found.count, default=None)
+
+
+def _default_template(owner: Owner) -> str:
+    """Return the chat template that a model's tokenizer uses unless another is named; "" without one."""
+    reader = read_tokenizer(owner.folder)
+    found: Any = None if reader is None else reader.chat_template
+    return str((found.get("default") if isinstance(found, dict) else found) or "").strip()
+
+
 def _templates(folder: Path) -> set[str]:
     """Return the texts of all chat templates, whichever file they are in."""
     texts: set[str] = set()
@@ -179,21 +239,20 @@ def _other_templates(source: Owner, owners: Sequence[Owner]) -> list[str]:
     ]
 
 
-def _distinct_maps(source: Owner, owners: Sequence[Owner], notes: list[str]) -> dict[str, dict[str, int]]:
-    """Return token → id of every model's tokenizer, the source's first; of equal files, once."""
-    seen: set[str] = set()
-    ordered = [one for one in owners if one is source] + [one for one in owners if one is not source]
-    if len({one.digest for one in ordered}) <= 1:
+def _maps(
+    models: Sequence[Owner], owners: Sequence[Owner], asked: Asked, notes: list[str]
+) -> dict[str, dict[str, int]]:
+    """Return token → id of every model's tokenizer that can be read; none where all have one and the same."""
+    if len({one.digest for one in owners}) <= 1 and not _differ(models, {}, asked):
         return {}
+    read: dict[str, dict[str, int] | None] = {}
     maps: dict[str, dict[str, int]] = {}
-    for one in ordered:
-        if one.digest in seen:
-            continue
-        seen.add(one.digest)
-        tokens = token_ids(one.folder)
-        if tokens is None:
-            notes.append(f"tokenizer: the one of {one.key} cannot be read, so it is not compared with the others")
-        else:
+    for one in owners:
+        if one.digest not in read:
+            read[one.digest] = token_ids(one.folder)
+            if read[one.digest] is None:
+                notes.append(f"tokenizer: the one of {one.key} cannot be read, so it is not compared with the others")
+        if (tokens := read[one.digest]) is not None:
             maps[one.key] = tokens
     return maps
 
@@ -217,63 +276,11 @@ def _conflicts(source: Owner, maps: Mapping[str, Mapping[str, int]]) -> list[str
     notes = []
     ours = maps.get(source.key, {})
     for key, tokens in maps.items():
-        if conflict := _conflict(ours, tokens):
+        if conflict := conflict_of(ours, tokens):
             notes.append(
                 f"tokenizer: {source.key} and {key} differ: {conflict}; merged models have that of {source.key}"
             )
     return notes
-
-
-def _conflict(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str | None:
-    """Say where two maps give one id two tokens, or one token two ids: the lowest id; None where they agree."""
-    by_id = {one: token for token, one in ours.items()}
-    for token, one in sorted(theirs.items(), key=lambda item: item[1]):
-        if by_id.get(one, token) != token:
-            return f"id {one} is {by_id[one]!r} and {token!r}"
-        if ours.get(token, one) != one:
-            return f"{token!r} has the ids {ours[token]} and {one}"
-    return None
-
-
-def _union(
-    source: Owner, maps: Mapping[str, Mapping[str, int]], owners: Sequence[Owner], rows: int
-) -> tuple[dict[str, int], list[str]]:
-    """Return what the others add to the source's tokens.
-
-    Raises:
-        InputError: two of them disagree, or a token is no added one.
-    """
-    if source.key not in maps:
-        return {}, []  # it cannot be read, which has been said, or is the only one
-    known = dict(maps[source.key])
-    added: dict[str, int] = {}
-    notes = []
-    folders = {one.key: one.folder for one in owners}
-    for key, tokens in maps.items():
-        if conflict := _conflict(known, tokens):
-            pair = next(other for other, theirs in maps.items() if _conflict(theirs, tokens))
-            raise InputError(f"{key}: its tokenizer and that of {pair} disagree: {conflict}; {WAY_OUT}")
-        new = {token: one for token, one in tokens.items() if token not in known}
-        beyond = sorted(token for token, one in new.items() if one >= rows)
-        if beyond:
-            notes.append(
-                f"tokenizer: {', '.join(map(repr, beyond[:5]))} of {key} {'is' if len(beyond) == 1 else 'are'} left "
-                f"out: the embedding has {rows} rows and no row for {'it' if len(beyond) == 1 else 'them'}"
-            )
-        new = {token: one for token, one in new.items() if one < rows}
-        ordinary = sorted(new.keys() - added_tokens(folders[key]).keys())
-        if ordinary:
-            raise InputError(
-                f"{key}: its tokenizer has {ordinary[0]!r} (id {new[ordinary[0]]}), which that of {source.key} lacks "
-                f"and which is not an added token; {WAY_OUT}"
-            )
-        if new:
-            listed = ", ".join(f"{token!r} ({one})" for token, one in sorted(new.items(), key=lambda item: item[1])[:5])
-            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
-            notes.append(f"tokenizer: {key} adds {listed}{more} to the tokens of {source.key}")
-        known |= new
-        added |= new
-    return added, notes
 
 
 def added_tokens(folder: Path) -> dict[str, dict[str, Any]]:
@@ -293,7 +300,7 @@ def write_choice(choice: Choice, base: Owner, experts: Sequence[Owner], target: 
     """Write the tokenizer and generation config of merged models into a folder.
 
     Raises:
-        InputError: a tokenizer that tokens cannot be added to.
+        InputError: a tokenizer that tokens cannot be added to; a chat template that is none.
     """
     source = choice.source.folder
     copy_companions({n: p for n, p in companions(source).items() if is_tokenizer_file(n)}, target)
@@ -301,12 +308,34 @@ def write_choice(choice: Choice, base: Owner, experts: Sequence[Owner], target: 
         entries: dict[str, dict[str, Any]] = {}
         for owner in reversed((base, *experts)):
             entries |= {token: one for token, one in added_tokens(owner.folder).items() if token in choice.added}
+        # A word of another tokenizer, or of the recipe: as the library adds a text.
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+        entries = {token: {"content": token, **plain} for token in choice.added} | entries
         _add_tokens(target, choice, entries)
+    if choice.template is not None:
+        _set_template(target, choice.template)
     generation = _generation(choice.source, base)
     if choice.ends:
         generation = {**choice.token_ids(), **generation, "eos_token_id": _one_or_list(choice.ends)}
     if generation:
         write_json(target / GENERATION_CONFIG, generation)
+
+
+def _set_template(folder: Path, template: str) -> None:
+    """Give a tokenizer one chat template instead of all that it has."""
+    for name in chat_templates(folder):
+        if name != TOKENIZER_CONFIG:
+            (folder / name).unlink()
+    config = _object(folder / TOKENIZER_CONFIG)
+    if config.pop("chat_template", None) is not None:
+        write_json(folder / TOKENIZER_CONFIG, config)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    try:
+        load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise InputError(f"tokenizer.chat_template: no Jinja template ({error}); correct it") from error
+    except TemplateError:  # a template may refuse this conversation
+        return
 
 
 def _add_tokens(folder: Path, choice: Choice, entries: Mapping[str, Mapping[str, Any]]) -> None:

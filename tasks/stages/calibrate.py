@@ -18,7 +18,7 @@ from sensmerge.tasks.identity import Local
 from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.walk import Traveller, Walk
-from sensmerge.tasks.stages.calibration import CalibrationSet
+from sensmerge.tasks.stages.calibration import CalibrationSet, reader_of
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.variant import COEFFICIENTS
@@ -41,8 +41,8 @@ class CalibrateJob(Job):
     """experts that run with the base's settings where their own config differs"""
     calibration: Mapping[str, CalibrationSet]
     """by expert"""
-    tokenizer: Artifact
-    """that all models share"""
+    tokenizer: Artifact | Mapping[str, Artifact]
+    """that all models share, or by task where its expert reads it with its own"""
     settings: FeatureCalibration
     dtype: str
     """torch name of the networks' dtype; sums and solutions are float64"""
@@ -120,7 +120,6 @@ class CalibrateJob(Job):
         return plan_merged(self.merge.base, self.merge.out_dtype, self.merge.shard_size)
 
     def _walk(self, workers: int) -> Walk:
-        reader = load_tokenizer(self.tokenizer.folder)
         travellers = []
         for name, expert in self.experts.items():
             calibration = self.calibration[name]
@@ -133,6 +132,7 @@ class CalibrateJob(Job):
                 self.device,
                 name in self.base_config,
             )
+            reader = load_tokenizer(reader_of(self.tokenizer, name).folder)
             batches = list(calibration.samples(name, reader, source.expert.config.label2id))
             travellers.append(Traveller(name, source, batches, calibration.task.has_own_head))
         return Walk(travellers, self.settings, workers)

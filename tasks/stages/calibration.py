@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
+from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.identity import For
 from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.networks.blocks import Batch
@@ -34,7 +35,7 @@ class CalibrationSet:
 
         Args:
             name: of the task, for messages.
-            tokenizer: that all models share.
+            tokenizer: that reads the task's texts.
             label2id: classes of the task's expert.
 
         Raises:
@@ -43,3 +44,8 @@ class CalibrationSet:
         for number, row in enumerate(self.rows.read()):
             where = f"row {number} of tasks.{name}.calibration"
             yield self.task.calibration_batch(row, tokenizer, where, label2id)
+
+
+def reader_of(tokenizer: Artifact | Mapping[str, Artifact], task: str) -> Artifact:
+    """Return the tokenizer that reads a task's texts."""
+    return tokenizer if isinstance(tokenizer, Artifact) else tokenizer[task]

@@ -38,7 +38,7 @@ from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.placement import Actors, Placement
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.stages.calibration import CalibrationSet
+from sensmerge.tasks.stages.calibration import CalibrationSet, reader_of
 from sensmerge.tasks.stages.job import Earlier, Job
 
 DISTANCES = "distances.json"
@@ -70,8 +70,8 @@ class CrossTaskJob(Job):
     """experts that run with the base's settings where their own configs differ"""
     calibration: Mapping[str, CalibrationSet]
     """calibration set of each expert"""
-    tokenizer: Artifact
-    """that all models share"""
+    tokenizer: Artifact | Mapping[str, Artifact]
+    """that all models share, or by task where its expert reads it with its own"""
     dtype: str
     """torch name of the networks' dtype"""
     heads: Local[Mapping[str, str]]
@@ -101,7 +101,7 @@ class CrossTaskJob(Job):
             "expert": [self.experts[i], i in self.base_config],
             "head": head,
             "calibration": self.calibration[j],
-            "tokenizer": self.tokenizer,
+            "tokenizer": reader_of(self.tokenizer, j),
         }
         return sha256_text(canonical(identity(about)))
 
@@ -158,7 +158,7 @@ class CrossTaskJob(Job):
 
     def batches(self, j: str) -> list[Batch]:
         """Return the inputs of task j's calibration set, in batches without padding: no number depends on others."""
-        config, reader = self.source(j).expert.config, load_tokenizer(self.tokenizer.folder)
+        config, reader = self.source(j).expert.config, load_tokenizer(reader_of(self.tokenizer, j).folder)
         # Without a padding token, some heads do not find the last token of more than one sample.
         alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
         by_shape: dict[tuple[torch.Size, ...], list[Batch]] = {}

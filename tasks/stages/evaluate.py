@@ -55,7 +55,7 @@ class EvaluateJob(Job):
     head: Artifact | None
     """expert whose head follows the trunk (classification)"""
     tokenizer: Artifact
-    """folder of the tokenizer that all models share"""
+    """folder of the tokenizer that reads the rows"""
     task: Annotated[Task, For("evaluation")]
     rows: StoredRows
     """the evaluation set (of no use to a kind that has its own)"""

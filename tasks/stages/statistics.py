@@ -41,7 +41,7 @@ class StatisticsJob(Job):
     """by name"""
     calibration: CalibrationSet
     tokenizer: Artifact
-    """that all models share"""
+    """that reads the calibration set"""
     dtype: str
     """torch name of the network's dtype; sums are float64"""
     name: Local[str]

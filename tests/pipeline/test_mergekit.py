@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sensmerge.pipeline.plan.models import hash_models, list_models
 from sensmerge.pipeline.plan.plan import make_plan
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Store
-from tests.conftest import do_steps, make_llama, perturbed
+from tests.conftest import do_steps, make_llama, make_tokenizer, perturbed
 
 MERGEKIT = ("mergekit==0.1.5", "immutables==0.20")
 """What it needs beside what is installed here."""
@@ -52,6 +54,14 @@ def models(save: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     save(make_llama(num_hidden_layers=3), "base", folder)
     for seed, name in enumerate(("math", "code", "talk"), 1):
         save(perturbed(make_llama(num_hidden_layers=3), seed), name, folder)
+    for seed, (name, added, order) in enumerate((("tools", ["<tool>", "</tool>"], 1), ("voices", ["<voice>"], -1)), 4):
+        network = perturbed(make_llama(num_hidden_layers=3), seed)
+        network.resize_token_embeddings(264, mean_resizing=False)
+        network.save_pretrained(folder / name)
+        tokenizer = make_tokenizer(order)
+        tokenizer.add_tokens([AddedToken(one, special=True) for one in added])
+        tokenizer.chat_template = "{% for m in messages %}<tool>{{ m.content }}</tool>{% endfor %}"
+        tokenizer.save_pretrained(folder / name)
     return folder
 
 
@@ -73,6 +83,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "base_model": "base",
         "models": of("math", "code", weight={"math": 0.4, "code": [0.1, 0.9]}),
         "parameters": {"lambda": 0.8},
+    },
+    "union-with-pad": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": of("math", "tools", "voices", weight=0.5, density=0.6),
+        "tokenizer": {"source": "union", "pad_to_multiple_of": 32},
+    },
+    "rows-of-tokens": {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "models": of("tools", "math", "voices", weight={"tools": 0.3, "math": 0.4, "voices": 0.5}),
+        "tokenizer": {
+            "source": "tools",
+            "tokens": {
+                "</tool>": {"source": {"kind": "zero"}},
+                "<new>": {"source": {"kind": "model_token", "model": "math", "token": "a"}},
+                "a": {"source": "voices", "force": True},
+                "b": {"source": {"kind": "model_token", "model": "tools", "token_id": 7}, "force": True},
+            },
+        },
+        "chat_template": "auto",
+    },
+    "union-of-a-soup": {
+        "merge_method": "linear",
+        "models": of("tools", "voices", weight={"tools": 0.3, "voices": 0.5}),
+        "tokenizer_source": "union",
+        "chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
+    },
+    "tokenizer-of-the-base": {
+        "merge_method": "linear",
+        "base_model": "base",
+        "models": of("base", "voices", "tools", weight=1.0),
+        "tokenizer_source": "base",
     },
     "gradient-ties": {
         "merge_method": "ties",
@@ -138,7 +181,7 @@ def theirs(mergekit: Path, models: Path) -> Path:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_makes_what_mergekit_makes(name: str, theirs: Path) -> None:
-    recipe, store = load_recipe(theirs / f"{name}.yml"), Store(theirs / "store")
+    recipe, store = load_recipe(theirs / f"{name}.yml"), Store(theirs / f"{name}-store")
     store.make()
     listings = hash_models(list_models(recipe, theirs, store.hub_cache), store.hub_cache)
     plan = make_plan(recipe, theirs, store, listings)
@@ -147,6 +190,31 @@ def test_it_makes_what_mergekit_makes(name: str, theirs: Path) -> None:
     expected = {key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()}
     found = load_file(ours / "model.safetensors")
     assert found.keys() == expected.keys()
+    tokenizers = [AutoTokenizer.from_pretrained(one) for one in (ours, out)]
+    ids = [one.get_vocab() for one in tokenizers]
+    assert ids[0].keys() == ids[1].keys()
     for key, value in expected.items():
+        assert found[key].shape == value.shape, key
+        if key == "model.embed_tokens.weight":
+            # Which of the experts adds its tokens first, mergekit leaves to chance.
+            value[list(ids[0].values())] = value[[ids[1][token] for token in ids[0]]]
         assert (found[key] - value).abs().max() <= 1e-5 * max(1, value.abs().max()), key
-    assert filecmp.cmp(ours / "tokenizer.json", out / "tokenizer.json", shallow=False)
+    if CONFIGS[name].keys().isdisjoint({"tokenizer", "tokenizer_source"}):
+        assert filecmp.cmp(ours / "tokenizer.json", out / "tokenizer.json", shallow=False)
+    assert_alike(*tokenizers)
+    network, problems = AutoModelForCausalLM.from_pretrained(ours, output_loading_info=True)
+    assert not any(problems.values())
+    assert network.config.vocab_size == AutoConfig.from_pretrained(out).vocab_size
+
+
+def assert_alike(ours: Any, theirs: Any) -> None:
+    """Check that two tokenizers split texts alike, and have the same templates, special tokens and added tokens.
+
+    Where mergekit leaves a union without a template because the base has none, ours is the first expert's.
+    """
+    for text in ("I say <tool>12 + 5</tool>.", " <voice><new> a b<s>"):
+        assert ours.tokenize(text) == theirs.tokenize(text)
+    assert theirs.chat_template is None or ours.chat_template.strip() == theirs.chat_template.strip()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    added = [{str(one): repr(one) for one in reader.added_tokens_decoder.values()} for reader in (ours, theirs)]
+    assert added[0] == added[1]

@@ -134,7 +134,7 @@ def test_adapters_and_names(tmp_path: Path) -> None:
         "lora-2": {"model": "hub:other/lora@v2"},
         "merged-2": {"model": "hub:org/merged"},
     }
-    assert recipe["tokenizer"] == {"source": "merged-2"}
+    assert recipe["tokenizer"] == {"source": "merged-2", "pad_to_multiple_of": 1}
 
 
 def test_folders_are_looked_for_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_one_slice_of_all_layers(tmp_path: Path) -> None:
         ({"models": [{"model": "org/a", "parameters": {"weight": []}}, *CONFIG["models"][1:]]}, "weight"),
         ({"base_model": None}, "base_model is missing"),
         ({"surprise": 1}, "unknown key 'surprise'"),
-        ({"chat_template": "auto"}, "chat_template: a recipe has nothing like it; leave it out"),
+        ({"chat_template": "chatml"}, "chat_template: found 'chatml'; expected auto or a Jinja template"),
         ({"modules": {}}, "modules: a recipe has nothing like it"),
         ({"dtype": "int8"}, "dtype: found 'int8'; expected one of float32, bfloat16, float16"),
         ({"models": 5}, "models: found 5; expected a list of models"),
@@ -186,7 +186,13 @@ def test_one_slice_of_all_layers(tmp_path: Path) -> None:
         ({"models": [{"model": "a/b"}, {"model": "a/c"}]}, r"models\[0\].parameters.weight is missing"),
         ({"parameters": {"density": 0.5}}, "parameters.density: merge_method task_arithmetic has no such parameter"),
         ({"parameters": {"lambda": "much"}}, "parameters.lambda: found 'much'; expected a number"),
-        ({"tokenizer": {"source": "union", "pad_to_multiple_of": 8}}, "tokenizer.pad_to_multiple_of: a recipe has"),
+        ({"tokenizer": {"source": "union", "pads": 8}}, "tokenizer.pads: unknown key; expected source, pad_to_mult"),
+        ({"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer_source: stands beside tokenizer; leave it out"),
+        ({"tokenizer": {"tokens": {"<x>": {}}}}, "tokenizer.tokens.<x>: found {}; expected {source: …, force: "),
+        (
+            {"tokenizer": {"tokens": {"<x>": {"source": "org/else"}}}},
+            "tokenizer.tokens.<x>.source: org/else is none of the models that are merged",
+        ),
         ({"tokenizer_source": "org/else"}, "tokenizer_source: org/else is none of the models that are merged"),
         ({"merge_method": "karcher"}, "parameters.weight: karcher has no weights"),
         (

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from sensmerge.tasks.checkpoints.companions import GENERATION_CONFIG
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.tokenizers import Choice, Owner, choose, write_choice
+from sensmerge.tasks.networks.union import Asked
 from tests.conftest import llama_config
 
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(37))]
@@ -52,7 +53,7 @@ def build(tmp_path: Path) -> Build:
             (folder / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": ends, **generation}))
         last = ends[-1] if isinstance(ends, list) else ends
         config = None if adapter else LlamaConfig.from_dict(llama_config().to_dict() | {"eos_token_id": last})
-        return Owner(key, folder, config, key)
+        return Owner(key, folder, config, key, ROWS, frozenset() if adapter else None)
 
     return build
 
@@ -66,7 +67,7 @@ def written(choice: Choice, base: Owner, experts: list[Owner], folder: Path) -> 
 
 def test_equal_tokenizers_are_the_base_s(build: Build) -> None:
     base, a, b = (build(key, word_tokenizer()) for key in ("base", "experts.a", "experts.b"))
-    choice = choose(base, [a, b], "union", ROWS, True)
+    choice = choose(base, [a, b], Asked("union"), True)
     assert (choice.source, choice.added, choice.ends, choice.notes) == (base, {}, (), ())
     assert choice.token_ids() == {}
 
@@ -76,7 +77,7 @@ def test_chat_experts_of_a_pretrained_base(build: Build, tmp_path: Path) -> None
     base = build("base", word_tokenizer(), temperature=0.1)
     plain = build("experts.plain", word_tokenizer())
     chat = build("experts.chat", word_tokenizer(["<|im_start|>", "<|im_end|>"], TEMPLATE, "<|im_end|>"), 41, top_p=0.5)
-    choice = choose(base, [plain, chat], "union", ROWS, True)
+    choice = choose(base, [plain, chat], Asked("union"), True)
     assert choice.source is chat
     assert choice.ends == (41, 2)
     assert choice.token_ids() == {"bos_token_id": 1, "eos_token_id": [41, 2]}
@@ -97,7 +98,7 @@ def test_end_tokens_of_experts_end_a_chat_base_too(build: Build, tmp_path: Path)
     names = ["<|im_start|>", "<|im_end|>"]
     base = build("base", word_tokenizer(names, "base: {{ messages }}"), temperature=0.1)
     experts = [build(f"experts.{key}", word_tokenizer(names, TEMPLATE, "<|im_end|>"), 41) for key in "ab"]
-    choice = choose(base, experts, "union", ROWS, True)
+    choice = choose(base, experts, Asked("union"), True)
     assert choice.source is base
     assert choice.ends == (2, 41)
     assert any("experts.a, experts.b have another: to take it, set tokenizer: {source: a}" in n for n in choice.notes)
@@ -110,27 +111,29 @@ def test_named_source_is_taken_as_it_is(build: Build, tmp_path: Path) -> None:
     base = build("base", word_tokenizer(template="base"))
     a = build("experts.a", word_tokenizer(["<a>", "<end>"], TEMPLATE, "<end>"), 41, top_k=3)
     b = build("experts.b", word_tokenizer(["<b>"], "b"), 40)
-    choice = choose(base, [a, b], "a", ROWS, True)
+    choice = choose(base, [a, b], Asked("a"), True)
     tokenizer, generation = written(choice, base, [a, b], tmp_path / "out")
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(a.folder).get_vocab()
     assert tokenizer.chat_template == TEMPLATE
     assert generation == {"eos_token_id": 41, "top_k": 3, "bos_token_id": 1}
     assert any("experts.a and experts.b differ: id 40 is '<a>' and '<b>'" in note for note in choice.notes)
 
-    assert choose(base, [a, b], "base", ROWS, True).source is base
-    assert choose(base, [a, b], "base", ROWS, True).added == {}
+    assert choose(base, [a, b], Asked("base"), True).source is base
+    assert choose(base, [a, b], Asked("base"), True).added == {}
 
 
 def test_tokens_that_several_experts_add(build: Build, tmp_path: Path) -> None:
     base = build("base", word_tokenizer())
     a = build("experts.a", word_tokenizer(["<x>", "<y>"]))
     b = build("experts.b", word_tokenizer(["<x>", "<y>", "<z>"]))
-    choice = choose(base, [a, b], "union", ROWS, True)
+    choice = choose(base, [a, b], Asked("union"), True)
     assert choice.source is base
     assert choice.added == {"<x>": 40, "<y>": 41, "<z>": 42}
     assert choice.notes == (
         "tokenizer: experts.a adds '<x>' (40), '<y>' (41) to the tokens of base",
         "tokenizer: experts.b adds '<z>' (42) to the tokens of base",
+        "tokenizer: base has no rows for '<x>' (40), '<y>' (41), '<z>' (42): those of other models stand in",
+        "tokenizer: experts.a has no rows for '<z>' (42): those of other models stand in",
     )
     tokenizer, _ = written(choice, base, [a, b], tmp_path / "out")
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(b.folder).get_vocab()
@@ -148,7 +151,7 @@ def test_tokens_added_at_different_places(build: Build, tmp_path: Path) -> None:
     entry = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     content["added_tokens"].append({"id": 45, "content": "<z>", **entry})
     path.write_text(json.dumps(content))
-    choice = choose(base, [a, b], "union", ROWS, True)
+    choice = choose(base, [a, b], Asked("union"), True)
     assert choice.added == {"<x>": 40, "<z>": 45}
     tokenizer, _ = written(choice, base, [a, b], tmp_path / "out")
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(base.folder).get_vocab() | choice.added
@@ -157,54 +160,73 @@ def test_tokens_added_at_different_places(build: Build, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "message"),
+    ("ours", "theirs", "message", "added"),
     [
-        (word_tokenizer(["<x>"]), word_tokenizer(["<y>"]), "experts.a disagree: id 40 is '<x>' and '<y>'"),
-        (word_tokenizer(["<x>", "<y>"]), word_tokenizer(["<y>"]), "experts.a disagree: id 40 is '<x>' and '<y>'"),
         (
-            word_tokenizer(),
-            word_tokenizer(words=[*WORDS[:-2], WORDS[-1], WORDS[-2]]),
-            "base disagree: id 38 is 'w35' and 'w36'",
+            word_tokenizer(["<x>"]),
+            word_tokenizer(["<y>"]),
+            "id 40 is '<x>' and '<y>'",
+            {"<x>": 40, "<y>": 41},
         ),
+        (
+            word_tokenizer(["<x>", "<y>"]),
+            word_tokenizer(["<y>", "<z>"]),
+            "id 40 is '<x>' and '<y>'",
+            {"<x>": 40, "<y>": 41, "<z>": 42},
+        ),
+        (word_tokenizer(), word_tokenizer(words=[*WORDS[:-2], WORDS[-1], WORDS[-2]]), "id 38 is 'w35' and 'w36'", {}),
     ],
 )
-def test_conflicts(ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast, message: str, build: Build) -> None:
+def test_tokens_are_told_by_their_texts(
+    ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast, message: str, added: dict[str, int], build: Build
+) -> None:
+    """Where models number tokens differently, those of the source keep their ids and the others follow, each once."""
     base = build("base", word_tokenizer())
     experts = [build("experts.a", ours), build("experts.b", theirs)]
-    with pytest.raises(InputError, match=f"experts.b: its tokenizer and that of {message}; set tokenizer: {{source"):
-        choose(base, experts, "union", ROWS, True)
-    for name in ("base", "a", "b"):  # the way out
-        assert choose(base, experts, name, ROWS, True).source.name == name
+    choice = choose(base, experts, Asked("union"), True)
+    assert choice.added == added
+    assert any(f"experts.b numbers its tokens in its own way: {message}; rows are" in note for note in choice.notes)
+    assert choice.vocabulary is not None
+    assert choice.vocabulary.rows == ROWS
+    for owner, tokenizer in zip(experts, (ours, theirs), strict=True):
+        places = choice.vocabulary.places(owner.key)
+        for token, row in tokenizer.get_vocab().items():
+            assert places[row] == choice.vocabulary.ids[token]
+    for name in ("base", "a", "b"):
+        assert choose(base, experts, Asked(name), True).source.name == name
 
 
 def test_tokens_without_a_row(build: Build) -> None:
     base = build("base", word_tokenizer())
     a = build("experts.a", word_tokenizer([f"<{number}>" for number in range(9)]))
-    choice = choose(base, [a], "union", ROWS, True)
+    choice = choose(base, [a], Asked("union"), True)
     assert max(choice.added.values()) == ROWS - 1
-    assert "tokenizer: '<8>' of experts.a is left out: the embedding has 48 rows and no row for it" in choice.notes
+    assert "tokenizer: '<8>' of experts.a is left out: its embedding has 48 rows and no row for it" in choice.notes
 
 
-def test_ordinary_words_that_the_base_lacks(build: Build) -> None:
+def test_ordinary_words_that_the_base_lacks(build: Build, tmp_path: Path) -> None:
+    """They are added as words, and found where they stand in a text."""
     base = build("base", word_tokenizer())
     a = build("experts.a", word_tokenizer(words=[*WORDS, "new"]))
-    with pytest.raises(InputError, match=r"experts.a: its tokenizer has 'new' \(id 40\), which that of base lacks"):
-        choose(base, [a], "union", ROWS, True)
+    choice = choose(base, [a], Asked("union"), True)
+    assert choice.added == {"new": 40}
+    tokenizer, _ = written(choice, base, [a], tmp_path / "out")
+    assert tokenizer("w1 new w2").input_ids == [4, 40, 5]
 
 
 def test_base_without_a_tokenizer(build: Build) -> None:
     base, a = build("base"), build("experts.a", word_tokenizer(), adapter=True)
-    choice = choose(base, [a], "union", ROWS, True)
+    choice = choose(base, [a], Asked("union"), True)
     assert choice.source is a
     assert "because the base has no tokenizer" in choice.notes[0]
     with pytest.raises(InputError, match=r"tokenizer.source: base has no tokenizer in .*; expected one of a"):
-        choose(base, [a], "base", ROWS, True)
+        choose(base, [a], Asked("base"), True)
 
 
 def test_adapter_s_generation_config_is_the_base_s(build: Build, tmp_path: Path) -> None:
     base = build("base", word_tokenizer(), temperature=0.3)
     a = build("experts.a", word_tokenizer(["<|im_start|>", "<|im_end|>"], TEMPLATE, "<|im_end|>"), adapter=True)
-    choice = choose(base, [a], "union", ROWS, True)
+    choice = choose(base, [a], Asked("union"), True)
     _, generation = written(choice, base, [a], tmp_path / "out")
     assert generation == {"bos_token_id": 1, "eos_token_id": [2, 41], "temperature": 0.3}
 
@@ -212,14 +234,14 @@ def test_adapter_s_generation_config_is_the_base_s(build: Build, tmp_path: Path)
 def test_networks_that_generate_nothing_have_no_end_tokens(build: Build) -> None:
     base = build("base", word_tokenizer(), None)
     a = build("experts.a", word_tokenizer(eos="w1"), None)
-    choice = choose(base, [a], "union", ROWS, False)
+    choice = choose(base, [a], Asked("union"), False)
     assert (choice.ends, choice.token_ids()) == ((), {})
 
 
 def test_tokenizer_that_nothing_can_read(build: Build) -> None:
     base, a = build("base", word_tokenizer()), build("experts.a")
     (a.folder / "spiece.model").write_bytes(b"no sentencepiece")
-    assert choose(base, [a], "union", ROWS, True).notes == (
+    assert choose(base, [a], Asked("union"), True).notes == (
         "tokenizer: the one of experts.a cannot be read, so it is not compared with the others",
     )
 
@@ -228,6 +250,6 @@ def test_base_tokenizer_that_nothing_can_read(build: Build) -> None:
     """It goes into merged models as it is; nothing is said to lack in it."""
     base, a = build("base"), build("experts.a", word_tokenizer(["<tool>"]))
     (base.folder / "spiece.model").write_bytes(b"no sentencepiece")
-    choice = choose(base, [a], "union", ROWS, True)
+    choice = choose(base, [a], Asked("union"), True)
     assert (choice.source, choice.added) == (base, {})
     assert choice.notes[0] == "tokenizer: the one of base cannot be read, so it is not compared with the others"

@@ -1,0 +1,103 @@
+"""Models whose tokens differ, in the one vocabulary of merged models: a folder in the cache stands for each of them."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sensmerge.tasks.artifacts import canonical, sha256_file, sha256_text
+from sensmerge.tasks.checkpoints.views import VIEWS, VocabularyView, view_digest
+from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.views import Member, donors, fill_folder, view_of
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A model in the vocabulary of merged models."""
+
+    folder: Path
+    given: Path
+    """folder of the model itself"""
+    digest: str
+    """of what makes it another model than the files that it is of"""
+    donors: tuple[str, ...]
+    """names of the other models that rows are taken from"""
+
+
+def in_vocabulary(
+    vocabulary: Vocabulary, members: Sequence[Member], keys: Collection[str], cache: Path
+) -> dict[str, Seen]:
+    """Return, by name, what stands for models; folders are written below the cache unless they are there.
+
+    Args:
+        vocabulary: of merged models.
+        members: all models, the base first.
+        keys: those that are to be seen in it.
+        cache: the hub's cache, which all workers see.
+
+    Raises:
+        InputError: what `view_of` and `fill_folder` raise; the cache cannot be written.
+    """
+    told_as = {one.key: one.key for one in members}
+    folders = {one.key: str(one.folder.absolute()) for one in members}
+    found = {}
+    for one in (member for member in members if member.key in keys):
+        view, told = (view_of(one, vocabulary, members, where) for where in (folders, told_as))
+
+        def fill(target: Path, one: Member = one, view: VocabularyView = view) -> None:
+            fill_folder(one, view, vocabulary.rows, target)
+
+        names = tuple(key.removeprefix("experts.") for key in donors(told, one.key))
+        found[one.key.removeprefix("experts.")] = Seen(
+            settled(cache / VIEWS, fill), one.folder, view_digest(told), names
+        )
+    return found
+
+
+def settled(parent: Path, fill: Callable[[Path], None]) -> Path:
+    """Return a folder named by its content, which `fill` writes unless it is there.
+
+    Raises:
+        InputError: the cache cannot be written.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=parent, prefix=".") as temporary:
+            # Named as the folder that it becomes: what it holds is read as that is read.
+            folder = Path(temporary) / parent.name / "written"
+            folder.mkdir(parents=True)
+            fill(folder)
+            target = parent / _content(folder)[:32]
+            if not target.exists():
+                folder.rename(target)
+        return target
+    except OSError as error:
+        raise InputError(
+            f"--store: {parent} cannot be written ({error.strerror}), which has to hold the tokenizer of merged "
+            "models; choose another folder"
+        ) from error
+
+
+def _content(folder: Path) -> str:
+    """Return a digest of the files of a folder; of links, of where they lead."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path.relative_to(folder))] = str(path.readlink())
+        elif path.is_file():
+            found[str(path.relative_to(folder))] = sha256_file(path)
+    return sha256_text(canonical(found))
+
+
+def fingerprint(own: str, seen: Seen | None, others: Mapping[str, str]) -> str:
+    """Return the fingerprint of a model as it is seen.
+
+    Args:
+        own: of its files.
+        seen: what stands for it; None where nothing does.
+        others: fingerprints of all models.
+    """
+    if seen is None:
+        return own
+    return sha256_text(canonical([own, seen.digest, [others[name] for name in seen.donors]]))
