@@ -329,6 +329,26 @@ def export(
 
 
 @app.command()
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="model that was fine-tuned: folder or hub:ORG/NAME@REV")],
+    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="the fine-tune")],
+    rank: Annotated[
+        str,
+        typer.Option(metavar="RANK", help="of the factors; below 1: share of each task vector's squared norm to keep"),
+    ],
+    folder: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="folder to make")],
+    whole: Annotated[
+        bool, typer.Option("--whole", help="store norms, embeddings and the like whole where they changed")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Write a fine-tune as a LoRA adapter of the rank given, and print what it lacks of the fine-tune."""
+    from sensmerge.pipeline.extract import extract_adapter, parse_rank
+
+    extract_adapter((base, expert), parse_rank(rank), whole, folder, store.hub_cache, Console())
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for use in editors."""
     from sensmerge.pipeline.recipe.schema import Recipe
