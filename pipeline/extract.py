@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sensmerge.pipeline.plan.adapters import base_of
 from sensmerge.tasks.artifacts import partial_of, write_json
-from sensmerge.tasks.checkpoints.listing import HubModel, Listing, parse_model_id
+from sensmerge.tasks.checkpoints.listing import Listing, parse_model_id
 from sensmerge.tasks.checkpoints.source import fetch_files, resolve
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter_files import write_adapter
@@ -71,7 +72,7 @@ def extract_adapter(
                 f"{name}: rank {part.rank}, error {part.error / part.norm:.3g}", highlight=False, soft_wrap=True
             )
 
-    found = extract(expert, rank, _named(listings["base"]), whole, said)
+    found = extract(expert, rank, base_of(listings["base"]), whole, said)
     _write(found, sorted(expert.head), target)
     for line in summary(found, sorted(expert.head)):
         console.print(line, highlight=False, soft_wrap=True)
@@ -98,11 +99,6 @@ def _fetched(text: str, cache: Path) -> Listing:
     listing = resolve(parse_model_id(text, Path()), cache)
     fetch_files(listing, [file.name for file in listing.files], cache)
     return listing
-
-
-def _named(listing: Listing) -> tuple[str, str | None]:
-    source = listing.source
-    return (source.repo, listing.revision) if isinstance(source, HubModel) else (str(source.folder), None)
 
 
 def _write(found: Extracted, head: list[str], target: Path) -> None:

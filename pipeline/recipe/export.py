@@ -54,6 +54,8 @@ def check_variant(key: str, variant: Variant) -> None:
         raise InputError(f"{key}.application: mergekit has nothing like se; export a variant with static application")
     if variant.calibrate is not None:
         raise InputError(f"{key}.calibrate: mergekit has nothing like it; export a variant without it")
+    if variant.adapter is not None:
+        raise InputError(f"{key}.adapter: mergekit writes whole weights; export a variant without it")
     if variant.method.name in OURS:
         raise InputError(f"{key}.method: mergekit has no {variant.method.name}; export a variant of another method")
     if getattr(variant.method, SEED, 0):

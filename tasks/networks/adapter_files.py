@@ -1,16 +1,13 @@
-"""LoRA adapters as peft stores them: names of tensors, configuration, and which weights it lets an adapter hold."""
+"""LoRA adapters as peft stores them: names of tensors, and configuration."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.methods.kernels.low_rank import LowRankMatrix
@@ -77,22 +74,3 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     """Write an adapter's two files to a folder; the same tensors give the same bytes."""
     save_file(dict(sorted(tensors.items())), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, dict(config))
-
-
-def task_type_of(network: PreTrainedModel) -> str | None:
-    """Return what peft calls the kind of a network; None for any other kind: of classifiers, peft retrains the head."""
-    cls = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(network.config), None)
-    return "CAUSAL_LM" if type(network) is cls else None
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether peft adapts the weight of a module as that of a linear layer."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def takes_more(name: str, modules: Collection[str]) -> str | None:
-    """Return another module of a network that peft takes a module's name for; None if there is none.
-
-    Peft takes a name for every module whose own name ends in it.
-    """
-    return next((other for other in modules if other != name and other.endswith(name)), None)

@@ -10,22 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.kernels.low_rank import LowRankMatrix, distance, nearest
+from sensmerge.tasks.networks.adapted import AdaptedNetwork
 from sensmerge.tasks.networks.adapter_files import (
     PREFIX,
     AdapterForm,
     config_of,
     factor_tensors,
-    is_linear,
-    takes_more,
-    task_type_of,
 )
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.expert import Expert
-from sensmerge.tasks.networks.networks import skeleton
 
 AT_ONCE = 4
 """Weights that are worked on side by side, at most; each needs several times its size in float64."""
@@ -69,51 +65,6 @@ class Extracted:
         return math.hypot(*(part.norm for part in self.parts.values()))
 
 
-@dataclass(frozen=True)
-class _Network:
-    """The network that peft loads an adapter of the base into, and the base's tensors in it."""
-
-    base: Base
-
-    @cached_property
-    def network(self) -> Any:
-        return skeleton(self.base.config, None, self.base.folder)
-
-    @cached_property
-    def modules(self) -> dict[str, Any]:
-        return dict(self.network.named_modules())
-
-    @cached_property
-    def places(self) -> dict[str, str]:
-        """Name of each tensor in the network, less those that are stored in another form."""
-        names, by_key = self.base.names, self.base.by_key()
-        found = {by_key.get(names.key(name)): name for name in self.network.state_dict()}
-        return {tensor: name for tensor, name in found.items() if tensor is not None}
-
-    def why_not(self, tensor: str) -> str:
-        """Say why there can be no factors of a tensor; "" if there can be."""
-        module, _, parameter = self.places.get(tensor, "").rpartition(".")
-        if parameter != "weight" or not is_linear(self.modules[module]):
-            return "it is not the weight of a linear layer"
-        other = takes_more(module, self.modules)
-        return f"peft would adapt {other} by its name, too" if other else ""
-
-    def whole_module(self, tensor: str, adapted: Sequence[str]) -> tuple[str, dict[str, str]] | None:
-        """Return the module that peft can store whole for a tensor, and its tensors by their names in the network.
-
-        Returns:
-            None where it cannot: the module has parts of its own, factors, or a tensor that the base stores otherwise.
-        """
-        module = self.places.get(tensor, "").rpartition(".")[0]
-        if not module or module in adapted or takes_more(module, self.modules):
-            return None
-        if any(self.modules[module].children()):
-            return None
-        stored = {name: one for one, name in self.places.items() if name.rpartition(".")[0] == module}
-        expected = {f"{module}.{name}" for name in self.modules[module].state_dict()}
-        return (module, stored) if stored.keys() == expected else None
-
-
 def extract(
     expert: Expert,
     rank: float,
@@ -136,7 +87,7 @@ def extract(
     Raises:
         InputError: a tensor with NaN or Inf; no weight of a linear layer has changed.
     """
-    network = _Network(expert.base)
+    network = AdaptedNetwork(expert.base)
     tensors: dict[str, Tensor] = {}
     parts: dict[str, ExtractedPart] = {}
     ranks: dict[str, int] = {}
@@ -148,7 +99,7 @@ def extract(
                 continue
             parts[name] = part
             if factors is not None:
-                module = network.places[name].rpartition(".")[0]
+                module = network.module(name)
                 tensors |= factor_tensors(module, factors)
                 ranks[module] = factors.rank
             advance(name, part)
@@ -160,7 +111,7 @@ def extract(
     for tensor in parts.keys() & stored.values():
         parts[tensor] = ExtractedPart(parts[tensor].norm, 0.0, why="stored whole")
     tied = _tied_copies(tensors, expert.base)
-    form = AdapterForm(*base, task_type_of(network.network), tuple(modules), bool(tied))
+    form = AdapterForm(*base, network.task_type, tuple(modules), bool(tied))
     return Extracted(tensors | tied, config_of(ranks, form), parts)
 
 
@@ -171,7 +122,9 @@ def _tied_copies(tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]
     return {one: tensors[name].clone() for one, name in tied.items() if name in tensors}
 
 
-def _part(expert: Expert, name: str, rank: float, network: _Network) -> tuple[ExtractedPart, LowRankMatrix | None]:
+def _part(
+    expert: Expert, name: str, rank: float, network: AdaptedNetwork
+) -> tuple[ExtractedPart, LowRankMatrix | None]:
     """Return what becomes of a tensor, and its factors if it has some."""
     torch.set_num_threads(1)  # sums must not depend on how many threads share them
     delta = expert.delta(name).double()
@@ -181,13 +134,13 @@ def _part(expert: Expert, name: str, rank: float, network: _Network) -> tuple[Ex
     why = network.why_not(name)
     if why or norm == 0:
         return ExtractedPart(norm, norm, why=why), None
-    matrix = delta.T if isinstance(network.modules[network.places[name].rpartition(".")[0]], Conv1D) else delta
+    matrix = delta.T if network.is_transposed(name) else delta
     factors = nearest(matrix, rank)
     return ExtractedPart(norm, distance(matrix, factors), factors.rank), factors
 
 
 def _modules_to_store(
-    parts: Mapping[str, ExtractedPart], network: _Network, adapted: Sequence[str]
+    parts: Mapping[str, ExtractedPart], network: AdaptedNetwork, adapted: Sequence[str]
 ) -> dict[str, dict[str, str]]:
     """Return the modules that are stored whole, each with its tensors by their names in the network."""
     found = (network.whole_module(tensor, adapted) for tensor, part in parts.items() if part.why)

@@ -15,14 +15,18 @@ class LowRankMatrix:
     """The matrix second · first."""
 
     first: Tensor
-    """float32 (rank, columns)"""
+    """(rank, columns), float32 unless it was rounded"""
     second: Tensor
-    """float32 (rows, rank)"""
+    """(rows, rank), of the same dtype"""
 
     @property
     def rank(self) -> int:
         """How many rows `first` has; the matrix may have a lower rank."""
         return len(self.first)
+
+    def transposed(self) -> "LowRankMatrix":
+        """Return the transpose, first.T · second.T."""
+        return LowRankMatrix(self.second.T, self.first.T)
 
     def filled(self, rank: int) -> "LowRankMatrix":
         """Return the same matrix with zeros in its factors, up to a rank."""
