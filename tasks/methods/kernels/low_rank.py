@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sensmerge.tasks.methods.kernels.matrices import Factored, Matrix
-from sensmerge.tasks.methods.kernels.singular import singular
+from sensmerge.tasks.methods.kernels.singular import few_singular, singular
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def nearest(matrix: Matrix, rank: float) -> LowRankMatrix:
         rank: at most this one, a whole number; or, a number below 1, the least by which that share of the squared norm
             is kept.
     """
-    found = singular(matrix, int(rank) if rank >= 1 else None)
+    found = few_singular(matrix, int(rank)) if rank >= 1 else singular(matrix)
     kept = len(found.values) if rank >= 1 else rank_of_share(found.values, rank)
     roots = found.values[:kept].sqrt()
     return LowRankMatrix((found.right[:, :kept] * roots).T.float().contiguous(), (found.left[:, :kept] * roots).float())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sensmerge.tasks.methods.kernels.low_rank import distance, nearest, norm, rank_of_share, side_by_side
 from sensmerge.tasks.methods.kernels.matrices import Factored, Matrix
+from sensmerge.tasks.methods.kernels.singular import few_singular, singular
 
 
 def matrix_of(seed: int, rows: int, columns: int) -> Tensor:
@@ -85,3 +86,19 @@ def test_filled_factors_are_of_the_same_matrix() -> None:
     filled = found.filled(5)
     assert (filled.first.shape, filled.second.shape) == ((5, 8), (6, 5))
     torch.testing.assert_close(filled.second @ filled.first, found.second @ found.first)
+
+
+@given(st.integers(0, 99), st.sampled_from([(30, 17), (17, 30), (40, 40)]), st.integers(1, 4))
+def test_a_few_singular_vectors_are_the_largest_of_all(seed: int, shape: tuple[int, int], count: int) -> None:
+    matrix = matrix_of(seed, *shape)
+    few, every = few_singular(matrix, count), singular(matrix, count)
+    torch.testing.assert_close(few.values, every.values, rtol=1e-9, atol=0)
+    found, expected = (one.left @ torch.diag(one.values) @ one.right.T for one in (few, every))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 * float(every.values[0]))
+
+
+def test_a_few_singular_vectors_of_less_rank() -> None:
+    matrix = whole(factored(1, 40, 30, 2))
+    found = few_singular(matrix, 5)
+    assert len(found.values) == 2
+    torch.testing.assert_close(found.left @ torch.diag(found.values) @ found.right.T, matrix, rtol=0, atol=1e-7)
