@@ -159,6 +159,55 @@ def test_folders_with_signs_of_mergekits_are_written_out(save: Callable[..., Pat
     assert found["models"][0]["model"] == {"model": base, "lora": {"path": str(models["math"])}}
 
 
+def templated(save: Callable[..., Path], folder: Path, vocabulary: int = 259) -> dict[str, Path]:
+    """A base without a chat template, an expert with one, and another without."""
+    models = {"base": save(make_llama(vocab_size=vocabulary), "base", folder)}
+    for seed, name in enumerate(("math", "code"), 1):
+        models[name] = save(perturbed(make_llama(vocab_size=vocabulary), seed), name, folder)
+    (models["math"] / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    return models
+
+
+def test_the_tokenizer_of_an_expert_is_named_and_taken(
+    save: Callable[..., Path], mergekit: Path, tmp_path: Path
+) -> None:
+    models = templated(save, tmp_path)
+    merges = {"ta": {"method": "task_arithmetic", "weight": 0.4}}
+    recipe = tiny_recipe(models, tmp_path) | {"tasks": {}, "tokenizer": {"source": "math"}, "merges": merges}
+    found = exported(tmp_path, recipe)
+    assert found["tokenizer_source"] == str(models["math"])
+    (tmp_path / "ta.yml").write_text(yaml.safe_dump(found))
+    merge(mergekit, tmp_path, ["ta"])
+    plan = planned(tmp_path / "recipe.yaml", tmp_path / "store")
+    do_steps(plan)
+    assert_equal_weights(plan.models()["ta"], tmp_path / "ta-out")
+    assert (tmp_path / "ta-out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    again = planned(tmp_path / "ta.yml", tmp_path / "store")
+    assert (again.models()["base"], again.recipe.tokenizer.source) == (models["base"], "math")
+
+
+def test_the_tokenizer_of_the_base_needs_no_name(save: Callable[..., Path], tmp_path: Path) -> None:
+    merges = {"ta": {"method": "task_arithmetic"}}
+    recipe = tiny_recipe(templated(save, tmp_path), tmp_path) | {"tasks": {}, "merges": merges}
+    assert "tokenizer_source" not in exported(tmp_path, recipe | {"tokenizer": {"source": "base"}})
+
+
+def test_without_a_base_any_model_may_give_the_tokenizer_so_it_is_named(
+    save: Callable[..., Path], tmp_path: Path
+) -> None:
+    models = templated(save, tmp_path)
+    recipe = tiny_recipe(models, tmp_path) | {"tasks": {}, "merges": {"ta": {"method": "karcher"}}}
+    for source in ("math", "code"):
+        found = exported(tmp_path, recipe | {"tokenizer": {"source": source}})
+        assert found["tokenizer_source"] == str(models[source])
+
+
+def test_rows_that_mergekit_would_cut_are_refused(save: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = tiny_recipe(templated(save, tmp_path, 264), tmp_path) | {"tasks": {}, "merges": {"ta": {"method": "ties"}}}
+    with pytest.raises(InputError, match=r"tokenizer\.source: math: mergekit would move or cut the 264 rows"):
+        exported(tmp_path, recipe | {"tokenizer": {"source": "math"}})
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
