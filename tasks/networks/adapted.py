@@ -1,7 +1,7 @@
 """The network that peft loads an adapter of a base into: which of the base's tensors an adapter can hold, and how."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,6 +43,12 @@ class AdaptedNetwork:
         cls = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.base.config), None)
         return "CAUSAL_LM" if type(self.network) is cls else None
 
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Other names of tied parameters in the network, each with the name that its tensor is stored under."""
+        names = self.base.names
+        return {names.spelled(alias): names.spelled(key) for alias, key in names.tied.items()}
+
     def module(self, tensor: str) -> str:
         """Return the name of the module that a tensor belongs to."""
         return self.places[tensor].rpartition(".")[0]
@@ -59,7 +65,7 @@ class AdaptedNetwork:
         other = self._taken_for(module)
         return f"peft would adapt {other} by its name, too" if other else ""
 
-    def whole_module(self, tensor: str, adapted: Sequence[str]) -> tuple[str, dict[str, str]] | None:
+    def whole_module(self, tensor: str, adapted: Collection[str]) -> tuple[str, dict[str, str]] | None:
         """Return the module that peft can store whole for a tensor, and its tensors by their names in the network.
 
         Returns:

@@ -20,7 +20,6 @@ from sensmerge.tasks.networks.adapter_files import (
     config_of,
     factor_tensors,
 )
-from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.expert import Expert
 
 AT_ONCE = 4
@@ -110,16 +109,10 @@ def extract(
     tensors |= {f"{PREFIX}{name}": expert.read(tensor).contiguous() for name, tensor in stored.items()}
     for tensor in parts.keys() & stored.values():
         parts[tensor] = ExtractedPart(parts[tensor].norm, 0.0, why="stored whole")
-    tied = _tied_copies(tensors, expert.base)
+    copies = {alias: name for alias, name in network.tied.items() if name in stored}  # peft asks for all of their names
+    tied = {f"{PREFIX}{alias}": tensors[f"{PREFIX}{name}"].clone() for alias, name in copies.items()}
     form = AdapterForm(*base, network.task_type, tuple(modules), bool(tied))
     return Extracted(tensors | tied, config_of(ranks, form), parts)
-
-
-def _tied_copies(tensors: Mapping[str, Tensor], base: Base) -> dict[str, Tensor]:
-    """Return what is stored whole under the other names of tied parameters, too: peft asks for all of them."""
-    names = base.names
-    tied = {f"{PREFIX}{names.spelled(one)}": f"{PREFIX}{names.spelled(key)}" for one, key in names.tied.items()}
-    return {one: tensors[name].clone() for one, name in tied.items() if name in tensors}
 
 
 def _part(

@@ -25,7 +25,7 @@ from sensmerge.tasks.methods.kernels.matrices import Factored, Matrix
 from sensmerge.tasks.methods.remarks import remarks
 from sensmerge.tasks.methods.whole import sums_whole
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
-from sensmerge.tasks.networks.adapter_files import AdapterForm, config_of, factor_tensors, write_adapter
+from sensmerge.tasks.networks.adapter_files import PREFIX, AdapterForm, config_of, factor_tensors, write_adapter
 from sensmerge.tasks.stages.merge import REMARKS
 from sensmerge.tasks.stages.variant import COEFFICIENTS, UNCHANGED, VariantJob
 from sensmerge.tasks.stages.written import marker, weights_digest
@@ -46,7 +46,7 @@ class AdaptedWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeAdapterJob(VariantJob):
-    """Merges one variant of LoRA adapters into a LoRA adapter. Its groups are of the adapted weights alone."""
+    """Merges one variant of LoRA adapters into a LoRA adapter. Its groups are of what the experts change alone."""
 
     version = 1
 
@@ -56,6 +56,10 @@ class MergeAdapterJob(VariantJob):
     form: Local[AdapterForm]
     adapted: Local[Mapping[str, AdaptedWeight]]
     """by tensor of the base"""
+    whole: Local[Mapping[str, str]]
+    """by tensor of the base, its name in the network, of those that some experts store whole"""
+    tied: Local[Mapping[str, str]]
+    """other names of tied parameters, which peft stores too where they are stored whole"""
 
     def check(self) -> None:
         """See `VariantJob`.
@@ -96,11 +100,9 @@ class MergeAdapterJob(VariantJob):
         found: dict[str, Any] = {}
         for name in self.groups[part]:
             with noted(f"tensor {name}"), remarks() as said:
-                matrix, factors = self._merged(name, row_of(weights, name, layer_of(name)))
-            one = self.adapted[name]
-            tensors |= factor_tensors(one.module, factors.transposed() if one.transposed else factors)
-            error = distance(matrix, factors)
-            found[name] = {"rank": factors.rank, "norm": norm(matrix), "error": error, REMARKS: said}
+                made, found[name] = self._made(name, row_of(weights, name, layer_of(name)))
+            tensors |= made
+            found[name][REMARKS] = said
         save_file(tensors, out / _file(part))
         write_json(out / marker(part), found)
         return True
@@ -119,7 +121,7 @@ class MergeAdapterJob(VariantJob):
         for part in self.parts():
             tensors |= load_file(out / _file(part))
             found |= read_json(out / marker(part))
-        config = config_of({self.adapted[name].module: one["rank"] for name, one in found.items()}, self.form)
+        config = config_of({one.module: found[name]["rank"] for name, one in self.adapted.items()}, self.form)
         write_adapter(out, tensors, config)
         files = {name: path for name, path in companions(self.tokenizer).items() if _travels(name)}
         copy_companions(files, out)
@@ -127,8 +129,8 @@ class MergeAdapterJob(VariantJob):
         errors = {name: {key: one[key] for key in ("rank", "norm", "error")} for name, one in found.items()}
         write_json(out / ERRORS, errors)
         for part in self.parts():
-            (out / _file(part)).unlink()
             (out / marker(part)).unlink()
+            (out / _file(part)).unlink()
         said: dict[str, list[str]] = {}
         for name, one in found.items():
             for text in one[REMARKS]:
@@ -142,14 +144,27 @@ class MergeAdapterJob(VariantJob):
             "adapter": summary(found),
         }
 
-    def _merged(self, name: str, weights: Mapping[str, float]) -> tuple[Matrix, LowRankMatrix]:
+    def _made(self, name: str, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what the adapter stores for a tensor by peft's names, and its rank, norm and error."""
+        if name in self.whole:
+            base, values = self.base.read(name), self._merged(name, weights)
+            stored = values.to(base.dtype)
+            self._check_finite(name, stored)
+            names = (self.whole[name], *(one for one, other in self.tied.items() if other == self.whole[name]))
+            added = float(torch.linalg.vector_norm((stored.float() - base.float()).double()))
+            return {f"{PREFIX}{one}": stored.clone() for one in names}, {"rank": 0, "norm": added, "error": 0.0}
+        matrix, factors = self._factors(name, weights)
+        one = self.adapted[name]
+        tensors = factor_tensors(one.module, factors.transposed() if one.transposed else factors)
+        return tensors, {"rank": factors.rank, "norm": norm(matrix), "error": distance(matrix, factors)}
+
+    def _factors(self, name: str, weights: Mapping[str, float]) -> tuple[Matrix, LowRankMatrix]:
         """Return what the merge adds to a weight, and its factors in the dtype that they are stored in."""
         method, rank = self.method_for(name), self.adapter.rank
         matrix: Matrix
         if sums_whole(method, self.experts):
             assert isinstance(method, Additive)
-            shares = method.shares([weights[expert] for expert in self.experts])
-            parts = list(self._parts(name, shares))
+            parts = list(self._parts(name, method.shares([weights[expert] for expert in self.experts])))
             matrix = Factored(
                 torch.cat([second.double() * factor for _, second, factor in parts], 1),
                 torch.cat([first.double() for first, _, _ in parts]),
@@ -157,16 +172,22 @@ class MergeAdapterJob(VariantJob):
             factors = side_by_side(parts) if rank is None else nearest(matrix, rank).filled(rank)
         else:
             assert rank is not None, "check has refused it"
-            base = self.base.read(name)
-            vectors = [self.task_vector(expert, name, weights[expert]) for expert in self.experts]
-            values = torch.cat([piece.float() for _, piece in method.merged_pieces(base, vectors)])
-            matrix = (values.view(base.shape) - base.float()).double()
+            matrix = (self._merged(name, weights) - self.base.read(name).float()).double()
             self._check_finite(name, matrix)
             factors = nearest(matrix, rank).filled(rank)
         dtype = getattr(torch, self.out_dtype)
         factors = LowRankMatrix(factors.first.to(dtype), factors.second.to(dtype))
         self._check_finite(name, factors.first, factors.second)
         return matrix, factors
+
+    def _merged(self, name: str, weights: Mapping[str, float]) -> Tensor:
+        """Return a merged tensor, float32."""
+        base = self.base.read(name)
+        vectors = [self.task_vector(expert, name, weights[expert]) for expert in self.experts]
+        values = torch.empty(base.numel())
+        for where, piece in self.method_for(name).merged_pieces(base, vectors):
+            values[where] = piece
+        return values.view(base.shape)
 
     def _parts(self, name: str, shares: Sequence[float]) -> Iterator[Factors]:
         """Yield the factors of the experts that adapt a weight, and what each product is multiplied by."""

@@ -19,6 +19,7 @@ from sensmerge.pipeline.tracking.load import Merged, description
 from sensmerge.pipeline.tracking.metrics import metrics_of
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.methods.kernels.delta import CHUNK
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from tests.conftest import (
@@ -209,6 +210,50 @@ def test_weights_that_are_stored_transposed(save: Callable[..., Path], tmp_path:
 
 
 @pytest.mark.parametrize(
+    ("tie", "saved"),
+    [
+        (False, {"math": ["norm"], "code": ["lm_head", "embed_tokens"]}),
+        (True, {"math": ["embed_tokens"], "code": ["embed_tokens"]}),
+    ],
+)
+def test_modules_that_experts_store_whole_are_merged_and_stored_whole(
+    tie: bool, saved: dict[str, list[str]], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    models = {"base": save(make_llama(tie_word_embeddings=tie), "base", tmp_path)}
+    for seed, (name, modules) in enumerate(saved.items(), 1):
+        network, settings = (
+            make_llama(tie_word_embeddings=tie),
+            {"modules_to_save": modules, "ensure_weight_tying": tie},
+        )
+        models[name] = make_adapter(network, tmp_path / name, seed, **settings, target_modules=["q_proj"])
+    ties = {"method": "ties", "density": 0.6}
+    merges = {"ties": ties, "adapter": ties | {"adapter": {"rank": 32}}}
+    plan = plan_of(tmp_path, tiny_recipe(models, tmp_path) | {"tasks": {}, "merges": merges})
+    do_steps(plan)
+    expected = logits(AutoModelForCausalLM.from_pretrained(plan.models()["ties"]))
+    found = PeftModel.from_pretrained(base_of(plan), plan.models()["adapter"])
+    torch.testing.assert_close(logits(found), expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(base_of(plan)), expected, atol=1e-2)
+    whole = deltas(plan, "ties")
+    for tensor, value in deltas(plan, "adapter").items():
+        torch.testing.assert_close(value, whole[tensor], rtol=0, atol=1e-6)
+
+
+def test_tensors_of_several_pieces(save: Callable[..., Path], tmp_path: Path) -> None:
+    large = {"intermediate_size": CHUNK // 16}  # times 32
+    models = {"base": save(make_llama(**large), "base", tmp_path)}
+    for seed, name in enumerate(("math", "code"), 1):
+        models[name] = make_adapter(make_llama(**large), tmp_path / name, seed, target_modules=["q_proj", "up_proj"])
+    ties = {"method": "ties", "density": 0.6}
+    merges = {"ties": ties, "adapter": ties | {"adapter": {"rank": 32}}}
+    plan = plan_of(tmp_path, tiny_recipe(models, tmp_path) | {"tasks": {}, "merges": merges})
+    do_steps(plan)
+    whole = deltas(plan, "ties")
+    for tensor, value in deltas(plan, "adapter").items():
+        torch.testing.assert_close(value, whole[tensor], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"method": "ties", "density": 0.5}, r"merges\.ta\.adapter\.rank is missing: method ties"),
@@ -235,7 +280,10 @@ def test_what_an_adapter_cannot_be_is_refused(
     ("expert", "said"),
     [
         ("whole", r"experts\.code is a whole model; expected LoRA adapters"),
-        ("saved", r"experts\.code stores model\.layers\.0\.input_layernorm\.weight whole \(modules_to_save\)"),
+        (
+            "saved",
+            r"experts\.code stores model\.layers\.0\.self_attn\.q_proj\.weight whole \(modules_",
+        ),
         ("embedding", r"experts\.code adapts model\.embed_tokens\.weight, .*: it is not the weight of a linear layer"),
         ("dora", r"experts\.code: .*use_dora = True cannot be handled"),
     ],
@@ -245,7 +293,7 @@ def test_an_expert_that_factors_cannot_hold_is_refused(
 ) -> None:
     models = {"base": llamas["base"], "math": make_adapter(make_llama(), tmp_path / "math", 1)}
     changes: dict[str, dict[str, Any]] = {
-        "saved": {"modules_to_save": ["norm"]},
+        "saved": {"modules_to_save": ["q_proj"], "target_modules": ["up_proj"]},
         "embedding": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
         "dora": {"use_dora": True},
     }
