@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from sensmerge.pipeline.extract import parse_rank
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, make_llama, perturbed
+from tests.hub_server import HubServer
 
 
 @pytest.mark.parametrize(("text", "rank"), [("16", 16), ("1", 1), ("0.9", 0.9), ("1e-3", 0.001)])
@@ -58,3 +59,22 @@ def test_a_fine_tune_that_unties_is_refused(
     assert command_line("extract", llamas["base"], expert, "--rank", 4, "-o", tmp_path / "adapter", *store) == 2
     assert "changes one of two parameters that the base ties" in capsys.readouterr().err
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_base_on_the_hub_is_named_with_its_commit(llamas: dict[str, Path], hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.add_repo("org/base", {path.name: path.read_bytes() for path in llamas["base"].iterdir()})
+    store = ("--store", tmp_path / "store")
+    assert command_line("extract", "hub:org/base", llamas["math"], "--rank", 2, "-o", tmp_path / "one", *store) == 0
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", commit)
+
+
+def test_what_is_no_linear_weight_is_stored_whole_if_asked(
+    llamas: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, store = tmp_path / "adapter", ("--store", tmp_path / "store")
+    assert command_line("extract", llamas["base"], llamas["math"], "--rank", 32, "--whole", "-o", target, *store) == 0
+    out = capsys.readouterr().out
+    assert "model.norm.weight: stored whole" in out
+    assert "left out" not in out
+    assert json.loads((target / "errors.json").read_text())["relative_error"] < 1e-6
