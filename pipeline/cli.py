@@ -1,4 +1,4 @@
-"""The command line: plan | run | refresh | predict | compare | promote | rollback | verify | gc | schema."""
+"""The command line: what a user starts, a function for each command."""
 
 import atexit
 import gc
@@ -10,11 +10,24 @@ from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from sensmerge.pipeline.arguments import (
+    DEFAULT_STORE,
+    AddressOption,
+    CronOption,
+    MetricsOption,
+    RecipePath,
+    ReportOption,
+    SetOption,
+    StoreOption,
+    TimezoneOption,
+    TrackingOption,
+    WaitOption,
+)
 from sensmerge.pipeline.execute.stop import Stopped, stoppable
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking.uri import TRACKING_URI, checked_uri
@@ -30,55 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see `schema` for its keys")]
-StoreOption = Annotated[
-    Store,
-    typer.Option(
-        "--store", metavar="DIR", parser=Store.open, help="folder for all artifacts, or a URL such as s3://bucket/team"
-    ),
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override one value of the recipe; repeatable")
-]
-TrackingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri",
-        metavar="URI",
-        envvar=TRACKING_URI,
-        show_envvar=False,
-        help=f"MLflow server or database; default: {TRACKING_URI}, else mlflow.db in the store",
-    ),
-]
-AddressOption = Annotated[
-    str | None,
-    typer.Option("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else Ray on this machine"),
-]
-WaitOption = Annotated[
-    float, typer.Option("--wait", metavar="SECONDS", min=0, help="how long to wait for another run on the same store")
-]
-MetricsOption = Annotated[
-    bool,
-    typer.Option(
-        "--metrics", help="count steps in Ray's metrics (Prometheus) and record this machine's load in MLflow"
-    ),
-]
-CronOption = Annotated[
-    str | None,
-    typer.Option(
-        "--cron", metavar="CRON", help='keep running and refresh at these times: "0 3 * * *" is daily at 3:00'
-    ),
-]
-TimezoneOption = Annotated[
-    str | None,
-    typer.Option("--timezone", metavar="ZONE", help="time zone for --cron, such as Europe/Berlin; default: UTC"),
-]
-ReportOption = Annotated[
-    Path | None, typer.Option("--report", metavar="FILE", help="write the results to this file as JSON")
-]
-
-DEFAULT_STORE: Any = "store"  # parsed as what the user gives
 
 
 @app.command()
@@ -353,6 +317,39 @@ def import_(
     if folder != Path.cwd():
         recipe = with_whole_paths(recipe, folder)  # nobody knows where the recipe will lie
     sys.stdout.write(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+
+@app.command()
+def export(
+    recipe: RecipePath,
+    variant: Annotated[str, typer.Option("--variant", metavar="NAME", help="one of the recipe's merges")],
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+) -> None:
+    """Print a configuration of mergekit that makes what a variant of a recipe makes."""
+    from sensmerge.pipeline.export import export as exported
+
+    sys.stdout.write(exported(recipe, overrides or (), variant, store, Console(stderr=True)))
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="model that was fine-tuned: folder or hub:ORG/NAME@REV")],
+    expert: Annotated[str, typer.Argument(metavar="EXPERT", help="the fine-tune")],
+    rank: Annotated[
+        str,
+        typer.Option(metavar="RANK", help="of the factors; below 1: share of each task vector's squared norm to keep"),
+    ],
+    folder: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="folder to make")],
+    whole: Annotated[
+        bool, typer.Option("--whole", help="store norms, embeddings and the like whole where they changed")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Write a fine-tune as a LoRA adapter of the rank given, and print what it lacks of the fine-tune."""
+    from sensmerge.pipeline.extract import extract_adapter, parse_rank
+
+    extract_adapter((base, expert), parse_rank(rank), whole, folder, store.hub_cache, Console())
 
 
 @app.command()

@@ -1,11 +1,10 @@
 """What a recipe says of calibrating a merged model to its experts' features."""
 
-import json
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field, FiniteFloat
+from pydantic import Field, FiniteFloat
 
-from sensmerge.tasks.strict import Strict
+from sensmerge.tasks.strict import Strict, mapping
 
 
 class FeatureCalibration(Strict):
@@ -26,12 +25,5 @@ class FeatureCalibration(Strict):
     )
 
 
-def _mapping(value: Any) -> Any:
-    """Refuse what is no mapping: a key without a value would be left out in silence."""
-    if isinstance(value, dict | FeatureCalibration):
-        return value
-    raise ValueError(f"found {json.dumps(value)}; expected {{}} for the defaults, or settings such as {{ridge: 0.1}}")
-
-
-CalibrationSettings = Annotated[FeatureCalibration | None, BeforeValidator(_mapping)]
+CalibrationSettings = Annotated[FeatureCalibration | None, mapping("{ridge: 0.1}")]
 """A key that is left out where nothing is calibrated."""

@@ -49,6 +49,7 @@ from tests.hub_server import HubServer
 from tests.installed import installed as installed
 from tests.installed import user_folder as user_folder
 from tests.merged import assert_store_loads
+from tests.mergekit import mergekit as mergekit
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

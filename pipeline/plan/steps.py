@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sensmerge.pipeline.plan import sizes
+from sensmerge.pipeline.plan.adapters import adapter_job, written_bytes
 from sensmerge.pipeline.plan.idle import without_idle
 from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.plan.rows import Split, TaskRows
@@ -32,6 +33,7 @@ from sensmerge.tasks.stages.evaluate import EvaluateJob
 from sensmerge.tasks.stages.evaluate_dynamic import EvaluateDynamicJob
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.merge import MergeJob
+from sensmerge.tasks.stages.merge_adapter import MergeAdapterJob
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from sensmerge.tasks.stages.route import RouteJob
 from sensmerge.tasks.stages.statistics import StatisticsJob
@@ -174,11 +176,14 @@ class _Layout:
             used.append(self._made["tune"][name])
             fields["tuned"] = used[-1].artifact(self._resolved.store)
         reads = self._weights(*self._inputs.listings)
-        job: MergeJob | MergeVectorsJob
+        job: MergeJob | MergeVectorsJob | MergeAdapterJob
         # Which weights a variant is made of does not depend on how samples are routed.
         if variant.origin == "base":
             job = MergeVectorsJob(**fields)
             writes = sizes.dynamic_model(self._inputs, job)
+        elif variant.adapter is not None:
+            job = adapter_job(f"merges.{name}", variant, self._inputs, fields)
+            writes = written_bytes(self._inputs, job)
         else:
             job = MergeJob(**fields, out_dtype=variant.out_dtype, device=self._device("merge"))
             writes = sizes.merged_model(self._inputs, variant)
@@ -297,8 +302,8 @@ class _Layout:
         self, kind: type[EvaluateJob], model: str, task: str, split: Split
     ) -> tuple[EvaluateJob, list[Step], int]:
         """Return the job that scores a model on the rows of a task, the steps that it needs, and the bytes it reads."""
-        experts, one, is_input = self._inputs.experts, self._inputs.data[task], model in self._inputs.listings
-        reads = self._inputs.tokenizer
+        experts, one, merges = self._inputs.experts, self._inputs.data[task], self._recipe.merges
+        is_input, reads = model in self._inputs.listings, self._inputs.tokenizer
         head = task if one.task.has_own_head and experts[task].head else None
         config = None
         if head and is_input and model != head and not experts[head].has_trunk_in_head():
@@ -316,7 +321,7 @@ class _Layout:
             dtype=self._recipe.dtype,
             depends=one.task.depends_on(),
             name=task,
-            is_expert=model in experts,
+            is_expert=model in experts or (model in merges and merges[model].adapter is not None),
             device=self._device("tune" if kind is TuningScoresJob else "evaluate"),
             head_config=config,
             base_config=tuple(expert.folder for expert in experts.values() if expert.base_config),

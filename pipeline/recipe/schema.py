@@ -174,6 +174,8 @@ class Recipe(Strict):
     def _check_gpu(self, key: str, variant: Variant) -> None:
         """Refuse a merge that a GPU would not give the same bits of; its weights would depend on where it is made."""
         method = variant.method.name
+        if variant.adapter is not None:
+            raise ValueError(f"{key}.adapter: adapters are not merged on a GPU; leave resources.merge.num_gpus out")
         if variant.origin == "base":
             raise ValueError(
                 f"{key}: application se from the base is not merged on a GPU; leave resources.merge.num_gpus out, or "

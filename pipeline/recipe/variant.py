@@ -19,6 +19,7 @@ from pydantic_core import CoreSchema
 from sensmerge.pipeline.recipe.methods import method_properties
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.recipe.tuning import Tune, Weight, check_tune, grid_of, with_auto_weight
+from sensmerge.tasks.adapters import AdapterOutput
 from sensmerge.tasks.coefficients import (
     Coefficients,
     Lines,
@@ -30,6 +31,8 @@ from sensmerge.tasks.features import CalibrationSettings
 from sensmerge.tasks.methods.contract import Additive, Method, keys_of, method_of
 from sensmerge.tasks.methods.settings import (
     LARGEST_WEIGHT,
+    TEMPERATURE,
+    WEIGHT,
     Values,
     VariantSettings,
     VaryingSetting,
@@ -37,6 +40,7 @@ from sensmerge.tasks.methods.settings import (
     samples_of,
     varying_settings,
 )
+from sensmerge.tasks.methods.whole import changes_base
 from sensmerge.tasks.strict import Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -89,7 +93,13 @@ class Variant(Strict):
         description="fit the merged weights, block after block, to the experts' features on their calibration sets; "
         "{} for the defaults; left out: no such step",
     )
-    out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; the base's if left out")
+    adapter: AdapterOutput = Field(
+        None,
+        description="merge LoRA adapters into a LoRA adapter of the base; {} for an exact one; left out: whole weights",
+    )
+    out_dtype: Dtype | None = Field(
+        None, description="dtype of the merged weights; the base's if left out, of an adapter float32"
+    )
     shard_size: int = Field(5_000_000_000, ge=1, description="maximum size of a file of the merged model, in bytes")
 
     @model_validator(mode="before")
@@ -196,6 +206,23 @@ class Variant(Strict):
         check_tune(self.tune, self.settings)
         return self
 
+    @model_validator(mode="after")
+    def _check_adapter(self) -> "Variant":
+        if self.adapter is None:
+            return self
+        for key, why in (
+            ("application", "se needs whole weights" if isinstance(self.application, SeApplication) else ""),
+            ("calibrate", "it changes weights that no adapter of the experts holds" if self.calibrate else ""),
+            ("shard_size", "an adapter is one file" if "shard_size" in self.model_fields_set else ""),
+            ("method", f"{self.method.name} as it is set changes the base itself" if changes_base(self.method) else ""),
+        ):
+            if why:
+                raise ValueError(f"adapter goes with no such {key}: {why}; leave one of them out")
+        tuned = self.tune.keys() - {WEIGHT, TEMPERATURE, "lambda"}
+        if self.adapter.rank is None and tuned:
+            raise ValueError(f"adapter.rank is missing: tune.{min(tuned)} may need one; give a rank")
+        return self
+
     @property
     def settings(self) -> VariantSettings:
         """What says how the experts are combined, before some of it is tuned."""
@@ -258,4 +285,6 @@ class Variant(Strict):
                 }
             else:
                 flat[key] = str(value)
+        if self.adapter is not None:
+            flat["adapter.rank"] = str(self.adapter.rank or "exact")
         return flat

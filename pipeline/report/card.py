@@ -37,7 +37,7 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
     variant, route = report.variants[name], report.routes.get(name)
     data = ModelCardData(
         base_model=[_model_id(plan, model) for model in ("base", *plan.recipe.experts)],
-        library_name="transformers" if route is None else "sensmerge",
+        library_name="sensmerge" if route is not None else "transformers" if variant.adapter is None else "peft",
         tags=["merge", "sensmerge", variant.method, *([] if route is None else ["se-merging"])],
     )
     heads = [expert for expert in plan.recipe.experts if (Path(report.models[name]) / "heads" / expert).is_dir()]
@@ -50,10 +50,25 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
         "".join(f"{note}\n" for note in _notes(report, name)),
         _route_text(route, variant.params) if route is not None else "",
         f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
+        _adapter_text(_model_id(plan, "base")) if variant.adapter is not None else "",
         _heads_text(heads) if heads and route is None else "",
         f"## Recipe\n\n```yaml\n{recipe_text}```\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _adapter_text(base: str) -> str:
+    """How to load an adapter."""
+    return f"""## Use
+
+The folder is a LoRA adapter of {base}. With `base` as transformers loads it:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "FOLDER")
+```
+"""
 
 
 def _tuning_text(tuning: TuningInfo) -> str:

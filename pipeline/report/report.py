@@ -62,6 +62,22 @@ class TuningInfo(BaseModel):
         return next(one for one in self.tried if one.values == values)
 
 
+class AdapterInfo(BaseModel):
+    """What a variant that is an adapter lacks of what its merge adds to the base; Frobenius norms."""
+
+    rank: int = Field(description="rank of its largest factors")
+    error: float = Field(description="norm of what it lacks / norm of what the merge adds, over all weights")
+    worst: str = Field(description="the weight that it lacks most of")
+    worst_error: float = Field(description="the same of that weight alone")
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return (
+            f"the adapter, of rank {self.rank}, lacks {self.error:.2g} of what the merge adds (relative norm), most of "
+            f"{self.worst}: {self.worst_error:.2g}"
+        )
+
+
 class VariantInfo(BaseModel):
     """One merge of the recipe, with the coefficients it used."""
 
@@ -74,6 +90,7 @@ class VariantInfo(BaseModel):
     sigma: dict[str, dict[str, float]] = Field({}, description="coefficients sigma[layer][expert] (sens only)")
     tuning: TuningInfo | None = Field(None, description="how settings were chosen, if some were tuned")
     digest: str = Field(description="sha256 over the names and digests of the merged folder's files")
+    adapter: AdapterInfo | None = Field(None, description="what an adapter lacks of the merge, if it is one")
 
     @property
     def is_calibrated(self) -> bool:

@@ -59,7 +59,7 @@ def collect(plan: Plan) -> Report:
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
         kinds={name: task.kind for name, task in evaluated.items()},
-        notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan), *uncalibrated(plan)],
+        notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan), *uncalibrated(plan), *lacking(variants)],
         scores=scores,
         mean_normalised=_normalised(records, evaluated),
         first_half=first,
@@ -101,6 +101,11 @@ def uncalibrated(plan: Plan) -> list[str]:
         for name, one in found.items()
         if one["kept"]
     ]
+
+
+def lacking(variants: Mapping[str, VariantInfo]) -> list[str]:
+    """Return a line for every variant that is an adapter: how much of the merge it lacks."""
+    return [f"merges.{name}: {one.adapter}" for name, one in variants.items() if one.adapter is not None]
 
 
 def _uri(plan: Plan, name: str, folder: Path) -> str:
@@ -168,6 +173,7 @@ def _variant(plan: Plan, name: str) -> VariantInfo:
         params=variant.params(),
         digest=manifest["result"]["digest"],
         tuning=tuning,
+        adapter=manifest["result"].get("adapter"),
         **table,
     )
 

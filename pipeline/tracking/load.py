@@ -28,6 +28,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.requirements import copy_source, requirements
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER
+from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
 from sensmerge.tasks.serving.scorer import MAX_NEW_TOKENS
 from sensmerge.tasks.serving.static_model import Form, form_of, head_names
 
@@ -74,7 +75,7 @@ class Merged:
             kind,
             folder,
             report.uris[variant],
-            form_of(folder) if kind == "static" else None,
+            form_of(folder) if kind == "static" and not (folder / ADAPTER_CONFIG).is_file() else None,
             report.dtype,
             tuple(experts),
         )
@@ -90,6 +91,11 @@ class Merged:
         return self.uri.startswith("file:")
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter of the base."""
+        return (self.folder / ADAPTER_CONFIG).is_file()
+
+    @property
     def answers(self) -> bool:
         """Whether a pyfunc can answer texts with it."""
         return self.kind == "dynamic" or self.form is not None
@@ -99,6 +105,8 @@ class Merged:
         """What loads the registered version, or the folder itself."""
         if self.kind == "dynamic":
             return ["mlflow.pyfunc", "sensmerge"]
+        if self.is_adapter:
+            return ["peft"]
         if self.form is None:
             return ["transformers"]
         if self.form == "trunk":
@@ -208,6 +216,9 @@ def description(merged: Merged, version: str) -> str:
                 f"Static: a trunk with the heads of {', '.join(heads)}; mlflow.transformers cannot load several heads."
             )
             lines = [f"{pyfunc}, params={json.dumps({'task': heads[0]})})"]
+        case _, None if merged.is_adapter:
+            what = "Static: a LoRA adapter of the base."
+            lines = [f"PeftModel.from_pretrained(base, {folder})"]
         case _, None:
             what = "Static: a Hugging Face checkpoint of a kind that MLflow cannot load."
             lines = [f"AutoModel.from_pretrained({folder})"]

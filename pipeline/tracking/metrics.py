@@ -12,6 +12,7 @@ ROUTE_SCORES = {
     "right_coefficient": "right_coefficient",
     "routed_normalised": "routed",
 }
+ADAPTER_ERRORS = ("error", "worst_error")
 ROUTE_COSTS = ("passes", "milliseconds", "peak_memory", "bytes", "source_bytes")
 
 
@@ -22,7 +23,8 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     and `n/` (samples); a score that was not taken is NaN. Where a variant has a route, `route/identification`
     (evaluation samples), `route/held_out` (calibration samples), `route/right_coefficient` and
     `route/routed_normalised` with their intervals, and the costs of `ROUTE_COSTS`. Where a variant is tuned,
-    `tune/mean_normalised` of the chosen settings on the rows to tune on.
+    `tune/mean_normalised` of the chosen settings on the rows to tune on. Where a variant is an adapter,
+    `adapter/error` and `adapter/worst_error`.
     """
     every = dict.fromkeys(
         (task, metric) for scores in report.scores.values() for task, taken in scores.items() for metric in taken
@@ -38,6 +40,10 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
         info = report.variants[model].tuning if model in report.variants else None
         mean = None if info is None else info.of(info.chosen).mean
         metrics |= _score_metrics("tune/mean_normalised", "tune/mean_normalised", mean)
+    if any(variant.adapter for variant in report.variants.values()):
+        adapter = report.variants[model].adapter if model in report.variants else None
+        for name in ADAPTER_ERRORS:
+            metrics[f"adapter/{name}"] = math.nan if adapter is None else getattr(adapter, name)
     return metrics | (_route_metrics(report.routes.get(model)) if report.routes else {})
 
 

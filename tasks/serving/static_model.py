@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.checkpoints.weights import HEADS
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
@@ -75,6 +76,8 @@ class StaticModel:
         Raises:
             InputError: the folder holds no merge that answers texts, or a file of it is missing.
         """
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise InputError(f"{folder}: is a LoRA adapter of its base; load that, and PeftModel.from_pretrained on it")
         form = form_of(folder)
         if form is None:
             raise InputError(f"{folder}: is no language model and no classifier; load it with transformers")

@@ -1,16 +1,12 @@
 """Configurations of mergekit, run as they are, against mergekit 0.1.5 itself (skipped where pip cannot fetch it)."""
 
 import filecmp
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -19,32 +15,7 @@ from sensmerge.pipeline.plan.plan import make_plan
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Store
 from tests.conftest import do_steps, make_llama, make_tokenizer, perturbed
-
-MERGEKIT = ("mergekit==0.1.5", "immutables==0.20")
-"""What it needs beside what is installed here."""
-MERGE = """
-import sys
-from pathlib import Path
-import yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-
-for name in sys.argv[1:]:
-    config = MergeConfiguration.model_validate(yaml.safe_load(Path(f"{name}.yml").read_text()))
-    run_merge(config, f"{name}-out", MergeOptions(write_model_card=False, copy_tokenizer=True))
-"""
-
-
-@pytest.fixture(scope="module")
-def mergekit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with mergekit alone, which uses the torch and transformers that are installed here."""
-    folder = tmp_path_factory.mktemp("mergekit")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={folder}", *MERGEKIT]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"pip cannot fetch {MERGEKIT[0]}")
-    return folder
+from tests.mergekit import assert_equal_weights, merge
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +143,7 @@ def theirs(mergekit: Path, models: Path) -> Path:
     """The folder of the models, with what mergekit makes of each configuration in `NAME-out`."""
     for name, config in CONFIGS.items():
         (models / f"{name}.yml").write_text(yaml.safe_dump(config | {"dtype": "float32"}))
-    environment = os.environ | {"PYTHONPATH": str(mergekit)}
-    command = [sys.executable, "-c", MERGE, *CONFIGS]
-    done = subprocess.run(command, cwd=models, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    merge(mergekit, models, CONFIGS)
     return models
 
 
@@ -187,18 +155,11 @@ def test_it_makes_what_mergekit_makes(name: str, theirs: Path) -> None:
     plan = make_plan(recipe, theirs, store, listings)
     do_steps(plan)
     ours, out = plan.models()["merged"], theirs / f"{name}-out"
-    expected = {key: value for file in out.glob("*.safetensors") for key, value in load_file(file).items()}
-    found = load_file(ours / "model.safetensors")
-    assert found.keys() == expected.keys()
     tokenizers = [AutoTokenizer.from_pretrained(one) for one in (ours, out)]
     ids = [one.get_vocab() for one in tokenizers]
     assert ids[0].keys() == ids[1].keys()
-    for key, value in expected.items():
-        assert found[key].shape == value.shape, key
-        if key == "model.embed_tokens.weight":
-            # Which of the experts adds its tokens first, mergekit leaves to chance.
-            value[list(ids[0].values())] = value[[ids[1][token] for token in ids[0]]]
-        assert (found[key] - value).abs().max() <= 1e-5 * max(1, value.abs().max()), key
+    # Which of the experts adds its tokens first, mergekit leaves to chance.
+    assert_equal_weights(ours, out, moved={ids[0][token]: ids[1][token] for token in ids[0]})
     if CONFIGS[name].keys().isdisjoint({"tokenizer", "tokenizer_source"}):
         assert filecmp.cmp(ours / "tokenizer.json", out / "tokenizer.json", shallow=False)
     assert_alike(*tokenizers)
