@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER_CONFIG
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.bounds import ERRORS, check_bounds
+from sensmerge.tasks.networks.bounds import ERRORS, check_bounds, setting
 from sensmerge.tasks.networks.foreign import check_foreign
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
@@ -253,7 +253,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     """Return the settings that a base and its experts must share for their weights to be added."""
     text = config.get_text_config()
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads")
-    return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads")}
+    return {key: setting(text, key) for key in (*keys, "num_key_value_heads")}
 
 
 def computation_digest(config: PretrainedConfig) -> str:
