@@ -21,7 +21,7 @@ def assert_loads(folder: Path, source: Path, without: Sequence[str] = ()) -> Non
         source: folder of the base.
         without: files of the base that the merged model is not to have.
     """
-    found, allowed = _problems(folder), _problems(source)
+    found, allowed = loading_problems(folder), loading_problems(source)
     for kind in _REPORTED:
         assert found[kind] <= allowed[kind], f"{folder}: {kind} {sorted(found[kind] - allowed[kind])[:5]}"
     lost = set(companions(source)) - set(companions(folder)) - set(without)
@@ -36,7 +36,8 @@ def assert_store_loads(store: Path) -> None:
             assert_loads(config.parent, bases[-1])
 
 
-def _problems(folder: Path) -> dict[str, set[str]]:
+def loading_problems(folder: Path) -> dict[str, set[str]]:
+    """Return the missing, unexpected and mismatched keys that transformers finds as it loads a model."""
     names = json.loads((folder / "config.json").read_text()).get("architectures") or ["AutoModel"]
     cls: Any = getattr(transformers, names[0], AutoModel)
     level = transformers.logging.get_verbosity()

@@ -15,7 +15,10 @@ from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.dry_run import stand_in
-from sensmerge.tasks.networks.networks import Head, computation_digest
+from sensmerge.tasks.networks.expert import Expert
+from sensmerge.tasks.networks.networks import Head, computation_digest, reads_images
+
+_STATIC = "use application: {kind: static}"
 
 
 @dataclass
@@ -27,6 +30,10 @@ class _Asked:
     head: Head
     generating: list[str] = field(default_factory=list)
     """tasks that have them generate"""
+    reading: list[str] = field(default_factory=list)
+    """tasks that have them read texts alone, though they also read images"""
+    detached: bool = False
+    """whether heads of experts answer on what a trunk of mixed weights gives"""
 
 
 def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, PlacementChoice]) -> tuple[str, ...]:
@@ -49,9 +56,7 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Plac
     statistics = wanted_statistics(recipe)
     in_parts = any(one.placement != "whole" for one in placements.values())
     for asked in _asked(recipe, inputs):
-        key, way_out = f"tasks.{''.join(asked.generating[:1])}.generate", "set it to 0"
-        if statistics or recipe.calibrated_variants():
-            key, way_out = _measured_for(recipe)
+        key, way_out = _asked_for(recipe, asked)
         with TemporaryDirectory(prefix="sensmerge-") as scratch:
             with _refused(key, way_out):
                 tiny = stand_in(asked.config, asked.head, asked.folder, Path(scratch))
@@ -65,6 +70,9 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Plac
                     tiny.check_statistics(statistics)
                     if recipe.sens_variants():
                         tiny.check_head()
+            for name in recipe.se_variants()[:1] if asked.detached else ():
+                with _refused(f"merges.{name}.application", _STATIC):
+                    tiny.check_head()
             if in_parts:
                 with _refused("placement", f"set placement: whole, or {way_out}"):
                     tiny.check_parts(statistics)
@@ -77,27 +85,65 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Plac
     return tuple(notes)
 
 
-def _measured_for(recipe: Recipe) -> tuple[str, str]:
-    """Return the key of a recipe for which experts run on calibration sets, and what to do where they cannot."""
+def inseparable_heads(recipe: Recipe, inputs: Inputs) -> frozenset[str]:
+    """Return the tasks on which no head of an expert can be run apart from its trunk, as far as a tiny one tells.
+
+    Some networks tell their trunk what their head will look at. With sens coefficients `try_networks` refuses these.
+    """
+    found: dict[str, bool] = {}
+    tasks = set()
+    for name, task in recipe.tasks.items() if not recipe.sens_variants() else ():
+        expert = inputs.experts[name]
+        if task.has_own_head and expert.head and inputs.data[name].evaluation:
+            digest = computation_digest(expert.config)
+            if digest not in found:
+                found[digest] = _is_separable(expert)
+            tasks |= set() if found[digest] else {name}
+    return frozenset(tasks)
+
+
+def _is_separable(expert: Expert) -> bool:
+    with TemporaryDirectory(prefix="sensmerge-") as scratch:
+        try:
+            tiny = stand_in(expert.config, "classification", expert.folder, Path(scratch))
+            if tiny is not None:
+                tiny.check_head()
+        except InputError:
+            return False
+    return tiny is not None
+
+
+def _asked_for(recipe: Recipe, asked: _Asked) -> tuple[str, str]:
+    """Return the key of a recipe for which a network has to do what it is asked, and what to do where it cannot."""
     for name in recipe.sens_variants():
         return f"merges.{name}.coefficients", "use other coefficients than sens"
     for name, variant in recipe.merges.items():
         if variant.method.statistics:
             return f"merges.{name}.method", "use another method"
-    return f"merges.{recipe.calibrated_variants()[0]}.calibrate", "leave it out"
+    for name in recipe.calibrated_variants():
+        return f"merges.{name}.calibrate", "leave it out"
+    for name in asked.reading:
+        return f"tasks.{name}.kind", "leave the task out"
+    for name in asked.generating:
+        return f"tasks.{name}.generate", "set it to 0"
+    return f"merges.{recipe.se_variants()[0]}.application", _STATIC
 
 
 def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
     """Return what is asked of each kind of network, without those of which nothing is."""
     found: dict[tuple[Head, str], _Asked] = {}
     for name, task in recipe.tasks.items():
-        generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
-        if not (generates or wanted_statistics(recipe) or recipe.calibrated_variants()):
-            continue
         expert = inputs.experts[name]
+        generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
+        detached = task.has_own_head and bool(expert.head and recipe.se_variants())
+        reads = not task.has_own_head and reads_images(expert.config)
+        if not (generates or detached or reads or wanted_statistics(recipe) or recipe.calibrated_variants()):
+            continue
         asked = _Asked(expert.config, expert.folder, task.head)
         asked = found.setdefault((task.head, computation_digest(expert.config)), asked)
         asked.generating += [name] * generates
+        asked.reading += [name] * reads
+        asked.detached |= detached
     return list(found.values())
 
 

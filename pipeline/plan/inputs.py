@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sensmerge.pipeline.plan.kinds import check_kinds
 from sensmerge.pipeline.plan.models import about
 from sensmerge.pipeline.plan.rows import RowUse, TaskRows, Tuning, gather_rows
 from sensmerge.pipeline.plan.statistics import takes_losses
@@ -71,6 +72,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     classes = _agreed_classes(base, experts)
     _check_layers(recipe, base)
     _check_totals(recipe, base)
+    check_kinds(recipe.tasks, experts)
     notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
     notes = [tokenizer.as_given(note) for note in notes]
     if base.statistics:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.filesize import decimal
 from rich.table import Table
 
-from sensmerge.pipeline.plan.dry_run import try_networks
+from sensmerge.pipeline.plan.dry_run import inseparable_heads, try_networks
 from sensmerge.pipeline.plan.idle import without_idle
 from sensmerge.pipeline.plan.inputs import Inputs, gather_inputs
 from sensmerge.pipeline.plan.kept import step_table
@@ -72,7 +72,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     inputs = gather_inputs(recipe, listings, folder, store.hub_cache)
     placements = _placements(recipe, inputs)
     inputs = replace(inputs, notes=(*inputs.notes, *try_networks(recipe, inputs, placements)))
-    resolved = Resolved(recipe, store, inputs, placements)
+    resolved = Resolved(recipe, store, inputs, placements, inseparable_heads(recipe, inputs))
     steps = tuple(lay_out(resolved))
     undecided = _undecided(steps, store, listings)
     todo = {
@@ -84,7 +84,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     read = {title for step in steps if step.title in todo for title in step.needs}
     lost = {f"download {name}" for name, listing in inputs.listings.items() if listing.missing()}
     todo |= dict.fromkeys(lost & read - todo.keys(), "files are gone")
-    plan = Plan(recipe, store, inputs, resolved.placements, steps, todo, undecided)
+    plan = Plan(recipe, store, inputs, placements, resolved.inseparable, steps, todo, undecided)
     _check_room(plan)
     return plan
 

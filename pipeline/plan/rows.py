@@ -5,12 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import RowTask, Sample, Task
-from sensmerge.tasks.networks.base import missing_parameters
-from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import positions
 from sensmerge.tasks.rows.source import DataSource, Row, rows_digest
@@ -142,7 +138,7 @@ def gather_rows(
 
     Args:
         tasks: the recipe's.
-        experts: of the tasks, by the same names.
+        experts: of the tasks, by the same names; `check_kinds` has passed them.
         tokenizers: those that read a task, by its name; samples are those of the first.
         folder: what the recipe's paths are relative to.
         use: what the recipe does with them.
@@ -155,7 +151,6 @@ def gather_rows(
     """
     readers: dict[str, _Reader] = {}
     for name, task in tasks.items():
-        _check_kind(name, task, experts[name])
         if isinstance(task, RowTask):
             readers[name] = _Reader(name, task, experts[name], tokenizers[name], use)
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
@@ -344,40 +339,18 @@ def _apart(
     ]
 
 
-def _check_kind(name: str, task: Task, expert: Expert) -> None:
-    """Check that a task's kind has a meaning for the expert's network."""
-    if not task.has_own_head:
-        _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
-    elif not _classifies(expert):
-        raise InputError(
-            f"tasks.{name}.kind: {task.kind}, but {expert.folder} is a {expert.network}; expected a classifier of "
-            "texts (its own, or a LoRA adapter with task_type SEQ_CLS and its head in modules_to_save)"
-        )
-    task.check_installed(f"tasks.{name}")
-
-
-def _check_continues(needs: str, expert: Expert) -> None:
-    for folder, config in ((expert.base.folder, expert.base.config), (expert.folder, expert.config)):
-        reason = not_causal(config)
-        if reason:
-            raise InputError(
-                f"{needs}, but {folder} ({config.model_type}) {reason}; leave the task out, or use kind classification "
-                "if the experts are classifiers"
-            )
-    try:
-        lacking = missing_parameters(expert.base, "causal_lm")
-    except InputError as error:
-        raise InputError(f"{needs}; {error}") from None
-    if lacking:
-        raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
-
-
 def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: Expert) -> None:
     """Check that the network takes a sample: its tokens, its length, and a generation where one is asked for."""
     config = expert.config.get_text_config()
-    unknown = [token for token in sample.input_ids if token >= config.vocab_size]
+    known = getattr(config, "vocab_size", None)  # Canine hashes what others look up
+    unknown = [token for token in sample.input_ids if known is not None and token >= known]
     if unknown:
-        raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {config.vocab_size}")
+        raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {known}")
+    if task.has_own_head and expert.config.is_encoder_decoder and config.eos_token_id not in sample.input_ids:
+        raise InputError(
+            f"{where}: the tokenizer gives no token {config.eos_token_id}, at which the head of {expert.network} "
+            "looks; expected one that ends every text with it"
+        )
     generate = task.answer_tokens
     if generate and not sample.has_prompt:
         raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
@@ -387,7 +360,3 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
         raise InputError(
             f"{where} takes {length} tokens, generation included; the model takes {limit}; set {key}.max_length lower"
         )
-
-
-def _classifies(expert: Expert) -> bool:
-    return expert.network in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()

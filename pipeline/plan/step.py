@@ -1,6 +1,6 @@
 """One unit of work of a stage, and what all steps are laid out from."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,6 +25,8 @@ class Resolved:
     inputs: Inputs
     placements: Mapping[Stage, PlacementChoice]
     """of the stages whose networks may run in several ways"""
+    inseparable: Collection[str]
+    """tasks whose experts' heads are not run apart from their trunks: models are scored whole on them"""
 
     def rows(self, task: str, split: Split) -> StoredRows:
         """Return the rows of a task as its steps read them."""

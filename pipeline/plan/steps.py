@@ -306,7 +306,7 @@ class _Layout:
         is_input, reads = model in self._inputs.listings, self._inputs.tokenizer
         head = task if one.task.has_own_head and experts[task].head else None
         config = None
-        if head and is_input and model != head and not experts[head].has_trunk_in_head():
+        if head and is_input and model != head and self._is_separable(task):
             # This model stays what it is when the task's expert changes, of which it only takes the head.
             config = computation_digest(experts[head].config)
         made = self._made["download"].get(model) or self._made[self._recipe.merges[model].last_stage][model]
@@ -329,6 +329,10 @@ class _Layout:
         adapters = [model] if model in experts and experts[model].is_adapter else []
         needs = [made, *self._downloads("base", *([head] if head else []))]
         return job, needs, self._weights("base", *adapters)
+
+    def _is_separable(self, task: str) -> bool:
+        """Return whether the head of a task's expert can be run apart from a trunk."""
+        return task not in self._resolved.inseparable and not self._inputs.experts[task].has_trunk_in_head()
 
     def evaluate_dynamic(self, name: str) -> None:
         """Add the scores of a dynamic variant on all tasks."""

@@ -20,7 +20,7 @@ from sensmerge.tasks.networks.stand_in import pattern, stand_ins
 
 TOLERANCE = 1e-4
 """Of differences, in parts of the largest value: far above what rounding does, far below what a wrong weight does."""
-_SAMPLES, _TOKENS, _EXPERTS, _NEW = 3, 17, 2, 2
+_SAMPLES, _TOKENS, _EXPERTS, _NEW, _PADDED = 3, 17, 2, 2, 2
 """Sizes that cannot be taken for each other; enough tokens for what compresses several into one."""
 
 
@@ -103,9 +103,15 @@ class _Run:
         room = (positions(network.config) or _TOKENS + _NEW) - _NEW
         network.config.get_text_config().pad_token_id = network.config.pad_token_id = 0
         network.generation_config = _GENERATION  # `generate` would fill gaps from the network's own
-        vocabulary = network.config.get_text_config().vocab_size
+        text = network.config.get_text_config()
         self._tokens = min(_TOKENS, room)
-        self._ids = torch.randint(3, min(vocabulary, 200), (_SAMPLES, self._tokens), generator=generator)
+        # Some have no vocabulary: they hash what others look up.
+        most = min(getattr(text, "vocab_size", None) or 200, 200)
+        self._ids = torch.randint(3, most, (_SAMPLES, self._tokens), generator=generator)
+        if network.config.is_encoder_decoder and isinstance(text.eos_token_id, int):
+            # Heads of encoder-decoders look for the end of a text, and for only one.
+            self._ids[self._ids == text.eos_token_id] += 1
+            self._ids[:, -_PADDED - 1] = text.eos_token_id
 
     def unlike(self, expected: Mapping[str, Tensor]) -> set[str]:
         """Return the names of what must be written out for the network to answer as expected.
@@ -177,7 +183,7 @@ class _Run:
     def _inputs(self, right: bool) -> dict[str, Tensor]:
         """Return the batch; the first sample is shorter, with its padding on the right or on the left."""
         ids, mask = self._ids.clone(), torch.ones_like(self._ids)
-        place = slice(self._tokens - 2, self._tokens) if right else slice(0, 2)
+        place = slice(self._tokens - _PADDED, self._tokens) if right else slice(0, _PADDED)
         ids[0, place], mask[0, place] = 0, 0
         return {"input_ids": ids, "attention_mask": mask}
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from sensmerge.tasks.errors import InputError, shown
 
@@ -35,11 +36,19 @@ def check_bounds(config: PretrainedConfig, path: Path) -> None:
     for part in (config, config.get_text_config()):
         for keys, least in ((_AT_LEAST_ONE, 1), (_ANY, 0)):
             for key, most in keys.items():
-                for value in _values(getattr(part, key, None)):
+                for value in _values(setting(part, key)):
                     if type(value) is not int or not least <= value <= most:
                         raise InputError(
                             f"{path}: {key} is {shown(value)}; expected a whole number from {least} to {most:,}"
                         )
+
+
+def setting(config: PretrainedConfig, key: str) -> Any:
+    """Return a setting of a config, None if it has none, and a list with that of each block where they differ."""
+    try:
+        return getattr(config, key, None)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return [getattr(layer, key, None) for layer in config.per_layer_config]
 
 
 def _values(found: Any) -> list[Any]:

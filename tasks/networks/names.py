@@ -47,7 +47,7 @@ class Names:
     statistics: frozenset[str]
     """keys of the floating-point buffers that checkpoints hold (running means, corrections of routers)"""
     trunk: frozenset[str]
-    """keys of the parameters below the head"""
+    """keys of the parameters and statistics below the head"""
     tower: str
     """what a network of several towers puts before the keys of its language model, e.g. `language_model.`"""
     has_task_head: bool
@@ -142,15 +142,17 @@ def names_of(network: PreTrainedModel) -> Names:
     transforms = get_model_conversion_mapping(network)
     # Some networks have the head before the trunk, and there the name that is tied to the trunk's comes first.
     full = [network.all_tied_weights_keys.get(name, name) for name in parameter_names(network)]
+    held = _statistics(network)
     inside = [name for name in full if prefix and name.startswith(prefix)]
+    below = [name for name in (*full, *held) if name.startswith(prefix)] if inside else [*full, *held]
     return Names(
         network=type(network).__name__,
         prefix=prefix,
         has_prefix=bool(inside),
         parameters={name.removeprefix(prefix): place for place, name in enumerate(full)},
         optional=frozenset(name.removeprefix(prefix) for name in _optional(network, full)),
-        statistics=frozenset(name.removeprefix(prefix) for name in _statistics(network)),
-        trunk=frozenset(name.removeprefix(prefix) for name in inside or full),
+        statistics=frozenset(name.removeprefix(prefix) for name in held),
+        trunk=frozenset(name.removeprefix(prefix) for name in below),
         tower=_tower(network, prefix),
         has_task_head=not (
             type(network).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or network.can_generate()

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
-from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER_CONFIG
+from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER_CONFIG, has_tokenizer
 from sensmerge.tasks.checkpoints.views import read_view
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.bounds import ERRORS, check_bounds
+from sensmerge.tasks.networks.bounds import ERRORS, check_bounds, setting
 from sensmerge.tasks.networks.foreign import check_foreign
 from sensmerge.tasks.networks.merged_ids import in_merged_ids
 
@@ -30,9 +30,10 @@ Head = str
 """What a network ends in: `causal_lm` or `classification`."""
 
 _AUTO_MAPPINGS = {
-    "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
-    "classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "causal_lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    "classification": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,),
 }
+"""Networks by head and config; a language model that also reads images counts where there is none of texts alone."""
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -94,18 +95,19 @@ def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> 
         InputError: transformers has no such class for this architecture.
     """
     if head is not None:
-        mapping = _AUTO_MAPPINGS[head]
-        if type(config) not in mapping and head == "causal_lm":
+        texts, *others = _AUTO_MAPPINGS[head]
+        if type(config) not in texts and head == "causal_lm":
             # Text towers of some models have a language model of their own without being listed.
             names = set(config.architectures or ()) & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
             for tower in (getattr(transformers, name) for name in sorted(names)):
                 if tower.config_class is type(config):
                     return tower  # type: ignore[no-any-return]
-        if type(config) not in mapping:
-            raise InputError(f"{folder}: transformers has no {head} network for model_type {config.model_type!r}")
-        chosen: type[PreTrainedModel] = mapping[type(config)]
-        return chosen
-    listed = [mapping[type(config)] for mapping in _AUTO_MAPPINGS.values() if type(config) in mapping]
+        for mapping in (texts, *others):
+            if type(config) in mapping:
+                return mapping[type(config)]  # type: ignore[no-any-return]
+        raise InputError(f"{folder}: transformers has no {head} network for model_type {config.model_type!r}")
+    mappings = [mapping for several in _AUTO_MAPPINGS.values() for mapping in several]
+    listed = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     for name in config.architectures or ():
         own: Any = getattr(transformers, name, None)
         if (isinstance(own, type) and getattr(own, "config_class", None) is type(config)) or own in listed:
@@ -118,7 +120,13 @@ def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> 
 
 def has_network(config: PretrainedConfig, head: Head) -> bool:
     """Return whether transformers has a network that ends in `head` for a config."""
-    return type(config) in _AUTO_MAPPINGS[head]
+    return any(type(config) in mapping for mapping in _AUTO_MAPPINGS[head])
+
+
+def reads_images(config: PretrainedConfig) -> bool:
+    """Return whether the language model for a config is one that also reads images, and may read nothing without."""
+    texts, images = _AUTO_MAPPINGS["causal_lm"]
+    return type(config) in images and type(config) not in texts
 
 
 def untied_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -248,6 +256,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("a", verbose=False)  # settings of wrong types are found by those who use them
+        # Of many kinds transformers makes one of no files at all, to which every word is unknown.
+        files = sorted(set(tokenizer.vocab_files_names.values()))
+        if files and not has_tokenizer(folder) and not any((folder / name).is_file() for name in files):
+            raise ValueError(f"there is no {' or '.join(files)}")
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: no usable tokenizer ({reason}); get its files again") from error
@@ -259,7 +271,7 @@ def describe(config: PretrainedConfig) -> dict[str, Any]:
     """Return the settings that a base and its experts must share for their weights to be added."""
     text = config.get_text_config()
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_attention_heads")
-    return {key: getattr(text, key, None) for key in (*keys, "num_key_value_heads")}
+    return {key: setting(text, key) for key in (*keys, "num_key_value_heads")}
 
 
 def computation_digest(config: PretrainedConfig) -> str:

@@ -7,18 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from tokenizers import processors
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from sensmerge.pipeline.plan.plan import Plan
-from tests.census.zoo import tiny_network
-from tests.conftest import make_adapter, make_tokenizer, perturbed, plan_of, write_rows
+from sensmerge.tasks.artifacts import write_json
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.kind import RowTask
+from tests.census.networks import tiny_config, tiny_network
+from tests.census.tiny import tiny_network as tiny_trunk
+from tests.conftest import do_job, make_adapter, make_tokenizer, perturbed, plan_of, write_rows
 
+Rows = list[dict[str, object]]
 EXPERTS = ("first", "second")
-ROWS: Mapping[str, list[dict[str, object]]] = {
+CLASSES = {"first": 3, "second": 4}
+"""How many an expert tells apart, if it is a classifier."""
+_TEXTS: Mapping[str, Rows] = {
     "first": [{"prompt": "1+2=", "completion": "3"}, {"prompt": "a longer prompt: ", "completion": "yes or no"}],
     "second": [{"prompt": "def f(x):", "completion": " return x"}, {"prompt": "xyz", "completion": "abc"}],
+}
+_CLASSIFIED: Mapping[str, Rows] = {
+    "first": [{"text": "good", "label": 0}, {"text": "not as good as that", "label": 2}],
+    "second": [{"text": "where is it?", "label": 1}, {"text": "when", "label": 0}],
 }
 
 
@@ -31,9 +46,31 @@ class Case:
     folder: Path
 
     @property
+    def classifies(self) -> bool:
+        """Whether the experts are classifiers, each with classes of its own, fine-tuned from a trunk without a head."""
+        return self.name.endswith("Classification")
+
+    @property
+    def task(self) -> RowTask:
+        """The experts' kind of task, with all settings left out."""
+        if self.classifies:
+            return ClassificationTask(kind="classification")
+        return CompletionTask(kind="completion")
+
+    @property
+    def rows(self) -> Mapping[str, Rows]:
+        """Rows of each expert's task."""
+        return _CLASSIFIED if self.classifies else _TEXTS
+
+    @property
     def base(self) -> Path:
         """The base with its tokenizer."""
         return self.folder / "base"
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of all models."""
+        return AutoTokenizer.from_pretrained(self.base)
 
     def experts(self, kind: str) -> dict[str, Path]:
         """Folders by name; `kind` is `full` or `lora`."""
@@ -41,28 +78,43 @@ class Case:
 
     def network(self, folder: Path) -> PreTrainedModel:
         """A full fine-tune or the base, as transformers loads it."""
-        import transformers
-
-        return getattr(transformers, self.name).from_pretrained(folder).eval()
+        (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+        return getattr(transformers, name).from_pretrained(folder).eval()
 
     def recipe(self, kind: str, merge: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
-        """A recipe that merges the experts."""
+        """A recipe that merges the experts, of which each has a task."""
+        return {**self.static_recipe({"merged": merge}, kind), "tasks": self.tasks("calibration"), **settings}
+
+    def tasks(self, split: str) -> dict[str, Any]:
+        """The tasks of a recipe, each with its rows as one split."""
         sets = {name: {"path": "json", "data_files": str(self.folder / f"{name}.jsonl")} for name in EXPERTS}
+        return {name: {"kind": self.task.kind, split: one} for name, one in sets.items()}
+
+    def static_recipe(self, merges: Mapping[str, Mapping[str, Any]], kind: str = "full") -> dict[str, Any]:
+        """A recipe that merges the experts, without tasks."""
         return {
             "name": "census",
             "base": str(self.base),
             "experts": {name: {"model": str(folder)} for name, folder in self.experts(kind).items()},
-            "tasks": {name: {"kind": "completion", "calibration": one} for name, one in sets.items()},
-            "merges": {"merged": dict(merge)},
+            "merges": {name: dict(merge) for name, merge in merges.items()},
             "dtype": "float32",
-            **settings,
         }
 
     def plan(self, recipe: dict[str, Any], name: str) -> Plan:
         """Plan a recipe in a folder of its own."""
         folder = self.folder / f"plan-{name}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         return plan_of(folder, recipe)
+
+
+def do(plan: Plan) -> Plan:
+    """Do the steps of a plan in this process, one after the other, and return it."""
+    plan.write_rows()
+    for step in plan.steps:
+        out = plan.store.partial(step.key)
+        out.mkdir(parents=True)
+        plan.store.publish(step.key, do_job(step.job, out))
+    return plan
 
 
 def make_case(name: str, folder: Path, lora: bool = True) -> Case:
@@ -71,19 +123,47 @@ def make_case(name: str, folder: Path, lora: bool = True) -> Case:
     Raises:
         Exception: transformers or peft cannot.
     """
-    case = Case(name, folder)
-    network = _with_padding(tiny_network(name))
-    tokenizer = make_tokenizer()
-    network.save_pretrained(case.base)
-    tokenizer.save_pretrained(case.base)
+    case, cls = Case(name, folder), getattr(transformers, name)
+    network = tiny_trunk(MODEL_MAPPING[cls.config_class], tiny_config(cls)) if case.classifies else tiny_network(name)
+    _save(network, case.base)
     for seed, expert in enumerate(EXPERTS, start=1):
-        write_rows(folder / f"{expert}.jsonl", ROWS[expert])
-        full = case.experts("full")[expert]
-        _with_padding(perturbed(case.network(case.base), seed, 0.05)).save_pretrained(full)
-        tokenizer.save_pretrained(full)
+        write_rows(folder / f"{expert}.jsonl", case.rows[expert])
+        classes = {"num_labels": CLASSES[expert]} if case.classifies else {}
+        torch.manual_seed(seed)
+        _save(
+            _moved(perturbed(cls.from_pretrained(case.base, **classes), seed, 0.05), seed), case.experts("full")[expert]
+        )
         if lora:
             _make_adapter(case, case.experts("lora")[expert], seed)
     return case
+
+
+def _save(network: PreTrainedModel, folder: Path) -> None:
+    """Save a network with what turns texts into its inputs, or a file that says how images or sounds are."""
+    _with_padding(network).save_pretrained(folder)
+    others = [name for name in network.config.sub_configs if "text" not in name]
+    if network.main_input_name != "input_ids" or others:
+        write_json(folder / "preprocessor_config.json", {"do_normalize": True})
+    if network.main_input_name != "input_ids" and not others:
+        return
+    tokenizer = make_tokenizer()
+    if network.config.is_encoder_decoder:
+        end = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = end
+    tokenizer.save_pretrained(folder)
+
+
+def _moved(network: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Change the statistics that a network has beside its parameters, such as running means, as training does."""
+    for name in statistics(network):
+        network.get_buffer(name).add_(0.01 * seed)
+    return network
+
+
+def statistics(network: PreTrainedModel) -> list[str]:
+    """Return the names of a network's buffers of floating-point numbers that files hold."""
+    saved = network.state_dict()
+    return [name for name, buffer in network.named_buffers() if name in saved and buffer.is_floating_point()]
 
 
 def _with_padding(network: PreTrainedModel) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """SE-Merging of the census, against weights that are written out for each sample."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,14 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.generation import generate
 from sensmerge.tasks.networks.tokens import Inputs, pad_token
-from tests.census.cases import ROWS, Case
+from tests.census.cases import Case, do, statistics
 
+SE = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se", "fallback": 0}}
 TOLERANCE = 1e-5
 """Of float32 logits, in parts of the largest."""
 COEFFICIENTS = [[1.0, 0.0], [0.3, 0.6], [0.0, 1.0], [0.3, 0.6]]
@@ -36,41 +36,30 @@ def lora(case: Case) -> str:
 
 
 def _tried(case: Case, kind: str) -> str:
-    merge = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se", "fallback": 0}}
     try:
-        plan = case.plan(case.recipe(kind, merge), f"se-{kind}")
+        plan = case.plan(case.recipe(kind, SE), f"se-{kind}")
     except InputError as error:
         return f"refused: {error}"
     try:
-        return _compare(case, kind, DynamicModel.load(_routed(plan, case.folder / f"plan-se-{kind}")))
+        return _compare(case, kind, DynamicModel.load(do(plan).models()["merged"]))
     except Exception as error:
         return f"failed: {type(error).__name__}: {error}"
 
 
-def _routed(plan: Plan, folder: Path) -> Path:
-    """Run the steps up to the dynamic model and return its folder."""
-    store = Store(folder / "store")
-    plan.write_rows()
-    for step in plan.steps:
-        out = store.partial(step.key)
-        out.mkdir(parents=True)
-        for part in step.job.parts():
-            step.job.run(part, out)
-        store.publish(step.key, step.job.finish(out))
-    (route,) = (step for step in plan.steps if step.stage == "route")
-    return store.folder(route.key)
-
-
 def _compare(case: Case, kind: str, model: DynamicModel) -> str:
-    """Compare logits and greedy continuations of a batch of mixed coefficients."""
-    prompts: list[Inputs] = [
-        {"input_ids": model.tokenizer(str(row["prompt"]))["input_ids"]} for rows in ROWS.values() for row in rows
-    ]
-    assert model.route(prompts).coefficients.isfinite().all()
+    """Compare the answers to a batch of mixed coefficients."""
+    texts = [str(row["text" if case.classifies else "prompt"]) for rows in case.rows.values() for row in rows]
+    samples: list[Inputs] = [{"input_ids": model.tokenizer(text)["input_ids"]} for text in texts]
+    assert model.route(samples).coefficients.isfinite().all()
     routes = Routes(torch.tensor(COEFFICIENTS), [0, 0, 1, 1])
+    return _classes(case, model, samples, routes) if case.classifies else _texts(case, kind, model, samples, routes)
+
+
+def _texts(case: Case, kind: str, model: DynamicModel, prompts: list[Inputs], routes: Routes) -> str:
+    """Compare logits and greedy continuations."""
     logits = model.logits(prompts, routes)
     continued = model.generate(prompts, routes, NEW)
-    base = _untied(case, case.base) if kind == "lora" else case.network(case.base)
+    base = _untied(case, case.base) if kind == "lora" else _with_means(case)
     experts = [_expert(case, kind, folder) for folder in case.experts(kind).values()]
     pad_id, worst = pad_token(base, model.tokenizer), 0.0
     for rows in model.network.together(routes.coefficients):
@@ -81,10 +70,32 @@ def _compare(case: Case, kind: str, model: DynamicModel) -> str:
                 # Not every network answers the same with padding: it gets what the dynamic one got.
                 batch = [prompts[one] for one in rows]
                 text = generate(network, model.tokenizer, batch, NEW, pad_id, "cpu")[place]
-            worst = max(worst, float((logits[row][: len(expected)] - expected).abs().max() / expected.abs().max()))
+            worst = max(worst, _off(logits[row][: len(expected)], expected))
             if text != continued[row]:
                 return f"wrong: continues with {continued[row]} instead of {text}"
     return "right" if worst < TOLERANCE else f"wrong: off by {worst:.1e}"
+
+
+def _classes(case: Case, model: DynamicModel, samples: list[Inputs], routes: Routes) -> str:
+    """Compare the logits of both heads."""
+    base = dict(case.network(case.base).named_parameters())
+    networks = {name: case.network(folder) for name, folder in case.experts("full").items()}
+    experts = [dict(network.base_model.named_parameters()) for network in networks.values()]
+    worst = 0.0
+    for name, network in networks.items():
+        (found,) = model.class_logits(samples, routes, [name] * len(samples))
+        for row, sample in enumerate(samples):
+            trunk = _sums(base, experts, COEFFICIENTS[row])
+            written = copy.deepcopy(network)
+            written.base_model.load_state_dict(trunk, strict=False)
+            with torch.inference_mode():
+                expected = written(input_ids=torch.tensor([sample["input_ids"]])).logits[0]
+            worst = max(worst, _off(found[row], expected))
+    return "right" if worst < TOLERANCE else f"wrong: off by {worst:.1e}"
+
+
+def _off(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 def _expert(case: Case, kind: str, folder: Path) -> dict[str, Tensor]:
@@ -103,6 +114,14 @@ def _expert(case: Case, kind: str, folder: Path) -> dict[str, Tensor]:
     return dict(adapted.merge_and_unload().named_parameters())
 
 
+def _with_means(case: Case) -> PreTrainedModel:
+    """Return the base with the mean of the experts' statistics, which is what every sample gets."""
+    network, experts = case.network(case.base), [case.network(folder) for folder in case.experts("full").values()]
+    for name in statistics(network):
+        network.get_buffer(name).copy_(sum(expert.get_buffer(name) for expert in experts) / len(experts))
+    return network
+
+
 def _untied(case: Case, folder: Path) -> PreTrainedModel:
     """Return a network of whose parameters each place has one of its own."""
     network = case.network(folder)
@@ -115,10 +134,16 @@ def _untied(case: Case, folder: Path) -> PreTrainedModel:
 def _written(base: PreTrainedModel, experts: list[dict[str, Tensor]], coefficients: list[float]) -> PreTrainedModel:
     """Return a network with the weights base + Σ coefficient · (expert − base)."""
     network = copy.deepcopy(base)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            total = parameter.double()
-            for expert, coefficient in zip(experts, coefficients, strict=True):
-                total = total + coefficient * (expert[name].double() - parameter.double())
-            parameter.copy_(total)
+    network.load_state_dict(_sums(dict(base.named_parameters()), experts, coefficients), strict=False)
     return network
+
+
+def _sums(base: Mapping[str, Tensor], experts: list[dict[str, Tensor]], coefficients: list[float]) -> dict[str, Tensor]:
+    """Return base + Σ coefficient · (expert − base) by name; what an expert lacks (a pooler) is as the base has it."""
+    sums = {}
+    for name, parameter in base.items():
+        total = start = parameter.detach().double()
+        for expert, coefficient in zip(experts, coefficients, strict=True):
+            total = total + coefficient * (expert.get(name, parameter).detach().double() - start)
+        sums[name] = total.float()
+    return sums

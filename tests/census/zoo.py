@@ -1,88 +1,75 @@
-"""A tiny random network of every causal language model that transformers has."""
+"""Architectures of all kinds, of which CI tries every one in every way."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import transformers
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from tests.census import tiny
-
-_MAMBA = {"mamba_n_heads": 8, "mamba_d_ssm": 64}  # expand · width = heads · head size
-_EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
-    "falcon_h1": _MAMBA,
-    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "hrm_text": {"num_hidden_layers": 16},  # layers of the cache: stacks · layers of each · cycles
-    "mamba2": {"num_heads": 8},
-    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
-    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 4,
-    },
-    "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-            "full_attention": None,
-        },
-    },
-    "dbrx": {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
-    "reformer": {"axial_pos_shape": (8, 8), "axial_pos_embds_dim": (16, 16)},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
-        "num_key_value_heads": 4,
-    },
-    "zamba2": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
-        "n_mamba_heads": 8,
-        "attention_hidden_size": 64,
-        "num_logits_to_keep": 0,
-    },
-    "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "intermediate_size": [48] * 4,
-        "activation_sparsity_pattern": [0.0] * 4,
-    },
-    "ministral": {"head_dim": 8},
-    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+FAMILIES = {
+    "decoders": (
+        "LlamaForCausalLM",
+        "BloomForCausalLM",
+        "CamembertForCausalLM",  # has its head before the trunk
+        "ElectraForCausalLM",  # transformers names no blocks
+        "FalconForCausalLM",  # holds queries, keys and values in one
+        "GPT2LMHeadModel",  # its linear layers are transposed
+        "Gemma3ForCausalLM",
+        "Gemma4ForCausalLM",  # its blocks have settings of their own, and scales that are buffers
+        "HrmTextForCausalLM",  # files hold tensors that it splits
+        "OPTForCausalLM",  # its head calls the decoder in the trunk
+        "Phi3ForCausalLM",
+        "Qwen3ForCausalLM",
+    ),
+    "mixtures of experts": (
+        "MixtralForCausalLM",  # experts that are stacked
+        "DeepseekV3ForCausalLM",  # its router has a correction that is a buffer
+        "GptOssForCausalLM",
+        "Inkling2ForCausalLM",  # patterns of old names match today's
+        "LagunaForCausalLM",  # so do they here
+        "Qwen3MoeForCausalLM",
+    ),
+    "state spaces and hybrids": (
+        "FalconH1ForCausalLM",  # its head reads a setting of the trunk
+        "JambaForCausalLM",
+        "Mamba2ForCausalLM",
+        "MambaForCausalLM",  # its head passes the trunk's cache on
+        "RecurrentGemmaForCausalLM",
+        "RwkvForCausalLM",
+        "ZambaForCausalLM",  # has blocks that share weights
+        "ZayaForCausalLM",  # hands more than hidden states from block to block
+    ),
+    "encoders": (
+        "BertForSequenceClassification",
+        "AlbertForSequenceClassification",  # has one block for all layers
+        "DebertaV2ForSequenceClassification",
+        "DistilBertForSequenceClassification",
+        "ElectraForSequenceClassification",
+        "LongformerForSequenceClassification",  # its head tells the trunk where to look at all tokens
+        "ModernBertForSequenceClassification",
+        "RobertaForSequenceClassification",  # numbers positions from behind its padding token
+        "XLNetForSequenceClassification",  # has its samples in columns
+    ),
+    "encoder-decoders": (
+        "T5ForConditionalGeneration",
+        "BartForConditionalGeneration",
+        "BartForSequenceClassification",  # its head looks for the end of the text
+        "MarianMTModel",
+    ),
+    "vision": (
+        "ViTForImageClassification",
+        "ConvNextForImageClassification",
+        "ResNetForImageClassification",  # has running means
+        "SegformerForSemanticSegmentation",
+        "SwinForImageClassification",
+    ),
+    "speech": (
+        "WhisperForConditionalGeneration",
+        "MoonshineForConditionalGeneration",
+        "Wav2Vec2ForCTC",  # has a weight in two factors
+    ),
+    "vision and language": (
+        "CLIPModel",
+        "Blip2ForConditionalGeneration",
+        "Gemma3ForConditionalGeneration",
+        "Idefics3ForConditionalGeneration",
+        "LlavaForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "SiglipModel",
+    ),
 }
-"""By model type: what the names of settings do not tell."""
-
-
-def class_names() -> list[str]:
-    """Return the classes of all causal language models of transformers."""
-    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
-
-
-def tiny_config(kind: type[PretrainedConfig]) -> PretrainedConfig:
-    """Return a config of a class with few and narrow layers, from the defaults of the class."""
-    default = kind()
-    decoder = {"is_decoder": True} if "is_decoder" in default.to_dict() else {}
-    settings = tiny.tiny_settings(default) | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    return kind(**{**settings, **decoder, **_EXCEPTIONS.get(kind.model_type, {})})
-
-
-def tiny_network(name: str, seed: int = 0) -> PreTrainedModel:
-    """Return a random network of a class in evaluation mode, float32, with a few narrow layers.
-
-    Raises:
-        Exception: the class cannot be made tiny by what is known of its settings, or wants more than text.
-    """
-    cls: type[PreTrainedModel] = getattr(transformers, name)
-    return tiny.tiny_network(cls, tiny_config(cls.config_class), seed)
+"""Classes of networks by family."""

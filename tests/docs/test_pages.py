@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sensmerge.pipeline.recipe.schema import Recipe
-from tests.docs.pages import BLOCKS, DOCS, renewed
+from tests.docs.pages import BLOCKS, DOCS, Block
 from tests.docs.reference import reference
 from tests.test_rooms import ROOMS
 
@@ -28,10 +28,10 @@ def anchors(page: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_what_is_generated_is_up_to_date(block: str) -> None:
-    page, text = renewed(block)
-    assert page.read_text() == text, f"{page}: out of date; renew it with `python -m tests.docs`"
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_what_is_generated_is_up_to_date(block: Block) -> None:
+    page = block.page_with(BLOCKS[block]())
+    assert block.path.read_text() == page, f"{block.page}: out of date; renew it with `{block.command}`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

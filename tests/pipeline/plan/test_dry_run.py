@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.stages.evaluate import EvaluateJob
 from tests.census.cases import make_case
 from tests.census.sens import SENS
 from tests.conftest import plan_of
@@ -43,3 +44,21 @@ def test_nothing_is_tried_that_is_not_asked(
     llama_recipe["tasks"]["math"]["generate"] = 4
     plan_of(tmp_path, llama_recipe)
     assert tried == ["llama", "llama"]
+
+
+@pytest.mark.parametrize(
+    ("name", "inseparable"),
+    [
+        ("BertForSequenceClassification", set()),
+        ("LongformerForSequenceClassification", {"first", "second"}),  # tells its trunk where to look at all tokens
+        ("T5ForSequenceClassification", {"first", "second"}),  # reads the inputs of its trunk
+    ],
+)
+def test_heads_that_cannot_be_run_apart_from_a_trunk(name: str, inseparable: set[str], tmp_path: Path) -> None:
+    case = make_case(name, tmp_path, lora=False)
+    recipe = case.recipe("full", STATIC) | {"tasks": case.tasks("evaluation")}
+    plan = case.plan(recipe, "evaluation")
+    assert plan.inseparable == inseparable
+    step = plan.step("evaluate", "base/first")
+    assert isinstance(step.job, EvaluateJob)
+    assert (step.job.head_config is None) == bool(inseparable)

@@ -9,7 +9,8 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.rows.source import DataSource
 from sensmerge.tasks.rows.tables import load_rows
-from tests.conftest import plan_of, write_rows
+from tests.census.cases import make_case
+from tests.conftest import make_tokenizer, plan_of, write_rows
 
 Recipe = dict[str, Any]
 
@@ -223,3 +224,19 @@ def test_what_a_variant_is_tuned_on_does_not_depend_on_the_others(llama_recipe: 
         recipe["tasks"][task]["tuning"] = {"path": "json", "data_files": "all.jsonl", "samples": 3}
     named = plan_of(tmp_path, recipe)
     assert [step.name for step in named.steps if step.stage == "tune"] == ["math", "code", "auto", "sens"]
+
+
+def test_a_head_that_looks_for_the_end_of_a_text(tmp_path: Path) -> None:
+    case = make_case("BartForSequenceClassification", tmp_path, lora=False)
+    recipe = case.recipe("full", {"method": "task_arithmetic"})
+    assert case.plan(recipe, "ended").steps
+    for folder in (case.base, *case.experts("full").values()):
+        make_tokenizer().save_pretrained(folder)
+    message = r"^tasks\.first\.calibration: .*: the tokenizer gives no token 1, at which the head of BartForSeq"
+    with pytest.raises(InputError, match=message):
+        case.plan(recipe, "open")
+
+
+def test_a_network_without_a_vocabulary(tmp_path: Path) -> None:
+    case = make_case("CanineForSequenceClassification", tmp_path, lora=False)
+    assert case.plan(case.recipe("full", {"method": "task_arithmetic"}), "hashed").steps

@@ -24,6 +24,7 @@ from transformers import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
     PreTrainedModel,
+    ResNetForImageClassification,
 )
 
 from sensmerge.tasks.checkpoints.checkpoint import WEIGHTS
@@ -31,7 +32,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import Expert, load_network, open_expert
-from tests.census.zoo import tiny_network
+from tests.census.networks import tiny_network
 from tests.conftest import bert_config, make_adapter, make_llama, perturbed
 
 Save = Callable[..., Path]
@@ -371,6 +372,22 @@ def test_an_adapter_of_modules_that_match_patterns_of_older_names(tmp_path: Path
     assert all(torch.allclose(found[name], merged[name], rtol=0, atol=1e-6) for name in merged)
     shared = "model.layers.1.mlp.shared_experts.up_proj.weight"
     assert not torch.equal(found[shared], network.state_dict()[shared])
+
+
+def test_statistics_of_a_trunk_below_a_head(tmp_path: Path) -> None:
+    """Running means lie in the trunk as its parameters do, though they are none."""
+    trunk = tiny_network("ResNetModel")
+    trunk.save_pretrained(tmp_path / "base")
+    expert = ResNetForImageClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    for name, buffer in expert.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(1.0)
+    expert.save_pretrained(tmp_path / "expert")
+    base = open_base(tmp_path / "base")
+    found = open_expert(tmp_path / "expert", base, "experts.x")
+    assert found.own.keys() >= base.statistics
+    assert all(bool((found.read(name) == 1).all()) for name in base.statistics if name.endswith("running_mean"))
+    assert {name.partition(".")[0] for name in found.head} == {"classifier"}
 
 
 def test_an_adapter_of_what_the_base_holds_fused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from sensmerge.tasks.networks.heads import HEAD_WEIGHTS, DetachedHead, SavedHead
 from sensmerge.tasks.networks.networks import trunk_of
-from tests.census.zoo import tiny_network
+from tests.census.networks import tiny_network
 from tests.conftest import perturbed
 
 PAD = 1

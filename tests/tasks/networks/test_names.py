@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from sensmerge.tasks.networks.names import Names, names_of, parameter_names, plain
-from tests.census.zoo import tiny_network
+from tests.census.networks import tiny_network
 from tests.conftest import bert_config, gpt2_config, llama_config
 
 

@@ -7,9 +7,13 @@ import torch
 from transformers import (
     BertForSequenceClassification,
     BertModel,
+    CanineConfig,
+    Gemma3Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
@@ -18,12 +22,14 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import (
     describe,
     fill_network,
+    has_network,
     load_config,
     load_tokenizer,
     network_class,
+    reads_images,
     skeleton,
 )
-from tests.conftest import bert_config, gpt2_config, llama_config, make_llama
+from tests.conftest import bert_config, gpt2_config, llama_config, make_bert_trunk, make_llama
 
 
 def write_config(folder: Path, config: object) -> Path:
@@ -149,6 +155,13 @@ def test_network_class(tmp_path: Path) -> None:
         network_class(vision, "causal_lm", tmp_path)
 
 
+def test_language_models_that_read_images(tmp_path: Path) -> None:
+    llava = LlavaConfig(architectures=["LlavaForConditionalGeneration"])
+    assert network_class(llava, "causal_lm", tmp_path) is LlavaForConditionalGeneration
+    assert has_network(llava, "causal_lm")
+    assert [reads_images(one) for one in (llava, llama_config(), bert_config(), Gemma3Config())] == [True] + 3 * [False]
+
+
 def test_a_skeleton_has_no_memory(tmp_path: Path) -> None:
     network = skeleton(llama_config(hidden_size=4096, vocab_size=200_000), "causal_lm", tmp_path)
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
@@ -188,6 +201,15 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     assert not has_tokenizer(write_config(tmp_path, llama()))
     with pytest.raises(InputError, match="no usable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_a_vocabulary(tmp_path: Path) -> None:
+    """From no files at all, transformers makes a BERT's tokenizer that knows no word."""
+    make_bert_trunk().save_pretrained(tmp_path / "bert")
+    with pytest.raises(InputError, match=r"no usable tokenizer \(there is no tokenizer\.json or vocab\.txt\); get its"):
+        load_tokenizer(tmp_path / "bert")
+    CanineConfig().save_pretrained(tmp_path / "canine")  # its tokens are characters
+    assert load_tokenizer(tmp_path / "canine")("a", add_special_tokens=False)["input_ids"] == [ord("a")]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Whether the kind of each task has a meaning for the network of its expert."""
+
+from collections.abc import Mapping
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.kind import Task
+from sensmerge.tasks.networks.base import missing_parameters
+from sensmerge.tasks.networks.causality import not_causal
+from sensmerge.tasks.networks.expert import Expert
+
+
+def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> None:
+    """Check that the kind of each task has a meaning for the network of its expert.
+
+    Raises:
+        InputError: it has none, or a package is not installed; it names the recipe's key and a way out.
+    """
+    for name, task in tasks.items():
+        expert = experts[name]
+        if not task.has_own_head:
+            _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
+        elif not _classifies(expert):
+            raise InputError(
+                f"tasks.{name}.kind: {task.kind}, but {expert.folder} is a {expert.network}; expected a classifier of "
+                "texts (its own, or a LoRA adapter with task_type SEQ_CLS and its head in modules_to_save), or leave "
+                "the task out"
+            )
+        task.check_installed(f"tasks.{name}")
+
+
+def _check_continues(needs: str, expert: Expert) -> None:
+    ways_out = "leave the task out, or use kind classification if the experts are classifiers"
+    for folder, config in ((expert.base.folder, expert.base.config), (expert.folder, expert.config)):
+        reason = not_causal(config)
+        if reason:
+            raise InputError(f"{needs}, but {folder} ({config.model_type}) {reason}; {ways_out}")
+    try:
+        lacking = missing_parameters(expert.base, "causal_lm")
+    except InputError as error:
+        raise InputError(f"{needs}; {error}; {ways_out}") from None
+    if lacking:
+        raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
+
+
+def _classifies(expert: Expert) -> bool:
+    return expert.network in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()

@@ -1,0 +1,23 @@
+"""Tasks that have no meaning for the network of their expert, before anything else that is asked of it."""
+
+from pathlib import Path
+
+import pytest
+
+from sensmerge.tasks.errors import InputError
+from tests.census.cases import make_case
+from tests.census.se import SE
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("T5ForConditionalGeneration", r"completion needs a language model, but .* \(t5\) is an encoder-decoder, "),
+        ("ViTForImageClassification", r"classification, but .* is a ViTForImageClassification; expected a classifier"),
+        ("CLIPModel", r"completion needs a language model; .* has no causal_lm network for model_type 'clip'; "),
+    ],
+)
+def test_the_task_is_named_and_not_what_is_to_be_done_with_it(name: str, message: str, tmp_path: Path) -> None:
+    case = make_case(name, tmp_path, lora=False)
+    with pytest.raises(InputError, match=rf"^tasks\.first\.kind: {message}.*leave the task out"):
+        case.plan(case.recipe("full", SE), "se")
