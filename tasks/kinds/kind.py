@@ -135,6 +135,11 @@ class Sample:
         return max(self.prompt_tokens, 1)
 
     @property
+    def scored(self) -> Sequence[int]:
+        """Indices of the scored tokens."""
+        return range(self.scored_from, len(self.input_ids))
+
+    @property
     def prompt(self) -> Inputs:
         """What stands before the answer: by it a sample is routed, and from it an answer generated."""
         if "input_ids" not in self.inputs:
@@ -305,8 +310,9 @@ class RowTask(Task):
         if sample.label is not None:
             counted = torch.tensor([sample.label])
         else:
-            counted = batch["input_ids"].clone()
-            counted[:, : sample.prompt_tokens] = -100
+            ids, places = batch["input_ids"], list(sample.scored)
+            counted = torch.full_like(ids, -100)
+            counted[:, places] = ids[:, places]
         return {**batch, "labels": counted}
 
     # Answers
@@ -326,6 +332,10 @@ class RowTask(Task):
 
     def answer_record(self, row: Row, text: str) -> Record:
         """Return what a generated answer adds to a row's record."""
+        return {}
+
+    def table_row(self, row: Row, record: Record) -> Mapping[str, Any]:
+        """Return what people read of a row and what a model answered, by the name of the column; empty if nothing."""
         return {}
 
     def agreement(self, record: Record, own: Record) -> Record:
