@@ -1,11 +1,14 @@
 """Rows of messages as samples: what a recipe may say of them, what is scored, and what is refused."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sensmerge.tasks.errors import InputError
@@ -17,7 +20,7 @@ from sensmerge.tasks.rows.stored import StoredRows
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from tests.conftest import make_llama
 from tests.tasks.networks.chat_templates import FORMS, chat_tokenizer
-from tests.tasks.networks.test_chats import CALLS, CHAT, TOOLS
+from tests.tasks.networks.test_chats import CALLS, CHAT, TOKENIZERS, TOOLS
 
 KEY = "tasks.talk.evaluation"
 ROW = {"messages": CHAT}
@@ -224,6 +227,30 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], row: dict[str, Any],
     with pytest.raises(InputError) as error:
         chat_task(**settings).check_rows([row], KEY)
     assert text in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "name", "arguments"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "system"]) | JSON, "content": st.text(max_size=5) | JSON},
+    optional={"tool_calls": JSON, "reasoning_content": JSON, "name": JSON},
+)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama-3.1", "mistral-tools", "qwen-2.5", "qwen-3"])
+@given(messages=st.lists(MESSAGE | JSON, max_size=4) | JSON, tools=JSON)
+def test_any_row_is_read_or_refused(name: str, messages: Any, tools: Any) -> None:
+    task, row = chat_task(loss_on="all"), {"messages": messages, "tools": tools}
+    with contextlib.suppress(InputError):
+        task.check_rows([row], KEY)
+        batch = task.calibration_batch(row, TOKENIZERS[name], "row 7")
+        assert (batch["labels"] != -100).any()
 
 
 def test_nothing_to_score() -> None:
