@@ -1,5 +1,6 @@
 """Kind chat: the model answers in a conversation, which the chat template of merged models writes."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class ChatTask(GeneratingTask):
         """See `GeneratingTask`."""
         messages, given = self._conversation(row)
         last = [] if given is None else [{**messages[-1], "content": given}]
-        return "\n".join(f"{one['role']}: {one.get('content', '')}" for one in [*messages[:-1], *last])
+        return "\n".join(map(_line, [*messages[:-1], *last]))
 
     def expected(self, row: Row) -> str:
         """See `GeneratingTask`."""
@@ -211,6 +212,12 @@ class ChatTask(GeneratingTask):
             raise InputError(f"{where}: what the {ASSISTANT} says has no token to score; leave the row out")
         before = max(chat.said[0] - cut, 0) if chat.said else len(chat.ids) - cut
         return ChatSample({"input_ids": chat.ids[cut:]}, before, None, scored, chat.prompt[-self.max_length :])
+
+
+def _line(message: Mapping[str, Any]) -> str:
+    """A message for people to read."""
+    calls = [json.dumps(one, ensure_ascii=False) for one in message.get("tool_calls", ())]
+    return f"{message['role']}: {' '.join([message.get('content', ''), *calls]).strip()}"
 
 
 def _rendered(messages: Sequence[MessageTemplate], row: Row) -> list[Mapping[str, str]]:

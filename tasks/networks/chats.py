@@ -81,12 +81,14 @@ class ChatTemplate:
                     f"{self.where}: the chat template writes the last message in another way when it is continued; "
                     "set continue_final_message: false"
                 )
-        last = self._turn(messages, len(messages) - 1, whole, prompt)
+        closing = self._closing(messages)
+        last = self._turn(messages, len(messages) - 1, whole, prompt, closing)
         if _GENERATION.search(self._template):
             marked = self._marked(messages, whole)
-            before, after = ([(s, min(e, last[0])) for s, e in marked], [(max(s, last[0]), e) for s, e in marked])
+            before = [(start, end) for start, end in marked if end <= last[0]]
+            after = [(max(start, last[0]), end) for start, end in marked if end > last[0]]
         else:
-            before, after = self._earlier(messages, whole) if every else [], [last]
+            before, after = self._earlier(messages, whole, closing) if every else [], [last]
         found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = found["input_ids"], found["offset_mapping"]
         asked = tokens(prompt, self.tokenizer, front=False)
@@ -113,7 +115,15 @@ class ChatTemplate:
                 tokenize=False,
                 **self.variables,
             )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             what = " ".join(str(error).split("\n")[0].split())
             raise InputError(f"{self.where}: the chat template cannot write the messages: {what}") from error
         return text
@@ -123,10 +133,11 @@ class ChatTemplate:
         """The template for these tools, in which it is always the same day."""
         try:
             template: str = self.tokenizer.get_chat_template(None, self.tools)
-        except ValueError:
+        except ValueError:  # none, or several without a default
+            named = ", ".join(self.tokenizer.chat_template or ())
             raise InputError(
-                f"{self.where}: the tokenizer of merged models has no chat template; add chat_template.jinja to the "
-                "base, name another model in tokenizer.source, or use kind completion"
+                f"{self.where}: the tokenizer of merged models has no chat template{f' but {named}' if named else ''}; "
+                "add chat_template.jinja to the base, name another model in tokenizer.source, or use kind completion"
             ) from None
         return dated(template)
 
@@ -161,17 +172,17 @@ class ChatTemplate:
         found: list[Span] = spans[0]
         return found
 
-    def _earlier(self, messages: Messages, whole: str) -> list[Span]:
+    def _earlier(self, messages: Messages, whole: str, closing: str) -> list[Span]:
         """Return where each turn of the assistant stands but the last."""
         prompts = {
             place: self.write(messages[:place], prompt=True) if place else None
             for place, one in enumerate(messages[:-1])
             if one["role"] == "assistant"
         }
-        return [self._turn(messages, place, whole, prompt) for place, prompt in prompts.items()]
+        return [self._turn(messages, place, whole, prompt, closing) for place, prompt in prompts.items()]
 
-    def _turn(self, messages: Messages, place: int, whole: str, prompt: str | None) -> Span:
-        """Return where a message of the assistant stands in the text of all messages, with the token that ends it.
+    def _turn(self, messages: Messages, place: int, whole: str, prompt: str | None, closing: str) -> Span:
+        """Return where a message of the assistant stands in the text of all messages, with the token that ends turns.
 
         It begins where the prompt ends that it is generated from; if the template writes that in another way once it
         is answered, where the text of a message stands. It ends before what follows whatever the assistant says. Where
@@ -181,11 +192,9 @@ class ChatTemplate:
             InputError: the text does not tell.
         """
         before, after = self._around(messages, place)
-        is_last = place == len(messages) - 1
         start = next((len(one) for one in (prompt, before) if one is not None and whole.startswith(one)), -1)
         end = -1
         if after is not None and whole.endswith(after):
-            closing = self._closing((after if is_last else self._around(messages, len(messages) - 1)[1]) or "")
             found = re.match(rf"\s*{re.escape(closing)}", after) if closing else None
             end = len(whole) - len(after) + (found.end() if found else 0)
         elif start >= 0:
@@ -197,7 +206,7 @@ class ChatTemplate:
             raise InputError(
                 f"{self.where}: message {place} cannot be told from the rest of the text, because the chat template "
                 "writes it in another way when it is the last; "
-                f"{'leave the row out' if is_last else 'set loss_on: last, or leave the row out'}"
+                f"{'set loss_on: last, or ' if place < len(messages) - 1 else ''}leave the row out"
             )
         return start, end
 
@@ -211,9 +220,10 @@ class ChatTemplate:
         before, found, after = text.partition(_TEXT)
         return (before, after) if found and _TEXT not in after else (None, None)
 
-    def _closing(self, after: str) -> str:
-        """Return the token that ends the last turn, by what follows its text; empty if no token does."""
-        return max((one for one in self._added.values() if after.lstrip().startswith(one)), key=len, default="")
+    def _closing(self, messages: Messages) -> str:
+        """Return the token that ends the assistant's turns, by what follows the last text; empty if no token does."""
+        after = (self._around(messages, len(messages) - 1)[1] or "").lstrip()
+        return max((one for one in self._added.values() if after.startswith(one)), key=len, default="")
 
 
 @lru_cache(maxsize=64)

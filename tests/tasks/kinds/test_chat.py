@@ -160,6 +160,8 @@ def test_tools_keep_the_order_and_the_numbers_of_the_file(tmp_path: Path) -> Non
     without = tokenizer.apply_chat_template(CALLS, return_dict=False)
     for none in ({}, {"tools": None}, {"tools": []}):
         assert sample_of(chat_task(), {"messages": CALLS, **none}, tokenizer).input_ids == without
+    asked = chat_task().prompt_text(as_text).splitlines()
+    assert asked[1] == 'assistant: {"function": {"name": "add", "arguments": {"b": 2, "a": 1}}}'
     with pytest.raises(InputError, match=r"^tasks\.talk\.tools names field 'functions', which no row of"):
         chat_task(tools="functions").check_rows([row], KEY)
 

@@ -172,7 +172,7 @@ def test_a_thought_that_is_not_shown_again() -> None:
 def test_a_last_message_that_is_continued(name: str) -> None:
     messages = messages_of(FORMS[name])
     started = [*messages[:-1], {"role": "assistant", "content": "ANSWER:"}]
-    chat = read(name, messages, given="ANSWER:")
+    chat = read(name, messages, every=True, given="ANSWER:")
     assert chat.ids == applied(name, messages)
     assert chat.prompt == applied(name, started, continue_final_message=True)
     said = said_texts(name, chat)[1]
@@ -201,6 +201,8 @@ def test_marks_of_the_template_count() -> None:
     chat = read("marked", messages, every=True)
     mask = [int(place in {*chat.said, *chat.said_before}) for place in range(len(chat.ids))]
     assert mask == found["assistant_masks"]
+    continued = read("marked", messages, every=True, given="ANSWER:")
+    assert said_texts("marked", continued) == ("seven and 7<|im_end|>", " 15 ñ\n\nfifteen<|im_end|>")
 
 
 def test_it_is_always_the_same_day() -> None:
@@ -239,6 +241,18 @@ def test_what_cannot_be_read_is_refused(template: str | None, messages: list[dic
     with pytest.raises(InputError) as error:
         changed(template).read(messages, None, every=True)
     assert text in str(error.value)
+
+
+def test_several_templates() -> None:
+    tokenizer = chat_tokenizer(FORMS["qwen-2.5"])
+    tokenizer.chat_template = {"default": CHATML, "tool_use": FORMS["qwen-2.5"].template}
+    for tools, template in ((None, CHATML), (TOOLS, FORMS["qwen-2.5"].template)):
+        chat = ChatTemplate(tokenizer, tools, {}, "row 7").read(CHAT, None, every=False)
+        found = tokenizer.apply_chat_template(CHAT, tools=tools, chat_template=template, return_dict=False)
+        assert chat.ids == found
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(InputError, match=r"row 7: the tokenizer of merged models has no chat template but rag, tool_u"):
+        ChatTemplate(tokenizer, None, {}, "row 7").read(CHAT, None, every=False)
 
 
 def test_a_tokenizer_without_offsets() -> None:
