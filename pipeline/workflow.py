@@ -18,7 +18,7 @@ from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.report.card import write_cards
 from sensmerge.pipeline.report.printed import print_results
 from sensmerge.pipeline.report.report import Report
-from sensmerge.pipeline.report.results import collect, data_sets, outcomes
+from sensmerge.pipeline.report.results import answers, collect, data_sets, outcomes
 from sensmerge.pipeline.store.history import begin, has_passed, last_run, lasting_uri, remember
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
 from sensmerge.pipeline.tracking.uri import is_server
@@ -147,7 +147,7 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
     if options.report is not None:
         write_json(options.report, report.model_dump())
     print_results(report, plan.recipe.gate, len(plan.inputs.notes), console)
-    execution = Execution(report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load)
+    execution = Execution(report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load, answers(plan))
     run = record(execution, options.uri, plan.store.root)
     found = report.found_again().model_dump(mode="json")
     return report, Recorded(found, lasting_uri(options.tracking_uri), run)

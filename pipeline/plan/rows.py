@@ -150,12 +150,13 @@ def gather_rows(
         InputError: data that does not fit its task, or no row left to score; it names the recipe's key.
     """
     readers: dict[str, _Reader] = {}
+    notes = []
     for name, task in tasks.items():
+        notes += task.notes(f"tasks.{name}", tokenizers[name][-1], experts[name].folder)
         if isinstance(task, RowTask):
             readers[name] = _Reader(name, task, experts[name], tokenizers[name], use)
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
     taken = _places(calibration)
-    notes = []
     for name, rows in calibration.items():
         tuned_on = use.tuned if readers[name].task.tuning is None else "none"
         notes += _answers(readers[name], "calibration", rows, tuned_on)
@@ -354,7 +355,7 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     generate = task.answer_tokens
     if generate and not sample.has_prompt:
         raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
-    length = max(len(sample.input_ids), sample.prompt_tokens + generate)
+    length = max(len(sample.input_ids), len(sample.prompt.get("input_ids", ())) + generate)
     limit = positions(expert.config) or length
     if length > limit:
         raise InputError(

@@ -125,6 +125,20 @@ def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
     }
 
 
+def answers(plan: Plan) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Return what people read of the answers that every model generated, row by row, by task; see `table_row`."""
+    _, records = _evaluations(plan)
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for model, by_task in records.items():
+        for name, kept in by_task.items():
+            one = plan.inputs.data[name]
+            if isinstance(one.task, RowTask):
+                rows = [one.task.table_row(row, record) for row, record in zip(one.evaluation, kept, strict=True)]
+                if rows and all(rows):
+                    found.setdefault(model, {})[name] = rows
+    return found
+
+
 def _samples(plan: Plan, task: str) -> str:
     """Return a digest of a task's evaluation samples and of how they are scored."""
     one = plan.inputs.data[task]

@@ -8,9 +8,10 @@ recipe's name; both point at the merged folder, whose weights stay where they ar
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from mlflow.entities import Metric, Param
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -55,6 +56,8 @@ class Execution:
     datasets: Sequence[TaskData]
     load: Sequence[Load] = ()
     """of this machine meanwhile, where it was sampled"""
+    answers: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
+    """model → task → what people read of each evaluation sample that it answered in text"""
 
 
 def record(execution: Execution, uri: str, store: Path) -> str:
@@ -109,6 +112,9 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
     used = [data for data in execution.datasets if data.context in seen]
     with started(client, parent.experiment, model, tags) as run:
         log_datasets(run, used)
+        for task, rows in execution.answers.get(model, {}).items():
+            table = {column: [row[column] for row in rows] for column in rows[0]}
+            client.log_table(run.id, table, f"answers/{task}.json")  # appends: once per run
         model_id = None
         if variant is not None:
             client.log_figure(run.id, coefficient_heatmap(variant.weights, f"{model}: weights"), "coefficients.png")

@@ -8,6 +8,7 @@ know it. torch is imported where it is used, so that reading a recipe does not w
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
@@ -73,6 +74,16 @@ class Task(Strict):
     def check_installed(self, key: str) -> None:
         """Raise InputError if something is missing that the task needs; `key` (`tasks.science`) names it."""
 
+    def notes(self, key: str, tokenizer: "PreTrainedTokenizerBase", expert: Path) -> list[str]:
+        """Return what a user should know of how rows are read: a line each.
+
+        Args:
+            key: names the task (`tasks.science`).
+            tokenizer: that all models share.
+            expert: folder of the task's own expert.
+        """
+        return []
+
     def depends_on(self) -> Mapping[str, Any]:
         """Return what scores depend on beside the task's settings and rows, in a form that `identity` takes."""
         return {}
@@ -133,6 +144,11 @@ class Sample:
     def scored_from(self) -> int:
         """Index of the first scored token; never 0, because nothing predicts the first token of a text."""
         return max(self.prompt_tokens, 1)
+
+    @property
+    def scored(self) -> Sequence[int]:
+        """Indices of the scored tokens."""
+        return range(self.scored_from, len(self.input_ids))
 
     @property
     def prompt(self) -> Inputs:
@@ -305,8 +321,9 @@ class RowTask(Task):
         if sample.label is not None:
             counted = torch.tensor([sample.label])
         else:
-            counted = batch["input_ids"].clone()
-            counted[:, : sample.prompt_tokens] = -100
+            ids, places = batch["input_ids"], list(sample.scored)
+            counted = torch.full_like(ids, -100)
+            counted[:, places] = ids[:, places]
         return {**batch, "labels": counted}
 
     # Answers
@@ -326,6 +343,10 @@ class RowTask(Task):
 
     def answer_record(self, row: Row, text: str) -> Record:
         """Return what a generated answer adds to a row's record."""
+        return {}
+
+    def table_row(self, row: Row, record: Record) -> Mapping[str, Any]:
+        """Return what people read of a row and what a model answered, by the name of the column; empty if nothing."""
         return {}
 
     def agreement(self, record: Record, own: Record) -> Record:

@@ -26,10 +26,10 @@ def likelihood(sample: Sample, logits: "Tensor") -> Record:
 
     from sensmerge.tasks.networks.networks import finite
 
-    ids, start = sample.input_ids, sample.scored_from
-    target = torch.tensor(ids[start:], device=logits.device)
+    places = torch.tensor(sample.scored, device=logits.device)
+    target = torch.tensor(sample.input_ids, device=logits.device)[places]
     # Only the scored positions of one sample become float32: a whole batch × vocabulary would be large.
-    log_p = logits[start - 1 : len(ids) - 1].float().log_softmax(-1)
+    log_p = logits[places - 1].float().log_softmax(-1)
     return {
         "nll": -finite(log_p.gather(-1, target[:, None]).sum(dtype=torch.float64)).item(),
         "correct": int((log_p.argmax(-1) == target).sum()),

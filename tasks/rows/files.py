@@ -3,8 +3,8 @@
 A file is UTF-8, with or without a byte order mark, and may be compressed with gzip, bzip2 or xz.
 
 - JSON: objects one after the other (JSON Lines, or written over several lines), or one list of objects; a list of texts
-  gives rows with a field `text`. A whole number is an int; a number with a fraction or an exponent is its text. A row
-  has the fields that stand in it.
+  gives rows with a field `text`. A whole number is an int; a number with a fraction or an exponent is its text, but a
+  float in an object within the row, such as the arguments of a tool. A row has the fields that stand in it.
 - CSV (RFC 4180): fields apart by commas, quoted by `"`, a quote doubled; the first line names the fields. Every value
   is text, an empty one too; empty lines are skipped.
 """
@@ -82,7 +82,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[Row, int]]:
             line, counted = line + text.count("\n", counted, start), start
             if not isinstance(value, dict):
                 raise InputError(f"{path}, line {line}: expected an object with the fields of a row: {{…}}")
-            yield value, line
+            yield {name: _with_floats(one) for name, one in value.items()}, line
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except RecursionError:
@@ -91,7 +91,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[Row, int]]:
 
 def _json_values(text: str) -> Iterator[tuple[int, Any]]:
     """Yield the values of a text and where each begins: those of its list, or all that it has one after the other."""
-    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=str, parse_int=_whole)
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_float=_Fraction, parse_int=_whole)
     place = _after_space(text, 0)
     listed = text.startswith("[", place)
     if listed:
@@ -128,6 +128,19 @@ def _object(pairs: list[tuple[str, Any]]) -> Row:
         double = next(name for name in names if names.count(name) > 1)
         raise json.JSONDecodeError(f"field {double!r} stands twice in one object", "", 0)
     return found
+
+
+class _Fraction(str):
+    """A number with a fraction or an exponent, as its text."""
+
+
+def _with_floats(value: Any, inner: bool = False) -> Any:
+    """Return a value of a row whose fractions are floats within objects, and texts elsewhere."""
+    if isinstance(value, dict):
+        return {name: _with_floats(one, True) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_floats(one, inner) for one in value]
+    return (float if inner else str)(value) if isinstance(value, _Fraction) else value
 
 
 def _whole(text: str) -> int | str:

@@ -24,8 +24,11 @@ class DataSource(Strict):
 
 
 def rows_text(rows: list[Row]) -> str:
-    """Return rows as canonical JSON: sorted keys, no spaces, dates as text. The order of rows counts."""
-    return json.dumps(rows, sort_keys=True, separators=(",", ":"), default=str)
+    """Return rows as canonical JSON: fields sorted by name, no spaces, dates as text.
+
+    The order of rows counts, and that of keys within a field: chat templates write the arguments of a tool in it.
+    """
+    return json.dumps([dict(sorted(row.items())) for row in rows], separators=(",", ":"), default=str)
 
 
 def rows_digest(rows: list[Row]) -> str:

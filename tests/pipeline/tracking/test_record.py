@@ -302,6 +302,22 @@ def test_only_variants_have_a_picture_of_coefficients(client, parent):
     assert paths == picture | {"ta": ["coefficients.png", "outcomes.json"]}
 
 
+def test_answers_of_a_model_are_a_table_that_people_read(client, report, store, uri):
+    said = [
+        {"prompt": "user: how many?", "expected": "72", "answer": "$72.0", "right": True},
+        {"prompt": "user: and\nnow? é", "expected": "7", "answer": "", "right": False},
+    ]
+    execution = tracking.Execution(
+        report, OUTCOMES, RECIPE, PLAN, make_datasets(), answers={"math": {"math": said}, "ta": {"math": said[:1]}}
+    )
+    runs = children(client, tracking.record(execution, uri, store).rsplit("/", 1)[-1])
+    for name, rows in (("math", said), ("ta", said[:1])):
+        table = json.loads(mlflow.artifacts.load_text(f"{runs[name].info.artifact_uri}/answers/math.json"))
+        assert table["columns"] == ["prompt", "expected", "answer", "right"]
+        assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == rows
+    assert not client.list_artifacts(runs["base"].info.run_id)
+
+
 def test_the_table_of_scores_is_written_once(client, parent, report):
     # MLflow stores a table as pandas does with orient="split".
     table = json.loads(mlflow.artifacts.load_text(f"{client.get_run(parent).info.artifact_uri}/scores.json"))

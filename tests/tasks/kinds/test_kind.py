@@ -215,7 +215,7 @@ SOURCES = {"calibration": DataSource(path="a"), "evaluation": DataSource(path="b
         (
             CompletionTask(kind="completion", generate=4, answer=".", metric="exact_match", **SOURCES),
             {"prompt", "completion", "end_token", "loss_on"},
-            {"prompt", "completion", "end_token", "generate", "answer"},
+            {"prompt", "completion", "end_token", "generate", "answer", "compare"},
         ),
         (ClassificationTask(kind="classification", **SOURCES), {"prompt", "label"}, {"prompt", "label"}),
         (

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.answers import find_answer
 from sensmerge.tasks.kinds.classification import ClassificationTask, class_index
-from sensmerge.tasks.kinds.completion import CompletionTask, find_answer
+from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
 from sensmerge.tasks.networks.tokens import pad, tokens
 
@@ -212,7 +213,7 @@ def test_calibration_of_a_choice_is_the_right_one(tokenizer: PreTrainedTokenizer
     labels = MultipleChoiceTask(**CHOICE).calibration_batch(row, tokenizer, "row 0")["labels"][0]
     assert tokenizer.decode(labels[labels != -100]) == " fifteen"
     everything = MultipleChoiceTask(**CHOICE, loss_on="all").calibration_batch(row, tokenizer, "row 0")["labels"][0]
-    assert everything.tolist() == tokenizer("seven? fifteen")["input_ids"]
+    assert everything.tolist() == [-100, *tokenizer("seven? fifteen")["input_ids"][1:]]  # nothing predicts the first
 
 
 def test_calibration_of_a_class(tokenizer: PreTrainedTokenizerFast) -> None:
