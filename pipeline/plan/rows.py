@@ -152,7 +152,7 @@ def gather_rows(
     readers: dict[str, _Reader] = {}
     notes = []
     for name, task in tasks.items():
-        notes += task.notes(f"tasks.{name}", tokenizers[name][-1], experts[name].folder)
+        notes += task.notes(f"tasks.{name}", tokenizers[name][0], experts[name].folder)
         if isinstance(task, RowTask):
             readers[name] = _Reader(name, task, experts[name], tokenizers[name], use)
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
