@@ -94,7 +94,7 @@ def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
         generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
         if not (generates or wanted_statistics(recipe) or recipe.calibrated_variants()):
             continue
-        expert = inputs.experts[name]
+        expert = inputs.networks.experts[name]
         asked = _Asked(expert.config, expert.folder, task.head)
         asked = found.setdefault((task.head, computation_digest(expert.config)), asked)
         asked.generating += [name] * generates

@@ -3,17 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from sensmerge.pipeline.plan.models import about
+from sensmerge.pipeline.plan.opening import open_models
 from sensmerge.pipeline.plan.rows import RowUse, TaskRows, Tuning, gather_rows
 from sensmerge.pipeline.plan.statistics import takes_losses
-from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer
+from sensmerge.pipeline.plan.tokenizer import Tokenizer, choose_tokenizer, tokenizer_by_name
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.variant import Variant
-from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors
 from sensmerge.tasks.checkpoints.layers import group_by_layer
-from sensmerge.tasks.checkpoints.listing import Listing, LocalModel
-from sensmerge.tasks.checkpoints.source import fetch_files, safetensors_header, small_files
+from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
 from sensmerge.tasks.coefficients import ExplicitCoefficients, matches
 from sensmerge.tasks.dynamic.application import SeApplication
@@ -22,20 +21,26 @@ from sensmerge.tasks.dynamic.parameters import holdings
 from sensmerge.tasks.dynamic.trial import try_network
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.settings import WIDENED, combinations
-from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
-from sensmerge.tasks.networks.base import Base, open_base
+from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.classes import class_names
-from sensmerge.tasks.networks.expert import Expert, open_expert
+from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import load_tokenizer, skeleton
 from sensmerge.tasks.urls import public_text
+
+
+class Networks(NamedTuple):
+    """Base and experts, read by classes of transformers."""
+
+    base: Base
+    experts: Mapping[str, Expert]
 
 
 @dataclass(frozen=True)
 class Inputs:
     """All that a recipe names from outside."""
 
-    base: Base
-    experts: Mapping[str, Expert]
+    base: BaseWeights
+    experts: Mapping[str, ExpertWeights]
     listings: Mapping[str, Listing]
     """of base and experts by name"""
     data: Mapping[str, TaskRows]
@@ -45,6 +50,18 @@ class Inputs:
     """what a user should know of the models and data that are accepted: a line each"""
     classes: tuple[str, ...] = ()
     """what the experts call the classes of a base that does not name them"""
+
+    @property
+    def by_name(self) -> bool:
+        """Whether tensors are matched by name, by no class of transformers; then there are no networks."""
+        return not isinstance(self.base, Base)
+
+    @property
+    def networks(self) -> Networks:
+        """Base and experts as networks."""
+        experts = {name: one for name, one in self.experts.items() if isinstance(one, Expert)}
+        assert isinstance(self.base, Base), "models that are merged by name have no tasks"
+        return Networks(self.base, experts)
 
     def only_weights(self) -> tuple[BaseWeights, dict[str, ExpertWeights]]:
         """Return base and experts as far as merging needs to know them: small, and read without transformers."""
@@ -64,16 +81,24 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     Raises:
         InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
     """
-    base, experts = _open_models(recipe, listings, cache)
-    classes = _agreed_classes(base, experts)
-    _check_layers(recipe, base)
-    _check_totals(recipe, base)
-    notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
-    if base.statistics:
+    opened = open_models(recipe, listings, cache)
+    _check_layers(recipe, opened.base)
+    _check_totals(recipe, opened.base)
+    notes = list(opened.notes)
+    if opened.base.statistics:
         notes.append(
-            f"base: of {len(base.statistics)} buffers with statistics, such as {min(base.statistics)}, merged models "
-            "have the experts' mean, whatever the method"
+            f"base: of {len(opened.base.statistics)} buffers with statistics, such as {min(opened.base.statistics)}, "
+            "merged models have the experts' mean, whatever the method"
         )
+    if not isinstance(opened.base, Base):
+        _check_order(recipe)
+        folders = {name: listing.folder for name, listing in listings.items()}
+        tokenizer, said = tokenizer_by_name(recipe.tokenizer.source, folders)
+        notes = [public_text(note) for note in (*notes, *said)]
+        return Inputs(opened.base, opened.experts, listings, {}, tokenizer, tuple(notes))
+    base = opened.base
+    experts = {name: one for name, one in opened.experts.items() if isinstance(one, Expert)}
+    classes = _agreed_classes(base, experts)
     for name, variant in recipe.merges.items():
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant, recipe, base, experts)
@@ -84,6 +109,17 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     data, said = gather_rows(recipe.tasks, experts, reader, folder, use)
     notes += [*said, *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(map(public_text, notes)), tuple(classes))
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Refuse what needs to be told which of the layers outside numbered blocks come before them, and which behind."""
+    for name, variant in recipe.merges.items():
+        if variant.lines is not None:
+            raise InputError(
+                f"merges.{name}.lines grows from the first layer to the last, and names alone do not tell whether a "
+                "layer without a number is before or behind the others; give the numbered ones weights that change "
+                "with depth instead, as coefficients explicit"
+            )
 
 
 def _tuning(recipe: Recipe) -> Tuning:
@@ -105,28 +141,6 @@ def _tuning_passes(recipe: Recipe, data: Mapping[str, TaskRows]) -> list[str]:
             f"{rows} rows each: {asked * rows:,} to {most * rows:,} samples, beside those of the experts"
         )
     return lines
-
-
-def _open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> tuple[Base, dict[str, Expert]]:
-    """Open base and experts; where one expert holds apart what the base ties, all are seen so."""
-    folders = {name: small_files(listing, cache) for name, listing in listings.items()}
-    headers = {name: _remote_headers(listing, cache) for name, listing in listings.items()}
-    while True:
-        try:
-            with about("base"):
-                base = open_base(folders["base"], headers["base"])
-            experts = {}
-            for name, expert in recipe.experts.items():
-                with about(f"experts.{name}"):
-                    experts[name] = open_expert(
-                        folders[name], base, f"experts.{name}", headers[name], expert.config == "base"
-                    )
-            break
-        except FilesNeeded as needed:
-            name = next(name for name, folder in folders.items() if folder == needed.folder)
-            fetch_files(listings[name], needed.files, cache)
-    base = next((one.base for one in experts.values() if one.base.untied), base)
-    return base, {name: expert.on(base) for name, expert in experts.items()}
 
 
 def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:
@@ -153,19 +167,7 @@ def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:
     return named[first] if first else []
 
 
-def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:
-    """Return the headers of a hub model whose weights are not here yet; None where the folder has them."""
-    names = {file.name for file in listing.files}
-    if isinstance(listing.source, LocalModel) or not any(file.name in names for file in listing.missing()):
-        return None
-    if ADAPTER_WEIGHTS in names or WEIGHTS in names:
-        file = ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else WEIGHTS
-        return Checkpoint(listing.folder, safetensors_header(listing, file, cache))
-    tensors = indexed_tensors(listing.folder / INDEX, lambda file: safetensors_header(listing, file, cache))
-    return Checkpoint(listing.folder, tensors)
-
-
-def _check_layers(recipe: Recipe, base: Base) -> None:
+def _check_layers(recipe: Recipe, base: BaseWeights) -> None:
     layers = list(group_by_layer(base.weights))
     for name, variant in recipe.merges.items():
         if not isinstance(variant.coefficients, ExplicitCoefficients):
@@ -185,7 +187,7 @@ def _check_layers(recipe: Recipe, base: Base) -> None:
                     )
 
 
-def _check_totals(recipe: Recipe, base: Base) -> None:
+def _check_totals(recipe: Recipe, base: BaseWeights) -> None:
     """Check that statistics by tensor, which are taken in each expert's own network, are of the merged model's tensors.
 
     An expert that ties what the merged model holds apart has one total for both.

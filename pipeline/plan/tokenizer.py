@@ -11,6 +11,7 @@ from sensmerge.tasks.checkpoints.companions import (
     GENERATION_CONFIG,
     LARGEST,
     companions,
+    has_tokenizer,
     is_companion,
     is_tokenizer_file,
     local_files,
@@ -21,7 +22,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import network_class
-from sensmerge.tasks.networks.tokenizers import BASE, Choice, Owner, choose, write_choice
+from sensmerge.tasks.networks.tokenizers import BASE, UNION, Choice, Owner, choose, write_choice
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,47 @@ def choose_tokenizer(
     ]
     generates = network_class(base.config, None, base.folder).can_generate()
     choice = choose(owner, others, named, getattr(base.config.get_text_config(), "vocab_size", 0), generates)
-    ids = choice.token_ids()
     folder = base.folder
     if choice.source is not owner or choice.added or choice.ends:
         folder = _write(choice, owner, others, cache)
+    notes = [*choice.notes, *_code_notes(base.folder, folder), *_large_notes(base.folder)]
+    return _tokenizer_in(folder, choice.token_ids()), notes
+
+
+def tokenizer_by_name(named: str, folders: Mapping[str, Path]) -> tuple[Tokenizer, list[str]]:
+    """Return the tokenizer, if there is any, of models that are merged by name: the base's, or the named one's.
+
+    Args:
+        named: the recipe's `tokenizer.source`.
+        folders: of base and experts, by name.
+
+    Returns:
+        The tokenizer, and what a user should know of it: a line each.
+
+    Raises:
+        InputError: the named model has no tokenizer.
+    """
+    source = BASE if named == UNION else named
+    if named != UNION and not has_tokenizer(folders[source]):
+        raise InputError(f"tokenizer.source: {source} has no tokenizer in {folders[source]}; leave the key out")
+    tokenizer = _tokenizer_in(folders[source], {})
+    others = [name for name, one in folders.items() if has_tokenizer(one)]
+    unlike = [name for name in others if _tokenizer_in(folders[name], {}).digest != tokenizer.digest]
+    notes = [*_code_notes(folders[BASE], folders[source]), *_large_notes(folders[BASE])]
+    if unlike:
+        notes.append(
+            f"tokenizer: merged models have the files of {source}; those of {', '.join(unlike)} differ, and are not "
+            "compared where models are merged by name"
+        )
+    return tokenizer, notes
+
+
+def _tokenizer_in(folder: Path, ids: Mapping[str, int | list[int]]) -> Tokenizer:
     files = {name: path for name, path in companions(folder).items() if is_tokenizer_file(name)}
     digests = {name: sha256_file(path) for name, path in files.items()}
     generation = folder / GENERATION_CONFIG
     stated = sha256_file(generation) if generation.is_file() else None
-    tokenizer = Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical([digests, stated, ids])), ids)
-    return tokenizer, [*choice.notes, *_code_notes(base.folder, folder), *_large_notes(base.folder)]
+    return Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical([digests, stated, ids])), ids)
 
 
 def _digest(listing: Listing) -> str:
@@ -107,7 +139,8 @@ def _written(choice: Choice, base: Owner, experts: list[Owner], tokenizers: Path
 
 
 def _code_notes(base: Path, tokenizer: Path) -> list[str]:
-    files = [base / CONFIG, *companions(base).values(), *companions(tokenizer).values()]
+    files = [path for path in [base / CONFIG] if path.is_file()]
+    files += [*companions(base).values(), *companions(tokenizer).values()]
     named = sorted({path.name for path in files if names_code(path)})
     if not named:
         return []

@@ -39,7 +39,7 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
     variant, route = report.variants[name], report.routes.get(name)
     data = ModelCardData(
         base_model=[_model_id(plan, model) for model in ("base", *plan.recipe.experts)],
-        library_name="transformers" if route is None else "sensmerge",
+        library_name="sensmerge" if route is not None else None if plan.inputs.by_name else "transformers",
         tags=["merge", "sensmerge", variant.method, *([] if route is None else ["se-merging"])],
     )
     heads = [expert for expert in plan.recipe.experts if (Path(report.models[name]) / "heads" / expert).is_dir()]

@@ -28,6 +28,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.requirements import copy_source, requirements
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER
+from sensmerge.tasks.networks.known import why_unknown
 from sensmerge.tasks.serving.scorer import MAX_NEW_TOKENS
 from sensmerge.tasks.serving.static_model import Form, form_of, head_names
 
@@ -58,6 +59,8 @@ class Merged:
     """where all who may read the store find it"""
     form: Form | None
     """of a static merge; None where it is no model that answers texts"""
+    is_known: bool
+    """whether a class of transformers reads it"""
     dtype: str
     """torch name of the dtype that its scores were taken in"""
     experts: tuple[str, ...]
@@ -75,6 +78,7 @@ class Merged:
             folder,
             report.uris[variant],
             form_of(folder) if kind == "static" else None,
+            kind == "dynamic" or why_unknown(folder) is None,
             report.dtype,
             tuple(experts),
         )
@@ -100,7 +104,7 @@ class Merged:
         if self.kind == "dynamic":
             return ["mlflow.pyfunc", "sensmerge"]
         if self.form is None:
-            return ["transformers"]
+            return ["transformers"] if self.is_known else []
         if self.form == "trunk":
             return ["mlflow.pyfunc"]
         whole = ["mlflow.transformers"] if self.is_local or self.is_read_by_mlflow else []
@@ -208,6 +212,9 @@ def description(merged: Merged, version: str) -> str:
                 f"Static: a trunk with the heads of {', '.join(heads)}; mlflow.transformers cannot load several heads."
             )
             lines = [f"{pyfunc}, params={json.dumps({'task': heads[0]})})"]
+        case _, None if not merged.is_known:
+            what = "Static: safetensors, merged by the names of their tensors. What loads the base loads them."
+            lines = [merged.place]
         case _, None:
             what = "Static: a Hugging Face checkpoint of a kind that MLflow cannot load."
             lines = [f"AutoModel.from_pretrained({folder})"]
