@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, open_checkpoint, plan_checkpoint, preallocate
 from sensmerge.tasks.errors import InputError
-from tests.conftest import do_steps, make_adapter, make_llama, plan_of
+from tests.conftest import command_line, do_steps, make_adapter, make_llama, plan_of, write_recipe
 from tests.hub_server import HubServer
 
 Tensors = dict[str, Tensor]
@@ -391,6 +392,22 @@ def test_fp8_without_scales_is_refused_unless_allowed(tmp_path: Path) -> None:
     base = models["base"]["w"].double()
     expected = base + sum(0.3 * (models[one]["w"].double() - base) for one in EXPERTS)
     torch.testing.assert_close(merged_tensors(merged)["w"].double(), expected, rtol=2**-8, atol=0)
+
+
+@pytest.mark.ray
+def test_a_run_is_recorded_as_safetensors(tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    models = write_models(tmp_path, DIFFUSERS, "diffusion_pytorch_model.safetensors")
+    path, store = write_recipe(tmp_path, recipe_for()), tmp_path / "store"
+    assert command_line("run", path, "--store", store, "--address", ray_address) == 0
+    (folder,) = store.glob("merge/m-*/")
+    assert_arithmetic(merged_tensors(folder), models)
+    card = (folder / "README.md").read_text()
+    assert "library_name" not in card
+    (version,) = MlflowClient(f"sqlite:///{store / 'mlflow.db'}").search_model_versions("name = 'by-name'")
+    assert version.description.startswith("Static: safetensors, merged by the names of their tensors.")
+    capsys.readouterr()
+    assert command_line("plan", path, "--store", store) == 0
+    assert "names of tensors are taken as they are" in capsys.readouterr().out
 
 
 def test_several_files_of_which_none_is_known(tmp_path: Path) -> None:
