@@ -38,9 +38,10 @@ def assert_store_loads(store: Path) -> None:
 
 
 def _is_read_by_transformers(folder: Path) -> bool:
-    """Whether transformers has a class for a model, and no fp8 to run it in."""
+    """Whether transformers has a class for a model that needs no other package (timm), nor runs in fp8."""
     config = json.loads((folder / "config.json").read_text())
-    return config.get("model_type") in transformers.CONFIG_MAPPING and "quantization_config" not in config
+    known = config.get("model_type") in set(transformers.CONFIG_MAPPING) - {"timm_wrapper"}
+    return known and "quantization_config" not in config
 
 
 def _problems(folder: Path) -> dict[str, set[str]]:

@@ -17,7 +17,7 @@ from sensmerge.tasks.checkpoints.listing import Listing, LocalModel
 from sensmerge.tasks.checkpoints.quantised import WAY_OUT, quantisation
 from sensmerge.tasks.checkpoints.settings import SettingDifference, listed, stated_differences
 from sensmerge.tasks.checkpoints.source import fetch_files, safetensors_header, small_files
-from sensmerge.tasks.checkpoints.stems import CONSOLIDATED, INDEXED, SAFETENSORS, find_stem
+from sensmerge.tasks.checkpoints.stems import CONSOLIDATED, INDEXED, SAFETENSORS, SHARDED, find_stem
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
@@ -25,8 +25,7 @@ from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.compare import differences
 from sensmerge.tasks.networks.expert import is_adapter, open_expert
 from sensmerge.tasks.networks.foreign import check_foreign
-from sensmerge.tasks.networks.known import has_config_class, why_unknown
-from sensmerge.tasks.networks.networks import load_config
+from sensmerge.tasks.networks.known import known_config, lacking_package, why_unknown
 
 
 @dataclass(frozen=True)
@@ -87,18 +86,22 @@ def open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) ->
             folder = small_files(listings[name], cache)
             models[name] = _Files(key, model, folder, _remote_headers(listings[name], model.dequantize, cache))
     why = _why_by_name(models)
-    if why and recipe.tasks:
-        raise InputError(
-            f"tasks: {why}, so these models are merged by the names of their tensors, and no network can be run; leave "
-            "tasks out, and all that needs them: application se, coefficients sens, tune, calibrate, methods with "
-            "statistics"
-        )
     while True:
+        if why and recipe.tasks:
+            raise InputError(
+                f"tasks: {why}, so these models are merged by the names of their tensors, and no network can be run; "
+                "leave tasks out, and all that needs them: application se, coefficients sens, tune, calibrate, methods "
+                "with statistics"
+            )
         try:
             return _by_name(recipe, models, why) if why else _by_class(recipe, models)
         except FilesNeeded as needed:
             name = next(name for name, one in models.items() if one.folder == needed.folder)
             fetch_files(listings[name], needed.files, cache)
+        except InputError as error:
+            why = None if why else lacking_package(error)
+            if why is None:
+                raise
 
 
 def _remote_headers(listing: Listing, dequantize: bool, cache: Path) -> Checkpoint | None:
@@ -168,8 +171,21 @@ def _by_name(recipe: Recipe, models: Mapping[str, _Files], why: str) -> Opened:
         with one.about():
             experts[name] = expert_by_name(sources[name], base, one.where)
         notes += _compare_settings(one, models["base"], expert.config == "base")
+    notes += _unsplit(recipe, base)
     notes += [f"{models[name].key}: {note}" for name, source in sources.items() for note in source.notes]
     return Opened(base, experts, tuple(notes))
+
+
+def _unsplit(recipe: Recipe, base: BaseWeights) -> list[str]:
+    """Return a line if merged models are in one file that is larger than the recipe's shards."""
+    size, stem = sum(base.info(name).nbytes for name in base.weights), base.checkpoint.stem
+    larger = [name for name, variant in recipe.merges.items() if variant.shard_size < size]
+    if stem in SHARDED or not larger:
+        return []
+    return [
+        f"merges.{larger[0]}.shard_size: merged models are in one file, {stem}{SAFETENSORS}, as the base is: what "
+        "reads files of that name knows no shards"
+    ]
 
 
 def _checked(one: _Files, why: str) -> Checkpoint:
@@ -210,8 +226,7 @@ def _compare_settings(expert: _Files, base: _Files, base_config: bool) -> list[s
 
 
 def _unlike(expert: Path, base: Path) -> list[SettingDifference]:
-    if has_config_class(expert) and has_config_class(base):
-        ours, theirs = (load_config(folder, dequantize=True) for folder in (base, expert))
-        if type(ours) is type(theirs):
-            return differences(theirs, ours, own_head=False)
+    ours, theirs = known_config(base), known_config(expert)
+    if ours is not None and type(theirs) is type(ours):
+        return differences(theirs, ours, own_head=False)
     return stated_differences(*({**load_object(folder / CONFIG)} for folder in (expert, base)))

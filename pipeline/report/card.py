@@ -76,8 +76,9 @@ def _notes(report: Report, name: str) -> list[str]:
 
 
 def _model_id(plan: Plan, name: str) -> str:
-    source = plan.inputs.listings[name].source
-    return source.repo if isinstance(source, HubModel) else source.folder.name
+    source, inner = plan.inputs.listings[name].source, plan.recipe.models()[name].subfolder
+    depth = len(Path(inner).parts) + 1
+    return source.repo if isinstance(source, HubModel) else "/".join(source.folder.parts[-depth:])
 
 
 def _score_lines(report: Report) -> str:

@@ -69,10 +69,10 @@ def expert_by_name(source: Checkpoint, base: BaseWeights, where: str) -> ExpertW
     return ExpertWeights(base, source, {name: name for name in base.weights}, {}, {})
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Return what names are ordered by: numbers in them by their size."""
-    parts = name.split(".")
-    return [(0, int(part), part) if part.isdecimal() and part.isascii() else (1, 0, part) for part in parts]
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Return what names are ordered by: parts that are numbers by their size, and before others."""
+    parts = [part.lstrip("0") or "0" if part.isdecimal() else part for part in name.split(".")]
+    return [(not part.isdecimal(), len(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _check_unquantised(checkpoint: Checkpoint, where: str) -> None:

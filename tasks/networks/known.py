@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.companions import CONFIG
@@ -20,10 +20,15 @@ def why_unknown(folder: Path) -> str | None:
     path = folder / CONFIG
     if not path.is_file():
         return None if (folder / ADAPTER_CONFIG).is_file() else f"{folder} has no {CONFIG}"
-    if not has_config_class(folder):
+    if not _has_config_class(folder):
         model_type = load_object(path).get("model_type")
         return f"{path} names no model_type" if model_type is None else f"transformers has no model_type {model_type!r}"
-    config = load_config(folder, dequantize=True)
+    try:
+        config = load_config(folder, dequantize=True)
+    except InputError as error:
+        if (lacking := lacking_package(error)) is None:
+            raise
+        return lacking
     try:
         network_class(config, None, folder)
     except InputError as error:
@@ -31,8 +36,34 @@ def why_unknown(folder: Path) -> str | None:
     return None
 
 
-def has_config_class(folder: Path) -> bool:
-    """Return whether transformers has a class for a model's config."""
+def lacking_package(error: InputError) -> str | None:
+    """Return that, and which, package is not installed without which a network cannot be built, if an error says so."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ImportError):
+        cause = cause.__cause__
+    if cause is None:
+        return None
+    reason = " ".join(str(cause).split()).partition(". ")[0]
+    return f"the class of transformers cannot be used here ({reason})"
+
+
+def known_config(folder: Path) -> PretrainedConfig | None:
+    """Return a model's config; None if there is none, or no class for it that can be used here.
+
+    Raises:
+        InputError: transformers has the class, but the config is not in order.
+    """
+    if not _has_config_class(folder):
+        return None
+    try:
+        return load_config(folder, dequantize=True)
+    except InputError as error:
+        if lacking_package(error) is None:
+            raise
+        return None
+
+
+def _has_config_class(folder: Path) -> bool:
     path = folder / CONFIG
     model_type = load_object(path).get("model_type") if path.is_file() else None
     return isinstance(model_type, str) and model_type in CONFIG_MAPPING

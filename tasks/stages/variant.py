@@ -264,7 +264,7 @@ class VariantJob(Job):
         """Return the config of the merged model; see `write_companions`."""
         config: dict[str, Any] = without_code(read_json(self.base.folder / CONFIG))
         if self.base.checkpoint.scales:
-            config, dtype = without_quantisation(config), dtype or "bfloat16"
+            config = without_quantisation(config)
         parts = [one for one in (config, config.get("text_config")) if one is not None]
         if self.base.untied:
             for part in parts:

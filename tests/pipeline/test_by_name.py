@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from sensmerge.pipeline.plan.plan import Plan
@@ -153,6 +154,22 @@ def test_any_folder_of_safetensors_is_merged(
         assert json.loads((merged / "config.json").read_text()) == expected
 
 
+@pytest.mark.skipif(find_spec("timm") is not None, reason="the package is here")
+def test_a_class_that_needs_a_package_which_is_not_here(tmp_path: Path) -> None:
+    models = write_models(tmp_path, {"model_type": "timm_wrapper", **TIMM})
+    plan, merged = merge(tmp_path, recipe_for())
+    assert_arithmetic(merged_tensors(merged), models)
+    assert any("requires the timm library" in note and "taken as they are" in note for note in plan.inputs.notes)
+
+
+def test_one_file_stays_one(tmp_path: Path) -> None:
+    models = write_models(tmp_path, None, "consolidated.safetensors")
+    plan, merged = merge(tmp_path, recipe_for(merges={"m": TASK_ARITHMETIC | {"shard_size": 10_000}}))
+    assert_arithmetic(merged_tensors(merged), models)
+    assert [path.name for path in merged.glob("*.safetensors*")] == ["consolidated.safetensors"]
+    assert any("merges.m.shard_size: merged models are in one file" in note for note in plan.inputs.notes)
+
+
 def test_numbered_layers_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     write_models(tmp_path, TIMM)
     rising = {"kind": "explicit", "weights": {"a": [0.0, 1.0], "b": [1.0, 0.0]}}
@@ -191,6 +208,17 @@ def test_shards_of_diffusers_are_read_and_written(tmp_path: Path) -> None:
         plan_of(tmp_path, recipe_for())
     with pytest.raises(InputError, match=r"experts.a: .* has no subfolder transformer; its folders: unet, vae"):
         plan_of(tmp_path, recipe, "experts.a.subfolder=transformer")
+
+
+def test_a_repository_without_config(hub: HubServer, tmp_path: Path) -> None:
+    models = {name: tensors_of(seed) | {"places": torch.arange(4)} for seed, name in enumerate(("base", *EXPERTS))}
+    for name, tensors in models.items():
+        hub.add_repo(f"org/{name}", {"consolidated.safetensors": save(tensors), "params.json": b"{}"})
+    recipe = recipe_for(base="hub:org/base", experts={name: {"model": f"hub:org/{name}"} for name in EXPERTS})
+    _, merged = merge(tmp_path, recipe)
+    assert_arithmetic(merged_tensors(merged), models)
+    assert (merged / "consolidated.safetensors").is_file()
+    assert (merged / "params.json").is_file()
 
 
 def test_one_folder_of_a_repository_is_fetched(hub: HubServer, tmp_path: Path) -> None:
