@@ -345,10 +345,11 @@ def import_(
     """Print the recipe that merges what a configuration of mergekit merges."""
     import yaml
 
-    from sensmerge.pipeline.recipe.load import load_recipe, read_recipe
+    from sensmerge.pipeline.recipe.load import checked, read_recipe
 
-    load_recipe(configuration)  # what the schema refuses is said now
-    sys.stdout.write(yaml.safe_dump(read_recipe(configuration), sort_keys=False, allow_unicode=True))
+    recipe = read_recipe(configuration)
+    checked(recipe, configuration)  # what the schema refuses is said now
+    sys.stdout.write(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
 @app.command()
