@@ -39,4 +39,4 @@ def test_the_files_of_a_stem() -> None:
         "m-1.bin",
     ]
     assert [name for name in names if is_of_stem(name, "m")] == names[:3]
-    assert single_stems([*names, "adapter_model.safetensors"]) == ["m", "m-00001-of-00002", "m.b"]
+    assert single_stems([*names, "adapter_model.safetensors"]) == ["m", "m-00001-of-00002", "m.fp16"]
