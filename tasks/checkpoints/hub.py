@@ -41,9 +41,9 @@ def list_commit(source: HubModel, cache: Path) -> Listing:
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise InputError(f"model {source}: the hub at {api.endpoint} answers with {commit!r}, which is no commit")
         if (listing := _cached_listing(source, commit, cache)) is None:
-            # Fetching the config, or trying to, makes the library keep the list of the commit's files.
-            configs = [escape(source.path(name)) for name in CONFIGS]
-            api.snapshot_download(source.repo, revision=commit, cache_dir=cache, allow_patterns=configs)
+            # Fetching a file makes the library keep the list of the commit's files: the config, or what git has always.
+            files = [*(escape(source.path(name)) for name in CONFIGS), ".gitattributes"]
+            api.snapshot_download(source.repo, revision=commit, cache_dir=cache, allow_patterns=files)
             listing = _cached_listing(source, commit, cache)
         if listing is None:
             # Without the hub the library makes do with a snapshot of which it does not know whether it is whole.
@@ -77,7 +77,8 @@ def _cached_listing(source: HubModel, commit: str, cache: Path) -> Listing | Non
 
 
 def fetch_files(source: HubModel, listing: Listing, names: Collection[str], cache: Path) -> None:
-    """Fetch and verify some files of a model; errors as `fetch_all`."""
+    """Fetch and verify some files of a model, whose folder then exists; errors as `fetch_all`."""
+    listing.folder.mkdir(parents=True, exist_ok=True)
     with _hub(source, cache) as api:
         for file in listing.files:
             if file.name in names:

@@ -210,15 +210,16 @@ def test_shards_of_diffusers_are_read_and_written(tmp_path: Path) -> None:
         plan_of(tmp_path, recipe, "experts.a.subfolder=transformer")
 
 
-def test_a_repository_without_config(hub: HubServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [{"params.json": b"{}"}, {}])
+def test_a_repository_without_config(beside: dict[str, bytes], hub: HubServer, tmp_path: Path) -> None:
     models = {name: tensors_of(seed) | {"places": torch.arange(4)} for seed, name in enumerate(("base", *EXPERTS))}
     for name, tensors in models.items():
-        hub.add_repo(f"org/{name}", {"consolidated.safetensors": save(tensors), "params.json": b"{}"})
+        hub.add_repo(f"org/{name}", {"consolidated.safetensors": save(tensors), **beside})
     recipe = recipe_for(base="hub:org/base", experts={name: {"model": f"hub:org/{name}"} for name in EXPERTS})
     _, merged = merge(tmp_path, recipe)
     assert_arithmetic(merged_tensors(merged), models)
     assert (merged / "consolidated.safetensors").is_file()
-    assert (merged / "params.json").is_file()
+    assert (merged / "params.json").is_file() == bool(beside)
 
 
 def test_one_folder_of_a_repository_is_fetched(hub: HubServer, tmp_path: Path) -> None:
