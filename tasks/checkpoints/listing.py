@@ -12,7 +12,15 @@ from huggingface_hub.file_download import repo_folder_name
 
 from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.companions import WEIGHTS, is_companion, is_plain, local_files
-from sensmerge.tasks.checkpoints.stems import ADAPTER, CONSOLIDATED, MODEL, SAFETENSORS, find_stem, is_of_stem
+from sensmerge.tasks.checkpoints.stems import (
+    ADAPTER,
+    CONSOLIDATED,
+    MODEL,
+    SAFETENSORS,
+    find_stem,
+    is_of_stem,
+    single_stems,
+)
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 
@@ -199,6 +207,11 @@ def relevant(sizes: Mapping[str, int], source: LocalModel | HubModel, inner: Col
         chosen = {name for name in chosen if not name.startswith(CONSOLIDATED)}
     elif stem is not None and f"{ADAPTER}{SAFETENSORS}" not in names:
         chosen = {name for name in chosen if name in CONFIGS or is_of_stem(name, stem)}
+    if stem is None and len(several := single_stems(names)) > 1 and f"{ADAPTER}{SAFETENSORS}" not in names:
+        raise InputError(
+            f"model {source}: has several files of weights ({', '.join(several[:3])}), and no index says that they are "
+            f"one model's; put the one to merge into a folder of its own{_or_subfolder(inner)}"
+        )
     if not any(fnmatch(name, WEIGHTS) for name in chosen):
         pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in PICKLES))
         if pickles:
@@ -216,10 +229,15 @@ def _other_place(inner: Collection[str]) -> str:
     Args:
         inner: paths of safetensors files in its subfolders.
     """
-    if not inner:
-        return "expected *.safetensors files"
+    return f"expected *.safetensors files{_or_subfolder(inner)}"
+
+
+def _or_subfolder(inner: Collection[str]) -> str:
+    """Return the other way out of a model whose subfolders hold weights."""
     folders = sorted({path.rpartition("/")[0] for path in inner})
+    if not folders:
+        return ""
     return (
-        f"expected *.safetensors files; there are some in {', '.join(folders[:5])}: name one with the model's key "
-        f"subfolder, as in {{model: …, subfolder: {folders[0]}}}"
+        f", or name one of the folders {', '.join(folders[:5])} with the model's key subfolder, as in "
+        f"{{model: …, subfolder: {folders[0]}}}"
     )

@@ -146,6 +146,6 @@ def test_weights_that_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "model/checkpoint-500").mkdir(parents=True)
     (tmp_path / "model/config.json").write_text("{}")
     save_file({"a": torch.ones(1)}, tmp_path / "model/checkpoint-500/model.safetensors")
-    with pytest.raises(InputError, match=r"no weights found at its top level; .* in checkpoint-500: name one with"):
+    with pytest.raises(InputError, match=r"no weights found at its top level; .* folders checkpoint-500 with"):
         resolve(LocalModel(tmp_path / "model"), tmp_path / "cache")
     resolve(parse_model_id("model", tmp_path, "checkpoint-500"), tmp_path / "cache")
