@@ -65,8 +65,11 @@ def check_models(plan: Plan) -> None:
     Raises:
         InputError: it does not, naming the model.
     """
-    base, recipe = plan.inputs.base, plan.recipe
+    recipe = plan.recipe
     _check_keys(recipe)
+    if plan.inputs.by_name:
+        raise InputError("base: its tensors are merged by their names, and mergekit may take other ones; merge it here")
+    base, experts = plan.inputs.networks
     if base.untied:
         raise InputError("base: an expert holds apart what the base ties; mergekit would lose one of both")
     if base.statistics:
@@ -74,7 +77,7 @@ def check_models(plan: Plan) -> None:
     if base.stored:
         name, stored = next(iter(base.stored.items()))
         raise InputError(f"base: holds {name} as {stored}, which mergekit cannot find; save it with transformers")
-    for name, expert in plan.inputs.experts.items():
+    for name, expert in experts.items():
         if expert.head:
             raise InputError(f"experts.{name}: has a head of its own, {min(expert.head)}; mergekit has nothing like it")
         if expert.pieces:
@@ -130,7 +133,7 @@ def _reference(plan: Plan, name: str) -> Reference:
     """Return what mergekit calls a model: a folder, the id of a repository at a commit, or an adapter on the base."""
     listing = plan.inputs.listings[name]
     place = str(listing.source).removeprefix("hub:").partition("@")[0] if listing.revision else str(listing.folder)
-    expert = plan.inputs.experts.get(name)
+    expert = plan.inputs.networks.experts.get(name)
     whole = f"{place}@{listing.revision}" if listing.revision else place
     is_plain = listing.revision is not None or not set("+@") & set(place)
     if expert is None or not expert.is_adapter:
@@ -152,7 +155,7 @@ def _donor(plan: Plan, method: Method) -> str | None:
     """
     inputs, asked = plan.inputs, f"tokenizer.source: {plan.recipe.tokenizer.source}"
     merged = _tokenizer_files(inputs.tokenizer.folder)
-    owners = {name: "base" if one.is_adapter else name for name, one in inputs.experts.items()}
+    owners = {name: "base" if one.is_adapter else name for name, one in inputs.networks.experts.items()}
     taken = ["base"] if has_base(method) else list(owners.values())
     candidates = dict.fromkeys([*taken, *owners.values(), "base"])
     same = {name: _tokenizer_files(inputs.listings[name].folder) == merged for name in candidates}
@@ -165,7 +168,7 @@ def _donor(plan: Plan, method: Method) -> str | None:
             f"{asked} gives merged models a tokenizer that no model of the recipe has; set tokenizer.source: {taken[0]}"
         )
     own = load_tokenizer(inputs.listings[found].folder).get_vocab()
-    rows = inputs.base.config.get_text_config().vocab_size
+    rows = inputs.networks.base.config.get_text_config().vocab_size
     if own != load_tokenizer(inputs.base.folder).get_vocab() or len(own) != rows:
         raise InputError(
             f"{asked}: mergekit would move or cut the {rows:,} rows of the embedding to fit the {len(own):,} tokens of "
@@ -183,6 +186,6 @@ def _remarks(plan: Plan, made: Made) -> list[str]:
     lines = []
     if hasattr(made.method, "seed"):
         lines.append("mergekit draws other random masks; --random-seed repeats its own")
-    if any(one.is_adapter for one in plan.inputs.experts.values()):
+    if any(one.is_adapter for one in plan.inputs.networks.experts.values()):
         lines.append("run with --lora-merge-cache FOLDER --lora-merge-dtype float32: it merges adapters beforehand")
     return lines

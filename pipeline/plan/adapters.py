@@ -27,8 +27,9 @@ def adapter_job(key: str, variant: Variant, inputs: Inputs, fields: dict[str, An
         InputError: an expert that is no adapter, or holds what no factors can; the rank is missing.
     """
     assert variant.adapter is not None
-    network = AdaptedNetwork(inputs.base)
-    for name, expert in inputs.experts.items():
+    base, experts = inputs.networks
+    network = AdaptedNetwork(base)
+    for name, expert in experts.items():
         _check_expert(f"{key}.adapter", name, expert, network)
     if inputs.base.untied:
         raise InputError(f"{key}.adapter: an expert unties what the base ties, which no adapter can; leave adapter out")

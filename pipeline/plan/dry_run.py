@@ -93,7 +93,7 @@ def inseparable_heads(recipe: Recipe, inputs: Inputs) -> frozenset[str]:
     found: dict[str, bool] = {}
     tasks = set()
     for name, task in recipe.tasks.items() if not recipe.sens_variants() else ():
-        expert = inputs.experts[name]
+        expert = inputs.networks.experts[name]
         if task.has_own_head and expert.head and inputs.data[name].evaluation:
             digest = computation_digest(expert.config)
             if digest not in found:
@@ -133,7 +133,7 @@ def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
     """Return what is asked of each kind of network, without those of which nothing is."""
     found: dict[tuple[Head, str], _Asked] = {}
     for name, task in recipe.tasks.items():
-        expert = inputs.experts[name]
+        expert = inputs.networks.experts[name]
         generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
         detached = task.has_own_head and bool(expert.head and recipe.se_variants())
         reads = not task.has_own_head and reads_images(expert.config)

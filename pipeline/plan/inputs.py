@@ -1,21 +1,19 @@
 """The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sensmerge.pipeline.plan.kinds import check_kinds
-from sensmerge.pipeline.plan.models import about
+from sensmerge.pipeline.plan.opening import open_models
 from sensmerge.pipeline.plan.rows import RowUse, TaskRows, Tuning, gather_rows
 from sensmerge.pipeline.plan.statistics import takes_losses
-from sensmerge.pipeline.plan.tokenizer import Tokenizer, Unopened, choose_tokenizer
+from sensmerge.pipeline.plan.tokenizer import Tokenizer
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.variant import Variant
-from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, FilesNeeded, indexed_tensors, viewed
 from sensmerge.tasks.checkpoints.layers import group_by_layer
-from sensmerge.tasks.checkpoints.listing import Listing, LocalModel
-from sensmerge.tasks.checkpoints.source import fetch_files, safetensors_header, small_files
+from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
 from sensmerge.tasks.coefficients import ExplicitCoefficients, matches
 from sensmerge.tasks.dynamic.application import SeApplication
@@ -24,20 +22,26 @@ from sensmerge.tasks.dynamic.parameters import holdings
 from sensmerge.tasks.dynamic.trial import try_network
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.settings import WIDENED, combinations
-from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
-from sensmerge.tasks.networks.base import Base, open_base
+from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.classes import class_names
-from sensmerge.tasks.networks.expert import Expert, open_expert
+from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import load_tokenizer, skeleton
 from sensmerge.tasks.urls import public_text
+
+
+class Networks(NamedTuple):
+    """Base and experts, read by classes of transformers."""
+
+    base: Base
+    experts: Mapping[str, Expert]
 
 
 @dataclass(frozen=True)
 class Inputs:
     """All that a recipe names from outside."""
 
-    base: Base
-    experts: Mapping[str, Expert]
+    base: BaseWeights
+    experts: Mapping[str, ExpertWeights]
     listings: Mapping[str, Listing]
     """of base and experts by name"""
     data: Mapping[str, TaskRows]
@@ -47,6 +51,18 @@ class Inputs:
     """what a user should know of the models and data that are accepted: a line each"""
     classes: tuple[str, ...] = ()
     """what the experts call the classes of a base that does not name them"""
+
+    @property
+    def by_name(self) -> bool:
+        """Whether tensors are matched by name, by no class of transformers; then there are no networks."""
+        return not isinstance(self.base, Base)
+
+    @property
+    def networks(self) -> Networks:
+        """Base and experts as networks."""
+        experts = {name: one for name, one in self.experts.items() if isinstance(one, Expert)}
+        assert isinstance(self.base, Base), "models that are merged by name have no tasks"
+        return Networks(self.base, experts)
 
     def only_weights(self) -> tuple[BaseWeights, dict[str, ExpertWeights]]:
         """Return base and experts as far as merging needs to know them: small, and read without transformers."""
@@ -66,24 +82,27 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     Raises:
         InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
     """
-    models = {name: _unopened(listing, cache) for name, listing in listings.items()}
-    tokenizer, about_tokenizer = choose_tokenizer(recipe.tokenizer, models, cache)
-    base, experts = _open_models(recipe, models, tokenizer, cache)
-    classes = _agreed_classes(base, experts)
-    _check_layers(recipe, base)
-    _check_totals(recipe, base)
-    check_kinds(recipe.tasks, experts)
-    notes = [*base.notes, *(note for expert in experts.values() for note in expert.notes)]
-    notes = [tokenizer.as_given(note) for note in notes]
-    if base.statistics:
+    opened = open_models(recipe, listings, cache)
+    _check_layers(recipe, opened.base)
+    _check_totals(recipe, opened.base)
+    notes = list(opened.notes)
+    if opened.base.statistics:
         notes.append(
-            f"base: of {len(base.statistics)} buffers with statistics, such as {min(base.statistics)}, merged models "
-            "have the experts' mean, whatever the method"
+            f"base: of {len(opened.base.statistics)} buffers with statistics, such as {min(opened.base.statistics)}, "
+            "merged models have the experts' mean, whatever the method"
         )
+    if not isinstance(opened.base, Base):
+        _check_order(recipe)
+        notes = [public_text(note) for note in (*notes, *opened.about_tokenizer)]
+        return Inputs(opened.base, opened.experts, listings, {}, opened.tokenizer, tuple(notes))
+    base, tokenizer = opened.base, opened.tokenizer
+    experts = {name: one for name, one in opened.experts.items() if isinstance(one, Expert)}
+    classes = _agreed_classes(base, experts)
+    check_kinds(recipe.tasks, experts)
     for name, variant in recipe.merges.items():
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant, recipe, base, experts)
-    notes += about_tokenizer
+    notes += opened.about_tokenizer
     readers = _readers(tokenizer, recipe.tasks)
     use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
     data, said = gather_rows(recipe.tasks, experts, readers, folder, use)
@@ -98,6 +117,22 @@ def _readers(tokenizer: Tokenizer, tasks: Collection[str]) -> dict[str, list[Any
     merged = load_tokenizer(tokenizer.folder)
     own = {name: load_tokenizer(one.folder) for name, one in tokenizer.readers.items() if name in tasks}
     return {name: [own[name], merged] if name in own else [merged] for name in tasks}
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Refuse what needs more than names: which layers without a number come before the others, or an adapter's base."""
+    for name, variant in recipe.merges.items():
+        if variant.adapter is not None:
+            raise InputError(
+                f"merges.{name}.adapter: the experts are whole models, merged by the names of their tensors; leave "
+                "adapter out, or make adapters of them with `sensmerge extract`"
+            )
+        if variant.lines is not None:
+            raise InputError(
+                f"merges.{name}.lines grows from the first layer to the last, and names alone do not tell whether a "
+                "layer without a number is before or behind the others; give the numbered ones weights that change "
+                "with depth instead, as coefficients explicit"
+            )
 
 
 def _tuning(recipe: Recipe) -> Tuning:
@@ -119,37 +154,6 @@ def _tuning_passes(recipe: Recipe, data: Mapping[str, TaskRows]) -> list[str]:
             f"{rows} rows each: {asked * rows:,} to {most * rows:,} samples, beside those of the experts"
         )
     return lines
-
-
-def _open_models(
-    recipe: Recipe, models: Mapping[str, Unopened], tokenizer: Tokenizer, cache: Path
-) -> tuple[Base, dict[str, Expert]]:
-    """Open base and experts; where one expert holds apart what the base ties, all are seen so."""
-    folders = {name: one.folder for name, one in models.items()}
-    seen = folders | {name: one.folder for name, one in tokenizer.seen.items()}
-    headers = {name: one.headers and viewed(replace(one.headers, folder=seen[name])) for name, one in models.items()}
-    while True:
-        try:
-            with about("base"):
-                base = open_base(seen["base"], headers["base"])
-            experts = {}
-            for name, expert in recipe.experts.items():
-                with about(f"experts.{name}"):
-                    experts[name] = open_expert(
-                        seen[name], base, f"experts.{name}", headers[name], expert.config == "base"
-                    )
-            break
-        except FilesNeeded as needed:
-            name = next(name for name in folders if needed.folder in (folders[name], seen[name]))
-            fetch_files(models[name].listing, needed.files, cache)
-        except InputError as error:
-            raise InputError(tokenizer.as_given(str(error))) from error
-    base = next((one.base for one in experts.values() if one.base.untied), base)
-    return base, {name: expert.on(base) for name, expert in experts.items()}
-
-
-def _unopened(listing: Listing, cache: Path) -> Unopened:
-    return Unopened(listing, small_files(listing, cache), _remote_headers(listing, cache))
 
 
 def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:
@@ -176,19 +180,7 @@ def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:
     return named[first] if first else []
 
 
-def _remote_headers(listing: Listing, cache: Path) -> Checkpoint | None:
-    """Return the headers of a hub model whose weights are not here yet; None where the folder has them."""
-    names = {file.name for file in listing.files}
-    if isinstance(listing.source, LocalModel) or not any(file.name in names for file in listing.missing()):
-        return None
-    if ADAPTER_WEIGHTS in names or WEIGHTS in names:
-        file = ADAPTER_WEIGHTS if ADAPTER_WEIGHTS in names else WEIGHTS
-        return Checkpoint(listing.folder, safetensors_header(listing, file, cache))
-    tensors = indexed_tensors(listing.folder / INDEX, lambda file: safetensors_header(listing, file, cache))
-    return Checkpoint(listing.folder, tensors)
-
-
-def _check_layers(recipe: Recipe, base: Base) -> None:
+def _check_layers(recipe: Recipe, base: BaseWeights) -> None:
     layers = list(group_by_layer(base.weights))
     for name, variant in recipe.merges.items():
         if not isinstance(variant.coefficients, ExplicitCoefficients):
@@ -208,7 +200,7 @@ def _check_layers(recipe: Recipe, base: Base) -> None:
                     )
 
 
-def _check_totals(recipe: Recipe, base: Base) -> None:
+def _check_totals(recipe: Recipe, base: BaseWeights) -> None:
     """Check that statistics by tensor, which are taken in each expert's own network, are of the merged model's tensors.
 
     An expert that ties what the merged model holds apart has one total for both.

@@ -24,14 +24,15 @@ def list_models(recipe: Recipe, folder: Path, cache: Path) -> dict[str, Listing]
     Raises:
         InputError: as `resolve`, or an expert stands there twice; it names the recipe's key.
     """
-    texts = {"base": recipe.base} | {name: one.model for name, one in recipe.experts.items()}
+    models = recipe.models()
 
     def listing(name: str) -> Listing:
         with _about_model(name):
-            return resolve(parse_model_id(texts[name], folder), cache)
+            one = models[name]
+            return resolve(parse_model_id(one.model, folder, one.subfolder), cache)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        listings = dict(zip(texts, pool.map(listing, texts), strict=True))
+        listings = dict(zip(models, pool.map(listing, models), strict=True))
     _check_distinct(listings)
     return listings
 

@@ -105,7 +105,7 @@ def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, PlacementChoice]:
     tokens: dict[Stage, int] = {"statistics": longest}
     if recipe.sens_variants():
         tokens["cross_task"] = max(longest, cross_task.CHUNK_TOKENS)
-    return {stage: choose(recipe, stage, inputs.base, count, decimal) for stage, count in tokens.items()}
+    return {stage: choose(recipe, stage, inputs.networks.base, count, decimal) for stage, count in tokens.items()}
 
 
 def _check_room(plan: Plan) -> None:

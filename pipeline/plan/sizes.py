@@ -25,7 +25,7 @@ def task_vector(base: BaseWeights) -> int:
 
 def statistics(resolved: Resolved, measured: Statistics, tokens: int) -> int:
     """Return the size of the totals by tensor that an expert has at most, and of the states kept while it runs."""
-    base = resolved.inputs.base
+    base = resolved.inputs.networks.base
     totals = totals_of(base, measured, lambda statistic, shape: statistic.stored_bytes(shape))
     blocks = len(block_names(base.weights)) if needs_gradients(measured) else 0
     return sum(totals.values()) + _kept_states(resolved, "statistics", blocks, tokens)
@@ -51,7 +51,7 @@ def travelling_states(resolved: Resolved) -> int:
 
 
 def _states(resolved: Resolved, tokens: int) -> int:
-    width: int = resolved.inputs.base.config.get_text_config().hidden_size
+    width: int = resolved.inputs.networks.base.config.get_text_config().hidden_size
     itemsize: int = getattr(torch, resolved.recipe.dtype).itemsize
     return tokens * width * itemsize
 
@@ -71,7 +71,7 @@ def vectors(inputs: Inputs, variant: Variant) -> int:
 def dynamic_model(inputs: Inputs, job: MergeVectorsJob) -> int:
     """Return the size of base and task vectors at most: all whole but for the factors of adapters."""
     size = weight_bytes(inputs.listings["base"])
-    for name, expert in inputs.experts.items():
+    for name, expert in inputs.networks.experts.items():
         if expert.is_adapter and job.method.keeps_whole(name):
             size += weight_bytes(inputs.listings[name])
         else:

@@ -111,7 +111,7 @@ class _Layout:
         job = StatisticsJob(
             base=self._model("base"),
             expert=self._model(name),
-            base_config=self._inputs.experts[name].base_config,
+            base_config=self._inputs.networks.experts[name].base_config,
             statistics=measured,
             calibration=self._calibration(name),
             tokenizer=self._inputs.tokenizer.of(name),
@@ -125,7 +125,7 @@ class _Layout:
 
     def cross_task(self) -> None:
         """Add the distances of all experts."""
-        experts = self._inputs.experts
+        experts = self._inputs.networks.experts
         job = CrossTaskJob(
             base=self._model("base"),
             experts={name: self._model(name) for name in experts},
@@ -210,7 +210,8 @@ class _Layout:
     def _variant_fields(self, variant: Variant, artifacts: Mapping[str, Mapping[str, Artifact]]) -> dict[str, Any]:
         """Return the fields of a `VariantJob`; `artifacts` are those that it reads, by stage and name."""
         inputs = self._inputs
-        heads = {name: one for name, one in inputs.experts.items() if one.head}
+        experts = {} if inputs.by_name else inputs.networks.experts
+        heads = {name: one for name, one in experts.items() if one.head}
         return {
             "models": {name: one.fingerprint for name, one in artifacts["download"].items()},
             "task_vectors": artifacts["task_vectors"],
@@ -225,6 +226,7 @@ class _Layout:
             "companions": inputs.tokenizer.companions_digest,
             "token_ids": inputs.tokenizer.token_ids,
             "classes": inputs.classes,
+            "by_name": inputs.by_name,
             "base_config": [name for name, one in heads.items() if one.base_config],
             "base": self._base,
             "experts": self._experts,
@@ -235,7 +237,7 @@ class _Layout:
 
     def calibrate(self, name: str) -> None:
         """Add the calibration of a merged variant."""
-        experts, settings = self._inputs.experts, self._recipe.merges[name].calibrate
+        experts, settings = self._inputs.networks.experts, self._recipe.merges[name].calibrate
         merged = self._made["merge"][name]
         assert settings is not None
         assert isinstance(merged.job, MergeJob), "the recipe's schema refuses application se from the base"
@@ -302,7 +304,7 @@ class _Layout:
         self, kind: type[EvaluateJob], model: str, task: str, split: Split
     ) -> tuple[EvaluateJob, list[Step], int]:
         """Return the job that scores a model on the rows of a task, the steps that it needs, and the bytes it reads."""
-        experts, one, merges = self._inputs.experts, self._inputs.data[task], self._recipe.merges
+        experts, one, merges = self._inputs.networks.experts, self._inputs.data[task], self._recipe.merges
         is_input, reads = model in self._inputs.listings, self._inputs.tokenizer
         head = task if one.task.has_own_head and experts[task].head else None
         config = None
@@ -332,7 +334,7 @@ class _Layout:
 
     def _is_separable(self, task: str) -> bool:
         """Return whether the head of a task's expert can be run apart from a trunk."""
-        return task not in self._resolved.inseparable and not self._inputs.experts[task].has_trunk_in_head()
+        return task not in self._resolved.inseparable and not self._inputs.networks.experts[task].has_trunk_in_head()
 
     def evaluate_dynamic(self, name: str) -> None:
         """Add the scores of a dynamic variant on all tasks."""
@@ -366,7 +368,7 @@ class _Layout:
 
     def _as_run(self, name: str) -> Artifact:
         """Return base or an expert as it runs: its files, and whose settings it runs with."""
-        files, expert = self._model(name), self._inputs.experts.get(name)
+        files, expert = self._model(name), self._inputs.networks.experts.get(name)
         adopted = " with the base's config" if expert is not None and expert.base_config else ""
         return Artifact(f"{files.fingerprint}{adopted}", files.folder)
 
@@ -405,4 +407,4 @@ class _Layout:
     def _labels(self, name: str, one: TaskRows) -> Mapping[str, int] | None:
         """Return the classes of a task's own expert."""
         task: Task = one.task
-        return dict(self._inputs.experts[name].config.label2id) if task.has_own_head else None
+        return dict(self._inputs.networks.experts[name].config.label2id) if task.has_own_head else None

@@ -16,6 +16,7 @@ from sensmerge.tasks.checkpoints.companions import (
     GENERATION_CONFIG,
     LARGEST,
     companions,
+    has_tokenizer,
     is_companion,
     is_tokenizer_file,
     local_files,
@@ -25,10 +26,11 @@ from sensmerge.tasks.checkpoints.header import read_header
 from sensmerge.tasks.checkpoints.layers import in_block
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.checkpoints.vocabulary import plain_vocabulary
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
 from sensmerge.tasks.networks.expert import is_adapter
 from sensmerge.tasks.networks.networks import load_config, network_class
-from sensmerge.tasks.networks.tokenizers import BASE, Owner, choose, write_choice
+from sensmerge.tasks.networks.tokenizers import BASE, UNION, Owner, choose, write_choice
 from sensmerge.tasks.networks.union import Asked, Wanted
 from sensmerge.tasks.networks.views import Member, TokenTensor, adapter_member, whole_member
 
@@ -115,10 +117,7 @@ def choose_tokenizer(
     folder = base.folder
     if choice.source is not base or choice.added or choice.ends or choice.template is not None:
         folder = settled(cache / ".tokenizers", lambda target: write_choice(choice, base, experts, target))
-    files = {name: path for name, path in companions(folder).items() if is_tokenizer_file(name)}
-    digests = {name: sha256_file(path) for name, path in files.items()}
-    generation = folder / GENERATION_CONFIG
-    stated = sha256_file(generation) if generation.is_file() else None
+    digests, stated = _digests(folder)
     about_it = [digests, stated, ids]
     seen: dict[str, Seen] = {}
     # Where all have one vocabulary, what holds single rows of an embedding alone is to be seen as a whole.
@@ -135,6 +134,53 @@ def choose_tokenizer(
     }
     tokenizer = Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical(about_it)), ids, seen, readers)
     return tokenizer, [*choice.notes, *_code_notes(base.folder, folder), *_large_notes(base.folder)]
+
+
+def tokenizer_by_name(settings: TokenizerSettings, folders: Mapping[str, Path]) -> tuple[Tokenizer, list[str]]:
+    """Return the tokenizer, if there is any, of models that are merged by name: the base's, or the named one's.
+
+    Args:
+        settings: the recipe's `tokenizer`.
+        folders: of base and experts, by name.
+
+    Returns:
+        The tokenizer, and what a user should know of it: a line each.
+
+    Raises:
+        InputError: the named model has no tokenizer, or the settings say more than a name.
+    """
+    for key in ("tokens", "pad_to_multiple_of", "chat_template"):
+        if getattr(settings, key):
+            raise InputError(
+                f"tokenizer.{key}: models that are merged by the names of their tensors keep their rows and files as "
+                "they are; leave the key out"
+            )
+    source = BASE if settings.source == UNION else settings.source
+    if settings.source != UNION and not has_tokenizer(folders[source]):
+        raise InputError(f"tokenizer.source: {source} has no tokenizer in {folders[source]}; leave the key out")
+    tokenizer = _tokenizer_in(folders[source])
+    others = [name for name, one in folders.items() if has_tokenizer(one)]
+    unlike = [name for name in others if _tokenizer_in(folders[name]).digest != tokenizer.digest]
+    notes = [*_code_notes(folders[BASE], folders[source]), *_large_notes(folders[BASE])]
+    if unlike:
+        notes.append(
+            f"tokenizer: merged models have the files of {source}; those of {', '.join(unlike)} differ, and are not "
+            "compared where models are merged by name"
+        )
+    return tokenizer, notes
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer:
+    digests, stated = _digests(folder)
+    return Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical([digests, stated, {}])))
+
+
+def _digests(folder: Path) -> tuple[dict[str, str], str | None]:
+    """Return the digests of a tokenizer's files by their names, and that of the generation config beside them."""
+    files = {name: path for name, path in companions(folder).items() if is_tokenizer_file(name)}
+    generation = folder / GENERATION_CONFIG
+    stated = sha256_file(generation) if generation.is_file() else None
+    return {name: sha256_file(path) for name, path in files.items()}, stated
 
 
 def whole_owner(key: str, model: Unopened) -> Owner:
@@ -212,7 +258,8 @@ def _digest(listing: Listing) -> str:
 
 
 def _code_notes(base: Path, tokenizer: Path) -> list[str]:
-    files = [base / CONFIG, *companions(base).values(), *companions(tokenizer).values()]
+    files = [path for path in [base / CONFIG] if path.is_file()]
+    files += [*companions(base).values(), *companions(tokenizer).values()]
     named = sorted({path.name for path in files if names_code(path)})
     if not named:
         return []

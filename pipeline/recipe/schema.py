@@ -3,7 +3,10 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
+    SerializerFunctionWrapHandler,
+    WrapSerializer,
     field_validator,
     model_validator,
 )
@@ -27,12 +30,46 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 """Two of them name a folder of the store."""
 
 
-class ExpertModel(Strict):
-    """One expert."""
+class ModelFiles(Strict):
+    """A model and what of its files is read; where only `model` is given, its text may stand for the mapping."""
 
     model: str = Field(
-        min_length=1, description="local folder or hub:ORG/NAME@REVISION; a checkpoint or a PEFT LoRA adapter"
+        min_length=1, description="local folder or hub:ORG/NAME@REVISION; a checkpoint or, of an expert, a LoRA adapter"
     )
+    subfolder: str = Field(
+        "",
+        description="folder inside it that holds the model, such as unet; of a model on the hub, only that folder is "
+        "downloaded",
+    )
+    dequantize: bool = Field(
+        False, description="fp8 weights are multiplied by their scales, and read as bfloat16; only without tasks"
+    )
+
+
+def _as_mapping(value: Any) -> Any:
+    """Return the mapping that a text stands for, which is a model and no more."""
+    if isinstance(value, str) and value:
+        return {"model": value}
+    if isinstance(value, dict | ModelFiles):
+        return value
+    raise ValueError("expected a text of at least 1 character, or a mapping with model")
+
+
+def _as_text(value: ModelFiles, dump: SerializerFunctionWrapHandler) -> Any:
+    """Return a model as a recipe says it in the fewest words."""
+    return value.model if value.model_fields_set == {"model"} else dump(value)
+
+
+BaseModelFiles = Annotated[
+    ModelFiles,
+    BeforeValidator(_as_mapping, json_schema_input_type=Annotated[str, Field(min_length=1)] | ModelFiles),
+    WrapSerializer(_as_text),
+]
+
+
+class ExpertModel(ModelFiles):
+    """One expert."""
+
     config: Literal["own", "base"] = Field(
         "own",
         description="settings that the expert runs with (rotary positions, activation, window, …): own: its own, which "
@@ -44,8 +81,7 @@ class Recipe(Strict):
     """A base, its experts, the tasks that judge them, and the merges to make."""
 
     name: Name = Field(description="name of the recipe, its MLflow experiment and its registered model")
-    base: str = Field(
-        min_length=1,
+    base: BaseModelFiles = Field(
         description="the model that all experts were fine-tuned from: local folder or hub:ORG/NAME@REVISION",
     )
     experts: dict[Name, ExpertModel] = Field(description="the experts, by name")
@@ -111,11 +147,12 @@ class Recipe(Strict):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the name {name!r} is used twice among base, experts and merges; give each its own")
-        models: dict[str, str] = {}
+        models: dict[tuple[str, str], str] = {}
         for name, expert in self.experts.items():
-            if expert.model in models:
-                raise ValueError(f"experts {models[expert.model]} and {name} are the same model {expert.model}")
-            models[expert.model] = name
+            place = (expert.model, expert.subfolder)
+            if place in models:
+                raise ValueError(f"experts {models[place]} and {name} are the same model {expert.model}")
+            models[place] = name
         for stage in ("download", "task_vectors", "vectors"):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
@@ -216,6 +253,10 @@ class Recipe(Strict):
                 number for number in variant.coefficients.weights.values() if not isinstance(number, dict | list)
             ]
         return [number * weight for number in numbers] if len(numbers) == len(self.experts) else None
+
+    def models(self) -> dict[str, ModelFiles]:
+        """Return base and experts by name."""
+        return {"base": self.base, **self.experts}
 
     def resources_of(self, stage: Stage) -> Resources:
         """Return the resources of a stage's steps."""

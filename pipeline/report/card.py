@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.report.report import Report, RouteInfo, TuningInfo, shown, tuning_lines
+from sensmerge.pipeline.report.report import Report, RouteInfo, TuningInfo, VariantInfo, shown, tuning_lines
 from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.checkpoints.listing import HubModel
 from sensmerge.tasks.kinds.scores import Score
@@ -32,12 +32,21 @@ def write_cards(plan: Plan, report: Report, recipe_text: str) -> None:
         plan.store.upload(folder, "README.md")
 
 
+def _library(plan: Plan, variant: VariantInfo, is_routed: bool) -> str | None:
+    """Return what loads a merged model, as the hub calls it; None where nothing is known to."""
+    if is_routed:
+        return "sensmerge"
+    if variant.adapter is not None:
+        return "peft"
+    return None if plan.inputs.by_name else "transformers"
+
+
 def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
     """Return the model card of one variant, with the metadata that the hub reads."""
     variant, route = report.variants[name], report.routes.get(name)
     data = ModelCardData(
         base_model=[_model_id(plan, model) for model in ("base", *plan.recipe.experts)],
-        library_name="sensmerge" if route is not None else "transformers" if variant.adapter is None else "peft",
+        library_name=_library(plan, variant, route is not None),
         tags=["merge", "sensmerge", variant.method, *([] if route is None else ["se-merging"])],
     )
     heads = [expert for expert in plan.recipe.experts if (Path(report.models[name]) / "heads" / expert).is_dir()]
@@ -89,8 +98,9 @@ def _notes(report: Report, name: str) -> list[str]:
 
 
 def _model_id(plan: Plan, name: str) -> str:
-    source = plan.inputs.listings[name].source
-    return source.repo if isinstance(source, HubModel) else source.folder.name
+    source, inner = plan.inputs.listings[name].source, plan.recipe.models()[name].subfolder
+    depth = len(Path(inner).parts) + 1
+    return source.repo if isinstance(source, HubModel) else "/".join(source.folder.parts[-depth:])
 
 
 def _score_lines(report: Report) -> str:

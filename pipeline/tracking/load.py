@@ -29,6 +29,7 @@ from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.requirements import copy_source, requirements
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER
 from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
+from sensmerge.tasks.networks.known import why_unknown
 from sensmerge.tasks.serving.scorer import MAX_NEW_TOKENS
 from sensmerge.tasks.serving.static_model import Form, form_of, head_names
 
@@ -59,6 +60,8 @@ class Merged:
     """where all who may read the store find it"""
     form: Form | None
     """of a static merge; None where it is no model that answers texts"""
+    is_known: bool
+    """whether a class of transformers reads it"""
     dtype: str
     """torch name of the dtype that its scores were taken in"""
     experts: tuple[str, ...]
@@ -76,6 +79,7 @@ class Merged:
             folder,
             report.uris[variant],
             form_of(folder) if kind == "static" and not (folder / ADAPTER_CONFIG).is_file() else None,
+            kind == "dynamic" or why_unknown(folder) is None,
             report.dtype,
             tuple(experts),
         )
@@ -108,7 +112,7 @@ class Merged:
         if self.is_adapter:
             return ["peft"]
         if self.form is None:
-            return ["transformers"]
+            return ["transformers"] if self.is_known else []
         if self.form == "trunk":
             return ["mlflow.pyfunc"]
         whole = ["mlflow.transformers"] if self.is_local or self.is_read_by_mlflow else []
@@ -219,6 +223,9 @@ def description(merged: Merged, version: str) -> str:
         case _, None if merged.is_adapter:
             what = "Static: a LoRA adapter of the base."
             lines = [f"PeftModel.from_pretrained(base, {folder})"]
+        case _, None if not merged.is_known:
+            what = "Static: safetensors, merged by the names of their tensors. What loads the base loads them."
+            lines = [merged.place]
         case _, None:
             what = "Static: a Hugging Face checkpoint of a kind that MLflow cannot load."
             lines = [f"AutoModel.from_pretrained({folder})"]

@@ -14,11 +14,13 @@ import torch
 
 from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.header import TensorInfo, open_file, read_header
+from sensmerge.tasks.checkpoints.quantised import WAY_OUT, Scale, dequantised, is_fp8
+from sensmerge.tasks.checkpoints.stems import INDEXED, MODEL, SAFETENSORS, SHARDED, find_stem, single_stems
 from sensmerge.tasks.checkpoints.views import Gathered, Stretch, Taken, read_view
 from sensmerge.tasks.errors import InputError
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS = f"{MODEL}{SAFETENSORS}"
+INDEX = f"{MODEL}{INDEXED}"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -43,22 +45,41 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...] = ()
     """what a user should know of the files: a line each"""
+    stem: str = MODEL
+    """of its files' names"""
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+    """of tensors that are stored in fp8; they are read as bfloat16, which `tensors` says"""
     gathered: Mapping[str, Gathered] = field(default_factory=dict)
     """tensors that are put together of rows of stored ones: those that have a row for every token of a vocabulary"""
+
+    def __post_init__(self) -> None:
+        """Refuse tensors in fp8 that nobody has asked to be read.
+
+        Raises:
+            InputError: there is one.
+        """
+        for name, info in self.tensors.items():
+            if is_fp8(info):
+                raise InputError(
+                    f"{self.folder / info.file}: tensor {name} has dtype {info.dtype}, which is quantised; {WAY_OUT}"
+                )
 
     @cached_property
     def _open_files(self) -> dict[Path, Any]:
         return {}
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in its stored dtype; its pages are read when it is used.
+        """Return one tensor in its stored dtype, fp8 as bfloat16; its pages are read when it is used.
 
         Raises:
             InputError: the file is gone or corrupt.
         """
         if name in self.gathered:
             return self._gather(name)
-        return self._stored(self.folder / self.tensors[name].file, name)
+        stored, scale = self._stored(self.folder / self.tensors[name].file, name), self.scales.get(name)
+        if scale is None:
+            return stored
+        return scale.times(stored, self._stored(self.folder / scale.file, scale.name) if scale.name else None)
 
     def _stored(self, path: Path, name: str) -> torch.Tensor:
         if path not in self._open_files:
@@ -132,23 +153,44 @@ class FilesNeeded(Exception):
         self.folder, self.files = folder, files
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the headers of a folder with one `model.safetensors` or a sharded one with an index.
+def open_checkpoint(folder: Path, dequantize: bool = False) -> Checkpoint:
+    """Read the headers of a folder with one file of weights, `model.safetensors` say, or shards with an index.
+
+    Args:
+        folder: the folder.
+        dequantize: whether weights in fp8 are read, as bfloat16.
 
     Raises:
-        InputError: no weights; an index that names files outside the folder or tensors they lack; a corrupt file.
+        InputError: no weights, or several files of which it is not known which counts; an index that names files
+            outside the folder or tensors they lack; a corrupt file.
     """
-    if (folder / WEIGHTS).is_file():
+    names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    stem = find_stem(names)
+    if stem is None:
+        several = single_stems(names)[:3]
+        raise InputError(
+            f"{folder}: no {WEIGHTS} and no {INDEX} in it; expected a checkpoint saved as safetensors"
+            + (f": of {', '.join(several)}, put the one to merge into a folder of its own" if several else "")
+        )
+    whole, index = folder / f"{stem}{SAFETENSORS}", folder / f"{stem}{INDEXED}"
+    if whole.is_file():
         notes: tuple[str, ...] = ()
-        if (folder / INDEX).is_file() and index_files(folder / INDEX) != [WEIGHTS]:
-            notes = (f"{folder} has both {WEIGHTS} and {INDEX}: {WEIGHTS} is read, as transformers does",)
-        return viewed(Checkpoint(folder, read_header(folder / WEIGHTS), notes))
-    if not (folder / INDEX).is_file():
-        raise InputError(f"{folder}: no {WEIGHTS} and no {INDEX} in it; expected a checkpoint saved as safetensors")
-    for file in index_files(folder / INDEX):
+        if index.is_file() and index_files(index) != [whole.name]:
+            notes = (f"{folder} has both {whole.name} and {index.name}: {whole.name} is read, as transformers does",)
+        return viewed(checkpoint_of(folder, read_header(whole), stem, dequantize, notes))
+    for file in index_files(index):
         if not (folder / file).is_file():
-            raise InputError(f"{folder / INDEX}: names {file}, which is not in the folder; put the file there")
-    return viewed(Checkpoint(folder, indexed_tensors(folder / INDEX, lambda file: read_header(folder / file))))
+            raise InputError(f"{index}: names {file}, which is not in the folder; put the file there")
+    tensors = indexed_tensors(index, lambda file: read_header(folder / file))
+    return viewed(checkpoint_of(folder, tensors, stem, dequantize))
+
+
+def checkpoint_of(
+    folder: Path, tensors: Mapping[str, TensorInfo], stem: str, dequantize: bool = False, notes: tuple[str, ...] = ()
+) -> Checkpoint:
+    """Return the checkpoint of headers that were read; see `open_checkpoint`."""
+    read, scales = dequantised(tensors, folder) if dequantize else (tensors, {})
+    return Checkpoint(folder, read, notes, stem, scales)
 
 
 def viewed(checkpoint: Checkpoint) -> Checkpoint:
@@ -234,18 +276,23 @@ class CheckpointPlan:
     """whole size of each file in bytes"""
     index: str | None
     """text of the index file, where there are several shards"""
+    stem: str = MODEL
+    """of the files' names"""
 
 
-def plan_checkpoint(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_size: int) -> CheckpointPlan:
+def plan_checkpoint(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_size: int, stem: str = MODEL
+) -> CheckpointPlan:
     """Lay tensors out in their order in shards of at most `shard_size` bytes (a larger tensor has a shard of its own).
 
-    File names, index and metadata are those that transformers writes and reads.
+    File names, index and metadata are those that transformers writes and reads. Where those who read files of a stem
+    know no index (`SHARDED`), all tensors are in one file.
     """
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
     for name, (dtype, shape) in tensors.items():
         nbytes = dtype.itemsize * math.prod(shape)
-        if shards[-1] and filled + nbytes > shard_size:
+        if stem in SHARDED and shards[-1] and filled + nbytes > shard_size:
             shards.append({})
             filled = 0
         shards[-1][name] = (dtype, shape)
@@ -253,7 +300,8 @@ def plan_checkpoint(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], 
     planned: dict[str, PlannedTensor] = {}
     headers, sizes = {}, {}
     for number, shard in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        place = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
+        file = f"{stem}{place}{SAFETENSORS}"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         # Wide dtypes first keeps every tensor aligned to its own size, as the safetensors library does.
@@ -271,7 +319,7 @@ def plan_checkpoint(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], 
         weight_map = {name: tensor.file for name, tensor in planned.items()}
         total = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in planned.values())
         index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    return CheckpointPlan(planned, headers, sizes, index)
+    return CheckpointPlan(planned, headers, sizes, index, stem)
 
 
 def preallocate(plan: CheckpointPlan, folder: Path) -> None:
@@ -285,7 +333,7 @@ def preallocate(plan: CheckpointPlan, folder: Path) -> None:
         finally:
             os.close(descriptor)
     if plan.index is not None:
-        (folder / INDEX).write_text(plan.index)
+        (folder / f"{plan.stem}{INDEXED}").write_text(plan.index)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

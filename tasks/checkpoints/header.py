@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from sensmerge.tasks.errors import InputError
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 """Bytes of an element by safetensors' code of its dtype: all dtypes that are read."""
 _POINTER = b"version https://git-lfs"
 

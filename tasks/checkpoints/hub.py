@@ -41,8 +41,9 @@ def list_commit(source: HubModel, cache: Path) -> Listing:
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise InputError(f"model {source}: the hub at {api.endpoint} answers with {commit!r}, which is no commit")
         if (listing := _cached_listing(source, commit, cache)) is None:
-            # Fetching the config, which every model has, makes the library keep the list of the commit's files.
-            api.snapshot_download(source.repo, revision=commit, cache_dir=cache, allow_patterns=CONFIGS)
+            # Fetching a file makes the library keep the list of the commit's files: the config, or what git has always.
+            files = [*(escape(source.path(name)) for name in CONFIGS), ".gitattributes"]
+            api.snapshot_download(source.repo, revision=commit, cache_dir=cache, allow_patterns=files)
             listing = _cached_listing(source, commit, cache)
         if listing is None:
             # Without the hub the library makes do with a snapshot of which it does not know whether it is whole.
@@ -63,17 +64,21 @@ def _cached_listing(source: HubModel, commit: str, cache: Path) -> Listing | Non
         if name.startswith("/") or ".." in name.split("/"):
             raise InputError(f"model {source}: lists {name!r}, outside its folder; do not use this model")
     files = []
-    inner = [name for name in tree if "/" in name and fnmatch(name, WEIGHTS)]
-    for name in sorted(relevant({name: entry["size"] for name, entry in tree.items()}, source, inner)):
-        sha256 = tree[name].get("lfs_sha256")
-        files.append(
-            ListedFile(name, tree[name]["size"], f"sha256:{sha256}" if sha256 else f"git:{tree[name]['blob_id']}")
-        )
-    return Listing(source, folder / "snapshots" / commit, commit, tuple(files))
+    entries = {name: tree[path] for name, path in source.inside(tree).items()}
+    if not entries:
+        found = ", ".join(sorted({path.partition("/")[0] for path in tree if "/" in path})[:5]) or "none"
+        raise InputError(f"model {source}: has no such subfolder; its folders: {found}")
+    inner = [name for name in entries if "/" in name and fnmatch(name, WEIGHTS)]
+    for name in sorted(relevant({name: entry["size"] for name, entry in entries.items()}, source, inner)):
+        sha256 = entries[name].get("lfs_sha256")
+        digest = f"sha256:{sha256}" if sha256 else f"git:{entries[name]['blob_id']}"
+        files.append(ListedFile(name, entries[name]["size"], digest))
+    return Listing(source, folder / "snapshots" / commit / source.subfolder, commit, tuple(files))
 
 
 def fetch_files(source: HubModel, listing: Listing, names: Collection[str], cache: Path) -> None:
-    """Fetch and verify some files of a model; errors as `fetch_all`."""
+    """Fetch and verify some files of a model, whose folder then exists; errors as `fetch_all`."""
+    listing.folder.mkdir(parents=True, exist_ok=True)
     with _hub(source, cache) as api:
         for file in listing.files:
             if file.name in names:
@@ -96,7 +101,7 @@ def fetch_all(source: HubModel, listing: Listing, cache: Path) -> None:
             f"model {source}: {needed} bytes to download, but {cache} has room for {free}; make room there"
         )
     with _hub(source, cache) as api:
-        names = [escape(file.name) for file in listing.files]
+        names = [escape(source.path(file.name)) for file in listing.files]
         api.snapshot_download(source.repo, revision=listing.revision, cache_dir=cache, allow_patterns=names)
         for file in listing.files:
             _fetch(api, source, listing, file, cache)
@@ -105,7 +110,8 @@ def fetch_all(source: HubModel, listing: Listing, cache: Path) -> None:
 def _fetch(api: HfApi, source: HubModel, listing: Listing, file: ListedFile, cache: Path) -> None:
     """Fetch a file of a model unless it is in the cache, and verify it unless it was verified as it is."""
     for _ in range(2):
-        path = Path(api.hf_hub_download(source.repo, file.name, revision=listing.revision, cache_dir=cache))
+        name = source.path(file.name)
+        path = Path(api.hf_hub_download(source.repo, name, revision=listing.revision, cache_dir=cache))
         blob, stat = path.resolve(), path.stat()
         known = digests.find(blob, stat, cache / VERIFIED)
         digest = file.digest if known == file.digest else digests.compute(path, file.digest.partition(":")[0])
@@ -134,13 +140,13 @@ def remote_header(source: HubModel, listing: Listing, name: str, cache: Path) ->
     Raises:
         InputError: it cannot be parsed, or the hub cannot be reached.
     """
-    repo = source.repo
+    repo, path = source.repo, source.path(name)
     with _hub(source, cache) as api:
         # The reading of a range tells of a lost connection only by an exception of the HTTP library; this call, which
         # asks for the size of the file, by one of the hub's own.
-        api.hf_hub_download(repo, name, revision=listing.revision, cache_dir=cache, dry_run=True)
+        api.hf_hub_download(repo, path, revision=listing.revision, cache_dir=cache, dry_run=True)
         try:
-            header = api.parse_safetensors_file_metadata(repo, name, revision=listing.revision)
+            header = api.parse_safetensors_file_metadata(repo, path, revision=listing.revision)
         except SafetensorsParsingError as error:
             raise InputError(f"model {source}: {name} is not a safetensors file ({error})") from error
     return {

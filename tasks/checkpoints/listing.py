@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,14 +12,21 @@ from huggingface_hub.file_download import repo_folder_name
 
 from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.companions import WEIGHTS, is_companion, is_plain, local_files
+from sensmerge.tasks.checkpoints.stems import (
+    ADAPTER,
+    CONSOLIDATED,
+    MODEL,
+    SAFETENSORS,
+    find_stem,
+    is_of_stem,
+    single_stems,
+)
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 
 CONFIGS = ["config.json", "adapter_config.json"]
 READ = [WEIGHTS, "*.safetensors.index.json", *CONFIGS]
 """What is read of a model, at its top level; beside it, what travels into merged models (`is_companion`)."""
-# Mistral's repositories hold every weight twice; the copy of this name is not in the Hugging Face layout.
-FOREIGN = "consolidated*"
 DIGESTS = ".digests"
 """Folder, in the hub's cache, for the digests of local files."""
 LOOKED_UP = 2**20
@@ -45,10 +52,21 @@ class HubModel:
     repo: str
     revision: str
     """branch, tag or commit"""
+    subfolder: str = ""
+    """where in the repository the model is; empty: at its top"""
 
     def __str__(self) -> str:
         """Return the source as a recipe spells it."""
-        return f"hub:{self.repo}@{self.revision}"
+        return f"hub:{self.repo}@{self.revision}" + (f" (subfolder {self.subfolder})" if self.subfolder else "")
+
+    def path(self, name: str) -> str:
+        """Return the path in the repository of a file of the model."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def inside(self, paths: Iterable[str]) -> dict[str, str]:
+        """Return the files of the model by name, of all paths in the repository."""
+        start = self.path("")
+        return {path.removeprefix(start): path for path in paths if path.startswith(start)}
 
 
 @dataclass(frozen=True)
@@ -102,16 +120,20 @@ class Listing:
         return tuple(file for file in self.files if not (self.folder / file.name).exists())
 
 
-def parse_model_id(text: str, folder: Path) -> LocalModel | HubModel:
+def parse_model_id(text: str, folder: Path, subfolder: str = "") -> LocalModel | HubModel:
     """Read a recipe's `model:` string: a folder, or `hub:ORG/NAME@REVISION` (branch, tag or commit; default main).
 
     Args:
         text: the string; a relative path starts at `folder`, `~` is the home folder.
         folder: the recipe's folder.
+        subfolder: where the model is in it: a plain relative path.
 
     Raises:
         InputError: no such folder, or no valid id or revision.
     """
+    parts = subfolder.strip("/").split("/") if subfolder else []
+    if any(part in {"", ".", ".."} or "\\" in part for part in parts):
+        raise InputError(f"subfolder {subfolder!r} is no path inside the model; expected one such as unet")
     if text.startswith("hub:"):
         repo, _, revision = text.removeprefix("hub:").strip().partition("@")
         if not _is_repo_id(repo):
@@ -119,7 +141,7 @@ def parse_model_id(text: str, folder: Path) -> LocalModel | HubModel:
         # A revision becomes a file name in the cache; git itself allows no `..` in one.
         if not re.fullmatch(r"\w[\w./+-]*", revision or "main") or ".." in revision:
             raise InputError(f"model {text!r}: {revision!r} cannot be a revision; give a branch, a tag or a commit")
-        return HubModel(repo, revision or "main")
+        return HubModel(repo, revision or "main", "/".join(parts))
     try:
         path = (folder / os.path.expanduser(text)).resolve()
         exists = path.is_dir()
@@ -128,7 +150,11 @@ def parse_model_id(text: str, folder: Path) -> LocalModel | HubModel:
     if not exists:
         hint = f"; for a model on the hub write hub:{text}" if _is_repo_id(text.partition("@")[0]) else ""
         raise InputError(f"model {text!r}: no such folder {path}{hint}")
-    return LocalModel(path)
+    inner = path.joinpath(*parts)
+    if not inner.is_dir():
+        found = ", ".join(sorted(one.name for one in path.iterdir() if one.is_dir())[:5]) or "none"
+        raise InputError(f"model {text!r}: has no subfolder {subfolder}; its folders: {found}")
+    return LocalModel(inner)
 
 
 def _is_repo_id(text: str) -> bool:
@@ -176,7 +202,16 @@ def relevant(sizes: Mapping[str, int], source: LocalModel | HubModel, inner: Col
     """
     names = [name for name in sizes if "/" not in name]
     chosen = {name for name in names if any(fnmatch(name, pattern) for pattern in READ)}
-    chosen = {name for name in chosen if not fnmatch(name, FOREIGN)}
+    stem = find_stem(names)
+    if stem == MODEL:  # an index may call its shards as it likes; Mistral's repositories hold every weight twice
+        chosen = {name for name in chosen if not name.startswith(CONSOLIDATED)}
+    elif stem is not None and f"{ADAPTER}{SAFETENSORS}" not in names:
+        chosen = {name for name in chosen if name in CONFIGS or is_of_stem(name, stem)}
+    if stem is None and len(several := single_stems(names)) > 1 and f"{ADAPTER}{SAFETENSORS}" not in names:
+        raise InputError(
+            f"model {source}: has several files of weights ({', '.join(several[:3])}), and no index says that they are "
+            f"one model's; put the one to merge into a folder of its own{_or_subfolder(inner)}"
+        )
     if not any(fnmatch(name, WEIGHTS) for name in chosen):
         pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in PICKLES))
         if pickles:
@@ -184,23 +219,25 @@ def relevant(sizes: Mapping[str, int], source: LocalModel | HubModel, inner: Col
                 f"model {source}: its weights are only in pickle form ({pickles[0]}), which can run code and is not "
                 "read; load it with transformers in a place you trust, and use the folder that save_pretrained writes"
             )
-        raise InputError(f"model {source}: no weights found at its top level; {_other_place(names, inner)}")
+        raise InputError(f"model {source}: no weights found at its top level; {_other_place(inner)}")
     return chosen | {name for name, size in sizes.items() if is_companion(name, size)}
 
 
-def _other_place(names: Collection[str], inner: Collection[str]) -> str:
+def _other_place(inner: Collection[str]) -> str:
     """Return what to do about a model without weights at its top level.
 
     Args:
-        names: of its files there.
         inner: paths of safetensors files in its subfolders.
     """
-    if any(fnmatch(name, FOREIGN) for name in names):
-        return (
-            "its consolidated files are in Mistral's own layout; expected a copy in the Hugging Face layout "
-            "(model*.safetensors)"
-        )
-    if inner:
-        folders = sorted({path.rpartition("/")[0] for path in inner})
-        return f"expected *.safetensors files; there are some in {', '.join(folders[:3])}: give a folder that has them"
-    return "expected *.safetensors files"
+    return f"expected *.safetensors files{_or_subfolder(inner)}"
+
+
+def _or_subfolder(inner: Collection[str]) -> str:
+    """Return the other way out of a model whose subfolders hold weights."""
+    folders = sorted({path.rpartition("/")[0] for path in inner})
+    if not folders:
+        return ""
+    return (
+        f", or name one of the folders {', '.join(folders[:5])} with the model's key subfolder, as in "
+        f"{{model: …, subfolder: {folders[0]}}}"
+    )

@@ -5,7 +5,7 @@ found out (`tasks.networks.expert`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -80,6 +80,12 @@ class BaseWeights:
         """Read through one tensor."""
         return _examined("", [(self.checkpoint, self.stored_name(name))])
 
+    def only_weights(self) -> "BaseWeights":
+        """Return what merging needs to know, without open files."""
+        return BaseWeights(
+            replace(self.checkpoint), self.weights, self.buffers, self.statistics, self.stored, self.untied
+        )
+
 
 @dataclass(frozen=True)
 class LoraFactors:
@@ -138,6 +144,10 @@ class ExpertWeights:
     def folder(self) -> Path:
         """Folder of the expert."""
         return self.source.folder
+
+    def only_weights(self, base: BaseWeights) -> "ExpertWeights":
+        """Return what merging needs to know, without open files; `base` is its base's `only_weights`."""
+        return ExpertWeights(base, replace(self.source), self.own, self.low_rank, self.head, self.pieces)
 
     def touches(self, name: str) -> bool:
         """Return whether the expert stores anything for this tensor; if not, its task vector is zero."""

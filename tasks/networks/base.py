@@ -33,12 +33,6 @@ class Base(BaseWeights):
         keys = {name: self.names.key(name) for name in self.weights}
         return {self.names.tied.get(key, key): name for name, key in keys.items()}
 
-    def only_weights(self) -> BaseWeights:
-        """Return what merging needs to know, without open files."""
-        return BaseWeights(
-            replace(self.checkpoint), self.weights, self.buffers, self.statistics, self.stored, self.untied
-        )
-
     def untie(self) -> "Base":
         """Return the base with a tensor of its own for every parameter that its config ties to another.
 

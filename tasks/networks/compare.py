@@ -4,34 +4,15 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from sensmerge.tasks.checkpoints.settings import NO_SETTING, SettingDifference, unequal
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import after_padding, describe
-
-_NO_SETTING = re.compile(
-    # where a config comes from, and the format of the weights
-    r"architectures|transformers_version|_?name_or_path|auto_map|dtype|torch_dtype|tokenizer_class|finetuning_task"
-    # classes, tokens and limits of generation, which have rules of their own
-    r"|id2label|label2id|num_labels|problem_type|.*_token_(id|ids|index)|max_length"
-    # parameters: their shapes and which are one are compared tensor by tensor
-    r"|tie_\w+|head_dim|pruned_heads"
-    # what is given back or kept, and how the same numbers are worked out
-    r"|use_cache|return_dict|use_return_dict|torchscript|output_(attentions|hidden_states|router_logits|past)"
-    r"|out_(features|indices)|stage_names"
-    r"|_?attn_implementation\w*|_?experts_implementation\w*|attn_impl|gradient_checkpointing|pretraining_tp"
-    r"|slow_but_exact|chunk_size_(feed_forward|lm_head)|use_mamba_kernels|use_mambapy|use_associative_scan"
-    # training: starting values, dropout (a token dropout scales hidden states in evaluation too), losses, masks
-    r"|(.*_)?(init|initializer)(_.*)?|(?!(.*_)?token_dropout).*(dropout|pdrop|layerdrop|droppath|drop_(rate|prob|path)).*"
-    r"|.*(^|_)loss(_.*)?|.*_coef|eos_coefficient|label_smoothing\w*|gradient_clipping|freeze_.*"
-    r"|apply_spec_augment|mask_(time|feature)_.*"
-)
-"""Keys that say nothing of what a network computes from its weights. All others count, known to us or not."""
 
 _OF_HEAD = re.compile(r"(classifier|summary|pooler|cls)_.*|use_mean_pooling")
 """Settings that only the head of a task reads."""
@@ -41,21 +22,6 @@ _PATTERNS = re.compile(r"use_sliding_window|max_window_layers|_?sliding_window_p
 
 _UNSCALED_ROPE = {"default", "linear", "llama3", "proportional"}
 """Kinds of rotary positions whose angles do not depend on how many positions there are at most."""
-
-
-@dataclass(frozen=True)
-class SettingDifference:
-    """A setting of the computation that two configs do not share."""
-
-    setting: str
-    """its path, e.g. `rope_parameters.rope_theta`"""
-    expert: Any
-    base: Any
-    """None where a config does not state it"""
-
-    def __str__(self) -> str:
-        """Name the setting with both values."""
-        return f"{self.setting} {_short(self.expert)} (the base has {_short(self.base)})"
 
 
 def check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) -> None:
@@ -96,12 +62,6 @@ def differences(expert: PretrainedConfig, base: PretrainedConfig, own_head: bool
     return _compare(expert, base, own_head)[0]
 
 
-def listed(unlike: Sequence[SettingDifference]) -> str:
-    """Return differences in a line, the first ten of them in full."""
-    shown = [str(one) for one in unlike[:10]]
-    return ", ".join(shown) + (f" and {len(unlike) - 10} more" if unlike[10:] else "")
-
-
 def with_settings_of(base: PretrainedConfig, expert: PretrainedConfig, own_head: bool) -> PretrainedConfig:
     """Return an expert's config with the base's value of every setting in `differences`; both are of one class."""
     return type(expert).from_dict(_compare(expert, base, own_head)[1])
@@ -115,17 +75,18 @@ def _compare(
     found, adopted = [], dict(theirs)
     for key in sorted(ours.keys() | theirs.keys()):
         shifts = key == "pad_token_id" and after_padding(base)
-        if (_NO_SETTING.fullmatch(key) and not shifts) or (own_head and _OF_HEAD.fullmatch(key)):
+        if (NO_SETTING.fullmatch(key) and not shifts) or (own_head and _OF_HEAD.fullmatch(key)):
             continue
         inner = [getattr(config, key, None) for config in (expert, base)] if key in type(base).sub_configs else []
         if inner and all(isinstance(one, PretrainedConfig) for one in inner) and type(inner[0]) is type(inner[1]):
             inside, adopted[key] = _compare(inner[0], inner[1], own_head)
             found += [SettingDifference(f"{key}.{one.setting}", one.expert, one.base) for one in inside]
         elif _is_read(key, type(expert), theirs) or _is_read(key, type(base), ours):
-            unequal = _unequal(key, theirs.get(key), ours.get(key))
-            if unequal:
+            # An old spelling of `rope_type`, which stands beside it.
+            unlike = unequal(key, theirs.get(key), ours.get(key), ignored=("type",))
+            if unlike:
                 adopted[key] = ours.get(key)
-            found += unequal
+            found += unlike
     return found, adopted
 
 
@@ -156,19 +117,3 @@ def _code(module: str) -> str:
         return inspect.getsource(importlib.import_module(module.replace(".configuration_", ".modeling_")))
     except ModuleNotFoundError:  # its networks are another architecture's, whose own config declares what they read
         return ""
-
-
-def _unequal(path: str, expert: Any, base: Any) -> list[SettingDifference]:
-    """Return where two values differ, down to the entries of mappings and of lists of one length."""
-    if isinstance(expert, dict) and isinstance(base, dict):
-        keys = sorted((expert.keys() | base.keys()) - {"type"})  # an old spelling beside `rope_type`
-        return [one for key in keys for one in _unequal(f"{path}.{key}", expert.get(key), base.get(key))]
-    if isinstance(expert, list) and isinstance(base, list) and len(expert) == len(base):
-        pairs = enumerate(zip(expert, base, strict=True))
-        return [one for place, pair in pairs for one in _unequal(f"{path}.{place}", *pair)]
-    return [] if expert == base else [SettingDifference(path, expert, base)]
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"

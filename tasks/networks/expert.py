@@ -11,13 +11,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sensmerge.tasks.checkpoints.checkpoint import INDEX, WEIGHTS, Checkpoint, open_checkpoint, viewed
 from sensmerge.tasks.checkpoints.header import read_header
-from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
+from sensmerge.tasks.checkpoints.settings import listed
+from sensmerge.tasks.checkpoints.weights import ExpertWeights
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS, parse_adapter
 from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from sensmerge.tasks.networks.base import Base, examine, untied_note
 from sensmerge.tasks.networks.classes import class_names, class_order, in_order, parameters_of_classes, with_classes_of
-from sensmerge.tasks.networks.compare import check_sizes, differences, listed, with_settings_of
+from sensmerge.tasks.networks.compare import check_sizes, differences, with_settings_of
 from sensmerge.tasks.networks.inventory import check_complete
 from sensmerge.tasks.networks.names import Names, names_of, parameter_names
 from sensmerge.tasks.networks.networks import Head, fill_network, has_network, load_config, network_class, skeleton
@@ -48,10 +49,6 @@ class Expert(ExpertWeights):
         """Return whether a part of a classifier's head lies in its trunk: a pooler that the base lacks, say."""
         prefix = network_class(self.config, "classification", self.folder).base_model_prefix
         return any(name.startswith(f"{prefix}.") for name in self.head)
-
-    def only_weights(self, base: BaseWeights) -> ExpertWeights:
-        """Return what merging needs to know, without open files; `base` is its base's `only_weights`."""
-        return ExpertWeights(base, replace(self.source), self.own, self.low_rank, self.head, self.pieces)
 
     def on(self, base: Base) -> "Expert":
         """Return the expert on its base untied (`Base.untie`): of tied parameters, both names are changed alike."""

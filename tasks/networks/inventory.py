@@ -1,21 +1,15 @@
 """Checks that a checkpoint holds every parameter of a network exactly once, and nothing that only looks like one."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint
+from sensmerge.tasks.checkpoints.quantised import QUANTISED
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.names import Names
 from sensmerge.tasks.networks.regions import regions
-
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv|_2)?|weight_packed|weight_zero_point|input_scale|SCB"
-    r"|weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..*))$"
-)
-"""What GPTQ, AWQ, compressed-tensors, fp8 and bitsandbytes store beside or instead of weights."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ def take_inventory(checkpoint: Checkpoint, names: Names, where: str) -> Inventor
     stored: dict[str, str] = {}
     for name in checkpoint.tensors:
         key = names.key(name)
-        if _QUANTISED.search(name) and names.parameter(name) not in names.parameters:
+        if QUANTISED.search(name) and names.parameter(name) not in names.parameters:
             raise InputError(
                 f"{where}: tensor {name} belongs to a quantised format; expected float weights: "
                 "merge a copy of the model that is saved in bfloat16 or float32"

@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER_CONFIG, has_tokenizer
+from sensmerge.tasks.checkpoints.quantised import WAY_OUT, quantisation
 from sensmerge.tasks.checkpoints.views import read_view
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.bounds import ERRORS, check_bounds, setting
@@ -36,8 +37,12 @@ _AUTO_MAPPINGS = {
 """Networks by head and config; a language model that also reads images counts where there is none of texts alone."""
 
 
-def load_config(folder: Path) -> PretrainedConfig:
+def load_config(folder: Path, dequantize: bool = False) -> PretrainedConfig:
     """Read a model's `config.json`. Code that comes with a model is never run.
+
+    Args:
+        folder: the model's.
+        dequantize: whether it may say that weights are quantised, since they are not when they are used.
 
     Raises:
         InputError: no or invalid config, an architecture that transformers does not know, quantised weights, or what
@@ -57,11 +62,10 @@ def load_config(folder: Path) -> PretrainedConfig:
             f"{path}: not the config of a model that transformers has; code of a model is never run ({reason})"
         ) from error
     check_bounds(config, path)
-    quantised = _quantisation(content, "")
-    if quantised:
+    quantised = quantisation(content)
+    if quantised and not dequantize:
         raise InputError(
-            f"{path}: the weights are quantised ({quantised}); expected float weights: merge a copy of the model that "
-            "is saved in bfloat16 or float32, without that key"
+            f"{path}: the weights are quantised ({quantised}); expected float weights without that key: {WAY_OUT}"
         )
     return config
 
@@ -75,17 +79,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(level)
-
-
-def _quantisation(value: Any, path: str) -> str | None:
-    """Return where a config says, at any depth, that weights are quantised."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        here = f"{path}{key}"
-        if key in ("quantization_config", "compression_config") and inner:
-            return here
-        if found := _quantisation(inner, f"{here}."):
-            return found
-    return None
 
 
 def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> type[PreTrainedModel]:

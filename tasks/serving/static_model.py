@@ -19,6 +19,7 @@ from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
+from sensmerge.tasks.networks.known import why_unknown
 from sensmerge.tasks.networks.networks import finite, load_config, load_tokenizer, network_class
 from sensmerge.tasks.networks.texts import text_inputs
 from sensmerge.tasks.networks.tokens import collate, pad_token
@@ -31,13 +32,17 @@ WHOLE = ""
 
 
 def form_of(folder: Path) -> Form | None:
-    """Return what the static merge in a folder is; None for a network that neither continues nor classifies texts.
+    """Return what the static merge in a folder is; None for what neither continues nor classifies texts.
+
+    That is so of all that no class of transformers reads.
 
     Raises:
-        InputError: no config, or one that transformers does not know.
+        InputError: transformers has the class, but its config is not in order.
     """
     if head_names(folder):
         return "trunk"
+    if why_unknown(folder) is not None:
+        return None
     config = load_config(folder)
     own = network_class(config, None, folder)
     if own is modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):

@@ -61,13 +61,13 @@ class MergeAdapterJob(VariantJob):
     tied: Local[Mapping[str, str]]
     """other names of tied parameters, which peft stores too where they are stored whole"""
 
-    def check(self) -> None:
+    def check_settings(self) -> None:
         """See `VariantJob`.
 
         Raises:
             InputError: as there.
         """
-        super().check()
+        super().check_settings()
         self.check_rank()
 
     def check_rank(self) -> None:

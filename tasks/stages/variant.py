@@ -20,6 +20,7 @@ from sensmerge.tasks.checkpoints.companions import (
     without_code,
 )
 from sensmerge.tasks.checkpoints.layers import depths, depths_of_blocks, group_by_layer, layer_of
+from sensmerge.tasks.checkpoints.quantised import without_quantisation
 from sensmerge.tasks.checkpoints.weights import HEAD_WEIGHTS, HEADS, BaseWeights, ExpertWeights
 from sensmerge.tasks.coefficients import (
     Coefficients,
@@ -76,6 +77,8 @@ class VariantJob(Job):
     """special tokens for which the merged model's config differs from the base's"""
     classes: Sequence[str] = ()
     """names of the merged head's classes, where the base's config has none"""
+    by_name: bool = False
+    """whether no class of transformers reads base and experts, and names alone say what tensors are"""
     base_config: Sequence[str] = ()
     """experts with a head of their own that run with the base's config"""
     tuned: Artifact | None = None
@@ -246,7 +249,21 @@ class VariantJob(Job):
             out: the folder of the weights.
             dtype: torch name of all weights' dtype; None keeps what the base's config says.
         """
-        config = without_code(read_json(self.base.folder / CONFIG))
+        if (self.base.folder / CONFIG).is_file():
+            write_json(out / CONFIG, self._config(dtype))
+
+        def of_tokenizer(name: str) -> bool:
+            return is_tokenizer_file(name) or name == GENERATION_CONFIG
+
+        files = {name: path for name, path in companions(self.base.folder).items() if not of_tokenizer(name)}
+        files |= {name: path for name, path in companions(self.tokenizer).items() if of_tokenizer(name)}
+        copy_companions(files, out)
+
+    def _config(self, dtype: str | None) -> dict[str, Any]:
+        """Return the config of the merged model; see `write_companions`."""
+        config: dict[str, Any] = without_code(read_json(self.base.folder / CONFIG))
+        if self.base.checkpoint.scales:
+            config = without_quantisation(config)
         parts = [one for one in (config, config.get("text_config")) if one is not None]
         if self.base.untied:
             for part in parts:
@@ -257,17 +274,10 @@ class VariantJob(Job):
         for key, value in self.token_ids.items():
             for part in [one for one in parts if key in one] or [config]:
                 part[key] = value
-        if dtype is not None:
+        if dtype is not None and "model_type" in config:  # a key of transformers
             config.pop("torch_dtype", None)
             config["dtype"] = dtype
-        write_json(out / CONFIG, config)
-
-        def of_tokenizer(name: str) -> bool:
-            return is_tokenizer_file(name) or name == GENERATION_CONFIG
-
-        files = {name: path for name, path in companions(self.base.folder).items() if not of_tokenizer(name)}
-        files |= {name: path for name, path in companions(self.tokenizer).items() if of_tokenizer(name)}
-        copy_companions(files, out)
+        return config
 
     def write_heads(self, out: Path) -> None:
         """Write the heads that belong to one expert each, and `coefficients.json`, into the merged model's folder.

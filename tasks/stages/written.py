@@ -32,11 +32,12 @@ from sensmerge.tasks.methods.kernels.stored import rounded
 
 
 def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> CheckpointPlan:
-    """Plan the files of a merged model from the base's headers."""
+    """Plan the files of a merged model from the base's headers; they are called as the base's are."""
     dtypes = {name: base.dtype(name) for name in (*base.weights, *base.buffers)}
     if out_dtype is not None:
         dtypes |= {name: getattr(torch, out_dtype) for name in base.weights}
-    return plan_checkpoint({name: (dtype, base.info(name).shape) for name, dtype in dtypes.items()}, shard_size)
+    tensors = {name: (dtype, base.info(name).shape) for name, dtype in dtypes.items()}
+    return plan_checkpoint(tensors, shard_size, base.checkpoint.stem)
 
 
 def marker(group: int | str) -> str:

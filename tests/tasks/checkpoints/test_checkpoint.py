@@ -23,6 +23,7 @@ from sensmerge.tasks.checkpoints.checkpoint import (
     tensor_bytes,
 )
 from sensmerge.tasks.checkpoints.header import SIZES, TensorInfo, read_header
+from sensmerge.tasks.checkpoints.quantised import FP8
 from sensmerge.tasks.errors import InputError
 from tests.conftest import make_llama
 
@@ -181,7 +182,7 @@ def test_an_index_that_is_none(text: str, sharded: Path) -> None:
 
 
 def test_headers_tell_of_dtypes_what_torch_does() -> None:
-    assert {code: dtype.itemsize for code, dtype in DTYPES.items()} == SIZES
+    assert {code: dtype.itemsize for code, dtype in (DTYPES | FP8).items()} == SIZES
     for code, dtype in DTYPES.items():
         assert TensorInfo(code, (1,), WEIGHTS).is_floating_point == dtype.is_floating_point
 
