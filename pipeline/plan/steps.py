@@ -21,7 +21,7 @@ from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.kind import RowSet, RowTask, Task
+from sensmerge.tasks.kinds.kind import RowSet, RowTask
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
@@ -254,25 +254,23 @@ class _Layout:
             name=name,
             device=self._device("calibrate"),
         )
-        reads = merged.reads + 2 * merged.writes
         writes = merged.writes + sizes.travelling_states(self._resolved)
-        self._add(name, job, [merged, *self._downloads("base", *experts)], reads, writes)
+        self._add(name, job, [merged, *self._downloads("base", *experts)], merged.reads + 2 * merged.writes, writes)
 
     def vectors(self, name: str) -> None:
         """Add what leads from the static merge of a dynamic variant to its experts."""
         variant = self._recipe.merges[name]
         merged = self._made[variant.last_static_stage][name]
-        names = ("base", *self._experts)
         job = VectorsJob(
             static=merged.artifact(self._resolved.store),
-            models={one: self._model(one).fingerprint for one in names},
+            models={one: self._model(one).fingerprint for one in ("base", *self._experts)},
             base=self._base,
             experts=self._experts,
             groups=layer_groups(self._base),
         )
-        reads = self._weights(*names) + len(self._experts) * merged.writes
-        needs = [merged, *self._downloads(*names)]
-        self._add(name, job, needs, reads, sizes.vectors(self._inputs, variant))  # the merge itself is linked
+        reads = self._weights("base", *self._experts) + len(self._experts) * merged.writes
+        writes = sizes.vectors(self._inputs, variant)  # the merge itself is linked
+        self._add(name, job, [merged, *self._downloads("base", *self._experts)], reads, writes)
 
     def route(self, name: str) -> None:
         """Add the route of a dynamic variant."""
@@ -280,8 +278,7 @@ class _Layout:
         assert isinstance(variant.application, SeApplication)
         assert variant.origin is not None
         model = self._made["merge" if variant.origin == "base" else "vectors"][name]
-        calibration = self._row_sets("calibration")
-        static = 0.0
+        calibration, static = self._row_sets("calibration"), 0.0
         if variant.origin == "base":
             assert isinstance(variant.method, Additive), "the recipe's schema refuses other methods"
             static = variant.method.static_coefficient(variant.weight, len(calibration))
@@ -308,7 +305,8 @@ class _Layout:
         is_input, reads = model in self._inputs.listings, self._inputs.tokenizer
         head = task if one.task.has_own_head and experts[task].head else None
         config = None
-        if head and is_input and model != head and self._is_separable(task):
+        is_apart = is_input and model != head and task not in self._resolved.inseparable
+        if head and is_apart and not experts[head].has_trunk_in_head():
             # This model stays what it is when the task's expert changes, of which it only takes the head.
             config = computation_digest(experts[head].config)
         made = self._made["download"].get(model) or self._made[self._recipe.merges[model].last_stage][model]
@@ -329,19 +327,12 @@ class _Layout:
             base_config=tuple(expert.folder for expert in experts.values() if expert.base_config),
         )
         adapters = [model] if model in experts and experts[model].is_adapter else []
-        needs = [made, *self._downloads("base", *([head] if head else []))]
-        return job, needs, self._weights("base", *adapters)
-
-    def _is_separable(self, task: str) -> bool:
-        """Return whether the head of a task's expert can be run apart from a trunk."""
-        return task not in self._resolved.inseparable and not self._inputs.networks.experts[task].has_trunk_in_head()
+        return job, [made, *self._downloads("base", *([head] if head else []))], self._weights("base", *adapters)
 
     def evaluate_dynamic(self, name: str) -> None:
         """Add the scores of a dynamic variant on all tasks."""
-        routed = self._made["route"][name]
-        evaluation = {
-            task: one for task, one in self._row_sets("evaluation").items() if self._inputs.data[task].evaluation
-        }
+        routed, data = self._made["route"][name], self._inputs.data
+        evaluation = {task: one for task, one in self._row_sets("evaluation").items() if data[task].evaluation}
         job = EvaluateDynamicJob(
             model=routed.artifact(self._resolved.store),
             evaluation=evaluation,
@@ -406,5 +397,4 @@ class _Layout:
 
     def _labels(self, name: str, one: TaskRows) -> Mapping[str, int] | None:
         """Return the classes of a task's own expert."""
-        task: Task = one.task
-        return dict(self._inputs.networks.experts[name].config.label2id) if task.has_own_head else None
+        return dict(self._inputs.networks.experts[name].config.label2id) if one.task.has_own_head else None
