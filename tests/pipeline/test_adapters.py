@@ -285,6 +285,7 @@ def test_what_an_adapter_cannot_be_is_refused(
             r"experts\.code stores model\.layers\.0\.self_attn\.q_proj\.weight whole \(modules_",
         ),
         ("embedding", r"experts\.code adapts model\.embed_tokens\.weight, .*: it is not the weight of a linear layer"),
+        ("head", r"an expert unties what the base ties"),
         ("dora", r"experts\.code: .*use_dora = True cannot be handled"),
     ],
 )
@@ -295,6 +296,7 @@ def test_an_expert_that_factors_cannot_hold_is_refused(
     changes: dict[str, dict[str, Any]] = {
         "saved": {"modules_to_save": ["q_proj"], "target_modules": ["up_proj"]},
         "embedding": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        "head": {"target_modules": ["q_proj", "lm_head"]},
         "dora": {"use_dora": True},
     }
     if expert == "whole":
