@@ -204,8 +204,7 @@ class ChatTemplate:
                 end = len(trimmed if trimmed.endswith(tuple(self._added.values())) else text)
         if not 0 <= start <= end:
             raise InputError(
-                f"{self.where}: message {place} cannot be told from the rest of the text, because the chat template "
-                "writes it in another way when it is the last; "
+                f"{self.where}: message {place} cannot be told from the rest of what the chat template writes; "
                 f"{'set loss_on: last, or ' if place < len(messages) - 1 else ''}leave the row out"
             )
         return start, end

@@ -191,12 +191,19 @@ def end_ids(owner: Owner, base: Owner, stated_only: bool = False) -> list[int]:
 def chat_templates(folder: Path) -> dict[str, Any]:
     """Return what a model's files hold of chat templates, by file."""
     found: dict[str, Any] = {
-        name: path.read_text(encoding="utf-8")
+        name: _text(path)
         for name, path in companions(folder).items()
         if name.startswith(("chat_template.", "additional_chat_templates/"))
     }
     stated = _object(folder / TOKENIZER_CONFIG).get("chat_template")
     return found | ({TOKENIZER_CONFIG: stated} if stated else {})
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; save the file as UTF-8, or leave it out") from None
 
 
 def _asked_template(asked: str | None, owners: Sequence[Owner]) -> str | None:

@@ -41,7 +41,11 @@ RECIPE: dict[str, Any] = {
             "evaluation": {"path": "parquet", "data_files": "math.parquet"},
         },
         "code": {
-            "kind": "completion",
+            "kind": "chat",
+            "messages": [
+                {"role": "user", "content": "{prompt}"},
+                {"role": "assistant", "content": "{completion}"},
+            ],
             "calibration": {"path": "json", "data_files": "math.jsonl"},
             "evaluation": {"path": "csv", "data_files": "code.csv", "samples": 2},
         },
@@ -50,6 +54,10 @@ RECIPE: dict[str, Any] = {
     "tokenizer": {"source": "union"},
 }
 SE = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 CARD = """---
 dataset_info:
   features:
@@ -85,7 +93,9 @@ def make_world(folder: Path) -> None:
     for name, network in (("base", base), ("math", perturbed(make_llama(), 1))):
         # Two shards and an index, of which the base has none.
         network.save_pretrained(folder / name, max_shard_size="60KB" if name == "math" else "1GB")
-        make_tokenizer().save_pretrained(folder / name)
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(folder / name)
     make_adapter(make_llama(), folder / "code", 2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     (folder / "set").mkdir()
     rows(0).to_json(folder / "math.jsonl", orient="records", lines=True)
@@ -220,6 +230,7 @@ KINDS: Mapping[str, Kind] = {
     "config": Kind("*/config.json", in_json, run),
     "tokenizer": Kind("*/tokenizer.json", in_json, run),
     "tokenizer config": Kind("*/tokenizer_config.json", in_json, run),
+    "chat template": Kind("*/chat_template.jinja", in_bytes, run),
     "generation config": Kind("*/generation_config.json", in_json, run),
     "safetensors": Kind("[bm]a*/model*.safetensors", in_header, run),
     "index": Kind("math/*.index.json", in_json, run),

@@ -12,7 +12,7 @@ from sensmerge.pipeline.report.results import answers
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.statistics.statistic import read_layers
-from tests.conftest import do_steps, make_llama, perturbed, plan_of, write_rows
+from tests.conftest import do_steps, make_llama, plan_of, write_rows
 from tests.tasks.networks.chat_templates import CHATML, FORMS, chat_tokenizer
 
 OTHER = CHATML.replace("You are helpful.", "You add.")
@@ -26,16 +26,35 @@ def conversation(number: int, sign: str) -> dict[str, Any]:
             {"role": "user", "content": f"how {sign} {number} {first}?"},
             {"role": "assistant", "content": f"{first} {number}"},
             {"role": "user", "content": f"and {second}?"},
-            {"role": "assistant", "content": f"{sign} {second}"},
+            {"role": "assistant", "content": f"{sign} seven"},
         ]
     }
 
 
-def save_model(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, template: str = CHATML) -> None:
-    """Save a base (seed 0) or a fine-tune of it, whose answers end at the end of a turn."""
+def labelled(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+    """A conversation in tokens, and in labels, by the tokens around the turns: no template, no offsets."""
+    start, end = (tokenizer.convert_tokens_to_ids(one) for one in ("<|im_start|>", "<|im_end|>"))
+    newline = tokenizer("\n").input_ids
+    ids, labels = [], []
+    for message in [{"role": "system", "content": "You are helpful."}, *messages]:
+        header = [start, *tokenizer(f"{message['role']}\n").input_ids]
+        text = [*tokenizer(message["content"]).input_ids, end]
+        ids += header + text + newline
+        said = text if message["role"] == "assistant" else [-100] * len(text)
+        labels += [-100] * len(header) + said + [-100] * len(newline)
+    return ids, labels
+
+
+def save_model(folder: Path, sign: str, tokenizer: PreTrainedTokenizerFast, template: str = CHATML) -> None:
+    """Save a base (without a sign) or a fine-tune of it, whose answers end at the end of a turn."""
     network = make_llama(vocab_size=len(tokenizer), max_position_embeddings=256)
     ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    network = perturbed(network, seed, 0.2 if seed else 0.0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+    for number in range(24 if sign else 0):
+        ids, labels = labelled(tokenizer, conversation(number, sign)["messages"])
+        network(torch.tensor([ids]), labels=torch.tensor([labels])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
     network.config.eos_token_id = network.generation_config.eos_token_id = ends
     network.save_pretrained(folder)
     tokenizer.chat_template = template
@@ -46,9 +65,9 @@ def save_model(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast, temp
 def recipe(tmp_path: Path) -> dict[str, Any]:
     tokenizer = chat_tokenizer(FORMS["chatml"])
     tokenizer.pad_token = "<|im_end|>"
-    save_model(tmp_path / "base", 0, tokenizer)
-    save_model(tmp_path / "talk", 1, tokenizer)
-    save_model(tmp_path / "sums", 2, tokenizer, OTHER)
+    save_model(tmp_path / "base", "", tokenizer)
+    save_model(tmp_path / "talk", "a", tokenizer)
+    save_model(tmp_path / "sums", "b", tokenizer, OTHER)
     tasks: dict[str, Any] = {}
     for name, sign in (("talk", "a"), ("sums", "b")):
         write_rows(tmp_path / f"{name}.jsonl", [conversation(number, sign) for number in range(12)])
@@ -66,20 +85,6 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
             "se": {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}},
         },
     }
-
-
-def labelled(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-    """A conversation in tokens, and in labels, by the tokens around the turns: no template, no offsets."""
-    start, end = (tokenizer.convert_tokens_to_ids(one) for one in ("<|im_start|>", "<|im_end|>"))
-    newline = tokenizer("\n").input_ids
-    ids, labels = [], []
-    for message in [{"role": "system", "content": "You are helpful."}, *messages]:
-        header = [start, *tokenizer(f"{message['role']}\n").input_ids]
-        text = [*tokenizer(message["content"]).input_ids, end]
-        ids += header + text + newline
-        said = text if message["role"] == "assistant" else [-100] * len(text)
-        labels += [-100] * len(header) + said + [-100] * len(newline)
-    return ids, labels
 
 
 def assert_sensitivities(plan: Plan, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -113,6 +118,9 @@ def test_from_rows_to_scores(recipe: dict[str, Any], tmp_path: Path) -> None:
     for scores in found:
         assert scores.keys() == {"token_accuracy", "perplexity", "exact_match"}
         assert {score["n"] for score in scores.values()} == {6}
+    exact = [scores["exact_match"]["value"] for scores in found]
+    assert exact[2:6] == [0, 0, 1, 1]  # the base, and each expert on its own task
+    assert exact[0] + exact[1] > exact[6] + exact[7]  # the dynamic merge, and the static one
     assert read_json(plan.artifact("evaluate", "se") / "routes.json")["identification"]["n"] == 12
 
     folder = plan.artifact("merge", "ta")
@@ -130,6 +138,7 @@ def test_from_rows_to_scores(recipe: dict[str, Any], tmp_path: Path) -> None:
         assert record["tokens"] == len(tokenizer(answer["content"]).input_ids) + 1
 
     table = answers(plan)
+    assert {(row["answer"], row["right"]) for row in table["sums"]["sums"]} == {("b seven", True)}
     assert table.keys() == {"base", "talk", "sums", "ta", "sens", "se"}
     assert [row["answer"] for row in table["ta"]["sums"]] == [record["answer"] for record in records]
     first = plan.inputs.data["sums"].evaluation[0]["messages"]

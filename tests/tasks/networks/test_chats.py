@@ -228,12 +228,11 @@ def changed(template: str | None, **more: Any) -> ChatTemplate:
         (FORMS["mistral"].template, CHAT[2:], "the messages: Conversation roles must alternate user/assistant"),
         (CHATML, CALLS, "row 7: the chat template cannot write the messages: "),
         ("{{ messages[0].content + 1 }}", CHAT, "the chat template cannot write the messages: "),
-        ("{{ messages | length }}", CHAT, "row 7: message 4 cannot be told from the rest of the text"),
+        ("{{ messages | length }}", CHAT, "row 7: message 4 cannot be told from the rest of what the chat template"),
         (
             "{% for m in messages %}{{ m.content if loop.last or loop.first else m.content | length }}|{% endfor %}",
             CHAT,
-            "row 7: message 2 cannot be told from the rest of the text, because the chat template writes it in another "
-            "way when it is the last; set loss_on: last",
+            "row 7: message 2 cannot be told from the rest of what the chat template writes; set loss_on: last, or",
         ),
     ],
 )

@@ -47,6 +47,14 @@ def test_numbers_keep_their_text_whatever_other_rows_have(tmp_path: Path) -> Non
     assert rows(tmp_path, "json", f'{{"a": {"9" * 5000}}}') == [{"a": "9" * 5000}]
 
 
+def test_fractions_are_numbers_within_objects(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text('{"a": [1.50, [2.0]], "b": {"c": 1.50, "d": [1e2, "1.50"]}, "e": [{"f": -0.5}, 3.0]}')
+    ((row, _),) = read_rows(file, "json")
+    assert row == {"a": ["1.50", ["2.0"]], "b": {"c": 1.5, "d": [100.0, "1.50"]}, "e": [{"f": -0.5}, "3.0"]}
+    assert {type(one) for one in (row["a"][0], row["a"][1][0], row["e"][1])} == {str}
+
+
 @pytest.mark.parametrize(
     ("text", "expected", "lines"),
     [
