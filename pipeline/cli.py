@@ -345,10 +345,14 @@ def import_(
     """Print the recipe that merges what a configuration of mergekit merges."""
     import yaml
 
-    from sensmerge.pipeline.recipe.load import load_recipe, read_recipe
+    from sensmerge.pipeline.recipe.load import checked, read_recipe
+    from sensmerge.pipeline.recipe.mergekit import with_whole_paths
 
-    load_recipe(configuration)  # what the schema refuses is said now
-    sys.stdout.write(yaml.safe_dump(read_recipe(configuration), sort_keys=False, allow_unicode=True))
+    recipe, folder = read_recipe(configuration), configuration.absolute().parent
+    checked(recipe, configuration)  # what the schema refuses is said now
+    if folder != Path.cwd():
+        recipe = with_whole_paths(recipe, folder)  # nobody knows where the recipe will lie
+    sys.stdout.write(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
 
 
 @app.command()
@@ -375,7 +379,7 @@ def main() -> None:
     atexit.register(gc.freeze)
     sys.excepthook = _print_exception
     try:
-        app()
+        typer.main.get_command(app)()  # app() itself would have tracebacks printed by Python, whatever they show
     except InputError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)

@@ -1,6 +1,8 @@
 """The digests of weights that nobody has read yet, with a word on how long they take where that is worth saying."""
 
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
+from threading import Event
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -17,15 +19,19 @@ SAMPLE = 2**26
 """Bytes by which is told how long all of them take."""
 
 
-def hashed(listings: Mapping[str, Listing], store: Store, console: Console) -> dict[str, Listing]:
+def hashed(
+    listings: Mapping[str, Listing], store: Store, console: Console, stopped: Event | None = None
+) -> dict[str, Listing]:
     """Return models with the digests of all their files, which the store then keeps for all who share it.
 
     Args:
         listings: from `list_models`.
         store: where digests are kept.
         console: told what is read and how long it takes, with progress, from `WORTH_SAYING` on.
+        stopped: set by another thread when nobody waits for the digests any more.
 
     Raises:
+        CancelledError: it is set, and a file has just been read; its digest is kept.
         InputError: as `hash_models`.
     """
     sizes = unhashed_bytes(listings)
@@ -40,7 +46,13 @@ def hashed(listings: Mapping[str, Listing], store: Store, console: Console) -> d
         line = f"{said_of(sizes)}: read once for it, about {seconds} s"
         console.print(line, highlight=False, soft_wrap=True)
         with byte_progress(console, total, "digests") as advance:
-            found = hash_models(listings, store.hub_cache, advance)
+
+            def read(size: int) -> None:
+                advance(size)
+                if stopped is not None and stopped.is_set():
+                    raise CancelledError
+
+            found = hash_models(listings, store.hub_cache, read)
     store.upload_digests()
     return found
 

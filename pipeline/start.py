@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 from rich.console import Console
@@ -84,28 +85,28 @@ def check_report(report: Path | None) -> None:
 
 def work(command: Literal["run", "refresh"], options: Options, console: Console) -> int:
     """Run or refresh a recipe while its store is locked; return the exit status."""
-    with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside:
+    with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside, _set_if_left(Event()) as stopped:
         if say_unchanged(command, options, console):
             return 0
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
-        listings = beside.submit(_begin, options, console)
+        listings = beside.submit(_begin, options, console, stopped)
         with _quick_imports():
             from sensmerge.pipeline import workflow
             from sensmerge.pipeline.execute.cluster import closed
         run = workflow.run if command == "run" else workflow.refresh
         found = listings.result()
         # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
-        # the thread beside has ended.
+        # the thread beside has read the file that it is at.
         with stoppable(), closed():
             return run(options, found, console)
 
 
-def _begin(options: Options, console: Console) -> dict[str, Listing]:
+def _begin(options: Options, console: Console, stopped: Event) -> dict[str, Listing]:
     """List the models; if any is new there will be work, and Ray starts, while files are hashed if that is sure."""
     check_server(options.uri)
     listings = list_models(options.recipe, options.folder, options.store.hub_cache)
     with ThreadPoolExecutor(1) as beside:
-        hashing = beside.submit(hashed, listings, options.store, console)
+        hashing = beside.submit(hashed, listings, options.store, console, stopped)
         if is_sure := _is_new(listings, options.store):
             _connect_ahead(options)
         found = hashing.result()
@@ -127,6 +128,16 @@ def _is_new(listings: Mapping[str, Listing], store: Store) -> bool:
         if (store.last(key) if listing.unhashed() else store.manifest(key)) is None:
             return True
     return False
+
+
+@contextmanager
+def _set_if_left(event: Event) -> Iterator[Event]:
+    """Set an event when the block is left by an error."""
+    try:
+        yield event
+    except BaseException:
+        event.set()
+        raise
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from sensmerge.pipeline.options import Options
@@ -33,7 +34,10 @@ def say_unchanged(command: Literal["run", "refresh"], options: Options, console:
     kept = find(options.recipe, options.folder, options.store, listings)
     if kept is None or last_run(options.store, kept.recipe, kept.step_keys()) is None:
         return False
-    report = None if kept.recorded is None else Report.model_validate(kept.recorded.report)
+    try:
+        report = None if kept.recorded is None else Report.model_validate(kept.recorded.report)
+    except ValidationError:  # damaged
+        return False
     if report is None and options.report is not None:
         return False
     said = _say_refreshed(options, kept, console) if command == "refresh" else _say_run(options, kept, report, console)

@@ -53,6 +53,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
     _, recorded = _finish(options, plan, _execute(options, plan, console), console)
     keep(plan, options.folder, made_from, recorded)
     remember(plan.store, plan.recipe.name, "run", plan.lasting_keys(), options.tracking_uri)
+    _say_where(options, recorded, console)
     return 0
 
 
@@ -94,6 +95,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
     report, recorded = _finish(options, plan, _execute(options, plan, console), console)
     keep(plan, options.folder, made_from, recorded)
+    _say_where(options, recorded, console)
     return _pass_gate(options, plan, report, console)
 
 
@@ -136,7 +138,6 @@ def _prepare_to_record(uri: str) -> None:
 def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console) -> tuple[Report, Recorded]:
     """Write cards and report, print the tables, and record the run."""
     from sensmerge.pipeline.tracking.record import Execution, record
-    from sensmerge.pipeline.tracking.runs import where_recorded
 
     plan.store.look()
     report = collect(plan)
@@ -148,9 +149,17 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
     print_results(report, plan.recipe.gate, len(plan.inputs.notes), console)
     execution = Execution(report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load)
     run = record(execution, options.uri, plan.store.root)
-    console.print(f"MLflow: {where_recorded(options.uri, run)}", highlight=False, soft_wrap=True)
     found = report.found_again().model_dump(mode="json")
     return report, Recorded(found, lasting_uri(options.tracking_uri), run)
+
+
+def _say_where(options: Options, recorded: Recorded, console: Console) -> None:
+    """Say where people find a run, once nothing of it can be lost any more."""
+    from sensmerge.pipeline.tracking.runs import where_recorded
+
+    where = where_recorded(options.uri, recorded.mlflow_run)
+    if where is not None:  # somebody may have deleted it meanwhile
+        console.print(f"MLflow: {where}", highlight=False, soft_wrap=True)
 
 
 def _write_mlflow_files(plan: Plan, report: Report) -> None:

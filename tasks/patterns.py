@@ -6,6 +6,7 @@ design know no lookahead, which recipes and adapters use.
 
 import re
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,7 +90,9 @@ def compile_pattern(text: str, where: str) -> Pattern:
     try:
         if _OTHERWISE.search(text):
             raise InputError(f"{where}: {shown(text)} is ambiguous; write \\{{ for a brace and \\[ for a bracket")
-        re.compile(text)  # `regex` takes more than Python does
+        with warnings.catch_warnings():  # of what a later Python may read otherwise; `regex` stays as it is
+            warnings.simplefilter("ignore", FutureWarning)
+            re.compile(text)  # `regex` takes more than Python does
         if _asked_for(text) > MOST_REPEATED:
             raise InputError(f"{where}: {shown(text)} repeats more than {MOST_REPEATED:,} characters; repeat fewer")
         return Pattern(text, where, regex.compile(text, regex.VERSION0))

@@ -2,9 +2,9 @@
 
 import re
 
-_URL = re.compile(r"""\b[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'"<>`]+""")
+_URL = re.compile(r"""\b[a-zA-Z][a-zA-Z0-9+.-]*://(?:[^\s/?#"<>]*@)?[^\s'"<>`]+""")
 _USER = re.compile(r"(?<=://)[^/?#\s]*@")
-_VALUE = re.compile(r"(?<=[?&#;])([^=&#;?]+=)[^&#;]+")
+_VALUE = re.compile(r"(?<=[?&#;])([^=&#;?]+=)[^&#]+")
 
 
 def public(url: str) -> str:

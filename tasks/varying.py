@@ -1,13 +1,13 @@
 """Numbers that change with depth, or from one part of a block to another: mergekit's gradients and filters."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from sensmerge.tasks.strict import Strict
 
-Gradient = list[FiniteFloat]
+Gradient = Annotated[list[FiniteFloat], Field(min_length=1)]
 """Numbers at even distances from the first block to the last; in between, on the line from one to the next."""
 
 
@@ -23,7 +23,7 @@ class Filtered(Strict):
     value: FiniteFloat | Gradient = Field(description="their number, or numbers from the first block to the last")
 
 
-Varying = Gradient | list[Filtered]
+Varying = Gradient | Annotated[list[Filtered], Field(min_length=1)]
 """Of several filters, the first that fits a tensor counts."""
 
 VARYING: TypeAdapter[Varying] = TypeAdapter(Varying)
@@ -70,12 +70,9 @@ def varying_of(value: Any) -> Varying:
         ValueError: it is neither.
     """
     try:
-        found = VARYING.validate_python(value)
+        return VARYING.validate_python(value)
     except ValidationError:
-        found = []
-    if not found or any(isinstance(one, Filtered) and one.value == [] for one in found):
         raise ValueError(
             "expected numbers from the first block to the last, as [0, 0.5, 1], or filters on the names of tensors, as "
             "[{filter: mlp, value: 0.5}, {value: 1}]"
-        )
-    return found
+        ) from None

@@ -62,9 +62,10 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)  # the tests record nothing where th
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs the data beside the project, or a GPU, where there is none; of two processes, one has Ray."""
+    """Skip what needs the data beside the project, or a GPU, where there is none; what waits for Ray comes first."""
+    on_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in on_ray)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
         if item.get_closest_marker("shared") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -261,7 +262,7 @@ def llama_recipe(llamas: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """The one Ray cluster of all tests: two CPUs on this machine."""
+    """The one Ray cluster of a process's tests: two CPUs on this machine."""
     import ray
     from ray.cluster_utils import Cluster
 

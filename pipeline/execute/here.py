@@ -63,9 +63,10 @@ def started_here() -> Iterator[None]:
     finally:
         started.set()
         waiting.join()
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
+        # Ray's own variables alone: others belong to threads that go on beside this.
+        for name in [name for name in os.environ if name.startswith("RAY_") and name not in before]:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in before.items() if name.startswith("RAY_")})
 
 
 def _ask_for_a_token() -> None:

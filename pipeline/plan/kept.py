@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
 from rich.table import Table
 
 from sensmerge.pipeline.plan.models import model_digest
@@ -77,12 +78,15 @@ def keep(plan: "Plan", folder: Path, made_from: str | None, recorded: Recorded |
         plan: of a recipe that has run, or has nothing left to do.
         folder: the recipe's.
         made_from: what `inputs_digest` said before the plan was made: what has changed since is not in it.
-        recorded: what the run has found that did these steps.
+        recorded: what the run has found that did these steps; None: what is kept of it stays.
     """
     if made_from is None or plan.undecided or any(plan.store.manifest(step.key) is None for step in plan.steps):
         return
     if inputs_digest(plan.recipe, folder, plan.store, plan.inputs.listings) != made_from:
         return
+    earlier = _read(plan.store, plan.recipe.name)
+    if recorded is None and earlier is not None and earlier.made_from == made_from:
+        recorded = earlier.recorded
     steps = [(key.stage, key.name, dict(key.inputs)) for key in plan.lasting_keys()]
     kept = KeptPlan(made_from, plan.recipe.name, steps, list(plan.inputs.notes), recorded)
     with suppress(OSError):  # a store that may only be read: the next plan takes as long as this one
@@ -99,16 +103,18 @@ def find(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str, List
         store: where artifacts are looked for.
         listings: its models, with the digests of all files that are known.
     """
+    kept = _read(store, recipe.name)
+    if kept is None or kept.made_from != inputs_digest(recipe, folder, store, listings):
+        return None
+    return kept if all(store.manifest(key) is not None for key in kept.step_keys()) else None
+
+
+def _read(store: Store, name: str) -> KeptPlan | None:
+    """Return the plan that is kept of a recipe; None if there is none, or none that this version has kept."""
     try:
-        found = parse_json(_path(store, recipe.name).read_bytes())
-        recorded = found["recorded"]
-        kept = KeptPlan(**{**found, "recorded": None if recorded is None else Recorded(**recorded)})
-        steps = kept.step_keys()
-    except (OSError, LookupError, ValueError, TypeError):  # none, or none that this version has kept
+        return TypeAdapter(KeptPlan).validate_python(parse_json(_path(store, name).read_bytes()))
+    except (OSError, ValueError):
         return None
-    if kept.made_from != inputs_digest(recipe, folder, store, listings):
-        return None
-    return kept if all(store.manifest(key) is not None for key in steps) else None
 
 
 def kept_table(kept: KeptPlan) -> Table:

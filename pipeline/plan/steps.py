@@ -183,11 +183,12 @@ class _Layout:
             job = MergeJob(**fields, out_dtype=variant.out_dtype, device=self._device("merge"))
             writes = sizes.merged_model(self._inputs, variant)
             reads += writes  # read back
-        if not isinstance(variant.coefficients, SensCoefficients):  # those come of what earlier stages find
-            try:
-                job.having(job.settings).check()
-            except InputError as error:
-                raise InputError(f"merges.{name}: {error}") from None
+        try:
+            job.check_settings()
+            if not isinstance(variant.coefficients, SensCoefficients):  # those come of what earlier stages find
+                job.having(job.settings).weights()
+        except InputError as error:
+            raise InputError(f"merges.{name}: {error}") from None
         self._add(name, job, used, reads, writes)
 
     def _read_by(self, variant: Variant) -> tuple[list[Step], dict[str, Any]]:

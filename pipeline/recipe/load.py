@@ -37,6 +37,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     data = read_recipe(path)
     for override in overrides:
         _override(data, override)
+    return checked(data, path)
+
+
+def checked(data: dict[str, Any], path: Path) -> Recipe:
+    """Return the recipe that a file's YAML says.
+
+    Raises:
+        InputError: what the schema refuses, naming file and key.
+    """
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

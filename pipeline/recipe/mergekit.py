@@ -74,7 +74,7 @@ def recipe_of(data: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any
             "yet"
         )
     method = data[MERGE_METHOD]
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"{MERGE_METHOD}: found {shown(method)}; expected one of {', '.join(METHODS)}")
     listed, shared = _listed(data, folder)
     base = None if data.get("base_model") is None else _model(data["base_model"], "base_model")
@@ -84,6 +84,8 @@ def recipe_of(data: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any
         if method not in WITHOUT_BASE:
             raise InputError(f"base_model is missing: {MERGE_METHOD} {method} merges what models differ in from it")
         base, extra = merged[0].model, WITHOUT_BASE[method]
+    if not merged:
+        raise InputError(f"models: there is only base_model; {MERGE_METHOD} {method} merges others into it")
     names = _names([one.model for one in merged])
     experts = dict(zip(names, merged, strict=True))
     variant = {"method": method, **_settings(METHODS[method], experts, shared), **extra}
@@ -99,6 +101,16 @@ def recipe_of(data: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any
         "tokenizer": tokenizer_of(data, lambda value, where: _of_tokenizer(value, where, base, experts)),
         "merges": {VARIANT: variant},
     }
+
+
+def with_whole_paths(recipe: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a recipe from `recipe_of` for a file that may lie anywhere: models on this disk by their whole paths."""
+
+    def whole(model: str) -> str:
+        return str(folder / model) if (folder / model).is_dir() else model
+
+    experts = {name: one | {"model": whole(one["model"])} for name, one in recipe["experts"].items()}
+    return dict(recipe) | {"base": whole(recipe["base"]), "experts": experts}
 
 
 # Models --------------------------------------------------------------------------------------------------------------
@@ -176,9 +188,18 @@ def _place(model: _Model, where: str, folder: Path) -> str:
 
 def _on_disk_or_hub(path: str, folder: Path) -> str:
     # mergekit looks from where it is started; a recipe from its own folder.
-    if (folder / path).is_dir():
-        return path
-    return str(Path(path).absolute()) if Path(path).is_dir() else f"hub:{path}"
+    found = _folder(path, folder)
+    if found is None and path.startswith((".", "/", "~")):
+        raise InputError(f"{shown(path)}: no such folder; expected one, or a hub id")
+    return f"hub:{path}" if found is None else path if found == folder / path else str(found.absolute())
+
+
+def _folder(path: str, folder: Path) -> Path | None:
+    """Return a model's folder; None of one that is on the hub."""
+    try:
+        return next((one for one in (folder / path, Path(path)) if one.is_dir()), None)
+    except OSError as error:
+        raise InputError(f"{shown(path)}: cannot be read ({error.strerror}); expected a folder or a hub id") from error
 
 
 def _expert(listed: _Listed, base: _Model, folder: Path) -> str:
@@ -221,8 +242,8 @@ def _check_all_layers(found: Any, model: _Model, where: str, folder: Path) -> No
 def _config(model: _Model, where: str, folder: Path) -> dict[str, Any]:
     from sensmerge.tasks.artifacts import load_object
 
-    local = folder / model.path if (folder / model.path).is_dir() else Path(model.path)
-    if local.is_dir():
+    local = _folder(model.path, folder)
+    if local is not None:
         return load_object(local / "config.json")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -247,7 +268,7 @@ def _settings(
     keys = keys_of(method)
     own = {key for one in experts.values() for key in one.parameters}
     found: dict[str, Any] = {}
-    for key in sorted(own | {key for scope in shared for key in scope}):
+    for key in sorted(own | {key for scope in shared for key in scope}, key=str):
         if key == NO_EFFECT:
             continue
         values = {name: _value(key, [one.parameters, *shared], method, one.where) for name, one in experts.items()}

@@ -90,7 +90,7 @@ class Recipe(Strict):
     @classmethod
     def _enough_experts(cls, experts: dict[str, ExpertModel]) -> dict[str, ExpertModel]:
         if not experts:
-            raise ValueError("found 0; expected at least two experts to merge")
+            raise ValueError("found 0; expected at least one expert")
         return experts
 
     @model_validator(mode="after")
@@ -199,6 +199,8 @@ class Recipe(Strict):
                 raise ValueError(f"{what} needs tasks.{name}.calibration; add it")
 
     def _check_comparable(self, what: str) -> None:
+        if len(self.experts) < 2:
+            raise ValueError(f"{what} compares experts, and there is one; leave it out, or add another expert")
         self._check_calibration(what)
         if len({task.has_own_head for task in self.tasks.values()}) > 1:
             kinds = {name: task.kind for name, task in self.tasks.items()}

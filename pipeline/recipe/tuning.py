@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FiniteFloat, WithJsonSchema
 
 from sensmerge.tasks.methods.contract import Method
-from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, VariantSettings
+from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, VariantSettings, combinations
 
 AUTO = "auto"
 
@@ -69,6 +69,11 @@ def check_tune(tune: Mapping[str, Any], settings: VariantSettings) -> None:
                 settings.having({key: value})
         except ValueError as error:
             raise ValueError(f"tune.{key}: {error}") from None
+    for values in combinations(grid_of(tune, settings.method), None):
+        try:
+            settings.having(values)
+        except ValueError as error:
+            raise ValueError(f"tune: {', '.join(f'{key} {one:g}' for key, one in values.items())}: {error}") from None
     if WEIGHT in tune and not settings.depends_on_weight:
         others = "set normalize: false, or leave it out" if hasattr(settings.method, "normalize") else "leave it out"
         raise ValueError(

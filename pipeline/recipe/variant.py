@@ -45,6 +45,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 _VARYING_SETTINGS: TypeAdapter[dict[str, VaryingSetting]] = TypeAdapter(dict[str, VaryingSetting])
 
 
+def _magnitude(value: float | dict[str, float]) -> float:
+    return sum(map(abs, value.values())) if isinstance(value, dict) else abs(value)
+
+
 class StaticApplication(Strict):
     """One set of weights for all inputs."""
 
@@ -102,7 +106,8 @@ class Variant(Strict):
         own = {key: value for key, value in data.items() if key in common}
         settings = {key: value for key, value in data.items() if key not in own}
         varying = varying_settings(settings)
-        settings |= {key: next(samples_of(setting)) for key, setting in varying.items()}
+        # One number stands for all of them where others are checked: the largest, for 0 has a meaning of its own.
+        settings |= {key: max(samples_of(setting), key=_magnitude) for key, setting in varying.items()}
         method = method_of(settings)
         for key, setting in varying.items():
             for value in samples_of(setting):  # every number is one that the method takes by itself

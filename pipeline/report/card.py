@@ -1,6 +1,5 @@
 """The model card of a merged folder."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from huggingface_hub import ModelCardData
 
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.report.report import Report, RouteInfo, TuningInfo, shown, tuning_lines
+from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.checkpoints.listing import HubModel
 from sensmerge.tasks.kinds.scores import Score
 
@@ -28,9 +28,7 @@ def write_cards(plan: Plan, report: Report, recipe_text: str) -> None:
     """Write README.md into every merged folder: what was merged and how, the recipe, and the scores of all models."""
     for name in plan.recipe.merges:
         folder = Path(report.models[name])
-        partial = folder / f".README.md.{os.getpid()}"
-        partial.write_text(card_text(plan, report, name, recipe_text))
-        partial.replace(folder / "README.md")
+        write_whole(folder / "README.md", card_text(plan, report, name, recipe_text))
         plan.store.upload(folder, "README.md")
 
 

@@ -30,13 +30,13 @@ from sensmerge.pipeline.tracking.client import connected, once_more
 from sensmerge.pipeline.tracking.metrics import metrics_of, score_columns
 from sensmerge.pipeline.tracking.models import OUTCOMES, log_model
 from sensmerge.pipeline.tracking.runs import (
-    STORE,
     OpenRun,
     end_abandoned,
     experiment_of,
     log_datasets,
     log_load,
     started,
+    tags_of,
 )
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
@@ -71,7 +71,7 @@ def record(execution: Execution, uri: str, store: Path) -> str:
         experiment = experiment_of(client, report.recipe, None if is_server(uri) else store)
         end_abandoned(client, experiment, store)
         name = f"{report.recipe} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        with started(client, experiment, name, {"role": "recipe", STORE: str(store)}) as parent:
+        with started(client, experiment, name, {"role": "recipe"} | tags_of(store)) as parent:
             client.log_text(parent.id, execution.recipe_yaml, "recipe.yaml")
             client.log_text(parent.id, execution.plan_text, "plan.txt")
             client.log_text(parent.id, report.model_dump_json(indent=2), "report.json")

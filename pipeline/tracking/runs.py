@@ -1,6 +1,7 @@
 """Runs of MLflow: an experiment per recipe, a run per execution and model, and the data sets and load of each."""
 
 import json
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ if TYPE_CHECKING:  # with plans it takes seconds to import
     from sensmerge.pipeline.report.results import TaskData
 
 
-STORE = "store"
-"""Tag of an execution's run: the folder of the artifacts, on the machine that recorded them."""
+STORE, MACHINE = "store", "machine"
+"""Tags of an execution's run: the folder of the artifacts, on the machine that recorded them; and that machine."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,15 @@ def experiment_of(client: MlflowClient, name: str, store: Path | None) -> str:
     return str(experiment.experiment_id)
 
 
+def tags_of(store: Path) -> dict[str, str]:
+    """Return the tags that tell which store, of which machine, an execution's run is of."""
+    return {STORE: str(store), MACHINE: platform.node()}
+
+
 def end_abandoned(client: MlflowClient, experiment: str, store: Path) -> None:
     """End the runs of an experiment that nobody records any more: killed processes of a store left them open."""
     found = client.search_runs([experiment], "attributes.status = 'RUNNING'")
-    parents = {run.info.run_id for run in found if run.data.tags.get(STORE) == str(store)}
+    parents = {run.info.run_id for run in found if tags_of(store).items() <= run.data.tags.items()}
     for run in found:
         if not parents.isdisjoint((run.info.run_id, run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""))):
             client.set_terminated(run.info.run_id, "KILLED")

@@ -56,6 +56,11 @@ def is_server(uri: str) -> bool:
 
 
 def _check_sqlite(database: Path) -> None:
+    if found := {"?", "%"}.intersection(str(database)):
+        raise InputError(
+            f"--tracking-uri, or {TRACKING_URI}: {database} has {' and '.join(sorted(found))} in it, which the URL "
+            "of a database has another use for; name a file without, and no options"
+        )
     if database.is_dir():
         raise InputError(
             f"--tracking-uri, or {TRACKING_URI}: {database} is a folder: name the database file, "

@@ -29,15 +29,15 @@ def compute(path: Path, kind: str) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    if kind == "blake3":
-        # All cores at once, and without the interpreter's lock from the first byte to the last: beside a thread that
-        # imports, pieces would wait for the lock longer than they take.
-        try:
+    try:
+        if kind == "blake3":
+            # All cores at once, and without the interpreter's lock from the first byte to the last: beside a thread
+            # that imports, pieces would wait for the lock longer than they take.
             return f"blake3:{blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()}"
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    start = b"blob %d\0" % path.stat().st_size if kind == "git" else b""
-    return f"{kind}:{hash_file(path, hashlib.new('sha1' if kind == 'git' else 'sha256', start))}"
+        start = b"blob %d\0" % path.stat().st_size if kind == "git" else b""
+        return f"{kind}:{hash_file(path, hashlib.new('sha1' if kind == 'git' else 'sha256', start))}"
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def compute_once(path: Path, records: Path) -> str:

@@ -27,6 +27,7 @@ _ZERO = 1e-8
 class Linear(Additive):
     """Weighted mean of the experts themselves (model soup, arXiv 2203.05482)."""
 
+    least_experts: ClassVar[int] = 1
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     changes_untouched: ClassVar[bool] = True
 
@@ -63,6 +64,7 @@ class Linear(Additive):
 class _Arithmetic(Additive):
     """Base + lambda · the weighted sum or, under consensus, the disjoint sum of (sparse) task vectors."""
 
+    least_experts: ClassVar[int] = 1
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
     normalize: bool = Field(False, description=_NORMALIZE)

@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
 from sensmerge.tasks.coefficients import Coefficients, SensCoefficients, UniformCoefficients
-from sensmerge.tasks.methods.contract import Method, keys_of
+from sensmerge.tasks.methods.contract import METHODS, Method, keys_of
 from sensmerge.tasks.varying import Varying, number_at, numbers_in, varying_of
 
 WEIGHT, TEMPERATURE = "weight", "temperature"
@@ -114,11 +114,16 @@ VaryingSetting = Varying | dict[str, float | Varying]
 def varying_settings(settings: Mapping[str, Any]) -> dict[str, VaryingSetting]:
     """Return those of a method's settings that change from tensor to tensor, by key.
 
+    Args:
+        settings: `method`, and its settings by key. A list is one of these where the method takes a number.
+
     Raises:
         ValueError: one is no list of numbers or filters.
     """
     found: dict[str, VaryingSetting] = {}
     for key, value in settings.items():
+        if not _is_number(settings.get("method"), key):
+            continue
         inner = value.values() if isinstance(value, dict) else [value]
         if not any(isinstance(one, list) for one in inner):
             continue
@@ -131,6 +136,20 @@ def varying_settings(settings: Mapping[str, Any]) -> dict[str, VaryingSetting]:
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
     return found
+
+
+def _is_number(method: Any, key: str) -> bool:
+    """Return whether a setting of a method is a number, or a number for each expert; no lists of its own."""
+    if not isinstance(method, str) or method not in METHODS:
+        return False
+    name = keys_of(METHODS[method]).get(key)
+    return name is not None and _names_number(METHODS[method].model_fields[name].annotation)
+
+
+def _names_number(annotation: Any) -> bool:
+    if get_origin(annotation) in (list, tuple, set, frozenset):
+        return False
+    return annotation in (int, float) or any(_names_number(one) for one in get_args(annotation))
 
 
 def varied(method: Method, varying: Mapping[str, VaryingSetting], tensor: str, depth: float) -> Method:

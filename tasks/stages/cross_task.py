@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -12,7 +12,15 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file, save_file
 
-from sensmerge.tasks.artifacts import Artifact, canonical, read_json, sha256_text, write_json
+from sensmerge.tasks.artifacts import (
+    Artifact,
+    canonical,
+    is_partial,
+    partial_of,
+    read_json,
+    sha256_text,
+    write_json,
+)
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.networks.blocks import Batch, to_device
@@ -208,7 +216,7 @@ class CrossTaskJob(Job):
                     )
                 distances[i][j] = distance
         except InputError:
-            shutil.rmtree(out / _TRUNKS, ignore_errors=True)
+            _drop_trunks(out)
             raise
         _keep_head_inputs(self, out)
         write_json(out / DISTANCES, distances)
@@ -221,7 +229,7 @@ def _run_trunk(job: CrossTaskJob, i: str, tasks: Sequence[str], out: Path) -> No
     """Run the trunk of expert i over the calibration sets of some tasks and keep what it hands to its head."""
     batches = {j: job.batches(j) for j in tasks}
     places = [(j, number) for j in tasks for number in range(len(batches[j]))]
-    begun = {j: _kept(out, i, f"{j}.partial") for j in tasks}
+    begun = {j: partial_of(_kept(out, i, j)) for j in tasks}
     for folder in begun.values():
         folder.mkdir(parents=True, exist_ok=True)
     heads = {j: job.head(j) for j in tasks if job.is_classification(j)}
@@ -289,16 +297,24 @@ def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
 
 def _keep_head_inputs(job: CrossTaskJob, out: Path) -> None:
     """Leave of what trunks gave what is little; that of earlier artifacts stays known."""
-    kept = {_kept(out, i, j) / _HEAD_INPUTS: job.trunk(i, j) for i, j in product(job.experts, job.experts)}
-    for file in (out / _TRUNKS).rglob("*"):
-        if file.is_file() and file not in kept:
-            file.unlink()
-    for file, print_ in kept.items():
-        if not file.is_file() and print_ in job.kept:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(job.kept[print_], file.with_suffix(".partial"))
-            file.with_suffix(".partial").rename(file)
-    if not any(file.is_file() for file in kept):
+    kept = {_kept(out, i, j): job.trunk(i, j) for i, j in product(job.experts, job.experts)}
+    _drop_trunks(out, [folder for folder in kept if (folder / _HEAD_INPUTS).is_file()])
+    for folder, print_ in kept.items():
+        if not folder.exists() and print_ in job.kept:
+            begun = partial_of(folder)
+            begun.mkdir(parents=True)
+            shutil.copyfile(job.kept[print_], begun / _HEAD_INPUTS)
+            begun.rename(folder)
+
+
+def _drop_trunks(out: Path, kept: Collection[Path] = ()) -> None:
+    """Remove what trunks gave, but for some folders; one that is half removed does not look whole."""
+    for place in sorted(set((out / _TRUNKS).glob("*/*")).difference(kept)):  # those that are half removed come first
+        if place.is_dir():
+            shutil.rmtree(place if is_partial(place) else place.rename(partial_of(place)))
+        else:
+            place.unlink()
+    if not kept:
         shutil.rmtree(out / _TRUNKS, ignore_errors=True)
 
 

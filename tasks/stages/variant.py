@@ -124,13 +124,12 @@ class VariantJob(Job):
                 raise InputError(f"layer {layer}: {error}") from None
         return weights
 
-    def check(self) -> None:
-        """Check the weights and settings of all tensors.
+    def check_settings(self) -> None:
+        """Check the settings of all tensors.
 
         Raises:
-            InputError: as `weights`, and no filter of a setting fits a tensor.
+            InputError: no filter of a setting fits a tensor.
         """
-        self.weights()
         if self.varying:
             for name in self.base.weights:
                 try:

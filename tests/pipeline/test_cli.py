@@ -57,6 +57,19 @@ def edit_config(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
+def test_a_traceback_shows_no_password(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom sensmerge.pipeline import cli\nfrom sensmerge.pipeline.recipe.schema import Recipe\n"
+        "def broken(): raise RuntimeError('https://user:canary@host/x')\n"
+        "Recipe.model_json_schema = broken\nsys.argv = ['sensmerge', 'schema']\ncli.main()"
+    )
+    project = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | project)
+    assert told.returncode == 1
+    assert "RuntimeError: https://host/x" in told.stderr
+    assert "canary" not in told.stderr
+
+
 def test_misspelt_key(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
     llama_recipe["merges"]["ta"]["wieght"] = 1
     assert "unknown key merges.ta.wieght" in refused(llama_recipe)

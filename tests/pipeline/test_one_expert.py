@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 from tests.conftest import command_line, write_recipe
 
@@ -13,7 +15,11 @@ pytestmark = pytest.mark.ray
 
 
 def test_one_expert_is_interpolated_scored_and_recorded(
-    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+    llamas: dict[str, Path],
+    llama_recipe: dict[str, Any],
+    tmp_path: Path,
+    ray_address: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = llama_recipe | {
         "merges": {
@@ -21,6 +27,8 @@ def test_one_expert_is_interpolated_scored_and_recorded(
             "near": {"method": "nearswap", "t": 0.01},
             "fused": {"method": "arcee_fusion"},
             "same": {"method": "passthrough"},
+            "half": {"method": "task_arithmetic", "weight": 0.5},
+            "trimmed": {"method": "ties", "density": 0.4, "lambda": 0.5},
             "tuned": {"method": "slerp", "t": 0.5, "tune": {"t": [0.25, 1.0]}},
         }
     }
@@ -34,8 +42,13 @@ def test_one_expert_is_interpolated_scored_and_recorded(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["variants"]["arc"]["params"]["t"] == "0.5"
     digests = {name: one["digest"] for name, one in report["variants"].items()}
-    assert len({digests[name] for name in ("arc", "near", "fused", "same")}) == 4
+    assert len({digests[name] for name in ("arc", "near", "fused", "same", "half", "trimmed")}) == 6
     assert report["scores"]["same"]["math"] == report["scores"]["math"]["math"]
+
+    (half,) = (store / "merge").glob("half-*/model.safetensors")
+    base, expert = (load_file(folder / "model.safetensors") for folder in (llamas["base"], llamas["math"]))
+    for tensor, merged in load_file(half).items():
+        torch.testing.assert_close(merged, (base[tensor] + expert[tensor]) / 2)
 
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
     (experiment,) = [one for one in client.search_experiments() if one.name == "tiny"]
@@ -50,9 +63,10 @@ def test_what_needs_more_experts_is_refused_before_any_work(
 ) -> None:
     for key in ("experts", "tasks"):
         del llama_recipe[key]["code"]
+    llama_recipe["merges"]["tsv"] = {"method": "tsv_m"}
     path = write_recipe(tmp_path, llama_recipe)
     assert command_line("plan", path, "--store", tmp_path / "store") == 2
     said = capsys.readouterr().err
-    assert "experts: found 1; expected at least two experts to merge by method task_arithmetic (merges.ta)" in said
+    assert "experts: found 1; expected at least two experts to merge by method tsv_m (merges.tsv)" in said
     assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "store").exists()

@@ -4,27 +4,29 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from tests.conftest import command_line, write_recipe
+from tests.conftest import command_line, tiny_recipe, write_recipe
 
 pytestmark = pytest.mark.ray
 
 NO_CLUSTER = "no such cluster"
 
 
-@pytest.fixture
-def settled(llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str) -> Path:
-    """A recipe that has run, with models and rows old enough for digests to be kept."""
-    recipe = write_recipe(tmp_path, llama_recipe)
-    for path in tmp_path.rglob("*"):
+@pytest.fixture(scope="module")
+def settled(llamas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
+    """A recipe that has run, with models and rows old enough for digests to be kept; the tests leave it whole."""
+    folder = tmp_path_factory.mktemp("settled")
+    recipe = write_recipe(folder, tiny_recipe(llamas, folder))
+    for path in folder.rglob("*"):
         if path.is_file():
             os.utime(path, (10**9, 10**9))
-    assert command_line("run", recipe, "--store", tmp_path / "store", "--address", ray_address) == 0
+    assert command_line("run", recipe, "--store", folder / "store", "--address", ray_address) == 0
     return recipe
 
 
@@ -44,57 +46,63 @@ def runs(database: Path) -> list[Any]:
     return list(client.search_runs(experiments, "tags.role = 'recipe'"))
 
 
+def names(store: Path) -> Counter[str]:
+    """The names of the recipes that MLflow has runs of, each as often as it has one."""
+    return Counter(one.info.run_name.split()[0] for one in runs(store / "mlflow.db"))
+
+
 def test_the_same_result_without_ray_or_another_record(settled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = settled.with_name("store")
+    before = len(runs(store / "mlflow.db"))
     capsys.readouterr()
     quick = run(settled, NO_CLUSTER)
     said = capsys.readouterr().out
     assert "MLflow has this run: mlflow ui --backend-store-uri sqlite" in said
-    assert len(runs(store / "mlflow.db")) == 1
+    assert len(runs(store / "mlflow.db")) == before
 
     (store / "plans" / "tiny.json").unlink()
     assert run(settled, NO_CLUSTER) == quick
     assert capsys.readouterr().out.replace("MLflow: ", "MLflow has this run: ") == said
-    assert len(runs(store / "mlflow.db")) == 2
+    assert len(runs(store / "mlflow.db")) == before + 1
 
 
 def test_it_is_recorded_where_it_has_not_been(settled: Path) -> None:
     database, other = settled.with_name("store") / "mlflow.db", settled.with_name("other.db")
+    earlier = [one.info.run_id for one in runs(database)]
     run(settled, NO_CLUSTER, "--tracking-uri", f"sqlite:///{other}")
-    assert (len(runs(database)), len(runs(other))) == (1, 1)
-    (recorded,) = runs(database)
-    MlflowClient(f"sqlite:///{database}").delete_run(recorded.info.run_id)
+    assert (len(runs(database)), len(runs(other))) == (len(earlier), 1)
+    for one in earlier:
+        MlflowClient(f"sqlite:///{database}").delete_run(one)
     for _ in range(2):
         run(settled, NO_CLUSTER)
         (again,) = runs(database)
-        assert again.info.run_id != recorded.info.run_id
+        assert again.info.run_id not in earlier
 
 
 def test_weights_that_were_deleted_and_made_again_are_recorded_again(
-    settled: Path, ray_address: str, llama_recipe: dict[str, Any]
+    settled: Path, ray_address: str, llamas: dict[str, Path]
 ) -> None:
     """Their versions were marked as lost meanwhile, whichever recipe makes them again."""
     store = settled.with_name("store")
+    before = names(store)
     damaged = next((store / "merge").glob("*/model.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert command_line("verify", "--store", store, "--delete") == 1
     (settled.parent / "same").mkdir()
-    same = write_recipe(settled.parent / "same", llama_recipe | {"name": "same"})
-    for rows in settled.parent.glob("*.jsonl"):
-        (same.parent / rows.name).write_bytes(rows.read_bytes())
+    same = write_recipe(settled.parent / "same", tiny_recipe(llamas, settled.parent / "same") | {"name": "same"})
     assert command_line("run", same, "--store", store, "--address", ray_address) == 0
     run(settled, NO_CLUSTER)
-    assert sorted(one.info.run_name.split()[0] for one in runs(store / "mlflow.db")) == ["same", "tiny", "tiny"]
+    assert names(store) - before == Counter({"same": 1, "tiny": 1})
 
 
-def test_it_takes_no_torch(settled: Path, tmp_path: Path) -> None:
+def test_it_takes_no_torch(settled: Path) -> None:
     program = (
         "import sys\nfrom sensmerge.pipeline.cli import main\n"
         "try:\n    main()\nfinally:\n"
         "    print(sorted({'torch', 'transformers', 'ray', 'numba'} & set(sys.modules)), file=sys.stderr)"
     )
     told = subprocess.run(
-        [sys.executable, "-c", program, "run", str(settled), "--store", str(tmp_path / "store")],
+        [sys.executable, "-c", program, "run", str(settled), "--store", str(settled.with_name("store"))],
         capture_output=True,
         text=True,
         check=True,

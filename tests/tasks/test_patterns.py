@@ -38,6 +38,11 @@ def refused(pattern: str, text: str = "") -> str:
     return str(error.value)
 
 
+def test_python_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    assert compile_pattern(r"[[(](\w)[\])]", "here").matches("(x)", TimeLimit())
+    assert not recwarn.list
+
+
 def test_a_slow_pattern_ends() -> None:
     begin = time.process_time()
     assert refused(SLOW, "a" * 60 + "b").startswith(f"answer: searching a text for {SLOW!r} takes too long; write")

@@ -29,6 +29,10 @@ with cluster.cluster("local"):
                     ports += 1
                     assert one.laddr.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1"), (process.name(), one.laddr)
         time.sleep(0.1)
+    for process in psutil.Process().children(recursive=True):  # what it has no use for takes a second to start
+        command = " ".join(process.cmdline())
+        assert "monitor.py" not in command.replace("log_monitor.py", ""), command
+        assert "dashboard/dashboard.py" not in command, command
 
     address = ray.get_runtime_context().gcs_address
     ask = f"from ray._raylet import GcsClient; GcsClient(address={address!r}).internal_kv_keys(b'', None, timeout=30)"

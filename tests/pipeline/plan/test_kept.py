@@ -136,9 +136,14 @@ def kept_file(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     next((folder / "store" / "plans").iterdir()).write_bytes(b'{"made_from": 5')
 
 
+def record(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next((folder / "store" / "plans").iterdir())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recorded": {"report": 5}}))
+
+
 @pytest.mark.parametrize(
     "change",
-    [model_file, config, rows, setting, gate, library, source, plugin, manifest, damage, kept_file],
+    [model_file, config, rows, setting, gate, library, source, plugin, manifest, damage, kept_file, record],
     ids=lambda change: change.__name__,
 )
 def test_nothing_stale_is_believed(
@@ -149,6 +154,22 @@ def test_nothing_stale_is_believed(
 ) -> None:
     change(settled, tmp_path, monkeypatch)
     assert found(tmp_path, settled) is None
+
+
+def test_what_a_run_has_found_stays_with_its_plan(settled: Recipe, tmp_path: Path) -> None:
+    plan = planned(tmp_path, settled)
+    made_from = kept.inputs_digest(plan.recipe, tmp_path, plan.store, plan.inputs.listings)
+    recorded = kept.Recorded({"recipe": "tiny"}, None, "0123")
+    kept.keep(plan, tmp_path, made_from, recorded)
+    keep(plan, tmp_path)
+    one = found(tmp_path, settled)
+    assert one is not None
+    assert one.recorded == recorded
+    settled["merges"]["ta"]["weight"] = 0.4
+    keep(done(tmp_path, settled), tmp_path)
+    other = found(tmp_path, settled)
+    assert other is not None
+    assert other.recorded is None
 
 
 def test_what_changes_while_steps_run_is_not_tied_to_their_plan(settled: Recipe, tmp_path: Path) -> None:

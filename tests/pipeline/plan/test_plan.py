@@ -92,6 +92,16 @@ def test_order_of_layer_patterns_counts(llama_recipe: Recipe, tmp_path: Path) ->
     assert "merge e" in changed(one, other)
 
 
+@pytest.mark.parametrize("coefficients", [{}, {"coefficients": {"kind": "sens"}}])
+def test_tensors_that_no_filter_fits_are_found(
+    coefficients: dict[str, Any], llama_recipe: Recipe, tmp_path: Path
+) -> None:
+    setting = {"method": "ties", "density": [{"filter": "mlp", "value": 0.5}]}
+    llama_recipe["merges"]["f"] = setting | coefficients
+    with pytest.raises(InputError, match=r"merges\.f: density: no filter fits tensor model\.embed_tokens\.weight"):
+        plan_of(tmp_path, llama_recipe)
+
+
 def test_weights_of_a_layer_that_a_method_refuses_are_found(llama_recipe: Recipe, tmp_path: Path) -> None:
     weights = {"math": 1.0, "code": {"*": 1.0, "model.norm": -1.0}}
     llama_recipe["merges"] = {"e": {"method": "linear", "coefficients": {"kind": "explicit", "weights": weights}}}

@@ -170,6 +170,12 @@ def test_one_slice_of_all_layers(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"merge_method": "magic"}, "merge_method: found 'magic'; expected one of"),
+        ({"merge_method": ["ties"]}, "merge_method: found 'ties'|merge_method: found a list|merge_method: found"),
+        ({"models": [{"model": "org/base"}]}, "models: there is only base_model; merge_method task_arithmetic merges"),
+        ({"parameters": {1: 2, "density": 0.5}}, "parameters.1: merge_method task_arithmetic has no such parameter"),
+        ({"base_model": "m" * 300}, "cannot be read .File name too long.; expected a folder or a hub id"),
+        ({"base_model": "./missing"}, "'./missing': no such folder; expected one, or a hub id"),
+        ({"models": [{"model": "org/a", "parameters": {"weight": []}}, *CONFIG["models"][1:]]}, "weight"),
         ({"base_model": None}, "base_model is missing"),
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"chat_template": "chatml"}, "chat_template: found 'chatml'; expected auto or a Jinja template"),
@@ -214,3 +220,18 @@ def test_the_command_prints_the_recipe(tmp_path: Path, capsys: pytest.CaptureFix
     assert command_line("import", tmp_path / "ties.yml") == 0
     (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)
     assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(tmp_path / "ties.yml")
+
+
+def test_the_printed_recipe_may_lie_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("base", "math"):
+        (tmp_path / "configs" / name).mkdir(parents=True)
+    one = {"model": "math", "parameters": {"weight": 0.5}}
+    config = tmp_path / "configs" / "one.yml"
+    config.write_text(yaml.safe_dump({"merge_method": "task_arithmetic", "base_model": "base", "models": [one]}))
+    for folder, place in ((tmp_path, f"{tmp_path}/configs/"), (config.parent, "")):
+        monkeypatch.chdir(folder)
+        assert command_line("import", config) == 0
+        recipe = yaml.safe_load(capsys.readouterr().out)
+        assert (recipe["base"], recipe["experts"]["math"]["model"]) == (f"{place}base", f"{place}math")

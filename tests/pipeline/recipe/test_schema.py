@@ -109,8 +109,7 @@ def test_reading_a_recipe_needs_no_torch() -> None:
             {"merges": {"x": {"method": "ties", "coefficients": {"kind": "sens", "temp": 1}}}},
             "merges.x.coefficients.temp",
         ),
-        ({"experts": {}}, "experts: found 0; expected at least two"),
-        ({"experts": {"math": {"model": "m"}}}, "experts: found 1; expected at least two"),
+        ({"experts": {}}, "experts: found 0; expected at least one"),
         ({"experts": {"a": {"model": "m"}, "b": {"model": "m"}}}, "experts a and b are the same model m"),
         (
             {"merges": {"t": {"method": "ties", "density": 1.5}}},
@@ -419,9 +418,13 @@ def test_se_needs_calibration_sets_of_one_kind(tasks: dict[str, Any], message: s
         load_recipe(se(tmp_path, tasks))
 
 
-def test_se_needs_two_experts(tmp_path: Path) -> None:
-    merges = {"x": {"method": "task_arithmetic", "application": {"kind": "se"}}}
-    with pytest.raises(InputError, match="experts: found 1; expected at least two experts"):
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [({"application": {"kind": "se"}}, "application se"), ({"coefficients": {"kind": "sens"}}, "coefficients sens")],
+)
+def test_what_compares_experts_needs_two(settings: dict[str, Any], what: str, tmp_path: Path) -> None:
+    merges = {"x": {"method": "task_arithmetic"} | settings}
+    with pytest.raises(InputError, match=f"merges.x: {what} compares experts, and there is one"):
         load_recipe(write(tmp_path, experts={"math": {"model": "m"}}, tasks={"math": TASK}, merges=merges))
 
 

@@ -1,12 +1,15 @@
 """Settings of methods that change with depth or by filters, as recipes have them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from sensmerge.pipeline.recipe.variant import Variant
+from sensmerge.tasks.methods.arithmetic import Linear
+from sensmerge.tasks.methods.contract import METHODS
 from sensmerge.tasks.methods.settings import varied
+from tests.conftest import known
 
 TIES = {"method": "ties", "density": [0.2, 0.6]}
 
@@ -51,3 +54,30 @@ def test_each_tensor_has_its_own_number() -> None:
 def test_what_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises((ValidationError, ValueError), match=message):
         Variant.model_validate(TIES | change)
+
+
+def test_numbers_that_begin_with_zero_are_tuned_as_others() -> None:
+    for numbers in ([0, 1], [1, 0]):
+        settings = {"method": "task_arithmetic", "lambda": numbers, "tune": {"weight": [0.5, 1]}}
+        assert Variant.model_validate(settings).varying == {"lambda": numbers}
+
+
+def test_values_that_do_not_go_together_are_refused_before_they_are_tried() -> None:
+    settings = {"method": "della", "tune": {"epsilon": [0.1, 0.45], "density": [0.2, 0.5]}}
+    with pytest.raises(ValidationError, match=r"tune: epsilon 0.45, density 0.2: .*epsilon is 0.45 where density is"):
+        Variant.model_validate(settings)
+
+
+class Ordered(Linear):
+    """Another package's method, with a list of its own."""
+
+    name: Literal["ordered"] = Field("ordered", alias="method")
+    ranks: list[int] = Field([1], description="one per rank")
+    strength: float | None = Field(None, description="a number")
+
+
+def test_a_list_that_the_method_takes_is_no_change_with_depth() -> None:
+    with known(METHODS, ordered=Ordered):
+        variant = Variant.model_validate({"method": "ordered", "ranks": [1, 2, 3], "strength": [0.1, 0.2]})
+        assert list(variant.varying) == ["strength"]
+        assert variant.method.model_dump()["ranks"] == [1, 2, 3]

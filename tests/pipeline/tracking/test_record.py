@@ -31,7 +31,7 @@ from sensmerge.pipeline.report.report import Report, RouteInfo, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking import record as tracking
-from sensmerge.pipeline.tracking.runs import where_recorded
+from sensmerge.pipeline.tracking.runs import tags_of, where_recorded
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import check_server, default_uri
 from sensmerge.tasks.artifacts import Artifact, read_json
@@ -370,14 +370,22 @@ def test_a_recipe_without_tasks_has_runs_without_metrics(client, store, uri):
 
 def test_runs_that_a_killed_process_left_open_are_ended(client, store, uri):
     experiment = client.create_experiment("killed", (store / "mlartifacts").as_uri())
-    own = client.create_run(experiment, tags={"role": "recipe", "store": str(store)}).info.run_id
+    own = client.create_run(experiment, tags={"role": "recipe"} | tags_of(store)).info.run_id
     child = client.create_run(experiment, tags={"mlflow.parentRunId": own}).info.run_id
     done = client.create_run(experiment, tags={"mlflow.parentRunId": own}).info.run_id
     client.set_terminated(done)
-    other = client.create_run(experiment, tags={"role": "recipe", "store": f"{store}2"}).info.run_id
+    other = client.create_run(experiment, tags={"role": "recipe"} | tags_of(Path(f"{store}2"))).info.run_id
+    elsewhere = client.create_run(experiment, tags=tags_of(store) | {"machine": "another"}).info.run_id
     parent = record(make_report(store, "killed"), store, uri)
-    found = {run: client.get_run(run).info.status for run in (own, child, done, other, parent)}
-    assert found == {own: "KILLED", child: "KILLED", done: "FINISHED", other: "RUNNING", parent: "FINISHED"}
+    found = {run: client.get_run(run).info.status for run in (own, child, done, other, elsewhere, parent)}
+    assert found == {
+        own: "KILLED",
+        child: "KILLED",
+        done: "FINISHED",
+        other: "RUNNING",
+        elsewhere: "RUNNING",
+        parent: "FINISHED",
+    }
 
 
 def test_what_fails_leaves_no_run_running(client, store, uri):

@@ -35,6 +35,12 @@ def test_other_places_for_runs_are_refused_with_the_remedy(uri: str) -> None:
         check_server(uri)
 
 
+@pytest.mark.parametrize("name", ["x.db?timeout=30", "p%20q.db"])
+def test_what_sqlalchemy_reads_otherwise_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has [?%] in it, which the URL of a database has another use for"):
+        check_server(f"sqlite:///{tmp_path}/{name}")
+
+
 def test_sqlite_needs_a_folder_that_is_there_or_can_be_made(tmp_path: Path) -> None:
     check_server(default_uri(Store(tmp_path / "new" / "store")))
     assert not list(tmp_path.iterdir())

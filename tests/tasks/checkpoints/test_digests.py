@@ -108,6 +108,12 @@ def test_many_write_at_once(file: Path, tmp_path: Path) -> None:
     assert not [*(tmp_path / "cache").glob(".*")]
 
 
+@pytest.mark.parametrize("kind", ["blake3", "sha256", "git"])
+def test_a_file_that_is_gone(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gone: cannot be read \(No such file or directory"):
+        compute(tmp_path / "gone", kind)
+
+
 def test_the_speed(file: Path) -> None:
     begin = time.perf_counter()
     speed = bytes_per_second(file, len(CONTENT))
