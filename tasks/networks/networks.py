@@ -246,7 +246,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if (folder / name).is_file():
             check_foreign(folder / name)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("a", verbose=False)  # settings of wrong types are found by those who use them
     except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
         reason = " ".join(str(error).split())
