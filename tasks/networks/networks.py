@@ -247,7 +247,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if (folder / name).is_file():
             check_foreign(folder / name)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("a", verbose=False)  # settings of wrong types are found by those who use them
         # Of many kinds transformers makes one of no files at all, to which every word is unknown.
         files = sorted(set(tokenizer.vocab_files_names.values()))

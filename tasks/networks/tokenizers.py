@@ -109,7 +109,7 @@ def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool)
     moves = united is not None and united.changes(models)
     added = united.added if united else {}
     if united and (moves or added):
-        notes += united.notes
+        notes += [*united.notes, *_word_notes(source, owners, [one for one in added if one not in asked.tokens])]
     template = _asked_template(asked.chat_template, owners)
     notes += _conflicts(source, maps) if exact else []
     notes += _other_templates(source, owners) if template is None else []
@@ -129,6 +129,18 @@ def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool)
     vocabulary = united.vocabulary if united and moves else None
     readers = _readers(vocabulary, [one.key for one in experts if one.key in maps]) if vocabulary else ()
     return Choice(source, added, tuple(ends), template, vocabulary, readers, tuple(notes))
+
+
+def _word_notes(source: Owner, owners: Sequence[Owner], added: Sequence[str]) -> list[str]:
+    """Say that words of one tokenizer's own vocabulary are in another only as texts that it looks for."""
+    special = {token for one in owners for token in added_tokens(one.folder)}
+    words = [token for token in added if token not in special]
+    if not words:
+        return []
+    return [
+        f"tokenizer: {len(words)} words of other tokenizers, such as {words[0]!r}, are added to that of {source.key}, "
+        "which finds them only where a text holds them as they are spelled there"
+    ]
 
 
 def _readers(vocabulary: Vocabulary, keys: Sequence[str]) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ def unite(
         taken = set(ids.values())
         ids |= {number: number for number in range(rows) if number not in taken}
     if multiple is not None:
-        rows = math.ceil((max(ids.values()) + 1) / multiple) * multiple
+        rows = math.ceil((max(ids.values(), default=-1) + 1) / multiple) * multiple
     models = {one.key: _with_numbers(one, texts[one.key], ids) for one in owners}
     _drop_untrained(owners, models)
     wanted: dict[Token, TokenRow] = {token: _row(token, one, owners, texts) for token, one in asked.tokens.items()}
@@ -197,7 +197,8 @@ def _drop_untrained(owners: Sequence[TokenOwner], models: Mapping[str, dict[Toke
         for token, row in list(own.items()):
             if token in base or row in owner.trained:
                 continue
-            strong = any(token in models[one.key] and (one.trained is None or row in one.trained) for one in owners)
+            others = [(one.trained, models[one.key][token]) for one in owners if token in models[one.key]]
+            strong = any(trained is None or place in trained for trained, place in others)
             if strong:
                 del own[token]
             else:

@@ -106,6 +106,19 @@ def test_one_id_with_two_tokens(recipe: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(load_file(folder / "model.safetensors")[EMBEDDING][TURN], same[TURN], rtol=0, atol=1e-6)
 
 
+def test_a_template_of_its_own(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A recipe's, or that of most models; the tokenizer is the base's."""
+    own = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    for asked, expected in ((own, own), ("auto", TEMPLATE)):
+        folder, notes = merged(recipe | {"tokenizer": {"chat_template": asked}}, tmp_path)
+        assert AutoTokenizer.from_pretrained(folder).chat_template == expected
+        assert not any("has another" in note for note in notes)
+    with pytest.raises(InputError, match=r"tokenizer.chat_template: no Jinja template \(.*\); correct it"):
+        plan_of(tmp_path, recipe | {"tokenizer": {"chat_template": "{% for m in messages %}"}})
+    with pytest.raises(InputError, match=r"tokenizer.chat_template"):
+        plan_of(tmp_path, recipe | {"tokenizer": {"chat_template": "chatml"}})
+
+
 def test_other_settings_are_named(recipe: dict[str, Any], tmp_path: Path) -> None:
     del recipe["experts"]["other"]["config"]
     with pytest.raises(InputError, match=r"experts.other: .* rope_parameters.rope_theta 1000000.0 .the base has 10000"):

@@ -1,5 +1,6 @@
 """Experts whose tokens differ from the base's, merged, measured, scored and routed in one vocabulary."""
 
+import copy
 import json
 import re
 import runpy
@@ -11,8 +12,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
@@ -302,6 +305,8 @@ def measured(tmp_path: Path) -> tuple[Path, dict[str, Any], dict[str, list[str]]
             "weight": 0.5,
             "application": {"kind": "se", "temperature": 1e6, "score": "centroid", "layer": 1, "pool": "mean"},
         },
+        "calibrated": {"method": "task_arithmetic", "weight": 0.5, "calibrate": {}},
+        "tuned": {"method": "task_arithmetic", "tune": {"weight": [0.3, 0.5]}},
         "alone": {"method": "task_arithmetic", "coefficients": {"kind": "explicit", "weights": {"a": 1.0, "b": 0.0}}},
     }
     return tmp_path, recipe_of("a", "b", tasks=tasks, merges=merges), words
@@ -400,6 +405,42 @@ def test_tokens_that_merged_models_lack_are_read_as_they_read_them(
     plan = plan_of(folder, recipe | {"tokenizer": {"source": "a"}})
     assert set(plan.inputs.tokenizer.readers) == {"a"}
     assert plan.inputs.tokenizer.of("b") == plan.inputs.tokenizer.artifact
+
+
+def test_classifiers_with_tokens_of_their_own(berts: dict[str, Path], tokenizer: Any, tmp_path: Path) -> None:
+    """They have heads of their own, on a trunk whose embedding has the tokens of both."""
+    tasks = {}
+    for name, token, numbers in (("mood", "<mood>", (0, 1)), ("topic", "<topic>", (0, 1, 2))):
+        network = AutoModelForSequenceClassification.from_pretrained(berts[name])
+        network.resize_token_embeddings(260, mean_resizing=False)
+        with torch.no_grad():
+            network.get_input_embeddings().weight[259] = 0.5 * torch.randn(
+                32, generator=torch.Generator().manual_seed(1)
+            )
+        network.eval().save_pretrained(tmp_path / name)
+        reader = copy.deepcopy(tokenizer)
+        reader.add_tokens([AddedToken(token, special=True)])
+        reader.save_pretrained(tmp_path / name)
+        texts = [f"{number} {token} is {number * number}" for number in range(6)]
+        with torch.no_grad():
+            labels = [int(network(**reader(one, return_tensors="pt")).logits.argmax()) for one in texts]
+        assert set(labels) <= set(numbers)
+        rows: list[dict[str, object]] = [{"text": one, "label": y} for one, y in zip(texts, labels, strict=True)]
+        data = {}
+        for split, part in (("calibration", rows[:2]), ("evaluation", rows[2:])):
+            data[split] = {"path": "json", "data_files": write_rows(tmp_path / f"{name}-{split}.jsonl", part).name}
+        tasks[name] = {"kind": "classification", **data}
+    sens = {"sens": {"method": "task_arithmetic", "coefficients": {"kind": "sens", "temperature": 1.0}}}
+    recipe = recipe_of("mood", "topic", tasks=tasks, merges=MERGES | sens) | {"base": str(berts["base"])}
+    plan = plan_of(tmp_path, recipe)
+    do_steps(plan)
+    for name in ("mood", "topic"):
+        scores = json.loads((plan.artifact("evaluate", f"{name}/{name}") / "scores.json").read_text())
+        assert scores["accuracy"]["value"] == 1.0
+    trunk = load_file(plan.artifact("merge", "ta") / WEIGHTS)["embeddings.word_embeddings.weight"]
+    for row, name in ((259, "mood"), (260, "topic")):
+        own = load_file(tmp_path / name / WEIGHTS)["bert.embeddings.word_embeddings.weight"][259]
+        torch.testing.assert_close(trunk[row], own, rtol=0, atol=1e-6)
 
 
 CASES = SHARED / "cases" / "checkpoints"

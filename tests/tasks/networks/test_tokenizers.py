@@ -210,6 +210,7 @@ def test_ordinary_words_that_the_base_lacks(build: Build, tmp_path: Path) -> Non
     a = build("experts.a", word_tokenizer(words=[*WORDS, "new"]))
     choice = choose(base, [a], Asked("union"), True)
     assert choice.added == {"new": 40}
+    assert any("1 words of other tokenizers, such as 'new', are added to that of base" in one for one in choice.notes)
     tokenizer, _ = written(choice, base, [a], tmp_path / "out")
     assert tokenizer("w1 new w2").input_ids == [4, 40, 5]
 
