@@ -64,6 +64,11 @@ class Inputs:
         assert isinstance(self.base, Base), "models that are merged by name have no tasks"
         return Networks(self.base, experts)
 
+    @property
+    def heads(self) -> dict[str, Expert]:
+        """The experts that have a head of their own."""
+        return {name: one for name, one in self.experts.items() if isinstance(one, Expert) and one.head}
+
     def only_weights(self) -> tuple[BaseWeights, dict[str, ExpertWeights]]:
         """Return base and experts as far as merging needs to know them: small, and read without transformers."""
         base = self.base.only_weights()

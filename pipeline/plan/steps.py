@@ -209,9 +209,7 @@ class _Layout:
 
     def _variant_fields(self, variant: Variant, artifacts: Mapping[str, Mapping[str, Artifact]]) -> dict[str, Any]:
         """Return the fields of a `VariantJob`; `artifacts` are those that it reads, by stage and name."""
-        inputs = self._inputs
-        experts = {} if inputs.by_name else inputs.networks.experts
-        heads = {name: one for name, one in experts.items() if one.head}
+        inputs, heads = self._inputs, self._inputs.heads
         return {
             "models": {name: one.fingerprint for name, one in artifacts["download"].items()},
             "task_vectors": artifacts["task_vectors"],
