@@ -70,6 +70,8 @@ def check_models(plan: Plan) -> None:
     if plan.inputs.by_name:
         raise InputError("base: its tensors are merged by their names, and mergekit may take other ones; merge it here")
     base, experts = plan.inputs.networks
+    if plan.inputs.tokenizer.seen:
+        raise InputError("tokenizer: models with several vocabularies are not exported to mergekit; merge them here")
     if base.untied:
         raise InputError("base: an expert holds apart what the base ties; mergekit would lose one of both")
     if base.statistics:

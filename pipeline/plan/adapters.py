@@ -28,6 +28,11 @@ def adapter_job(key: str, variant: Variant, inputs: Inputs, fields: dict[str, An
     """
     assert variant.adapter is not None
     base, experts = inputs.networks
+    if inputs.tokenizer.seen:
+        raise InputError(
+            f"{key}.adapter: merged models have another vocabulary than the base ({', '.join(inputs.tokenizer.seen)}), "
+            "which no adapter of it can; leave adapter out, or set tokenizer.source: base"
+        )
     network = AdaptedNetwork(base)
     for name, expert in experts.items():
         _check_expert(f"{key}.adapter", name, expert, network)

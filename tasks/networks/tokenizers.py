@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from sensmerge.tasks.artifacts import load_object, write_json
+from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.companions import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
@@ -22,6 +21,7 @@ from sensmerge.tasks.checkpoints.companions import (
 from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.template_files import chat_templates, object_in, set_template, template_texts
 from sensmerge.tasks.networks.union import Asked, United, conflict_of, unite
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -178,7 +178,7 @@ def _ends_of(owner: Owner, base: Owner, united: United | None) -> list[int]:
 def _generation(owner: Owner, base: Owner) -> dict[str, Any]:
     """Return a model's generation config; of an adapter without one, that of the base, which is its network."""
     path = owner.folder / GENERATION_CONFIG
-    return _object(path if owner.config or path.is_file() else base.folder / GENERATION_CONFIG)
+    return object_in(path if owner.config or path.is_file() else base.folder / GENERATION_CONFIG)
 
 
 def end_ids(owner: Owner, base: Owner, stated_only: bool = False) -> list[int]:
@@ -200,24 +200,6 @@ def end_ids(owner: Owner, base: Owner, stated_only: bool = False) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def chat_templates(folder: Path) -> dict[str, Any]:
-    """Return what a model's files hold of chat templates, by file."""
-    found: dict[str, Any] = {
-        name: _text(path)
-        for name, path in companions(folder).items()
-        if name.startswith(("chat_template.", "additional_chat_templates/"))
-    }
-    stated = _object(folder / TOKENIZER_CONFIG).get("chat_template")
-    return found | ({TOKENIZER_CONFIG: stated} if stated else {})
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8; save the file as UTF-8, or leave it out") from None
-
-
 def _asked_template(asked: str | None, owners: Sequence[Owner]) -> str | None:
     """Return the chat template that a recipe asks for; the first of those that as many models have."""
     if asked is not None and not owners:
@@ -235,20 +217,9 @@ def _default_template(owner: Owner) -> str:
     return str((found.get("default") if isinstance(found, dict) else found) or "").strip()
 
 
-def _templates(folder: Path) -> set[str]:
-    """Return the texts of all chat templates, whichever file they are in."""
-    texts: set[str] = set()
-    for name, found in chat_templates(folder).items():
-        if name.endswith(".json"):
-            found = _object(folder / name).get("chat_template") if name != TOKENIZER_CONFIG else found
-        entries = found if isinstance(found, list) else [found]
-        texts |= {one["template"] if isinstance(one, dict) else str(one) for one in entries}
-    return texts
-
-
 def _other_templates(source: Owner, owners: Sequence[Owner]) -> list[str]:
-    taken = _templates(source.folder)
-    other = [one for one in owners if one is not source and _templates(one.folder) - taken]
+    taken = template_texts(source.folder)
+    other = [one for one in owners if one is not source and template_texts(one.folder) - taken]
     if not other:
         return []
     what = f"the chat template of {source.key}" if taken else "no chat template"
@@ -306,10 +277,10 @@ def added_tokens(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the added tokens of a folder's tokenizer as `tokenizer.json` has them, by token."""
     found = {
         str(one["content"]): {"id": int(id_), **one}
-        for id_, one in _object(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items()
+        for id_, one in object_in(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items()
     }
-    found |= {str(one["content"]): one for one in _object(folder / TOKENIZER_JSON).get("added_tokens", [])}
-    for token, id_ in _object(folder / "added_tokens.json").items():
+    found |= {str(one["content"]): one for one in object_in(folder / TOKENIZER_JSON).get("added_tokens", [])}
+    for token, id_ in object_in(folder / "added_tokens.json").items():
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         found.setdefault(token, {"id": id_, "content": token, **plain, "special": True})
     return found
@@ -332,29 +303,12 @@ def write_choice(choice: Choice, base: Owner, experts: Sequence[Owner], target: 
         entries = {token: {"content": token, **plain} for token in choice.added} | entries
         _add_tokens(target, choice, entries)
     if choice.template is not None:
-        _set_template(target, choice.template)
+        set_template(target, choice.template)
     generation = _generation(choice.source, base)
     if choice.ends:
         generation = {**choice.token_ids(), **generation, "eos_token_id": _one_or_list(choice.ends)}
     if generation:
         write_json(target / GENERATION_CONFIG, generation)
-
-
-def _set_template(folder: Path, template: str) -> None:
-    """Give a tokenizer one chat template instead of all that it has."""
-    for name in chat_templates(folder):
-        if name != TOKENIZER_CONFIG:
-            (folder / name).unlink()
-    config = _object(folder / TOKENIZER_CONFIG)
-    if config.pop("chat_template", None) is not None:
-        write_json(folder / TOKENIZER_CONFIG, config)
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    try:
-        load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        raise InputError(f"tokenizer.chat_template: no Jinja template ({error}); correct it") from error
-    except TemplateError:  # a template may refuse this conversation
-        return
 
 
 def _add_tokens(folder: Path, choice: Choice, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -364,7 +318,7 @@ def _add_tokens(folder: Path, choice: Choice, entries: Mapping[str, Mapping[str,
             f"{choice.source.folder}: has no {TOKENIZER_JSON} that {', '.join(map(repr, choice.added))} could be added "
             f"to; {WAY_OUT}"
         )
-    content = _object(path)
+    content = object_in(path)
     vocabulary = content["model"].get("vocab")
     new = sorted(choice.added.items(), key=lambda item: item[1])
     content["added_tokens"] += [{**entries[token], "id": one} for token, one in new]
@@ -373,7 +327,7 @@ def _add_tokens(folder: Path, choice: Choice, entries: Mapping[str, Mapping[str,
         # The library numbers added tokens without a gap, but for those that the vocabulary has a number for.
         vocabulary |= {entry["content"]: entry["id"] for entry in content["added_tokens"]}
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-    config = _object(folder / TOKENIZER_CONFIG)
+    config = object_in(folder / TOKENIZER_CONFIG)
     if "added_tokens_decoder" in config:
         for token, one in new:
             config["added_tokens_decoder"][str(one)] = {k: v for k, v in entries[token].items() if k != "id"}
@@ -388,11 +342,6 @@ def _numbered(content: Mapping[str, Any]) -> list[int | None]:
     """Return the ids that the tokenizers library gives to the added tokens of a `tokenizer.json`."""
     tokenizer = Tokenizer.from_str(json.dumps(content))
     return [tokenizer.token_to_id(entry["content"]) for entry in content["added_tokens"]]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, empty where there is none; raises InputError if it is no JSON object."""
-    return load_object(path) if path.is_file() else {}
 
 
 def _list(value: Any) -> list[int]:
