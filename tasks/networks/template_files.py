@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from sensmerge.tasks.artifacts import write_json
+from sensmerge.tasks.artifacts import load_object, write_json
 from sensmerge.tasks.checkpoints.companions import TOKENIZER_CONFIG, companions
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import load_tokenizer
