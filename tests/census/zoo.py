@@ -19,8 +19,7 @@ FAMILIES = {
         "MixtralForCausalLM",  # experts that are stacked
         "DeepseekV3ForCausalLM",  # its router has a correction that is a buffer
         "GptOssForCausalLM",
-        "Inkling2ForCausalLM",  # patterns of old names match today's
-        "LagunaForCausalLM",  # so do they here
+        "LagunaForCausalLM",  # patterns of old names match today's
         "Qwen3MoeForCausalLM",
     ),
     "state spaces and hybrids": (
