@@ -152,13 +152,14 @@ def gather_rows(
         InputError: data that does not fit its task, or no row left to score; it names the recipe's key.
     """
     readers: dict[str, _Reader] = {}
+    notes = []
     for name, task in tasks.items():
         _check_kind(name, task, experts[name])
+        notes += task.notes(f"tasks.{name}", tokenizer, experts[name].folder)
         if isinstance(task, RowTask):
             readers[name] = _Reader(name, task, experts[name], tokenizer, use)
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
     taken = _places(calibration)
-    notes = []
     for name, rows in calibration.items():
         tuned_on = use.tuned if readers[name].task.tuning is None else "none"
         notes += _answers(readers[name], "calibration", rows, tuned_on)

@@ -8,6 +8,7 @@ know it. torch is imported where it is used, so that reading a recipe does not w
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
@@ -72,6 +73,16 @@ class Task(Strict):
 
     def check_installed(self, key: str) -> None:
         """Raise InputError if something is missing that the task needs; `key` (`tasks.science`) names it."""
+
+    def notes(self, key: str, tokenizer: "PreTrainedTokenizerBase", expert: Path) -> list[str]:
+        """Return what a user should know of how rows are read: a line each.
+
+        Args:
+            key: names the task (`tasks.science`).
+            tokenizer: that all models share.
+            expert: folder of the task's own expert.
+        """
+        return []
 
     def depends_on(self) -> Mapping[str, Any]:
         """Return what scores depend on beside the task's settings and rows, in a form that `identity` takes."""
@@ -326,6 +337,10 @@ class RowTask(Task):
 
     def answer_record(self, row: Row, text: str) -> Record:
         """Return what a generated answer adds to a row's record."""
+        return {}
+
+    def table_row(self, row: Row, record: Record) -> Mapping[str, Any]:
+        """Return what people read of a row and what a model answered, by the name of the column; empty if nothing."""
         return {}
 
     def agreement(self, record: Record, own: Record) -> Record:

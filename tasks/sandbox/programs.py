@@ -18,7 +18,7 @@ def program_of(context: str, answer: str, entry_point: str | None) -> str:
         entry_point: the function that is asked for; None for any.
     """
     first = _FENCE.search(answer)
-    if first is None or _is_code(answer[: first.start()]):
+    if first is None or _is_code(context, answer[: first.start()]):
         return _longest(context, answer if first is None else answer[: first.start()])
     blocks = _FENCE.findall(answer)
     block: str = next((one for one in blocks if _defines(one, entry_point)), blocks[0])
@@ -37,9 +37,9 @@ def is_python(text: str) -> bool:
     return True
 
 
-def _is_code(text: str) -> bool:
+def _is_code(context: str, text: str) -> bool:
     """Whether what stands before a fence is code itself, so that the fence ends it."""
-    return bool(text.strip()) and (text[0] in " \t\n" or _defines(text, None)) and is_python(f"if 1:\n pass\n{text}")
+    return bool(text.strip()) and (text[0].isspace() or _defines(text, None)) and is_python(context + text)
 
 
 def _defines(text: str, name: str | None) -> bool:
