@@ -119,8 +119,11 @@ class CodeTask(RowTask):
                 f"{key}.run_untrusted_code is false, and kind code runs programs that models wrote, which nobody has "
                 "read; set it to true to run them in a sandbox, or leave out the evaluation rows"
             )
-        if self.isolation == "required" and (missing := missing_isolation()):
+        missing = missing_isolation()
+        if missing and self.isolation == "required":
             raise InputError(_refusal(f"{key}.isolation", missing))
+        if missing and (limits := missing_isolation(False)):
+            raise InputError(f"{key}: programs cannot even run with limits alone: {limits}; use another user")
 
     def notes(self, key: str, tokenizer: "PreTrainedTokenizerBase", expert: Path) -> list[str]:
         """See `Task`: how this machine isolates programs."""
@@ -205,7 +208,9 @@ class CodeTask(RowTask):
         try:
             outcome = run_tests(program, self._tests(row), Limits(self.timeout, self.memory), isolate)
         except NoSandboxError as error:
-            raise InputError(_refusal("isolation", str(error))) from None
+            if isolate:
+                raise InputError(_refusal("isolation", str(error))) from None
+            raise InputError(f"isolation: no sandbox there, not even with limits alone: {error}") from None
         return {"passed": int(outcome == PASSED), "outcome": outcome, "answer": text}
 
     def table_row(self, row: Row, record: Record) -> Mapping[str, Any]:

@@ -156,7 +156,3 @@ def _outcome(program: Program, tests: dict[str, Any]) -> str:
     except BaseException as error:
         return f"raised {type(error).__name__}"
     return "passed"
-
-
-if __name__ == "__main__":
-    main()

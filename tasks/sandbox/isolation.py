@@ -40,9 +40,10 @@ def isolate(root: Path) -> None:
     Raises:
         NotIsolatedError: the machine does not allow it. The process is then good for nothing.
     """
+    _check_linux()
     number = _PIVOT_ROOT.get(platform.machine())
-    if sys.platform != "linux" or number is None:
-        raise NotIsolatedError(f"no namespaces on {sys.platform} {platform.machine()}")
+    if number is None:
+        raise NotIsolatedError(f"no way to change the root on {platform.machine()}")
     user, group = os.getuid(), os.getgid()
     _check(_libc.unshare(_NEW_NAMESPACES | (0 if user == 0 else _NEW_USER)), "unshare")
     if user != 0:
@@ -72,6 +73,7 @@ def become_nobody() -> None:
 
     Raises NotIsolatedError if Python's own library cannot be read any more.
     """
+    _check_linux()
     if os.getuid() == 0:
         try:
             os.setgroups([])
@@ -118,7 +120,7 @@ def limit(seconds: int, mebibytes: int) -> None:
 def _library_folders() -> list[Path]:
     """Folders that Python and what it loads are in; none within another."""
     system = [Path(name) for name in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")]
-    own = [Path(os.__file__).parent, *(Path(name) for name in sys.path if name)]
+    own = [Path(os.__file__).parents[1], *(Path(name) for name in sys.path if name)]
     found: list[Path] = []
     for folder in sorted({one for one in [*system, *own] if one.is_dir()}, key=lambda one: len(one.parts)):
         if not any(folder.is_relative_to(one) for one in found):
@@ -129,6 +131,11 @@ def _library_folders() -> list[Path]:
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
     texts = [None if text is None else text.encode() for text in (source, target, kind, options)]
     _check(_libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), f"mount {target}")
+
+
+def _check_linux() -> None:
+    if sys.platform != "linux":
+        raise NotIsolatedError(f"the sandbox is for Linux, this is {sys.platform}")
 
 
 def _check(result: int, what: str) -> None:

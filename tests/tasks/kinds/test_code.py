@@ -111,7 +111,10 @@ def test_nothing_runs_unless_the_recipe_says_so() -> None:
 
 
 def test_what_is_refused_without_isolation_and_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sensmerge.tasks.kinds.code.missing_isolation", lambda: "unshare: Operation not permitted")
+    def missing(isolate: bool = True) -> str | None:
+        return "unshare: Operation not permitted" if isolate else None
+
+    monkeypatch.setattr("sensmerge.tasks.kinds.code.missing_isolation", missing)
     task = mbpp_task(evaluation=SOURCE)
     with pytest.raises(InputError, match=r"^tasks\.code\.isolation is required, and the machine cannot .*unshare"):
         task.check_installed("tasks.code")
@@ -120,7 +123,7 @@ def test_what_is_refused_without_isolation_and_what_is_said(monkeypatch: pytest.
     (note,) = lax.notes("tasks.code", None, None)  # type: ignore[arg-type]
     assert "limits of time and memory alone" in note
     assert "unshare: Operation not permitted" in note
-    monkeypatch.setattr("sensmerge.tasks.kinds.code.missing_isolation", lambda: None)
+    monkeypatch.setattr("sensmerge.tasks.kinds.code.missing_isolation", lambda isolate=True: None)
     (note,) = task.notes("tasks.code", None, None)  # type: ignore[arg-type]
     assert "without network, files and other processes" in note
 
