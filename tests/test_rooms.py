@@ -9,7 +9,19 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "pipeline": ["", "tracking", "report", "execute", "plan", "store", "recipe"],
-    "tasks": ["stages", "serving", "dynamic", "kinds", "rows", "networks", "checkpoints", "methods", "statistics", ""],
+    "tasks": [
+        "stages",
+        "serving",
+        "dynamic",
+        "kinds",
+        "sandbox",
+        "rows",
+        "networks",
+        "checkpoints",
+        "methods",
+        "statistics",
+        "",
+    ],
 }
 """The rooms of both floors from top to bottom; "" stands for the modules beside them."""
 MODULES = sorted(path for floor in ROOMS for path in (PROJECT / floor).rglob("*.py"))

@@ -1,0 +1,1 @@
+"""Programs that nobody has read, run apart from everything else and judged by tests."""
