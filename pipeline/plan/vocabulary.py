@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from sensmerge.tasks.artifacts import canonical, sha256_file, sha256_text
-from sensmerge.tasks.checkpoints.views import VIEWS, VocabularyView, view_digest
+from sensmerge.tasks.checkpoints.views import VIEWS, VocabularyView, in_folders, view_digest
 from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.views import Member, donors, fill_folder, view_of
@@ -39,11 +39,11 @@ def in_vocabulary(
     Raises:
         InputError: what `view_of` and `fill_folder` raise; the cache cannot be written.
     """
-    told_as = {one.key: one.key for one in members}
     folders = {one.key: str(one.folder.absolute()) for one in members}
     found = {}
     for one in (member for member in members if member.key in keys):
-        view, told = (view_of(one, vocabulary, members, where) for where in (folders, told_as))
+        told = view_of(one, vocabulary, members)
+        view = in_folders(told, folders)
 
         def fill(target: Path, one: Member = one, view: VocabularyView = view) -> None:
             fill_folder(one, view, vocabulary.rows, target)

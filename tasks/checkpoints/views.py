@@ -5,9 +5,10 @@ that says of which rows of which models its tensors are made. The program alone 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -106,8 +107,7 @@ def stretches(places: Mapping[int, int]) -> tuple[Stretch, ...]:
     return tuple(Stretch(*one) for one in found)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A row of a stored tensor."""
 
     folder: str
@@ -129,13 +129,13 @@ def gather(like: Gathered, sources: Mapping[int, Sequence[ModelRow]], where: Cal
     single: dict[tuple[str, str, str, RowChange | None], dict[int, int]] = {}
     means: dict[int, tuple[Taken, ...]] = {}
     for to, found in sources.items():
-        places = [where(one) for one in found]
-        if len(places) == 1:
-            (one,) = places
+        if len(found) == 1:
+            one = where(found[0])
             single.setdefault((one.folder, one.file, one.tensor, one.change), {})[to] = one.row
-        elif places:
+        elif found:
             means[to] = tuple(
-                Taken(one.folder, one.file, one.tensor, (Stretch(0, one.row, 1),), one.change) for one in places
+                Taken(one.folder, one.file, one.tensor, (Stretch(0, one.row, 1),), one.change)
+                for one in map(where, found)
             )
     parts = tuple(
         Taken(folder, file, tensor, stretches(rows), change) for (folder, file, tensor, change), rows in single.items()
@@ -143,6 +143,24 @@ def gather(like: Gathered, sources: Mapping[int, Sequence[ModelRow]], where: Cal
     rows = like.shape[like.axis]
     blank = stretches({to: to for to in range(rows) if to not in sources})
     return Gathered(like.axis, like.dtype, like.shape, like.file, parts, means, blank)
+
+
+def in_folders(view: VocabularyView, folders: Mapping[str, str]) -> VocabularyView:
+    """Return a view with other names of folders."""
+
+    def moved(one: Taken) -> Taken:
+        change = one.change and replace(one.change, folder=folders[one.change.folder])
+        return replace(one, folder=folders[one.folder], change=change)
+
+    tensors = {
+        name: replace(
+            how,
+            parts=tuple(map(moved, how.parts)),
+            means={to: tuple(map(moved, found)) for to, found in how.means.items()},
+        )
+        for name, how in view.tensors.items()
+    }
+    return replace(view, tensors=tensors)
 
 
 def write_view(view: VocabularyView, folder: Path) -> None:

@@ -6,13 +6,13 @@ What a model has for a token that it lacks is decided as mergekit 0.1.5 does (`m
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 Token = str | int
 """The text of a token; of a row that no tokenizer has a token for, its number."""
 
 
-@dataclass(frozen=True)
-class ModelRow:
+class ModelRow(NamedTuple):
     """One row of a model's own embedding."""
 
     model: str

@@ -3,7 +3,8 @@
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Member:
         found = [one for one in self.tensors if one.key in aliases and not one.is_change]
         return min(found, key=lambda one: one.key != key, default=None)
 
-    def change(self, key: str, folder: str) -> RowChange | None:
+    def change(self, key: str) -> RowChange | None:
         """Return what an adapter adds to a parameter; None where it has no factors for it."""
         found = self.factors.get(key)
         if found is None:
@@ -74,7 +75,7 @@ class Member:
         by_columns = "embedding_A" in found
         first, second = (found[f"embedding_{one}" if by_columns else one] for one in "AB")
         scaling = scaling_of(read_adapter_config(self.folder), module_of(first))
-        return RowChange(folder, self.checkpoint.tensors[first].file, first, second, scaling, by_columns)
+        return RowChange(self.key, self.checkpoint.tensors[first].file, first, second, scaling, by_columns)
 
 
 def token_axes(config: PretrainedConfig, names: Names, folder: Path) -> dict[str, int]:
@@ -138,16 +139,13 @@ def _fits(checkpoint: Checkpoint, name: str, base: Member, key: str, axis: int) 
     return len(found) == len(expected) and others[0] == others[1] and found[axis] > 0
 
 
-def view_of(
-    member: Member, vocabulary: Vocabulary, members: Sequence[Member], folders: Mapping[str, str]
-) -> VocabularyView:
-    """Return a model in the vocabulary of merged models.
+def view_of(member: Member, vocabulary: Vocabulary, members: Sequence[Member]) -> VocabularyView:
+    """Return a model in the vocabulary of merged models, in which folders have the names of their models.
 
     Args:
         member: the model.
         vocabulary: of merged models.
         members: all models, the base first.
-        folders: what folder each is said to have, by key.
 
     Raises:
         InputError: a model lacks a tensor that rows are to be taken from.
@@ -167,7 +165,7 @@ def view_of(
             name = name.replace(TRAINED_TOKENS, ".weight")
         shape = tuple(vocabulary.rows if axis == one.axis else size for axis, size in enumerate(shape))
         like = Gathered(one.axis, dtype, shape, info.file, ())
-        found = _Rows(member, one, members, folders)
+        found = _Rows(member, one, {other.key: other for other in members}, members[0])
         tensors[name] = gather(like, own if one.is_change else sources, found.place)
     places = {to: start for start, to in vocabulary.places(member.key).items()}
     return VocabularyView(tensors, tuple(left_out), stretches(places))
@@ -179,13 +177,13 @@ class _Rows:
 
     member: Member
     tensor: TokenTensor
-    members: Sequence[Member]
-    folders: Mapping[str, str]
+    members: Mapping[str, Member]
+    base: Member
 
     def place(self, row: ModelRow) -> Place:
         """Return where a row is stored; raises InputError if its model has no such tensor."""
-        owner, base = next(one for one in self.members if one.key == row.model), self.members[0]
-        stored = self.tensor if owner is self.member else owner.stored(self.tensor.key)
+        owner, base = self.members[row.model], self.base
+        stored = self._stored[row.model]
         if stored is None and owner.config is None:  # an adapter has the base's, but for what it adds
             found = self.place(ModelRow(base.key, row.number))
         elif stored is None:
@@ -198,15 +196,26 @@ class _Rows:
         else:
             number = row.number if stored.trained is None else stored.trained.index(row.number)
             file = owner.checkpoint.tensors[stored.name].file
-            found = Place(self.folders[owner.key], file, stored.name, number)
+            found = Place(owner.key, file, stored.name, number)
         if owner is self.member:  # whose factors are tensors of their own
             return found
-        key = self.tensor.key if stored is None else stored.key
-        return replace(found, change=owner.change(key, self.folders[owner.key]))
+        if owner.factors and owner.key not in self._changes:
+            self._changes[owner.key] = owner.change(self.tensor.key if stored is None else stored.key)
+        return found._replace(change=self._changes.get(owner.key))
+
+    @cached_property
+    def _stored(self) -> dict[str, TokenTensor | None]:
+        others = {key: one.stored(self.tensor.key) for key, one in self.members.items()}
+        return {**others, self.member.key: self.tensor}
+
+    @cached_property
+    def _changes(self) -> dict[str, RowChange | None]:
+        """What adapters add to rows that they lend, by their keys."""
+        return {}
 
 
 def donors(view: VocabularyView, key: str) -> list[str]:
-    """Return the other models that a view, whose folders are the models' keys, takes rows from."""
+    """Return the keys of the other models that a view (of `view_of`) takes rows from."""
     parts = [one for how in view.tensors.values() for one in (*how.parts, *sum(how.means.values(), ()))]
     folders = {one.folder for one in parts} | {one.change.folder for one in parts if one.change is not None}
     return sorted(folders - {key})
