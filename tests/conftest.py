@@ -1,5 +1,6 @@
 """Tiny real models, a real tokenizer and one Ray cluster for all tests."""
 
+import gc
 import json
 import os
 import sys
@@ -71,6 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs ../shared"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Look no more for garbage among what was imported: of a million objects, every look takes a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 _ROWS = TemporaryDirectory(prefix="sensmerge-rows-")
