@@ -1,5 +1,7 @@
 """Models whose tokens differ, in the one vocabulary of merged models: a folder in the cache stands for each of them."""
 
+import shutil
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,9 @@ from sensmerge.tasks.checkpoints.views import VIEWS, VocabularyView, in_folders,
 from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.views import Member, donors, fill_folder, view_of
+
+LEFT_BEHIND = 3600
+"""Seconds after which nobody writes to an unfinished folder any more: whoever began it was killed."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ def settled(parent: Path, fill: Callable[[Path], None]) -> Path:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob(".*"):
+            if left.stat().st_mtime < time.time() - LEFT_BEHIND:
+                shutil.rmtree(left, ignore_errors=True)  # somebody else may be at it, too
         with TemporaryDirectory(dir=parent, prefix=".") as temporary:
             # Named as the folder that it becomes: what it holds is read as that is read.
             folder = Path(temporary) / parent.name / "written"
