@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -334,7 +335,9 @@ def _check_whole(path: Path, stored: set[str], config: AdapterConfig, network: P
     naming = config.naming([name for name, _ in network.named_modules()])
     try:
         settings = LoraConfig(**naming, r=1, init_lora_weights=False)  # which rank is no matter here
-        adapted = get_peft_model(copy.deepcopy(network), settings, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():  # peft asks transformers by names that will be gone in another version
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = get_peft_model(copy.deepcopy(network), settings, low_cpu_mem_usage=True)
     except ERRORS as error:
         raise InputError(
             f"{config.path}: peft cannot apply it to {type(network).__name__} "

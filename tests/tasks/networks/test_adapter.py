@@ -1,5 +1,6 @@
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,13 @@ def test_language_models(
     assert (len(expert.low_rank), len(expert.own), expert.head) == (adapted, whole, {})
     assert_same_as_peft(expert, reference.state_dict())
     assert sum(expert.touches(name) for name in base.weights) == adapted + whole
+
+
+def test_libraries_warn_of_nothing(llamas: dict[str, Path], tmp_path: Path) -> None:
+    adapt(make_llama(), tmp_path / "one", target_modules=["q_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        open_expert(tmp_path / "one", open_base(llamas["base"]), "experts.one")
 
 
 def test_a_tied_embedding(llamas: dict[str, Path], tmp_path: Path) -> None:
