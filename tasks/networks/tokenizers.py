@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.companions import (
@@ -178,7 +178,12 @@ def _ends_of(owner: Owner, base: Owner, united: United | None) -> list[int]:
 def _generation(owner: Owner, base: Owner) -> dict[str, Any]:
     """Return a model's generation config; of an adapter without one, that of the base, which is its network."""
     path = owner.folder / GENERATION_CONFIG
-    return object_in(path if owner.config or path.is_file() else base.folder / GENERATION_CONFIG)
+    found = object_in(path if owner.config or path.is_file() else base.folder / GENERATION_CONFIG)
+    try:
+        GenerationConfig(**found)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: transformers cannot read it ({' '.join(str(error).split())}); correct it") from error
+    return found
 
 
 def end_ids(owner: Owner, base: Owner, stated_only: bool = False) -> list[int]:

@@ -111,6 +111,15 @@ def test_another_size(
     assert said in refused(llama_recipe)
 
 
+def test_a_generation_config_that_transformers_cannot_read(
+    llama_recipe: Recipe, save: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    base = save(make_llama(), "base", tmp_path)
+    (base / "generation_config.json").write_text('{"pad_token_id": "x"}')
+    llama_recipe["base"] = str(base)
+    assert f"{base}/generation_config.json: transformers cannot read it" in refused(llama_recipe)
+
+
 def test_missing_tensor(
     llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
