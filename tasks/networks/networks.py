@@ -20,7 +20,7 @@ from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER_CONFIG, has_tokenizer
 from sensmerge.tasks.checkpoints.quantised import WAY_OUT, quantisation
 from sensmerge.tasks.checkpoints.views import read_view
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.bounds import ERRORS, check_bounds, setting
 from sensmerge.tasks.networks.foreign import check_foreign
 from sensmerge.tasks.networks.merged_ids import in_merged_ids
@@ -53,6 +53,9 @@ def load_config(folder: Path, dequantize: bool = False) -> PretrainedConfig:
         raise InputError(f"{path}: no such file; expected a Hugging Face model folder")
     content = load_object(path)
     check_foreign(path)
+    names = content.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f'{path}: architectures is {shown(names)}; expected a list such as ["LlamaForCausalLM"]')
     try:
         with _quiet():
             config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -120,6 +120,16 @@ def test_a_generation_config_that_transformers_cannot_read(
     assert f"{base}/generation_config.json: transformers cannot read it" in refused(llama_recipe)
 
 
+@pytest.mark.parametrize("names", [5, [5], [["LlamaForCausalLM"]], "LlamaForCausalLM"])
+def test_architectures_that_are_no_names(
+    names: object, llama_recipe: Recipe, save: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    path = save(make_llama(), "base", tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": names}))
+    llama_recipe["base"] = str(path.parent)
+    assert f"{path}: architectures is" in refused(llama_recipe)
+
+
 def test_missing_tensor(
     llama_recipe: Recipe, llamas: dict[str, Path], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
