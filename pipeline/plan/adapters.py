@@ -31,7 +31,7 @@ def adapter_job(key: str, variant: Variant, inputs: Inputs, fields: dict[str, An
     if inputs.tokenizer.seen:
         raise InputError(
             f"{key}.adapter: merged models have another vocabulary than the base ({', '.join(inputs.tokenizer.seen)}), "
-            "which no adapter of it can; leave adapter out, or set tokenizer.source: base"
+            "which no adapter of it can; leave adapter out"
         )
     network = AdaptedNetwork(base)
     for name, expert in experts.items():

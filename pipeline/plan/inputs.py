@@ -130,7 +130,7 @@ def _check_order(recipe: Recipe) -> None:
         if variant.adapter is not None:
             raise InputError(
                 f"merges.{name}.adapter: the experts are whole models, merged by the names of their tensors; leave "
-                "adapter out, or make adapters of them with `sensmerge extract`"
+                "adapter out"
             )
         if variant.lines is not None:
             raise InputError(
