@@ -276,6 +276,16 @@ def test_what_an_adapter_cannot_be_is_refused(
         plan_of(tmp_path, tiny_recipe(models, tmp_path) | {"merges": {"ta": {"adapter": {}} | settings}})
 
 
+def test_an_adapter_in_another_vocabulary_is_refused(llamas: dict[str, Path], tmp_path: Path) -> None:
+    models = {"base": llamas["base"]} | {
+        name: make_adapter(make_llama(), tmp_path / name, seed) for seed, name in enumerate(("math", "code"), 1)
+    }
+    recipe = tiny_recipe(models, tmp_path) | {"tasks": {}, "tokenizer": {"pad_to_multiple_of": 64}}
+    with pytest.raises(InputError, match=r"merges\.ta\.adapter: merged models have another vocabulary than the base"):
+        plan_of(tmp_path, recipe | {"merges": {"ta": {"method": "task_arithmetic", "adapter": {}}}})
+    plan_of(tmp_path, recipe | {"merges": {"ta": {"method": "task_arithmetic"}}})
+
+
 @pytest.mark.parametrize(
     ("expert", "said"),
     [

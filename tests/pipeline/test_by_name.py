@@ -288,6 +288,8 @@ def test_lines_is_refused_and_adapters_are(llamas: dict[str, Path], tmp_path: Pa
     write_models(tmp_path, None)
     with pytest.raises(InputError, match=r"merges.m.lines grows .* names alone do not tell"):
         plan_of(tmp_path, recipe_for(merges={"m": TASK_ARITHMETIC | {"lines": {"first": 0.1, "last": 1.0}}}))
+    with pytest.raises(InputError, match=r"merges.m.adapter: the experts are whole models, .* leave adapter out"):
+        plan_of(tmp_path, recipe_for(merges={"m": TASK_ARITHMETIC | {"adapter": {}}}))
     make_adapter(make_llama(), tmp_path / "adapter", 1)
     with pytest.raises(InputError, match=r"experts.a: .*/adapter is an adapter, which needs a network"):
         plan_of(tmp_path, recipe_for(experts={"a": {"model": "adapter"}, "b": {"model": "b"}}))
