@@ -7,6 +7,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,19 @@ READ_FROM = ".models.partial"
 """In a folder under construction, and never in an artifact: the states of the models that its pieces were read from."""
 
 
+class Around(Enum):
+    """Pieces that are not a part of a job."""
+
+    CHECK = "check"
+    """of what the step reads; before all others"""
+    FINISH = "finish"
+    """after all others"""
+
+
+Piece = int | str | Around
+"""A part of a job, by its name, or what comes before and after the parts."""
+
+
 @dataclass
 class Running:
     """A step under way: its pieces not submitted yet, and what the finished ones took."""
@@ -35,15 +49,37 @@ class Running:
     step: Step
     job: ray.ObjectRef[Job]
     models: ray.ObjectRef[PlannedModels]
-    waiting: deque[int | str]
+    waiting: deque[Piece]
     pending: int
+    """pieces that have not ended, the last included"""
+    checking: bool = False
+    """what the step reads is being read through"""
+    finishing: bool = False
     spent: Spent = field(default_factory=Spent)
 
     @classmethod
     def begin(cls, step: Step, store: Store) -> Running:
         """Look for what earlier runs left, and hand the job and its models to Ray, once for all its pieces."""
         job = prepared(step, store)
-        return cls(step, ray.put(job), ray.put(step.models), deque(job.parts()), len(job.parts()) + 1)
+        pieces: list[Piece] = [*([Around.CHECK] if step.needs else []), *job.parts()]
+        return cls(step, ray.put(job), ray.put(step.models), deque(pieces), len(pieces) + 1)
+
+    def take(self) -> Piece | None:
+        """Return the piece that is next, or None while it has to wait for others."""
+        if self.waiting and not self.checking:
+            self.checking = self.waiting[0] is Around.CHECK
+            return self.waiting.popleft()
+        if self.pending == 1 and not self.finishing:
+            self.finishing = True
+            return Around.FINISH
+        return None
+
+    def ended(self, piece: Piece, done: Done) -> None:
+        """Record that a piece has ended."""
+        self.pending -= 1
+        self.checking = False
+        if not isinstance(piece, Around):
+            self.spent += done.spent
 
 
 def prepared(step: Step, store: Store) -> Job:
@@ -83,32 +119,26 @@ class Pieces:
         self._running: dict[str, Running] = {}
         self._in_flight: dict[Stage, int] = dict.fromkeys(limits, 0)
 
-    def take(self) -> Iterator[tuple[Running, int | str | None]]:
-        """Yield pieces that may be submitted now; None stands for a step's finish."""
+    def take(self) -> Iterator[tuple[Running, Piece]]:
+        """Yield pieces that may be submitted now."""
         self._ready = sorted((*self._ready, *self._graph.get_ready()), key=self._place.__getitem__)
         for title in self._ready:
             if title not in self._running:
                 self._running[title] = Running.begin(self._steps[title], self._store)
             state, stage = self._running[title], self._steps[title].stage
-            while self._in_flight[stage] < self._limits[stage] and (state.waiting or state.pending == 1):
+            while self._in_flight[stage] < self._limits[stage] and (piece := state.take()) is not None:
                 self._in_flight[stage] += 1
-                if state.waiting:
-                    yield state, state.waiting.popleft()
-                else:
-                    state.pending = 0
-                    yield state, None
+                yield state, piece
 
     def is_active(self) -> bool:
         """Return whether some step is not done."""
         return self._graph.is_active()
 
-    def piece_done(self, state: Running, last: bool, done: Done) -> None:
+    def piece_done(self, state: Running, piece: Piece, done: Done) -> None:
         """Record that a piece has ended."""
         self._in_flight[state.step.stage] -= 1
-        if last:
+        state.ended(piece, done)
+        if piece is Around.FINISH:
             self._ready.remove(state.step.title)
             del self._running[state.step.title]
             self._graph.done(state.step.title)
-        else:
-            state.pending -= 1
-            state.spent += done.spent

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
-from sensmerge.pipeline.execute.pieces import Pieces, Running
+from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running
 from sensmerge.pipeline.execute.progress import progress
-from sensmerge.pipeline.execute.worker import Done, run_finish, run_part
+from sensmerge.pipeline.execute.worker import Done, run_check, run_finish, run_part
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.errors import InputError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does
     from sensmerge.pipeline.plan.step import Step
 
 # One remote function for all steps: Ray takes calls of one function in their order, those of several in any.
-_RUN_PART, _RUN_FINISH = ray.remote(run_part), ray.remote(run_finish)
+_RUN_CHECK, _RUN_PART, _RUN_FINISH = ray.remote(run_check), ray.remote(run_part), ray.remote(run_finish)
 SECONDS_BOUNDS = [1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
 """Of the histogram of steps' times."""
 TAGS = ("recipe", "stage")
@@ -72,15 +72,15 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
         pieces = Pieces(steps, plan.store, limits)
-        flying: dict[ray.ObjectRef, tuple[Running, bool]] = {}
+        flying: dict[ray.ObjectRef, tuple[Running, Piece]] = {}
         while pieces.is_active():
-            for state, part in pieces.take():
-                flying[_submit(plan, state, part)] = (state, part is None)
+            for state, piece in pieces.take():
+                flying[_submit(plan, state, piece)] = (state, piece)
             (ready, *_), _ = ray.wait(list(flying), num_returns=1)
-            state, last = flying.pop(ready)
+            state, piece = flying.pop(ready)
             result = answer_of(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
-            pieces.piece_done(state, last, result)
-            if last:
+            pieces.piece_done(state, piece, result)
+            if piece is Around.FINISH:
                 advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
                 if metrics is not None:
                     metrics.count(state.step, result)
@@ -111,7 +111,7 @@ def _advice(plan: Plan, stage: Stage) -> str:
     return fewer
 
 
-def _submit(plan: Plan, state: Running, part: int | str | None) -> ray.ObjectRef[Done]:
+def _submit(plan: Plan, state: Running, piece: Piece) -> ray.ObjectRef[Done]:
     step = state.step
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
@@ -123,9 +123,13 @@ def _submit(plan: Plan, state: Running, part: int | str | None) -> ray.ObjectRef
         "retry_exceptions": False,
         "name": step.title,
     }
-    if part is not None:
-        return _RUN_PART.options(**options).remote(state.job, part, plan.store.partial(step.key), threads, state.models)
-    return _RUN_FINISH.options(**options).remote(state.job, plan.store, step.key, state.spent, threads, state.models)
+    if piece is Around.CHECK:
+        needs = {one.title: plan.store.folder(one.key) for one in plan.steps if one.title in step.needs}
+        return _RUN_CHECK.options(**options | {"num_gpus": 0}).remote(needs)
+    if piece is Around.FINISH:
+        finish = (state.job, plan.store, step.key, state.spent, threads, state.models)
+        return _RUN_FINISH.options(**options).remote(*finish)
+    return _RUN_PART.options(**options).remote(state.job, piece, plan.store.partial(step.key), threads, state.models)
 
 
 def _check_resources(plan: Plan, steps: list[Step]) -> None:

@@ -5,7 +5,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from sensmerge.pipeline.store.manifest import file_sizes
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
-from sensmerge.tasks.errors import noted
+from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.stages.job import Job
 
 
@@ -82,6 +82,24 @@ def _peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def run_check(needs: Mapping[str, Path]) -> Done:
+    """Read through what a step is about to read: files may have changed since the run made them or looked at them.
+
+    Args:
+        needs: the folders of artifacts, by the titles of the steps that made them.
+
+    Raises:
+        InputError: a file is not as it was written.
+    """
+    from sensmerge.pipeline.store.verify import damaged_files
+
+    for title, folder in needs.items():
+        wrong = next(damaged_files(folder), None)
+        if wrong is not None:
+            raise InputError(f"{title}: {wrong} in {folder}, changed during this run; run again, which makes it again")
+    return Done({}, Spent())
 
 
 def run_part(job: Job, part: int | str, partial: Path, threads: int, models: PlannedModels = NONE) -> Done:

@@ -30,13 +30,17 @@ from tests.benchmarks.synthetic import make_models
 
 MERGEKIT = "mergekit==0.1.5"
 SETTINGS: dict[str, dict[str, float]] = {
-    "linear": {},
-    "task_arithmetic": {},
-    "ties": {"density": 0.3},
-    "dare_linear": {"density": 0.3},
-    "dare_ties": {"density": 0.3},
+    "linear": {"weight": 0.4},
+    "task_arithmetic": {"weight": 0.4},
+    "ties": {"weight": 0.4, "density": 0.3},
+    "dare_linear": {"weight": 0.4, "density": 0.3},
+    "dare_ties": {"weight": 0.4, "density": 0.3},
+    "della": {"weight": 0.4, "density": 0.3},
+    "slerp": {"t": 0.4},
+    "karcher": {},
+    "model_stock": {},
 }
-WEIGHT = 0.4
+WITHOUT_BASE = ("linear", "karcher")
 PAUSE = 20
 """seconds; memory that is free this long is with the host again"""
 
@@ -77,11 +81,11 @@ def floor(models: list[Path], out: Path) -> float:
 def mergekit(program: Path, models: list[Path], method: str, work: Path) -> float:
     """Return how long mergekit takes for the whole process, with its own defaults."""
     base, *experts = (str(model.absolute()) for model in models)
-    parameters = {"weight": WEIGHT, **SETTINGS[method]}
     config = {
         "merge_method": method,
-        **({} if method == "linear" else {"base_model": base}),
-        "models": [{"model": expert, "parameters": parameters} for expert in experts],
+        **({} if method in WITHOUT_BASE else {"base_model": base}),
+        "models": [{"model": expert} for expert in experts],
+        "parameters": SETTINGS[method],
         "dtype": "bfloat16",
     }
     (work / "mergekit.yaml").write_text(yaml.safe_dump(config))
@@ -97,7 +101,7 @@ def ours(models: list[Path], method: str, workers: int, work: Path) -> Ours:
         "name": "speed",
         "base": base,
         "experts": {f"e{number}": {"model": expert} for number, expert in enumerate(experts)},
-        "merges": {"merged": {"method": method, "weight": WEIGHT, **SETTINGS[method]}},
+        "merges": {"merged": {"method": method, **SETTINGS[method]}},
         "resources": {"merge": {"max_in_flight": workers}},
     }
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -161,11 +165,12 @@ def main() -> None:
         "| stage, ns per byte | peak anonymous memory |\n" + "| --- " * 10 + "|"
     )
     for method in arguments.methods:
-        rounds = []
+        rounds, used = [], models[:2] if method == "slerp" else models
+        size = sum(path.stat().st_size for model in used for path in model.glob("*.safetensors"))
         for _ in range(arguments.rounds):
-            theirs = mergekit(program, models, method, work) if program else float("nan")
-            runs = {workers: ours(models, method, workers, work) for workers in arguments.workers}
-            rounds.append((theirs, runs, floor(models, work / "copied")))
+            theirs = mergekit(program, used, method, work) if program else float("nan")
+            runs = {workers: ours(used, method, workers, work) for workers in arguments.workers}
+            rounds.append((theirs, runs, floor(used, work / "copied")))
             print(json.dumps([theirs, {key: vars(run) for key, run in runs.items()}, rounds[-1][2]]), file=sys.stderr)
         theirs = statistics.median(theirs for theirs, _, _ in rounds)
         low = statistics.median(low for _, _, low in rounds)

@@ -82,6 +82,38 @@ class Exchange(Job):
 
 
 @dataclass(frozen=True)
+class Write(Job):
+    """Makes an artifact of one file."""
+
+    stage = "download"
+    version = 1
+
+    text: str
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        (out / "text").write_text(self.text)
+        return {}
+
+
+@dataclass(frozen=True)
+class Flip(Job):
+    """Has a bit of a file flip, as a disk may do it: its size and time are as before."""
+
+    stage = "download"
+    version = 1
+
+    file: Local[Path]
+
+    def finish(self, out: Path) -> dict[str, Any]:
+        """See `Job`."""
+        stat, content = self.file.stat(), self.file.read_bytes()
+        self.file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        os.utime(self.file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return {}
+
+
+@dataclass(frozen=True)
 class Tell(Job):
     """Sends a signal to a process, and then takes long."""
 

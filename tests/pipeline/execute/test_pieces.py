@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 
 from sensmerge.pipeline.execute.cluster import cluster
-from sensmerge.pipeline.execute.pieces import Pieces
+from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces
 from sensmerge.pipeline.execute.worker import Done, Spent
 from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.stages.job import Job
 
 pytestmark = pytest.mark.ray
+
+SHORT: dict[Piece, str] = {Around.CHECK: "?", Around.FINISH: "."}
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def step(name: str, count: int, *needs: str) -> Step:
     ("limit", "rounds"),
     [
         # The step that needs another comes first in the plan; it is begun last, and then goes before the third.
-        (9, ["a0 a1 c0 c1 c2", "a. c.", "b0", "b.", ""]),
-        (2, ["a0 a1", "a. c0", "b0 c1", "b. c2", "c.", ""]),
+        (9, ["a0 a1 c0 c1 c2", "a. c.", "b?", "b0", "b.", ""]),
+        (2, ["a0 a1", "a. c0", "b? c1", "b0 c2", "b. c.", ""]),
     ],
 )
 def test_in_the_plans_order_and_no_more_than_the_limit(
@@ -55,10 +57,10 @@ def test_in_the_plans_order_and_no_more_than_the_limit(
         pieces = Pieces(steps, Store(tmp_path), {"merge": limit})
         while True:
             taken = list(pieces.take())
-            found.append(" ".join(f"{state.step.name}{'.' if part is None else part}" for state, part in taken))
+            found.append(" ".join(f"{state.step.name}{SHORT.get(piece, piece)}" for state, piece in taken))
             if not taken:
                 break
-            for state, part in taken:
-                pieces.piece_done(state, part is None, Done({}, Spent()))
+            for state, piece in taken:
+                pieces.piece_done(state, piece, Done({}, Spent()))
     assert found == rounds
     assert not pieces.is_active()

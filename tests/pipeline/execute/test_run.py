@@ -34,7 +34,7 @@ from sensmerge.tasks.checkpoints.unchanged import PlannedModels
 from sensmerge.tasks.errors import InputError, StepError
 from sensmerge.tasks.stages.job import Job
 from tests.conftest import command_line, plan_of, tiny_recipe, write_recipe
-from tests.pipeline.execute.jobs import Die, DieOnce, Exchange, Fail, FillDisk
+from tests.pipeline.execute.jobs import Die, DieOnce, Exchange, Fail, FillDisk, Flip, Write
 
 pytestmark = pytest.mark.ray
 
@@ -336,6 +336,27 @@ def test_a_model_that_changes_meanwhile_ends_the_run(
     with pytest.raises(InputError, match=r"math: config\.json changed after it was planned; run again"):
         execute(replace(plan, steps=(replace(step, models=models),)), ray_address, Console(quiet=True))
     assert plan.store.manifest(step.key) is None
+
+
+def test_what_the_run_has_made_is_read_through_before_a_step_reads_it(
+    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str
+) -> None:
+    plan = one_step(Write("made"), llama_recipe, tmp_path)
+    (made,) = plan.steps
+    folder = plan.store.folder(made.key)
+    flip, reader = Flip(folder / "text"), Write("read")
+    steps = (
+        made,
+        Step("flip", Key.of("flip", flip), (made.title,), flip),
+        Step("reader", Key.of("reader", reader), (made.title, "download flip"), reader),
+    )
+    plan = replace(plan, steps=steps, todo={step.title: "new" for step in steps})
+    with pytest.raises(InputError) as raised:
+        execute(plan, ray_address, Console(quiet=True))
+    wrong = f"download work: text has other content in {folder}"
+    assert str(raised.value) == f"{wrong}, changed during this run; run again, which makes it again"
+    # To the next plan it is absent.
+    assert [plan.store.manifest(step.key) is not None for step in steps] == [False, True, False]
 
 
 def test_every_step_that_reads_models_is_tied_to_them(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
