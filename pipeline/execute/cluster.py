@@ -64,6 +64,7 @@ def connect(address: str | None, ahead: bool = False) -> None:
 def _warm_up() -> None:
     """Import in a worker what nearly every step needs: a worker that is done with one step does the next."""
     import_module("sensmerge.tasks.stages.merge")
+    import_module("sensmerge.tasks.methods.kernels.loops")  # which methods import with their first tensor
 
 
 _WARM_UP = ray.remote(_warm_up)

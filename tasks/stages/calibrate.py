@@ -145,14 +145,14 @@ class CalibrateJob(Job):
         for name in names:
             values = (solved[name].cpu() if name in solved else merged.read(name)).reshape(-1)
             dtype = plan.tensors[name].dtype
-            digests, is_finite = write_tensor(writer, name, [(slice(0, len(values)), values)], dtype)
+            digest, is_finite = write_tensor(writer, name, [(slice(0, len(values)), values)], dtype)
             if name in solved and not is_finite:
                 raise InputError(
                     f"merges.{self.name}.calibrate: tensor {name} has NaN or Inf as {dtype}; set another out_dtype, or "
                     "a larger ridge"
                 )
             writer.begin_flush(name)
-            entries[name] = {**digests, "how": "solved" if name in solved else other}
+            entries[name] = {"blake3": digest, "how": "solved" if name in solved else other}
         return entries
 
 

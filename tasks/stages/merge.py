@@ -1,6 +1,5 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import xxhash
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text, write_json
@@ -28,7 +26,7 @@ from sensmerge.tasks.methods.remarks import remarks
 from sensmerge.tasks.stages.job import Earlier
 from sensmerge.tasks.stages.staging import Staging, one_ahead
 from sensmerge.tasks.stages.variant import UNCHANGED, VariantJob
-from sensmerge.tasks.stages.written import about, marker, nbytes, plan_merged, verified, write_tensor
+from sensmerge.tasks.stages.written import about, blake3_hex, marker, nbytes, plan_merged, verified, write_tensor
 
 TENSORS = "tensors.json"
 """What every weight was made of (`inputs`), what came out (`checksum`) and what the method said of it (`remarks`), for
@@ -101,7 +99,7 @@ class MergeJob(VariantJob):
         """Verify what the groups wrote, and make the folder a Hugging Face model: config, tokenizer, per-task heads.
 
         Returns:
-            `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors` and
+            `digest`: over dtype, shape and content of all tensors, however they are sharded; `tensors` and
             `tensor_bytes`: how many there are and their size; `taken_over` and `taken_over_bytes`: those of them that
             an earlier merge had; `by_tensor`: the files that `digest` is of; `remarks`: what the method said, and of
             which tensors; `unchanged`: experts that change nothing.
@@ -116,7 +114,7 @@ class MergeJob(VariantJob):
         self.write_companions(out, self.out_dtype)
         self.write_heads(out)
         weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
-        kept = {name: {key: entry[key] for key in ("inputs", "checksum", REMARKS)} for name, entry in weights.items()}
+        kept = {name: {key: entry[key] for key in ("inputs", "blake3", REMARKS)} for name, entry in weights.items()}
         write_json(out / TENSORS, kept)
         for one in markers:
             one.unlink()
@@ -156,7 +154,7 @@ def _write_tensor(
     """Merge one tensor, or take it over, and write it.
 
     Returns:
-        Its digests, `checksum` (fast, to read it back by) and `sha256`; and what the method said of it.
+        Its `blake3`, and what the method said of it.
     """
     if one.known is not None:
         for where, values in one.pieces:
@@ -164,14 +162,14 @@ def _write_tensor(
         return one.known
     dtype = writer.plan.tensors[name].dtype
     with remarks() as said:
-        digests, is_finite = write_tensor(writer, name, one.pieces, dtype)
+        digest, is_finite = write_tensor(writer, name, one.pieces, dtype)
     if not is_finite:
         used = ", ".join(f"{expert} {weight:g}" for expert, weight in weights.items())
         raise InputError(
             f"tensor {name} merged by {job.method.name} has NaN or Inf as {dtype}; expected finite numbers: set "
             f"another out_dtype, or other weights (here: {used or 'the mean of the experts'})"
         )
-    return {**digests, REMARKS: said}
+    return {"blake3": digest, REMARKS: said}
 
 
 def _inputs(job: MergeJob, weights: Mapping[str, float], name: str, dtype: torch.dtype) -> str:
@@ -207,14 +205,13 @@ class _Previous:
     def take(self, name: str, inputs: str | None) -> _Loaded | None:
         """Return a tensor as the earlier merge has it; None if it is made of other inputs, or damaged."""
         known = self.tensors.get(name)
-        if inputs is None or not isinstance(known, dict) or known.get("inputs") != inputs or "checksum" not in known:
+        if inputs is None or not isinstance(known, dict) or known.get("inputs") != inputs or "blake3" not in known:
             return None
         values = self.checkpoint.read(name).reshape(-1)
-        content = tensor_bytes(values)
-        if xxhash.xxh3_128_hexdigest(content) != known["checksum"]:
+        if blake3_hex(tensor_bytes(values)) != known["blake3"]:
             return None
-        found = {"checksum": known["checksum"], "sha256": hashlib.sha256(content).hexdigest()}
-        return _Loaded(inputs, [(slice(0, len(values)), values)], {**found, REMARKS: known.get(REMARKS, [])})
+        found = {"blake3": known["blake3"], REMARKS: known.get(REMARKS, [])}
+        return _Loaded(inputs, [(slice(0, len(values)), values)], found)
 
 
 def _merged_pieces(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from sensmerge.tasks.artifacts import sync
 from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, open_checkpoint, preallocate, tensor_bytes
@@ -16,7 +15,7 @@ from sensmerge.tasks.dynamic.vectors import BASE, LowRank, Vector, compact
 from sensmerge.tasks.dynamic.writing import finite_as, seal, vectors_file, write_vectors
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.stages.variant import UNCHANGED, VariantJob
-from sensmerge.tasks.stages.written import plan_merged, tensor_digests
+from sensmerge.tasks.stages.written import blake3_hex, plan_merged, tensor_digests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,11 +124,11 @@ def _write_base(job: MergeVectorsJob, out: Path) -> None:
         for name in plan.tensors:
             values = job.mean_statistics(name) if name in job.base.statistics else job.base.read(name).reshape(-1)
             writer.write(name, values)
-            written[name] = xxhash.xxh3_128_hexdigest(tensor_bytes(values))
+            written[name] = blake3_hex(tensor_bytes(values))
     for file in plan.sizes:
         sync(out / file)
-    found = tensor_digests(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
-    altered = [name for name, checksum in written.items() if found[name] != checksum]
+    found = tensor_digests(open_checkpoint(out))
+    altered = [name for name, digest in written.items() if found[name] != digest]
     if altered:
         raise OSError(
             f"{out}: {', '.join(altered)} read back differently from what was written; run again to write them again"

@@ -1,6 +1,6 @@
 """The checkpoint of a merged model, written group of tensors by group of tensors, each with a marker when it is done.
 
-A marker is a JSON file: by tensor its digests, `checksum` and `sha256`, and whatever else the stage needs to know.
+A marker is a JSON file: by tensor its `blake3`, and whatever else the stage needs to know.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
+from blake3 import blake3
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text, sync
@@ -45,29 +45,29 @@ def marker(group: int | str) -> str:
     return f".group-{group}.json"
 
 
+def blake3_hex(content: memoryview) -> str:
+    """Return the BLAKE3 of bytes in hex."""
+    return blake3(content).hexdigest()
+
+
 def write_tensor(
     writer: CheckpointWriter, name: str, pieces: Iterable[tuple[slice, Tensor]], dtype: torch.dtype
-) -> tuple[dict[str, str], bool]:
-    """Write a tensor, and return its digests and whether all numbers are finite.
+) -> tuple[str, bool]:
+    """Write a tensor, and return the BLAKE3 of its bytes in hex and whether all numbers are finite.
 
     Args:
         writer: of the checkpoint.
         name: of the tensor.
         pieces: its elements, flat, in order.
         dtype: that it is rounded to.
-
-    Returns:
-        `checksum` (fast, to read it back by) and `sha256`.
     """
-    checksum, sha256, is_finite = xxhash.xxh3_128(), hashlib.sha256(), True
+    digest, is_finite = blake3(), True
     for where, values in pieces:
         piece, piece_is_finite = rounded(values, dtype)
         is_finite = is_finite and piece_is_finite
-        content = tensor_bytes(piece)
-        checksum.update(content)
-        sha256.update(content)
+        digest.update(tensor_bytes(piece))
         writer.write(name, piece, where.start)
-    return {"checksum": checksum.hexdigest(), "sha256": sha256.hexdigest()}, is_finite
+    return digest.hexdigest(), is_finite
 
 
 def verified(plan: CheckpointPlan, markers: Sequence[Path], out: Path) -> dict[str, dict[str, Any]]:
@@ -82,8 +82,8 @@ def verified(plan: CheckpointPlan, markers: Sequence[Path], out: Path) -> dict[s
     written = {marker: read_json(marker) for marker in markers}
     tensors = {name: entry for entries in written.values() for name, entry in entries.items()}
     assert set(tensors) == set(plan.tensors), "every tensor is in a group"
-    found = tensor_digests(open_checkpoint(out), xxhash.xxh3_128_hexdigest)
-    altered = [name for name, entry in tensors.items() if found[name] != entry["checksum"]]
+    found = tensor_digests(open_checkpoint(out))
+    altered = [name for name, entry in tensors.items() if found[name] != entry.get("blake3")]
     if altered:
         for marker, entries in written.items():
             if not entries.keys().isdisjoint(altered):
@@ -102,12 +102,12 @@ def about(plan: CheckpointPlan, tensors: Mapping[str, Mapping[str, Any]]) -> dic
         tensors: from `verified`.
 
     Returns:
-        `digest`: sha256 over dtype, shape and content of all tensors, however they are sharded; `tensors` and
+        `digest`: over dtype, shape and content of all tensors, however they are sharded; `tensors` and
         `tensor_bytes`: how many there are and their size; `by_tensor`: the files that `digest` is of.
     """
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in plan.tensors.items()}
     return {
-        "digest": _digest(shapes, {name: entry["sha256"] for name, entry in tensors.items()}),
+        "digest": _digest(shapes, {name: entry["blake3"] for name, entry in tensors.items()}),
         "tensors": len(shapes),
         "tensor_bytes": sum(map(nbytes, plan.tensors.values())),
         "by_tensor": list(plan.sizes),
@@ -119,17 +119,27 @@ def nbytes(tensor: PlannedTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def weights_digest(checkpoint: Checkpoint) -> str:
-    """Return the sha256 over dtype, shape and content of all tensors, however they are sharded, as `about` has it."""
+def weights_digest(checkpoint: Checkpoint, like: str = "blake3:") -> str:
+    """Return the digest over dtype, shape and content of all tensors, however they are sharded, as `about` has it.
+
+    Args:
+        checkpoint: whose tensors are all read.
+        like: a digest that this one is compared with. Those of merges by earlier versions are made of the tensors'
+            sha256, and have no `blake3:` in front.
+    """
     shapes = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    return _digest(shapes, tensor_digests(checkpoint, lambda content: hashlib.sha256(content).hexdigest()))
+    if like.startswith("blake3:"):
+        return _digest(shapes, tensor_digests(checkpoint))
+    earlier = tensor_digests(checkpoint, lambda content: hashlib.sha256(content).hexdigest())
+    return _digest(shapes, earlier).removeprefix("blake3:")
 
 
 def _digest(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], digests: Mapping[str, str]) -> str:
-    return sha256_text(canonical({name: [str(dtype), shape, digests[name]] for name, (dtype, shape) in shapes.items()}))
+    content = {name: [str(dtype), shape, digests[name]] for name, (dtype, shape) in shapes.items()}
+    return f"blake3:{sha256_text(canonical(content))}"
 
 
-def tensor_digests(checkpoint: Checkpoint, digest: Callable[[memoryview], str]) -> dict[str, str]:
+def tensor_digests(checkpoint: Checkpoint, digest: Callable[[memoryview], str] = blake3_hex) -> dict[str, str]:
     """Return a digest of every tensor's bytes, worked out for several at once."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = pool.map(lambda name: digest(tensor_bytes(checkpoint.read(name))), checkpoint.tensors)
