@@ -51,8 +51,20 @@ TimezoneOption = Annotated[
     str | None,
     typer.Option("--timezone", metavar="ZONE", help="time zone for --cron, such as Europe/Berlin; default: UTC"),
 ]
+RefusedOption = Annotated[
+    int,
+    typer.Option(
+        "--refused-exit-status",
+        metavar="STATUS",
+        min=0,
+        max=125,
+        help="exit status if the best variant does not pass the gate; 0 for schedulers that take others for a failure",
+    ),
+]
 ReportOption = Annotated[
     Path | None, typer.Option("--report", metavar="FILE", help="write the results to this file as JSON")
 ]
 
+REFUSED = 3
+"""Exit status of a refresh whose challenger is not shown to be as good as the champion, where no other is asked for."""
 DEFAULT_STORE: Any = "store"  # parsed as what the user gives

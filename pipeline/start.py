@@ -83,11 +83,11 @@ def check_report(report: Path | None) -> None:
         raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
 
 
-def work(command: Literal["run", "refresh"], options: Options, console: Console) -> int:
-    """Run or refresh a recipe while its store is locked; return the exit status."""
+def work(command: Literal["run", "refresh"], options: Options, console: Console) -> bool:
+    """Run or refresh a recipe while its store is locked; return whether the gate, of a refresh, has passed its best."""
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside, _set_if_left(Event()) as stopped:
         if say_unchanged(command, options, console):
-            return 0
+            return True
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
         listings = beside.submit(_begin, options, console, stopped)
         with _quick_imports():

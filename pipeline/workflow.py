@@ -26,11 +26,8 @@ from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.urls import public_text
 
-REFUSED = 3
-"""Exit status of a refresh whose challenger is not shown to be as good as the champion."""
 
-
-def run(options: Options, listings: Mapping[str, Listing], console: Console) -> int:
+def run(options: Options, listings: Mapping[str, Listing], console: Console) -> bool:
     """Run what the store lacks, print and record the result.
 
     Args:
@@ -39,7 +36,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         console: where progress and results go.
 
     Returns:
-        The exit status, 0.
+        True: nothing is refused.
 
     Raises:
         InputError: bad input.
@@ -54,10 +51,10 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
     keep(plan, options.folder, made_from, recorded)
     remember(plan.store, plan.recipe.name, "run", plan.lasting_keys(), options.tracking_uri)
     _say_where(options, recorded, console)
-    return 0
+    return True
 
 
-def refresh(options: Options, listings: Mapping[str, Listing], console: Console) -> int:
+def refresh(options: Options, listings: Mapping[str, Listing], console: Console) -> bool:
     """Run what changed since the last time, and let the best variant become champion if it is not worse.
 
     Where nothing changed that is said, and everything left as it is, unless the champion's weights are gone.
@@ -68,7 +65,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         console: where progress and results go.
 
     Returns:
-        The exit status: `REFUSED` if the challenger stays challenger, else 0.
+        Whether the gate has passed the best variant, now or before.
 
     Raises:
         InputError: bad input.
@@ -88,8 +85,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
         # What a `run` has made has not passed this gate yet; and a champion that is lost has to be replaced.
         loss = loss_of_champion(plan.recipe.name, plan.store, options.uri)
         passed = has_passed(plan.store, plan.recipe.name, plan.keys(), plan.recipe.gate.text())
-        is_settled = passed and loss is None
-        return 0 if is_settled else _pass_gate(options, plan, report, console)
+        return (passed and loss is None) or _pass_gate(options, plan, report, console)
     for line in (*plan.inputs.notes, *model_changes(plan), *damage, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
@@ -99,8 +95,8 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
     return _pass_gate(options, plan, report, console)
 
 
-def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -> int:
-    """Let the best variant become champion if it may, say what came of it, and return the exit status."""
+def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -> bool:
+    """Let the best variant become champion if it may, say what came of it, and return whether it has passed."""
     from sensmerge.pipeline.tracking.champion import choose_champion
 
     passed, said = choose_champion(plan, report, options.uri)
@@ -109,7 +105,7 @@ def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -
     remember(
         plan.store, plan.recipe.name, "refresh", plan.lasting_keys(), options.tracking_uri, plan.recipe.gate.text()
     )
-    return 0 if passed else REFUSED
+    return passed
 
 
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:

@@ -2,9 +2,12 @@
 
 import ast
 from collections import defaultdict
+from inspect import getsourcefile
 from pathlib import Path
 
 import pytest
+
+from sensmerge.pipeline.cli import COMMANDS
 
 PROJECT = Path(__file__).resolve().parents[1]
 MODULES = sorted(
@@ -20,13 +23,12 @@ def long_modules() -> set[str]:
 
 def functions() -> dict[str, ast.FunctionDef]:
     """All functions, by module and name, but for commands, whose parameters are what the user may give."""
+    commands = {(Path(getsourcefile(one) or "").name, one.__name__) for one in COMMANDS.values()}
     found = {}
     for name, tree in TREES.items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                commands = [ast.unparse(decorator) for decorator in node.decorator_list]
-                if not any(command.startswith("app.command") for command in commands):
-                    found[f"{name}:{node.name}"] = node
+            if isinstance(node, ast.FunctionDef) and (Path(name).name, node.name) not in commands:
+                found[f"{name}:{node.name}"] = node
     return found
 
 

@@ -80,6 +80,30 @@ def test_the_schemas_find_a_misspelt_key() -> None:
         kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
+def pods() -> list[dict[str, Any]]:
+    """The pods of all manifests."""
+    groups = [
+        group for spec in cluster_specs().values() for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    ]
+    return [one["spec"] for one in (*(group["template"] for group in groups), pod_of_cronjob())]
+
+
+def test_pods_keep_the_restricted_policy() -> None:
+    """What Kubernetes' Pod Security Standards ask of namespaces that are labelled `restricted`."""
+    assert len(pods()) == 7
+    for pod in pods():
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        volumes = ("configMap", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")
+        assert all(one.keys() - {"name"} <= set(volumes) for one in pod.get("volumes", ()))
+        for container in (*pod["containers"], *pod.get("initContainers", ())):
+            allowed = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["securityContext"] == allowed
+            assert not any("hostPort" in port for port in container.get("ports", ()))
+
+
 def test_kustomization_names_files_that_are_there() -> None:
     kustomization = load(KUBERNETES / "kustomization.yaml")
     assert all((KUBERNETES / name).is_file() for name in kustomization["resources"])
@@ -132,6 +156,7 @@ def test_commands_are_the_command_lines(name: str) -> None:
     mounts = cluster_specs()["cluster"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     for path in (parsed["recipe"], parsed["store"].root):
         assert path.is_relative_to(mounts[0]["mountPath"])
+    assert parsed["refused_exit_status"] == 0  # a refused challenger is an outcome, and no job that failed
     assert parsed == refresh.make_context(command, refreshes()["rayjob"][2:], parent=context).params
 
 

@@ -108,6 +108,9 @@ def test_only_what_is_not_worse_becomes_champion(
     assert command_line("refresh", recipe, "--store", store, "--address", "no such cluster") == 0
     assert "pair: nothing changed\n" in capsys.readouterr().out
     assert aliases() == {"champion": "1", "challenger": "2"}
+    # Another gate is asked again.
+    assert command_line("refresh", recipe, *options, "--set", "gate.tolerance=0.01", "--refused-exit-status", "0") == 0
+    assert "pair/2 (ta) stays challenger, pair/1 (ta) stays champion" in capsys.readouterr().out
 
     # Better ones.
     for name, text in TEXTS.items():

@@ -1,0 +1,93 @@
+"""Commands that use merged models and their versions."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sensmerge.pipeline.arguments import DEFAULT_STORE, AddressOption, StoreOption, TrackingOption
+from sensmerge.pipeline.execute.stop import stoppable
+from sensmerge.pipeline.tracking.uri import checked_uri
+
+
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a dynamic model that `run` made")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file with one text in each row")],
+    target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON Lines file to write")],
+    field: Annotated[str, typer.Option(metavar="NAME", help="field of the row that holds the text")] = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="rows that a worker answers at once")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="maximum length of a continuation, in tokens (language models)")
+    ] = 64,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="number of workers, each with a copy of the model; default: as many as fit in the cluster"
+        ),
+    ] = None,
+    num_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each worker; above 0, the model runs on cuda")] = 0,
+    address: AddressOption = None,
+) -> None:
+    """Answer every row of a file with a dynamic model, and add prediction, expert and coefficients to the row."""
+    from sensmerge.pipeline.execute.batches import Workers
+    from sensmerge.pipeline.predict import Settings, predict_file
+
+    console, settings = Console(), Settings(field, batch_size, max_new_tokens, Workers(workers, num_gpus))
+    with stoppable():
+        rows = predict_file(folder, source, target, settings, address, console)
+    console.print(f"{target}: {rows} rows", highlight=False, soft_wrap=True)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="version in MLflow: RECIPE@ALIAS or RECIPE/NUMBER")],
+    second: Annotated[str, typer.Argument(metavar="B", help="version to compare it with")],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Print the scores of two versions of a registered model, and their paired differences, task by task."""
+    from sensmerge.pipeline.report.gate import comparison_table, judge
+    from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole, parse_version
+
+    uri = checked_uri(tracking_uri, store)
+    outcomes = []
+    for text in (first, second):
+        recipe, which = parse_version(text)
+        registry = ModelRegistry(uri, recipe)
+        version = registry.find(which)
+        check_whole(version, store)
+        outcomes.append(registry.outcomes(version))
+    Console().print(comparison_table(first, second, judge(outcomes[1], outcomes[0], 0.0)))
+
+
+def promote(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="version in MLflow: RECIPE@ALIAS or RECIPE/NUMBER")],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Make a version of a registered model the champion, regardless of the gate."""
+    from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole, parse_version
+
+    recipe, which = parse_version(version)
+    registry = ModelRegistry(checked_uri(tracking_uri, store), recipe)
+    found = registry.find(which)
+    check_whole(found, store)
+    registry.promote(found)
+    Console().print(f"{found} is champion", highlight=False, soft_wrap=True)
+
+
+def rollback(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="name of the recipe, which is also that of its registered model")
+    ],
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """Make the former champion of a registered model the champion again."""
+    from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole
+
+    registry = ModelRegistry(checked_uri(tracking_uri, store), recipe)
+    before, now = registry.former()
+    check_whole(now, store)
+    registry.restore(now)
+    Console().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)

@@ -1,0 +1,126 @@
+"""Commands that read a recipe."""
+
+import json
+import sys
+from collections.abc import Collection
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sensmerge.pipeline.arguments import (
+    DEFAULT_STORE,
+    REFUSED,
+    AddressOption,
+    CronOption,
+    MetricsOption,
+    RecipePath,
+    RefusedOption,
+    ReportOption,
+    SetOption,
+    StoreOption,
+    TimezoneOption,
+    TrackingOption,
+    WaitOption,
+)
+from sensmerge.tasks.errors import InputError
+
+
+def plan(
+    recipe: RecipePath,
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="read no weights; what only their digests tell is marked ? where unknown")
+    ] = False,
+) -> None:
+    """Check a recipe and print its steps: RUN or SKIP, why, and the bytes to read and write. Runs nothing."""
+    from sensmerge.pipeline.start import print_plan
+
+    print_plan(recipe, overrides or (), store, Console(), quick)
+
+
+def run(
+    recipe: RecipePath,
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+    tracking_uri: TrackingOption = None,
+    address: AddressOption = None,
+    report: ReportOption = None,
+    wait: WaitOption = 0,
+    metrics: MetricsOption = False,
+) -> None:
+    """Run every step of a recipe whose result is not in the store, and print the scores."""
+    from sensmerge.pipeline.options import Options
+    from sensmerge.pipeline.recipe.load import load_recipe
+    from sensmerge.pipeline.start import check_report, work
+
+    loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
+    check_report(report)
+    work("run", Options(loaded, folder, store, tracking_uri, address, report, wait, metrics), Console())
+
+
+def refresh(
+    context: typer.Context,
+    recipe: RecipePath,
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+    tracking_uri: TrackingOption = None,
+    address: AddressOption = None,
+    report: ReportOption = None,
+    wait: WaitOption = 0,
+    metrics: MetricsOption = False,
+    cron: CronOption = None,
+    timezone: TimezoneOption = None,
+    refused_exit_status: RefusedOption = REFUSED,
+) -> None:
+    """Run the steps that depend on changed models, and make the best variant champion if it passes the gate.
+
+    If nothing changed, do nothing. Exit status 3: the best variant did not pass and stays challenger; see
+    --refused-exit-status.
+
+    With --cron, SIGTERM and Ctrl-C end the schedule and the refresh in progress, with exit status 0.
+    """
+    from sensmerge.pipeline.options import Options
+    from sensmerge.pipeline.recipe.load import load_recipe
+    from sensmerge.pipeline.start import check_report, work
+
+    loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
+    check_report(report)
+    options = Options(loaded, folder, store, tracking_uri, address, report, wait, metrics)
+    if cron is not None:
+        from sensmerge.pipeline.schedule import Times, keep
+
+        again = [sys.executable, "-m", "sensmerge.pipeline", *_words(context, leave_out=("cron", "timezone"))]
+        keep(again, Times(cron, timezone or "UTC"), options.store, Console())
+    elif timezone is not None:
+        raise InputError(f"--timezone {timezone}: needs --cron; give both or neither")
+    elif not work("refresh", options, Console()):
+        raise typer.Exit(refused_exit_status)
+
+
+def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
+    """Return the words of a command line that says what the present one does, but for some options."""
+    options, arguments = [context.command.name or ""], ["--"]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        if parameter.name in leave_out or value is None or value is False:
+            continue
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "ENVIRONMENT":  # inherited; in a command line all could read it
+            continue
+        if value is True:
+            options.append(parameter.opts[0])
+        elif parameter.param_type_name == "argument":
+            arguments.append(str(value))
+        else:
+            for each in value if isinstance(value, list | tuple) else (value,):
+                options += [parameter.opts[0], str(each)]
+    return options + arguments
+
+
+def schema() -> None:
+    """Print the JSON Schema of recipes, for use in editors."""
+    from sensmerge.pipeline.recipe.schema import Recipe
+
+    sys.stdout.write(json.dumps(Recipe.model_json_schema(), indent=2) + "\n")
