@@ -1,6 +1,8 @@
 """Reads recipes: YAML, overrides, and one line for what the schema refuses."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +91,47 @@ def _first_error(error: ValidationError) -> str:
     parts = [str(part) for part in first["loc"]]
     key = ".".join(part for position, part in enumerate(parts) if not (position > 0 and _is_tag(parts, position)))
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}; see `sensmerge schema` for the keys that exist"
+        meant = _meant(parts[-1], _keys_at(first["loc"][:-1]))
+        return f"unknown key {key}; {meant + ' ' if meant else ''}see `sensmerge schema` for the keys that exist"
     if first["type"] == "missing":
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
     found = first["input"]
     said = f" (found {shown(found)})" if isinstance(found, str | int | float | bool) else ""
+    if first["type"] == "union_tag_invalid":
+        found = first["ctx"]["tag"]
+    if first["type"] in ("literal_error", "union_tag_invalid"):
+        meant = _meant(found, [word for word in re.findall(r"'([^']+)'", message) if word != found])
+        said += f"; {meant}" if meant else ""
     return f"{key + ': ' if key else ''}{message}{said}"
+
+
+def _meant(word: Any, words: Sequence[str]) -> str:
+    """Return a question for the word that somebody may have wanted to write; empty if none is like theirs."""
+    near = get_close_matches(word, words, 1) if isinstance(word, str) else []
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def _keys_at(place: Sequence[int | str]) -> list[str]:
+    """Return the keys that the schema has at a place of a recipe."""
+    schema = Recipe.model_json_schema()
+    found = list(_alternatives(schema, schema))
+    for part in place:
+        inner = [one["properties"][part] for one in found if part in one.get("properties", {})]
+        for one in () if inner else found:
+            inner += [*one.get("patternProperties", {}).values(), one.get("additionalProperties")]
+        # Pydantic names the kind of a task or of coefficients in a place, too; recipes do not.
+        found = [each for one in inner if isinstance(one, dict) for each in _alternatives(one, schema)] or found
+    return sorted({key for one in found for key in one.get("properties", {})})
+
+
+def _alternatives(one: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a part of a JSON Schema, with all that it refers to and offers to choose from."""
+    yield one
+    if "$ref" in one:
+        yield from _alternatives(schema["$defs"][one["$ref"].removeprefix("#/$defs/")], schema)
+    for each in (*one.get("anyOf", ()), *one.get("oneOf", ()), *one.get("allOf", ())):
+        yield from _alternatives(each, schema)
 
 
 def _is_tag(parts: list[str], position: int) -> bool:

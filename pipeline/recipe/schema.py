@@ -160,7 +160,10 @@ class Recipe(Strict):
             if not (task.has_calibration or task.has_tuning or task.is_scored):
                 raise ValueError(f"tasks.{name}: has neither calibration nor evaluation; add one or leave the task out")
             if name not in self.experts:
-                raise ValueError(f"tasks.{name}: there is no expert of that name; a task and its expert share a name")
+                raise ValueError(
+                    f"tasks.{name}: there is no expert of that name (experts: {', '.join(self.experts)}); a task and "
+                    "its expert share a name"
+                )
         for name, variant in self.merges.items():
             self._check_variant(f"merges.{name}", variant)
         self._check_gate()

@@ -102,9 +102,12 @@ def test_reading_a_recipe_needs_no_torch() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bass": "x"}, "unknown key bass"),
-        ({"merges": {"ta": {"method": "task_arithmetic", "wieght": 1}}}, "unknown key merges.ta.wieght"),
-        ({"tasks": {"math": {**TASK, "promt": "x"}}}, "unknown key tasks.math.promt"),
+        ({"bass": "x"}, "unknown key bass; did you mean base?"),
+        (
+            {"merges": {"ta": {"method": "task_arithmetic", "wieght": 1}}},
+            "unknown key merges.ta.wieght; did you mean weight?",
+        ),
+        ({"tasks": {"math": {**TASK, "promt": "x"}}}, "unknown key tasks.math.promt; did you mean prompt?"),
         (
             {"merges": {"x": {"method": "ties", "coefficients": {"kind": "sens", "temp": 1}}}},
             "merges.x.coefficients.temp",
@@ -138,7 +141,11 @@ def test_reading_a_recipe_needs_no_torch() -> None:
             {"merges": {"s": {"method": "ties", "coefficients": {"kind": "sens"}}}},
             "merges.s: coefficients sens needs tasks.code.calibration; add it",
         ),
-        ({"tasks": {"law": TASK}}, "tasks.law: there is no expert of that name"),
+        ({"merges": {"ta": {"method": "task_arithmatic"}}}, r"'task_arithmatic'\); did you mean task_arithmetic\?"),
+        ({"tasks": {"math": {**TASK, "kind": "complete"}}}, "'multiple_choice'; did you mean completion?"),
+        ({"resources": {"merg": {}}}, r"'merg'\); did you mean merge\?"),
+        ({"zzz": 1}, "unknown key zzz; see"),
+        ({"tasks": {"law": TASK}}, r"tasks.law: there is no expert of that name \(experts: code, math\)"),
         ({"base": None}, "base"),
         (
             {"merges": {"e": {"method": "ties", "coefficients": {"kind": "explicit", "weights": {"math": 1}}}}},
@@ -154,7 +161,7 @@ def test_reading_a_recipe_needs_no_torch() -> None:
         ({"merges": {"t": {"method": "ties", "weight": True}}}, "merges.t.weight: .* valid number"),
         ({"merges": {"t": {"method": "ties", "weight": "0.5"}}}, "merges.t.weight: .* valid number"),
         ({"base": ""}, "base: .* at least 1 character"),
-        ({"resources": {"merge": {"num_cpu": 1}}}, "unknown key resources.merge.num_cpu"),
+        ({"resources": {"merge": {"num_cpu": 1}}}, "unknown key resources.merge.num_cpu; did you mean num_cpus?"),
     ],
 )
 def test_bad_recipes_are_one_line_that_names_the_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -340,7 +347,7 @@ def test_task_vectors_start_from_the_base_where_they_merge_by_themselves(
         ({"method": "ties", "weight": 0.0}, "merges.x: application se needs coefficients to rescale"),
         ({"method": "ties", "lambda": 0}, "merges.x: application se needs coefficients to rescale"),
         ({"lambda": -1}, "merges.x: application se needs coefficients to rescale"),
-        ({"application": {"temprature": 1}}, "unknown key merges.x.application.temprature;"),
+        ({"application": {"temprature": 1}}, "unknown key merges.x.application.temprature; did you mean temperature?"),
         ({"application": {"temperature": 0}}, "merges.x.application.temperature: .*greater than 0"),
         ({"application": {"temperature": float("inf")}}, "merges.x.application.temperature: "),
         ({"application": {"mass": 0}}, "merges.x.application.mass: .*greater than 0"),
