@@ -15,6 +15,7 @@ from sensmerge.pipeline.recipe.gate import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.resources import ActorPlacement, Resources
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.recipe.sweep import expanded
 from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings
 from sensmerge.pipeline.recipe.variant import Dtype, Variant
 from sensmerge.tasks.coefficients import (
@@ -100,6 +101,13 @@ class Recipe(Strict):
     )
 
     gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sweeps(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "merges" in data:
+            return data | {"merges": expanded(data["merges"])}
+        return data
 
     @field_validator("tasks", "resources", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from pydantic_core import CoreSchema
 
 from sensmerge.pipeline.recipe.methods import method_properties
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.recipe.sweep import Sweep
 from sensmerge.pipeline.recipe.tuning import Tune, Weight, check_tune, grid_of, with_auto_weight
 from sensmerge.tasks.adapters import AdapterOutput
 from sensmerge.tasks.coefficients import (
@@ -88,6 +89,7 @@ class Variant(Strict):
         "try: weight (auto: those that are usual for the method), numbers of the method, temperature (sens). A value "
         "that the recipe gives such a setting elsewhere stays unless another is better beyond the 95 % interval",
     )
+    sweep: Sweep
     calibrate: CalibrationSettings = Field(
         None,
         description="fit the merged weights, block after block, to the experts' features on their calibration sets; "

@@ -6,6 +6,7 @@ from sensmerge.pipeline.recipe.gate import Gate
 from sensmerge.pipeline.report.gate import choice
 from sensmerge.pipeline.report.report import (
     Report,
+    equals,
     merge_summary,
     route_table,
     route_warnings,
@@ -30,7 +31,7 @@ def print_results(report: Report, gate: Gate, said: int, console: Console) -> No
             _print_lines(console, *tuning_lines(name, variant.tuning))
     if report.tasks:
         console.print(score_table(report))
-    _print_lines(console, choice(report, gate))
+    _print_lines(console, equals(report), choice(report, gate))
     if report.routes:
         console.print(route_table(report))
     _print_lines(console, *route_warnings(report), merge_summary(report), *report.notes[said:])

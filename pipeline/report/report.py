@@ -1,5 +1,6 @@
 """The result of one execution of a recipe: the JSON of `--report`, the final tables, and what MLflow records."""
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, Field
@@ -136,6 +137,9 @@ class Report(BaseModel):
     notes: list[str] = Field([], description="what a user should know of the models and data: a line each")
     scores: dict[str, dict[str, dict[str, Score]]] = Field(description="scores[model][task][metric]")
     mean_normalised: dict[str, Score] = Field(description="mean over tasks of main metric / own expert's, by model")
+    behind: dict[str, Score] = Field(
+        {}, description="the best variant's mean_normalised - that of each other variant, with a paired interval"
+    )
     first_half: dict[str, Score] = Field(
         {}, description="the gate's metric on the half of the evaluation samples that the best variant is chosen by"
     )
@@ -166,16 +170,39 @@ def merge_summary(report: Report) -> str | None:
 
 
 def score_table(report: Report) -> Table:
-    """The final table: a row per model, a column per task (main metric, n, 95 % interval), and the normalised mean."""
+    """The final table: a row per model, a column per task (main metric, n, 95 % interval), and the normalised mean.
+
+    Variants stand by their means, the best first, with how far the others are behind it.
+    """
     table = Table(title=f"{report.recipe}: main metric on each task, with its 95 % interval", show_lines=True)
     table.add_column("model")
     for task, metric in report.tasks.items():
         table.add_column(f"{task}\n{metric}", justify="right")
     table.add_column("mean\nnormalised", justify="right")
-    for model in report.models:
+    if report.behind:
+        table.add_column("behind\nthe best", justify="right")
+    for model in _by_mean(report):
         cells = [_cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
-        table.add_row(model, *cells, _cell(report.mean_normalised.get(model)))
+        behind = [_cell(report.behind.get(model))] if report.behind else []
+        table.add_row(model, *cells, _cell(report.mean_normalised.get(model)), *behind)
     return table
+
+
+def _by_mean(report: Report) -> list[str]:
+    """Return all models: base and experts, and then variants by their means."""
+    variants = [name for name, role in report.roles.items() if role == "variant"]
+    means = {name: score.value for name, score in report.mean_normalised.items()}
+    variants.sort(key=lambda name: means.get(name, -math.inf), reverse=True)
+    return [*(name for name in report.models if name not in variants), *variants]
+
+
+def equals(report: Report) -> str | None:
+    """Return in a line which variants cannot be told from the best; None where there are none."""
+    near = [name for name, score in report.behind.items() if score.low <= 0]
+    if not near:
+        return None
+    best = next(name for name in _by_mean(report) if report.roles[name] == "variant")
+    return f"not surely behind {best} (the 95 % interval of the difference holds 0): {', '.join(near)}"
 
 
 def tuning_table(name: str, tuning: TuningInfo) -> Table:

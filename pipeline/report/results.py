@@ -49,6 +49,7 @@ def collect(plan: Plan) -> Report:
     scores, records = _evaluations(plan)
     evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
     first, second = halved(records, evaluated, recipe.gate.metric, list(variants))
+    means = _normalised(records, evaluated)
     return Report(
         recipe=recipe.name,
         dtype=recipe.dtype,
@@ -61,7 +62,8 @@ def collect(plan: Plan) -> Report:
         kinds={name: task.kind for name, task in evaluated.items()},
         notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan), *uncalibrated(plan), *lacking(variants)],
         scores=scores,
-        mean_normalised=_normalised(records, evaluated),
+        mean_normalised=means,
+        behind=_behind(records, evaluated, {name: means[name].value for name in variants if name in means}),
         first_half=first,
         second_half=second,
         variants=variants,
@@ -247,9 +249,29 @@ def _routed(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> Score 
 def _normalised(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Score]:
     """Return, for every model, the mean over tasks of main metric ÷ that of the task's own expert, where it exists."""
     own = {task: records[task][task] for task in tasks}
-    metrics = {name: _main_metric(task, own[name]) for name, task in tasks.items()}
+    metrics = _main_metrics(records, tasks)
     means = {model: scoring.mean_normalised(metrics, found, own) for model, found in records.items()}
     return {model: mean for model, mean in means.items() if mean is not None}
+
+
+def _behind(
+    records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task], means: Mapping[str, float]
+) -> dict[str, Score]:
+    """Return the best variant's mean − each other's, with an interval that is paired; `means` are those of variants."""
+    if len(means) < 2:
+        return {}
+    best = max(means, key=means.__getitem__)
+    own, metrics = {task: records[task][task] for task in tasks}, _main_metrics(records, tasks)
+    others = {
+        name: scoring.normalised_difference(metrics, records[best], records[name], own)
+        for name in means
+        if name != best
+    }
+    return {name: score for name, score in others.items() if score is not None}
+
+
+def _main_metrics(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Metric]:
+    return {name: _main_metric(task, records[name][name]) for name, task in tasks.items()}
 
 
 def _main_metric(task: Task, records: Sequence[Record]) -> Metric:

@@ -83,6 +83,13 @@ def test_report_has_every_stage_model_and_score(finished: tuple[Path, Path, dict
             for score in report["scores"][model][task].values():
                 assert score["n"] == 6
                 assert score["low"] <= score["value"] <= score["high"]
+    means = {name: report["mean_normalised"][name]["value"] for name in ("ta", "ties-sens")}
+    (other,) = means.keys() - {max(means, key=means.__getitem__)}
+    behind = report["behind"]
+    assert set(behind) == {other}
+    assert behind[other]["value"] == pytest.approx(max(means.values()) - means[other])
+    assert behind[other]["low"] <= behind[other]["value"] <= behind[other]["high"]
+    assert behind[other]["n"] == 12
     layers = set(report["sigma"])
     assert "model.layers.0" in layers
     assert set(report["alpha"]["math"]) == layers

@@ -10,6 +10,7 @@ from rich.console import Console
 from sensmerge.pipeline.report.report import (
     Report,
     StageRecord,
+    equals,
     merge_summary,
     score_table,
     tuning_lines,
@@ -43,6 +44,27 @@ def test_table_has_value_interval_and_n(tmp_path: Path) -> None:
     assert len(re.findall(r"0\.350–0\.650", text)) == 3
     assert len(re.findall("n = 40", text)) == 3
     assert "–" in text, "the base has no normalised mean here"
+
+
+def test_variants_stand_by_their_means_and_those_near_the_best_are_named(tmp_path: Path) -> None:
+    means = {"base": 0.9, "none": None, "low": 0.5, "high": 0.8, "near": 0.79}
+    behind = {"low": Score(0.3, 40, 0.2, 0.4), "near": Score(0.01, 40, -0.02, 0.04)}
+    one = report().model_copy(
+        update={
+            "models": dict.fromkeys(means, "m"),
+            "roles": {name: "base" if name == "base" else "variant" for name in means},
+            "scores": {},
+            "mean_normalised": {name: Score(mean, 40, 0, 1) for name, mean in means.items() if mean is not None},
+            "behind": behind,
+        }
+    )
+    with (tmp_path / "out").open("w") as file:
+        Console(file=file, width=100).print(score_table(one))
+    text = (tmp_path / "out").read_text()
+    assert re.findall(r"^│ (\w+) +│ +–", text, re.MULTILINE) == ["base", "high", "near", "low", "none"]
+    assert re.findall(r"0\.\d+ │ +(\S+) │", text) == ["–", "–", "0.010", "0.300"]
+    assert equals(one) == "not surely behind high (the 95 % interval of the difference holds 0): near"
+    assert equals(one.model_copy(update={"behind": {"low": behind["low"]}})) is None
 
 
 def test_json_round_trip() -> None:
