@@ -14,7 +14,7 @@ import typer
 
 from sensmerge.pipeline.cli_convert import export, extract, import_
 from sensmerge.pipeline.cli_models import compare, predict, promote, rollback
-from sensmerge.pipeline.cli_recipe import plan, refresh, run, schema
+from sensmerge.pipeline.cli_recipe import init, plan, refresh, run, schema
 from sensmerge.pipeline.cli_store import collect_garbage, verify
 from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.tasks.errors import InputError, StepError, disk_trouble
@@ -23,6 +23,7 @@ from sensmerge.tasks.urls import public_text
 # Commands import what they need themselves: --help and what reads no recipe do not wait for torch.
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
     "plan": plan,
     "run": run,
     "refresh": refresh,

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,26 @@ from sensmerge.pipeline.arguments import (
     WaitOption,
 )
 from sensmerge.tasks.errors import InputError
+
+
+def init(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="the base: folder or hub:ORG/NAME@REVISION")],
+    experts: Annotated[list[str], typer.Argument(metavar="EXPERT...", help="experts, adapters among them")],
+    target: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="file to write; default: it is printed")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Write a recipe for a base and experts to start from, with comments that say what they are."""
+    from sensmerge.pipeline.init import check_target, new_recipe
+    from sensmerge.tasks.artifacts import write_whole
+
+    if target is None:
+        sys.stdout.write(new_recipe(base, experts, Path(), store.hub_cache))
+        return
+    check_target(target)
+    write_whole(target, new_recipe(base, experts, target.absolute().parent, store.hub_cache))
+    Console().print(f"{target}: sensmerge plan {target} says what it does", highlight=False, soft_wrap=True)
 
 
 def plan(
