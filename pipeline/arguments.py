@@ -33,7 +33,13 @@ AddressOption = Annotated[
     typer.Option("--address", metavar="RAY", help="Ray cluster; default: RAY_ADDRESS, else Ray on this machine"),
 ]
 WaitOption = Annotated[
-    float, typer.Option("--wait", metavar="SECONDS", min=0, help="how long to wait for another run on the same store")
+    float,
+    typer.Option(
+        "--wait",
+        metavar="SECONDS",
+        min=0,
+        help="how long to wait for another run on the same store, and for nodes of the cluster to come",
+    ),
 ]
 MetricsOption = Annotated[
     bool,

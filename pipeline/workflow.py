@@ -114,10 +114,10 @@ def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:
         # It takes seconds, which nobody then waits for; what fails here fails again when the run is recorded.
         beside.submit(_prepare_to_record, options.uri)
         if not options.metrics:
-            execute(plan, options.address, console)
+            execute(plan, options.address, console, wait=options.wait)
             return ()
         with sampled() as samples:
-            execute(plan, options.address, console, count_steps=True)
+            execute(plan, options.address, console, count_steps=True, wait=options.wait)
         return samples
 
 

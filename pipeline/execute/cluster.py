@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ from sensmerge.tasks.errors import InputError, StepError, disk_trouble
 
 MOST_WARM = 8
 """Workers that import anything before there is work; a machine may have many more cores than a recipe has steps."""
+ANSWERS = 5.0
+"""Seconds that a cluster has to take a connection."""
+_HOST_AND_PORT = re.compile(r"(ray://)?(?P<host>[^/@:]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
 SYSTEM_RETRIES = 1
 """How often a piece of work is tried again after its worker or node died. Exceptions of the work itself are final."""
 
@@ -34,6 +39,7 @@ def connect(address: str | None, ahead: bool = False) -> None:
         StepError: Ray does not start on this machine.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_listens(address)
     # Left to itself Ray tries a task that its memory monitor killed again without end.
     os.environ.setdefault("RAY_task_oom_retries", str(SYSTEM_RETRIES))
     is_here = address == "local"
@@ -59,6 +65,25 @@ def connect(address: str | None, ahead: bool = False) -> None:
     if ahead and is_here:
         for _ in range(min(int(ray.cluster_resources().get("CPU", 0)), MOST_WARM)):
             _WARM_UP.remote()
+
+
+def _check_listens(address: str) -> None:
+    """Knock at HOST:PORT, or ray://HOST:PORT, where Ray itself would wait for minutes if nobody is there.
+
+    Raises:
+        InputError: nobody listens.
+    """
+    place = _HOST_AND_PORT.fullmatch(address)
+    if place is None:
+        return  # Ray knows what it is: local, auto, or nothing at all
+    try:
+        socket.create_connection((place["host"].strip("[]"), int(place["port"])), timeout=ANSWERS).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"--address {address}: nobody listens there ({reason}); start a cluster with ray start --head, or give the "
+            "address of its head"
+        ) from error
 
 
 def _warm_up() -> None:

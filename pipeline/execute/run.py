@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import ray
@@ -24,6 +25,8 @@ if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does
 _RUN_CHECK, _RUN_PART, _RUN_FINISH = ray.remote(run_check), ray.remote(run_part), ray.remote(run_finish)
 SECONDS_BOUNDS = [1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
 """Of the histogram of steps' times."""
+LOOK_AGAIN = 15.0
+"""Seconds between two looks at which nodes a cluster has."""
 TAGS = ("recipe", "stage")
 """Of Ray's metrics."""
 
@@ -50,7 +53,7 @@ class StepMetrics:
         self._seconds.observe(max(done.spent.seconds, 1e-3), tags)
 
 
-def execute(plan: Plan, address: str | None, console: Console, count_steps: bool = False) -> None:
+def execute(plan: Plan, address: str | None, console: Console, count_steps: bool = False, wait: float = 0) -> None:
     """Run the steps that the store lacks.
 
     Args:
@@ -58,6 +61,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
         address: Ray cluster to use; None takes RAY_ADDRESS (as a Ray job has it) or starts Ray on this machine.
         console: where progress goes.
         count_steps: whether Ray's metrics count finished steps.
+        wait: seconds that nodes with room for the steps may take to come, as those of a cluster that is starting.
 
     Raises:
         InputError: bad input that a step found.
@@ -68,7 +72,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
         return
     plan.write_rows()
     with cluster(address), progress(console, len(steps), "steps") as advance:
-        _check_resources(plan, steps)
+        _wait_for_room(plan, steps, wait, console)
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
         pieces = Pieces(steps, plan.store, limits)
@@ -132,6 +136,20 @@ def _submit(plan: Plan, state: Running, piece: Piece) -> ray.ObjectRef[Done]:
     return _RUN_PART.options(**options).remote(state.job, piece, plan.store.partial(step.key), threads, state.models)
 
 
+def _wait_for_room(plan: Plan, steps: list[Step], wait: float, console: Console) -> None:
+    """Wait until the cluster has nodes for all steps; after so many seconds it is refused."""
+    end = time.monotonic() + wait
+    while True:
+        try:
+            return _check_resources(plan, steps)
+        except InputError as error:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise
+            console.print(f"waiting for nodes, {left:.0f} s more: {error}", highlight=False, soft_wrap=True)
+            time.sleep(min(left, LOOK_AGAIN))
+
+
 def _check_resources(plan: Plan, steps: list[Step]) -> None:
     """Refuse a recipe that asks for more than any node has: Ray would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -143,7 +161,7 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
                 f"placement.actors is {step.actors}; the cluster has room for {room} with {wanted.num_cpus:g} CPUs and "
                 f"{wanted.num_gpus:g} GPUs each (resources.{step.stage}); lower them or use another --address"
             )
-    for stage in {step.stage for step in steps}:
+    for stage in dict.fromkeys(step.stage for step in steps):
         wanted = plan.recipe.resources_of(stage)
         if not any(node.get("CPU", 0) >= wanted.num_cpus and node.get("GPU", 0) >= wanted.num_gpus for node in nodes):
             largest = max(node.get("CPU", 0) for node in nodes), max(node.get("GPU", 0) for node in nodes)

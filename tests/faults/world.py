@@ -95,7 +95,7 @@ def _in_one_thread(path: Path, kind: str) -> str:
     return f"blake3:{blake3(path.read_bytes()).hexdigest()}" if kind == "blake3" else _compute(path, kind)
 
 
-def steps_here(plan: Plan, address: str | None, console: Console, count_steps: bool = False) -> None:
+def steps_here(plan: Plan, address: str | None, console: Console, count_steps: bool = False, wait: float = 0) -> None:
     """Do in this process, one after the other, what `execute` has Ray's workers do."""
     plan.write_rows()
     for step in plan.steps:

@@ -1,11 +1,15 @@
 """Ray on this machine: nobody else reaches it, and it may take its time. Each test starts one in its own process."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sensmerge.pipeline.execute.cluster import connect
+from sensmerge.tasks.errors import InputError
 
 pytestmark = pytest.mark.ray
 
@@ -115,3 +119,12 @@ def test_one_that_does_not_start_ends_with_a_line() -> None:
     (line,) = told(NEVER).stdout.splitlines()
     assert line.startswith("Ray did not start on this machine: The current node timed out during startup.")
     assert "see its logs in" in line
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nobody_listens_is_told_of_at_once(scheme: str) -> None:
+    with socket.socket() as taken:  # and listens to nobody
+        taken.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(InputError, match=rf"^--address {address}: nobody listens there \(Connection refused\); "):
+            connect(address)

@@ -23,6 +23,7 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sensmerge.pipeline.execute import run as run_module
 from sensmerge.pipeline.execute.run import execute, step_line
 from sensmerge.pipeline.execute.worker import Done, Spent
 from sensmerge.pipeline.plan import steps as steps_module
@@ -239,12 +240,25 @@ def test_a_recipe_without_tasks_needs_no_data(
 
 
 def test_more_than_any_node_has(
-    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+    llama_recipe: dict[str, Any],
+    tmp_path: Path,
+    ray_address: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = write_recipe(tmp_path, llama_recipe)
     arguments = ("--store", tmp_path / "store", "--address", ray_address, "--set", "resources.evaluate.num_gpus=8")
     assert command_line("run", recipe, *arguments) == 2
-    assert "resources.evaluate: a step asks for 1 CPUs and 8 GPUs" in capsys.readouterr().err
+    asked = "resources.evaluate: a step asks for 1 CPUs and 8 GPUs, the largest node has"
+    assert asked in capsys.readouterr().err
+
+    # Nodes may be on their way.
+    monkeypatch.setattr(run_module, "LOOK_AGAIN", 0.2)
+    assert command_line("run", recipe, *arguments, "--wait", 1) == 2
+    said = capsys.readouterr()
+    assert said.out.count(f" s more: {asked}") in range(2, 6)
+    assert said.out.count("waiting for nodes, 1 s more") >= 1
+    assert asked in said.err
 
 
 def test_nan_in_an_expert_stops_the_run_before_a_merge_is_published(
