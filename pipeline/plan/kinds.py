@@ -1,14 +1,35 @@
 """Whether the kind of each task has a meaning for the network of its expert."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import Task
 from sensmerge.tasks.networks.base import missing_parameters
 from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
+
+
+class _Ending(NamedTuple):
+    """What networks end in that have a head of their own."""
+
+    name: str
+    task_type: str
+    """of their adapters"""
+    networks: Mapping[str, str]
+    """names of their classes"""
+
+
+_OWN_ENDINGS = {
+    "classification": _Ending(
+        "a classifier of texts", "SEQ_CLS", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    "token_classification": _Ending(
+        "a classifier of tokens", "TOKEN_CLS", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    ),
+}
 
 
 def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> None:
@@ -21,12 +42,9 @@ def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> Non
         expert = experts[name]
         if not task.has_own_head:
             _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
-        elif not _classifies(expert):
-            raise InputError(
-                f"tasks.{name}.kind: {task.kind}, but {expert.folder} is a {expert.network}; expected a classifier of "
-                "texts (its own, or a LoRA adapter with task_type SEQ_CLS and its head in modules_to_save), or leave "
-                "the task out"
-            )
+        else:
+            _check_ending(f"tasks.{name}.kind: {task.kind}", _OWN_ENDINGS[task.head], expert)
+            task.check_config(expert.config, f"tasks.{name}")
         task.check_installed(f"tasks.{name}")
 
 
@@ -44,5 +62,9 @@ def _check_continues(needs: str, expert: Expert) -> None:
         raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
 
 
-def _classifies(expert: Expert) -> bool:
-    return expert.network in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+def _check_ending(needs: str, ending: _Ending, expert: Expert) -> None:
+    if expert.network not in ending.networks.values():
+        raise InputError(
+            f"{needs}, but {expert.folder} is a {expert.network}; expected {ending.name} (its own, or a LoRA adapter "
+            f"with task_type {ending.task_type} and its head in modules_to_save), or leave the task out"
+        )

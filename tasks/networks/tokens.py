@@ -6,6 +6,8 @@ torch is imported where it is used: kinds of task, which a recipe is read by, ar
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from sensmerge.tasks.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +38,47 @@ def class_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: in
     longest = None if max_length is None else max_length + twice
     ids: list[int] = tokenizer(text, truncation=longest is not None, max_length=longest, verbose=False)["input_ids"]
     return ids[twice:]
+
+
+def word_tokens(
+    words: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
+) -> tuple[list[int], list[int | None]]:
+    """Token ids of a text in words with the tokenizer's special tokens, cut from the right but for these.
+
+    Returns:
+        The ids, and the place of each word's first token; None for a word without one: it is cut, or nothing is left
+        of it.
+    """
+    encoded = tokenizer(
+        list(words), is_split_into_words=True, truncation=max_length is not None, max_length=max_length, verbose=False
+    )
+    first: dict[int, int] = {}
+    for place, word in enumerate(encoded.word_ids()):
+        if word is not None:
+            first.setdefault(word, place)
+    return encoded["input_ids"], [first.get(number) for number in range(len(words))]
+
+
+def check_words(tokenizer: "PreTrainedTokenizerBase", key: str) -> None:
+    """Check that a tokenizer tells which tokens are of which word, and reads words with spaces between them.
+
+    Byte-level tokenizers set none of their own accord, and networks were not trained on words in one piece.
+
+    Raises:
+        InputError: it is not so; `key` names the task.
+    """
+    folder = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{key}: the tokenizer of {folder}, {type(tokenizer).__name__}, does not say which tokens are of which "
+            "word; expected one with a tokenizer.json"
+        )
+    ids: list[int] = tokenizer(["ab", "c"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(ids).strip() == "abc":
+        raise InputError(
+            f"{key}: the tokenizer of {folder} reads words without the spaces between them; set add_prefix_space to "
+            "true in its tokenizer_config.json, or for tokenizer_class TokenizersBackend in its tokenizer.json"
+        )
 
 
 def _begins_twice(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:

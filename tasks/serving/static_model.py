@@ -1,4 +1,4 @@
-"""A static merge that answers texts: a language model continues them, a classifier names their class.
+"""A static merge that answers texts: a language model continues them, a head says their class or their number.
 
 model = StaticModel.load(Path("FOLDER"))
 model.predict(["What is 3 plus 4?"])
@@ -20,8 +20,8 @@ from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
 from sensmerge.tasks.networks.known import why_unknown
-from sensmerge.tasks.networks.networks import finite, load_config, load_tokenizer, network_class
-from sensmerge.tasks.networks.texts import text_inputs
+from sensmerge.tasks.networks.networks import load_config, load_tokenizer, network_class
+from sensmerge.tasks.networks.texts import head_answer, text_inputs
 from sensmerge.tasks.networks.tokens import collate, pad_token
 
 Form = Literal["language_model", "classifier", "trunk"]
@@ -91,7 +91,7 @@ class StaticModel:
             networks: dict[str, PreTrainedModel] = {}
             for name in head_names(folder):
                 head = SavedHead(folder / HEADS / name)
-                networks[name] = load_network(base, "classification", torch_dtype, device, head)
+                networks[name] = load_network(base, head.ending, torch_dtype, device, head)
                 _share_trunk(networks, name, head)
         else:
             head_kind = "causal_lm" if form == "language_model" else "classification"
@@ -115,7 +115,7 @@ class StaticModel:
         return self.networks[task]
 
     def predict(self, texts: Sequence[str], max_new_tokens: int = 64, task: str | None = None) -> list[str]:
-        """Answer texts in one batch: a greedy continuation of each, or the name of its class.
+        """Answer texts in one batch: a greedy continuation of each, or what a head says of it (`head_answer`).
 
         Args:
             texts: the texts.
@@ -131,8 +131,7 @@ class StaticModel:
         network = self.network(task)
         new = max_new_tokens if self.form == "language_model" else None
         samples = [
-            text_inputs(text, self.tokenizer, network.config, new, f"text {number}")
-            for number, text in enumerate(texts)
+            text_inputs(text, self.tokenizer, network, new, f"text {number}") for number, text in enumerate(texts)
         ]
         if not samples:
             return []
@@ -141,8 +140,8 @@ class StaticModel:
                 found = generate(network, self.tokenizer, samples, new, self._pad_id, network.device)
                 return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
             batch = {name: values.to(network.device) for name, values in collate(samples, self._pad_id).items()}
-            classes = finite(network(**batch).logits).argmax(-1).tolist()
-        return [str(network.config.id2label[index]) for index in classes]
+            logits = network(**batch).logits
+        return [head_answer(one, text, self.tokenizer, network) for one, text in zip(logits, texts, strict=True)]
 
 
 def _share_trunk(networks: Mapping[str, PreTrainedModel], name: str, head: SavedHead) -> None:
