@@ -40,6 +40,17 @@ def class_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: in
     return ids[twice:]
 
 
+def pair_tokens(
+    first: str, second: str, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
+) -> dict[str, list[int]]:
+    """A pair of texts as inputs of a network, with the tokenizer's special tokens, the longer one cut from the right.
+
+    They are `input_ids` and, where the tokenizer's networks read it, `token_type_ids`: of which text a token is.
+    """
+    encoded = tokenizer(first, second, truncation=max_length is not None, max_length=max_length, verbose=False)
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
 def word_tokens(
     words: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
 ) -> tuple[list[int], list[int | None]]:
