@@ -136,7 +136,7 @@ def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
         expert = inputs.networks.experts[name]
         generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
         detached = task.has_own_head and bool(expert.head and recipe.se_variants())
-        reads = not task.has_own_head and reads_images(expert.config)
+        reads = task.head == "causal_lm" and reads_images(expert.config)
         if not (generates or detached or reads or wanted_statistics(recipe) or recipe.calibrated_variants()):
             continue
         asked = _Asked(expert.config, expert.folder, task.head)

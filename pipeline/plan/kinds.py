@@ -10,6 +10,7 @@ from sensmerge.tasks.kinds.kind import Task
 from sensmerge.tasks.networks.base import missing_parameters
 from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
+from sensmerge.tasks.networks.networks import has_network
 
 
 class _Ending(NamedTuple):
@@ -40,7 +41,9 @@ def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> Non
     """
     for name, task in tasks.items():
         expert = experts[name]
-        if not task.has_own_head:
+        if task.head == "trunk":
+            _check_embeds(f"tasks.{name}.kind: {task.kind} needs an encoder without a head", expert)
+        elif not task.has_own_head:
             _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
         else:
             _check_ending(f"tasks.{name}.kind: {task.kind}", _OWN_ENDINGS[task.head], expert)
@@ -60,6 +63,13 @@ def _check_continues(needs: str, expert: Expert) -> None:
         raise InputError(f"{needs}; {error}; {ways_out}") from None
     if lacking:
         raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
+
+
+def _check_embeds(needs: str, expert: Expert) -> None:
+    if not has_network(expert.base.config, "trunk"):
+        raise InputError(f"{needs}, but transformers has none for {expert.base.folder}; leave the task out")
+    if lacking := missing_parameters(expert.base, "trunk"):
+        raise InputError(f"{needs}, but the base lacks {lacking[0]}; leave the task out")
 
 
 def _check_ending(needs: str, ending: _Ending, expert: Expert) -> None:

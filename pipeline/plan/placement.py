@@ -71,7 +71,7 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
     asked, room = recipe.placement, _room(recipe, stage)
     statistics = wanted_statistics(recipe) if stage == "statistics" else {}
     memory = Memory(base, getattr(torch, recipe.dtype), tokens, statistics)
-    completes = any(not task.has_own_head for task in recipe.tasks.values())
+    completes = any(task.head == "causal_lm" for task in recipe.tasks.values())
     if room and stage == "cross_task" and completes and asked not in ("whole", "streamed"):
         _check_heads(memory, len(recipe.experts), room, human)
     if isinstance(asked, ActorPlacement):

@@ -1,9 +1,10 @@
 """What a field of a row may hold, and what messages call what it holds instead."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.rows.source import Row
 
 
@@ -58,6 +59,21 @@ def whole_number(value: Any) -> int | None:
     if isinstance(value, str) and value.isdecimal() and len(value) < 10 and str(int(value)) == value:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def number_of(value: Any) -> float | None:
+    """A number, given as such or as its text; None for anything else, and for what is not finite."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def check_number(value: Any, named: str) -> None:
+    """Raise InputError if a value is no finite number; `named` says which setting names it, in which row."""
+    if number_of(value) is None:
+        raise InputError(f"{named} is {shown(value)}; expected a finite number")
 
 
 def _described(value: Any) -> str:

@@ -39,7 +39,8 @@ class Task(Strict):
     version: ClassVar[int] = 1
     """counts up whenever equal settings and rows give other samples, losses or records than before"""
     head: ClassVar[str] = "causal_lm"
-    """what a network ends in: causal_lm, or one of `OWN_HEADS`, which every task's expert has of its own"""
+    """what a network ends in: causal_lm, trunk (no head), or one of `OWN_HEADS`, which every task's expert has of its
+    own"""
     metrics: ClassVar[Mapping[str, Metric]] = {}
     """by name; the records of a task have those whose fields they hold"""
 

@@ -3,15 +3,14 @@
 A record holds `prediction` and `label`. The loss is the squared error.
 """
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from sensmerge.tasks.errors import InputError, shown
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
-from sensmerge.tasks.kinds.checks import NamedField
+from sensmerge.tasks.kinds.checks import NamedField, check_number, number_of
 from sensmerge.tasks.kinds.correlation import mean_squared_error, pearson, spearman
 from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
 from sensmerge.tasks.kinds.scores import Metric
@@ -68,11 +67,7 @@ class RegressionTask(RowTask):
 
     def check_row(self, row: Row, settings: str, where: str, labels: Labels | None) -> None:
         """See `RowTask`: there has to be a number."""
-        if _number(row[self.label]) is None:
-            raise InputError(
-                f"{settings}.label names field {self.label!r}, which in {where} is {shown(row[self.label])}; expected "
-                "a finite number"
-            )
+        check_number(row[self.label], f"{settings}.label names field {self.label!r}, which in {where}")
 
     def sample(
         self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
@@ -88,19 +83,10 @@ class RegressionTask(RowTask):
             inputs = pair_tokens(text, render(self.pair, row), tokenizer, self.max_length)
         if not inputs["input_ids"]:
             raise InputError(f"{where}: the text has no token; leave the row out")
-        return Sample(inputs, len(inputs["input_ids"]), _number(row[self.label]))
+        return Sample(inputs, len(inputs["input_ids"]), number_of(row[self.label]))
 
     def judge(self, sample: Sample, logits: "Tensor") -> Any:
         """See `RowTask`: the only logit is the number."""
         from sensmerge.tasks.networks.networks import finite
 
         return {"prediction": float(finite(logits)), "label": sample.label}
-
-
-def _number(value: Any) -> float | None:
-    """Return a value, a number or its text, as a number; None where it is none, or not finite."""
-    try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

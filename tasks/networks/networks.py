@@ -28,11 +28,13 @@ from sensmerge.tasks.networks.merged_ids import in_merged_ids
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
 Head = str
-"""What a network ends in: `causal_lm`, `classification` (of a single class: a number) or `token_classification`."""
+"""What a network ends in: `causal_lm`, `classification` (of a single class: a number), `token_classification`, or
+`trunk`: no head follows."""
 
 _AUTO_MAPPINGS = {
     "causal_lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     "classification": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,),
+    "trunk": (modeling_auto.MODEL_MAPPING,),
     "token_classification": (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,),
 }
 """Networks by head and config; a language model that also reads images counts where there is none of texts alone."""

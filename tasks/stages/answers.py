@@ -61,6 +61,8 @@ class Model(Protocol):
     def logits(self, samples: Sequence[Sample], owners: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield each sample's place and logits, in any order: (T, vocabulary) padded on the right, or (classes,).
 
+        Of networks without a head it is the last hidden state, (T, width) padded on the right.
+
         `owners` are the places of the samples' items.
         """
 
@@ -114,14 +116,16 @@ class NetworkModel:
 
     def logits(self, samples: Sequence[Sample], owners: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See `Model`."""
-        network, size, options = self._network, self._task.batch_size, {"use_cache": False}
+        network, size = self._network, self._task.batch_size
         if self._task.has_own_head:
-            size, options = classifier_batch_size(network, size), {}
+            size = classifier_batch_size(network, size)
+        options = {"use_cache": False} if self._task.head == "causal_lm" else {}
         inputs = [sample.inputs for sample in samples]
         for chosen in batches([length(one) for one in inputs], size):
             batch = to_device(collate([inputs[place] for place in chosen], self._pad_id), str(network.device))
             with torch.inference_mode():
-                found: Tensor = network(**batch, **options).logits
+                output = network(**batch, **options)
+                found: Tensor = output.last_hidden_state if self._task.head == "trunk" else output.logits
             yield from zip(chosen, found, strict=True)
 
     def generate(self, prompts: Sequence[Inputs], owners: Sequence[int], max_new_tokens: int) -> list[str]:

@@ -126,7 +126,7 @@ class Candidates:
                 buffer.copy_(variant.mean_statistics(name).view(buffer.shape))
         if owner is None:
             _set_token_ids(network.config, variant.token_ids)
-        if not rows.task.has_own_head:
+        if rows.task.head == "causal_lm":
             set_end_tokens(network, variant.tokenizer, base.folder)
         return network
 

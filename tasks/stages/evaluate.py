@@ -115,7 +115,7 @@ class EvaluateJob(Job):
         network = load_network(model, self.task.head, getattr(torch, self.dtype), self.device, head_of)
         if self.labels is not None:
             network.config.label2id = dict(self.labels)
-        if not self.task.has_own_head:
+        if self.task.head == "causal_lm":
             set_end_tokens(network, self.model.folder, self.base.folder)
         return network
 
