@@ -42,6 +42,12 @@ class _MovedTokenizer:
         found["input_ids"] = [self._new(one) for one in found["input_ids"]]
         return found
 
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The added tokens that merged models have, by their ids there."""
+        found = self._own.added_tokens_decoder
+        return {self._moved[own]: token for own, token in found.items() if own in self._moved}
+
     def _new(self, own: int) -> int:
         if own not in self._moved:
             token = self._own.convert_ids_to_tokens(own)

@@ -1,6 +1,7 @@
 """Conversations in tokens: those of `apply_chat_template`, and token by token what the assistant says."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.chats import ChatTemplate, ReadChat, dated
+from sensmerge.tasks.networks.merged_ids import in_merged_ids
 from tests.tasks.networks.chat_templates import CHATML, FORMS, Form, chat_tokenizer
 
 TOKENIZERS = {name: chat_tokenizer(form) for name, form in FORMS.items()}
@@ -261,3 +263,18 @@ def test_a_tokenizer_without_offsets() -> None:
     slow = Slow(tokenizer_object=Tokenizer.from_str(TOKENIZERS["chatml"].backend_tokenizer.to_str()))
     with pytest.raises(InputError, match=r"row 7: kind chat needs a tokenizer that tells where .* is a Slow"):
         ChatTemplate(slow, None, {}, "row 7").read(CHAT, None, every=False)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_ids_of_merged_models_change_nothing_else(name: str) -> None:
+    """A tokenizer with other ids for its tokens finds the same ones said, those that swallow spaces among them."""
+    own, form = TOKENIZERS[name], FORMS[name]
+    moved = {one: (one - 50) % len(own) for one in range(len(own))}
+    turns = ("how many?", "fifteen a", "how many?", " seven b")
+    messages = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
+    found, expected = (
+        ChatTemplate(one, None, form.variables, "row 7").read(messages, None, every=True)
+        for one in (in_merged_ids(own, moved, Path("b")), own)
+    )
+    assert [found.ids, found.prompt] == [[moved[one] for one in ids] for ids in (expected.ids, expected.prompt)]
+    assert (found.said, found.said_before) == (expected.said, expected.said_before)
