@@ -274,7 +274,7 @@ def test_ids_of_merged_models_change_nothing_else(name: str) -> None:
     messages = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
     found, expected = (
         ChatTemplate(one, None, form.variables, "row 7").read(messages, None, every=True)
-        for one in (in_merged_ids(own, moved, Path("b")), own)
+        for one in (in_merged_ids(own, moved, Path("b"), own), own)
     )
     assert [found.ids, found.prompt] == [[moved[one] for one in ids] for ids in (expected.ids, expected.prompt)]
     assert (found.said, found.said_before) == (expected.said, expected.said_before)
