@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
+from string import ascii_letters
 from typing import Any
 
 from jinja2 import TemplateError
@@ -23,7 +24,6 @@ TODAY = datetime(2024, 7, 26)
 says where it does not know the date."""
 _TEXT = "\ue000\ue001\ue002"
 """Stands for what the assistant says, to find what stands around it."""
-_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -227,9 +227,11 @@ class ChatTemplate:
 
 @lru_cache(maxsize=64)
 def dated(template: str) -> str:
-    """Return a template for which it is always `TODAY`."""
-    formats = dict.fromkeys(match[2] for match in _DATE.finditer(template))
-    if not formats:
+    """Return a template for which it is always `TODAY`, in whichever format it asks for the date."""
+    if "strftime_now" not in template:
         return template
-    cases = "".join(f"{{%- if form == {form!r} -%}}{TODAY.strftime(form)}{{%- endif -%}}" for form in formats)
-    return f"{{%- macro strftime_now(form) -%}}{cases}{{%- endmacro -%}}{template}"
+    percent = "\ue003"
+    codes = [f"%{pad}{letter}" for pad in ("", "-") for letter in ascii_letters]
+    said = {"%%": percent} | {one: TODAY.strftime(one) for one in codes} | {percent: "%"}
+    filters = "".join(f"|replace({one!r}, {text!r})" for one, text in said.items() if one != text)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro +%}}{template}"

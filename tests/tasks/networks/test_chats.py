@@ -215,6 +215,19 @@ def test_it_is_always_the_same_day() -> None:
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "2024-07-26 25 2024-07-26"
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% set form = '%d %b %Y' %}{{ strftime_now(form) }} {{ strftime_now('%Y') }}", "26 Jul 2024 2024"),
+        ("\n  {{ strftime_now(format='%A %-d 100%% %%d') }}", "\n  Friday 26 100% %d"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%B') }}{% endif %}", "July"),
+        ("{%- macro day(form) %}{{ strftime_now(form) }}{% endmacro %}a {{ day('%H:%M') }}", "a 00:00"),
+    ],
+)
+def test_a_template_asks_for_the_date_in_any_way(template: str, text: str) -> None:
+    assert TOKENIZERS["chatml"].apply_chat_template(CHAT, chat_template=dated(template), tokenize=False) == text
+
+
 def changed(template: str | None, **more: Any) -> ChatTemplate:
     tokenizer = chat_tokenizer(FORMS["chatml"])
     tokenizer.chat_template = template
