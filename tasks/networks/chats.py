@@ -12,7 +12,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sensmerge.tasks.deadline import deadline
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.template_files import SECONDS
 from sensmerge.tasks.networks.tokens import tokens
 
 Messages = Sequence[Mapping[str, Any]]
@@ -103,18 +105,24 @@ class ChatTemplate:
             continued: leave the last message open.
 
         Raises:
-            InputError: the template refuses them.
+            InputError: the template refuses them, or takes too long.
         """
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=self.tools,
-                chat_template=self._template,
-                add_generation_prompt=prompt,
-                continue_final_message=continued,
-                tokenize=False,
-                **self.variables,
-            )
+            with deadline(SECONDS):
+                text: str = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=self.tools,
+                    chat_template=self._template,
+                    add_generation_prompt=prompt,
+                    continue_final_message=continued,
+                    tokenize=False,
+                    **self.variables,
+                )
+        except TimeoutError:
+            raise InputError(
+                f"{self.where}: the chat template has not written the messages after {SECONDS:g} seconds; name another "
+                "model, or template, in tokenizer"
+            ) from None
         except (
             TemplateError,
             TypeError,

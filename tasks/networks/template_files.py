@@ -7,8 +7,12 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from sensmerge.tasks.artifacts import load_object, write_json
 from sensmerge.tasks.checkpoints.companions import TOKENIZER_CONFIG, companions
+from sensmerge.tasks.deadline import deadline
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import load_tokenizer
+
+SECONDS = 10.0
+"""How long a chat template, which may come from anybody, may write at some messages; most take milliseconds."""
 
 
 def chat_templates(folder: Path) -> dict[str, Any]:
@@ -43,7 +47,10 @@ def set_template(folder: Path, template: str) -> None:
         write_json(folder / TOKENIZER_CONFIG, config)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     try:
-        load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        with deadline(SECONDS):
+            load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TimeoutError:
+        raise InputError(f"tokenizer.chat_template: has not written a message after {SECONDS:g} seconds") from None
     except TemplateSyntaxError as error:
         raise InputError(f"tokenizer.chat_template: no Jinja template ({error}); correct it") from error
     except TemplateError:  # a template may refuse this conversation

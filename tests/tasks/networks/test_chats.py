@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks import chats, template_files
 from sensmerge.tasks.networks.chats import ChatTemplate, ReadChat, dated
 from sensmerge.tasks.networks.merged_ids import in_merged_ids
 from tests.tasks.networks.chat_templates import CHATML, FORMS, Form, chat_tokenizer
@@ -255,6 +256,19 @@ def test_what_cannot_be_read_is_refused(template: str | None, messages: list[dic
     with pytest.raises(InputError) as error:
         changed(template).read(messages, None, every=True)
     assert text in str(error.value)
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_an_endless_template_is_refused_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(chats, "SECONDS", 0.5)
+    monkeypatch.setattr(template_files, "SECONDS", 0.5)
+    with pytest.raises(InputError, match=r"row 7: the chat template has not written the messages after 0\.5 seconds"):
+        changed(ENDLESS).read(CHAT, None, every=False)
+    chat_tokenizer(FORMS["chatml"]).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"^tokenizer\.chat_template: has not written a message after 0\.5 seconds"):
+        template_files.set_template(tmp_path, ENDLESS)
 
 
 def test_several_templates() -> None:
