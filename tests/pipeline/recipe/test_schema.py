@@ -154,6 +154,16 @@ def test_reading_a_recipe_needs_no_torch() -> None:
         ({"merges": {"t": {"method": "ties", "weight": True}}}, "merges.t.weight: .* valid number"),
         ({"merges": {"t": {"method": "ties", "weight": "0.5"}}}, "merges.t.weight: .* valid number"),
         ({"base": ""}, "base: .* at least 1 character"),
+        ({"tokenizer": {"tokens": {"<t>": {"source": 3}}}}, r"tokenizer\.tokens\.<t>\.source: Input should be"),
+        (
+            {"tokenizer": {"tokens": {"str": {"source": {"kind": "model_token", "model": "a", "token": 3}}}}},
+            r"tokenizer\.tokens\.str\.source\.token: Input should be a valid string",
+        ),
+        ({"tokenizer": {"tokens": {"str": "a"}}}, r"tokenizer\.tokens\.str: Input should be"),
+        (
+            {"tasks": {"math": {"kind": "chat", "messages": [{"role": "user"}]}}},
+            r"tasks\.math\.messages\.0\.content is missing",
+        ),
         ({"resources": {"merge": {"num_cpu": 1}}}, "unknown key resources.merge.num_cpu"),
     ],
 )
