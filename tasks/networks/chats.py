@@ -8,13 +8,12 @@ from functools import cached_property, lru_cache
 from string import ascii_letters
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sensmerge.tasks.deadline import deadline
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.template_files import SECONDS
+from sensmerge.tasks.networks.template_files import SECONDS, TEMPLATE_ERRORS
 from sensmerge.tasks.networks.tokens import tokens
 
 Messages = Sequence[Mapping[str, Any]]
@@ -123,15 +122,7 @@ class ChatTemplate:
                 f"{self.where}: the chat template has not written the messages after {SECONDS:g} seconds; name another "
                 "model, or template, in tokenizer"
             ) from None
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except TEMPLATE_ERRORS as error:
             what = " ".join(str(error).split("\n")[0].split())
             raise InputError(f"{self.where}: the chat template cannot write the messages: {what}") from error
         return text

@@ -90,9 +90,7 @@ def test_an_answer_of_which_nothing_is_left_is_refused() -> None:
     task = CompletionTask(kind="completion", generate=8, compare="normalized")
     for answer in ("A", "the!", "..."):
         assert normalized(answer) is None
-        said = (
-            r"^tasks\.math\.compare is normalized, found none in the answer .* of row 0.*; set compare: text"
-        )
+        said = r"^tasks\.math\.compare is normalized, found none in the answer .* of row 0.*; set compare: text"
         with pytest.raises(InputError, match=said):
             task.check_rows([{"prompt": "", "completion": answer}], "tasks.math.evaluation")
 

@@ -1,5 +1,6 @@
 """Conversations in tokens: those of `apply_chat_template`, and token by token what the assistant says."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,12 @@ def test_an_endless_template_is_refused_in_time(monkeypatch: pytest.MonkeyPatch,
     chat_tokenizer(FORMS["chatml"]).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"^tokenizer\.chat_template: has not written a message after 0\.5 seconds"):
         template_files.set_template(tmp_path, ENDLESS)
+
+
+def test_templates_that_are_none_are_no_error_of_ours(tmp_path: Path) -> None:
+    for stated in ([{"name": "default"}], [{"template": ["a"]}], {"default": "a"}, 3):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stated}))
+        assert len(template_files.template_texts(tmp_path)) == 1
 
 
 def test_several_templates() -> None:
