@@ -78,8 +78,11 @@ def settled(parent: Path, fill: Callable[[Path], None]) -> Path:
             folder.mkdir(parents=True)
             fill(folder)
             target = parent / _content(folder)[:32]
-            if not target.exists():
+            try:
                 folder.rename(target)
+            except OSError:  # one is there: of an earlier plan, or of one that is made at the same time
+                if not target.is_dir():
+                    raise
         return target
     except OSError as error:
         raise InputError(
