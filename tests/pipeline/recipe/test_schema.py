@@ -521,6 +521,10 @@ def test_values_that_stay_are_those_that_the_recipe_gives(
         ({"weight": "auto", "tune": {"weight": [0.3]}}, "merges.t: weight: auto stands for tune: {weight: auto}"),
         ({"weight": "best"}, "merges.t.weight: .* valid number"),
         (
+            {"tune": {"weight": [one / 200 for one in range(150)], "lambda": [one / 200 for one in range(1, 101)]}},
+            "merges.t: tune: 15,000 combinations; expected at most 10,000: give fewer values",
+        ),
+        (
             {"method": "ties", "weight": "auto"},
             "merges.t: tune.weight: ties with these settings gives the same merge for every weight; set norm",
         ),
