@@ -106,12 +106,13 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses them, or takes too long.
         """
+        template = self._template
         try:
             with deadline(SECONDS):
                 text: str = self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=self.tools,
-                    chat_template=self._template,
+                    chat_template=template,
                     add_generation_prompt=prompt,
                     continue_final_message=continued,
                     tokenize=False,

@@ -257,6 +257,7 @@ def test_what_cannot_be_read_is_refused(template: str | None, messages: list[dic
     with pytest.raises(InputError) as error:
         changed(template).read(messages, None, every=True)
     assert text in str(error.value)
+    assert str(error.value).count("row 7: ") == 1
 
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
