@@ -28,6 +28,9 @@ from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import load_tokenizer, skeleton
 from sensmerge.tasks.urls import public_text
 
+_NORMALIZE = ("normalize", "normalize_weights")
+"""Settings by which methods divide weights by their sum."""
+
 
 class Networks(NamedTuple):
     """Base and experts, read by classes of transformers."""
@@ -90,7 +93,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     opened = open_models(recipe, listings, cache)
     _check_layers(recipe, opened.base)
     _check_totals(recipe, opened.base)
-    notes = list(opened.notes)
+    notes = [*opened.notes, *_idle_weights(recipe)]
     if opened.base.statistics:
         notes.append(
             f"base: of {len(opened.base.statistics)} buffers with statistics, such as {min(opened.base.statistics)}, "
@@ -138,6 +141,20 @@ def _check_order(recipe: Recipe) -> None:
                 "layer without a number is before or behind the others; give the numbered ones weights that change "
                 "with depth instead, as coefficients explicit"
             )
+
+
+def _idle_weights(recipe: Recipe) -> list[str]:
+    """Return a line for each variant whose `weight` changes nothing: its method divides weights by their sum."""
+    idle = {
+        name: one.settings
+        for name, one in recipe.merges.items()
+        if one.settings.weight not in (0, 1) and not one.settings.depends_on_weight
+    }
+    return [
+        f"merges.{name}.weight: {one.weight:g} changes nothing, for {one.method.name} as it is set divides weights by "
+        f"their sum; leave it out{''.join(f', or set {key}: false' for key in _NORMALIZE if hasattr(one.method, key))}"
+        for name, one in idle.items()
+    ]
 
 
 def _tuning(recipe: Recipe) -> Tuning:

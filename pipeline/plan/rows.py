@@ -139,7 +139,7 @@ def gather_rows(
     Args:
         tasks: the recipe's.
         experts: of the tasks, by the same names; `check_kinds` has passed them.
-        tokenizers: those that read a task, by its name; samples are those of the first.
+        tokenizers: those that read a task, by its name; samples are those of the first, and the last is merged models'.
         folder: what the recipe's paths are relative to.
         use: what the recipe does with them.
 
@@ -152,7 +152,7 @@ def gather_rows(
     readers: dict[str, _Reader] = {}
     notes = []
     for name, task in tasks.items():
-        notes += task.notes(f"tasks.{name}", tokenizers[name][0], experts[name].folder)
+        notes += task.notes(f"tasks.{name}", tokenizers[name][-1], experts[name].folder)
         if isinstance(task, RowTask):
             readers[name] = _Reader(name, task, experts[name], tokenizers[name], use)
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}

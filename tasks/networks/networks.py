@@ -261,7 +261,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: no usable tokenizer ({reason}); get its files again") from error
     view = read_view(folder)
-    return tokenizer if view is None else in_merged_ids(tokenizer, view.moved(), folder)
+    return tokenizer if view is None else in_merged_ids(tokenizer, view.moved(), folder, load_tokenizer(view.writer))
 
 
 def describe(config: PretrainedConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Whose tokenizer, chat template, end tokens and generation config merged models get: all from one model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool)
             ends = []  # the base's own files say so
     vocabulary = united.vocabulary if united and moves else None
     readers = _readers(vocabulary, [one.key for one in experts if one.key in maps]) if vocabulary else ()
+    texts = template_texts(source.folder) if template is None else {template}
+    notes += _spelled_notes({one: maps[one] for one in readers}, [*added_tokens(source.folder), *added], texts)
     return Choice(source, added, tuple(ends), template, vocabulary, readers, tuple(notes))
 
 
@@ -145,6 +147,20 @@ def _word_notes(source: Owner, owners: Sequence[Owner], added: Sequence[str]) ->
 
 def _readers(vocabulary: Vocabulary, keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(one for one in keys if all(token in vocabulary.ids for token in vocabulary.models[one]))
+
+
+def _spelled_notes(
+    readers: Mapping[str, Mapping[str, int]], tokens: Sequence[str], templates: Collection[str]
+) -> list[str]:
+    """Say which added tokens of merged models' chat templates are none in an expert's own tokenizer."""
+    written = [token for token in tokens if any(token in text for text in templates)]
+    lacking = {key: [token for token in written if token not in own] for key, own in readers.items()}
+    return [
+        f"tokenizer: {key} has no token {', '.join(map(repr, found))}, which the chat template of merged models "
+        "writes; in conversations it reads what the text is spelled with"
+        for key, found in lacking.items()
+        if found
+    ]
 
 
 def _differ(models: Sequence[Owner], maps: Mapping[str, Mapping[str, int]], asked: Asked) -> bool:
