@@ -98,13 +98,19 @@ class _Reader:
         names = self.expert.own_classes
         return [self.task.named(row, names) for row in rows] if names else rows
 
+    def _complete(self, key: str, found: Rows) -> list[Row]:
+        """Return rows with what they name of other files put into them."""
+        each = zip(found.rows, found.folders, found.places, strict=True)
+        return [self.task.complete(row, folder, f"tasks.{self.name}", f"{key}: {place}") for row, folder, place in each]
+
     def read(self, split: Split, found: Rows) -> list[_Chosen]:
         """Return rows with their samples. Raises InputError for the first that does not fit the task or its network."""
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
+        found = replace(found, rows=self._complete(key, found))
         self._check_answers(split, found)
         lacking = [self._may_lack_answers(split) and self.task.lacks_answer(row) for row in found.rows]
         rows = [self.task.with_answer(row, 0) if lacks else row for row, lacks in zip(found.rows, lacking, strict=True)]
-        found = Rows(self._named(rows), found.places)
+        found = replace(found, rows=self._named(rows))
         self.task.check_rows(found.rows, key, label2id, found.places)
         chosen = []
         for row, place, unanswered in zip(found.rows, found.places, lacking, strict=True):
@@ -317,8 +323,7 @@ def _apart(
     while len(chosen) < wanted and start < len(order):
         drawn = sorted(order[start : start + wanted - len(chosen)])
         start += len(drawn)
-        found = Rows(table.take(drawn), [table.place(index) for index in drawn])
-        for index, one in zip(drawn, reader.read(split, found), strict=True):
+        for index, one in zip(drawn, reader.read(split, table.rows(drawn)), strict=True):
             other = next((taken[mark] for mark in one.marks if mark in taken), None)
             if other is None:
                 chosen[index] = one

@@ -21,7 +21,8 @@ from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import DetachedHead
-from sensmerge.tasks.networks.networks import finite, load_tokenizer
+from sensmerge.tasks.networks.networks import finite, trunk_or_self
+from sensmerge.tasks.networks.readers import load_reader, read_by, vision_config
 from sensmerge.tasks.networks.texts import text_inputs
 from sensmerge.tasks.networks.tokens import PADDING as LITTLE_PADDING
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
@@ -119,10 +120,12 @@ class DynamicModel:
                 f"{folder}: its manifest routes by layer {manifest.rule.layer}, but the base has {network.blocks} "
                 "blocks; copy the folder again"
             )
-        width = network.network.config.get_text_config().hidden_size
+        config = network.network.config
+        reads = read_by(network.network)
+        width = (vision_config(config) if reads == "pictures" else config.get_text_config()).hidden_size
         statistics = read_statistics(folder / STATISTICS, manifest.rule, len(manifest.experts), width)
         router = Router(manifest.rule, statistics, manifest.router)
-        reader = load_tokenizer(folder / BASE)
+        reader = load_reader(folder / BASE, reads)
         return cls(network, heads, manifest.experts, reader, router, manifest.head == "classification")
 
     def route(self, samples: Sequence[Inputs], size: int | None = None) -> Routes:
@@ -177,7 +180,7 @@ class DynamicModel:
                     logits = network(**inputs).logits.float()
                     found |= {row: (values,) * len(heads) for row, values in zip(rows, logits, strict=True)}
                     continue
-                output = network.base_model(**inputs)
+                output = trunk_or_self(network)(**inputs)
             hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
             assigned = [[names[row] for row in rows] for names in heads]
             by_head = [self._head_logits(hidden, pooled, inputs, names) for names in assigned]

@@ -32,9 +32,13 @@ Head = str
 
 _AUTO_MAPPINGS = {
     "causal_lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    "classification": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,),
+    "classification": (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    ),
 }
-"""Networks by head and config; a language model that also reads images counts where there is none of texts alone."""
+"""Networks by head and config; a language model that also reads images counts where there is none of texts alone, and a
+classifier of pictures where there is none of texts."""
 
 
 def load_config(folder: Path, dequantize: bool = False) -> PretrainedConfig:
@@ -180,6 +184,24 @@ def for_one_pass(network: PreTrainedModel) -> PreTrainedModel:
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False
     return network.eval()
+
+
+def trunk_name(network: PreTrainedModel) -> str:
+    """Return what a network calls its trunk, or would call it if it were not the trunk itself.
+
+    Some classifiers of pictures (CLIP's, SigLIP's) have it under another name than `base_model_prefix`.
+    """
+    prefix: str = network.base_model_prefix
+    if hasattr(network, prefix) or type(network) not in _AUTO_MAPPINGS["classification"][1].values():
+        return prefix
+    trunk = trunk_of(network)
+    return next(str(name) for name, module in network.named_children() if module is trunk)
+
+
+def trunk_or_self(network: PreTrainedModel) -> nn.Module:
+    """Return the trunk of a network, which is the network itself if nothing follows it."""
+    found: nn.Module = getattr(network, trunk_name(network), network)
+    return found
 
 
 def trunk_of(network: PreTrainedModel) -> nn.Module:

@@ -20,7 +20,7 @@ from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
 from sensmerge.tasks.networks.known import why_unknown
-from sensmerge.tasks.networks.networks import finite, load_config, load_tokenizer, network_class
+from sensmerge.tasks.networks.networks import finite, load_config, load_tokenizer, network_class, trunk_name
 from sensmerge.tasks.networks.texts import text_inputs
 from sensmerge.tasks.networks.tokens import collate, pad_token
 
@@ -148,6 +148,6 @@ class StaticModel:
 def _share_trunk(networks: Mapping[str, PreTrainedModel], name: str, head: SavedHead) -> None:
     """Give a network the trunk of the first one, unless a part of its own head lies in the trunk: a pooler, say."""
     first, network = next(iter(networks.values())), networks[name]
-    prefix = network.base_model_prefix
+    prefix = trunk_name(network)
     if network is not first and not any(key.startswith(f"{prefix}.") for key in head.head_tensors()):
         setattr(network, prefix, getattr(first, prefix))
