@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from sensmerge.pipeline.plan.pixels import check_pictures, positions_of
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import RowTask, Sample, Task
 from sensmerge.tasks.networks.expert import Expert
@@ -59,10 +60,8 @@ class _Chosen(NamedTuple):
     """what no other row may share: its content, and what a model reads and should answer"""
     unanswered: bool
     """whether it leaves open what is right"""
-
-    @property
-    def tokens(self) -> int:
-        return len(self.sample.input_ids)
+    tokens: int
+    """that a model has of it, those of a picture estimated"""
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,9 @@ class _Reader:
         found = replace(found, rows=self._named(rows))
         self.task.check_rows(found.rows, key, label2id, found.places)
         chosen = []
-        for row, place, unanswered in zip(found.rows, found.places, lacking, strict=True):
+        samples = self._samples(found, key)
+        for row, place, unanswered, (sample, *others) in zip(found.rows, found.places, lacking, samples, strict=True):
             where = f"{key}: {place}"
-            sample, *others = (self.task.sample(row, one, where, label2id) for one in self.tokenizers)
             for one in (sample, *others):
                 _check_sample(f"tasks.{self.name}", where, self.task, one, self.expert)
                 if self.use.routed and not one.has_prompt:
@@ -124,8 +123,19 @@ class _Reader:
             if unanswered:  # whatever the right answer of an equal row is
                 every = self.task.samples(row, self.tokenizers[0], where, label2id)
                 contents = [replace(one, label=label).content for one in every for label in (None, *label2id.values())]
-            chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered))
+            tokens = len(sample.input_ids) or positions_of(sample, self.expert)
+            chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered, tokens))
         return chosen
+
+    def _samples(self, found: Rows, key: str) -> list[list[Sample]]:
+        """Return the samples of rows, each by every reader."""
+        label2id = self.expert.config.label2id
+        samples = [
+            [self.task.sample(row, one, f"{key}: {place}", label2id) for one in self.tokenizers]
+            for row, place in zip(found.rows, found.places, strict=True)
+        ]
+        check_pictures(key, found.places, [sample for sample, *_ in samples], self.expert)
+        return samples
 
 
 def gather_rows(

@@ -11,9 +11,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.names import names_of
-from tests.conftest import do_steps, plan_of
-from tests.pictures import picture, pixels_of, save_classifiers, trunk_of_classifier
+from tests.conftest import do_steps, plan_of, write_rows
+from tests.pictures import in_base64, picture, pixels_of, save_classifiers, trunk_of_classifier
 
 LABELS = {"reds": 2, "blues": 3}
 COLOURS = {"reds": 0, "blues": 2}
@@ -130,3 +131,123 @@ def assert_dynamic_is_materialised(plan: Plan, experts: list[Any]) -> None:
         with torch.no_grad():
             expected = network(pixel_values=sample["pixel_values"][None]).logits[0]
         torch.testing.assert_close(found[number], expected, atol=1e-4, rtol=1e-4)
+
+
+def small_recipe(folder: Path, **merges: Any) -> dict[str, Any]:
+    recipe = make_recipe("vit", folder)
+    return recipe | {"merges": merges or {"ta": recipe["merges"]["ta"]}}
+
+
+def test_the_same_pictures_from_json_csv_and_a_folder(tmp_path: Path) -> None:
+    """However the rows come, the same steps are found in the store."""
+    recipe = small_recipe(tmp_path)
+    found = set()
+    for form in ("parquet", "json", "csv", "imagefolder"):
+        for name in LABELS:
+            (tmp_path / form / name).mkdir(parents=True)
+            files = [picture(number, COLOURS[name]) for number in range(6, 10)]
+            names = [f"{number}.png" for number in range(4)]
+            for file, one in zip(names, files, strict=True):
+                (tmp_path / form / name / file).write_bytes(one)
+            rows = [{"image": file, "label": number % 2} for number, file in enumerate(names)]
+            source: dict[str, Any] = {"path": form, "data_files": f"{form}/{name}/rows.{form}"}
+            if form == "parquet":
+                write_parquet(
+                    tmp_path / form / name / "rows.parquet",
+                    [
+                        {"image": {"bytes": one, "path": None}, "label": row["label"]}
+                        for one, row in zip(files, rows, strict=True)
+                    ],
+                )
+            elif form == "json":
+                write_rows(tmp_path / form / name / "rows.json", rows)
+            elif form == "csv":
+                lines = ["image,label", *(f"{row['image']},{row['label']}" for row in rows)]
+                (tmp_path / form / name / "rows.csv").write_text("\n".join(lines) + "\n")
+            else:
+                lines = ["file_name,label", *(f"{row['image']},{row['label']}" for row in rows)]
+                (tmp_path / form / name / "metadata.csv").write_text("\n".join(lines) + "\n")
+                source = {"path": f"{form}/{name}"}
+            recipe["tasks"][name] |= {"evaluation": source}
+            recipe["tasks"][name].pop("calibration", None)
+        plan = plan_of(tmp_path, recipe)
+        records = {name: plan.inputs.data[name].evaluation for name in LABELS}
+        assert [row["image"] for row in records["reds"]] == [in_base64(picture(number, 0)) for number in range(6, 10)]
+        assert [int(row["label"]) for row in records["reds"]] == [0, 1, 0, 1]
+        if form != "csv":  # whose labels are texts
+            found.add(plan.steps[-1].key.fingerprint)
+    assert len(found) == 1
+
+
+def write_json_rows(folder: Path, recipe: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    write_rows(folder / "bad.jsonl", rows)
+    recipe["tasks"]["reds"]["evaluation"] = {"path": "json", "data_files": "bad.jsonl"}
+
+
+GOOD = {"image": in_base64(picture(20, 0)), "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"image": 7, "label": 0},
+            r"tasks\.reds\.image names field 'image', which in .*: line 2 of .* is a int",
+        ),
+        (
+            {"image": in_base64(b"no picture"), "label": 0},
+            r"line 2 of .*: field 'image' is 10 bytes that begin with",
+        ),
+        ({"image": "../a.png", "label": 0}, r"line 2 of .* is '\.\./a\.png'; expected a path below the folder"),
+        ({"label": 0}, r"tasks\.reds\.image names field 'image', line 2 of .*bad\.jsonl has 'label'"),
+        ({"image": GOOD["image"], "label": 5}, r"line 2 of .*: label is 5, expected one of the expert's 2 classes"),
+    ],
+)
+def test_a_row_that_cannot_be_read_ends_the_plan(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    write_json_rows(tmp_path, recipe, [GOOD, row])
+    with pytest.raises(InputError, match=said) as caught:
+        plan_of(tmp_path, recipe)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "store" / "rows").exists()
+
+
+def test_an_expert_that_prepares_pictures_in_another_way(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "blues", backend="pil")
+    processor.image_mean = [0.4, 0.5, 0.5]
+    processor.save_pretrained(tmp_path / "blues")
+    said = r"^experts\.blues: .*preprocessor_config\.json: prepares .*: image_mean \(0\.4, 0\.5, 0\.5\) \(the base"
+    with pytest.raises(InputError, match=said):
+        plan_of(tmp_path, recipe)
+
+
+def test_a_base_without_an_image_processor(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    (tmp_path / "base" / "preprocessor_config.json").unlink()
+    with pytest.raises(InputError, match=r"/base: no preprocessor_config\.json, which says how pictures become"):
+        plan_of(tmp_path, recipe)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ({"height": 16, "width": 16}, r"has the shape \(3, 16, 16\) behind .* ViTForImageClassification does not take"),
+        ({"shortest_edge": 12}, r"row 0 .* has the shape \(3, 12, 16\) behind"),
+    ],
+)
+def test_sizes_that_the_network_does_not_take(size: dict[str, int], said: str, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    for name in ("base", *LABELS):
+        processor = AutoImageProcessor.from_pretrained(tmp_path / name, backend="pil")
+        processor.size = size
+        processor.save_pretrained(tmp_path / name)
+    with pytest.raises(InputError, match=said):
+        plan_of(tmp_path, recipe)
+
+
+def test_texts_and_pictures_in_one_recipe(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    recipe["tasks"]["blues"] |= {"kind": "classification"}
+    with pytest.raises(InputError, match="tasks: a network reads texts or pictures, found both: reds pictures"):
+        plan_of(tmp_path, recipe)
