@@ -4,15 +4,14 @@ Records are those of `classification`. A row has the picture's file in base64: J
 other files.
 """
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.kinds.classification import ClassTask, class_index
 from sensmerge.tasks.kinds.kind import KINDS, Labels, Sample
-from sensmerge.tasks.networks.pictures import PIXELS, Picture, Reads, picture_bytes, picture_text
+from sensmerge.tasks.networks.pictures import PIXELS, Picture, Reads, picture_bytes, picture_file, picture_text
 from sensmerge.tasks.rows.source import Row
 
 
@@ -42,8 +41,7 @@ class ImageClassificationTask(ClassTask):
         if value is None:
             return row
         named = f"{settings}.image names field {self.image!r}, which in {where}"
-        file = _read(value, folder, named) if _is_path(value) else picture_bytes(value, named)
-        return row | {self.image: picture_text(file)}
+        return row | {self.image: picture_text(picture_file(value, folder, named))}
 
     def sample(self, row: Row, tokenizer: Any, where: str, labels: Labels | None = None) -> Sample:
         """See `RowTask`; in place of the tokenizer is the model's image processor."""
@@ -51,22 +49,3 @@ class ImageClassificationTask(ClassTask):
         field = f"{where}: field {self.image!r}"
         picture = Picture(picture_bytes(row[self.image], field), tokenizer, field)
         return Sample({PIXELS: picture}, label=class_index(row[self.label], labels, where))
-
-
-def _is_path(value: Any) -> bool:
-    """Return whether a value is a path: the name of a file has an extension, and base64 has no dot."""
-    return isinstance(value, str) and "." in value and not value.startswith("data:")
-
-
-def _read(path: str, folder: Path | None, named: str) -> bytes:
-    """Return the file that a row names. Others than those of its data set are not read: anyone may have made it."""
-    parts = PurePosixPath(path.replace("\\", "/"))
-    if folder is None or parts.is_absolute() or ".." in parts.parts or "://" in path:
-        raise InputError(
-            f"{named} is {shown(path)}; expected a path below the folder of the rows' own JSON or CSV file, or the "
-            "picture's bytes in base64"
-        )
-    try:
-        return (folder / parts).read_bytes()
-    except OSError as error:
-        raise InputError(f"{named} is {shown(path)}: {folder / parts} cannot be read ({error.strerror})") from error

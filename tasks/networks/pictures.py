@@ -1,6 +1,6 @@
 """Pictures as a network reads them: decoded, and prepared by the model's own image processor.
 
-Pillow and transformers are imported where they are used: kinds of task, which a recipe is read by, are made of this.
+torch and transformers are imported where they are used: kinds of task, which a recipe is read by, are made of this.
 """
 
 import base64
@@ -10,8 +10,10 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image, ImageOps
 
 from sensmerge.tasks.checkpoints.companions import CONFIG
 from sensmerge.tasks.errors import InputError, shown
@@ -103,8 +105,6 @@ class Picture:
         return tuple(pixels.shape), hashlib.sha256(pixels.numpy().tobytes()).digest()
 
     def _decoded(self) -> Any:
-        from PIL import Image, ImageOps
-
         try:
             with Image.open(io.BytesIO(self.file)) as image:
                 image.load()
@@ -146,6 +146,30 @@ def picture_bytes(value: Any, where: str) -> bytes:
         raise InputError(
             f"{where} is {shown(value[:40])}; expected a picture: the bytes of its file, these in base64, or its path"
         ) from error
+
+
+def picture_file(value: Any, folder: Path | None, where: str) -> bytes:
+    """Return the file of a picture, which may be named by its path.
+
+    Args:
+        value: as `picture_bytes` takes it, or a path.
+        folder: that paths have to lie below; None where there is none.
+        where: names it in messages.
+
+    Raises:
+        InputError: as `picture_bytes`; a path that leads elsewhere: anyone may have written the rows.
+    """
+    # The name of a picture's file has an extension, and base64 has no dot.
+    if not isinstance(value, str) or "." not in value or value.startswith("data:"):
+        return picture_bytes(value, where)
+    parts = PurePosixPath(value.replace("\\", "/"))
+    if folder is None or parts.is_absolute() or ".." in parts.parts or "://" in value:
+        expected = "the picture's bytes in base64" if folder is None else f"a path below {folder}, or these in base64"
+        raise InputError(f"{where} is {shown(value)}; expected {expected}")
+    try:
+        return (folder / parts).read_bytes()
+    except OSError as error:
+        raise InputError(f"{where} is {shown(value)}: {folder / parts} cannot be read ({error.strerror})") from error
 
 
 def picture_text(file: bytes) -> str:

@@ -32,5 +32,5 @@ def random_pictures(config: PretrainedConfig, count: int, generator: torch.Gener
 
 
 def read_by(network: type[PreTrainedModel] | PreTrainedModel) -> Reads:
-    """Return what a network, or a class of them, reads."""
-    return "pictures" if network.main_input_name == PIXELS else "texts"
+    """Return what a network, or a class of them, reads; of those that write texts, only these are used."""
+    return "pictures" if network.main_input_name == PIXELS and not network.can_generate() else "texts"
