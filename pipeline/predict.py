@@ -32,7 +32,7 @@ FILE = "file"
 """Field of a row for a picture in a folder: its path below that."""
 
 
-class Asked(NamedTuple):
+class AskedRow(NamedTuple):
     """A row that is to be answered."""
 
     place: str
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
     """its text, or the file of its picture: read here, for workers see no other file"""
 
 
-Batch = list[Asked]
+Batch = list[AskedRow]
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _batches(asked: _Lines | _Pictures, batch_size: int, count: int) -> Iterator
     """Yield the first `count` rows in batches."""
     rows: Iterable[tuple[str, Row]] = islice(asked.places(), count)
     for start in range(0, count, batch_size):
-        batch = [Asked(place, row, asked.content(place, row)) for place, row in islice(rows, batch_size)]
+        batch = [AskedRow(place, row, asked.content(place, row)) for place, row in islice(rows, batch_size)]
         if len(batch) < min(batch_size, count - start):
             raise InputError(f"{asked.path}: lost rows while it was read; run again when nothing writes to it")
         yield batch

@@ -23,7 +23,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import finite, trunk_or_self
-from sensmerge.tasks.networks.readers import load_reader, read_by, vision_config
+from sensmerge.tasks.networks.readers import load_reader, read_by
 from sensmerge.tasks.networks.texts import inputs_of
 from sensmerge.tasks.networks.tokens import PADDING as LITTLE_PADDING
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
@@ -121,9 +121,7 @@ class DynamicModel:
                 f"{folder}: its manifest routes by layer {manifest.rule.layer}, but the base has {network.blocks} "
                 "blocks; copy the folder again"
             )
-        config = network.network.config
-        reads = read_by(network.network)
-        width = (vision_config(config) if reads == "pictures" else config.get_text_config()).hidden_size
+        reads, width = read_by(network.network), network.width(manifest.rule.layer)
         statistics = read_statistics(folder / STATISTICS, manifest.rule, len(manifest.experts), width)
         router = Router(manifest.rule, statistics, manifest.router)
         reader = load_reader(folder / BASE, reads)

@@ -20,7 +20,7 @@ from sensmerge.tasks.dynamic.terms import Term, is_read, kind_of
 from sensmerge.tasks.dynamic.vectors import LowRank, Vector
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import trunk_or_self
-from sensmerge.tasks.networks.readers import read_by
+from sensmerge.tasks.networks.readers import random_pictures, read_by
 
 ALIKE_TOKENS = 2048
 """From how many tokens on, with equal coefficients, weights are written out: well above what that itself costs."""
@@ -161,6 +161,16 @@ class DynamicNetwork:
                     found[layer][row] = one
         return {layer: torch.stack(some) for layer, some in found.items()}
 
+    def width(self, layer: int) -> int:
+        """Return how wide the hidden states behind a block are."""
+        config = self.network.config
+        if read_by(self.network) == "texts":
+            return int(config.get_text_config().hidden_size)
+        with torch.inference_mode():  # from stage to stage, networks of pictures grow wider
+            pictures = random_pictures(config, 1, torch.Generator().manual_seed(0))
+            inputs = {name: one.to(self.network.device, self.network.dtype) for name, one in pictures.items()}
+            return int(self.states(inputs, [layer])[layer].shape[-1])
+
     def states(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> dict[int, Tensor]:
         """Return `hidden_states` by the weights that the network has: within `mixed` or `alike`, those."""
         assert layers, "no layers"
@@ -176,7 +186,9 @@ class DynamicNetwork:
                 states = output if isinstance(output, Tensor) else output[0]
                 if several:
                     states = states[0]
-                found[layer] = states.flatten(2)  # of several streams, one behind the other
+                # Of several streams, one behind the other; of convolutions (B, width, height, length), by places.
+                by_place = states.dim() == 4 and read_by(self.network) == "pictures"
+                found[layer] = states.flatten(2).mT if by_place else states.flatten(2)
                 if layer == max(layers):
                     raise _LastBlockRan
 

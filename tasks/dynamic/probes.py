@@ -81,11 +81,9 @@ def probes(rules: Sequence[Rule], experts: int, static: float) -> Tensor:
 
 def _pooled(states: Mapping[int, Tensor], mask: Tensor | None, rules: Sequence[Rule]) -> dict[Place, Tensor]:
     """Return pooled hidden states; without a mask, as for pictures, all positions count."""
-    if mask is None:
-        one = next(iter(states.values()))
-        mask = torch.ones(one.shape[:2], device=one.device)
+    masks = {layer: one.new_ones(one.shape[:2]) if mask is None else mask for layer, one in states.items()}
     places = dict.fromkeys((rule.layer, rule.pool) for rule in rules)
-    return {(layer, pool): pooled(states[layer], mask, pool) for layer, pool in places}
+    return {(layer, pool): pooled(states[layer], masks[layer], pool) for layer, pool in places}
 
 
 def _features(found: Tensor, rules: Sequence[Rule]) -> Features:

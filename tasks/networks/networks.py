@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.bounds import ERRORS, check_bounds, setting
 from sensmerge.tasks.networks.foreign import check_foreign
 from sensmerge.tasks.networks.merged_ids import in_merged_ids
+from sensmerge.tasks.networks.pictures import PIXELS
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
@@ -171,6 +173,7 @@ def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, fol
     with init_empty_weights():
         network: PreTrainedModel = cls._from_config(copy.deepcopy(config_of(cls, config)), dtype=dtype)
     network.tie_weights()  # each was registered on the meta device again
+    _take_any_float(network)
     return for_one_pass(network)
 
 
@@ -243,7 +246,24 @@ def fill_network(
     network.to(device)
     network.eval()
     filled: PreTrainedModel = network
+    _take_any_float(filled)
     return filled
+
+
+def _take_any_float(network: PreTrainedModel) -> None:
+    """Have a network take pixels in any dtype, as most do by themselves: convolutions take none but their own."""
+    for module in {network, trunk_or_self(network)} if network.main_input_name == PIXELS else ():
+        module.register_forward_pre_hook(partial(_cast, network), with_kwargs=True)
+
+
+def _cast(
+    network: PreTrainedModel, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        is_pixels = isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point()
+        return value.to(network.dtype) if is_pixels else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def after_padding(config: PretrainedConfig) -> bool:

@@ -22,6 +22,13 @@ def vision_config(config: PretrainedConfig) -> PretrainedConfig:
     return found
 
 
+def width_of(config: PretrainedConfig) -> int:
+    """Return how wide the hidden states of a network are, behind its last block where that changes."""
+    part = vision_config(config) if hasattr(config, "vision_config") else config.get_text_config()
+    widths = getattr(part, "hidden_sizes", None)
+    return int(widths[-1] if widths else part.hidden_size)
+
+
 def random_pictures(config: PretrainedConfig, count: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Return random inputs of a network that reads pictures, of the size that its config names, float32."""
     vision = vision_config(config)

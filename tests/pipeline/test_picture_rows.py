@@ -60,7 +60,7 @@ def pixels(plan: Plan, task: str) -> torch.Tensor:
     return torch.stack([pixels_of(picture(number, COLOURS[task])) for number in range(6, 16)])
 
 
-@pytest.mark.parametrize("network", ["vit", "dinov2", "clip"])
+@pytest.mark.parametrize("network", ["vit", "dinov2", "clip", "convnext"])
 def test_from_rows_to_scores(network: str, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, make_recipe(network, tmp_path))
     do_steps(plan)
@@ -198,7 +198,7 @@ GOOD = {"image": in_base64(picture(20, 0)), "label": 0}
             {"image": in_base64(b"no picture"), "label": 0},
             r"line 2 of .*: field 'image' is 10 bytes that begin with",
         ),
-        ({"image": "../a.png", "label": 0}, r"line 2 of .* is '\.\./a\.png'; expected a path below the folder"),
+        ({"image": "../a.png", "label": 0}, r"line 2 of .* is '\.\./a\.png'; expected a path below "),
         ({"label": 0}, r"tasks\.reds\.image names field 'image', line 2 of .*bad\.jsonl has 'label'"),
         ({"image": GOOD["image"], "label": 5}, r"line 2 of .*: label is 5, expected one of the expert's 2 classes"),
     ],
@@ -250,4 +250,27 @@ def test_texts_and_pictures_in_one_recipe(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path)
     recipe["tasks"]["blues"] |= {"kind": "classification"}
     with pytest.raises(InputError, match="tasks: a network reads texts or pictures, found both: reds pictures"):
+        plan_of(tmp_path, recipe)
+
+
+@pytest.mark.parametrize("network", ["dinov2", "convnext"])
+def test_networks_in_bfloat16(network: str, tmp_path: Path) -> None:
+    """Pixels are float32 whatever the dtype that networks run in."""
+    recipe = make_recipe(network, tmp_path) | {"dtype": "bfloat16"}
+    plan = plan_of(tmp_path, recipe)
+    do_steps(plan)
+    assert read_json(plan.artifact("evaluate", "se") / "routes.json")["identification"]["value"] == 1
+    expert = AutoModelForImageClassification.from_pretrained(tmp_path / "reds")
+    with torch.no_grad():
+        expected = expert(pixel_values=pixels(plan, "reds")).logits
+    certain = (expected[:, 0] - expected[:, 1]).abs() > 0.05
+    records = read_json(plan.artifact("evaluate", "reds/reds") / "records.json")
+    found = torch.tensor([one["prediction"] for one in records])
+    assert certain.any()
+    assert found[certain].tolist() == expected.argmax(-1)[certain].tolist()
+
+
+def test_convolutions_whose_width_changes_are_not_run_in_parts(tmp_path: Path) -> None:
+    recipe = make_recipe("convnext", tmp_path) | {"placement": "streamed"}
+    with pytest.raises(InputError, match=r"ConvNextForImageClassification.* cannot be run in parts.*placement: whole"):
         plan_of(tmp_path, recipe)

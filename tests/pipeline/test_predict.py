@@ -174,7 +174,7 @@ def test_text_that_the_model_does_not_take_is_named_by_its_line(
 def test_text_without_a_token_is_named_by_its_line(classifier: Path) -> None:
     answer = predict._load(classifier, "cpu", 5)
     with pytest.raises(InputError, match=r"^f\.jsonl: line 8 has 0 tokens; the model takes 1 to 128"):
-        answer([predict.Asked(f"f.jsonl: line {line}", {}, text) for line, text in ((7, "a"), (8, ""))])
+        answer([predict.AskedRow(f"f.jsonl: line {line}", {}, text) for line, text in ((7, "a"), (8, ""))])
 
 
 def test_input_without_rows_and_without_a_file(writer: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

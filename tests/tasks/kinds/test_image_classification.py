@@ -81,7 +81,7 @@ def test_paths_that_lead_elsewhere(path: str, tmp_path: Path) -> None:
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"row 7 is 'b\.png': .*/b\.png cannot be read \(No such file"):
         completed("b.png", tmp_path)
-    with pytest.raises(InputError, match="expected a path below the folder of the rows' own JSON or CSV file"):
+    with pytest.raises(InputError, match=r"row 7 is 'b\.png'; expected the picture's bytes in base64"):
         completed("b.png")
 
 
