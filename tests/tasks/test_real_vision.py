@@ -55,20 +55,7 @@ def test_pictures_find_their_experts(models: dict[str, Path], tmp_path: Path) ->
     for name, one in evaluation.items():
         (tmp_path / name).mkdir()
         base, expert = Artifact("", models["base"]), Artifact("", experts[name])
-        job = EvaluateJob(
-            base,
-            expert,
-            expert,
-            base,
-            TASK,
-            one.rows,
-            one.label2id,
-            "float32",
-            {},
-            name=name,
-            is_expert=True,
-            device="cpu",
-        )
+        job = EvaluateJob(base, expert, expert, base, TASK, one.rows, one.label2id, "float32", {}, name, True, "cpu")
         own[name] = job.finish(tmp_path / name)["accuracy"]["value"]
     kept = [scores[name]["accuracy"]["value"] / own[name] for name in EXPERTS]
     assert sum(kept) / len(kept) >= 0.98
