@@ -1,6 +1,6 @@
 """The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,8 @@ from sensmerge.tasks.methods.settings import WIDENED, combinations
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.classes import class_names
 from sensmerge.tasks.networks.expert import Expert
-from sensmerge.tasks.networks.networks import load_tokenizer, skeleton
+from sensmerge.tasks.networks.networks import load_tokenizer, skeleton, trunk_name
+from sensmerge.tasks.networks.readers import load_reader
 from sensmerge.tasks.urls import public_text
 
 _NORMALIZE = ("normalize", "normalize_weights")
@@ -111,18 +112,19 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant, recipe, base, experts)
     notes += opened.about_tokenizer
-    readers = _readers(tokenizer, recipe.tasks)
+    readers = _readers(recipe, tokenizer)
     use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
     data, said = gather_rows(recipe.tasks, experts, readers, folder, use)
     notes += [*said, *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(map(public_text, notes)), tuple(classes))
 
 
-def _readers(tokenizer: Tokenizer, tasks: Collection[str]) -> dict[str, list[Any]]:
-    """Return the tokenizers that read each task: its expert's, if that is another, and that of merged models."""
+def _readers(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, list[Any]]:
+    """Return what reads each task: its expert's tokenizer, if that is another, and that of merged models."""
+    tasks = recipe.tasks
     if not tasks:
         return {}
-    merged = load_tokenizer(tokenizer.folder)
+    merged = load_reader(tokenizer.folder, recipe.reads)
     own = {name: load_tokenizer(one.folder) for name, one in tokenizer.readers.items() if name in tasks}
     return {name: [own[name], merged] if name in own else [merged] for name in tasks}
 
@@ -249,7 +251,7 @@ def _check_application(
     head = next(task.head for task in recipe.tasks.values())  # all tasks have one: the schema refuses others
     config = next((expert.config for expert in experts.values() if expert.head), base.config)
     network = skeleton(config, head, base.folder)
-    _check_heads(key, network.base_model_prefix, experts)
+    _check_heads(key, trunk_name(network), experts)
     changed = [
         name
         for holding in holdings(base, network)

@@ -1,14 +1,23 @@
 """Whether the kind of each task has a meaning for the network of its expert."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import Task
 from sensmerge.tasks.networks.base import missing_parameters
 from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
+from sensmerge.tasks.networks.pictures import Reads
+
+_CLASSIFIERS: Mapping[Reads, Collection[str]] = {
+    "texts": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    "pictures": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+}
 
 
 def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> None:
@@ -21,11 +30,11 @@ def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> Non
         expert = experts[name]
         if not task.has_own_head:
             _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
-        elif not _classifies(expert):
+        elif not _classifies(expert, task.reads):
+            how = "with" if task.reads == "pictures" else "with task_type SEQ_CLS and"
             raise InputError(
                 f"tasks.{name}.kind: {task.kind}, but {expert.folder} is a {expert.network}; expected a classifier of "
-                "texts (its own, or a LoRA adapter with task_type SEQ_CLS and its head in modules_to_save), or leave "
-                "the task out"
+                f"{task.reads} (its own, or a LoRA adapter {how} its head in modules_to_save), or leave the task out"
             )
         task.check_installed(f"tasks.{name}")
 
@@ -44,5 +53,5 @@ def _check_continues(needs: str, expert: Expert) -> None:
         raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
 
 
-def _classifies(expert: Expert) -> bool:
-    return expert.network in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+def _classifies(expert: Expert, reads: Reads) -> bool:
+    return expert.network in _CLASSIFIERS[reads]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from sensmerge.pipeline.plan.pixels import check_pictures, positions_of
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import RowTask, Sample, Task
 from sensmerge.tasks.networks.expert import Expert
@@ -59,10 +60,8 @@ class _Chosen(NamedTuple):
     """what no other row may share: its content, and what a model reads and should answer"""
     unanswered: bool
     """whether it leaves open what is right"""
-
-    @property
-    def tokens(self) -> int:
-        return len(self.sample.input_ids)
+    tokens: int
+    """that a model has of it, those of a picture estimated"""
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,24 @@ class _Reader:
         names = self.expert.own_classes
         return [self.task.named(row, names) for row in rows] if names else rows
 
+    def _complete(self, key: str, found: Rows) -> list[Row]:
+        """Return rows with what they name of other files put into them."""
+        each = zip(found.rows, found.folders, found.places, strict=True)
+        return [self.task.complete(row, folder, f"tasks.{self.name}", f"{key}: {place}") for row, folder, place in each]
+
     def read(self, split: Split, found: Rows) -> list[_Chosen]:
         """Return rows with their samples. Raises InputError for the first that does not fit the task or its network."""
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
+        found = replace(found, rows=self._complete(key, found))
         self._check_answers(split, found)
         lacking = [self._may_lack_answers(split) and self.task.lacks_answer(row) for row in found.rows]
         rows = [self.task.with_answer(row, 0) if lacks else row for row, lacks in zip(found.rows, lacking, strict=True)]
-        found = Rows(self._named(rows), found.places)
+        found = replace(found, rows=self._named(rows))
         self.task.check_rows(found.rows, key, label2id, found.places)
         chosen = []
-        for row, place, unanswered in zip(found.rows, found.places, lacking, strict=True):
+        samples = self._samples(found, key)
+        for row, place, unanswered, (sample, *others) in zip(found.rows, found.places, lacking, samples, strict=True):
             where = f"{key}: {place}"
-            sample, *others = (self.task.sample(row, one, where, label2id) for one in self.tokenizers)
             for one in (sample, *others):
                 _check_sample(f"tasks.{self.name}", where, self.task, one, self.expert)
                 if self.use.routed and not one.has_prompt:
@@ -118,8 +123,19 @@ class _Reader:
             if unanswered:  # whatever the right answer of an equal row is
                 every = self.task.samples(row, self.tokenizers[0], where, label2id)
                 contents = [replace(one, label=label).content for one in every for label in (None, *label2id.values())]
-            chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered))
+            tokens = len(sample.input_ids) or positions_of(sample, self.expert)
+            chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered, tokens))
         return chosen
+
+    def _samples(self, found: Rows, key: str) -> list[list[Sample]]:
+        """Return the samples of rows, each by every reader."""
+        label2id = self.expert.config.label2id
+        samples = [
+            [self.task.sample(row, one, f"{key}: {place}", label2id) for one in self.tokenizers]
+            for row, place in zip(found.rows, found.places, strict=True)
+        ]
+        check_pictures(key, found.places, [sample for sample, *_ in samples], self.expert)
+        return samples
 
 
 def gather_rows(
@@ -317,8 +333,7 @@ def _apart(
     while len(chosen) < wanted and start < len(order):
         drawn = sorted(order[start : start + wanted - len(chosen)])
         start += len(drawn)
-        found = Rows(table.take(drawn), [table.place(index) for index in drawn])
-        for index, one in zip(drawn, reader.read(split, found), strict=True):
+        for index, one in zip(drawn, reader.read(split, table.rows(drawn)), strict=True):
             other = next((taken[mark] for mark in one.marks if mark in taken), None)
             if other is None:
                 chosen[index] = one

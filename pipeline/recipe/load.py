@@ -13,7 +13,6 @@ from sensmerge.pipeline.recipe.parse import parse, read_text
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.tasks.errors import InputError, shown
 
-
 _NAMED = ("experts", "tasks", "merges", "tokens")
 """Keys of mappings whose own keys are names that anybody may choose."""
 

@@ -16,6 +16,7 @@ from sensmerge.tasks.dynamic.network import DynamicNetwork, unlinear
 from sensmerge.tasks.dynamic.vectors import Dense, LowRank, Vector
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import positions
+from sensmerge.tasks.networks.readers import random_pictures, read_by
 from sensmerge.tasks.networks.stand_in import pattern, stand_ins
 
 TOLERANCE = 1e-4
@@ -100,6 +101,10 @@ class _Run:
                     self.vectors[name][1] = LowRank(random(2, one.shape[1]), random(one.shape[0], 2))
         self._network = network
         self._coefficients = torch.tensor([[1.0, 0.0], [0.6, -0.4], [0.0, 0.8]])
+        self._pictures = None
+        if read_by(network) == "pictures":
+            self._pictures = random_pictures(network.config, _SAMPLES, generator)
+            return
         room = (positions(network.config) or _TOKENS + _NEW) - _NEW
         network.config.get_text_config().pad_token_id = network.config.pad_token_id = 0
         network.generation_config = _GENERATION  # `generate` would fill gaps from the network's own
@@ -155,10 +160,15 @@ class _Run:
         layers = list(range(1, dynamic.blocks + 1))
         states = dynamic.hidden_states(self._inputs(right=True), self._coefficients, layers)
         for layer, one in states.items():
-            assert one.shape[:2] == (_SAMPLES, self._tokens), f"block {layer} gives states of shape {tuple(one.shape)}"
+            assert self._is_by_token(one), f"block {layer} gives states of shape {tuple(one.shape)}"
         return {name: torch.stack(values) for name, values in found.items()} | {
             f"layer {layer}": values for layer, values in states.items()
         }
+
+    def _is_by_token(self, states: Tensor) -> bool:
+        if self._pictures is not None:
+            return states.dim() == 3 and len(states) == _SAMPLES
+        return states.shape[:2] == (_SAMPLES, self._tokens)
 
     @torch.inference_mode()
     def works_alone(self) -> bool:
@@ -181,7 +191,9 @@ class _Run:
         }
 
     def _inputs(self, right: bool) -> dict[str, Tensor]:
-        """Return the batch; the first sample is shorter, with its padding on the right or on the left."""
+        """Return the batch; the first sample, if a text, is shorter, with its padding on the right or on the left."""
+        if self._pictures is not None:
+            return self._pictures
         ids, mask = self._ids.clone(), torch.ones_like(self._ids)
         place = slice(self._tokens - _PADDED, self._tokens) if right else slice(0, _PADDED)
         ids[0, place], mask[0, place] = 0, 0

@@ -22,6 +22,7 @@ from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.journeys import Measured, Runner
 from sensmerge.tasks.networks.networks import Head, for_one_pass, skeleton
 from sensmerge.tasks.networks.placement import Placement
+from sensmerge.tasks.networks.readers import random_pictures, read_by
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.stand_in import stand_ins
@@ -175,7 +176,7 @@ def stand_in(config: PretrainedConfig, head: Head, folder: Path, scratch: Path) 
         scratch: an empty folder.
 
     Raises:
-        InputError: the network takes no text alone, or has no loss on it; without a recipe key.
+        InputError: the network takes no such sample alone, or has no loss on it; without a recipe key.
     """
     whole = skeleton(config, head, folder)
     with _quiet():
@@ -185,7 +186,7 @@ def stand_in(config: PretrainedConfig, head: Head, folder: Path, scratch: Path) 
             except Exception as error:  # a network that is not made for this may raise anything
                 if is_whole:
                     raise InputError(
-                        f"{type(network).__name__}: it has no loss on text alone ({_one_line(error)})"
+                        f"{type(network).__name__}: it has no loss on {_alone(network)} ({_one_line(error)})"
                     ) from error
                 continue
             network.zero_grad()
@@ -193,7 +194,7 @@ def stand_in(config: PretrainedConfig, head: Head, folder: Path, scratch: Path) 
     # On the meta device the real one can tell whether it takes such inputs, but for what depends on values.
     reason = _refusal(whole, head)
     if reason:
-        raise InputError(f"{type(whole).__name__}: it has no loss on text alone ({reason})")
+        raise InputError(f"{type(whole).__name__}: it has no loss on {_alone(whole)} ({reason})")
     return None
 
 
@@ -207,6 +208,10 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def _alone(network: PreTrainedModel) -> str:
+    return "pictures alone" if read_by(network) == "pictures" else "text alone"
 
 
 def _refusal(network: PreTrainedModel, head: Head) -> str:
@@ -227,7 +232,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _batch(network: PreTrainedModel, head: Head) -> Batch:
-    """Return a sample that ends with an end token, at which some heads look."""
+    """Return a sample; a text ends with an end token, at which some heads look."""
+    if read_by(network) == "pictures":
+        pictures = random_pictures(network.config, 1, torch.Generator().manual_seed(0))
+        return {**pictures, "labels": torch.tensor([0])}
     text = network.config.get_text_config()
     end = getattr(text, "eos_token_id", None)
     end = end if isinstance(end, int) and end < getattr(text, "vocab_size", 0) else 9

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.bounds import ERRORS, check_bounds, setting
 from sensmerge.tasks.networks.foreign import check_foreign
 from sensmerge.tasks.networks.merged_ids import in_merged_ids
+from sensmerge.tasks.networks.pictures import PIXELS
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
@@ -32,9 +34,13 @@ Head = str
 
 _AUTO_MAPPINGS = {
     "causal_lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    "classification": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,),
+    "classification": (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    ),
 }
-"""Networks by head and config; a language model that also reads images counts where there is none of texts alone."""
+"""Networks by head and config; a language model that also reads images counts where there is none of texts alone, and a
+classifier of pictures where there is none of texts."""
 
 
 def load_config(folder: Path, dequantize: bool = False) -> PretrainedConfig:
@@ -167,6 +173,7 @@ def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, fol
     with init_empty_weights():
         network: PreTrainedModel = cls._from_config(copy.deepcopy(config_of(cls, config)), dtype=dtype)
     network.tie_weights()  # each was registered on the meta device again
+    _take_any_float(network)
     return for_one_pass(network)
 
 
@@ -180,6 +187,24 @@ def for_one_pass(network: PreTrainedModel) -> PreTrainedModel:
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False
     return network.eval()
+
+
+def trunk_name(network: PreTrainedModel) -> str:
+    """Return what a network calls its trunk, or would call it if it were not the trunk itself.
+
+    Some classifiers of pictures (CLIP's, SigLIP's) have it under another name than `base_model_prefix`.
+    """
+    prefix: str = network.base_model_prefix
+    if hasattr(network, prefix) or type(network) not in _AUTO_MAPPINGS["classification"][1].values():
+        return prefix
+    trunk = trunk_of(network)
+    return next(str(name) for name, module in network.named_children() if module is trunk)
+
+
+def trunk_or_self(network: PreTrainedModel) -> nn.Module:
+    """Return the trunk of a network, which is the network itself if nothing follows it."""
+    found: nn.Module = getattr(network, trunk_name(network), network)
+    return found
 
 
 def trunk_of(network: PreTrainedModel) -> nn.Module:
@@ -221,7 +246,24 @@ def fill_network(
     network.to(device)
     network.eval()
     filled: PreTrainedModel = network
+    _take_any_float(filled)
     return filled
+
+
+def _take_any_float(network: PreTrainedModel) -> None:
+    """Have a network take pixels in any dtype, as most do by themselves: convolutions take none but their own."""
+    for module in {network, trunk_or_self(network)} if network.main_input_name == PIXELS else ():
+        module.register_forward_pre_hook(partial(_cast, network), with_kwargs=True)
+
+
+def _cast(
+    network: PreTrainedModel, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        is_pixels = isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point()
+        return value.to(network.dtype) if is_pixels else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def after_padding(config: PretrainedConfig) -> bool:

@@ -1,10 +1,37 @@
-"""Texts as the tokens that a merged model reads when it answers texts without a task."""
+"""Texts and pictures as a merged model reads them when it answers without a task."""
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import positions
+from sensmerge.tasks.networks.pictures import PIXELS, Picture, picture_bytes
+from sensmerge.tasks.networks.readers import read_by
 from sensmerge.tasks.networks.tokens import Inputs, class_tokens, tokens
+
+
+def inputs_of(
+    given: Sequence[Any], reader: Any, network: PreTrainedModel, max_new_tokens: int | None, places: Sequence[str]
+) -> list[Inputs]:
+    """Return what a network reads of texts, or of pictures.
+
+    Args:
+        given: texts, or the files of pictures as bytes or in base64.
+        reader: the model's tokenizer, or its image processor.
+        network: the model's.
+        max_new_tokens: length of a text's continuation at most; None for a classifier.
+        places: what messages call them.
+
+    Raises:
+        InputError: as `text_inputs`; what is no picture.
+    """
+    each = zip(given, places, strict=True)
+    if read_by(network) == "pictures":
+        found = [Picture(picture_bytes(one, place), reader, place) for one, place in each]
+        return [{PIXELS: one.pixels()} for one in found]
+    return [text_inputs(one, reader, network.config, max_new_tokens, place) for one, place in each]
 
 
 def text_inputs(

@@ -6,12 +6,14 @@ torch is imported where it is used: kinds of task, which a recipe is read by, ar
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from sensmerge.tasks.networks.pictures import Picture
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Inputs = Mapping[str, Any]
-"""what a network reads of one sample, by its argument: a list of token ids, or a tensor"""
+"""what a network reads of one sample, by its argument: a list of token ids, a picture, or a tensor"""
 PADDING = 0.1
 """Share of a sample's place in its batch that is padding at most: less would save little, and make more batches."""
 
@@ -67,9 +69,9 @@ def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "righ
 
 
 def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right"] = "right") -> "dict[str, Tensor]":
-    """Samples as one batch: token ids as `pad` does, other lists padded with 0 alike, tensors stacked.
+    """Samples as one batch: token ids as `pad` does, other lists padded with 0 alike, pixels and tensors stacked.
 
-    All samples have the same inputs, and tensors of one name one shape.
+    All samples have the same inputs, and pixels and tensors of one name one shape.
     """
     import torch
 
@@ -80,6 +82,8 @@ def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right
             batch |= pad(values, pad_id, side)
         elif isinstance(values[0], list):
             batch[name] = pad(values, 0, side)["input_ids"]
+        elif isinstance(values[0], Picture):
+            batch[name] = torch.stack([one.pixels() for one in values])
         else:
             batch[name] = torch.stack(values)
     return batch
@@ -112,9 +116,13 @@ def batches(lengths: Sequence[int], size: int | None = None, padding: float = PA
     return found
 
 
-def pad_token(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return a token id to pad with. The config's comes first: a decoder with a classification head looks for it."""
-    for pad_id in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
+def pad_token(network: "PreTrainedModel", tokenizer: Any) -> int:
+    """Return a token id to pad with. The config's comes first: a decoder with a classification head looks for it.
+
+    Of an image processor in place of the tokenizer, it is of no meaning.
+    """
+    own = (getattr(tokenizer, key, None) for key in ("pad_token_id", "eos_token_id"))
+    for pad_id in (getattr(network.config, "pad_token_id", None), *own):
         if pad_id is not None:
             return int(pad_id)
     return 0

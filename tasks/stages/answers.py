@@ -16,6 +16,7 @@ from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.networks.blocks import to_device
 from sensmerge.tasks.networks.generation import generate
+from sensmerge.tasks.networks.readers import read_by
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.rows.source import Row
 
@@ -99,6 +100,8 @@ def classifier_batch_size(network: PreTrainedModel, asked: int) -> int:
     A decoder with a classification head finds the last token by the padding id of its config; without one it takes the
     last of the batch, which is right for a single sample only.
     """
+    if read_by(network) == "pictures":  # all have one size
+        return asked
     return asked if getattr(network.config, "pad_token_id", None) is not None else 1
 
 

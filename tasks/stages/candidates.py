@@ -22,7 +22,7 @@ from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
-from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.readers import load_reader
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from sensmerge.tasks.stages.variant import VariantJob
 
@@ -134,7 +134,7 @@ class Candidates:
         one = self.tuning[name]
         if one.label2id is not None:
             network.config.label2id = dict(one.label2id)
-        tokenizer = load_tokenizer(self.variant.tokenizer)
+        tokenizer = load_reader(self.variant.tokenizer, one.task.reads)
         return evaluate_network(network, tokenizer, one.task, one.rows.read(), f"tasks.{name}.tuning")
 
 

@@ -27,7 +27,7 @@ from sensmerge.tasks.networks.head_inputs import (
 )
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import load_tokenizer, trunk_of
-from sensmerge.tasks.networks.opened import opened_base, opened_expert, opened_tokenizer
+from sensmerge.tasks.networks.opened import opened_base, opened_expert, opened_reader
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.rows.source import Row
@@ -101,7 +101,7 @@ class EvaluateJob(Job):
         if not isinstance(task, RowTask):
             records = task.evaluate(self._network(), load_tokenizer(self.tokenizer.folder), f"tasks.{self.name}")
             return write_evaluation(task, records, out)
-        tokenizer = opened_tokenizer(self.tokenizer)
+        tokenizer = opened_reader(self.tokenizer, task.reads)
         if self.head_config is None:
             key = f"tasks.{self.name}.evaluation"
             records = evaluate_network(self._network(), tokenizer, task, self.rows.read(), key)
