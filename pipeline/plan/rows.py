@@ -62,7 +62,7 @@ class _Chosen(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return len(self.sample.input_ids)
+        return len(self.sample.tokens)
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     """Check that the network takes a sample: its tokens, its length, and a generation where one is asked for."""
     config = expert.config.get_text_config()
     known = getattr(config, "vocab_size", None)  # Canine hashes what others look up
-    unknown = [token for token in sample.input_ids if known is not None and token >= known]
+    unknown = [token for token in sample.tokens if known is not None and token >= known]
     if unknown:
         raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {known}")
     if task.has_own_head and expert.config.is_encoder_decoder and config.eos_token_id not in sample.input_ids:
@@ -355,7 +355,7 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     generate = task.answer_tokens
     if generate and not sample.has_prompt:
         raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
-    length = max(len(sample.input_ids), len(sample.prompt.get("input_ids", ())) + generate)
+    length = sample.positions(generate)
     limit = positions(expert.config) or length
     if length > limit:
         raise InputError(
