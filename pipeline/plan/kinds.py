@@ -12,6 +12,7 @@ from sensmerge.tasks.kinds.kind import Task
 from sensmerge.tasks.networks.base import missing_parameters
 from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
+from sensmerge.tasks.networks.networks import has_network
 from sensmerge.tasks.networks.pictures import Reads
 
 _CLASSIFIERS: Mapping[Reads, Collection[str]] = {
@@ -28,7 +29,9 @@ def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> Non
     """
     for name, task in tasks.items():
         expert = experts[name]
-        if not task.has_own_head:
+        if task.head == "seq2seq_lm":
+            _check_writes(f"tasks.{name}.kind: {task.kind} needs an encoder-decoder that writes", expert)
+        elif not task.has_own_head:
             _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
         elif not _classifies(expert, task.reads):
             how = "with" if task.reads == "pictures" else "with task_type SEQ_CLS and"
@@ -41,6 +44,8 @@ def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> Non
 
 def _check_continues(needs: str, expert: Expert) -> None:
     ways_out = "leave the task out, or use kind classification if the experts are classifiers"
+    if has_network(expert.base.config, "seq2seq_lm") and expert.base.config.is_encoder_decoder:
+        ways_out = "leave the task out, or use kind seq2seq"
     for folder, config in ((expert.base.folder, expert.base.config), (expert.folder, expert.config)):
         reason = not_causal(config)
         if reason:
@@ -50,6 +55,15 @@ def _check_continues(needs: str, expert: Expert) -> None:
     except InputError as error:
         raise InputError(f"{needs}; {error}; {ways_out}") from None
     if lacking:
+        raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
+
+
+def _check_writes(needs: str, expert: Expert) -> None:
+    ways_out = "leave the task out, or use kind completion if the experts are language models"
+    for folder, config in ((expert.base.folder, expert.base.config), (expert.folder, expert.config)):
+        if not config.is_encoder_decoder or not has_network(config, "seq2seq_lm"):
+            raise InputError(f"{needs}, but {folder} ({config.model_type}) is none of texts; {ways_out}")
+    if lacking := missing_parameters(expert.base, "seq2seq_lm"):
         raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
 
 

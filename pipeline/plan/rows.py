@@ -123,7 +123,7 @@ class _Reader:
             if unanswered:  # whatever the right answer of an equal row is
                 every = self.task.samples(row, self.tokenizers[0], where, label2id)
                 contents = [replace(one, label=label).content for one in every for label in (None, *label2id.values())]
-            tokens = len(sample.input_ids) or positions_of(sample, self.expert)
+            tokens = len(sample.tokens) or positions_of(sample, self.expert)
             chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered, tokens))
         return chosen
 
@@ -359,7 +359,7 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     """Check that the network takes a sample: its tokens, its length, and a generation where one is asked for."""
     config = expert.config.get_text_config()
     known = getattr(config, "vocab_size", None)  # Canine hashes what others look up
-    unknown = [token for token in sample.input_ids if known is not None and token >= known]
+    unknown = [token for token in sample.tokens if known is not None and token >= known]
     if unknown:
         raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {known}")
     if task.has_own_head and expert.config.is_encoder_decoder and config.eos_token_id not in sample.input_ids:
@@ -370,7 +370,7 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     generate = task.answer_tokens
     if generate and not sample.has_prompt:
         raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
-    length = max(len(sample.input_ids), len(sample.prompt.get("input_ids", ())) + generate)
+    length = sample.positions(generate)
     limit = positions(expert.config) or length
     if length > limit:
         raise InputError(

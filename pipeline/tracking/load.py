@@ -46,8 +46,16 @@ PIPELINES: Mapping[Form, tuple[str, str, str]] = {
     "language_model": ("text-generation", "TextGenerationPipeline", "AutoModelForCausalLM"),
     "classifier": ("text-classification", "TextClassificationPipeline", "AutoModelForSequenceClassification"),
 }
-"""Of merges that are one whole network: task, pipeline and model class by which mlflow.transformers loads them."""
+"""Of merges that are one whole network: task, pipeline and model class by which mlflow.transformers loads them.
 
+transformers has no pipeline any more for encoder-decoders that write.
+"""
+
+_CLASSES: Mapping[Form, str] = {
+    "encoder_decoder": "AutoModelForSeq2SeqLM",
+    "picture_classifier": "AutoModelForImageClassification",
+}
+"""Of the other merges that are one whole network."""
 _EXAMPLES: Mapping[Reads, str] = {
     "texts": "What is 3 plus 4?",
     "pictures": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==",
@@ -211,7 +219,7 @@ def _signature(merged: Merged) -> ModelSignature:
     if merged.kind == "dynamic":
         outputs += [ColSpec("string", "expert")]
         outputs += [ColSpec("double", f"coefficient.{expert}") for expert in merged.experts]
-    if merged.form in (None, "language_model"):
+    if merged.form in (None, "language_model", "encoder_decoder"):
         params.append(ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS))
     if merged.form == "trunk":
         params.append(ParamSpec("task", "string", None))
@@ -248,7 +256,7 @@ def description(merged: Merged, version: str) -> str:
             form = merged.form
             assert form is not None
             what = "Static: a Hugging Face checkpoint."
-            cls = PIPELINES[form][2] if form in PIPELINES else "AutoModelForImageClassification"
+            cls = PIPELINES[form][2] if form in PIPELINES else _CLASSES[form]
             lines = [f"{pyfunc})", f"transformers.{cls}.from_pretrained({folder})"]
             if "mlflow.transformers" in merged.loaders:
                 lines = [f'mlflow.transformers.load_model("{name}")', *lines]

@@ -114,7 +114,7 @@ class DynamicModel:
         network, heads = load_network_with_heads(
             folder, manifest.experts, manifest.head, dtype or manifest.dtype, device
         )
-        if manifest.head == "causal_lm":
+        if manifest.head != "classification":
             set_end_tokens(network.network, folder / BASE, folder / BASE)
         if manifest.rule.layer > network.blocks:
             raise InputError(

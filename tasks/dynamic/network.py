@@ -19,7 +19,7 @@ from sensmerge.tasks.dynamic.mix import Change, Mix
 from sensmerge.tasks.dynamic.terms import Term, is_read, kind_of
 from sensmerge.tasks.dynamic.vectors import LowRank, Vector
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.networks import trunk_or_self
+from sensmerge.tasks.networks.networks import is_seq2seq, trunk_or_self
 from sensmerge.tasks.networks.readers import random_pictures, read_by
 
 ALIKE_TOKENS = 2048
@@ -72,7 +72,7 @@ class DynamicNetwork:
                 (kind,) = {kind_of(network, name, attribute) for attribute in own}
                 assert kind is not None
                 self._terms.append(kind(name, module, own))
-        self._trunk = trunk_or_self(network)
+        self._trunk = probed_trunk(network)
         self._blocks: list[nn.Module] = [self._trunk.get_submodule(name) for name in trunk_blocks(network)]
         self.blocks = len(self._blocks)
 
@@ -101,11 +101,16 @@ class DynamicNetwork:
             stack.callback(setattr, self, "_mixing", False)
             stack.enter_context(self._materialised.written(coefficients[0]))
             taken = [term for term in self._terms if not term.experts.isdisjoint(mix.shares)]
-            for module in {self.network, self._trunk} if taken else ():
+            for module in self._readers() if taken else ():
                 stack.enter_context(module.register_forward_pre_hook(_measure(mix), with_kwargs=True))
             for term in taken:
                 term.attach(mix, stack)
             yield self.network
+
+    def _readers(self) -> set[nn.Module]:
+        """Return the modules that are given tokens, each of which may be given as many as it likes."""
+        decoder = {self.network.get_decoder()} if is_seq2seq(self.network) else set()
+        return {self.network, trunk_or_self(self.network), self._trunk} | decoder
 
     def writes_out(self, tokens: int) -> bool:
         """Return whether so many tokens, of samples with equal coefficients, are answered sooner within `alike`.
@@ -137,7 +142,7 @@ class DynamicNetwork:
         """Return what comes out of some of the transformer blocks; those after the last one asked for do not run.
 
         Args:
-            inputs: of the network's trunk, for B samples.
+            inputs: of what is probed (`probed_trunk`), for B samples.
             coefficients: (B, K) float, as in `mixed`.
             layers: numbers of blocks, the first is 1.
 
@@ -204,13 +209,19 @@ class DynamicNetwork:
         return {layer: found[layer] for layer in layers}
 
 
+def probed_trunk(network: PreTrainedModel) -> nn.Module:
+    """Return the part of a network that is probed: its trunk, or the encoder of an encoder-decoder that writes."""
+    trunk: nn.Module = network.get_encoder() if is_seq2seq(network) else trunk_or_self(network)
+    return trunk
+
+
 def trunk_blocks(network: PreTrainedModel) -> list[str]:
-    """Return the names, below the trunk, of the transformer blocks that text goes through, in order.
+    """Return the names, below what is probed, of the transformer blocks that text goes through, in order.
 
     Where a network has several towers, those of images and sound lie deeper in it, or beside the module that has the
     text's embedding.
     """
-    trunk = trunk_or_self(network)
+    trunk = probed_trunk(network)
     blocks = block_names(name for name, _ in trunk.named_parameters())
     names = [name for name in blocks if any(True for _ in trunk.get_submodule(name).children())]
     if read_by(network) == "pictures":  # of one tower, whose patches need not be called an embedding

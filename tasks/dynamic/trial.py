@@ -5,6 +5,7 @@ So what coefficients per sample give is compared with weights that are written o
 in the whole network too; a network that cannot even be run so is refused before any work.
 """
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from sensmerge.tasks.dynamic.network import DynamicNetwork, unlinear
 from sensmerge.tasks.dynamic.vectors import Dense, LowRank, Vector
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.networks import positions
+from sensmerge.tasks.networks.networks import is_seq2seq, positions
 from sensmerge.tasks.networks.readers import random_pictures, read_by
 from sensmerge.tasks.networks.stand_in import pattern, stand_ins
 
@@ -107,7 +108,9 @@ class _Run:
             return
         room = (positions(network.config) or _TOKENS + _NEW) - _NEW
         network.config.get_text_config().pad_token_id = network.config.pad_token_id = 0
-        network.generation_config = _GENERATION  # `generate` would fill gaps from the network's own
+        # `generate` would fill gaps from the network's own.
+        network.generation_config = generation = copy.deepcopy(_GENERATION)
+        generation.decoder_start_token_id = getattr(network.config, "decoder_start_token_id", None)
         text = network.config.get_text_config()
         self._tokens = min(_TOKENS, room)
         # Some have no vocabulary: they hash what others look up.
@@ -117,6 +120,8 @@ class _Run:
             # Heads of encoder-decoders look for the end of a text, and for only one.
             self._ids[self._ids == text.eos_token_id] += 1
             self._ids[:, -_PADDED - 1] = text.eos_token_id
+        self._labels = self._ids[:, 3:].clone()  # for encoder-decoders that write, as long as nothing else
+        self._labels[0, -_PADDED:] = -100
 
     def unlike(self, expected: Mapping[str, Tensor]) -> set[str]:
         """Return the names of what must be written out for the network to answer as expected.
@@ -184,9 +189,12 @@ class _Run:
         right, left = ({name: one[rows] for name, one in self._inputs(side).items()} for side in (True, False))
         if not self._network.can_generate():
             return {"logits": self._network(**right).logits}
-        continued = self._network.generate(**left, generation_config=_GENERATION)
+        labels = {}
+        if is_seq2seq(self._network):
+            left, labels = right, {"labels": self._labels[rows]}
+        continued = self._network.generate(**left, generation_config=self._network.generation_config)
         return {
-            "logits": self._network(**right, use_cache=False).logits,
+            "logits": self._network(**right, **labels, use_cache=False).logits,
             "continued": torch.stack(continued.logits, dim=1),
         }
 

@@ -39,7 +39,7 @@ class Task(Strict):
     version: ClassVar[int] = 1
     """counts up whenever equal settings and rows give other samples, losses or records than before"""
     head: ClassVar[str] = "causal_lm"
-    """what a network ends in: causal_lm, or classification, which every task's expert has of its own"""
+    """what a network ends in: causal_lm, seq2seq_lm, or classification, which every task's expert has of its own"""
     reads: ClassVar[Reads] = "texts"
     """what its networks read; what reads its rows is a tokenizer or an image processor accordingly"""
     metrics: ClassVar[Mapping[str, Metric]] = {}
@@ -142,6 +142,15 @@ class Sample:
         """The whole text in tokens, special tokens included; none where the network reads something else."""
         found: list[int] = self.inputs.get("input_ids", [])
         return found
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens that a network reads."""
+        return self.input_ids
+
+    def positions(self, new_tokens: int) -> int:
+        """Return how many positions a network has to know for the sample, and for an answer of so many tokens."""
+        return max(len(self.input_ids), len(self.prompt.get("input_ids", ())) + new_tokens)
 
     @property
     def scored_from(self) -> int:

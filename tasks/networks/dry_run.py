@@ -48,6 +48,8 @@ class StandIn:
         """
         self.name = type(network).__name__
         self._folder, self._network, self._batch = folder, network, _batch(network, head)
+        # An encoder-decoder makes of labels what its decoder is given.
+        self._inputs = self._batch if head == "seq2seq_lm" else _without_labels(self._batch)
         network.save_pretrained(folder / "model")
         self._source = Source(folder / "model", folder / "model", self.name, head, torch.float32, "cpu")
 
@@ -67,7 +69,7 @@ class StandIn:
         """
 
         def compare() -> None:
-            inputs = _inputs(self._batch)
+            inputs = self._inputs
             output = self._trunk("whole")
             head = DetachedHead.read(self._source)
             with torch.no_grad():
@@ -127,7 +129,7 @@ class StandIn:
         """
 
         def generate() -> None:
-            self._network.generate(**_inputs(self._batch), max_new_tokens=2, do_sample=False)
+            self._network.generate(**_without_labels(self._batch), max_new_tokens=2, do_sample=False)
 
         self._try("it cannot generate", generate)
 
@@ -149,7 +151,7 @@ class StandIn:
 
     def _trunk(self, placement: Placement) -> TrunkOutput:
         with torch.no_grad():
-            return self._with_runner(placement, lambda runner: dict(runner.trunk_outputs([_inputs(self._batch)]))[0])
+            return self._with_runner(placement, lambda runner: dict(runner.trunk_outputs([self._inputs]))[0])
 
     def _with_runner(
         self, placement: Placement, run: Callable[[Runner], Result], statistics: Statistics | None = None
@@ -240,11 +242,11 @@ def _batch(network: PreTrainedModel, head: Head) -> Batch:
     end = getattr(text, "eos_token_id", None)
     end = end if isinstance(end, int) and end < getattr(text, "vocab_size", 0) else 9
     ids = torch.tensor([[5, 6, 7, 8, end]])
-    labels = torch.tensor([0]) if head == "classification" else ids.clone()
+    labels = {"classification": torch.tensor([0]), "seq2seq_lm": torch.tensor([[8, 7, end]])}.get(head, ids.clone())
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _inputs(batch: Batch) -> Batch:
+def _without_labels(batch: Batch) -> Batch:
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 

@@ -211,7 +211,11 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
     try:
         adapter_config = read_adapter_config(folder)
         # A network ends in what peft's model class for the task type puts there.
-        endings: dict[str | None, Head] = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}
+        endings: dict[str | None, Head] = {
+            "SEQ_CLS": "classification",
+            "CAUSAL_LM": "causal_lm",
+            "SEQ_2_SEQ_LM": "seq2seq_lm",
+        }
         ending = endings.get(adapter_config.task_type)
         if ending == "causal_lm" and not has_network(base.config, ending):
             ending = None  # a language model with other towers: its own class
@@ -276,7 +280,7 @@ def load_network(
 
     Args:
         model: whose trunk it is.
-        head: `causal_lm` or `classification`.
+        head: `causal_lm`, `seq2seq_lm` or `classification`.
         dtype: dtype of the weights in memory.
         device: torch device.
         head_of: whose head follows the trunk; None where the trunk's checkpoint has it all.

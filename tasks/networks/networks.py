@@ -4,7 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,11 @@ from sensmerge.tasks.networks.pictures import PIXELS
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
 Head = str
-"""What a network ends in: `causal_lm` or `classification`."""
+"""What a network ends in: `causal_lm`, `seq2seq_lm` or `classification`."""
 
 _AUTO_MAPPINGS = {
     "causal_lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    "seq2seq_lm": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,),
     "classification": (
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -182,7 +183,10 @@ def for_one_pass(network: PreTrainedModel) -> PreTrainedModel:
 
     What routers of mixtures add (`output_router_logits`) depends on all blocks at once, so a network in parts has none.
     """
-    for config in (network.config, network.config.get_text_config()):
+    configs = [network.config, network.config.get_text_config()]
+    if is_seq2seq(network):
+        configs.append(network.get_decoder().config)  # T5's has a copy of its own
+    for config in configs:
         config.use_cache = False
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False
@@ -214,6 +218,37 @@ def trunk_of(network: PreTrainedModel) -> nn.Module:
         return trunk
     # Some give their trunk another name than `base_model_prefix` says.
     return max(network.children(), key=lambda child: sum(one.numel() for one in child.parameters()))
+
+
+def is_seq2seq(network: PreTrainedModel) -> bool:
+    """Return whether a network writes, by its decoder, what its encoder is asked: one that ends in `seq2seq_lm`."""
+    return bool(network.config.is_encoder_decoder) and network.can_generate()
+
+
+def run_trunk(network: PreTrainedModel, **inputs: Any) -> Any:
+    """Return what the trunk of a network hands to its head; of an encoder-decoder that writes, what its decoder gives.
+
+    That one's inputs are those of the whole network, labels included: by these the network itself makes the decoder's.
+    """
+    if not is_seq2seq(network):
+        return trunk_of(network)(**inputs)
+    found: list[Any] = []
+
+    def keep(module: nn.Module, args: object, output: Any) -> None:
+        found.append(output)
+        raise _DecoderRan
+
+    handle = network.get_decoder().register_forward_hook(keep)
+    try:
+        with suppress(_DecoderRan):
+            network(**inputs)
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
+class _DecoderRan(Exception):
+    """The network need not run on."""
 
 
 def fill_network(

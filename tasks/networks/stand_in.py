@@ -74,15 +74,19 @@ def _kinds(network: nn.Module) -> set[tuple[str, int]]:
 
 
 def _layers(network: PreTrainedModel) -> int:
-    """Return how many of the first blocks have all kinds of parameters that a network's blocks have; at least 2."""
+    """Return how many of the first blocks have all kinds of parameters that a network's blocks have; at least 2.
+
+    Of an encoder-decoder at least 3: what the first block makes for all others is handed on by the second.
+    """
     seen: set[str] = set()
-    needed = 1
-    trunk = trunk_or_self(network)
-    for number, block in enumerate(block_names(name for name, _ in trunk.named_parameters()), 1):
+    is_pair, trunk = network.config.is_encoder_decoder, trunk_or_self(network)
+    needed = 3 if is_pair else 2
+    for place, block in enumerate(block_names(name for name, _ in trunk.named_parameters()), 1):
+        number = int(block.rpartition(".")[2]) + 1 if is_pair else place
         kinds = {pattern(name) for name, _ in trunk.get_submodule(block).named_parameters()}
         if not kinds <= seen:
-            seen, needed = seen | kinds, number
-    return max(2, needed)
+            seen, needed = seen | kinds, max(needed, number)
+    return needed
 
 
 def _shrink(config: PretrainedConfig, layers: int | None, factor: int) -> None:

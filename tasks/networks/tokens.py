@@ -40,6 +40,17 @@ def class_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: in
     return ids[twice:]
 
 
+def target_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[int]:
+    """Token ids of a text that a decoder is to write, with the tokenizer's special tokens, its end token for certain.
+
+    Of a text that is too long, the end token stays.
+    """
+    ids: list[int] = tokenizer(text_target=text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id in ids:
+        return ids
+    return [*ids[: max_length - 1], tokenizer.eos_token_id]
+
+
 def _begins_twice(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether a text begins with the begin token, and the tokenizer sets another one before it."""
     begins = [token for token in (tokenizer.bos_token, tokenizer.cls_token) if token]
@@ -69,7 +80,8 @@ def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "righ
 
 
 def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right"] = "right") -> "dict[str, Tensor]":
-    """Samples as one batch: token ids as `pad` does, other lists padded with 0 alike, pixels and tensors stacked.
+    """Samples as one batch: token ids as `pad` does, labels and other lists alike with −100 and 0, pixels and tensors
+    stacked.
 
     All samples have the same inputs, and pixels and tensors of one name one shape.
     """
@@ -81,7 +93,7 @@ def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right
         if name == "input_ids":
             batch |= pad(values, pad_id, side)
         elif isinstance(values[0], list):
-            batch[name] = pad(values, 0, side)["input_ids"]
+            batch[name] = pad(values, -100 if name == "labels" else 0, side)["input_ids"]
         elif isinstance(values[0], Picture):
             batch[name] = torch.stack([one.pixels() for one in values])
         else:
@@ -90,8 +102,8 @@ def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right
 
 
 def length(sample: Inputs) -> int:
-    """How many tokens a sample has; 0 where a network reads no text."""
-    return len(sample.get("input_ids", ()))
+    """How many tokens a sample has, those that a decoder is to write included; 0 where a network reads no text."""
+    return len(sample.get("input_ids", ())) + len(sample.get("labels", ()))
 
 
 def batches(lengths: Sequence[int], size: int | None = None, padding: float = PADDING) -> list[list[int]]:

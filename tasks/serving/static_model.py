@@ -1,4 +1,5 @@
-"""A static merge that answers texts or pictures: a language model continues texts, a classifier names the class.
+"""A static merge that answers texts or pictures: a language model continues texts, an encoder-decoder answers them, a
+classifier names the class.
 
 model = StaticModel.load(Path("FOLDER"))
 model.predict(["What is 3 plus 4?"])
@@ -20,14 +21,29 @@ from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
 from sensmerge.tasks.networks.known import why_unknown
-from sensmerge.tasks.networks.networks import finite, load_config, network_class, trunk_name
+from sensmerge.tasks.networks.networks import Head, finite, load_config, network_class, trunk_name
 from sensmerge.tasks.networks.pictures import Reads
 from sensmerge.tasks.networks.readers import load_reader, read_by
 from sensmerge.tasks.networks.texts import inputs_of
 from sensmerge.tasks.networks.tokens import collate, pad_token
 
-Form = Literal["language_model", "classifier", "picture_classifier", "trunk"]
+Form = Literal["language_model", "encoder_decoder", "classifier", "picture_classifier", "trunk"]
 """What a static merge is: one whole network, or the trunk of several classifiers, whose heads lie beside it."""
+
+_CLASSES: Mapping[Form, Any] = {
+    "language_model": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "encoder_decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "picture_classifier": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+}
+"""Classes of whole networks by their config."""
+_HEADS: Mapping[Form, Head] = {
+    "language_model": "causal_lm",
+    "encoder_decoder": "seq2seq_lm",
+    "classifier": "classification",
+    "picture_classifier": "classification",
+}
+"""What a merge that is one whole network ends in."""
 
 WHOLE = ""
 """Name of the only network of a merge that is one whole network."""
@@ -47,12 +63,9 @@ def form_of(folder: Path) -> Form | None:
         return None
     config = load_config(folder)
     own = network_class(config, None, folder)
-    if own is modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):
-        return "language_model"
-    if own is modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None):
-        return "classifier"
-    if own is modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None):
-        return "picture_classifier"
+    for form, mapping in _CLASSES.items():
+        if own is mapping.get(type(config), None) and (form != "encoder_decoder" or config.is_encoder_decoder):
+            return form
     return None
 
 
@@ -110,9 +123,8 @@ class StaticModel:
                 networks[name] = load_network(base, "classification", torch_dtype, device, head)
                 _share_trunk(networks, name, head)
         else:
-            head_kind = "causal_lm" if form == "language_model" else "classification"
-            networks = {WHOLE: load_network(base, head_kind, torch_dtype, device)}
-            if form == "language_model":
+            networks = {WHOLE: load_network(base, _HEADS[form], torch_dtype, device)}
+            if form in ("language_model", "encoder_decoder"):
                 set_end_tokens(networks[WHOLE], folder, folder)
         reads = read_by(next(iter(networks.values())))
         return cls(networks, load_reader(folder, reads), form)
@@ -136,7 +148,7 @@ class StaticModel:
 
         Args:
             texts: the texts; of a model that reads pictures, their files, as bytes or in base64.
-            max_new_tokens: length of a continuation at most (language models).
+            max_new_tokens: length of a continuation or answer at most.
             task: whose head answers, where there are several (classifiers).
 
         Raises:
@@ -146,7 +158,7 @@ class StaticModel:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         network = self.network(task)
-        new = max_new_tokens if self.form == "language_model" else None
+        new = max_new_tokens if self.form in ("language_model", "encoder_decoder") else None
         what = "picture" if read_by(network) == "pictures" else "text"
         samples = inputs_of(texts, self.tokenizer, network, new, [f"{what} {number}" for number in range(len(texts))])
         if not samples:

@@ -163,8 +163,10 @@ class CrossTaskJob(Job):
         # Without a padding token, some heads do not find the last token of more than one sample.
         alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
         by_shape: dict[tuple[torch.Size, ...], list[Batch]] = {}
+        # An encoder-decoder makes of labels what its decoder is given.
+        left = set() if self.calibration[j].head == "seq2seq_lm" else {"labels"}
         for sample in self.calibration[j].samples(j, reader, config.label2id):
-            inputs = {key: value for key, value in sample.items() if key != "labels"}
+            inputs = {key: value for key, value in sample.items() if key not in left}
             by_shape.setdefault(tuple(one.shape for one in inputs.values()), []).append(inputs)
         batches: list[Batch] = []
         for samples in by_shape.values():

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import processors
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from sensmerge.pipeline.plan.plan import Plan
@@ -19,6 +19,7 @@ from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.kinds.kind import RowTask
+from sensmerge.tasks.kinds.seq2seq import Seq2SeqTask
 from tests.census.networks import tiny_config, tiny_network
 from tests.census.tiny import tiny_network as tiny_trunk
 from tests.conftest import do_job, make_adapter, make_tokenizer, perturbed, plan_of, write_rows
@@ -31,6 +32,7 @@ _TEXTS: Mapping[str, Rows] = {
     "first": [{"prompt": "1+2=", "completion": "3"}, {"prompt": "a longer prompt: ", "completion": "yes or no"}],
     "second": [{"prompt": "def f(x):", "completion": " return x"}, {"prompt": "xyz", "completion": "abc"}],
 }
+_SEQ2SEQ = {"source": "{prompt}", "target": "{completion}"}
 _CLASSIFIED: Mapping[str, Rows] = {
     "first": [{"text": "good", "label": 0}, {"text": "not as good as that", "label": 2}],
     "second": [{"text": "where is it?", "label": 1}, {"text": "when", "label": 0}],
@@ -51,10 +53,17 @@ class Case:
         return self.name.endswith("Classification")
 
     @property
+    def writes(self) -> bool:
+        """Whether the experts are encoder-decoders that answer texts with texts."""
+        return self.name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+
+    @property
     def task(self) -> RowTask:
         """The experts' kind of task, with all settings left out."""
         if self.classifies:
             return ClassificationTask(kind="classification")
+        if self.writes:
+            return Seq2SeqTask(kind="seq2seq", **_SEQ2SEQ)
         return CompletionTask(kind="completion")
 
     @property
@@ -88,7 +97,8 @@ class Case:
     def tasks(self, split: str) -> dict[str, Any]:
         """The tasks of a recipe, each with its rows as one split."""
         sets = {name: {"path": "json", "data_files": str(self.folder / f"{name}.jsonl")} for name in EXPERTS}
-        return {name: {"kind": self.task.kind, split: one} for name, one in sets.items()}
+        settings = {"kind": self.task.kind, **(_SEQ2SEQ if self.writes else {})}
+        return {name: {**settings, split: one} for name, one in sets.items()}
 
     def static_recipe(self, merges: Mapping[str, Mapping[str, Any]], kind: str = "full") -> dict[str, Any]:
         """A recipe that merges the experts, without tasks."""
