@@ -95,22 +95,22 @@ def inseparable_heads(recipe: Recipe, inputs: Inputs) -> frozenset[str]:
 
     Some networks tell their trunk what their head will look at. With sens coefficients `try_networks` refuses these.
     """
-    found: dict[str, bool] = {}
+    found: dict[tuple[Head, str], bool] = {}
     tasks = set()
     for name, task in recipe.tasks.items() if not recipe.sens_variants() else ():
         expert = inputs.networks.experts[name]
         if task.has_own_head and expert.head and inputs.data[name].evaluation:
-            digest = computation_digest(expert.config)
-            if digest not in found:
-                found[digest] = _is_separable(expert)
-            tasks |= set() if found[digest] else {name}
+            ending = (task.head, computation_digest(expert.config))
+            if ending not in found:
+                found[ending] = _is_separable(expert, task.head)
+            tasks |= set() if found[ending] else {name}
     return frozenset(tasks)
 
 
-def _is_separable(expert: Expert) -> bool:
+def _is_separable(expert: Expert, head: Head) -> bool:
     with TemporaryDirectory(prefix="sensmerge-") as scratch:
         try:
-            tiny = stand_in(expert.config, "classification", expert.folder, Path(scratch))
+            tiny = stand_in(expert.config, head, expert.folder, Path(scratch))
             if tiny is not None:
                 tiny.check_head()
         except InputError:

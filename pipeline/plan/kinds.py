@@ -1,23 +1,39 @@
 """Whether the kind of each task has a meaning for the network of its expert."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import Task
 from sensmerge.tasks.networks.base import missing_parameters
 from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
-from sensmerge.tasks.networks.networks import has_network
+from sensmerge.tasks.networks.networks import Head, has_network
 from sensmerge.tasks.networks.pictures import Reads
 
-_CLASSIFIERS: Mapping[Reads, Collection[str]] = {
-    "texts": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
-    "pictures": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+
+class _Ending(NamedTuple):
+    """What networks end in that have a head of their own."""
+
+    name: str
+    with_type: str
+    """what their adapters say beside the head that they have"""
+    networks: Mapping[str, str]
+    """names of their classes"""
+
+
+_OWN_ENDINGS: Mapping[tuple[Head, Reads], _Ending] = {
+    ("classification", "texts"): _Ending(
+        "a classifier of texts", "task_type SEQ_CLS and ", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    ("classification", "pictures"): _Ending(
+        "a classifier of pictures", "", modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    ("token_classification", "texts"): _Ending(
+        "a classifier of tokens", "task_type TOKEN_CLS and ", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    ),
 }
 
 
@@ -33,12 +49,9 @@ def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> Non
             _check_writes(f"tasks.{name}.kind: {task.kind} needs an encoder-decoder that writes", expert)
         elif not task.has_own_head:
             _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
-        elif not _classifies(expert, task.reads):
-            how = "with" if task.reads == "pictures" else "with task_type SEQ_CLS and"
-            raise InputError(
-                f"tasks.{name}.kind: {task.kind}, but {expert.folder} is a {expert.network}; expected a classifier of "
-                f"{task.reads} (its own, or a LoRA adapter {how} its head in modules_to_save), or leave the task out"
-            )
+        else:
+            _check_ending(f"tasks.{name}.kind: {task.kind}", _OWN_ENDINGS[task.head, task.reads], expert)
+            task.check_config(expert.config, f"tasks.{name}")
         task.check_installed(f"tasks.{name}")
 
 
@@ -67,5 +80,9 @@ def _check_writes(needs: str, expert: Expert) -> None:
         raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
 
 
-def _classifies(expert: Expert, reads: Reads) -> bool:
-    return expert.network in _CLASSIFIERS[reads]
+def _check_ending(needs: str, ending: _Ending, expert: Expert) -> None:
+    if expert.network not in ending.networks.values():
+        raise InputError(
+            f"{needs}, but {expert.folder} is a {expert.network}; expected {ending.name} (its own, or a LoRA adapter "
+            f"with {ending.with_type}its head in modules_to_save), or leave the task out"
+        )

@@ -362,7 +362,8 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     unknown = [token for token in sample.tokens if known is not None and token >= known]
     if unknown:
         raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {known}")
-    if task.has_own_head and expert.config.is_encoder_decoder and config.eos_token_id not in sample.input_ids:
+    looks = task.head == "classification" and expert.config.is_encoder_decoder
+    if looks and config.eos_token_id not in sample.input_ids:
         raise InputError(
             f"{where}: the tokenizer gives no token {config.eos_token_id}, at which the head of {expert.network} "
             "looks; expected one that ends every text with it"

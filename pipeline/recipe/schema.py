@@ -259,7 +259,7 @@ class Recipe(Strict):
         if len(self.experts) < 2:
             raise ValueError(f"{what} compares experts, and there is one; leave it out, or add another expert")
         self._check_calibration(what)
-        if len({task.has_own_head for task in self.tasks.values()}) > 1:
+        if len({task.head for task in self.tasks.values()}) > 1:
             kinds = {name: task.kind for name, task in self.tasks.items()}
             raise ValueError(f"{what} cannot compare classifiers with other kinds: {kinds}")
 

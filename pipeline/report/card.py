@@ -10,6 +10,7 @@ from sensmerge.pipeline.report.report import Report, RouteInfo, TuningInfo, Vari
 from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.checkpoints.listing import HubModel
 from sensmerge.tasks.kinds.scores import Score
+from sensmerge.tasks.networks.networks import own_ending
 
 SCORES = {
     "nearest": "how near the merged model's representation of it is to each expert's",
@@ -60,7 +61,7 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
         _route_text(route, variant.params) if route is not None else "",
         f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
         _adapter_text(_model_id(plan, "base")) if variant.adapter is not None else "",
-        _heads_text(heads) if heads and route is None else "",
+        _heads_text(heads, plan.inputs.networks.experts[heads[0]].network) if heads and route is None else "",
         f"## Recipe\n\n```yaml\n{recipe_text}```\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -163,7 +164,9 @@ merge. {followed}
 """
 
 
-def _heads_text(heads: list[str]) -> str:
+def _heads_text(heads: list[str], network: str) -> str:
+    """How to load the experts' heads; the first one's network is of the class `network`."""
+    loader = "TokenClassification" if own_ending([network]) == "token_classification" else "SequenceClassification"
     return f"""## Heads
 
 The merged trunk is this folder's `model.safetensors`; `heads/` keeps the classifier of each task
@@ -171,11 +174,11 @@ The merged trunk is this folder's `model.safetensors`; `heads/` keeps the classi
 
 ```python
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelFor{loader}
 
 task = "{heads[0]}"
 config = AutoConfig.from_pretrained(f"FOLDER/heads/{{task}}")
-model = AutoModelForSequenceClassification.from_pretrained("FOLDER", config=config)
+model = AutoModelFor{loader}.from_pretrained("FOLDER", config=config)
 model.load_state_dict(load_file(f"FOLDER/heads/{{task}}/head.safetensors"), strict=False)
 ```
 """

@@ -235,12 +235,19 @@ def _route(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> RouteIn
 
 
 def _routed(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> Score | None:
-    """Return the mean over tasks of routed accuracy ÷ the own expert's accuracy; None where nothing is classified."""
-    if not all("routed" in record for found in records[name].values() for record in found):
+    """Return the mean over tasks of routed accuracy ÷ the own expert's accuracy; None where nothing is classified.
+
+    Tasks whose answers are not right or wrong are left out.
+    """
+    mine = {
+        task: [{"right": record["routed"]} for record in found]
+        for task, found in records[name].items()
+        if all("routed" in record for record in found)
+    }
+    if not mine:
         return None
-    mine = {task: [{"right": record["routed"]} for record in found] for task, found in records[name].items()}
     own = {
-        task: [{"right": int(plan.inputs.data[task].task.is_right(record))} for record in records[task][task]]
+        task: [{"right": int(bool(plan.inputs.data[task].task.is_right(record)))} for record in records[task][task]]
         for task in mine
     }
     return scoring.mean_ratio(mine, own, "right")

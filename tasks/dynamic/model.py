@@ -20,11 +20,12 @@ from sensmerge.tasks.dynamic.router import RouterSettings, Rule, Statistics, aff
 from sensmerge.tasks.dynamic.sense import read_statistics
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.endings import OWN_HEADS
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import finite, trunk_or_self
 from sensmerge.tasks.networks.readers import load_reader, read_by
-from sensmerge.tasks.networks.texts import inputs_of
+from sensmerge.tasks.networks.texts import head_answer, inputs_of
 from sensmerge.tasks.networks.tokens import PADDING as LITTLE_PADDING
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 
@@ -125,7 +126,7 @@ class DynamicModel:
         statistics = read_statistics(folder / STATISTICS, manifest.rule, len(manifest.experts), width)
         router = Router(manifest.rule, statistics, manifest.router)
         reader = load_reader(folder / BASE, reads)
-        return cls(network, heads, manifest.experts, reader, router, manifest.head == "classification")
+        return cls(network, heads, manifest.experts, reader, router, manifest.head in OWN_HEADS)
 
     def route(self, samples: Sequence[Inputs], size: int | None = None) -> Routes:
         """Return the routes of samples: probes up to the rule's block, then the router's mathematics."""
@@ -247,7 +248,8 @@ class DynamicModel:
     def predict(
         self, texts: Sequence[str | bytes], max_new_tokens: int = 64, places: Sequence[str] | None = None
     ) -> list[Prediction]:
-        """Answer texts, or pictures, in one batch: a class each (by the routed head), or a greedy continuation.
+        """Answer texts, or pictures, in one batch: what the routed head says of each (`head_answer`), or a greedy
+        continuation.
 
         Args:
             texts: the texts; of a model that reads pictures, their files, as bytes or in base64.
@@ -271,8 +273,10 @@ class DynamicModel:
         names = [self.experts[expert] for expert in routes.experts]
         if self.classifies:
             logits = self.class_logits(samples, routes, names)[0]
-            classes = [int(finite(values).argmax()) for values in logits]
-            answers = [self._label(name, index) for name, index in zip(names, classes, strict=True)]
+            answers = [
+                head_answer(values, text, self.tokenizer, self._owner(name))
+                for values, text, name in zip(logits, texts, names, strict=True)
+            ]
         else:
             generated = self.generate(samples, routes, max_new_tokens)
             answers = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
@@ -282,6 +286,5 @@ class DynamicModel:
             for answer, name, row in zip(answers, names, table, strict=True)
         ]
 
-    def _label(self, head: str, index: int) -> str:
-        owner = self.heads[head].network if head in self.heads else self.network.network
-        return str(owner.config.id2label[index])
+    def _owner(self, head: str) -> PreTrainedModel:
+        return self.heads[head].network if head in self.heads else self.network.network

@@ -20,7 +20,7 @@ from sensmerge.tasks.rows.source import Row
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 class ClassTask(RowTask):
@@ -39,6 +39,15 @@ class ClassTask(RowTask):
 
     label: str = Field("label", description="field with the class, as its name in the expert's config or as its number")
     metric: Local[Literal["accuracy", "macro_f1", "matthews"]] = Field("accuracy", description="main metric")
+
+    def check_config(self, config: "PretrainedConfig", key: str) -> None:
+        """See `Task`: of the classes one has to be right."""
+        if config.num_labels == 1 or config.problem_type not in (None, "single_label_classification"):
+            raise InputError(
+                f"{key}.kind: {self.kind}, but the expert's config has num_labels {config.num_labels} and problem_type "
+                f"{config.problem_type}; expected two classes or more, of which one is right; use kind regression for "
+                "numbers, or leave the task out"
+            )
 
     def check_row(self, row: Row, settings: str, where: str, labels: Labels | None) -> None:
         """See `RowTask`: the expert has to have the class."""

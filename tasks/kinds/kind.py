@@ -18,6 +18,7 @@ from sensmerge.tasks.identity import Local
 from sensmerge.tasks.kinds.checks import NamedField, check_fields
 from sensmerge.tasks.kinds.scores import Metric, Record, Score, score
 from sensmerge.tasks.kinds.templates import template_fields
+from sensmerge.tasks.networks.endings import OWN_HEADS
 from sensmerge.tasks.networks.pictures import Picture, Reads
 from sensmerge.tasks.networks.tokens import Inputs, collate
 from sensmerge.tasks.registry import Registry
@@ -27,7 +28,7 @@ from sensmerge.tasks.strict import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Labels = Mapping[str, int]
 """the classes of an expert: name → number"""
@@ -39,7 +40,7 @@ class Task(Strict):
     version: ClassVar[int] = 1
     """counts up whenever equal settings and rows give other samples, losses or records than before"""
     head: ClassVar[str] = "causal_lm"
-    """what a network ends in: causal_lm, seq2seq_lm, or classification, which every task's expert has of its own"""
+    """what a network ends in: causal_lm, seq2seq_lm, or one of `OWN_HEADS`, which every task's expert has of its own"""
     reads: ClassVar[Reads] = "texts"
     """what its networks read; what reads its rows is a tokenizer or an image processor accordingly"""
     metrics: ClassVar[Mapping[str, Metric]] = {}
@@ -52,7 +53,7 @@ class Task(Strict):
     @property
     def has_own_head(self) -> bool:
         """Whether the task's own expert has a head for it: its rows name the expert's classes."""
-        return self.head == "classification"
+        return self.head in OWN_HEADS
 
     @property
     def answer_tokens(self) -> int:
@@ -77,6 +78,9 @@ class Task(Strict):
     def check_installed(self, key: str) -> None:
         """Raise InputError if something is missing that the task needs; `key` (`tasks.science`) names it."""
 
+    def check_config(self, config: "PretrainedConfig", key: str) -> None:
+        """Raise InputError if the config of the task's expert does not fit; `key` (`tasks.science`) names the task."""
+
     def notes(self, key: str, tokenizer: "PreTrainedTokenizerBase", expert: Path) -> list[str]:
         """Return what a user should know of how rows are read: a line each.
 
@@ -84,6 +88,9 @@ class Task(Strict):
             key: names the task (`tasks.science`).
             tokenizer: that all models share.
             expert: folder of the task's own expert.
+
+        Raises:
+            InputError: the tokenizer cannot read such rows.
         """
         return []
 
@@ -95,9 +102,12 @@ class Task(Strict):
         """Return the records of a network on rows that the kind has itself; for kinds that are no `RowTask`."""
         raise NotImplementedError
 
-    def is_right(self, record: Record) -> bool:
-        """Return whether a record is that of a right answer; for kinds whose experts have heads of their own."""
-        raise NotImplementedError
+    def is_right(self, record: Record) -> bool | None:
+        """Return whether a record is that of a right answer; None for kinds whose answers are not right or wrong.
+
+        It is asked of kinds whose experts have heads of their own.
+        """
+        return None
 
     @classmethod
     def metric_of(cls, name: str, records: Sequence[Record]) -> Metric | None:
@@ -134,8 +144,9 @@ class Sample:
     """by the network's argument: token ids as a list, a picture, or a tensor of one shape for all samples"""
     prompt_tokens: int = 0
     """how many leading tokens are context: they are read, not scored"""
-    label: int | None = None
-    """the class, for classification"""
+    label: int | float | tuple[int, ...] | None = None
+    """what a head of the expert's own should answer: the class, or that of each token (−100 where none counts), or a
+    number"""
 
     @property
     def input_ids(self) -> list[int]:
@@ -348,7 +359,7 @@ class RowTask(Task):
         """Return one row as the inputs of a network whose `.loss` is then the row's loss; see `sample`.
 
         `input_ids` and `attention_mask` are int64 of shape (1, T). `labels` is (1, T) with −100 where the loss does not
-        count a token, or (1,) with the class for classification.
+        count a token, or the sample's label for a head of the expert's own: (1,), or (1, T) where tokens have classes.
         """
         import torch
 
@@ -397,4 +408,4 @@ class RowSet:
     task: RowTask
     rows: StoredRows
     label2id: Labels | None = None
-    """classes of the task's own expert (classification)"""
+    """classes of the task's own expert, where that has a head of its own"""

@@ -18,6 +18,7 @@ from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.features import FeatureCalibration
 from sensmerge.tasks.networks.blocks import Batch, TrunkOutput
+from sensmerge.tasks.networks.endings import OWN_HEADS
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.journeys import Measured, Runner
 from sensmerge.tasks.networks.networks import Head, for_one_pass, skeleton
@@ -109,7 +110,7 @@ class StandIn:
         model, states = self._source.folder, [self._folder / "before", self._folder / "behind"]
 
         def calibrate() -> None:
-            task = Traveller("task", self._source, [self._batch], self._source.head == "classification")
+            task = Traveller("task", self._source, [self._batch], self._source.head in OWN_HEADS)
             walk = Walk([task], FeatureCalibration.model_validate({}), 1)
             walk.enter(model, states[0])
             for place in range(walk.blocks):
@@ -242,8 +243,12 @@ def _batch(network: PreTrainedModel, head: Head) -> Batch:
     end = getattr(text, "eos_token_id", None)
     end = end if isinstance(end, int) and end < getattr(text, "vocab_size", 0) else 9
     ids = torch.tensor([[5, 6, 7, 8, end]])
-    labels = {"classification": torch.tensor([0]), "seq2seq_lm": torch.tensor([[8, 7, end]])}.get(head, ids.clone())
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    labels = {
+        "classification": torch.tensor([0.5 if network.config.num_labels == 1 else 0]),
+        "token_classification": torch.zeros_like(ids),
+        "seq2seq_lm": torch.tensor([[8, 7, end]]),
+    }
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels.get(head, ids.clone())}
 
 
 def _without_labels(batch: Batch) -> Batch:

@@ -21,7 +21,15 @@ from sensmerge.tasks.networks.classes import class_names, class_order, in_order,
 from sensmerge.tasks.networks.compare import check_sizes, differences, with_settings_of
 from sensmerge.tasks.networks.inventory import check_complete
 from sensmerge.tasks.networks.names import Names, names_of, parameter_names
-from sensmerge.tasks.networks.networks import Head, fill_network, has_network, load_config, network_class, skeleton
+from sensmerge.tasks.networks.networks import (
+    Head,
+    fill_network,
+    has_network,
+    load_config,
+    network_class,
+    own_ending,
+    skeleton,
+)
 from sensmerge.tasks.networks.placing import Placed, Stored, check_whole, in_tower, place
 
 
@@ -47,7 +55,7 @@ class Expert(ExpertWeights):
 
     def has_trunk_in_head(self) -> bool:
         """Return whether a part of a classifier's head lies in its trunk: a pooler that the base lacks, say."""
-        prefix = network_class(self.config, "classification", self.folder).base_model_prefix
+        prefix = network_class(self.config, own_ending([self.network]), self.folder).base_model_prefix
         return any(name.startswith(f"{prefix}.") for name in self.head)
 
     def on(self, base: Base) -> "Expert":
@@ -213,6 +221,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         # A network ends in what peft's model class for the task type puts there.
         endings: dict[str | None, Head] = {
             "SEQ_CLS": "classification",
+            "TOKEN_CLS": "token_classification",
             "CAUSAL_LM": "causal_lm",
             "SEQ_2_SEQ_LM": "seq2seq_lm",
         }
@@ -236,8 +245,9 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         notes = (f"{key}: an adapter does not name its classes: they are taken to be the base's, in the base's order",)
     head = {parameter: name for parameter, name in adapter.saved.items() if name in placed.heads}
     config, ends_in = base.config, names.network
-    if head and has_network(base.config, "classification"):
-        classifier = skeleton(base.config, "classification", base.folder)
+    own_head = own_ending([ends_in])
+    if head and has_network(base.config, own_head):
+        classifier = skeleton(base.config, own_head, base.folder)
         if adapter_config.task_type is None and set(head) <= set(parameter_names(classifier)):
             ends_in = type(classifier).__name__
         # An adapter has no config of its own: the last layer of its head says how many classes there are.
@@ -245,6 +255,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
         if last in head:
             config = copy.deepcopy(base.config)
             config.num_labels = source.tensors[head[last]].shape[0]
+            config.architectures = [ends_in]
     return Expert(
         base,
         source,
@@ -280,7 +291,7 @@ def load_network(
 
     Args:
         model: whose trunk it is.
-        head: `causal_lm`, `seq2seq_lm` or `classification`.
+        head: `causal_lm`, `seq2seq_lm`, `classification` or `token_classification`.
         dtype: dtype of the weights in memory.
         device: torch device.
         head_of: whose head follows the trunk; None where the trunk's checkpoint has it all.

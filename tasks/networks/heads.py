@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sensmerge.tasks.checkpoints.weights import HEAD_WEIGHTS
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.networks import is_seq2seq, load_config, skeleton, trunk_of
+from sensmerge.tasks.networks.networks import Head, is_seq2seq, load_config, own_ending, skeleton, trunk_of
 from sensmerge.tasks.networks.source import Source
 
 
@@ -27,6 +27,11 @@ class SavedHead:
     def config(self) -> PretrainedConfig:
         """Config of the network that ends in the head."""
         return load_config(self.folder)
+
+    @property
+    def ending(self) -> Head:
+        """What that network ends in."""
+        return own_ending(self.config.architectures or ())
 
     def head_tensors(self) -> dict[str, torch.Tensor]:
         """Return the head's tensors by parameter name."""
@@ -73,7 +78,7 @@ class DetachedHead:
         Raises:
             InputError: the tensors are not those of the head.
         """
-        network = skeleton(saved.config, "classification", saved.folder)
+        network = skeleton(saved.config, saved.ending, saved.folder)
         head = cls(network)
         tensors = {name: tensor.to(device, dtype) for name, tensor in saved.head_tensors().items()}
         missing = set(dict(network.named_parameters())) ^ set(tensors)

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ from sensmerge.tasks.networks.pictures import PIXELS
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
 Head = str
-"""What a network ends in: `causal_lm`, `seq2seq_lm` or `classification`."""
+"""What a network ends in: `causal_lm`, `seq2seq_lm`, `classification` (of a single class: a number) or
+`token_classification`."""
 
 _AUTO_MAPPINGS = {
     "causal_lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
@@ -39,6 +40,7 @@ _AUTO_MAPPINGS = {
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     ),
+    "token_classification": (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,),
 }
 """Networks by head and config; a language model that also reads images counts where there is none of texts alone, and a
 classifier of pictures where there is none of texts."""
@@ -124,6 +126,12 @@ def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> 
 def has_network(config: PretrainedConfig, head: Head) -> bool:
     """Return whether transformers has a network that ends in `head` for a config."""
     return any(type(config) in mapping for mapping in _AUTO_MAPPINGS[head])
+
+
+def own_ending(names: Collection[str]) -> Head:
+    """Return in which of `OWN_HEADS` a network ends, by the names of classes that may be its own."""
+    tags = modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values()
+    return "classification" if set(names).isdisjoint(tags) else "token_classification"
 
 
 def reads_images(config: PretrainedConfig) -> bool:

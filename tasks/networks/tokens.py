@@ -6,6 +6,7 @@ torch is imported where it is used: kinds of task, which a recipe is read by, ar
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.pictures import Picture
 
 if TYPE_CHECKING:
@@ -49,6 +50,58 @@ def target_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: i
     if tokenizer.eos_token_id in ids:
         return ids
     return [*ids[: max_length - 1], tokenizer.eos_token_id]
+
+
+def pair_tokens(
+    first: str, second: str, tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
+) -> dict[str, list[int]]:
+    """A pair of texts as inputs of a network, with the tokenizer's special tokens, the longer one cut from the right.
+
+    They are `input_ids` and, where the tokenizer's networks read it, `token_type_ids`: of which text a token is.
+    """
+    encoded = tokenizer(first, second, truncation=max_length is not None, max_length=max_length, verbose=False)
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
+def word_tokens(
+    words: Sequence[str], tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None
+) -> tuple[list[int], list[int | None]]:
+    """Token ids of a text in words with the tokenizer's special tokens, cut from the right but for these.
+
+    Returns:
+        The ids, and the place of each word's first token; None for a word without one: it is cut, or nothing is left
+        of it.
+    """
+    encoded = tokenizer(
+        list(words), is_split_into_words=True, truncation=max_length is not None, max_length=max_length, verbose=False
+    )
+    first: dict[int, int] = {}
+    for place, word in enumerate(encoded.word_ids()):
+        if word is not None:
+            first.setdefault(word, place)
+    return encoded["input_ids"], [first.get(number) for number in range(len(words))]
+
+
+def check_words(tokenizer: "PreTrainedTokenizerBase", key: str) -> None:
+    """Check that a tokenizer tells which tokens are of which word, and reads words with spaces between them.
+
+    Byte-level tokenizers set none of their own accord, and networks were not trained on words in one piece.
+
+    Raises:
+        InputError: it is not so; `key` names the task.
+    """
+    folder = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{key}: the tokenizer of {folder}, {type(tokenizer).__name__}, does not say which tokens are of which "
+            "word; expected one with a tokenizer.json"
+        )
+    ids: list[int] = tokenizer(["ab", "c"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    if tokenizer.decode(ids).strip() == "abc":
+        raise InputError(
+            f"{key}: the tokenizer of {folder} reads words without the spaces between them; set add_prefix_space to "
+            "true in its tokenizer_config.json, or for tokenizer_class TokenizersBackend in its tokenizer.json"
+        )
 
 
 def _begins_twice(text: str, tokenizer: "PreTrainedTokenizerBase") -> bool:

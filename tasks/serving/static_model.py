@@ -1,5 +1,5 @@
 """A static merge that answers texts or pictures: a language model continues texts, an encoder-decoder answers them, a
-classifier names the class.
+head says their class or their number.
 
 model = StaticModel.load(Path("FOLDER"))
 model.predict(["What is 3 plus 4?"])
@@ -21,10 +21,10 @@ from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
 from sensmerge.tasks.networks.known import why_unknown
-from sensmerge.tasks.networks.networks import Head, finite, load_config, network_class, trunk_name
+from sensmerge.tasks.networks.networks import Head, load_config, network_class, trunk_name
 from sensmerge.tasks.networks.pictures import Reads
 from sensmerge.tasks.networks.readers import load_reader, read_by
-from sensmerge.tasks.networks.texts import inputs_of
+from sensmerge.tasks.networks.texts import head_answer, inputs_of
 from sensmerge.tasks.networks.tokens import collate, pad_token
 
 Form = Literal["language_model", "encoder_decoder", "classifier", "picture_classifier", "trunk"]
@@ -120,7 +120,7 @@ class StaticModel:
             networks: dict[str, PreTrainedModel] = {}
             for name in head_names(folder):
                 head = SavedHead(folder / HEADS / name)
-                networks[name] = load_network(base, "classification", torch_dtype, device, head)
+                networks[name] = load_network(base, head.ending, torch_dtype, device, head)
                 _share_trunk(networks, name, head)
         else:
             networks = {WHOLE: load_network(base, _HEADS[form], torch_dtype, device)}
@@ -144,7 +144,7 @@ class StaticModel:
         return self.networks[task]
 
     def predict(self, texts: Sequence[str | bytes], max_new_tokens: int = 64, task: str | None = None) -> list[str]:
-        """Answer texts, or pictures, in one batch: a greedy continuation of each, or the name of its class.
+        """Answer texts, or pictures, in one batch: a greedy continuation of each, or what a head says of it.
 
         Args:
             texts: the texts; of a model that reads pictures, their files, as bytes or in base64.
@@ -168,8 +168,8 @@ class StaticModel:
                 found = generate(network, self.tokenizer, samples, new, self._pad_id, network.device)
                 return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
             batch = {name: values.to(network.device) for name, values in collate(samples, self._pad_id).items()}
-            classes = finite(network(**batch).logits).argmax(-1).tolist()
-        return [str(network.config.id2label[index]) for index in classes]
+            logits = network(**batch).logits
+        return [head_answer(one, text, self.tokenizer, network) for one, text in zip(logits, texts, strict=True)]
 
 
 def _share_trunk(networks: Mapping[str, PreTrainedModel], name: str, head: SavedHead) -> None:

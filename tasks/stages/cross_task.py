@@ -287,7 +287,8 @@ def _measured(job: CrossTaskJob, out: Path) -> Iterator[tuple[str, str, float]]:
                 own = logits_of(head, reads[j](number), batch)
                 for i in wanted:
                     apart = logits_of(head, reads[i](number), batch) - own
-                    sums[i] += float(apart.norm(dim=-1).double().sum())
+                    norms = apart.norm(dim=-1).double()  # of each sample, or of each of its tokens
+                    sums[i] += float(norms.flatten(1).mean(1).sum() if norms.ndim > 1 else norms.sum())
         else:
             heads |= {i: job.head(i) for i in (j, *wanted) if i not in heads}
             for number, batch in enumerate(job.batches(j)):

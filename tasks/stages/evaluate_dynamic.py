@@ -24,7 +24,7 @@ from sensmerge.tasks.stages.job import Job
 class EvaluateDynamicJob(Job):
     """Scores a dynamic model on all tasks at once; it is never told a sample's task.
 
-    Scores are those of stage evaluate, by task. Classification has two: in `accuracy` and its like the head of the
+    Scores are those of stage evaluate, by task. Classifiers have two: in `accuracy` and its like the head of the
     sample's own task answers (the usual protocol), in `routed_accuracy` the head of the expert that the router chose,
     and a wrong head is a wrong answer.
     """
@@ -112,8 +112,12 @@ def _records(model: DynamicModel, items: Sequence[Item], routes: Routes, size: i
         item = items[place]
         # With a single head, which is merged, there is none to be chosen wrongly.
         own_head = routed.heads[place] == item.name or not model.heads
-        right = own_head and item.task.is_right(item.task.record(item.row, [item.task.judge(item.samples[0], logits)]))
-        records[place]["routed"] = int(right)
+        record = records[place]
+        if own_head:
+            record = item.task.record(item.row, [item.task.judge(item.samples[0], logits)])
+        right = item.task.is_right(record)
+        if right is not None:
+            records[place]["routed"] = int(own_head and right)
     return records
 
 

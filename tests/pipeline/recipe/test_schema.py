@@ -142,7 +142,7 @@ def test_reading_a_recipe_needs_no_torch() -> None:
             "merges.s: coefficients sens needs tasks.code.calibration; add it",
         ),
         ({"merges": {"ta": {"method": "task_arithmatic"}}}, r"'task_arithmatic'\); did you mean task_arithmetic\?"),
-        ({"tasks": {"math": {**TASK, "kind": "complete"}}}, "'multiple_choice'; did you mean completion?"),
+        ({"tasks": {"math": {**TASK, "kind": "complete"}}}, "'multiple_choice', .*; did you mean completion?"),
         ({"resources": {"merg": {}}}, r"'merg'\); did you mean merge\?"),
         ({"zzz": 1}, "unknown key zzz; see"),
         ({"tasks": {"law": TASK}}, r"tasks.law: there is no expert of that name \(experts: code, math\)"),

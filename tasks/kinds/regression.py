@@ -1,0 +1,106 @@
+"""Kind regression: every expert has a head of its own that gives a text, or a pair of texts, a number.
+
+A record holds `prediction` and `label`. The loss is the squared error.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from sensmerge.tasks.errors import InputError, shown
+from sensmerge.tasks.identity import Local
+from sensmerge.tasks.kinds.checks import NamedField
+from sensmerge.tasks.kinds.correlation import mean_squared_error, pearson, spearman
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.scores import Metric
+from sensmerge.tasks.kinds.templates import render, template_fields
+from sensmerge.tasks.networks.tokens import class_tokens, pair_tokens
+from sensmerge.tasks.rows.source import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@KINDS.register("regression")
+class RegressionTask(RowTask):
+    """The model has a head of its own for this task that gives a text, or a pair of texts, a number."""
+
+    head: ClassVar[str] = "classification"
+    fields: ClassVar[tuple[str, ...]] = ("label",)
+    reads_answer: ClassVar[bool] = False
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "pearson": Metric(("label", "prediction"), pearson),
+        "spearman": Metric(("label", "prediction"), spearman),
+        "mse": Metric(("label", "prediction"), mean_squared_error, higher_is_better=False),
+    }
+
+    kind: Literal["regression"]
+    prompt: str = Field("{text}", description="template of the text")
+    pair: str | None = Field(
+        None, description="template of a second text, which the tokenizer joins to the first as its model expects pairs"
+    )
+    label: str = Field("label", description="field with the number, which may also be written as text")
+    metric: Local[Literal["pearson", "spearman", "mse"]] = Field(
+        "spearman", description="main metric: a correlation, or the mean squared error"
+    )
+
+    def check_config(self, config: "PretrainedConfig", key: str) -> None:
+        """See `Task`: the head has to give one number, and its loss to be the squared error."""
+        if config.num_labels != 1 or config.problem_type not in (None, "regression"):
+            raise InputError(
+                f"{key}.kind: regression, but the expert's config has num_labels {config.num_labels} and problem_type "
+                f"{config.problem_type}; expected num_labels 1, and problem_type regression or none; use kind "
+                "classification for classes, or leave the task out"
+            )
+
+    def named_fields(self, settings: str) -> list[NamedField]:
+        """See `RowTask`."""
+        found = super().named_fields(settings)
+        if self.pair is not None:
+            try:
+                found += [NamedField(name, "pair", True) for name in template_fields(self.pair)]
+            except InputError as error:
+                raise InputError(f"{settings}.pair: {error}") from None
+        return found
+
+    def check_row(self, row: Row, settings: str, where: str, labels: Labels | None) -> None:
+        """See `RowTask`: there has to be a number."""
+        if _number(row[self.label]) is None:
+            raise InputError(
+                f"{settings}.label names field {self.label!r}, which in {where} is {shown(row[self.label])}; expected "
+                "a finite number"
+            )
+
+    def sample(
+        self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
+    ) -> Sample:
+        """Return the text or the pair with the tokenizer's special tokens, cut from the right but for these.
+
+        Of a pair, the longer text is cut first.
+        """
+        text = render(self.prompt, row)
+        if self.pair is None:
+            inputs = {"input_ids": class_tokens(text, tokenizer, self.max_length)}
+        else:
+            inputs = pair_tokens(text, render(self.pair, row), tokenizer, self.max_length)
+        if not inputs["input_ids"]:
+            raise InputError(f"{where}: the text has no token; leave the row out")
+        return Sample(inputs, len(inputs["input_ids"]), _number(row[self.label]))
+
+    def judge(self, sample: Sample, logits: "Tensor") -> Any:
+        """See `RowTask`: the only logit is the number."""
+        from sensmerge.tasks.networks.networks import finite
+
+        return {"prediction": float(finite(logits)), "label": sample.label}
+
+
+def _number(value: Any) -> float | None:
+    """Return a value, a number or its text, as a number; None where it is none, or not finite."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
