@@ -295,15 +295,30 @@ def _conflicts(source: Owner, maps: Mapping[str, Mapping[str, int]]) -> list[str
 
 
 def added_tokens(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the added tokens of a folder's tokenizer as `tokenizer.json` has them, by token."""
-    found = {
-        str(one["content"]): {"id": int(id_), **one}
-        for id_, one in object_in(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items()
-    }
-    found |= {str(one["content"]): one for one in object_in(folder / TOKENIZER_JSON).get("added_tokens", [])}
-    for token, id_ in object_in(folder / "added_tokens.json").items():
-        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        found.setdefault(token, {"id": id_, "content": token, **plain, "special": True})
+    """Return the added tokens of a folder's tokenizer as `tokenizer.json` has them, by token.
+
+    Raises:
+        InputError: a file has them in another form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    path = folder / TOKENIZER_CONFIG
+    try:
+        for id_, one in object_in(path).get("added_tokens_decoder", {}).items():
+            found[str(one["content"])] = {"id": int(id_), **one}
+        path = folder / TOKENIZER_JSON
+        for one in object_in(path).get("added_tokens", []):
+            found[str(one["content"])] = dict(one)
+        path = folder / "added_tokens.json"
+        for token, id_ in object_in(path).items():
+            plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            found.setdefault(token, {"id": int(id_), "content": token, **plain, "special": True})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: its added tokens are not in the form that transformers writes; expected an id and, for each, an "
+            "object with content: save the tokenizer again, or take another copy of the model"
+        ) from error
     return found
 
 
