@@ -220,6 +220,10 @@ def test_python_runs_as_a_row_of_tests_would_have_it() -> None:
             "try:\n    f(1)\nexcept ValueError:\n    pass\nelse:\n    assert False",
         ),
         ("def f(x): return float(x)", "import math\nassert math.isnan(f('nan')) and f('-inf') < 0 and f('0.1') == 0.1"),
+        (
+            "from collections import namedtuple\nPair = namedtuple('Pair', 'a b')\ndef f(x): return [Pair(x, 2)]",
+            "assert f(1) == [(1, 2)] and f(3)[0].a == 3",
+        ),
         ("def f(x): return 7 ** x", "assert f(9000) == 7 ** 9000"),
         ("def f(x, kind): return [one for one in x if isinstance(one, kind)]", "assert f([1, 'a'], str) == ['a']"),
         ("def sum(a, b): return a - b", "assert sum(5, 3) == 2"),
