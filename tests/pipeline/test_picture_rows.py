@@ -234,6 +234,7 @@ def test_a_base_without_an_image_processor(tmp_path: Path) -> None:
     [
         ({"height": 16, "width": 16}, r"has the shape \(3, 16, 16\) behind .* ViTForImageClassification does not take"),
         ({"shortest_edge": 12}, r"row 0 .* has the shape \(3, 12, 16\) behind"),
+        ({"height": 10**6, "width": 12}, r"preprocessor_config\.json: size\.height is 1000000; expected at most 8,192"),
     ],
 )
 def test_sizes_that_the_network_does_not_take(size: dict[str, int], said: str, tmp_path: Path) -> None:
