@@ -84,7 +84,7 @@ class DetachedHead:
         missing = set(dict(network.named_parameters())) ^ set(tensors)
         if missing:
             raise InputError(f"{saved.folder}: no fitting weights for {', '.join(sorted(missing))}; merge again")
-        network.load_state_dict(tensors, assign=True)
+        network.load_state_dict(tensors, strict=False, assign=True)  # norms of a batch add what they lack
         network.eval()
         return head
 
@@ -120,7 +120,7 @@ class DetachedHead:
 
 def _without_weights(module: nn.Module) -> nn.Module:
     copied = copy.copy(module)
-    copied._parameters, copied._buffers = {}, {}
+    copied._parameters, copied._buffers = {}, dict.fromkeys(module._buffers)
     copied._modules = {
         name: None if child is None else _without_weights(child) for name, child in module._modules.items()
     }

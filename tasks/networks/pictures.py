@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
+from warnings import catch_warnings, simplefilter
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sensmerge.tasks.checkpoints.companions import CONFIG
 from sensmerge.tasks.errors import InputError, shown
@@ -27,6 +28,8 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files that an image processor may be described in."""
 PIXELS = "pixel_values"
 """What networks call the pictures that they read."""
+LARGEST = 8192
+"""Side of a picture that networks read, at most."""
 _NARROW = {"I", "F"}
 """Modes of Pillow, and how those of 16 bits begin, of which a conversion to 8 bits a channel would cut all bright
 values off."""
@@ -46,7 +49,7 @@ def load_image_processor(folder: Path) -> Any:
     Raises:
         InputError: there is none, or it needs code of its own.
     """
-    from transformers import AutoImageProcessor
+    import transformers
 
     from sensmerge.tasks.networks.foreign import check_foreign
 
@@ -58,11 +61,30 @@ def load_image_processor(folder: Path) -> Any:
     for name in (CONFIG, *PROCESSOR_FILES):
         if (folder / name).is_file():
             check_foreign(folder / name)
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it says that torchvision is not there
     try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+        found = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+        _check_sizes(folder, found.to_dict())
+    except InputError:
+        raise
     except Exception as error:  # settings of wrong types are found by those who use them
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: no usable image processor ({reason}); get its files again") from error
+    finally:
+        transformers.logging.set_verbosity(level)
+    return found
+
+
+def _check_sizes(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that pictures become no larger than any network takes: it would take all memory."""
+    for key in ("size", "crop_size", "pad_size"):
+        sizes = settings.get(key)
+        for side, value in sizes.items() if isinstance(sizes, Mapping) else ():
+            if isinstance(value, int) and value > LARGEST:
+                raise InputError(
+                    f"{folder / PROCESSOR_FILES[0]}: {key}.{side} is {shown(value)}; expected at most {LARGEST:,}"
+                )
 
 
 @dataclass(frozen=True)
@@ -106,15 +128,19 @@ class Picture:
 
     def _decoded(self) -> Any:
         try:
-            with Image.open(io.BytesIO(self.file)) as image:
+            with catch_warnings():  # of a few bytes that become gigabytes
+                simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(self.file))
+            with image:
                 image.load()
                 # As cameras mark pictures, and as `datasets` gives them to those who train on them.
                 turned = ImageOps.exif_transpose(image)
         except Exception as error:  # each format has its own for a broken file
             found = f"{len(self.file):,} bytes that begin with {shown(self.file[:8])}"
+            why = "" if isinstance(error, UnidentifiedImageError) else f" ({_line(error)})"
             raise InputError(
-                f"{self.where} is {found}; expected a picture in a format that Pillow reads ({_line(error)}): repair "
-                "it, or leave the row out"
+                f"{self.where} is {found}; expected a picture in a format that Pillow reads{why}: repair it, or leave "
+                "the row out"
             ) from error
         if turned.mode in _NARROW or turned.mode.startswith("I;"):
             raise InputError(

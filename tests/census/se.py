@@ -50,8 +50,11 @@ def _tried(case: Case, kind: str) -> str:
 
 def _compare(case: Case, kind: str, model: DynamicModel) -> str:
     """Compare the answers to a batch of mixed coefficients."""
-    texts = [str(row["text" if case.classifies else "prompt"]) for rows in case.rows.values() for row in rows]
-    samples: list[Inputs] = [{"input_ids": model.tokenizer(text)["input_ids"]} for text in texts]
+    rows = [row for some in case.rows.values() for row in some]
+    samples: list[Inputs] = [{"pixel_values": case.pixels(row)[0]} for row in rows] if case.reads_pictures else []
+    if not samples:
+        texts = [str(row["text" if case.classifies else "prompt"]) for row in rows]
+        samples = [{"input_ids": model.tokenizer(text)["input_ids"]} for text in texts]
     if case.writes:
         samples = [sample | {"labels": labels} for sample, labels in zip(samples, TARGETS, strict=True)]
     assert model.route(samples).coefficients.isfinite().all()
@@ -96,8 +99,9 @@ def _classes(case: Case, model: DynamicModel, samples: list[Inputs], routes: Rou
             trunk = _sums(base, experts, COEFFICIENTS[row])
             written = copy.deepcopy(network)
             written.base_model.load_state_dict(trunk, strict=False)
+            _take_means(written, list(networks.values()))
             with torch.inference_mode():
-                expected = written(input_ids=torch.tensor([sample["input_ids"]])).logits[0]
+                expected = written(**{name: torch.as_tensor(one)[None] for name, one in sample.items()}).logits[0]
             worst = max(worst, _off(found[row], expected))
     return "right" if worst < TOLERANCE else f"wrong: off by {worst:.1e}"
 
@@ -124,10 +128,14 @@ def _expert(case: Case, kind: str, folder: Path) -> dict[str, Tensor]:
 
 def _with_means(case: Case) -> PreTrainedModel:
     """Return the base with the mean of the experts' statistics, which is what every sample gets."""
-    network, experts = case.network(case.base), [case.network(folder) for folder in case.experts("full").values()]
+    network = case.network(case.base)
+    _take_means(network, [case.network(folder) for folder in case.experts("full").values()])
+    return network
+
+
+def _take_means(network: PreTrainedModel, experts: list[PreTrainedModel]) -> None:
     for name in statistics(network):
         network.get_buffer(name).copy_(sum(expert.get_buffer(name) for expert in experts) / len(experts))
-    return network
 
 
 def _untied(case: Case, folder: Path) -> PreTrainedModel:

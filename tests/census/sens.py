@@ -59,6 +59,8 @@ def _accepted(case: Case, placement: Placement, tried: Callable[[], str]) -> str
 
 def inputs_of(case: Case, row: Row) -> dict[str, Tensor]:
     """Return what a network reads of a row."""
+    if case.reads_pictures:
+        return {"pixel_values": case.pixels(row)}
     tokenizer = case.tokenizer
     if case.classifies or case.writes:
         ids = tokenizer(str(row["text" if case.classifies else "prompt"]))["input_ids"]

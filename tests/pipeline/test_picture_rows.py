@@ -13,7 +13,7 @@ from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.names import names_of
-from tests.conftest import do_steps, plan_of, write_rows
+from tests.conftest import do_steps, make_adapter, plan_of, write_rows
 from tests.pictures import in_base64, picture, pixels_of, save_classifiers, trunk_of_classifier
 
 LABELS = {"reds": 2, "blues": 3}
@@ -234,6 +234,7 @@ def test_a_base_without_an_image_processor(tmp_path: Path) -> None:
     [
         ({"height": 16, "width": 16}, r"has the shape \(3, 16, 16\) behind .* ViTForImageClassification does not take"),
         ({"shortest_edge": 12}, r"row 0 .* has the shape \(3, 12, 16\) behind"),
+        ({"height": 10**6, "width": 12}, r"preprocessor_config\.json: size\.height is 1000000; expected at most 8,192"),
     ],
 )
 def test_sizes_that_the_network_does_not_take(size: dict[str, int], said: str, tmp_path: Path) -> None:
@@ -274,3 +275,18 @@ def test_convolutions_whose_width_changes_are_not_run_in_parts(tmp_path: Path) -
     recipe = make_recipe("convnext", tmp_path) | {"placement": "streamed"}
     with pytest.raises(InputError, match=r"ConvNextForImageClassification.* cannot be run in parts.*placement: whole"):
         plan_of(tmp_path, recipe)
+
+
+def test_adapters_of_pictures(tmp_path: Path) -> None:
+    """A LoRA adapter without a task type, whose head is in modules_to_save, on a base that is a bare trunk."""
+    recipe = make_recipe("dinov2", tmp_path)
+    network = AutoModelForImageClassification.from_pretrained(tmp_path / "base", num_labels=4)
+    modules = {"target_modules": ["query", "q_proj", "value", "v_proj"], "modules_to_save": ["classifier"]}
+    recipe["experts"]["blues"]["model"] = str(make_adapter(network, tmp_path / "lora", 3, **modules))
+    plan = plan_of(tmp_path, recipe)
+    do_steps(plan)
+    with torch.no_grad():
+        expected = network.eval()(pixel_values=pixels(plan, "blues")).logits.argmax(-1).tolist()
+    records = read_json(plan.artifact("evaluate", "blues/blues") / "records.json")
+    assert [one["prediction"] for one in records] == expected
+    assert read_json(plan.artifact("evaluate", "se") / "routes.json")["identification"]["value"] == 1

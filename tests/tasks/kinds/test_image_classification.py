@@ -97,6 +97,11 @@ def test_files_that_are_no_pictures(file: bytes) -> None:
         pixels(file)
 
 
+def test_a_picture_of_more_pixels_than_anyone_needs() -> None:
+    with pytest.raises(InputError, match=r"bytes that begin with b'.*100000000 pixels\) exceeds limit"):
+        pixels(saved(Image.new("1", (10_000, 10_000))))
+
+
 def test_more_than_8_bits_are_not_cut_off() -> None:
     deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
     with pytest.raises(InputError, match=r"^row 7: field 'image' has more than 8 bits a channel \(mode I;16\)"):
