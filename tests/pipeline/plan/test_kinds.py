@@ -12,7 +12,10 @@ from tests.census.se import SE
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("T5ForConditionalGeneration", r"completion needs a language model, but .* \(t5\) is an encoder-decoder, "),
+        (
+            "WhisperForConditionalGeneration",
+            r"completion needs a language model, .* \(whisper\) is an encoder-decoder, ",
+        ),
         ("CLIPModel", r"completion needs a language model; .* has no causal_lm network for model_type 'clip'; "),
     ],
 )
@@ -40,3 +43,21 @@ def test_a_classifier_of_texts_does_not_classify_pictures(tmp_path: Path) -> Non
     said = r"^tasks\.first\.kind: image_classification, but .* is a BertForSequenceClassification; .* of pictures"
     with pytest.raises(InputError, match=said):
         case.plan(recipe, "se")
+
+
+def test_encoder_decoders_write_and_language_models_continue(tmp_path: Path) -> None:
+    for name, kind, message in (
+        ("T5ForConditionalGeneration", "completion", r"is an encoder-decoder, .* or use kind seq2seq$"),
+        (
+            "LlamaForCausalLM",
+            "seq2seq",
+            r"needs an encoder-decoder that writes, but .* \(llama\) is none of texts; leave",
+        ),
+    ):
+        case = make_case(name, tmp_path / name, lora=False)
+        recipe = case.recipe("full", SE)
+        for task in recipe["tasks"].values():
+            task.clear()
+            task |= {"kind": kind, "calibration": {"path": "json", "data_files": str(case.folder / "first.jsonl")}}
+        with pytest.raises(InputError, match=message):
+            case.plan(recipe, "other")
