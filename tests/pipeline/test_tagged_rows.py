@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import BertForTokenClassification, BertModel, PreTrainedTokenizerFast
+from transformers import BertForTokenClassification
 
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.tasks.artifacts import read_json
@@ -18,7 +17,6 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.entities import entities
 from sensmerge.tasks.serving.static_model import StaticModel
 from tests.conftest import (
-    bert_config,
     do_steps,
     make_adapter,
     make_bert_expert,
@@ -28,27 +26,10 @@ from tests.conftest import (
     plan_of,
     write_rows,
 )
+from tests.taggers import make_tagger, spaced_tokenizer
 
 CLASSES = {"people": ["O", "B-PER", "I-PER"], "places": ["I-LOC", "O", "B-LOC", "B-ORG", "I-ORG"]}
 TEXTS = ["Ann Lee met Bo", "to Rome", "a b c d e f", "Paris or Oslo ?", "x", "Mr Fox and Ms Hen", "no one", "Bo"]
-
-
-def spaced_tokenizer() -> PreTrainedTokenizerFast:
-    """The tests' tokenizer with a space before every word."""
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    return tokenizer
-
-
-def make_tagger(trunk: BertModel, seed: int, names: list[str]) -> BertForTokenClassification:
-    """A fine-tune whose head is far from giving every token one class."""
-    torch.manual_seed(seed)
-    network = BertForTokenClassification(bert_config(len(names)))
-    network.bert.load_state_dict(trunk.state_dict(), strict=False)
-    network.config.id2label = dict(enumerate(names))
-    network.config.label2id = {name: number for number, name in enumerate(names)}
-    network.classifier.weight.data *= 30
-    return perturbed(network, seed, 0.05)
 
 
 def rows(name: str, texts: list[str]) -> list[dict[str, object]]:

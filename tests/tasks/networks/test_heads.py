@@ -8,17 +8,25 @@ from safetensors.torch import save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
+    DebertaV2Config,
+    DebertaV2ForTokenClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    T5Config,
+    T5ForTokenClassification,
 )
 
 from sensmerge.tasks.networks.heads import HEAD_WEIGHTS, DetachedHead, SavedHead
@@ -41,9 +49,24 @@ CLASSIFIERS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+TAGGERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: BertForTokenClassification(BertConfig(**TEXT, **SIZE)),
+    "roberta": lambda: RobertaForTokenClassification(RobertaConfig(**TEXT, **SIZE)),
+    "deberta": lambda: DebertaV2ForTokenClassification(DebertaV2Config(**TEXT, **SIZE)),
+    "llama": lambda: LlamaForTokenClassification(LlamaConfig(**TEXT, **SIZE)),
+    "gpt2": lambda: GPT2ForTokenClassification(GPT2Config(**TEXT, n_embd=16, n_layer=2, n_head=4)),
+    "t5": lambda: T5ForTokenClassification(T5Config(**TEXT, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)),
+}
+
+
 def make(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return perturbed(CLASSIFIERS[name]().eval(), 1, scale=0.1)
+
+
+def make_tagger(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return perturbed(TAGGERS[name]().eval(), 1, scale=0.1)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -71,6 +94,17 @@ def test_a_detached_head_gives_what_the_whole_network_gives(name: str) -> None:
     some = {key: values[rows] for key, values in inputs.items()}
     found = head.logits(output.last_hidden_state[rows], None if pooled is None else pooled[rows], some)
     torch.testing.assert_close(found, expected[rows])
+
+
+@pytest.mark.parametrize("name", TAGGERS)
+@torch.no_grad()
+def test_a_detached_head_tags_tokens_as_the_whole_network_does(name: str) -> None:
+    whole, inputs = make_tagger(name), batch()
+    expected = whole(**inputs).logits
+    output = trunk_of(whole)(**inputs)
+    found = DetachedHead(make_tagger(name)).logits(output.last_hidden_state, None, inputs)
+    assert found.shape == (3, 6, 3)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
