@@ -21,7 +21,7 @@ def import_(
     from sensmerge.pipeline.recipe.load import checked, read_recipe
     from sensmerge.pipeline.recipe.mergekit import with_whole_paths
 
-    recipe, folder = read_recipe(configuration), configuration.absolute().parent
+    recipe, folder = read_recipe(configuration, only_mergekit=True), configuration.absolute().parent
     checked(recipe, configuration)  # what the schema refuses is said now
     if folder != Path.cwd():
         recipe = with_whole_paths(recipe, folder)  # nobody knows where the recipe will lie

@@ -13,9 +13,12 @@ from sensmerge.pipeline.tracking.uri import checked_uri
 
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a dynamic model that `run` made")],
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file with one text in each row")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file, or a folder of pictures")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON Lines file to write")],
-    field: Annotated[str, typer.Option(metavar="NAME", help="field of the row that holds the text")] = "text",
+    field: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="field that holds a row's text or picture; default: text or image"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows that a worker answers at once")] = 32,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="maximum length of a continuation, in tokens (language models)")

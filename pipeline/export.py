@@ -17,6 +17,7 @@ from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import read_json, sha256_file
 from sensmerge.tasks.checkpoints.companions import companions, is_tokenizer_file
 from sensmerge.tasks.checkpoints.layers import group_by_layer
+from sensmerge.tasks.checkpoints.listing import HubModel
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.methods.contract import Method
@@ -70,6 +71,12 @@ def check_models(plan: Plan) -> None:
     if plan.inputs.by_name:
         raise InputError("base: its tensors are merged by their names, and mergekit may take other ones; merge it here")
     base, experts = plan.inputs.networks
+    for name, listing in plan.inputs.listings.items():
+        if isinstance(listing.source, HubModel) and listing.source.subfolder:
+            raise InputError(
+                f"{'' if name == 'base' else 'experts.'}{name}.subfolder: mergekit reads repositories at their top; "
+                f"name a copy of {listing.source.subfolder} on this disk"
+            )
     if plan.inputs.tokenizer.seen:
         raise InputError("tokenizer: models with several vocabularies are not exported to mergekit; merge them here")
     if base.untied:
@@ -92,7 +99,7 @@ def check_models(plan: Plan) -> None:
 
 def _check_keys(recipe: Recipe) -> None:
     """Refuse keys of models and tokenizer that are not understood here."""
-    known = {"model", "config"}
+    known = {"model", "config", "subfolder"}
     parts: dict[str, Mapping[str, Any]] = {
         f"experts.{name}": {key: value for key, value in one.model_dump(exclude_unset=True).items() if key not in known}
         for name, one in recipe.experts.items()

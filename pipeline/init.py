@@ -24,14 +24,25 @@ KINDS_OF_CLASSES: Mapping[str, str] = {
     "ForCausalLM": "completion",
     "LMHeadModel": "completion",
     "ForSequenceClassification": "classification",
+    "ForImageClassification": "image_classification",
+    "ForTokenClassification": "token_classification",
+    "ForConditionalGeneration": "seq2seq",
 }
 """Kind of task by the end of a class's name."""
-KINDS_OF_ADAPTERS: Mapping[str, str] = {"CAUSAL_LM": "completion", "SEQ_CLS": "classification"}
+KINDS_OF_ADAPTERS: Mapping[str, str] = {
+    "CAUSAL_LM": "completion",
+    "SEQ_CLS": "classification",
+    "TOKEN_CLS": "token_classification",
+    "SEQ_2_SEQ_LM": "seq2seq",
+}
 """Kind of task by what peft calls it."""
 FIELDS: Mapping[str, Sequence[str]] = {
     "chat": ("messages: messages            # the field with the conversation, or the messages as templates",),
     "completion": ('prompt: "{prompt}"           # {…} is a field of your rows', 'completion: "{completion}"'),
     "classification": ('prompt: "{text}"             # {…} is a field of your rows', "label: label"),
+    "image_classification": ("image: image                # fields of your rows", "label: label"),
+    "token_classification": ("tokens: tokens              # fields of your rows", "tags: tags"),
+    "seq2seq": ('source: "{source}"           # {…} is a field of your rows', 'target: "{target}"'),
 }
 """What a task of a kind says of its rows."""
 NEED_DATA = (
@@ -130,6 +141,8 @@ def _look(text: str, folder: Path, cache: Path, kind: str | None) -> Found:
     name = str(classes[0]) if isinstance(classes, list) and classes else "no class named"
     dtype = config.get("dtype") or config.get("torch_dtype")
     own = next((one for end, one in KINDS_OF_CLASSES.items() if name.endswith(end)), None)
+    if own == "seq2seq" and not config.get("is_encoder_decoder"):  # it reads pictures or sound as well
+        own = None
     return Found(model, _comment(name, size, dtype), _chatting(own, kind, read, there))
 
 

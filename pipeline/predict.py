@@ -1,4 +1,4 @@
-"""Answers the rows of a JSON Lines file with a dynamic model, in batches on Ray."""
+"""Answers the rows of a JSON Lines file, or a folder of pictures, with a dynamic model, in batches on Ray."""
 
 import json
 import os
@@ -9,8 +9,9 @@ from functools import partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
+from PIL import Image
 from rich.console import Console
 
 from sensmerge.pipeline.execute.batches import Workers, work_in_batches
@@ -18,22 +19,38 @@ from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.tasks.artifacts import parse_json, partial_of
 from sensmerge.tasks.dynamic.folder import check_files, read_manifest
 from sensmerge.tasks.dynamic.model import DynamicModel, Prediction
+from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.pictures import picture_file
 from sensmerge.tasks.rows.source import Row
+from sensmerge.tasks.serving.static_model import reads_of
 
 ADDED = tuple(Prediction.__dataclass_fields__)
 """Fields that a row gets: prediction, expert, coefficients."""
 
-Batch = list[tuple[str, Row]]
-"""Rows, each with the file and line where it stands."""
+FILE = "file"
+"""Field of a row for a picture in a folder: its path below that."""
+
+
+class AskedRow(NamedTuple):
+    """A row that is to be answered."""
+
+    place: str
+    """the file and line where it stands"""
+    row: Row
+    content: str | bytes
+    """its text, or the file of its picture: read here, for workers see no other file"""
+
+
+Batch = list[AskedRow]
 
 
 @dataclass(frozen=True)
 class Settings:
     """How the rows of a file are answered."""
 
-    field: str
-    """field that holds a row's text"""
+    field: str | None
+    """field that holds a row's text or picture; None for `text` or `image`"""
     batch_size: int
     """rows in a batch"""
     max_new_tokens: int
@@ -56,7 +73,7 @@ def predict_file(
 
     Args:
         folder: the dynamic model; workers read it under this path.
-        source: JSON Lines file, UTF-8.
+        source: JSON Lines file, UTF-8; or a folder of pictures, whose rows have a `file`.
         target: file to write; one that exists is replaced.
         settings: how.
         address: as in `pipeline.execute.cluster.connect`.
@@ -71,17 +88,17 @@ def predict_file(
     """
     _check_paths(source, target)
     manifest = read_manifest(folder)
-    field, size = settings.field, settings.batch_size
-    count = sum(1 for _ in _rows(source, field))
+    asked, size = _asked(source, folder, settings.field), settings.batch_size
+    count = sum(1 for place, row in asked.places() if asked.content(place, row) is not None)
     if count == 0:
-        raise InputError(f"{source}: has no rows; expected JSON Lines")
+        raise InputError(f"{source}: has no {'pictures' if source.is_dir() else 'rows; expected JSON Lines'}")
     check_files(folder, manifest)
     device = "cuda" if settings.workers.num_gpus else "cpu"
-    load = partial(_load, folder.absolute(), device, field, settings.max_new_tokens)
+    load = partial(_load, folder.absolute(), device, settings.max_new_tokens)
     with _written_whole(target) as file, cluster(address):
         work_in_batches(
             load,
-            _batches(source, field, size, count),
+            _batches(asked, size, count),
             ceil(count / size),
             lambda rows: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
             settings.workers,
@@ -90,21 +107,20 @@ def predict_file(
     return count
 
 
-def _load(folder: Path, device: str, field: str, max_new_tokens: int) -> Callable[[Batch], list[Row]]:
+def _load(folder: Path, device: str, max_new_tokens: int) -> Callable[[Batch], list[Row]]:
     """Return what answers a batch with the model, whose files `predict_file` has checked."""
     model = DynamicModel.load(folder, device, verify=False)
 
     def answer(batch: Batch) -> list[Row]:
-        places, texts = [place for place, _ in batch], [row[field] for _, row in batch]
-        predictions = model.predict(texts, max_new_tokens, places)
-        return [row | asdict(prediction) for (_, row), prediction in zip(batch, predictions, strict=True)]
+        predictions = model.predict([one.content for one in batch], max_new_tokens, [one.place for one in batch])
+        return [one.row | asdict(prediction) for one, prediction in zip(batch, predictions, strict=True)]
 
     return answer
 
 
 def _check_paths(source: Path, target: Path) -> None:
-    if not source.is_file():
-        raise InputError(f"{source}: no such file; expected JSON Lines")
+    if not source.exists():
+        raise InputError(f"{source}: no such file; expected JSON Lines, or a folder of pictures")
     if target.is_dir():
         raise InputError(f"{target}: is a folder; name a file in it")
     if not target.absolute().parent.is_dir():
@@ -113,15 +129,68 @@ def _check_paths(source: Path, target: Path) -> None:
         raise InputError(f"{target}: is the input; write to another file")
 
 
-def _rows(path: Path, field: str) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a file, checked, each with its place."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path}: line {number}"
-                yield place, _row(line, field, place)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+def _asked(source: Path, model: Path, field: str | None) -> "_Lines | _Pictures":
+    """Return the rows of a file or a folder. Raises InputError for a folder where the model reads texts."""
+    pictures = reads_of(model, model / BASE) == "pictures"
+    if not source.is_dir():
+        return _Lines(source, field or ("image" if pictures else "text"), pictures)
+    if not pictures:
+        raise InputError(f"{source}: is a folder; expected JSON Lines: the model reads texts")
+    if field is not None:
+        raise InputError(
+            f"--field is {field}, but {source} is a folder of pictures, which have no fields; leave it out"
+        )
+    return _Pictures(source)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The rows of a JSON Lines file."""
+
+    path: Path
+    field: str
+    pictures: bool
+    """whether the field holds pictures: in base64, or their paths below the file's folder"""
+
+    def places(self) -> Iterator[tuple[str, Row]]:
+        """Yield the rows, checked, each with its place."""
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    place = f"{self.path}: line {number}"
+                    yield place, _row(line, self.field, place)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
+
+    def content(self, place: str, row: Row) -> str | bytes:
+        """Return the text, or the file of the picture, of a row."""
+        found: str = row[self.field]
+        return picture_file(found, self.path.parent, f"{place}: field {self.field!r}") if self.pictures else found
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The pictures of a folder and its subfolders, in the order of their paths."""
+
+    path: Path
+
+    def places(self) -> Iterator[tuple[str, Row]]:
+        """Yield a row for each picture; raises InputError for another file, but for hidden ones."""
+        known = Image.registered_extensions()
+        for file in sorted(self.path.rglob("*")):
+            name = file.relative_to(self.path)
+            if file.is_dir() or any(part.startswith(".") for part in name.parts):
+                continue
+            if file.suffix.lower() not in known:
+                raise InputError(f"{file}: is no picture, by its name; expected pictures alone: move it elsewhere")
+            yield str(file), {FILE: name.as_posix()}
+
+    def content(self, place: str, row: Row) -> bytes:
+        """Return the file of a picture."""
+        try:
+            return Path(self.path, row[FILE]).read_bytes()
+        except OSError as error:
+            raise InputError(f"{place}: cannot be read ({error.strerror})") from error
 
 
 def _row(line: bytes, field: str, place: str) -> Row:
@@ -135,7 +204,7 @@ def _row(line: bytes, field: str, place: str) -> Row:
         raise InputError(f"{place}: is a {type(row).__name__}; expected an object")
     if field not in row:
         raise InputError(
-            f"{place}: has no field {field!r} but {', '.join(row) or 'none'}; name the text's with --field"
+            f"{place}: has no field {field!r} but {', '.join(row) or 'none'}; name the one to answer with --field"
         )
     if not isinstance(row[field], str):
         raise InputError(f"{place}: field {field!r} is a {type(row[field]).__name__}; expected a text")
@@ -145,13 +214,13 @@ def _row(line: bytes, field: str, place: str) -> Row:
     return row
 
 
-def _batches(path: Path, field: str, batch_size: int, count: int) -> Iterator[Batch]:
-    """Yield the first `count` rows of a file in batches."""
-    rows: Iterable[tuple[str, Row]] = islice(_rows(path, field), count)
+def _batches(asked: _Lines | _Pictures, batch_size: int, count: int) -> Iterator[Batch]:
+    """Yield the first `count` rows in batches."""
+    rows: Iterable[tuple[str, Row]] = islice(asked.places(), count)
     for start in range(0, count, batch_size):
-        batch = list(islice(rows, batch_size))
+        batch = [AskedRow(place, row, asked.content(place, row)) for place, row in islice(rows, batch_size)]
         if len(batch) < min(batch_size, count - start):
-            raise InputError(f"{path}: lost rows while it was read; run again when nothing writes to it")
+            raise InputError(f"{asked.path}: lost rows while it was read; run again when nothing writes to it")
         yield batch
 
 

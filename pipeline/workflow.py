@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import yaml
 from rich.console import Console
 
 from sensmerge.pipeline.execute.run import execute
+from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
 from sensmerge.pipeline.plan.damage import with_damaged
@@ -16,12 +16,12 @@ from sensmerge.pipeline.plan.kept import Recorded, inputs_digest, keep
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.report.card import write_cards
+from sensmerge.pipeline.report.gate import best_of
 from sensmerge.pipeline.report.printed import print_results
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.report.results import answers, collect, data_sets, outcomes
 from sensmerge.pipeline.store.history import begin, has_passed, last_run, lasting_uri, remember
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
-from sensmerge.pipeline.tracking.uri import is_server
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.urls import public_text
@@ -47,7 +47,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
     for line in (*plan.inputs.notes, *damage, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
-    _, recorded = _finish(options, plan, _execute(options, plan, console), console)
+    _, recorded = _work(options, plan, console)
     keep(plan, options.folder, made_from, recorded)
     remember(plan.store, plan.recipe.name, "run", plan.lasting_keys(), options.tracking_uri)
     _say_where(options, recorded, console)
@@ -89,17 +89,21 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
     for line in (*plan.inputs.notes, *model_changes(plan), *damage, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "refresh", plan.keys(), options.tracking_uri)
-    report, recorded = _finish(options, plan, _execute(options, plan, console), console)
+    report, recorded = _work(options, plan, console)
     keep(plan, options.folder, made_from, recorded)
     _say_where(options, recorded, console)
-    return _pass_gate(options, plan, report, console)
+    return _pass_gate(options, plan, report, console, recorded.mlflow_run)
 
 
-def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -> bool:
+def _pass_gate(options: Options, plan: Plan, report: Report, console: Console, run: str | None = None) -> bool:
     """Let the best variant become champion if it may, say what came of it, and return whether it has passed."""
     from sensmerge.pipeline.tracking.champion import choose_champion
 
     passed, said = choose_champion(plan, report, options.uri)
+    if run is not None:
+        from sensmerge.pipeline.tracking.record import log_verdict
+
+        log_verdict(options.uri, run, passed, said)
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)
     remember(
@@ -108,30 +112,52 @@ def _pass_gate(options: Options, plan: Plan, report: Report, console: Console) -
     return passed
 
 
+def _work(options: Options, plan: Plan, console: Console) -> tuple[Report, Recorded]:
+    """Run the steps, print what they found, and record it in a run of MLflow that is there from the start."""
+    with ThreadPoolExecutor(1) as beside:
+        # It takes seconds, which nobody then waits for; what fails here is tried again when there is a result.
+        begun = beside.submit(_begin_recording, options.uri, plan)
+        try:
+            return _finish(options, plan, begun, _execute(options, plan, console), console)
+        except BaseException as error:
+            _end_recording(options.uri, begun, error)
+            raise
+
+
 def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:
     """Run the steps, and return the load of this machine meanwhile if it is wanted."""
-    with ThreadPoolExecutor(1) as beside:
-        # It takes seconds, which nobody then waits for; what fails here fails again when the run is recorded.
-        beside.submit(_prepare_to_record, options.uri)
-        if not options.metrics:
-            execute(plan, options.address, console, wait=options.wait)
-            return ()
-        with sampled() as samples:
-            execute(plan, options.address, console, count_steps=True, wait=options.wait)
-        return samples
+    if not options.metrics:
+        execute(plan, options.address, console, wait=options.wait)
+        return ()
+    with sampled() as samples:
+        execute(plan, options.address, console, count_steps=True, wait=options.wait)
+    return samples
 
 
-def _prepare_to_record(uri: str) -> None:
-    """Import what records a run, and have the database made if there is none yet."""
-    import_module("sensmerge.pipeline.tracking.record")
-    if not is_server(uri):
-        from sensmerge.pipeline.tracking.client import connected
+def _begin_recording(uri: str, plan: Plan) -> str:
+    from sensmerge.pipeline.tracking import record
 
-        with connected(uri) as client:
-            client.search_experiments(max_results=1)
+    return record.begin(plan.recipe.name, recipe_yaml(plan.recipe), _text(plan_table(plan)), uri, plan.store.root)
 
 
-def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console) -> tuple[Report, Recorded]:
+def _run_of(begun: "Future[str]") -> str | None:
+    return begun.result() if begun.exception() is None else None
+
+
+def _end_recording(uri: str, begun: "Future[str]", error: BaseException) -> None:
+    """Let MLflow's run end as the steps did."""
+    from sensmerge.pipeline.tracking import record
+
+    run = _run_of(begun)
+    if run is not None:
+        is_stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        reason = public_text(str(error) or type(error).__name__)
+        record.end(uri, run, "KILLED" if is_stopped else "FAILED", reason)
+
+
+def _finish(
+    options: Options, plan: Plan, begun: "Future[str]", load: Sequence[Load], console: Console
+) -> tuple[Report, Recorded]:
     """Write cards and report, print the tables, and record the run."""
     from sensmerge.pipeline.tracking.record import Execution, record
 
@@ -143,8 +169,10 @@ def _finish(options: Options, plan: Plan, load: Sequence[Load], console: Console
     if options.report is not None:
         write_json(options.report, report.model_dump())
     print_results(report, plan.recipe.gate, len(plan.inputs.notes), console)
-    execution = Execution(report, outcomes(plan), text, _text(plan_table(plan)), data_sets(plan), load, answers(plan))
-    run = record(execution, options.uri, plan.store.root)
+    table = _text(plan_table(plan))
+    best = best_of(report, plan.recipe.gate)
+    execution = Execution(report, outcomes(plan), text, table, data_sets(plan), load, answers(plan), best)
+    run = record(execution, options.uri, plan.store.root, _run_of(begun))
     found = report.found_again().model_dump(mode="json")
     return report, Recorded(found, lasting_uri(options.tracking_uri), run)
 

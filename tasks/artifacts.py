@@ -140,6 +140,14 @@ def checksum_file(path: Path) -> str:
     return hash_file(path, xxhash.xxh3_128())
 
 
+def has_checksum(path: Path, checksum: str) -> bool:
+    """Return whether a file can be read and has this checksum."""
+    try:
+        return checksum_file(path) == checksum
+    except OSError:
+        return False
+
+
 def hash_file(path: Path, digest: "hashlib._Hash | xxhash.xxh3_128") -> str:
     """Add the content of a file to a digest and return it in hex.
 

@@ -72,7 +72,7 @@ def work_in_batches(
         InputError: bad input that the work found, or more workers than the cluster has room for.
         StepError: the work failed otherwise, or a batch's worker died `SYSTEM_RETRIES` + 1 times.
     """
-    with progress(console, total, "batches") as advance:
+    with progress(console, total, "batches") as shown:
         count = min(_count(workers), total)
         # Workers are replaced without limit: what is counted is how often a batch is tried.
         options = {"num_gpus": workers.num_gpus, "max_restarts": -1, "max_task_retries": SYSTEM_RETRIES}
@@ -95,7 +95,7 @@ def work_in_batches(
                 if place >= 0:
                     answers[place] = answer
             take(answers.pop(number))
-            advance("batches" if (number + 1) * 10 // total > number * 10 // total else None)
+            shown.advance("batches" if (number + 1) * 10 // total > number * 10 // total else None)
 
 
 def _count(workers: Workers) -> int:

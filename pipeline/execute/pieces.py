@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class Running:
     """what the step reads is being read through"""
     finishing: bool = False
     spent: Spent = field(default_factory=Spent)
+    begun: float = field(default_factory=time.monotonic)
 
     @classmethod
     def begin(cls, step: Step, store: Store) -> Running:
@@ -74,12 +76,26 @@ class Running:
             return Around.FINISH
         return None
 
+    def __str__(self) -> str:
+        """Say how far it is, and how long the rest may take where that can be told from what is done."""
+        seconds = time.monotonic() - self.begun
+        left, done = self.pending, self.spent.pieces
+        rate = f", about {clock(seconds / done * left)} left" if self.spent.pieces_run == done > 0 else ""
+        how_far = f"{done} of {done + left} pieces, " if done + left > 1 else ""
+        return f"{self.step.title} ({how_far}{clock(seconds)}{rate})"
+
     def ended(self, piece: Piece, done: Done) -> None:
         """Record that a piece has ended."""
         self.pending -= 1
         self.checking = False
         if not isinstance(piece, Around):
             self.spent += done.spent
+
+
+def clock(seconds: float) -> str:
+    """Return a time as people read it."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{rest} s"
 
 
 def prepared(step: Step, store: Store) -> Job:
@@ -129,6 +145,10 @@ class Pieces:
             while self._in_flight[stage] < self._limits[stage] and (piece := state.take()) is not None:
                 self._in_flight[stage] += 1
                 yield state, piece
+
+    def at_work(self) -> list[str]:
+        """Return what is said of each step under way, those longest under way first."""
+        return [str(state) for state in self._running.values()]
 
     def is_active(self) -> bool:
         """Return whether some step is not done."""

@@ -1,6 +1,7 @@
 """What a terminal shows of work under way."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,23 +15,46 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SAY_AGAIN = 30.0
+"""Seconds after which a line says what is at work, where no line came meanwhile and no terminal shows it."""
+MOST_SHOWN = 3
+"""Works whose names stand beside a terminal's bar."""
+
+
+class Shown:
+    """A bar of what is finished and the names of what is at work, or lines instead where there is no terminal."""
+
+    def __init__(self, bar: Progress, total: int, what: str) -> None:
+        """Begin a bar of `total` things, which are called `what`."""
+        self._bar, self._task, self._total = bar, bar.add_task(what, total=total), total
+        self._finished, self._said = 0, time.monotonic()
+
+    def advance(self, line: str | None) -> None:
+        """Count one more that is finished; say a line with it, if there is one."""
+        self._finished += 1
+        if line is not None:
+            self._say(f"[{self._finished}/{self._total}] {line}")
+        self._bar.advance(self._task)
+
+    def at_work(self, names: Sequence[str]) -> None:
+        """Show what is at work, at least every `SAY_AGAIN` seconds if this is called as often."""
+        if self._bar.console.is_terminal:
+            more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+            self._bar.update(self._task, description=", ".join(names[:MOST_SHOWN]) + more)
+        elif names and time.monotonic() - self._said >= SAY_AGAIN:
+            self._say(f"at work: {', '.join(names)}")
+
+    def _say(self, line: str) -> None:
+        self._said = time.monotonic()
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
 
 @contextmanager
-def progress(console: Console, total: int, what: str) -> Iterator[Callable[[str | None], None]]:
-    """Show a bar of what is finished, and the lines said with it; without a terminal only the lines."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
-        bar = shown.add_task(what, total=total)
-        finished = 0
-
-        def advance(line: str | None) -> None:
-            nonlocal finished
-            finished += 1
-            if line is not None:
-                shown.console.print(f"[{finished}/{total}] {line}", highlight=False, markup=False, soft_wrap=True)
-            shown.advance(bar)
-
-        yield advance
+def progress(console: Console, total: int, what: str) -> Iterator[Shown]:
+    """Show what is finished and at work of so many."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield Shown(bar, total, what)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
 from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running
-from sensmerge.pipeline.execute.progress import progress
+from sensmerge.pipeline.execute.progress import SAY_AGAIN, progress
 from sensmerge.pipeline.execute.worker import Done, run_check, run_finish, run_part
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.errors import InputError
@@ -71,7 +71,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
     if not steps:
         return
     plan.write_rows()
-    with cluster(address), progress(console, len(steps), "steps") as advance:
+    with cluster(address), progress(console, len(steps), "steps") as shown:
         _wait_for_room(plan, steps, wait, console)
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
@@ -80,12 +80,16 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
         while pieces.is_active():
             for state, piece in pieces.take():
                 flying[_submit(plan, state, piece)] = (state, piece)
-            (ready, *_), _ = ray.wait(list(flying), num_returns=1)
+            ended, _ = ray.wait(list(flying), num_returns=1, timeout=SAY_AGAIN)
+            shown.at_work(pieces.at_work())
+            if not ended:
+                continue
+            (ready,) = ended
             state, piece = flying.pop(ready)
             result = answer_of(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
             pieces.piece_done(state, piece, result)
             if piece is Around.FINISH:
-                advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
+                shown.advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
                 if metrics is not None:
                     metrics.count(state.step, result)
 

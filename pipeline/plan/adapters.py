@@ -33,6 +33,12 @@ def adapter_job(key: str, variant: Variant, inputs: Inputs, fields: dict[str, An
             f"{key}.adapter: merged models have another vocabulary than the base ({', '.join(inputs.tokenizer.seen)}), "
             "which no adapter of it can; leave adapter out"
         )
+    source = inputs.listings["base"].source
+    if isinstance(source, HubModel) and source.subfolder:
+        raise InputError(
+            f"{key}.adapter: no adapter's config can say that its base is in {source.subfolder} of {source.repo}; "
+            "leave adapter out, or name a copy of the base on this disk"
+        )
     network = AdaptedNetwork(base)
     for name, expert in experts.items():
         _check_expert(f"{key}.adapter", name, expert, network)

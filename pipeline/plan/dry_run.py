@@ -31,7 +31,7 @@ class _Asked:
     generating: list[str] = field(default_factory=list)
     """tasks that have them generate"""
     reading: list[str] = field(default_factory=list)
-    """tasks that have them read texts alone, though they also read images"""
+    """tasks that have them read texts alone, though they also read images, or make a decoder's inputs of labels"""
     detached: bool = False
     """whether heads of experts answer on what a trunk of mixed weights gives"""
 
@@ -57,6 +57,11 @@ def try_networks(recipe: Recipe, inputs: Inputs, placements: Mapping[Stage, Plac
     in_parts = any(one.placement != "whole" for one in placements.values())
     for asked in _asked(recipe, inputs):
         key, way_out = _asked_for(recipe, asked)
+        for name in recipe.calibrated_variants()[:1] if asked.head == "seq2seq_lm" else ():
+            raise InputError(
+                f"merges.{name}.calibrate: fits block after block, and the blocks of {asked.folder} are an encoder's "
+                "and a decoder's; leave it out"
+            )
         with TemporaryDirectory(prefix="sensmerge-") as scratch:
             with _refused(key, way_out):
                 tiny = stand_in(asked.config, asked.head, asked.folder, Path(scratch))
@@ -136,7 +141,7 @@ def _asked(recipe: Recipe, inputs: Inputs) -> list[_Asked]:
         expert = inputs.networks.experts[name]
         generates = task.answer_tokens > 0 and bool(inputs.data[name].evaluation)
         detached = task.has_own_head and bool(expert.head and recipe.se_variants())
-        reads = task.head == "causal_lm" and reads_images(expert.config)
+        reads = task.head == "seq2seq_lm" or (task.head == "causal_lm" and reads_images(expert.config))
         if not (generates or detached or reads or wanted_statistics(recipe) or recipe.calibrated_variants()):
             continue
         asked = _Asked(expert.config, expert.folder, task.head)

@@ -1,6 +1,6 @@
 """The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,12 @@ from sensmerge.tasks.methods.settings import WIDENED, combinations
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.classes import class_names
 from sensmerge.tasks.networks.expert import Expert
-from sensmerge.tasks.networks.networks import load_tokenizer, skeleton
+from sensmerge.tasks.networks.networks import load_tokenizer, skeleton, trunk_name
+from sensmerge.tasks.networks.readers import load_reader
 from sensmerge.tasks.urls import public_text
+
+_NORMALIZE = ("normalize", "normalize_weights")
+"""Settings by which methods divide weights by their sum."""
 
 
 class Networks(NamedTuple):
@@ -90,7 +94,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     opened = open_models(recipe, listings, cache)
     _check_layers(recipe, opened.base)
     _check_totals(recipe, opened.base)
-    notes = list(opened.notes)
+    notes = [*opened.notes, *_idle_weights(recipe)]
     if opened.base.statistics:
         notes.append(
             f"base: of {len(opened.base.statistics)} buffers with statistics, such as {min(opened.base.statistics)}, "
@@ -108,18 +112,19 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
         if isinstance(variant.application, SeApplication):
             notes += _check_application(f"merges.{name}.application", variant, recipe, base, experts)
     notes += opened.about_tokenizer
-    readers = _readers(tokenizer, recipe.tasks)
+    readers = _readers(recipe, tokenizer)
     use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
     data, said = gather_rows(recipe.tasks, experts, readers, folder, use)
     notes += [*said, *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(map(public_text, notes)), tuple(classes))
 
 
-def _readers(tokenizer: Tokenizer, tasks: Collection[str]) -> dict[str, list[Any]]:
-    """Return the tokenizers that read each task: its expert's, if that is another, and that of merged models."""
+def _readers(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, list[Any]]:
+    """Return what reads each task: its expert's tokenizer, if that is another, and that of merged models."""
+    tasks = recipe.tasks
     if not tasks:
         return {}
-    merged = load_tokenizer(tokenizer.folder)
+    merged = load_reader(tokenizer.folder, recipe.reads)
     own = {name: load_tokenizer(one.folder) for name, one in tokenizer.readers.items() if name in tasks}
     return {name: [own[name], merged] if name in own else [merged] for name in tasks}
 
@@ -138,6 +143,20 @@ def _check_order(recipe: Recipe) -> None:
                 "layer without a number is before or behind the others; give the numbered ones weights that change "
                 "with depth instead, as coefficients explicit"
             )
+
+
+def _idle_weights(recipe: Recipe) -> list[str]:
+    """Return a line for each variant whose `weight` changes nothing: its method divides weights by their sum."""
+    idle = {
+        name: one.settings
+        for name, one in recipe.merges.items()
+        if one.settings.weight not in (0, 1) and not one.settings.depends_on_weight
+    }
+    return [
+        f"merges.{name}.weight: {one.weight:g} changes nothing, for {one.method.name} as it is set divides weights by "
+        f"their sum; leave it out{''.join(f', or set {key}: false' for key in _NORMALIZE if hasattr(one.method, key))}"
+        for name, one in idle.items()
+    ]
 
 
 def _tuning(recipe: Recipe) -> Tuning:
@@ -232,7 +251,7 @@ def _check_application(
     head = next(task.head for task in recipe.tasks.values())  # all tasks have one: the schema refuses others
     config = next((expert.config for expert in experts.values() if expert.head), base.config)
     network = skeleton(config, head, base.folder)
-    _check_heads(key, network.base_model_prefix, experts)
+    _check_heads(key, trunk_name(network), experts)
     changed = [
         name
         for holding in holdings(base, network)

@@ -10,25 +10,29 @@ from sensmerge.tasks.kinds.kind import Task
 from sensmerge.tasks.networks.base import missing_parameters
 from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
-from sensmerge.tasks.networks.networks import has_network
+from sensmerge.tasks.networks.networks import Head, has_network
+from sensmerge.tasks.networks.pictures import Reads
 
 
 class _Ending(NamedTuple):
     """What networks end in that have a head of their own."""
 
     name: str
-    task_type: str
-    """of their adapters"""
+    with_type: str
+    """what their adapters say beside the head that they have"""
     networks: Mapping[str, str]
     """names of their classes"""
 
 
-_OWN_ENDINGS = {
-    "classification": _Ending(
-        "a classifier of texts", "SEQ_CLS", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+_OWN_ENDINGS: Mapping[tuple[Head, Reads], _Ending] = {
+    ("classification", "texts"): _Ending(
+        "a classifier of texts", "task_type SEQ_CLS and ", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     ),
-    "token_classification": _Ending(
-        "a classifier of tokens", "TOKEN_CLS", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+    ("classification", "pictures"): _Ending(
+        "a classifier of pictures", "", modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    ),
+    ("token_classification", "texts"): _Ending(
+        "a classifier of tokens", "task_type TOKEN_CLS and ", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
     ),
 }
 
@@ -43,16 +47,20 @@ def check_kinds(tasks: Mapping[str, Task], experts: Mapping[str, Expert]) -> Non
         expert = experts[name]
         if task.head == "trunk":
             _check_embeds(f"tasks.{name}.kind: {task.kind} needs an encoder without a head", expert)
+        elif task.head == "seq2seq_lm":
+            _check_writes(f"tasks.{name}.kind: {task.kind} needs an encoder-decoder that writes", expert)
         elif not task.has_own_head:
             _check_continues(f"tasks.{name}.kind: {task.kind} needs a language model", expert)
         else:
-            _check_ending(f"tasks.{name}.kind: {task.kind}", _OWN_ENDINGS[task.head], expert)
+            _check_ending(f"tasks.{name}.kind: {task.kind}", _OWN_ENDINGS[task.head, task.reads], expert)
             task.check_config(expert.config, f"tasks.{name}")
         task.check_installed(f"tasks.{name}")
 
 
 def _check_continues(needs: str, expert: Expert) -> None:
     ways_out = "leave the task out, or use kind classification if the experts are classifiers"
+    if has_network(expert.base.config, "seq2seq_lm") and expert.base.config.is_encoder_decoder:
+        ways_out = "leave the task out, or use kind seq2seq"
     for folder, config in ((expert.base.folder, expert.base.config), (expert.folder, expert.config)):
         reason = not_causal(config)
         if reason:
@@ -72,9 +80,18 @@ def _check_embeds(needs: str, expert: Expert) -> None:
         raise InputError(f"{needs}, but the base lacks {lacking[0]}; leave the task out")
 
 
+def _check_writes(needs: str, expert: Expert) -> None:
+    ways_out = "leave the task out, or use kind completion if the experts are language models"
+    for folder, config in ((expert.base.folder, expert.base.config), (expert.folder, expert.config)):
+        if not config.is_encoder_decoder or not has_network(config, "seq2seq_lm"):
+            raise InputError(f"{needs}, but {folder} ({config.model_type}) is none of texts; {ways_out}")
+    if lacking := missing_parameters(expert.base, "seq2seq_lm"):
+        raise InputError(f"{needs}, but the base lacks {lacking[0]}; expected a base with a language-model head")
+
+
 def _check_ending(needs: str, ending: _Ending, expert: Expert) -> None:
     if expert.network not in ending.networks.values():
         raise InputError(
             f"{needs}, but {expert.folder} is a {expert.network}; expected {ending.name} (its own, or a LoRA adapter "
-            f"with task_type {ending.task_type} and its head in modules_to_save), or leave the task out"
+            f"with {ending.with_type}its head in modules_to_save), or leave the task out"
         )

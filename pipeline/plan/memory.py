@@ -10,6 +10,7 @@ import torch
 
 from sensmerge.tasks.checkpoints.layers import in_block, layer_of
 from sensmerge.tasks.networks.base import Base
+from sensmerge.tasks.networks.blocks import blocks_of
 from sensmerge.tasks.networks.linear import linear_weights, loose_weights
 from sensmerge.tasks.networks.networks import skeleton
 from sensmerge.tasks.networks.placement import shares
@@ -71,16 +72,30 @@ class Memory:
         head = self._vocabulary * int(getattr(text, "hidden_size", 0))
         return experts * head * self.dtype.itemsize + 2 * CHUNK_TOKENS * self._vocabulary * 4
 
+    def _is_apart(self, name: str) -> bool:
+        """Return whether a tensor lies in a block that can be run apart from the shell."""
+        return in_block(name) and layer_of(name) not in self._inside
+
+    @cached_property
+    def _inside(self) -> frozenset[str]:
+        """Blocks that are in the shell: an encoder's beside a decoder."""
+        if not self.base.config.is_encoder_decoder:
+            return frozenset()
+        apart = blocks_of(skeleton(self.base.config, None, self.base.folder))
+        keys = tuple(self.base.network_name(f"{name}.") for name in apart)
+        inner = [name for name in self.base.weights if in_block(name)]
+        return frozenset(layer_of(name) for name in inner if not self.base.network_name(name).startswith(keys))
+
     @cached_property
     def _blocks(self) -> Mapping[str, int]:
         found: dict[str, int] = {}
-        for name in filter(in_block, self.base.weights):
+        for name in filter(self._is_apart, self.base.weights):
             found[layer_of(name)] = found.get(layer_of(name), 0) + self.base.info(name).numel * self.dtype.itemsize
         return found
 
     @cached_property
     def _shell(self) -> int:
-        outside = (self.base.info(name).numel for name in self.base.weights if not in_block(name))
+        outside = (self.base.info(name).numel for name in self.base.weights if not self._is_apart(name))
         return sum(outside) * self.dtype.itemsize
 
     @cached_property
@@ -93,7 +108,8 @@ class Memory:
 
     def _totals(self, blocks: Iterable[str | None]) -> int:
         """Return what the totals of some blocks take; None stands for all that is outside."""
-        return sum(self._held.get(name, 0) for name in blocks)
+        every = [one for name in blocks for one in ((None, *self._inside) if name is None else (name,))]
+        return sum(self._held.get(name, 0) for name in every)
 
     @property
     def _vocabulary(self) -> int:
@@ -102,7 +118,7 @@ class Memory:
     def _beside(self, blocks: list[str]) -> int:
         """Return what some blocks take beside their weights, the head included."""
         infos = {name: self.base.info(name) for name in self.base.weights}
-        chosen = set(blocks)
+        chosen = {*blocks, *self._inside}
         inner = [sum(info.shape) for name, info in infos.items() if len(info.shape) == 2 and layer_of(name) in chosen]
         states = self.tokens * (sum(inner) if self._gradients else max(inner, default=0))
         gradient = max(info.numel for info in infos.values()) if self._gradients else 0

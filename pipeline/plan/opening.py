@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sensmerge.pipeline.plan.models import about
+from sensmerge.pipeline.plan.processor import choose_processor
 from sensmerge.pipeline.plan.tokenizer import Tokenizer, Unopened, choose_tokenizer, tokenizer_by_name
 from sensmerge.pipeline.recipe.schema import ModelFiles, Recipe
 from sensmerge.tasks.artifacts import load_object
@@ -102,6 +103,8 @@ def open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) ->
         try:
             if why:
                 return _by_name(recipe, models, why)
+            if recipe.reads == "pictures":
+                chosen = chosen or choose_processor(recipe.tokenizer, models)
             chosen = chosen or choose_tokenizer(recipe.tokenizer, models, cache)
             return _by_class(recipe, models, *chosen)
         except FilesNeeded as needed:

@@ -14,6 +14,7 @@ from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.blocks import blocks_of
+from sensmerge.tasks.networks.endings import WRITING_HEADS
 from sensmerge.tasks.networks.networks import skeleton
 from sensmerge.tasks.networks.placement import Actors, Placement
 
@@ -71,7 +72,7 @@ def choose(recipe: Recipe, stage: Stage, base: Base, tokens: int, human: Callabl
     asked, room = recipe.placement, _room(recipe, stage)
     statistics = wanted_statistics(recipe) if stage == "statistics" else {}
     memory = Memory(base, getattr(torch, recipe.dtype), tokens, statistics)
-    completes = any(task.head == "causal_lm" for task in recipe.tasks.values())
+    completes = any(task.head in WRITING_HEADS for task in recipe.tasks.values())
     if room and stage == "cross_task" and completes and asked not in ("whole", "streamed"):
         _check_heads(memory, len(recipe.experts), room, human)
     if isinstance(asked, ActorPlacement):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from sensmerge.pipeline.plan.pixels import check_pictures, positions_of
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import RowTask, Sample, Task
 from sensmerge.tasks.networks.expert import Expert
@@ -59,10 +60,8 @@ class _Chosen(NamedTuple):
     """what no other row may share: its content, and what a model reads and should answer"""
     unanswered: bool
     """whether it leaves open what is right"""
-
-    @property
-    def tokens(self) -> int:
-        return len(self.sample.input_ids)
+    tokens: int
+    """that a model has of it, those of a picture estimated"""
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,24 @@ class _Reader:
         names = self.expert.own_classes
         return [self.task.named(row, names) for row in rows] if names else rows
 
+    def _complete(self, key: str, found: Rows) -> list[Row]:
+        """Return rows with what they name of other files put into them."""
+        each = zip(found.rows, found.folders, found.places, strict=True)
+        return [self.task.complete(row, folder, f"tasks.{self.name}", f"{key}: {place}") for row, folder, place in each]
+
     def read(self, split: Split, found: Rows) -> list[_Chosen]:
         """Return rows with their samples. Raises InputError for the first that does not fit the task or its network."""
         key, label2id = f"tasks.{self.name}.{split}", self.expert.config.label2id
+        found = replace(found, rows=self._complete(key, found))
         self._check_answers(split, found)
         lacking = [self._may_lack_answers(split) and self.task.lacks_answer(row) for row in found.rows]
         rows = [self.task.with_answer(row, 0) if lacks else row for row, lacks in zip(found.rows, lacking, strict=True)]
-        found = Rows(self._named(rows), found.places)
+        found = replace(found, rows=self._named(rows))
         self.task.check_rows(found.rows, key, label2id, found.places)
         chosen = []
-        for row, place, unanswered in zip(found.rows, found.places, lacking, strict=True):
+        samples = self._samples(found, key)
+        for row, place, unanswered, (sample, *others) in zip(found.rows, found.places, lacking, samples, strict=True):
             where = f"{key}: {place}"
-            sample, *others = (self.task.sample(row, one, where, label2id) for one in self.tokenizers)
             for one in (sample, *others):
                 _check_sample(f"tasks.{self.name}", where, self.task, one, self.expert)
                 if self.use.routed and not one.has_prompt:
@@ -118,8 +123,19 @@ class _Reader:
             if unanswered:  # whatever the right answer of an equal row is
                 every = self.task.samples(row, self.tokenizers[0], where, label2id)
                 contents = [replace(one, label=label).content for one in every for label in (None, *label2id.values())]
-            chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered))
+            tokens = len(sample.tokens) or positions_of(sample, self.expert)
+            chosen.append(_Chosen(row, place, sample, (rows_digest([row]), *contents), unanswered, tokens))
         return chosen
+
+    def _samples(self, found: Rows, key: str) -> list[list[Sample]]:
+        """Return the samples of rows, each by every reader."""
+        label2id = self.expert.config.label2id
+        samples = [
+            [self.task.sample(row, one, f"{key}: {place}", label2id) for one in self.tokenizers]
+            for row, place in zip(found.rows, found.places, strict=True)
+        ]
+        check_pictures(key, found.places, [sample for sample, *_ in samples], self.expert)
+        return samples
 
 
 def gather_rows(
@@ -139,7 +155,7 @@ def gather_rows(
     Args:
         tasks: the recipe's.
         experts: of the tasks, by the same names; `check_kinds` has passed them.
-        tokenizers: those that read a task, by its name; samples are those of the first.
+        tokenizers: those that read a task, by its name; samples are those of the first, and the last is merged models'.
         folder: what the recipe's paths are relative to.
         use: what the recipe does with them.
 
@@ -152,7 +168,7 @@ def gather_rows(
     readers: dict[str, _Reader] = {}
     notes = []
     for name, task in tasks.items():
-        notes += task.notes(f"tasks.{name}", tokenizers[name][0], experts[name].folder)
+        notes += task.notes(f"tasks.{name}", tokenizers[name][-1], experts[name].folder)
         if isinstance(task, RowTask):
             readers[name] = _Reader(name, task, experts[name], tokenizers[name], use)
     calibration = {name: _calibration(reader, folder) for name, reader in readers.items()}
@@ -317,8 +333,7 @@ def _apart(
     while len(chosen) < wanted and start < len(order):
         drawn = sorted(order[start : start + wanted - len(chosen)])
         start += len(drawn)
-        found = Rows(table.take(drawn), [table.place(index) for index in drawn])
-        for index, one in zip(drawn, reader.read(split, found), strict=True):
+        for index, one in zip(drawn, reader.read(split, table.rows(drawn)), strict=True):
             other = next((taken[mark] for mark in one.marks if mark in taken), None)
             if other is None:
                 chosen[index] = one
@@ -344,7 +359,7 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     """Check that the network takes a sample: its tokens, its length, and a generation where one is asked for."""
     config = expert.config.get_text_config()
     known = getattr(config, "vocab_size", None)  # Canine hashes what others look up
-    unknown = [token for token in sample.input_ids if known is not None and token >= known]
+    unknown = [token for token in sample.tokens if known is not None and token >= known]
     if unknown:
         raise InputError(f"{where}: the tokenizer gives token {unknown[0]}, the model knows {known}")
     looks = task.head == "classification" and expert.config.is_encoder_decoder
@@ -356,7 +371,7 @@ def _check_sample(key: str, where: str, task: RowTask, sample: Sample, expert: E
     generate = task.answer_tokens
     if generate and not sample.has_prompt:
         raise InputError(f"{where}: the prompt has no token to generate from; set {key}.generate: 0")
-    length = max(len(sample.input_ids), len(sample.prompt.get("input_ids", ())) + generate)
+    length = sample.positions(generate)
     limit = positions(expert.config) or length
     if length > limit:
         raise InputError(

@@ -10,6 +10,7 @@ from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import BaseWeights
+from sensmerge.tasks.networks.readers import width_of
 from sensmerge.tasks.networks.watching import Statistics, needs_gradients
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from sensmerge.tasks.stages.written import plan_merged
@@ -51,9 +52,8 @@ def travelling_states(resolved: Resolved) -> int:
 
 
 def _states(resolved: Resolved, tokens: int) -> int:
-    width: int = resolved.inputs.networks.base.config.get_text_config().hidden_size
     itemsize: int = getattr(torch, resolved.recipe.dtype).itemsize
-    return tokens * width * itemsize
+    return tokens * width_of(resolved.inputs.networks.base.config) * itemsize
 
 
 def merged_model(inputs: Inputs, variant: Variant) -> int:

@@ -49,7 +49,8 @@ class Tokenizer:
     seen: Mapping[str, Seen] = field(default_factory=dict)
     """what stands for base and experts in the vocabulary of merged models; empty where all have it as their own"""
     readers: Mapping[str, Artifact] = field(default_factory=dict)
-    """by expert, its own tokenizer with ids of merged models: by this, base and experts read the expert's task"""
+    """by expert, its own tokenizer with ids and chat template of merged models: by this, base and experts read the
+    expert's task"""
 
     @property
     def artifact(self) -> Artifact:
@@ -125,12 +126,13 @@ def choose_tokenizer(
     if keys:
         members = _members(models, [base, *experts])
         vocabulary = choice.vocabulary or plain_vocabulary(base.rows, [one.key for one in members])
-        seen = in_vocabulary(vocabulary, members, keys, cache)
+        seen = in_vocabulary(vocabulary, members, keys, folder, cache)
         about_it.append({name: one.digest for name, one in seen.items()})
     readers = {
-        owner.name: Artifact(sha256_text(canonical([owner.digest, seen[owner.name].digest])), seen[owner.name].folder)
-        for owner in experts
-        if owner.key in choice.readers
+        # Its own tokens, their ids, and the chat template of merged models.
+        one.name: Artifact(sha256_text(canonical([one.digest, seen[one.name].digest, digests])), seen[one.name].folder)
+        for one in experts
+        if one.key in choice.readers
     }
     tokenizer = Tokenizer(folder, sha256_text(canonical(digests)), sha256_text(canonical(about_it)), ids, seen, readers)
     return tokenizer, [*choice.notes, *_code_notes(base.folder, folder), *_large_notes(base.folder)]

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,7 +31,7 @@ class Seen:
 
 
 def in_vocabulary(
-    vocabulary: Vocabulary, members: Sequence[Member], keys: Collection[str], cache: Path
+    vocabulary: Vocabulary, members: Sequence[Member], keys: Collection[str], tokenizer: Path, cache: Path
 ) -> dict[str, Seen]:
     """Return, by name, what stands for models; folders are written below the cache unless they are there.
 
@@ -39,6 +39,7 @@ def in_vocabulary(
         vocabulary: of merged models.
         members: all models, the base first.
         keys: those that are to be seen in it.
+        tokenizer: folder of the tokenizer of merged models.
         cache: the hub's cache, which all workers see.
 
     Raises:
@@ -48,7 +49,7 @@ def in_vocabulary(
     found = {}
     for one in (member for member in members if member.key in keys):
         told = view_of(one, vocabulary, members)
-        view = in_folders(told, folders)
+        view = replace(in_folders(told, folders), writer=tokenizer.absolute())
 
         def fill(target: Path, one: Member = one, view: VocabularyView = view) -> None:
             fill_folder(one, view, vocabulary.rows, target)
@@ -77,8 +78,11 @@ def settled(parent: Path, fill: Callable[[Path], None]) -> Path:
             folder.mkdir(parents=True)
             fill(folder)
             target = parent / _content(folder)[:32]
-            if not target.exists():
+            try:
                 folder.rename(target)
+            except OSError:  # one is there: of an earlier plan, or of one that is made at the same time
+                if not target.is_dir():
+                    raise
         return target
     except OSError as error:
         raise InputError(

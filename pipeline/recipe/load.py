@@ -8,14 +8,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sensmerge.pipeline.recipe.mergekit import is_mergekit, recipe_name, recipe_of
+from sensmerge.pipeline.recipe.mergekit import MERGE_METHOD, is_mergekit, recipe_name, recipe_of
 from sensmerge.pipeline.recipe.parse import parse, read_text
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.tasks.errors import InputError, shown
 
+_NAMED = ("experts", "tasks", "merges", "tokens")
+"""Keys of mappings whose own keys are names that anybody may choose."""
 
-def read_recipe(path: Path) -> dict[str, Any]:
+
+def read_recipe(path: Path, only_mergekit: bool = False) -> dict[str, Any]:
     """Return what a file says: of a recipe, its YAML; of a configuration of mergekit, that of the recipe it comes to.
+
+    Args:
+        path: of the file.
+        only_mergekit: whether to refuse a recipe.
 
     Raises:
         InputError: no such file, no YAML mapping, or what of mergekit's no recipe can say.
@@ -25,6 +32,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
         data = parse(text)
         if not isinstance(data, dict):
             raise InputError(f"found {type(data).__name__}; expected a mapping with name, base, experts, merges")
+        if only_mergekit and not is_mergekit(data):
+            raise InputError(
+                f"{MERGE_METHOD} is missing; expected a configuration of mergekit, for recipes run as they are"
+            )
         return recipe_of(data, recipe_name(path), path.absolute().parent) if is_mergekit(data) else data
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -84,7 +95,7 @@ def _first_error(error: ValidationError) -> str:
     """Return the first of pydantic's findings as one line: key, what was found, what was expected."""
     errors = error.errors()
     first = errors[0]
-    if isinstance(first["input"], dict) and first["type"].endswith("_type"):
+    if isinstance(first["input"], dict | list) and first["type"].endswith("_type"):
         # One number or a mapping of numbers: of a mapping, what is wrong in it is found after what it is not.
         first = next((one for one in errors[1:] if one["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]), first)
     # Unions put the chosen kind or type into the path; the recipe's own keys have no such part.
@@ -137,8 +148,8 @@ def _alternatives(one: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator
 def _is_tag(parts: list[str], position: int) -> bool:
     """Return whether a part of an error's path is the kind of coefficients or application, or a type, and no key."""
     part, before = parts[position], parts[position - 1]
-    if part == "[key]" or part.startswith("dict["):
+    if part == "[key]" or part.startswith(("dict[", "list[", "tagged-union[")) or before.startswith("tagged-union["):
         return True
-    if part == "float":  # of a number that may be a mapping; an expert may have the name, too
-        return position == len(parts) - 1 and not before.startswith("dict[")
+    if part in ("float", "int", "bool", "str"):  # of what may be something else; an expert may have the name, too
+        return position == len(parts) - 1 and not before.startswith("dict[") and before not in _NAMED
     return part in ("uniform", "explicit", "sens", "static", "se") and before in ("coefficients", "application")

@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
+from sensmerge.tasks.kinds.checks import is_unicode
 
 MOST_BYTES = 2**20
 MOST_NODES = 100_000
@@ -63,11 +64,15 @@ def _nodes(node: yaml.Node, known: dict[int, int], level: int) -> int:
     """Return how many values a node holds, each alias counted as what it stands for.
 
     Raises:
-        InputError: it holds itself, or too many levels.
+        InputError: it holds itself, too many levels, or a text that no file can hold.
     """
     if level > MOST_LEVELS:
         raise InputError(f"is nested too deeply; expected at most {MOST_LEVELS} levels")
     if isinstance(node, yaml.ScalarNode):
+        if not is_unicode(node.value):
+            raise InputError(
+                f"{shown(node.value)} has half a surrogate pair; write the character itself{node.start_mark}"
+            )
         return 1
     if id(node) not in known:
         pairs = node.value if isinstance(node, yaml.MappingNode) else [(one,) for one in node.value]

@@ -25,6 +25,7 @@ from sensmerge.tasks.coefficients import (
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.methods.contract import METHODS
 from sensmerge.tasks.methods.settings import WEIGHT
+from sensmerge.tasks.networks.pictures import Reads
 from sensmerge.tasks.strict import Strict
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -172,11 +173,17 @@ class Recipe(Strict):
                     f"tasks.{name}: there is no expert of that name (experts: {', '.join(self.experts)}); a task and "
                     "its expert share a name"
                 )
+        self._check_reads()
         for name, variant in self.merges.items():
             self._check_variant(f"merges.{name}", variant)
         self._check_gate()
         self.tokenizer.check(["base", *self.experts])
         return self
+
+    def _check_reads(self) -> None:
+        if len({task.reads for task in self.tasks.values()}) > 1:
+            found = ", ".join(f"{name} {task.reads}" for name, task in self.tasks.items())
+            raise ValueError(f"tasks: a network reads texts or pictures, found both: {found}; make two recipes of it")
 
     def _check_gate(self) -> None:
         for name in self.gate.variants or ():
@@ -264,6 +271,11 @@ class Recipe(Strict):
                 number for number in variant.coefficients.weights.values() if not isinstance(number, dict | list)
             ]
         return [number * weight for number in numbers] if len(numbers) == len(self.experts) else None
+
+    @property
+    def reads(self) -> Reads:
+        """What the networks of the recipe's tasks read."""
+        return next((task.reads for task in self.tasks.values()), "texts")
 
     def models(self) -> dict[str, ModelFiles]:
         """Return base and experts by name."""

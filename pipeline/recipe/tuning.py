@@ -1,5 +1,6 @@
 """What a recipe says of settings that are tuned."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,8 @@ from sensmerge.tasks.methods.contract import Method
 from sensmerge.tasks.methods.settings import LARGEST_WEIGHT, WEIGHT, VariantSettings, combinations
 
 AUTO = "auto"
+MOST_CANDIDATES = 10_000
+"""of a variant; each answers all rows to tune on"""
 
 
 def _listed(tune: Any) -> Any:
@@ -69,6 +72,9 @@ def check_tune(tune: Mapping[str, Any], settings: VariantSettings) -> None:
                 settings.having({key: value})
         except ValueError as error:
             raise ValueError(f"tune.{key}: {error}") from None
+    count = math.prod(map(len, grid_of(tune, settings.method).values()))
+    if count > MOST_CANDIDATES:
+        raise ValueError(f"tune: {count:,} combinations; expected at most {MOST_CANDIDATES:,}: give fewer values")
     for values in combinations(grid_of(tune, settings.method), None):
         try:
             settings.having(values)

@@ -81,6 +81,14 @@ def best_variant(report: Report, gate: Gate) -> str:
     return max(values, key=lambda name: sign * values[name])
 
 
+def best_of(report: Report, gate: Gate) -> str | None:
+    """Return `best_variant`, or None where no candidate has the gate's metric."""
+    try:
+        return best_variant(report, gate)
+    except InputError:
+        return None
+
+
 def _scores(report: Report, gate: Gate) -> Mapping[str, Score]:
     """Return the gate's metric of every model on all samples."""
     task, _, metric = gate.metric.rpartition("/")

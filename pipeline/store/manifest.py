@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sensmerge.tasks.artifacts import checksum_file, is_partial, parse_json
+from sensmerge.tasks.artifacts import has_checksum, is_partial, parse_json
 
 MANIFEST = "manifest.json"
 """What an artifact holds, and what its step took; an artifact without it does not exist."""
@@ -61,7 +61,7 @@ def altered(folder: Path, manifest: Mapping[str, Any], intact: set[State]) -> st
         state = (str(folder / name), stat.st_size, stat.st_mtime_ns)
         if stat.st_size > SMALL or state in intact:
             continue
-        if checksum_file(folder / name) != checksum:
+        if not has_checksum(folder / name, checksum):
             return str(name)
         intact.add(state)
     return None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sensmerge.pipeline.store.manifest import MANIFEST, read_manifest
 from sensmerge.pipeline.store.store import Store, stages
-from sensmerge.tasks.artifacts import checksum_file, read_json
+from sensmerge.tasks.artifacts import has_checksum, read_json
 from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.checkpoints.hub import doubt
@@ -54,7 +54,7 @@ def _damage(path: Path, size: int, checksum: str | None) -> str | None:
         return "is gone"
     if path.stat().st_size != size:
         return f"has {path.stat().st_size} bytes instead of {size}"
-    if checksum is not None and checksum_file(path) != checksum:
+    if checksum is not None and not has_checksum(path, checksum):
         return "has other content"
     return None
 

@@ -28,10 +28,12 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.requirements import copy_source, requirements
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER
+from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
 from sensmerge.tasks.networks.known import why_unknown
+from sensmerge.tasks.networks.pictures import Reads
 from sensmerge.tasks.serving.scorer import MAX_NEW_TOKENS
-from sensmerge.tasks.serving.static_model import Form, form_of, head_names
+from sensmerge.tasks.serving.static_model import Form, form_of, head_names, reads_of
 
 LOADER = "sensmerge.tasks.serving.scorer"
 MLMODEL = "MLmodel"
@@ -44,7 +46,21 @@ PIPELINES: Mapping[Form, tuple[str, str, str]] = {
     "language_model": ("text-generation", "TextGenerationPipeline", "AutoModelForCausalLM"),
     "classifier": ("text-classification", "TextClassificationPipeline", "AutoModelForSequenceClassification"),
 }
-"""Of merges that are one whole network: task, pipeline and model class by which mlflow.transformers loads them."""
+"""Of merges that are one whole network: task, pipeline and model class by which mlflow.transformers loads them.
+
+transformers has no pipeline any more for encoder-decoders that write.
+"""
+
+_CLASSES: Mapping[Form, str] = {
+    "encoder_decoder": "AutoModelForSeq2SeqLM",
+    "picture_classifier": "AutoModelForImageClassification",
+}
+"""Of the other merges that are one whole network."""
+_EXAMPLES: Mapping[Reads, str] = {
+    "texts": "What is 3 plus 4?",
+    "pictures": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==",
+}
+"""A text, and a picture of one grey pixel."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +117,13 @@ class Merged:
 
     @property
     def answers(self) -> bool:
-        """Whether a pyfunc can answer texts with it."""
+        """Whether a pyfunc can answer texts or pictures with it."""
         return self.kind == "dynamic" or self.form is not None
+
+    @property
+    def reads(self) -> Reads:
+        """What it answers, if it answers."""
+        return reads_of(self.folder, self.folder / BASE if self.kind == "dynamic" else self.folder)
 
     @property
     def loaders(self) -> list[str]:
@@ -115,7 +136,8 @@ class Merged:
             return ["transformers"] if self.is_known else []
         if self.form == "trunk":
             return ["mlflow.pyfunc"]
-        whole = ["mlflow.transformers"] if self.is_local or self.is_read_by_mlflow else []
+        is_read = self.form in PIPELINES and (self.is_local or self.is_read_by_mlflow)
+        whole = ["mlflow.transformers"] if is_read else []
         return [*whole, "mlflow.pyfunc", "transformers"]
 
     @property
@@ -164,7 +186,7 @@ def _write(target: Path, merged: Merged, mlmodel: Model, beside: bool) -> None:
         model_config=settings,
         mlflow_model=mlmodel,
         signature=_signature(merged),
-        input_example=["What is 3 plus 4?"],
+        input_example=[_EXAMPLES[merged.reads]],
         # Given, for MLflow would load the model in another process to find them out.
         pip_requirements=list(requirements(LOADER, *fetching)),
     )
@@ -197,7 +219,7 @@ def _signature(merged: Merged) -> ModelSignature:
     if merged.kind == "dynamic":
         outputs += [ColSpec("string", "expert")]
         outputs += [ColSpec("double", f"coefficient.{expert}") for expert in merged.experts]
-    if merged.form in (None, "language_model"):
+    if merged.form in (None, "language_model", "encoder_decoder"):
         params.append(ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS))
     if merged.form == "trunk":
         params.append(ParamSpec("task", "string", None))
@@ -207,7 +229,8 @@ def _signature(merged: Merged) -> ModelSignature:
 def description(merged: Merged, version: str) -> str:
     """Return what a registered version says of itself: what it is, and how it is loaded."""
     name = f"models:/{merged.recipe}/{version}"
-    pyfunc = f'mlflow.pyfunc.load_model("{name}").predict(["a text"]'
+    example = "a text" if not merged.answers or merged.reads == "texts" else "a picture in base64"
+    pyfunc = f'mlflow.pyfunc.load_model("{name}").predict(["{example}"]'
     folder = f'"{merged.place}"'
     lines: Sequence[str]
     match merged.kind, merged.form:
@@ -233,7 +256,8 @@ def description(merged: Merged, version: str) -> str:
             form = merged.form
             assert form is not None
             what = "Static: a Hugging Face checkpoint."
-            lines = [f"{pyfunc})", f"transformers.{PIPELINES[form][2]}.from_pretrained({folder})"]
+            cls = PIPELINES[form][2] if form in PIPELINES else _CLASSES[form]
+            lines = [f"{pyfunc})", f"transformers.{cls}.from_pretrained({folder})"]
             if "mlflow.transformers" in merged.loaders:
                 lines = [f'mlflow.transformers.load_model("{name}")', *lines]
     code = "\n".join(f"    {line}" for line in lines)

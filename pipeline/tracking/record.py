@@ -8,13 +8,14 @@ recipe's name; both point at the merged folder, whose weights stay where they ar
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.entities import Metric, Param
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from sensmerge.pipeline.report.gate import Outcomes
 from sensmerge.pipeline.report.pictures import (
@@ -27,12 +28,13 @@ from sensmerge.pipeline.report.pictures import (
 )
 from sensmerge.pipeline.report.report import Report, RouteInfo, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
-from sensmerge.pipeline.tracking.client import connected, once_more
+from sensmerge.pipeline.tracking.client import at_once, connected, once_more
 from sensmerge.pipeline.tracking.metrics import metrics_of, score_columns
 from sensmerge.pipeline.tracking.models import OUTCOMES, log_model
 from sensmerge.pipeline.tracking.runs import (
     OpenRun,
     end_abandoned,
+    ending,
     experiment_of,
     log_datasets,
     log_load,
@@ -41,7 +43,11 @@ from sensmerge.pipeline.tracking.runs import (
 )
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
+from sensmerge.tasks.errors import StepError
 from sensmerge.tasks.methods.contract import METHODS
+
+MOST_OF_A_TAG = 4000
+"""Characters; some databases of MLflow refuse longer ones."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +64,64 @@ class Execution:
     """of this machine meanwhile, where it was sampled"""
     answers: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
     """model → task → what people read of each evaluation sample that it answered in text"""
+    best: str | None = None
+    """the variant that the gate chooses, if there is one"""
 
 
-def record(execution: Execution, uri: str, store: Path) -> str:
+def begin(recipe: str, recipe_yaml: str, plan_text: str, uri: str, store: Path) -> str:
+    """Open the parent run of an execution whose steps begin, and return its id.
+
+    Runs of this store that a process left open which was killed end as KILLED: `store` is locked, so nobody else
+    records what comes of them. So does the one that is opened here, if this process is killed.
+    """
+    with connected(uri) as client:
+        experiment = experiment_of(client, recipe, None if is_server(uri) else store)
+        end_abandoned(client, experiment, store)
+        name = f"{recipe} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        run = client.create_run(experiment, tags={"role": "recipe"} | tags_of(store), run_name=name).info.run_id
+        client.log_text(run, recipe_yaml, "recipe.yaml")
+        client.log_text(run, plan_text, "plan.txt")
+    return str(run)
+
+
+def end(uri: str, run: str, status: Literal["FAILED", "KILLED"], reason: str) -> None:
+    """End the parent run of an execution that failed (FAILED) or was stopped (KILLED), with the reason as a tag.
+
+    A server that does not answer is asked once: there is an error to be told of already.
+    """
+    with at_once(), suppress(StepError), connected(uri) as client:
+        client.set_tag(run, "reason", reason[:MOST_OF_A_TAG])
+        client.set_terminated(run, status)
+
+
+def log_verdict(uri: str, run: str, passed: bool, said: Sequence[str]) -> None:
+    """Tell the parent run of a refresh whether its best variant has passed the gate, and what came of it."""
+    with connected(uri) as client:
+        client.set_tag(run, "gate", "passed" if passed else "refused")
+        client.set_tag(run, MLFLOW_RUN_NOTE, "\n\n".join(said)[:MOST_OF_A_TAG])
+        client.log_metric(run, "gate/passed", float(passed))
+
+
+def record(execution: Execution, uri: str, store: Path, run: str | None = None) -> str:
     """Log one execution at the tracking URI `uri`; return the id of its parent run.
 
-    The metrics of all child runs have the keys of `metrics_of`; the load of this machine is `system/…` of the parent
-    run. With SQLite, pictures and tables go into `mlartifacts` in `store`; a server keeps them where it was told to.
+    The metrics of all child runs have the keys of `metrics_of`, and the parent run has those of the best variant; the
+    load of this machine is `system/…` of the parent run. With SQLite, pictures and tables go into `mlartifacts` in
+    `store`; a server keeps them where it was told to.
 
-    If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError. Those that a process
-    left open which was killed end as KILLED here: `store` is locked, so nobody else records what comes of it.
+    If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
+
+    Args:
+        execution: what there is to record.
+        uri: where.
+        store: folder of the artifacts.
+        run: the parent run, from `begin`; None where none could be opened when the steps began.
     """
     report = execution.report
+    run = run or begin(report.recipe, execution.recipe_yaml, execution.plan_text, uri, store)
     with connected(uri) as client:
-        experiment = experiment_of(client, report.recipe, None if is_server(uri) else store)
-        end_abandoned(client, experiment, store)
-        name = f"{report.recipe} {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-        with started(client, experiment, name, {"role": "recipe"} | tags_of(store)) as parent:
-            client.log_text(parent.id, execution.recipe_yaml, "recipe.yaml")
-            client.log_text(parent.id, execution.plan_text, "plan.txt")
+        experiment = client.get_run(run).info.experiment_id
+        with ending(client, experiment, run) as parent:
             client.log_text(parent.id, report.model_dump_json(indent=2), "report.json")
             log_datasets(parent, execution.datasets)
             log_load(parent, execution.load)
@@ -85,9 +130,21 @@ def record(execution: Execution, uri: str, store: Path) -> str:
                 client.log_figure(parent.id, score_bars(report), "scores.png")
             if report.distances:
                 client.log_figure(parent.id, distance_heatmap(report.distances), "distances.png")
+            if execution.best is not None:
+                client.set_tag(parent.id, "best", execution.best)
+                _log_metrics(parent, metrics_of(report, execution.best))
             for model in report.models:
                 _record_model(parent, execution, model)
-    return parent.id
+    return run
+
+
+def _log_metrics(
+    run: OpenRun, metrics: Mapping[str, float], params: Mapping[str, str] | None = None, model_id: str | None = None
+) -> None:
+    now = time.time_ns() // 1_000_000
+    found = [Metric(key, value, now, 0, model_id) for key, value in metrics.items()]
+    parameters = [Param(key, value) for key, value in (params or {}).items()]
+    once_more(lambda: run.client.log_batch(run.id, found, parameters))
 
 
 def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
@@ -127,10 +184,7 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
             model_id = log_model(run, report, named | where, params)
         if route is not None:
             _log_route(run, model, route)
-        now = time.time_ns() // 1_000_000
-        metrics = [Metric(key, value, now, 0, model_id) for key, value in metrics_of(report, model).items()]
-        parameters = [Param(key, value) for key, value in params.items()]
-        once_more(lambda: client.log_batch(run.id, metrics, parameters))
+        _log_metrics(run, metrics_of(report, model), params, model_id)
 
 
 def _reads_calibration(variant: VariantInfo) -> bool:

@@ -65,8 +65,14 @@ def end_abandoned(client: MlflowClient, experiment: str, store: Path) -> None:
 
 @contextmanager
 def started(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Iterator[OpenRun]:
-    """A run that ends as FINISHED, or as FAILED if the block raises."""
-    run = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+    """A new run that ends as FINISHED, or as FAILED if the block raises."""
+    with ending(client, experiment, client.create_run(experiment, tags=tags, run_name=name).info.run_id) as run:
+        yield run
+
+
+@contextmanager
+def ending(client: MlflowClient, experiment: str, run: str) -> Iterator[OpenRun]:
+    """A run that is open; it ends as FINISHED, or as FAILED if the block raises."""
     try:
         yield OpenRun(client, experiment, run)
     except BaseException:

@@ -89,6 +89,8 @@ class VocabularyView:
     """stored tensors that others of `tensors` are made of"""
     places: tuple[Stretch, ...]
     """row of merged models (`to`) ← the model's own, of all its tokens that merged models have"""
+    writer: Path = Path()
+    """folder of the tokenizer of merged models, in whose chat template the model reads conversations"""
 
     def moved(self) -> dict[int, int]:
         """Return the id in merged models of every id of the model's own."""

@@ -41,7 +41,7 @@ class Manifest(BaseModel):
     version: int
     experts: Annotated[list[str], Field(min_length=1)]
     """in the order of coefficients"""
-    head: Annotated[Head, Field(pattern="^(causal_lm|classification|token_classification)$")]
+    head: Annotated[Head, Field(pattern="^(causal_lm|seq2seq_lm|classification|token_classification)$")]
     """what the network ends in"""
     dtype: Annotated[str, Field(pattern="^(float16|bfloat16|float32|float64)$")]
     """torch name of the dtype that the route was made in"""
@@ -134,7 +134,7 @@ def load_network_with_heads(
     Args:
         folder: as stage merge writes it for SE-Merging.
         experts: their names, in the order of coefficients.
-        head: `causal_lm`, `classification` or `token_classification`.
+        head: `causal_lm`, `seq2seq_lm`, `classification` or `token_classification`.
         dtype: torch name of the dtype.
         device: torch device.
 

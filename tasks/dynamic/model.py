@@ -7,10 +7,11 @@ model.predict(["What is 3 plus 4?"])
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sensmerge.tasks.dynamic.folder import STATISTICS, check_files, check_names, load_network_with_heads, read_manifest
 from sensmerge.tasks.dynamic.network import DynamicNetwork
@@ -22,8 +23,9 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.endings import OWN_HEADS
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import DetachedHead
-from sensmerge.tasks.networks.networks import finite, load_tokenizer
-from sensmerge.tasks.networks.texts import head_answer, text_inputs
+from sensmerge.tasks.networks.networks import finite, trunk_or_self
+from sensmerge.tasks.networks.readers import load_reader, read_by
+from sensmerge.tasks.networks.texts import head_answer, inputs_of
 from sensmerge.tasks.networks.tokens import PADDING as LITTLE_PADDING
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 
@@ -76,11 +78,11 @@ class DynamicModel:
         network: DynamicNetwork,
         heads: Mapping[str, DetachedHead],
         experts: Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         router: Router,
         classifies: bool,
     ) -> None:
-        """See `load`."""
+        """See `load`; of a model that reads pictures, the tokenizer is its image processor."""
         self.network = network
         self.heads = heads
         self.experts = tuple(experts)
@@ -113,17 +115,17 @@ class DynamicModel:
         network, heads = load_network_with_heads(
             folder, manifest.experts, manifest.head, dtype or manifest.dtype, device
         )
-        if manifest.head == "causal_lm":
+        if manifest.head != "classification":
             set_end_tokens(network.network, folder / BASE, folder / BASE)
         if manifest.rule.layer > network.blocks:
             raise InputError(
                 f"{folder}: its manifest routes by layer {manifest.rule.layer}, but the base has {network.blocks} "
                 "blocks; copy the folder again"
             )
-        width = network.network.config.get_text_config().hidden_size
+        reads, width = read_by(network.network), network.width(manifest.rule.layer)
         statistics = read_statistics(folder / STATISTICS, manifest.rule, len(manifest.experts), width)
         router = Router(manifest.rule, statistics, manifest.router)
-        reader = load_tokenizer(folder / BASE)
+        reader = load_reader(folder / BASE, reads)
         return cls(network, heads, manifest.experts, reader, router, manifest.head in OWN_HEADS)
 
     def route(self, samples: Sequence[Inputs], size: int | None = None) -> Routes:
@@ -178,7 +180,7 @@ class DynamicModel:
                     logits = network(**inputs).logits.float()
                     found |= {row: (values,) * len(heads) for row, values in zip(rows, logits, strict=True)}
                     continue
-                output = network.base_model(**inputs)
+                output = trunk_or_self(network)(**inputs)
             hidden, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
             assigned = [[names[row] for row in rows] for names in heads]
             by_head = [self._head_logits(hidden, pooled, inputs, names) for names in assigned]
@@ -244,27 +246,28 @@ class DynamicModel:
         return [found[row] for row in range(len(prompts))]
 
     def predict(
-        self, texts: Sequence[str], max_new_tokens: int = 64, places: Sequence[str] | None = None
+        self, texts: Sequence[str | bytes], max_new_tokens: int = 64, places: Sequence[str] | None = None
     ) -> list[Prediction]:
-        """Answer texts in one batch: what the routed head says of each (`head_answer`), or a greedy continuation.
+        """Answer texts, or pictures, in one batch: what the routed head says of each (`head_answer`), or a greedy
+        continuation.
 
         Args:
-            texts: the texts.
+            texts: the texts; of a model that reads pictures, their files, as bytes or in base64.
             max_new_tokens: length of a continuation at most.
             places: what messages call the texts; None for `text 0`, `text 1`, ….
 
         Raises:
-            InputError: a text without a token, or longer than the model takes; an answer that is NaN or infinite.
+            InputError: a text without a token, or longer than the model takes; what is no picture; an answer that is
+                NaN or infinite.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         if not texts:
             return []
-        places = places or [f"text {number}" for number in range(len(texts))]
-        network, new = self.network.network, None if self.classifies else max_new_tokens
-        samples = [
-            text_inputs(text, self.tokenizer, network, new, place) for text, place in zip(texts, places, strict=True)
-        ]
+        what = "picture" if read_by(self.network.network) == "pictures" else "text"
+        places = places or [f"{what} {number}" for number in range(len(texts))]
+        new = None if self.classifies else max_new_tokens
+        samples = inputs_of(texts, self.tokenizer, self.network.network, new, places)
         routes = self.route(samples)
         finite(routes.coefficients)
         names = [self.experts[expert] for expert in routes.experts]

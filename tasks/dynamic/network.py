@@ -19,6 +19,8 @@ from sensmerge.tasks.dynamic.mix import Change, Mix
 from sensmerge.tasks.dynamic.terms import Term, is_read, kind_of
 from sensmerge.tasks.dynamic.vectors import LowRank, Vector
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.networks import is_seq2seq, trunk_or_self
+from sensmerge.tasks.networks.readers import random_pictures, read_by
 
 ALIKE_TOKENS = 2048
 """From how many tokens on, with equal coefficients, weights are written out: well above what that itself costs."""
@@ -70,7 +72,8 @@ class DynamicNetwork:
                 (kind,) = {kind_of(network, name, attribute) for attribute in own}
                 assert kind is not None
                 self._terms.append(kind(name, module, own))
-        self._blocks: list[nn.Module] = [network.base_model.get_submodule(name) for name in trunk_blocks(network)]
+        self._trunk = probed_trunk(network)
+        self._blocks: list[nn.Module] = [self._trunk.get_submodule(name) for name in trunk_blocks(network)]
         self.blocks = len(self._blocks)
 
     def together(self, coefficients: Tensor) -> list[list[int]]:
@@ -98,11 +101,16 @@ class DynamicNetwork:
             stack.callback(setattr, self, "_mixing", False)
             stack.enter_context(self._materialised.written(coefficients[0]))
             taken = [term for term in self._terms if not term.experts.isdisjoint(mix.shares)]
-            for module in {self.network, self.network.base_model} if taken else ():
+            for module in self._readers() if taken else ():
                 stack.enter_context(module.register_forward_pre_hook(_measure(mix), with_kwargs=True))
             for term in taken:
                 term.attach(mix, stack)
             yield self.network
+
+    def _readers(self) -> set[nn.Module]:
+        """Return the modules that are given tokens, each of which may be given as many as it likes."""
+        decoder = {self.network.get_decoder()} if is_seq2seq(self.network) else set()
+        return {self.network, trunk_or_self(self.network), self._trunk} | decoder
 
     def writes_out(self, tokens: int) -> bool:
         """Return whether so many tokens, of samples with equal coefficients, are answered sooner within `alike`.
@@ -134,7 +142,7 @@ class DynamicNetwork:
         """Return what comes out of some of the transformer blocks; those after the last one asked for do not run.
 
         Args:
-            inputs: of the network's trunk, for B samples.
+            inputs: of what is probed (`probed_trunk`), for B samples.
             coefficients: (B, K) float, as in `mixed`.
             layers: numbers of blocks, the first is 1.
 
@@ -158,6 +166,16 @@ class DynamicNetwork:
                     found[layer][row] = one
         return {layer: torch.stack(some) for layer, some in found.items()}
 
+    def width(self, layer: int) -> int:
+        """Return how wide the hidden states behind a block are."""
+        config = self.network.config
+        if read_by(self.network) == "texts":
+            return int(config.get_text_config().hidden_size)
+        with torch.inference_mode():  # from stage to stage, networks of pictures grow wider
+            pictures = random_pictures(config, 1, torch.Generator().manual_seed(0))
+            inputs = {name: one.to(self.network.device, self.network.dtype) for name, one in pictures.items()}
+            return int(self.states(inputs, [layer])[layer].shape[-1])
+
     def states(self, inputs: Mapping[str, Tensor], layers: Sequence[int]) -> dict[int, Tensor]:
         """Return `hidden_states` by the weights that the network has: within `mixed` or `alike`, those."""
         assert layers, "no layers"
@@ -173,13 +191,15 @@ class DynamicNetwork:
                 states = output if isinstance(output, Tensor) else output[0]
                 if several:
                     states = states[0]
-                found[layer] = states.flatten(2)  # of several streams, one behind the other
+                # Of several streams, one behind the other; of convolutions (B, width, height, length), by places.
+                by_place = states.dim() == 4 and read_by(self.network) == "pictures"
+                found[layer] = states.flatten(2).mT if by_place else states.flatten(2)
                 if layer == max(layers):
                     raise _LastBlockRan
 
             return hook
 
-        trunk = self.network.base_model
+        trunk: Any = self._trunk
         options = {"use_cache": False} if "use_cache" in inspect.signature(trunk.forward).parameters else {}
         with ExitStack() as stack:
             for layer in set(layers):
@@ -189,15 +209,23 @@ class DynamicNetwork:
         return {layer: found[layer] for layer in layers}
 
 
+def probed_trunk(network: PreTrainedModel) -> nn.Module:
+    """Return the part of a network that is probed: its trunk, or the encoder of an encoder-decoder that writes."""
+    trunk: nn.Module = network.get_encoder() if is_seq2seq(network) else trunk_or_self(network)
+    return trunk
+
+
 def trunk_blocks(network: PreTrainedModel) -> list[str]:
-    """Return the names, below the trunk, of the transformer blocks that text goes through, in order.
+    """Return the names, below what is probed, of the transformer blocks that text goes through, in order.
 
     Where a network has several towers, those of images and sound lie deeper in it, or beside the module that has the
     text's embedding.
     """
-    trunk = network.base_model
+    trunk = probed_trunk(network)
     blocks = block_names(name for name, _ in trunk.named_parameters())
     names = [name for name in blocks if any(True for _ in trunk.get_submodule(name).children())]
+    if read_by(network) == "pictures":  # of one tower, whose patches need not be called an embedding
+        return names
     embedding = network.get_input_embeddings()
     place = next((name for name, module in trunk.named_modules() if module is embedding), "")
     while place:
@@ -238,7 +266,7 @@ def _measure(mix: Mix) -> Any:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for tokens in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-            if isinstance(tokens, Tensor):
+            if isinstance(tokens, Tensor) and tokens.dim() < 4:  # of pictures, that is not told by their shape
                 mix.length = tokens.shape[1]
                 return
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from sensmerge.tasks.dynamic.vectors import Vector, compact
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import Base
+from sensmerge.tasks.networks.networks import trunk_name
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def holdings(base: Base, network: PreTrainedModel) -> list[Holding]:
         if parameters:
             found.append(Holding(tuple(tensors), parameters, converted))
     held = {key for holding in found for key in holding.parameters}
-    trunk = f"{network.base_model_prefix}."
+    trunk = f"{trunk_name(network)}."
     for key, name in own.items():
         if name.startswith(trunk) and key not in held | base.names.optional:
             raise InputError(

@@ -21,17 +21,18 @@ def probe(
 
     Args:
         network: the network.
-        inputs: `input_ids` and `attention_mask`, (B, T).
+        inputs: of B samples: `input_ids` and `attention_mask`, (B, T), or pictures.
         rules: at least one.
         experts: K.
         static: every expert's coefficient in the static merge.
     """
     coefficients = probes(rules, experts, static)
-    count, batch = len(coefficients), len(inputs["input_ids"])
+    first = next(iter(inputs.values()))
+    count, batch = len(coefficients), len(first)
     stacked = {name: values.repeat(count, *[1] * (values.dim() - 1)) for name, values in inputs.items()}
-    repeated = coefficients.repeat_interleave(batch, dim=0).to(inputs["input_ids"].device)
+    repeated = coefficients.repeat_interleave(batch, dim=0).to(first.device)
     states = network.hidden_states(stacked, repeated, sorted({rule.layer for rule in rules}))
-    found = _pooled(states, stacked["attention_mask"], rules)
+    found = _pooled(states, stacked.get("attention_mask"), rules)
     return {key: _features(values.view(count, batch, -1), rules) for key, values in found.items()}
 
 
@@ -49,7 +50,9 @@ def probe_all(
     each is written out once, and costs no more than the plain network.
     """
     device = str(network.network.device)
-    if not alike or not network.writes_out(sum(batch["input_ids"].numel() for batch in batches)):
+    if not alike or not network.writes_out(
+        sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+    ):
         parts = [probe(network, to_device(dict(batch), device), rules, experts, static) for batch in batches]
         return {key: _joined([part[key] for part in parts]) for key in parts[0]}
     layers = sorted({rule.layer for rule in rules})
@@ -59,7 +62,7 @@ def probe_all(
         with network.alike(row):
             for batch in batches:
                 inputs = to_device(dict(batch), device)
-                each.append(_pooled(network.states(inputs, layers), inputs["attention_mask"], rules))
+                each.append(_pooled(network.states(inputs, layers), inputs.get("attention_mask"), rules))
         for key in each[0]:
             found.setdefault(key, []).append(torch.cat([one[key] for one in each]).cpu())
     return {key: _features(torch.stack(found.pop(key)), rules) for key in list(found)}
@@ -76,9 +79,11 @@ def probes(rules: Sequence[Rule], experts: int, static: float) -> Tensor:
     )
 
 
-def _pooled(states: Mapping[int, Tensor], mask: Tensor, rules: Sequence[Rule]) -> dict[Place, Tensor]:
+def _pooled(states: Mapping[int, Tensor], mask: Tensor | None, rules: Sequence[Rule]) -> dict[Place, Tensor]:
+    """Return pooled hidden states; without a mask, as for pictures, all positions count."""
+    masks = {layer: one.new_ones(one.shape[:2]) if mask is None else mask for layer, one in states.items()}
     places = dict.fromkeys((rule.layer, rule.pool) for rule in rules)
-    return {(layer, pool): pooled(states[layer], mask, pool) for layer, pool in places}
+    return {(layer, pool): pooled(states[layer], masks[layer], pool) for layer, pool in places}
 
 
 def _features(found: Tensor, rules: Sequence[Rule]) -> Features:

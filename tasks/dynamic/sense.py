@@ -35,7 +35,7 @@ def check_heads(folder: Path, experts: Sequence[str], head: str) -> None:
         InputError: they are of others.
     """
     heads = {path.name for path in (folder / HEADS).glob("*/")}
-    if heads and (head == "causal_lm" or heads != set(experts)):
+    if heads and (head != "classification" or heads != set(experts)):
         raise InputError(
             f"{folder}: its manifest names the experts {', '.join(experts)} of a {head} network, but heads are here of "
             f"{', '.join(sorted(heads))}; copy the folder again"

@@ -188,8 +188,8 @@ class _Norm(_Sum):
 class _Values(Term):
     """Small parameters that broadcast against the samples: replaced by one value per sample, whatever the formula.
 
-    These are the weights of transformers' own norms, of shape (width,), and what embeddings hold themselves
-    (class token, positions), of shape (1, …).
+    These are the weights of transformers' own norms and the factors of layers' outputs (LayerScale), of shape (width,),
+    and what embeddings hold themselves (class token, positions), of shape (1, …).
     """
 
     def __init__(self, name: str, module: nn.Module, changes: Mapping[str, Change]) -> None:
@@ -286,7 +286,8 @@ def kind_of(network: nn.Module, name: str, attribute: str) -> type[Term] | None:
         return None if _RELATIVE.search(name) else _Lookup
     if cls in (nn.LayerNorm, nn.RMSNorm):
         return _Norm
-    if "Norm" in cls.__name__ and parameter.dim() == 1 and not isinstance(module, nn.LayerNorm):
+    factors = "Norm" in cls.__name__ or "LayerScale" in cls.__name__
+    if factors and parameter.dim() == 1 and not isinstance(module, nn.LayerNorm):
         return _Values
     if cls.__name__.endswith("Embeddings") and parameter.dim() > 1 and len(parameter) == 1:
         return _Values

@@ -5,6 +5,7 @@ So what coefficients per sample give is compared with weights that are written o
 in the whole network too; a network that cannot even be run so is refused before any work.
 """
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from sensmerge.tasks.dynamic.network import DynamicNetwork, unlinear
 from sensmerge.tasks.dynamic.vectors import Dense, LowRank, Vector
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.networks import positions
+from sensmerge.tasks.networks.networks import is_seq2seq, positions
+from sensmerge.tasks.networks.readers import random_pictures, read_by
 from sensmerge.tasks.networks.stand_in import pattern, stand_ins
 
 TOLERANCE = 1e-4
@@ -100,9 +102,15 @@ class _Run:
                     self.vectors[name][1] = LowRank(random(2, one.shape[1]), random(one.shape[0], 2))
         self._network = network
         self._coefficients = torch.tensor([[1.0, 0.0], [0.6, -0.4], [0.0, 0.8]])
+        self._pictures = None
+        if read_by(network) == "pictures":
+            self._pictures = random_pictures(network.config, _SAMPLES, generator)
+            return
         room = (positions(network.config) or _TOKENS + _NEW) - _NEW
         network.config.get_text_config().pad_token_id = network.config.pad_token_id = 0
-        network.generation_config = _GENERATION  # `generate` would fill gaps from the network's own
+        # `generate` would fill gaps from the network's own.
+        network.generation_config = generation = copy.deepcopy(_GENERATION)
+        generation.decoder_start_token_id = getattr(network.config, "decoder_start_token_id", None)
         text = network.config.get_text_config()
         self._tokens = min(_TOKENS, room)
         # Some have no vocabulary: they hash what others look up.
@@ -112,6 +120,8 @@ class _Run:
             # Heads of encoder-decoders look for the end of a text, and for only one.
             self._ids[self._ids == text.eos_token_id] += 1
             self._ids[:, -_PADDED - 1] = text.eos_token_id
+        self._labels = self._ids[:, 3:].clone()  # for encoder-decoders that write, as long as nothing else
+        self._labels[0, -_PADDED:] = -100
 
     def unlike(self, expected: Mapping[str, Tensor]) -> set[str]:
         """Return the names of what must be written out for the network to answer as expected.
@@ -155,10 +165,15 @@ class _Run:
         layers = list(range(1, dynamic.blocks + 1))
         states = dynamic.hidden_states(self._inputs(right=True), self._coefficients, layers)
         for layer, one in states.items():
-            assert one.shape[:2] == (_SAMPLES, self._tokens), f"block {layer} gives states of shape {tuple(one.shape)}"
+            assert self._is_by_token(one), f"block {layer} gives states of shape {tuple(one.shape)}"
         return {name: torch.stack(values) for name, values in found.items()} | {
             f"layer {layer}": values for layer, values in states.items()
         }
+
+    def _is_by_token(self, states: Tensor) -> bool:
+        if self._pictures is not None:
+            return states.dim() == 3 and len(states) == _SAMPLES
+        return states.shape[:2] == (_SAMPLES, self._tokens)
 
     @torch.inference_mode()
     def works_alone(self) -> bool:
@@ -174,14 +189,19 @@ class _Run:
         right, left = ({name: one[rows] for name, one in self._inputs(side).items()} for side in (True, False))
         if not self._network.can_generate():
             return {"logits": self._network(**right).logits}
-        continued = self._network.generate(**left, generation_config=_GENERATION)
+        labels = {}
+        if is_seq2seq(self._network):
+            left, labels = right, {"labels": self._labels[rows]}
+        continued = self._network.generate(**left, generation_config=self._network.generation_config)
         return {
-            "logits": self._network(**right, use_cache=False).logits,
+            "logits": self._network(**right, **labels, use_cache=False).logits,
             "continued": torch.stack(continued.logits, dim=1),
         }
 
     def _inputs(self, right: bool) -> dict[str, Tensor]:
-        """Return the batch; the first sample is shorter, with its padding on the right or on the left."""
+        """Return the batch; the first sample, if a text, is shorter, with its padding on the right or on the left."""
+        if self._pictures is not None:
+            return self._pictures
         ids, mask = self._ids.clone(), torch.ones_like(self._ids)
         place = slice(self._tokens - _PADDED, self._tokens) if right else slice(0, _PADDED)
         ids[0, place], mask[0, place] = 0, 0

@@ -37,9 +37,12 @@ def number(text: str) -> Decimal | None:
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
-def normalized(text: str) -> str:
-    """A text in lower case without punctuation, English articles and double spaces (as SQuAD's evaluation has it)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+def normalized(text: str) -> str | None:
+    """A text in lower case without punctuation, English articles and double spaces (as SQuAD's evaluation has it).
+
+    None if nothing is left: of `A`, an article, say.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()) or None
 
 
 COMPARED: Mapping[Comparison, Callable[[str], object]] = {"text": str.strip, "number": number, "normalized": normalized}

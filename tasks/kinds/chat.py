@@ -154,10 +154,10 @@ class ChatTask(GeneratingTask):
 
     def notes(self, key: str, tokenizer: "PreTrainedTokenizerBase", expert: Path) -> list[str]:
         """See `Task`: the expert may have been trained with another template."""
-        from sensmerge.tasks.networks.tokenizers import read_tokenizer
+        from sensmerge.tasks.networks.template_files import template_texts
 
-        own = read_tokenizer(expert)
-        if own is None or own.chat_template in (None, tokenizer.chat_template):
+        found: Any = tokenizer.chat_template
+        if template_texts(expert) <= {*(found.values() if isinstance(found, dict) else [found])}:
             return []
         return [
             f"{key}: its rows are written in the chat template that merged models have, and not in that of its expert; "

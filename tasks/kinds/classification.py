@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
-@KINDS.register("classification")
-class ClassificationTask(RowTask):
-    """The model has a classification head of its own for this task."""
+class ClassTask(RowTask):
+    """The model has a classification head of its own for this task, whatever it reads."""
 
     head: ClassVar[str] = "classification"
     fields: ClassVar[tuple[str, ...]] = ("label",)
@@ -38,8 +37,6 @@ class ClassificationTask(RowTask):
         "matthews": Metric(("label", "prediction"), matthews),
     }
 
-    kind: Literal["classification"]
-    prompt: str = Field("{text}", description="template of the text to classify")
     label: str = Field("label", description="field with the class, as its name in the expert's config or as its number")
     metric: Local[Literal["accuracy", "macro_f1", "matthews"]] = Field("accuracy", description="main metric")
 
@@ -63,16 +60,6 @@ class ClassificationTask(RowTask):
         number = None if label in names.values() else whole_number(label)
         return row if number is None else row | {self.label: names.get(number, label)}
 
-    def sample(
-        self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
-    ) -> Sample:
-        """Return the text with the tokenizer's special tokens, cut from the right but for the special tokens."""
-        assert labels is not None
-        ids = class_tokens(render(self.prompt, row), tokenizer, self.max_length)
-        if not ids:
-            raise InputError(f"{where}: the text to classify has no token; leave the row out")
-        return Sample({"input_ids": ids}, len(ids), class_index(row[self.label], labels, where))
-
     def judge(self, sample: Sample, logits: "Tensor") -> Any:
         """See `RowTask`: the class of the largest logit."""
         from sensmerge.tasks.networks.networks import finite
@@ -82,6 +69,24 @@ class ClassificationTask(RowTask):
     def is_right(self, record: Record) -> bool:
         """See `Task`."""
         return bool(record["prediction"] == record["label"])
+
+
+@KINDS.register("classification")
+class ClassificationTask(ClassTask):
+    """The model reads a text, and has a classification head of its own for this task."""
+
+    kind: Literal["classification"]
+    prompt: str = Field("{text}", description="template of the text to classify")
+
+    def sample(
+        self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
+    ) -> Sample:
+        """Return the text with the tokenizer's special tokens, cut from the right but for the special tokens."""
+        assert labels is not None
+        ids = class_tokens(render(self.prompt, row), tokenizer, self.max_length)
+        if not ids:
+            raise InputError(f"{where}: the text to classify has no token; leave the row out")
+        return Sample({"input_ids": ids}, len(ids), class_index(row[self.label], labels, where))
 
 
 def class_index(label: Any, label2id: Labels, where: str) -> int:

@@ -87,7 +87,10 @@ class GeneratingTask(RowTask):
         if text is None:
             raise InputError(f"{settings}.answer: {shown(self.answer)} matches nothing in the completion of {where}")
         if COMPARED[self.compare](text) is None:
-            raise InputError(f"{settings}.compare is {self.compare}, found none in the answer {shown(text)} of {where}")
+            raise InputError(
+                f"{settings}.compare is {self.compare}, found none in the answer {shown(text)} of {where}; set "
+                "compare: text, or leave the row out"
+            )
 
     def judge(self, sample: Sample, logits: "Tensor") -> Any:
         """See `RowTask`: the likelihood."""

@@ -19,6 +19,7 @@ from sensmerge.tasks.kinds.checks import NamedField, check_fields
 from sensmerge.tasks.kinds.scores import Metric, Record, Score, score
 from sensmerge.tasks.kinds.templates import template_fields
 from sensmerge.tasks.networks.endings import OWN_HEADS
+from sensmerge.tasks.networks.pictures import Picture, Reads
 from sensmerge.tasks.networks.tokens import Inputs, collate
 from sensmerge.tasks.registry import Registry
 from sensmerge.tasks.rows.source import DataSource, Row
@@ -39,8 +40,9 @@ class Task(Strict):
     version: ClassVar[int] = 1
     """counts up whenever equal settings and rows give other samples, losses or records than before"""
     head: ClassVar[str] = "causal_lm"
-    """what a network ends in: causal_lm, trunk (no head), or one of `OWN_HEADS`, which every task's expert has of its
-    own"""
+    """what a network ends in: causal_lm, seq2seq_lm, trunk (no head), or one of `OWN_HEADS`, of every expert's own"""
+    reads: ClassVar[Reads] = "texts"
+    """what its networks read; what reads its rows is a tokenizer or an image processor accordingly"""
     metrics: ClassVar[Mapping[str, Metric]] = {}
     """by name; the records of a task have those whose fields they hold"""
 
@@ -139,7 +141,7 @@ class Sample:
     """What a network reads of a row."""
 
     inputs: Inputs
-    """by the network's argument: token ids as a list, anything else as a tensor of one shape for all samples"""
+    """by the network's argument: token ids as a list, a picture, or a tensor of one shape for all samples"""
     prompt_tokens: int = 0
     """how many leading tokens are context: they are read, not scored"""
     label: int | float | tuple[int, ...] | None = None
@@ -151,6 +153,15 @@ class Sample:
         """The whole text in tokens, special tokens included; none where the network reads something else."""
         found: list[int] = self.inputs.get("input_ids", [])
         return found
+
+    @property
+    def tokens(self) -> list[int]:
+        """All tokens that a network reads."""
+        return self.input_ids
+
+    def positions(self, new_tokens: int) -> int:
+        """Return how many positions a network has to know for the sample, and for an answer of so many tokens."""
+        return max(len(self.input_ids), len(self.prompt.get("input_ids", ())) + new_tokens)
 
     @property
     def scored_from(self) -> int:
@@ -177,8 +188,18 @@ class Sample:
     @property
     def content(self) -> tuple[Any, ...]:
         """What two samples share that are the same to a model, and have the same answer."""
-        read = [tuple(one) if isinstance(one, list) else one.numpy().tobytes() for one in self.inputs.values()]
-        return (*self.inputs, *read, self.prompt_tokens, self.label)
+        return (*self.inputs, *map(_content, self.inputs.values()), self.prompt_tokens, self.label)
+
+
+def _content(value: Any) -> Any:
+    """Return what two values share that are the same to a network."""
+    match value:
+        case list():
+            return tuple(value)
+        case Picture():
+            return value.read
+        case _:
+            return value.numpy().tobytes()
 
 
 class RowTask(Task):
@@ -268,6 +289,20 @@ class RowTask(Task):
 
     def check_row(self, row: Row, settings: str, where: str, labels: Labels | None) -> None:
         """Check what only this kind knows of a row that has all fields; see `check_rows`."""
+
+    def complete(self, row: Row, folder: Path | None, settings: str, where: str) -> Row:
+        """Return a row with what it names of other files put into it, for workers see no other file.
+
+        Args:
+            row: as its data set has it; its fields are not checked yet.
+            folder: of the file that it stands in; None where that is not known.
+            settings: where the recipe has the task (`tasks.science`).
+            where: names the row in messages.
+
+        Raises:
+            InputError: names setting, row and field.
+        """
+        return row
 
     def named(self, row: Row, names: Mapping[int, str]) -> Row:
         """Return a row with its class by name where it has a number of the expert's own config (`names`)."""

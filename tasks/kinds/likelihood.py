@@ -1,5 +1,6 @@
 """How likely a language model finds the text that is expected of it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sensmerge.tasks.errors import InputError
@@ -24,12 +25,19 @@ def likelihood(sample: Sample, logits: "Tensor") -> Record:
     """
     import torch
 
+    places = torch.tensor(sample.scored, device=logits.device)
+    return likelihood_of([sample.input_ids[place] for place in sample.scored], logits[places - 1])
+
+
+def likelihood_of(expected: Sequence[int], logits: "Tensor") -> Record:
+    """Return `likelihood` of tokens from the logits that predict each of them, (tokens, vocabulary)."""
+    import torch
+
     from sensmerge.tasks.networks.networks import finite
 
-    places = torch.tensor(sample.scored, device=logits.device)
-    target = torch.tensor(sample.input_ids, device=logits.device)[places]
+    target = torch.tensor(expected, device=logits.device)
     # Only the scored positions of one sample become float32: a whole batch × vocabulary would be large.
-    log_p = logits[places - 1].float().log_softmax(-1)
+    log_p = logits.float().log_softmax(-1)
     return {
         "nll": -finite(log_p.gather(-1, target[:, None]).sum(dtype=torch.float64)).item(),
         "correct": int((log_p.argmax(-1) == target).sum()),

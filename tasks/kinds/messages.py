@@ -40,7 +40,7 @@ def read_messages(value: Any, where: str) -> list[dict[str, Any]]:
 def read_tools(value: Any, where: str) -> list[Any] | None:
     """Return the tools of a row: JSON schemas, None where there are none; arguments and errors as `read_messages`."""
     found = _parsed(value)
-    if found is None or found == []:
+    if found is None or found in ([], ""):  # a CSV file has nothing else to say that there are none
         return None
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise InputError(f"{where} is {shown(value)}, expected a list of JSON schemas of functions, or null")

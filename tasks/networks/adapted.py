@@ -40,8 +40,10 @@ class AdaptedNetwork:
     @property
     def task_type(self) -> str | None:
         """What peft calls the kind of the network; None for any other kind: of classifiers, peft retrains the head."""
-        cls = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.base.config), None)
-        return "CAUSAL_LM" if type(self.network) is cls else None
+        config, cls = type(self.base.config), type(self.network)
+        if cls is modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None):
+            return "CAUSAL_LM"
+        return "SEQ_2_SEQ_LM" if cls is modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(config, None) else None
 
     @cached_property
     def tied(self) -> dict[str, str]:

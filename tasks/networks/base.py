@@ -148,7 +148,10 @@ def untied_note(key: str, base: Base, why: str) -> str:
 
 
 def missing_parameters(base: Base, head: Head) -> list[str]:
-    """Return the parameters of a base's network, ended in `head`, that its checkpoint has no weights for."""
-    needed = names_of(skeleton(base.config, head, base.folder)).parameters
-    found = {key for name in base.weights for key in base.names.all_parameters(name)}
-    return [name for name in needed if name not in found]
+    """Return the parameters of a base's network, ended in `head`, that its checkpoint has no weights for.
+
+    Those that transformers computes where files lack them are not missing.
+    """
+    names = names_of(skeleton(base.config, head, base.folder))
+    found = {key for name in base.weights for key in base.names.all_parameters(name)} | names.optional
+    return [name for name in names.parameters if name not in found]

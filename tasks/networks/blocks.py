@@ -7,6 +7,7 @@ else blocks are given come from that code, and blocks do exactly what they do in
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.calls import Call, Calls, Learned, Slot, run_block
-from sensmerge.tasks.networks.networks import trunk_of
+from sensmerge.tasks.networks.networks import run_trunk
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.watching import Statistics, Sums, Watch, added
 
@@ -43,7 +44,9 @@ TrunkOutput = dict[str, Tensor]
 def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the blocks of a network by name: the largest list of numbered modules in its decoder.
 
-    Of several lists, those count that hold modules of the kinds that transformers never splits, if it names any.
+    Of several lists, those count that hold modules of the kinds that transformers never splits, if it names any. An
+    encoder beside the decoder counts as outside; so does the decoder's first block where it has a parameter that the
+    others lack, as it then makes something for them all (T5: what is learned of relative positions).
 
     Raises:
         InputError: there is no such list, or blocks share weights with others or with what is outside.
@@ -67,7 +70,13 @@ def blocks_of(network: PreTrainedModel) -> dict[str, nn.Module]:
             f"{type(network).__name__} has no {why}, so it cannot be run in parts; set placement: whole, or use other "
             "coefficients than sens"
         )
-    return chosen
+    return dict(list(chosen.items())[_leading(network, chosen) :])
+
+
+def _leading(network: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> int:
+    """Return how many of the first blocks belong to the shell, as they make something for all others: 1 or none."""
+    first, *others = ({name for name, _ in block.named_parameters()} for block in blocks.values())
+    return int(bool(network.config.is_encoder_decoder and others and all(one < first for one in others)))
 
 
 def _size(blocks: Mapping[str, nn.Module]) -> int:
@@ -184,13 +193,21 @@ class Shell:
         self._source = source
         self._visit: Callable[[int, Tensor, Call], Tensor]
         self._answer: Callable[[Tensor], Any] | None = None
+        self._made: tuple[Any, ...] = ()
         self._visits = 0
+        before = _block_before(next(iter(blocks)))
+        if before is not None:
+            network.get_submodule(before).register_forward_hook(self._keep_made)
         for index, (name, block) in enumerate(blocks.items()):
             network.set_submodule(name, _Proxy(self, index, block))
         source.load(network, "", copied=copied)
         network.tie_weights()
         self._blocks = len(blocks)
         self._watch = Watch(statistics, source, network)
+
+    def _keep_made(self, module: nn.Module, args: object, output: Any) -> None:
+        """Keep what the first block makes for all others, which hand on what they are given of it."""
+        self._made = () if isinstance(output, Tensor) else tuple(output[1:])
 
     def enter(self, batch: Batch) -> Entry:
         """Return the hidden states before the first block, and what each block is given beside them.
@@ -312,24 +329,35 @@ class Shell:
         """Return what the trunk hands to the head, from the hidden states behind the last block."""
         hidden = hidden.to(self._source.device)
         with torch.no_grad():
-            return trunk_output(self._forward(trunk_of(self.network), batch, self._replay(lambda _: hidden)))
+            trunk = partial(run_trunk, self.network)
+            return trunk_output(self._forward(trunk, batch, self._replay(lambda _: hidden)))
 
     def _replay(self, output: Callable[[Tensor], Tensor]) -> Callable[[int, Tensor, Call], Tensor]:
         return lambda index, hidden, _: output(hidden) if index == self._blocks - 1 else hidden
 
-    def _forward(self, network: nn.Module, batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
+    def _forward(self, network: Callable[..., Any], batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
         self._learn(batch)
         return self._run(network, batch, visit)
 
-    def _run(self, network: nn.Module, batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
+    def _run(self, network: Callable[..., Any], batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
         self._visit = visit
-        with suppress(_Stop):
-            return network(**to_device(batch, self._source.device))
+        try:
+            with suppress(_Stop):
+                return network(**to_device(batch, self._source.device))
+        finally:
+            self._made = ()  # with it goes what led to it
 
     def visit(self, index: int, hidden: Tensor, call: Call) -> Any:
         """Stand in for a block: called by its proxy."""
         assert self._answer is not None
-        return self._answer(self._visit(index, hidden, call))
+        output = self._visit(index, hidden, call)
+        return (output, *self._made) if self._made else self._answer(output)
+
+
+def _block_before(name: str) -> str | None:
+    """Return the name of the block before one; None where that is the first."""
+    blocks, _, number = name.rpartition(".")
+    return f"{blocks}.{int(number) - 1}" if int(number) else None
 
 
 def loss_of(output: Any) -> float | None:

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
+from string import ascii_letters
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sensmerge.tasks.deadline import deadline
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.template_files import SECONDS, TEMPLATE_ERRORS
 from sensmerge.tasks.networks.tokens import tokens
 
 Messages = Sequence[Mapping[str, Any]]
@@ -23,7 +25,6 @@ TODAY = datetime(2024, 7, 26)
 says where it does not know the date."""
 _TEXT = "\ue000\ue001\ue002"
 """Stands for what the assistant says, to find what stands around it."""
-_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -103,27 +104,26 @@ class ChatTemplate:
             continued: leave the last message open.
 
         Raises:
-            InputError: the template refuses them.
+            InputError: the template refuses them, or takes too long.
         """
+        template = self._template
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=self.tools,
-                chat_template=self._template,
-                add_generation_prompt=prompt,
-                continue_final_message=continued,
-                tokenize=False,
-                **self.variables,
-            )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+            with deadline(SECONDS):
+                text: str = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=self.tools,
+                    chat_template=template,
+                    add_generation_prompt=prompt,
+                    continue_final_message=continued,
+                    tokenize=False,
+                    **self.variables,
+                )
+        except TimeoutError:
+            raise InputError(
+                f"{self.where}: the chat template has not written the messages after {SECONDS:g} seconds; name another "
+                "model, or template, in tokenizer"
+            ) from None
+        except TEMPLATE_ERRORS as error:
             what = " ".join(str(error).split("\n")[0].split())
             raise InputError(f"{self.where}: the chat template cannot write the messages: {what}") from error
         return text
@@ -227,9 +227,11 @@ class ChatTemplate:
 
 @lru_cache(maxsize=64)
 def dated(template: str) -> str:
-    """Return a template for which it is always `TODAY`."""
-    formats = dict.fromkeys(match[2] for match in _DATE.finditer(template))
-    if not formats:
+    """Return a template for which it is always `TODAY`, in whichever format it asks for the date."""
+    if "strftime_now" not in template:
         return template
-    cases = "".join(f"{{%- if form == {form!r} -%}}{TODAY.strftime(form)}{{%- endif -%}}" for form in formats)
-    return f"{{%- macro strftime_now(form) -%}}{cases}{{%- endmacro -%}}{template}"
+    percent = "\ue003"
+    codes = [f"%{pad}{letter}" for pad in ("", "-") for letter in ascii_letters]
+    said = {"%%": percent} | {one: TODAY.strftime(one) for one in codes} | {percent: "%"}
+    filters = "".join(f"|replace({one!r}, {text!r})" for one, text in said.items() if one != text)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} }}}}{{%- endmacro +%}}{template}"

@@ -23,6 +23,7 @@ from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.journeys import Measured, Runner
 from sensmerge.tasks.networks.networks import Head, for_one_pass, skeleton
 from sensmerge.tasks.networks.placement import Placement
+from sensmerge.tasks.networks.readers import random_pictures, read_by
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.stand_in import stand_ins
@@ -48,6 +49,8 @@ class StandIn:
         """
         self.name = type(network).__name__
         self._folder, self._network, self._batch = folder, network, _batch(network, head)
+        # An encoder-decoder makes of labels what its decoder is given.
+        self._inputs = self._batch if head == "seq2seq_lm" else _without_labels(self._batch)
         network.save_pretrained(folder / "model")
         self._source = Source(folder / "model", folder / "model", self.name, head, torch.float32, "cpu")
 
@@ -67,7 +70,7 @@ class StandIn:
         """
 
         def compare() -> None:
-            inputs = _inputs(self._batch)
+            inputs = self._inputs
             output = self._trunk("whole")
             head = DetachedHead.read(self._source)
             with torch.no_grad():
@@ -127,7 +130,7 @@ class StandIn:
         """
 
         def generate() -> None:
-            self._network.generate(**_inputs(self._batch), max_new_tokens=2, do_sample=False)
+            self._network.generate(**_without_labels(self._batch), max_new_tokens=2, do_sample=False)
 
         self._try("it cannot generate", generate)
 
@@ -149,7 +152,7 @@ class StandIn:
 
     def _trunk(self, placement: Placement) -> TrunkOutput:
         with torch.no_grad():
-            return self._with_runner(placement, lambda runner: dict(runner.trunk_outputs([_inputs(self._batch)]))[0])
+            return self._with_runner(placement, lambda runner: dict(runner.trunk_outputs([self._inputs]))[0])
 
     def _with_runner(
         self, placement: Placement, run: Callable[[Runner], Result], statistics: Statistics | None = None
@@ -176,7 +179,7 @@ def stand_in(config: PretrainedConfig, head: Head, folder: Path, scratch: Path) 
         scratch: an empty folder.
 
     Raises:
-        InputError: the network takes no text alone, or has no loss on it; without a recipe key.
+        InputError: the network takes no such sample alone, or has no loss on it; without a recipe key.
     """
     whole = skeleton(config, head, folder)
     with _quiet():
@@ -186,7 +189,7 @@ def stand_in(config: PretrainedConfig, head: Head, folder: Path, scratch: Path) 
             except Exception as error:  # a network that is not made for this may raise anything
                 if is_whole:
                     raise InputError(
-                        f"{type(network).__name__}: it has no loss on text alone ({_one_line(error)})"
+                        f"{type(network).__name__}: it has no loss on {_alone(network)} ({_one_line(error)})"
                     ) from error
                 continue
             network.zero_grad()
@@ -194,7 +197,7 @@ def stand_in(config: PretrainedConfig, head: Head, folder: Path, scratch: Path) 
     # On the meta device the real one can tell whether it takes such inputs, but for what depends on values.
     reason = _refusal(whole, head)
     if reason:
-        raise InputError(f"{type(whole).__name__}: it has no loss on text alone ({reason})")
+        raise InputError(f"{type(whole).__name__}: it has no loss on {_alone(whole)} ({reason})")
     return None
 
 
@@ -208,6 +211,10 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+
+
+def _alone(network: PreTrainedModel) -> str:
+    return "pictures alone" if read_by(network) == "pictures" else "text alone"
 
 
 def _refusal(network: PreTrainedModel, head: Head) -> str:
@@ -228,7 +235,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _batch(network: PreTrainedModel, head: Head) -> Batch:
-    """Return a sample that ends with an end token, at which some heads look."""
+    """Return a sample; a text ends with an end token, at which some heads look."""
+    if read_by(network) == "pictures":
+        pictures = random_pictures(network.config, 1, torch.Generator().manual_seed(0))
+        return {**pictures, "labels": torch.tensor([0])}
     text = network.config.get_text_config()
     end = getattr(text, "eos_token_id", None)
     end = end if isinstance(end, int) and end < getattr(text, "vocab_size", 0) else 9
@@ -236,11 +246,12 @@ def _batch(network: PreTrainedModel, head: Head) -> Batch:
     labels = {
         "classification": torch.tensor([0.5 if network.config.num_labels == 1 else 0]),
         "token_classification": torch.zeros_like(ids),
+        "seq2seq_lm": torch.tensor([[8, 7, end]]),
     }
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels.get(head, ids.clone())}
 
 
-def _inputs(batch: Batch) -> Batch:
+def _without_labels(batch: Batch) -> Batch:
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 

@@ -5,3 +5,6 @@ OWN_HEADS = ("classification", "token_classification")
 each token.
 
 Trunks are merged; the experts' heads lie beside them, unless the base has the same head."""
+
+WRITING_HEADS = ("causal_lm", "seq2seq_lm")
+"""Endings of networks that write texts."""

@@ -223,6 +223,7 @@ def _open_adapter(folder: Path, base: Base, key: str, source: Checkpoint) -> Exp
             "SEQ_CLS": "classification",
             "TOKEN_CLS": "token_classification",
             "CAUSAL_LM": "causal_lm",
+            "SEQ_2_SEQ_LM": "seq2seq_lm",
         }
         ending = endings.get(adapter_config.task_type)
         if ending == "causal_lm" and not has_network(base.config, ending):
@@ -290,7 +291,7 @@ def load_network(
 
     Args:
         model: whose trunk it is.
-        head: `causal_lm`, `classification` or `token_classification`.
+        head: `causal_lm`, `seq2seq_lm`, `classification` or `token_classification`.
         dtype: dtype of the weights in memory.
         device: torch device.
         head_of: whose head follows the trunk; None where the trunk's checkpoint has it all.

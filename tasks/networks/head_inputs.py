@@ -56,7 +56,10 @@ def logits_of(head: DetachedHead, kept: HeadInput, batch: Batch) -> Tensor:
     """Return the logits, float32, (B, classes), of a head that is given what `head_input` kept for the batch."""
     device = str(head.network.device)
     kept, batch = to_device(dict(kept), device), to_device(batch, device)
-    hidden = kept["hidden"].new_zeros(*batch["input_ids"].shape, kept["hidden"].shape[-1])
+    count = len(next(iter(batch.values())))
+    # Of pictures, no input has as many positions as the trunk gives: none behind the last that is read counts.
+    length = batch["input_ids"].shape[1] if "input_ids" in batch else max(kept["places"][:, 1].tolist(), default=0) + 1
+    hidden = kept["hidden"].new_zeros(count, length, *kept["hidden"].shape[1:])
     hidden[kept["places"][:, 0], kept["places"][:, 1]] = kept["hidden"]
     with torch.no_grad():
         return head.logits(hidden, kept.get("pooled"), batch).cpu()

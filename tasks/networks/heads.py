@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sensmerge.tasks.checkpoints.weights import HEAD_WEIGHTS
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.networks import Head, load_config, own_ending, skeleton, trunk_of
+from sensmerge.tasks.networks.networks import Head, is_seq2seq, load_config, own_ending, skeleton, trunk_of
 from sensmerge.tasks.networks.source import Source
 
 
@@ -58,13 +58,15 @@ class DetachedHead:
         """Take a network and put a trunk without weights in the place of its own, which stays as it is."""
         self.network = network
         self._output = TrunkOutput()
-        trunk = trunk_of(network)
-        place = next(name for name, module in network.named_modules() if module is trunk)
-        hollow = _without_weights(trunk)
-        # Of encoder-decoders, some heads call the decoder, not the wrapper that is their trunk.
-        for module in {id(one): one for one in (hollow, getattr(hollow, "decoder", hollow))}.values():
-            module.forward = self._replay
-        network.set_submodule(place, hollow)
+        # Of an encoder-decoder that writes, the trunk may be no module of its own.
+        parts = [network.get_encoder(), network.get_decoder()] if is_seq2seq(network) else [trunk_of(network)]
+        for part in parts:
+            place = next(name for name, module in network.named_modules() if module is part)
+            hollow = _without_weights(part)
+            # Of encoder-decoders, some heads call the decoder, not the wrapper that is their trunk.
+            for module in {id(one): one for one in (hollow, getattr(hollow, "decoder", hollow))}.values():
+                module.forward = self._replay
+            network.set_submodule(place, hollow)
 
     def _replay(self, *_: object, **__: object) -> TrunkOutput:
         return self._output
@@ -82,7 +84,7 @@ class DetachedHead:
         missing = set(dict(network.named_parameters())) ^ set(tensors)
         if missing:
             raise InputError(f"{saved.folder}: no fitting weights for {', '.join(sorted(missing))}; merge again")
-        network.load_state_dict(tensors, assign=True)
+        network.load_state_dict(tensors, strict=False, assign=True)  # norms of a batch add what they lack
         network.eval()
         return head
 
@@ -108,7 +110,8 @@ class DetachedHead:
         Args:
             hidden: last hidden state of a trunk, (B, T, width).
             pooled: its pooler's output, (B, width), where it has one.
-            inputs: what the trunk was given; some heads look for the last token in it.
+            inputs: what the trunk was given; some heads look for the last token in it, and an encoder-decoder that
+                writes takes nothing else of it but that there are labels.
         """
         self._output = TrunkOutput(last_hidden_state=hidden, pooler_output=pooled)
         logits: torch.Tensor = self.network(**inputs).logits
@@ -117,7 +120,7 @@ class DetachedHead:
 
 def _without_weights(module: nn.Module) -> nn.Module:
     copied = copy.copy(module)
-    copied._parameters, copied._buffers = {}, {}
+    copied._parameters, copied._buffers = {}, dict.fromkeys(module._buffers)
     copied._modules = {
         name: None if child is None else _without_weights(child) for name, child in module._modules.items()
     }

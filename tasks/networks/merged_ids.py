@@ -8,31 +8,41 @@ from transformers import PreTrainedTokenizerBase
 
 from sensmerge.tasks.errors import InputError
 
+_WRITING = frozenset({"apply_chat_template", "get_chat_template", "chat_template", "special_tokens_map"})
+"""What writes conversations as texts, in merged models' way."""
+
 
 def in_merged_ids(
-    tokenizer: PreTrainedTokenizerBase, moved: Mapping[int, int], folder: Path
+    tokenizer: PreTrainedTokenizerBase, moved: Mapping[int, int], folder: Path, writer: PreTrainedTokenizerBase
 ) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that gives other ids for the same tokens.
+    """Return a tokenizer that gives other ids for the same tokens, and reads conversations as merged models do.
 
     Args:
         tokenizer: the tokenizer.
         moved: new ids by its own, of all tokens that have one.
         folder: of the tokenizer, for messages.
+        writer: the tokenizer of merged models.
     """
-    return cast(PreTrainedTokenizerBase, _MovedTokenizer(tokenizer, moved, folder))
+    return cast(PreTrainedTokenizerBase, _MovedTokenizer(tokenizer, moved, folder, writer))
 
 
 class _MovedTokenizer:
     """What tasks need of a tokenizer, with other ids; all else is the tokenizer's own."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, moved: Mapping[int, int], folder: Path) -> None:
-        self._own, self._moved, self._folder = tokenizer, moved, folder
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        moved: Mapping[int, int],
+        folder: Path,
+        writer: PreTrainedTokenizerBase,
+    ) -> None:
+        self._own, self._moved, self._folder, self._writer = tokenizer, moved, folder, writer
         self._back = {new: own for own, new in moved.items()}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # what copies and pickles ask for
             raise AttributeError(name)
-        value = getattr(self._own, name)
+        value = getattr(self._writer if name in _WRITING else self._own, name)
         if name.endswith("_token_id"):
             return self._moved.get(value)
         return value
@@ -41,6 +51,12 @@ class _MovedTokenizer:
         found = self._own(*texts, **settings)
         found["input_ids"] = [self._new(one) for one in found["input_ids"]]
         return found
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The added tokens that merged models have, by their ids there."""
+        found = self._own.added_tokens_decoder
+        return {self._moved[own]: token for own, token in found.items() if own in self._moved}
 
     def _new(self, own: int) -> int:
         if own not in self._moved:

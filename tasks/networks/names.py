@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sensmerge.tasks.checkpoints.layers import in_block
+from sensmerge.tasks.networks.networks import trunk_name
 
 _ROTARY = re.compile(r"rotary_emb\.inv_freq")
 _WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+|(?<=\.)_orig_mod\.")
@@ -138,7 +139,8 @@ def plain(name: str) -> str:
 
 def names_of(network: PreTrainedModel) -> Names:
     """Return the names of a network, which may lie on the meta device."""
-    prefix = f"{network.base_model_prefix}." if network.base_model_prefix else ""
+    name = trunk_name(network)
+    prefix = f"{name}." if name else ""
     transforms = get_model_conversion_mapping(network)
     # Some networks have the head before the trunk, and there the name that is tied to the trunk's comes first.
     full = [network.all_tied_weights_keys.get(name, name) for name in parameter_names(network)]

@@ -1,10 +1,12 @@
 """Transformers networks: their structure without weights, and networks filled with the weights of any model."""
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,26 @@ from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.bounds import ERRORS, check_bounds, setting
 from sensmerge.tasks.networks.foreign import check_foreign
 from sensmerge.tasks.networks.merged_ids import in_merged_ids
+from sensmerge.tasks.networks.pictures import PIXELS
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
 Head = str
-"""What a network ends in: `causal_lm`, `classification` (of a single class: a number), `token_classification`, or
-`trunk`: no head follows."""
+"""What a network ends in: `causal_lm`, `seq2seq_lm`, `classification` (of a single class: a number),
+`token_classification`, or `trunk`: no head follows."""
 
 _AUTO_MAPPINGS = {
     "causal_lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    "classification": (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,),
+    "seq2seq_lm": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,),
     "trunk": (modeling_auto.MODEL_MAPPING,),
+    "classification": (
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    ),
     "token_classification": (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,),
 }
-"""Networks by head and config; a language model that also reads images counts where there is none of texts alone."""
+"""Networks by head and config; a language model that also reads images counts where there is none of texts alone, and a
+classifier of pictures where there is none of texts."""
 
 
 def load_config(folder: Path, dequantize: bool = False) -> PretrainedConfig:
@@ -176,6 +184,7 @@ def hollow_network(config: PretrainedConfig, head: Head, dtype: torch.dtype, fol
     with init_empty_weights():
         network: PreTrainedModel = cls._from_config(copy.deepcopy(config_of(cls, config)), dtype=dtype)
     network.tie_weights()  # each was registered on the meta device again
+    _take_any_float(network)
     return for_one_pass(network)
 
 
@@ -184,11 +193,32 @@ def for_one_pass(network: PreTrainedModel) -> PreTrainedModel:
 
     What routers of mixtures add (`output_router_logits`) depends on all blocks at once, so a network in parts has none.
     """
-    for config in (network.config, network.config.get_text_config()):
+    configs = [network.config, network.config.get_text_config()]
+    if is_seq2seq(network):
+        configs.append(network.get_decoder().config)  # T5's has a copy of its own
+    for config in configs:
         config.use_cache = False
         if hasattr(config, "output_router_logits"):
             config.output_router_logits = False
     return network.eval()
+
+
+def trunk_name(network: PreTrainedModel) -> str:
+    """Return what a network calls its trunk, or would call it if it were not the trunk itself.
+
+    Some classifiers of pictures (CLIP's, SigLIP's) have it under another name than `base_model_prefix`.
+    """
+    prefix: str = network.base_model_prefix
+    if hasattr(network, prefix) or type(network) not in _AUTO_MAPPINGS["classification"][1].values():
+        return prefix
+    trunk = trunk_of(network)
+    return next(str(name) for name, module in network.named_children() if module is trunk)
+
+
+def trunk_or_self(network: PreTrainedModel) -> nn.Module:
+    """Return the trunk of a network, which is the network itself if nothing follows it."""
+    found: nn.Module = getattr(network, trunk_name(network), network)
+    return found
 
 
 def trunk_of(network: PreTrainedModel) -> nn.Module:
@@ -198,6 +228,37 @@ def trunk_of(network: PreTrainedModel) -> nn.Module:
         return trunk
     # Some give their trunk another name than `base_model_prefix` says.
     return max(network.children(), key=lambda child: sum(one.numel() for one in child.parameters()))
+
+
+def is_seq2seq(network: PreTrainedModel) -> bool:
+    """Return whether a network writes, by its decoder, what its encoder is asked: one that ends in `seq2seq_lm`."""
+    return bool(network.config.is_encoder_decoder) and network.can_generate()
+
+
+def run_trunk(network: PreTrainedModel, **inputs: Any) -> Any:
+    """Return what the trunk of a network hands to its head; of an encoder-decoder that writes, what its decoder gives.
+
+    That one's inputs are those of the whole network, labels included: by these the network itself makes the decoder's.
+    """
+    if not is_seq2seq(network):
+        return trunk_of(network)(**inputs)
+    found: list[Any] = []
+
+    def keep(module: nn.Module, args: object, output: Any) -> None:
+        found.append(output)
+        raise _DecoderRan
+
+    handle = network.get_decoder().register_forward_hook(keep)
+    try:
+        with suppress(_DecoderRan):
+            network(**inputs)
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
+class _DecoderRan(Exception):
+    """The network need not run on."""
 
 
 def fill_network(
@@ -214,6 +275,7 @@ def fill_network(
         InputError: the weights leave a parameter of the network without a value of its shape.
     """
     cls = network_class(config, head, folder)
+    pools = head == "trunk" and "add_pooling_layer" in inspect.signature(cls.__init__).parameters
     transformers.logging.disable_progress_bar()
     with _quiet():
         network, loaded = cls.from_pretrained(
@@ -223,6 +285,7 @@ def fill_network(
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **({"add_pooling_layer": False} if pools else {}),  # nothing reads it, and many files lack it
         )
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
         names = sorted([*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])])
@@ -230,7 +293,24 @@ def fill_network(
     network.to(device)
     network.eval()
     filled: PreTrainedModel = network
+    _take_any_float(filled)
     return filled
+
+
+def _take_any_float(network: PreTrainedModel) -> None:
+    """Have a network take pixels in any dtype, as most do by themselves: convolutions take none but their own."""
+    for module in {network, trunk_or_self(network)} if network.main_input_name == PIXELS else ():
+        module.register_forward_pre_hook(partial(_cast, network), with_kwargs=True)
+
+
+def _cast(
+    network: PreTrainedModel, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        is_pixels = isinstance(value, torch.Tensor) and value.dim() == 4 and value.is_floating_point()
+        return value.to(network.dtype) if is_pixels else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def after_padding(config: PretrainedConfig) -> bool:
@@ -270,7 +350,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: no usable tokenizer ({reason}); get its files again") from error
     view = read_view(folder)
-    return tokenizer if view is None else in_merged_ids(tokenizer, view.moved(), folder)
+    return tokenizer if view is None else in_merged_ids(tokenizer, view.moved(), folder, load_tokenizer(view.writer))
 
 
 def describe(config: PretrainedConfig) -> dict[str, Any]:

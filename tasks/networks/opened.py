@@ -6,13 +6,13 @@ Headers and tokenizers are kept, which are small. Weights are not: each time, fi
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.expert import Expert, open_expert
-from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.pictures import Reads
+from sensmerge.tasks.networks.readers import load_reader
 
 _Files = tuple[tuple[str, int, int, int], ...]
 """Of each file its name, inode, size and time of the last change."""
@@ -29,9 +29,9 @@ def opened_expert(artifact: Artifact, base: Artifact, base_config: bool) -> Expe
     return replace(found, base=_unread(found.base), source=replace(found.source))
 
 
-def opened_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model; see `load_tokenizer`."""
-    return _tokenizer(artifact, _files(artifact.folder))
+def opened_reader(artifact: Artifact, reads: Reads) -> Any:
+    """Return the tokenizer, or the image processor, of a model; see `load_reader`."""
+    return _reader(artifact, _files(artifact.folder), reads)
 
 
 @lru_cache(maxsize=2)  # the base, and the model that is scored
@@ -51,8 +51,8 @@ def _unread(base: Base) -> Base:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(artifact: Artifact, _: _Files) -> PreTrainedTokenizerBase:
-    return load_tokenizer(artifact.folder)
+def _reader(artifact: Artifact, _: _Files, reads: Reads) -> Any:
+    return load_reader(artifact.folder, reads)
 
 
 def _files(folder: Path) -> _Files:

@@ -9,7 +9,7 @@ import torch
 
 from sensmerge.tasks.networks.blocks import Batch, TrunkOutput, loss_of, to_device, trunk_output
 from sensmerge.tasks.networks.journeys import Check, Measured, Runner
-from sensmerge.tasks.networks.networks import trunk_of
+from sensmerge.tasks.networks.networks import run_trunk
 from sensmerge.tasks.networks.placement import Actors, Placement
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.streaming import StreamedRunner, start_anew
@@ -76,5 +76,5 @@ class WholeRunner(Runner):
         """See `Runner`."""
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                output = trunk_of(self._network)(**to_device(batch, self._source.device))
+                output = run_trunk(self._network, **to_device(batch, self._source.device))
                 yield number, trunk_output(output)

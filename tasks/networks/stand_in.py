@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sensmerge.tasks.checkpoints.layers import block_names
+from sensmerge.tasks.networks.networks import trunk_or_self
 
 LARGEST = 12_000_000
 """Parameters of a stand-in at most."""
@@ -73,14 +74,19 @@ def _kinds(network: nn.Module) -> set[tuple[str, int]]:
 
 
 def _layers(network: PreTrainedModel) -> int:
-    """Return how many of the first blocks have all kinds of parameters that a network's blocks have; at least 2."""
+    """Return how many of the first blocks have all kinds of parameters that a network's blocks have; at least 2.
+
+    Of an encoder-decoder at least 3: what the first block makes for all others is handed on by the second.
+    """
     seen: set[str] = set()
-    needed = 1
-    for number, block in enumerate(block_names(name for name, _ in network.base_model.named_parameters()), 1):
-        kinds = {pattern(name) for name, _ in network.base_model.get_submodule(block).named_parameters()}
+    is_pair, trunk = network.config.is_encoder_decoder, trunk_or_self(network)
+    needed = 3 if is_pair else 2
+    for place, block in enumerate(block_names(name for name, _ in trunk.named_parameters()), 1):
+        number = int(block.rpartition(".")[2]) + 1 if is_pair else place
+        kinds = {pattern(name) for name, _ in trunk.get_submodule(block).named_parameters()}
         if not kinds <= seen:
-            seen, needed = seen | kinds, number
-    return max(2, needed)
+            seen, needed = seen | kinds, max(needed, number)
+    return needed
 
 
 def _shrink(config: PretrainedConfig, layers: int | None, factor: int) -> None:
@@ -94,6 +100,11 @@ def _shrink(config: PretrainedConfig, layers: int | None, factor: int) -> None:
         if new is not value:
             with suppress(Exception):  # a setting that cannot be set stays
                 setattr(config, name, new)
+    stages = getattr(config, "stage_names", None)
+    if isinstance(stages, list) and layers and old and len(stages) == old + 1 > layers + 1:
+        # One for each block and one before them: what a backbone gives has to be of those that are left.
+        config.stage_names = stages[: layers + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=[layers])
 
 
 def _smaller(name: str, value: Any, layers: int | None, factor: int, old: int | None) -> Any:

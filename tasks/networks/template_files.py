@@ -7,8 +7,14 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from sensmerge.tasks.artifacts import load_object, write_json
 from sensmerge.tasks.checkpoints.companions import TOKENIZER_CONFIG, companions
+from sensmerge.tasks.deadline import deadline
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.networks import load_tokenizer
+
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a chat template raises that cannot write some messages."""
+SECONDS = 10.0
+"""How long a chat template, which may come from anybody, may write at some messages; most take milliseconds."""
 
 
 def chat_templates(folder: Path) -> dict[str, Any]:
@@ -29,7 +35,7 @@ def template_texts(folder: Path) -> set[str]:
         if name.endswith(".json"):
             found = object_in(folder / name).get("chat_template") if name != TOKENIZER_CONFIG else found
         entries = found if isinstance(found, list) else [found]
-        texts |= {one["template"] if isinstance(one, dict) else str(one) for one in entries}
+        texts |= {str(one.get("template") if isinstance(one, dict) else one) for one in entries}
     return texts
 
 
@@ -42,11 +48,15 @@ def set_template(folder: Path, template: str) -> None:
     if config.pop("chat_template", None) is not None:
         write_json(folder / TOKENIZER_CONFIG, config)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
     try:
-        load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        with deadline(SECONDS):
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TimeoutError:
+        raise InputError(f"tokenizer.chat_template: has not written a message after {SECONDS:g} seconds") from None
     except TemplateSyntaxError as error:
         raise InputError(f"tokenizer.chat_template: no Jinja template ({error}); correct it") from error
-    except TemplateError:  # a template may refuse this conversation
+    except TEMPLATE_ERRORS:  # a template may refuse this conversation
         return
 
 

@@ -1,7 +1,7 @@
 """Whose tokenizer, chat template, end tokens and generation config merged models get: all from one model."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,8 @@ def choose(base: Owner, experts: Sequence[Owner], asked: Asked, generates: bool)
             ends = []  # the base's own files say so
     vocabulary = united.vocabulary if united and moves else None
     readers = _readers(vocabulary, [one.key for one in experts if one.key in maps]) if vocabulary else ()
+    texts = template_texts(source.folder) if template is None else {template}
+    notes += _spelled_notes({one: maps[one] for one in readers}, [*added_tokens(source.folder), *added], texts)
     return Choice(source, added, tuple(ends), template, vocabulary, readers, tuple(notes))
 
 
@@ -145,6 +147,20 @@ def _word_notes(source: Owner, owners: Sequence[Owner], added: Sequence[str]) ->
 
 def _readers(vocabulary: Vocabulary, keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(one for one in keys if all(token in vocabulary.ids for token in vocabulary.models[one]))
+
+
+def _spelled_notes(
+    readers: Mapping[str, Mapping[str, int]], tokens: Sequence[str], templates: Collection[str]
+) -> list[str]:
+    """Say which added tokens of merged models' chat templates are none in an expert's own tokenizer."""
+    written = [token for token in tokens if any(token in text for text in templates)]
+    lacking = {key: [token for token in written if token not in own] for key, own in readers.items()}
+    return [
+        f"tokenizer: {key} has no token {', '.join(map(repr, found))}, which the chat template of merged models "
+        "writes; in conversations it reads what the text is spelled with"
+        for key, found in lacking.items()
+        if found
+    ]
 
 
 def _differ(models: Sequence[Owner], maps: Mapping[str, Mapping[str, int]], asked: Asked) -> bool:
@@ -279,15 +295,30 @@ def _conflicts(source: Owner, maps: Mapping[str, Mapping[str, int]]) -> list[str
 
 
 def added_tokens(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the added tokens of a folder's tokenizer as `tokenizer.json` has them, by token."""
-    found = {
-        str(one["content"]): {"id": int(id_), **one}
-        for id_, one in object_in(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items()
-    }
-    found |= {str(one["content"]): one for one in object_in(folder / TOKENIZER_JSON).get("added_tokens", [])}
-    for token, id_ in object_in(folder / "added_tokens.json").items():
-        plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        found.setdefault(token, {"id": id_, "content": token, **plain, "special": True})
+    """Return the added tokens of a folder's tokenizer as `tokenizer.json` has them, by token.
+
+    Raises:
+        InputError: a file has them in another form.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    path = folder / TOKENIZER_CONFIG
+    try:
+        for id_, one in object_in(path).get("added_tokens_decoder", {}).items():
+            found[str(one["content"])] = {"id": int(id_), **one}
+        path = folder / TOKENIZER_JSON
+        for one in object_in(path).get("added_tokens", []):
+            found[str(one["content"])] = dict(one)
+        path = folder / "added_tokens.json"
+        for token, id_ in object_in(path).items():
+            plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            found.setdefault(token, {"id": int(id_), "content": token, **plain, "special": True})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: its added tokens are not in the form that transformers writes; expected an id and, for each, an "
+            "object with content: save the tokenizer again, or take another copy of the model"
+        ) from error
     return found
 
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.pictures import Picture
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Inputs = Mapping[str, Any]
-"""what a network reads of one sample, by its argument: a list of token ids, or a tensor"""
+"""what a network reads of one sample, by its argument: a list of token ids, a picture, or a tensor"""
 PADDING = 0.1
 """Share of a sample's place in its batch that is padding at most: less would save little, and make more batches."""
 
@@ -38,6 +39,17 @@ def class_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: in
     longest = None if max_length is None else max_length + twice
     ids: list[int] = tokenizer(text, truncation=longest is not None, max_length=longest, verbose=False)["input_ids"]
     return ids[twice:]
+
+
+def target_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list[int]:
+    """Token ids of a text that a decoder is to write, with the tokenizer's special tokens, its end token for certain.
+
+    Of a text that is too long, the end token stays.
+    """
+    ids: list[int] = tokenizer(text_target=text, truncation=True, max_length=max_length, verbose=False)["input_ids"]
+    if tokenizer.eos_token_id in ids:
+        return ids
+    return [*ids[: max_length - 1], tokenizer.eos_token_id]
 
 
 def pair_tokens(
@@ -121,9 +133,10 @@ def pad(sequences: Sequence[list[int]], pad_id: int, side: Literal["left", "righ
 
 
 def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right"] = "right") -> "dict[str, Tensor]":
-    """Samples as one batch: token ids as `pad` does, other lists padded with 0 alike, tensors stacked.
+    """Samples as one batch: token ids as `pad` does, labels and other lists alike with −100 and 0, pixels and tensors
+    stacked.
 
-    All samples have the same inputs, and tensors of one name one shape.
+    All samples have the same inputs, and pixels and tensors of one name one shape.
     """
     import torch
 
@@ -133,15 +146,17 @@ def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right
         if name == "input_ids":
             batch |= pad(values, pad_id, side)
         elif isinstance(values[0], list):
-            batch[name] = pad(values, 0, side)["input_ids"]
+            batch[name] = pad(values, -100 if name == "labels" else 0, side)["input_ids"]
+        elif isinstance(values[0], Picture):
+            batch[name] = torch.stack([one.pixels() for one in values])
         else:
             batch[name] = torch.stack(values)
     return batch
 
 
 def length(sample: Inputs) -> int:
-    """How many tokens a sample has; 0 where a network reads no text."""
-    return len(sample.get("input_ids", ()))
+    """How many tokens a sample has, those that a decoder is to write included; 0 where a network reads no text."""
+    return len(sample.get("input_ids", ())) + len(sample.get("labels", ()))
 
 
 def batches(lengths: Sequence[int], size: int | None = None, padding: float = PADDING) -> list[list[int]]:
@@ -166,9 +181,13 @@ def batches(lengths: Sequence[int], size: int | None = None, padding: float = PA
     return found
 
 
-def pad_token(network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return a token id to pad with. The config's comes first: a decoder with a classification head looks for it."""
-    for pad_id in (getattr(network.config, "pad_token_id", None), tokenizer.pad_token_id, tokenizer.eos_token_id):
+def pad_token(network: "PreTrainedModel", tokenizer: Any) -> int:
+    """Return a token id to pad with. The config's comes first: a decoder with a classification head looks for it.
+
+    Of an image processor in place of the tokenizer, it is of no meaning.
+    """
+    own = (getattr(tokenizer, key, None) for key in ("pad_token_id", "eos_token_id"))
+    for pad_id in (getattr(network.config, "pad_token_id", None), *own):
         if pad_id is not None:
             return int(pad_id)
     return 0

@@ -230,8 +230,12 @@ def _notes(
     base = owners[0]
     if not maps:
         yield "tokenizer: no tokenizer tells what rows are of, so rows of one number are taken to be of one token"
-    if any(one.rows != vocabulary.rows for one in owners):
+    unlike = [one for one in owners if one.rows != vocabulary.rows]
+    if base in unlike:
         yield f"tokenizer: embeddings of merged models have {vocabulary.rows} rows; those of the base have {base.rows}"
+    elif unlike:
+        sizes = ", ".join(f"{one.rows} in {one.key}" for one in unlike)
+        yield f"tokenizer: embeddings of merged models have the base's {vocabulary.rows} rows; there are {sizes}"
     for one in owners:
         own = vocabulary.models[one.key]
         lacking = {token: row for token, row in vocabulary.ids.items() if isinstance(token, str) and token not in own}

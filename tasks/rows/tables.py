@@ -3,6 +3,7 @@
 `datasets` is imported where it is used: files of rows are read without it.
 """
 
+import base64
 import glob
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,12 @@ class Table:
     """returns the rows of some indices, in their order"""
     place: Callable[[int], str]
     """returns where the row of an index stands"""
+    folder: Callable[[int], Path | None] = lambda _: None
+    """returns the folder of the text file that it stands in; None for other files"""
+
+    def rows(self, indices: Sequence[int]) -> "Rows":
+        """Return the rows of some indices, in their order, and where each stands."""
+        return Rows(self.take(indices), [self.place(one) for one in indices], [self.folder(one) for one in indices])
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Rows:
 
     rows: list[Row]
     places: list[str]
+    folders: list[Path | None]
+    """of the text file of each"""
 
 
 def open_table(source: DataSource, key: str, folder: Path) -> Table:
@@ -74,8 +83,7 @@ def load_rows(source: DataSource, key: str, folder: Path) -> Rows:
     """
     table, samples = open_table(source, key, folder), source.samples
     check_samples(table, samples, key)
-    chosen = sorted(draw_order(table.total, source.seed)[:samples])
-    return Rows(table.take(chosen), [table.place(index) for index in chosen])
+    return table.rows(sorted(draw_order(table.total, source.seed)[:samples]))
 
 
 def check_samples(table: Table, samples: int | None, key: str) -> None:
@@ -141,6 +149,7 @@ def _read_files(files: Mapping[str, Sequence[Path]], form: str, split: str, key:
         len(kept),
         lambda chosen: [kept[index][0] for index in chosen],
         lambda index: f"line {kept[index][2]} of {kept[index][1]}",
+        lambda index: kept[index][1].parent,
     )
 
 
@@ -194,13 +203,33 @@ def _load_dataset(source: DataSource, key: str, folder: Path) -> Table:
 def _rows_of(data: Any, chosen: Sequence[int], place: Callable[[int], str], key: str) -> list[Row]:
     """Return some rows of a data set; if one of them cannot be read, the message names it."""
     try:
-        rows: list[Row] = data.select(chosen).to_list()
+        found: list[Row] = data.select(chosen).to_list()
+        # Of a folder of pictures, it is `datasets` that has found the files; in others, anyone may have named them.
+        rows = [_in_json(row, data.info.builder_name == "imagefolder") for row in found]
     except Exception as error:  # a text that is no UTF-8, a picture that is none: what libraries of formats raise
         if len(chosen) > 1:
             half = len(chosen) // 2
             return [row for part in (chosen[:half], chosen[half:]) for row in _rows_of(data, part, place, key)]
         raise InputError(f"{key}: {place(chosen[0])} cannot be read: {_line(error)}; repair or remove it") from error
     return rows
+
+
+def _in_json(value: Any, opens: bool) -> Any:
+    """Return a value as JSON can hold it: bytes in base64, and in place of a picture its file.
+
+    Args:
+        value: of a row, as `datasets` stores it: an `Image` has `bytes`, or else a `path`.
+        opens: whether to read the files that paths name.
+    """
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, list):
+        return [_in_json(one, opens) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"bytes", "path"} and (value["bytes"] is not None or (opens and value["path"])):
+        return _in_json(Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"], opens)
+    return {name: _in_json(one, opens) for name, one in value.items()}
 
 
 def _as_declared(table: Table, texts: Table, key: str) -> Table:

@@ -2,12 +2,14 @@
 
 import builtins
 import datetime
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+_NAMED: Any = namedtuple
+"""It takes nothing but names: none of another's code can be in them."""
 _MANY: dict[str, Callable[[list[Any]], Any]] = {
     "list": list,
     "tuple": tuple,
@@ -45,6 +47,14 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
         return [number.__name__, number.__str__(value)]
     if isinstance(value, dict):
         return ["dict", *([encode(key, refer), encode(one, refer)] for key, one in dict.items(value))]
+    if isinstance(value, tuple) and hasattr(type(value), "_fields") and hasattr(type(value), "_make"):
+        named: Any = type(value)
+        return [
+            "namedtuple",
+            named.__name__,
+            list(named._fields),
+            *(encode(one, refer) for one in tuple.__iter__(value)),
+        ]
     if isinstance(value, list | tuple | set | frozenset | deque):
         many: Any = next(one for one in (list, tuple, set, frozenset, deque) if isinstance(value, one))
         return [many.__name__, *(encode(one, refer) for one in many.__iter__(value))]
@@ -70,6 +80,9 @@ def decode(value: Any, resolve: Callable[[Any], Any]) -> Any:
         return int(parts[0], 16)
     if name == "dict":
         return {decode(key, resolve): decode(one, resolve) for key, one in parts}
+    if name == "namedtuple":
+        title, fields, *values = parts
+        return _NAMED(title, fields)._make(decode(one, resolve) for one in values)
     if name in _TEXTS:
         return _TEXTS[name](parts[0])
     if name in _MANY:

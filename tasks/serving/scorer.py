@@ -3,7 +3,7 @@
 It imports no MLflow and nothing of `pipeline`, so that what serves a model needs no more than what runs it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +14,8 @@ import pandas as pd
 from sensmerge.tasks.dynamic.folder import MANIFEST
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.pictures import picture_file
+from sensmerge.tasks.networks.readers import read_by
 from sensmerge.tasks.serving.lease import Lease
 from sensmerge.tasks.serving.static_model import StaticModel
 
@@ -23,22 +25,25 @@ MAX_NEW_TOKENS = 64
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> "Scorer":
-    """Return what answers texts with a merged model; MLflow calls this.
+    """Return what answers texts, or pictures, with a merged model; MLflow calls this.
 
     Args:
         path: folder of the MLmodel.
         model_config: `folder`, where the merged model is if not in `path`, a folder or a URL that fsspec knows;
-            `device` and `dtype`, torch names.
+            `device` and `dtype`, torch names; `pictures`, a folder: without it, pictures are not named by paths, for
+            those who ask a server may not be those who may read its files.
     """
     settings = dict(model_config or {})
-    return Scorer(str(settings.get("folder") or path), settings.get("device", "cpu"), settings.get("dtype"))
+    pictures = Path(settings["pictures"]) if settings.get("pictures") else None
+    return Scorer(str(settings.get("folder") or path), settings.get("device", "cpu"), settings.get("dtype"), pictures)
 
 
 class Scorer:
-    """Answers a table with a column `text`, or a list of texts, with a table that has a row for each."""
+    """Answers a table with a column `text` or `image`, or a list of these, with a table that has a row for each."""
 
-    def __init__(self, place: str, device: str, dtype: str | None) -> None:
+    def __init__(self, place: str, device: str, dtype: str | None, pictures: Path | None = None) -> None:
         """See `_load_pyfunc`."""
+        self._pictures = pictures
         self._files = TemporaryDirectory()  # what is downloaded lives as long as the model
         self._lease = Lease(place)  # before anything is read, so that gc does not free half of it meanwhile
         try:
@@ -55,13 +60,14 @@ class Scorer:
         """Return a table: `prediction`, and of a dynamic model `expert` and `coefficient.EXPERT` for each expert.
 
         Args:
-            model_input: the texts.
+            model_input: the texts; or pictures: their files as bytes or in base64, or paths below `pictures`.
             params: `max_new_tokens` (language models); `task`, whose head answers (static classifiers with several).
 
         Raises:
-            InputError: no texts, or one that the model cannot answer, named by its row.
+            InputError: no texts or pictures, or one that the model cannot answer, named by its row.
         """
-        texts, given = _texts(model_input), dict(params or {})
+        given = dict(params or {})
+        texts = self._files_of(_column(model_input, "image")) if self._reads_pictures else _texts(model_input)
         max_new_tokens = int(given.get("max_new_tokens", MAX_NEW_TOKENS))
         rows: list[dict[str, Any]] = []
         for start in range(0, len(texts), BATCH_SIZE):
@@ -74,7 +80,16 @@ class Scorer:
             types |= {"expert": object} | {f"coefficient.{expert}": float for expert in self._model.experts}
         return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=kind) for name, kind in types.items()})
 
-    def _rows(self, texts: list[str], max_new_tokens: int, task: str | None) -> list[dict[str, Any]]:
+    @property
+    def _reads_pictures(self) -> bool:
+        model = self._model
+        networks = model.networks.values() if isinstance(model, StaticModel) else [model.network.network]
+        return read_by(next(iter(networks))) == "pictures"
+
+    def _files_of(self, values: list[Any]) -> list[bytes]:
+        return [picture_file(value, self._pictures, f"row {row}: the picture") for row, value in enumerate(values)]
+
+    def _rows(self, texts: Sequence[str | bytes], max_new_tokens: int, task: str | None) -> list[dict[str, Any]]:
         if isinstance(self._model, StaticModel):
             return [{"prediction": answer} for answer in self._model.predict(texts, max_new_tokens, task)]
         return [
@@ -108,15 +123,20 @@ def _gone(place: str) -> InputError:
     )
 
 
-def _texts(given: Any) -> list[str]:
-    """Return the texts of a table with a column `text`, or of a list."""
+def _column(given: Any, name: str) -> list[Any]:
+    """Return the values of a column of a table, or of a list."""
     if isinstance(given, pd.DataFrame | dict):
-        if "text" not in given:
-            raise InputError(f"found the columns {', '.join(map(str, given)) or '(none)'}; expected a column text")
-        given = given["text"]
-    if isinstance(given, str):
-        raise InputError("found a single text; expected a DataFrame with a column text, or a list of texts")
-    texts = list(given)
+        if name not in given:
+            raise InputError(f"found the columns {', '.join(map(str, given)) or '(none)'}; expected a column {name}")
+        given = given[name]
+    if isinstance(given, str | bytes):
+        raise InputError(f"found a single {name}; expected a DataFrame with a column {name}, or a list of {name}s")
+    return list(given)
+
+
+def _texts(given: Any) -> list[str | bytes]:
+    """Return the texts of a table with a column `text`, or of a list."""
+    texts = _column(given, "text")
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"row {row}: found {text!r}, expected a text")

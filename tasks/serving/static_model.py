@@ -1,4 +1,5 @@
-"""A static merge that answers texts: a language model continues them, a head says their class or their number.
+"""A static merge that answers texts or pictures: a language model continues texts, an encoder-decoder answers them, a
+head says their class or their number.
 
 model = StaticModel.load(Path("FOLDER"))
 model.predict(["What is 3 plus 4?"])
@@ -6,10 +7,10 @@ model.predict(["What is 3 plus 4?"])
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.checkpoints.weights import HEADS
@@ -20,19 +21,36 @@ from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
 from sensmerge.tasks.networks.known import why_unknown
-from sensmerge.tasks.networks.networks import load_config, load_tokenizer, network_class
-from sensmerge.tasks.networks.texts import head_answer, text_inputs
+from sensmerge.tasks.networks.networks import Head, load_config, network_class, trunk_name
+from sensmerge.tasks.networks.pictures import Reads
+from sensmerge.tasks.networks.readers import load_reader, read_by
+from sensmerge.tasks.networks.texts import head_answer, inputs_of
 from sensmerge.tasks.networks.tokens import collate, pad_token
 
-Form = Literal["language_model", "classifier", "trunk"]
+Form = Literal["language_model", "encoder_decoder", "classifier", "picture_classifier", "trunk"]
 """What a static merge is: one whole network, or the trunk of several classifiers, whose heads lie beside it."""
+
+_CLASSES: Mapping[Form, Any] = {
+    "language_model": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "encoder_decoder": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "picture_classifier": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+}
+"""Classes of whole networks by their config."""
+_HEADS: Mapping[Form, Head] = {
+    "language_model": "causal_lm",
+    "encoder_decoder": "seq2seq_lm",
+    "classifier": "classification",
+    "picture_classifier": "classification",
+}
+"""What a merge that is one whole network ends in."""
 
 WHOLE = ""
 """Name of the only network of a merge that is one whole network."""
 
 
 def form_of(folder: Path) -> Form | None:
-    """Return what the static merge in a folder is; None for what neither continues nor classifies texts.
+    """Return what the static merge in a folder is; None for what neither continues texts nor classifies.
 
     That is so of all that no class of transformers reads.
 
@@ -45,11 +63,22 @@ def form_of(folder: Path) -> Form | None:
         return None
     config = load_config(folder)
     own = network_class(config, None, folder)
-    if own is modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None):
-        return "language_model"
-    if own is modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None):
-        return "classifier"
+    for form, mapping in _CLASSES.items():
+        if own is mapping.get(type(config), None) and (form != "encoder_decoder" or config.is_encoder_decoder):
+            return form
     return None
+
+
+def reads_of(folder: Path, base: Path) -> Reads:
+    """Return what a merged model reads.
+
+    Args:
+        folder: of a static merge that has a form, or of a dynamic model.
+        base: the folder that has its config, if no head's has.
+    """
+    heads = head_names(folder)
+    place = folder / HEADS / heads[0] if heads else base
+    return read_by(network_class(load_config(place), "classification" if heads else None, place))
 
 
 def head_names(folder: Path) -> list[str]:
@@ -60,8 +89,8 @@ def head_names(folder: Path) -> list[str]:
 class StaticModel:
     """The networks of a static merge in memory, by the task whose head they end in; heads share one trunk."""
 
-    def __init__(self, networks: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, form: Form) -> None:
-        """See `load`."""
+    def __init__(self, networks: Mapping[str, PreTrainedModel], tokenizer: Any, form: Form) -> None:
+        """See `load`; of a model that reads pictures, the tokenizer is its image processor."""
         self.networks = networks
         self.tokenizer = tokenizer
         self.form = form
@@ -79,7 +108,7 @@ class StaticModel:
             dtype: torch name of the dtype to run in.
 
         Raises:
-            InputError: the folder holds no merge that answers texts, or a file of it is missing.
+            InputError: the folder holds no merge that answers texts or pictures, or a file of it is missing.
         """
         if (folder / ADAPTER_CONFIG).is_file():
             raise InputError(f"{folder}: is a LoRA adapter of its base; load that, and PeftModel.from_pretrained on it")
@@ -94,11 +123,11 @@ class StaticModel:
                 networks[name] = load_network(base, head.ending, torch_dtype, device, head)
                 _share_trunk(networks, name, head)
         else:
-            head_kind = "causal_lm" if form == "language_model" else "classification"
-            networks = {WHOLE: load_network(base, head_kind, torch_dtype, device)}
-            if form == "language_model":
+            networks = {WHOLE: load_network(base, _HEADS[form], torch_dtype, device)}
+            if form in ("language_model", "encoder_decoder"):
                 set_end_tokens(networks[WHOLE], folder, folder)
-        return cls(networks, load_tokenizer(folder), form)
+        reads = read_by(next(iter(networks.values())))
+        return cls(networks, load_reader(folder, reads), form)
 
     def network(self, task: str | None = None) -> PreTrainedModel:
         """Return the network that answers: the only one, or the one with a task's head.
@@ -114,25 +143,24 @@ class StaticModel:
             raise InputError(f"task is {task}; expected {expected}")
         return self.networks[task]
 
-    def predict(self, texts: Sequence[str], max_new_tokens: int = 64, task: str | None = None) -> list[str]:
-        """Answer texts in one batch: a greedy continuation of each, or what a head says of it (`head_answer`).
+    def predict(self, texts: Sequence[str | bytes], max_new_tokens: int = 64, task: str | None = None) -> list[str]:
+        """Answer texts, or pictures, in one batch: a greedy continuation of each, or what a head says of it.
 
         Args:
-            texts: the texts.
-            max_new_tokens: length of a continuation at most (language models).
+            texts: the texts; of a model that reads pictures, their files, as bytes or in base64.
+            max_new_tokens: length of a continuation or answer at most.
             task: whose head answers, where there are several (classifiers).
 
         Raises:
-            InputError: a text without a token, or longer than the model takes; an unknown task; an answer that is NaN
-                or infinite.
+            InputError: a text without a token, or longer than the model takes; what is no picture; an unknown task; an
+                answer that is NaN or infinite.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
         network = self.network(task)
-        new = max_new_tokens if self.form == "language_model" else None
-        samples = [
-            text_inputs(text, self.tokenizer, network, new, f"text {number}") for number, text in enumerate(texts)
-        ]
+        new = max_new_tokens if self.form in ("language_model", "encoder_decoder") else None
+        what = "picture" if read_by(network) == "pictures" else "text"
+        samples = inputs_of(texts, self.tokenizer, network, new, [f"{what} {number}" for number in range(len(texts))])
         if not samples:
             return []
         with torch.inference_mode():
@@ -147,6 +175,6 @@ class StaticModel:
 def _share_trunk(networks: Mapping[str, PreTrainedModel], name: str, head: SavedHead) -> None:
     """Give a network the trunk of the first one, unless a part of its own head lies in the trunk: a pooler, say."""
     first, network = next(iter(networks.values())), networks[name]
-    prefix = network.base_model_prefix
+    prefix = trunk_name(network)
     if network is not first and not any(key.startswith(f"{prefix}.") for key in head.head_tensors()):
         setattr(network, prefix, getattr(first, prefix))

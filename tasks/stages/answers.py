@@ -15,7 +15,9 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.networks.blocks import to_device
+from sensmerge.tasks.networks.endings import WRITING_HEADS
 from sensmerge.tasks.networks.generation import generate
+from sensmerge.tasks.networks.readers import read_by
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.rows.source import Row
 
@@ -101,6 +103,8 @@ def classifier_batch_size(network: PreTrainedModel, asked: int) -> int:
     A decoder with a classification head finds the last token by the padding id of its config; without one it takes the
     last of the batch, which is right for a single sample only.
     """
+    if read_by(network) == "pictures":  # all have one size
+        return asked
     return asked if getattr(network.config, "pad_token_id", None) is not None else 1
 
 
@@ -119,7 +123,7 @@ class NetworkModel:
         network, size = self._network, self._task.batch_size
         if self._task.has_own_head:
             size = classifier_batch_size(network, size)
-        options = {"use_cache": False} if self._task.head == "causal_lm" else {}
+        options = {"use_cache": False} if self._task.head in WRITING_HEADS else {}
         inputs = [sample.inputs for sample in samples]
         for chosen in batches([length(one) for one in inputs], size):
             batch = to_device(collate([inputs[place] for place in chosen], self._pad_id), str(network.device))

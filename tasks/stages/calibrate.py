@@ -15,7 +15,7 @@ from sensmerge.tasks.checkpoints.weights import HEADS
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.features import FeatureCalibration
 from sensmerge.tasks.identity import Local
-from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.readers import load_reader
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.walk import Traveller, Walk
 from sensmerge.tasks.stages.calibration import CalibrationSet, reader_of
@@ -132,7 +132,7 @@ class CalibrateJob(Job):
                 self.device,
                 name in self.base_config,
             )
-            reader = load_tokenizer(reader_of(self.tokenizer, name).folder)
+            reader = load_reader(reader_of(self.tokenizer, name).folder, calibration.task.reads)
             batches = list(calibration.samples(name, reader, source.expert.config.label2id))
             travellers.append(Traveller(name, source, batches, calibration.task.has_own_head))
         return Walk(travellers, self.settings, workers)

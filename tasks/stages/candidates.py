@@ -19,10 +19,11 @@ from sensmerge.tasks.kinds.kind import RowSet
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.methods.settings import Values, VariantSettings
 from sensmerge.tasks.networks.base import Base, open_base
+from sensmerge.tasks.networks.endings import WRITING_HEADS
 from sensmerge.tasks.networks.expert import load_network
 from sensmerge.tasks.networks.generation import set_end_tokens
 from sensmerge.tasks.networks.heads import SavedHead
-from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.readers import load_reader
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from sensmerge.tasks.stages.variant import VariantJob
 
@@ -126,7 +127,7 @@ class Candidates:
                 buffer.copy_(variant.mean_statistics(name).view(buffer.shape))
         if owner is None:
             _set_token_ids(network.config, variant.token_ids)
-        if rows.task.head == "causal_lm":
+        if rows.task.head in WRITING_HEADS:
             set_end_tokens(network, variant.tokenizer, base.folder)
         return network
 
@@ -134,7 +135,7 @@ class Candidates:
         one = self.tuning[name]
         if one.label2id is not None:
             network.config.label2id = dict(one.label2id)
-        tokenizer = load_tokenizer(self.variant.tokenizer)
+        tokenizer = load_reader(self.variant.tokenizer, one.task.reads)
         return evaluate_network(network, tokenizer, one.task, one.rows.read(), f"tasks.{name}.tuning")
 
 

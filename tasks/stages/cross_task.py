@@ -34,8 +34,8 @@ from sensmerge.tasks.networks.head_inputs import (
     save_head_inputs,
 )
 from sensmerge.tasks.networks.heads import DetachedHead
-from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.placement import Actors, Placement
+from sensmerge.tasks.networks.readers import load_reader
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.stages.calibration import CalibrationSet, reader_of
@@ -158,12 +158,15 @@ class CrossTaskJob(Job):
 
     def batches(self, j: str) -> list[Batch]:
         """Return the inputs of task j's calibration set, in batches without padding: no number depends on others."""
-        config, reader = self.source(j).expert.config, load_tokenizer(reader_of(self.tokenizer, j).folder)
+        config, reads = self.source(j).expert.config, self.calibration[j].task.reads
+        reader = load_reader(reader_of(self.tokenizer, j).folder, reads)
         # Without a padding token, some heads do not find the last token of more than one sample.
         alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
         by_shape: dict[tuple[torch.Size, ...], list[Batch]] = {}
+        # An encoder-decoder makes of labels what its decoder is given.
+        left = set() if self.calibration[j].head == "seq2seq_lm" else {"labels"}
         for sample in self.calibration[j].samples(j, reader, config.label2id):
-            inputs = {key: value for key, value in sample.items() if key != "labels"}
+            inputs = {key: value for key, value in sample.items() if key not in left}
             by_shape.setdefault(tuple(one.shape for one in inputs.values()), []).append(inputs)
         batches: list[Batch] = []
         for samples in by_shape.values():

@@ -14,6 +14,7 @@ from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample, Task
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.networks.blocks import to_device, trunk_output
+from sensmerge.tasks.networks.endings import WRITING_HEADS
 from sensmerge.tasks.networks.expert import Expert, load_network
 from sensmerge.tasks.networks.generation import set_end_tokens
 from sensmerge.tasks.networks.head_inputs import (
@@ -27,7 +28,7 @@ from sensmerge.tasks.networks.head_inputs import (
 )
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import load_tokenizer, trunk_of
-from sensmerge.tasks.networks.opened import opened_base, opened_expert, opened_tokenizer
+from sensmerge.tasks.networks.opened import opened_base, opened_expert, opened_reader
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.rows.source import Row
@@ -101,7 +102,7 @@ class EvaluateJob(Job):
         if not isinstance(task, RowTask):
             records = task.evaluate(self._network(), load_tokenizer(self.tokenizer.folder), f"tasks.{self.name}")
             return write_evaluation(task, records, out)
-        tokenizer = opened_tokenizer(self.tokenizer)
+        tokenizer = opened_reader(self.tokenizer, task.reads)
         if self.head_config is None:
             key = f"tasks.{self.name}.evaluation"
             records = evaluate_network(self._network(), tokenizer, task, self.rows.read(), key)
@@ -115,7 +116,7 @@ class EvaluateJob(Job):
         network = load_network(model, self.task.head, getattr(torch, self.dtype), self.device, head_of)
         if self.labels is not None:
             network.config.label2id = dict(self.labels)
-        if self.task.head == "causal_lm":
+        if self.task.head in WRITING_HEADS:
             set_end_tokens(network, self.model.folder, self.base.folder)
         return network
 

@@ -31,7 +31,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import RowSet
 from sensmerge.tasks.kinds.scores import mean_score
-from sensmerge.tasks.networks.networks import load_tokenizer
+from sensmerge.tasks.networks.readers import load_reader, read_by
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 from sensmerge.tasks.stages.job import Job
 
@@ -141,7 +141,7 @@ def _features(
     static: float,
 ) -> tuple[dict[Place, Features], Tensor]:
     """Return the features of all calibration samples by layer and pool, on the CPU, and whose each sample is (N,)."""
-    tokenizer = load_tokenizer(model / BASE)
+    tokenizer = load_reader(model / BASE, read_by(network.network))
     prompts: list[Inputs] = []
     owners: list[int] = []
     for number, (name, one) in enumerate(calibration.items()):

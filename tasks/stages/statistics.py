@@ -13,8 +13,8 @@ from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.networks.journeys import Measured
-from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.placement import Placement
+from sensmerge.tasks.networks.readers import load_reader
 from sensmerge.tasks.networks.runners import open_runner
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.stages.calibration import CalibrationSet
@@ -67,7 +67,7 @@ class StatisticsJob(Job):
         base, expert = self.base.folder, self.expert.folder
         dtype, key = getattr(torch, self.dtype), f"experts.{self.name}"
         source = Source(base, expert, key, self.calibration.head, dtype, self.device, self.base_config)
-        reader = load_tokenizer(self.tokenizer.folder)
+        reader = load_reader(self.tokenizer.folder, self.calibration.task.reads)
         batches = list(self.calibration.samples(self.name, reader, source.expert.config.label2id))
         samples: dict[int, Measured] = {}
         with open_runner(source, self.placement, out, self.statistics) as runner:

@@ -1,5 +1,7 @@
 """What the census looks at: of one architecture a base with two full fine-tunes and two LoRA adapters, on disk."""
 
+import base64
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,20 +10,24 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from tokenizers import processors
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.kinds.image_classification import ImageClassificationTask
 from sensmerge.tasks.kinds.kind import RowTask
+from sensmerge.tasks.kinds.seq2seq import Seq2SeqTask
 from tests.census.networks import tiny_config, tiny_network
 from tests.census.tiny import tiny_network as tiny_trunk
 from tests.conftest import do_job, make_adapter, make_tokenizer, perturbed, plan_of, write_rows
+from tests.pictures import in_base64, picture
 
 Rows = list[dict[str, object]]
 EXPERTS = ("first", "second")
@@ -31,9 +37,14 @@ _TEXTS: Mapping[str, Rows] = {
     "first": [{"prompt": "1+2=", "completion": "3"}, {"prompt": "a longer prompt: ", "completion": "yes or no"}],
     "second": [{"prompt": "def f(x):", "completion": " return x"}, {"prompt": "xyz", "completion": "abc"}],
 }
+_SEQ2SEQ = {"source": "{prompt}", "target": "{completion}"}
 _CLASSIFIED: Mapping[str, Rows] = {
     "first": [{"text": "good", "label": 0}, {"text": "not as good as that", "label": 2}],
     "second": [{"text": "where is it?", "label": 1}, {"text": "when", "label": 0}],
+}
+_PICTURES: Mapping[str, Rows] = {
+    "first": [{"image": in_base64(picture(0, 0)), "label": 0}, {"image": in_base64(picture(1, 0)), "label": 2}],
+    "second": [{"image": in_base64(picture(2, 2)), "label": 1}, {"image": in_base64(picture(3, 2)), "label": 0}],
 }
 
 
@@ -51,15 +62,31 @@ class Case:
         return self.name.endswith("Classification")
 
     @property
+    def writes(self) -> bool:
+        """Whether the experts are encoder-decoders that answer texts with texts."""
+        return self.name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether these classifiers read pictures."""
+        return self.name.endswith("ForImageClassification")
+
+    @property
     def task(self) -> RowTask:
         """The experts' kind of task, with all settings left out."""
+        if self.reads_pictures:
+            return ImageClassificationTask(kind="image_classification")
         if self.classifies:
             return ClassificationTask(kind="classification")
+        if self.writes:
+            return Seq2SeqTask(kind="seq2seq", **_SEQ2SEQ)
         return CompletionTask(kind="completion")
 
     @property
     def rows(self) -> Mapping[str, Rows]:
         """Rows of each expert's task."""
+        if self.reads_pictures:
+            return _PICTURES
         return _CLASSIFIED if self.classifies else _TEXTS
 
     @property
@@ -71,6 +98,13 @@ class Case:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of all models."""
         return AutoTokenizer.from_pretrained(self.base)
+
+    def pixels(self, row: Mapping[str, object]) -> Tensor:
+        """What transformers' image processor makes of the picture in a row, (1, 3, height, width)."""
+        processor = AutoImageProcessor.from_pretrained(self.base, backend="pil")
+        with Image.open(io.BytesIO(base64.b64decode(str(row["image"])))) as image:
+            found: Tensor = processor(image, return_tensors="pt")["pixel_values"]
+        return found
 
     def experts(self, kind: str) -> dict[str, Path]:
         """Folders by name; `kind` is `full` or `lora`."""
@@ -88,7 +122,8 @@ class Case:
     def tasks(self, split: str) -> dict[str, Any]:
         """The tasks of a recipe, each with its rows as one split."""
         sets = {name: {"path": "json", "data_files": str(self.folder / f"{name}.jsonl")} for name in EXPERTS}
-        return {name: {"kind": self.task.kind, split: one} for name, one in sets.items()}
+        settings = {"kind": self.task.kind, **(_SEQ2SEQ if self.writes else {})}
+        return {name: {**settings, split: one} for name, one in sets.items()}
 
     def static_recipe(self, merges: Mapping[str, Mapping[str, Any]], kind: str = "full") -> dict[str, Any]:
         """A recipe that merges the experts, without tasks."""
@@ -143,7 +178,10 @@ def _save(network: PreTrainedModel, folder: Path) -> None:
     _with_padding(network).save_pretrained(folder)
     others = [name for name in network.config.sub_configs if "text" not in name]
     if network.main_input_name != "input_ids" or others:
-        write_json(folder / "preprocessor_config.json", {"do_normalize": True})
+        size = getattr(network.config, "image_size", 32)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        about = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+        write_json(folder / "preprocessor_config.json", {**about, "do_normalize": True})
     if network.main_input_name != "input_ids" and not others:
         return
     tokenizer = make_tokenizer()

@@ -42,12 +42,16 @@ def scores(case: Case) -> str:
 def _record(case: Case, network: PreTrainedModel, row: Mapping[str, object]) -> dict[str, Any]:
     """Return what the record of a row has to hold."""
     inputs, more = inputs_of(case, row), {} if case.classifies else {"use_cache": False}
+    if case.writes:
+        more["labels"] = labels_of(case, row, inputs)
     with torch.inference_mode():
         logits = network(**inputs, **more).logits[0].float()
     labels = labels_of(case, row, inputs)[0]
     if case.classifies:
         return {"prediction": int(logits.argmax()), "label": int(labels)}
-    nll = cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
-    counted = labels[1:] != -100
-    correct = (logits[:-1].argmax(-1) == labels[1:])[counted]
+    if not case.writes:  # the next token
+        logits, labels = logits[:-1], labels[1:]
+    nll = cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    counted = labels != -100
+    correct = (logits.argmax(-1) == labels)[counted]
     return {"nll": float(nll), "tokens": int(counted.sum()), "correct": int(correct.sum())}

@@ -73,6 +73,7 @@ _EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_5_vl_vision": {"depth": 2},
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}},
     "longformer": {"attention_window": [8, 8]},
+    "marian": {"decoder_start_token_id": 2},
     "t5": {"decoder_start_token_id": 0},
     "segformer": {
         "hidden_sizes": [16, 32],

@@ -21,6 +21,8 @@ TOLERANCE = 1e-5
 """Of float32 logits, in parts of the largest."""
 COEFFICIENTS = [[1.0, 0.0], [0.3, 0.6], [0.0, 1.0], [0.3, 0.6]]
 """Of the first expert, both and the second; two samples have the same."""
+TARGETS = [[50, 60, 1], [70, 1], [80, 90, 100, 110, 120, 1], [1]]
+"""Of encoder-decoders that write, as tokens."""
 NEW = 4
 """Tokens that are generated."""
 
@@ -48,8 +50,13 @@ def _tried(case: Case, kind: str) -> str:
 
 def _compare(case: Case, kind: str, model: DynamicModel) -> str:
     """Compare the answers to a batch of mixed coefficients."""
-    texts = [str(row["text" if case.classifies else "prompt"]) for rows in case.rows.values() for row in rows]
-    samples: list[Inputs] = [{"input_ids": model.tokenizer(text)["input_ids"]} for text in texts]
+    rows = [row for some in case.rows.values() for row in some]
+    samples: list[Inputs] = [{"pixel_values": case.pixels(row)[0]} for row in rows] if case.reads_pictures else []
+    if not samples:
+        texts = [str(row["text" if case.classifies else "prompt"]) for row in rows]
+        samples = [{"input_ids": model.tokenizer(text)["input_ids"]} for text in texts]
+    if case.writes:
+        samples = [sample | {"labels": labels} for sample, labels in zip(samples, TARGETS, strict=True)]
     assert model.route(samples).coefficients.isfinite().all()
     routes = Routes(torch.tensor(COEFFICIENTS), [0, 0, 1, 1])
     return _classes(case, model, samples, routes) if case.classifies else _texts(case, kind, model, samples, routes)
@@ -58,6 +65,8 @@ def _compare(case: Case, kind: str, model: DynamicModel) -> str:
 def _texts(case: Case, kind: str, model: DynamicModel, prompts: list[Inputs], routes: Routes) -> str:
     """Compare logits and greedy continuations."""
     logits = model.logits(prompts, routes)
+    labels = [{name: torch.tensor([ids]) for name, ids in prompt.items() if name == "labels"} for prompt in prompts]
+    prompts = [{"input_ids": prompt["input_ids"]} for prompt in prompts]
     continued = model.generate(prompts, routes, NEW)
     base = _untied(case, case.base) if kind == "lora" else _with_means(case)
     experts = [_expert(case, kind, folder) for folder in case.experts(kind).values()]
@@ -66,7 +75,9 @@ def _texts(case: Case, kind: str, model: DynamicModel, prompts: list[Inputs], ro
         for place, row in enumerate(rows):
             network = _written(base, experts, COEFFICIENTS[row])
             with torch.inference_mode():
-                expected = network(input_ids=torch.tensor([prompts[row]["input_ids"]]), use_cache=False).logits[0]
+                expected = network(
+                    input_ids=torch.tensor([prompts[row]["input_ids"]]), **labels[row], use_cache=False
+                ).logits[0]
                 # Not every network answers the same with padding: it gets what the dynamic one got.
                 batch = [prompts[one] for one in rows]
                 text = generate(network, model.tokenizer, batch, NEW, pad_id, "cpu")[place]
@@ -88,8 +99,9 @@ def _classes(case: Case, model: DynamicModel, samples: list[Inputs], routes: Rou
             trunk = _sums(base, experts, COEFFICIENTS[row])
             written = copy.deepcopy(network)
             written.base_model.load_state_dict(trunk, strict=False)
+            _take_means(written, list(networks.values()))
             with torch.inference_mode():
-                expected = written(input_ids=torch.tensor([sample["input_ids"]])).logits[0]
+                expected = written(**{name: torch.as_tensor(one)[None] for name, one in sample.items()}).logits[0]
             worst = max(worst, _off(found[row], expected))
     return "right" if worst < TOLERANCE else f"wrong: off by {worst:.1e}"
 
@@ -116,10 +128,14 @@ def _expert(case: Case, kind: str, folder: Path) -> dict[str, Tensor]:
 
 def _with_means(case: Case) -> PreTrainedModel:
     """Return the base with the mean of the experts' statistics, which is what every sample gets."""
-    network, experts = case.network(case.base), [case.network(folder) for folder in case.experts("full").values()]
+    network = case.network(case.base)
+    _take_means(network, [case.network(folder) for folder in case.experts("full").values()])
+    return network
+
+
+def _take_means(network: PreTrainedModel, experts: list[PreTrainedModel]) -> None:
     for name in statistics(network):
         network.get_buffer(name).copy_(sum(expert.get_buffer(name) for expert in experts) / len(experts))
-    return network
 
 
 def _untied(case: Case, folder: Path) -> PreTrainedModel:

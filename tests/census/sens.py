@@ -59,9 +59,11 @@ def _accepted(case: Case, placement: Placement, tried: Callable[[], str]) -> str
 
 def inputs_of(case: Case, row: Row) -> dict[str, Tensor]:
     """Return what a network reads of a row."""
+    if case.reads_pictures:
+        return {"pixel_values": case.pixels(row)}
     tokenizer = case.tokenizer
-    if case.classifies:
-        ids = tokenizer(str(row["text"]))["input_ids"]
+    if case.classifies or case.writes:
+        ids = tokenizer(str(row["text" if case.classifies else "prompt"]))["input_ids"]
     else:
         prompt, completion = (tokenizer(str(row[key]))["input_ids"] for key in ("prompt", "completion"))
         ids = [*prompt, *completion, tokenizer.eos_token_id]
@@ -72,6 +74,8 @@ def labels_of(case: Case, row: Row, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return what the loss of a row is taken on: its class, or its tokens with −100 where none counts."""
     if case.classifies:
         return torch.tensor([row["label"]])
+    if case.writes:
+        return torch.tensor([case.tokenizer(text_target=str(row["completion"]))["input_ids"]])
     labels = inputs["input_ids"].clone()
     labels[:, : len(case.tokenizer(str(row["prompt"]))["input_ids"])] = -100
     return labels
@@ -141,6 +145,7 @@ def _distances(case: Case) -> str:
         for row in case.rows[j]:
             with torch.no_grad():
                 inputs = inputs_of(case, row) | ({} if case.classifies else {"use_cache": False})
+                inputs |= {"labels": labels_of(case, row, inputs)} if case.writes else {}
                 apart = own(**inputs).logits - other(**inputs).logits
             norms.append(apart[0].double().norm(dim=-1).mean())
         expected = float(torch.stack(norms).mean())

@@ -51,6 +51,8 @@ FAMILIES = {
     ),
     "vision": (
         "ViTForImageClassification",
+        "BeitForImageClassification",  # has tables of relative positions
+        "Dinov2ForImageClassification",  # its head reads all patches
         "ConvNextForImageClassification",
         "ResNetForImageClassification",  # has running means
         "SegformerForSemanticSegmentation",

@@ -24,9 +24,10 @@ from sensmerge.tasks.artifacts import canonical, sha256_file, sha256_text
 from sensmerge.tasks.dynamic.folder import MANIFEST
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
-from tests.conftest import command_line, do_steps, make_adapter, make_llama, make_tokenizer, perturbed
+from tests.conftest import command_line, do_steps, make_adapter, make_llama, make_tokenizer, perturbed, write_rows
 from tests.hostile.sandbox import Outcome, attempt
 from tests.hostile.values import json_bytes, misplace, spoilt, spoilt_bytes, yaml_bytes
+from tests.pictures import picture, save_classifiers
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -58,6 +59,9 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+SEEN = "seen"
+"""Folder of a world of its own, whose networks read pictures."""
+LABELS = {"reds": 2, "blues": 3}
 CARD = """---
 dataset_info:
   features:
@@ -109,6 +113,33 @@ def make_world(folder: Path) -> None:
     do_steps(plan)
     dynamic = next(plan.store.folder(step.key) for step in plan.steps if step.stage == "route")
     shutil.copytree(dynamic, folder / "dynamic")
+    make_pictures(folder / SEEN)
+
+
+def make_pictures(folder: Path) -> None:
+    """Write classifiers of pictures, pictures with rows that name them, and a recipe to a folder."""
+    folder.mkdir()
+    save_classifiers("vit", folder, LABELS)
+    tasks = {}
+    for colour, (name, classes) in enumerate(LABELS.items()):
+        table = []
+        for number in range(3):
+            file = f"{name}-{number}.png"
+            (folder / file).write_bytes(picture(number, colour))
+            table.append({"image": file, "label": number % classes})
+        write_rows(folder / f"{name}.jsonl", table)
+        tasks[name] = {
+            "kind": "image_classification",
+            "calibration": {"path": "json", "data_files": f"{name}.jsonl"},
+        }
+    recipe = {
+        "name": "seen",
+        "base": "base",
+        "experts": {name: {"model": name} for name in LABELS},
+        "tasks": tasks,
+        "merges": {"se": SE},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
 def plan_of(folder: Path) -> Plan:
@@ -134,6 +165,11 @@ def run(folder: Path) -> int:
     shutil.rmtree(folder / "store")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return said(lambda: do_steps(plan_of(folder)))
+
+
+def see(folder: Path) -> int:
+    """Plan the recipe on pictures of a world, and do its steps in this process."""
+    return said(lambda: do_steps(plan_of(folder / SEEN)))
 
 
 def plan(folder: Path) -> int:
@@ -241,6 +277,9 @@ KINDS: Mapping[str, Kind] = {
     "rows as Parquet": Kind("math.parquet", in_bytes, run),
     "rows of a folder": Kind("set/train.jsonl", in_rows, run),
     "README of rows": Kind("set/README.md", in_bytes, run),
+    "image processor": Kind("seen/*/preprocessor_config.json", in_json, see),
+    "pictures": Kind("seen/*.png", in_bytes, see),
+    "rows of pictures": Kind("seen/*.jsonl", in_rows, see),
     "store": Kind("store/*/*/*.json", in_json, inspect),
     "manifest of a dynamic model": Kind("dynamic/dynamic.json", in_manifest, answer),
     "files of a dynamic model": Kind("dynamic/**/*.*", in_sealed, answer),

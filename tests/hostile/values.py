@@ -136,7 +136,11 @@ def spoilt_bytes(content: bytes, draw: Random) -> bytes:
 def yaml_bytes(content: Any, draw: Random) -> bytes:
     """Return a recipe that is spoilt, or a YAML text that no parser should follow."""
     if draw.random() < 0.7:
-        return yaml.safe_dump(spoilt(content, draw), sort_keys=False, allow_unicode=True).encode(errors="surrogatepass")
+        value = spoilt(content, draw)
+        try:
+            return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode(errors="surrogatepass")
+        except RecursionError:  # of the writer; YAML reads JSON as well
+            return json.dumps(value).encode()
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
     text = yaml.safe_dump(content, sort_keys=False)

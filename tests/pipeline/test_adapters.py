@@ -34,6 +34,7 @@ from tests.conftest import (
     tiny_recipe,
     write_recipe,
 )
+from tests.hub_server import HubServer
 
 pytestmark = pytest.mark.ray
 
@@ -284,6 +285,18 @@ def test_an_adapter_in_another_vocabulary_is_refused(llamas: dict[str, Path], tm
     with pytest.raises(InputError, match=r"merges\.ta\.adapter: merged models have another vocabulary than the base"):
         plan_of(tmp_path, recipe | {"merges": {"ta": {"method": "task_arithmetic", "adapter": {}}}})
     plan_of(tmp_path, recipe | {"merges": {"ta": {"method": "task_arithmetic"}}})
+
+
+def test_an_adapter_of_a_folder_in_a_repository_is_refused(
+    llamas: dict[str, Path], hub: HubServer, tmp_path: Path
+) -> None:
+    hub.add_repo("org/all", {f"base/{path.name}": path.read_bytes() for path in llamas["base"].iterdir()})
+    models = {"base": llamas["base"]} | {
+        name: make_adapter(make_llama(), tmp_path / name, seed) for seed, name in enumerate(("math", "code"), 1)
+    }
+    recipe = tiny_recipe(models, tmp_path) | {"tasks": {}, "base": {"model": "hub:org/all", "subfolder": "base"}}
+    with pytest.raises(InputError, match=r"merges\.ta\.adapter: .* can say that its base is in base of org/all"):
+        plan_of(tmp_path, recipe | {"merges": {"ta": {"method": "task_arithmetic", "adapter": {}}}})
 
 
 @pytest.mark.parametrize(

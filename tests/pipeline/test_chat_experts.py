@@ -113,6 +113,13 @@ def test_a_template_of_its_own(recipe: dict[str, Any], tmp_path: Path) -> None:
         folder, notes = merged(recipe | {"tokenizer": {"chat_template": asked}}, tmp_path)
         assert AutoTokenizer.from_pretrained(folder).chat_template == expected
         assert not any("has another" in note for note in notes)
+    for asked in (
+        "{{ 1 / 0 }}",
+        "{{ messages + 1 }}",
+        "{% for a in range(10**9) %}{% endfor %}",
+        "{{ messages[9].content }}",
+    ):
+        plan_of(tmp_path, recipe | {"tokenizer": {"chat_template": asked}})  # others than those tried it may write
     with pytest.raises(InputError, match=r"tokenizer.chat_template: no Jinja template \(.*\); correct it"):
         plan_of(tmp_path, recipe | {"tokenizer": {"chat_template": "{% for m in messages %}"}})
     with pytest.raises(InputError, match=r"tokenizer.chat_template"):

@@ -1,5 +1,6 @@
 """Chat models from rows of messages to scores: sensitivities, routes and answers, in the template that is merged."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.report.results import answers
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.chat import ChatTask
+from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.statistics.statistic import read_layers
 from tests.conftest import do_steps, make_llama, plan_of, write_rows
 from tests.tasks.networks.chat_templates import CHATML, FORMS, chat_tokenizer
@@ -153,6 +156,37 @@ def test_from_rows_to_scores(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert any("experts.sums has another" in note for note in said)
     assert any(note.startswith("tasks.sums: its rows are written in the chat template that merged") for note in said)
     assert not any(note.startswith("tasks.talk") for note in said)
+
+
+def test_a_tokenizer_of_an_expert_s_own_writes_conversations_as_merged_models_do(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The expert numbers its tokens in its own way, and has other templates and special tokens."""
+    form = replace(FORMS["chatml"], tokens=("<more>", *FORMS["chatml"].tokens))
+    other = chat_tokenizer(form)
+    other.bos_token = "<more>"
+    save_model(tmp_path / "sums", "b", other, "{{ bos_token }}" + OTHER)
+    template = "{{ bos_token }}" + CHATML
+    plan = plan_of(tmp_path, recipe | {"tokenizer": {"chat_template": template}})
+    reader, carried = (load_tokenizer(one.folder) for one in (plan.inputs.tokenizer.of("sums"), plan.inputs.tokenizer))
+    assert reader.get_vocab() != carried.get_vocab()
+    messages = conversation(1, "b")["messages"]
+    own, expected = (
+        ChatTask(kind="chat").sample({"messages": messages}, one, "row 1").input_ids for one in (reader, carried)
+    )
+    assert own == expected
+    assert "You add." not in carried.decode(own)
+    assert any(note.startswith("tasks.sums: its rows are written in the chat template") for note in plan.inputs.notes)
+    assert not any("it reads what the text is spelled with" in note for note in plan.inputs.notes)
+    changed = plan_of(tmp_path, recipe | {"tokenizer": {"chat_template": template + " "}})
+    assert changed.step("statistics", "sums").key != plan.step("statistics", "sums").key
+
+
+def test_a_tokenizer_without_the_tokens_of_the_chat_template(recipe: dict[str, Any], tmp_path: Path) -> None:
+    save_model(tmp_path / "sums", "", chat_tokenizer(replace(FORMS["chatml"], tokens=("<|im_end|>",))))
+    notes = plan_of(tmp_path, recipe).inputs.notes
+    said = "experts.sums has no token '<|im_start|>', which the chat template of merged models writes"
+    assert any(said in note for note in notes)
 
 
 def test_a_row_that_cannot_be_read_ends_the_plan(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 
-from sensmerge.pipeline import cli
+from sensmerge.pipeline import cli, cli_recipe
 from sensmerge.pipeline.plan import plan as plan_module
 from sensmerge.pipeline.store.store import Store
 from tests.conftest import command_line, make_llama, perturbed, write_recipe, write_rows
@@ -360,8 +360,8 @@ def test_what_the_environment_says_is_in_no_command_line(monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow")
     for more in ([], ["--tracking-uri", "http://other"]):
         context = command.make_context("refresh", [str(tmp_path / "recipe.yaml"), "--store", str(tmp_path), *more])
-        assert cli._words(context, leave_out=()) == [
-            *("refresh", "--store", str(tmp_path), *more, "--wait", "0.0"),
+        assert cli_recipe._words(context, leave_out=()) == [
+            *("refresh", "--store", str(tmp_path), *more, "--wait", "0.0", "--refused-exit-status", "3"),
             *("--", str(tmp_path / "recipe.yaml")),
         ]
 

@@ -24,6 +24,7 @@ from tests.conftest import (
     write_recipe,
     write_rows,
 )
+from tests.hub_server import HubServer
 from tests.mergekit import assert_equal_weights, merge
 
 BLOCKS = 12
@@ -157,6 +158,18 @@ def test_folders_with_signs_of_mergekits_are_written_out(save: Callable[..., Pat
     base = {"path": str(models["base"])}
     assert found["base_model"] == {"model": base}
     assert found["models"][0]["model"] == {"model": base, "lora": {"path": str(models["math"])}}
+
+
+def test_a_folder_in_a_repository_is_no_model_of_mergekits(
+    llamas: dict[str, Path], hub: HubServer, tmp_path: Path
+) -> None:
+    hub.add_repo("org/all", {f"base/{path.name}": path.read_bytes() for path in llamas["base"].iterdir()})
+    recipe = tiny_recipe(llamas, tmp_path) | {"tasks": {}, "merges": {"ta": {"method": "ties"}}}
+    with pytest.raises(InputError, match=r"^base\.subfolder: mergekit reads repositories at their top; name a copy of"):
+        exported(tmp_path, recipe | {"base": {"model": "hub:org/all", "subfolder": "base"}})
+    math = {"model": str(llamas["math"].parent), "subfolder": llamas["math"].name}
+    found = exported(tmp_path, recipe | {"experts": recipe["experts"] | {"math": math}})
+    assert found["models"][0]["model"] == str(llamas["math"])
 
 
 def templated(save: Callable[..., Path], folder: Path, vocabulary: int = 259) -> dict[str, Path]:

@@ -141,7 +141,7 @@ def test_classes_are_those_of_the_expert_that_answers(
         (b'{"text": "\xff"}', "is not JSON"),
         (b"[" * 10**6, "is not JSON"),
         (b'["text"]', "is a list; expected an object"),
-        (b'{"id": 1, "question": "a"}', "has no field 'text' but id, question; name the text's with --field"),
+        (b'{"id": 1, "question": "a"}', "has no field 'text' but id, question; name the one to answer with --field"),
         (b"{}", "has no field 'text' but none"),
         (b'{"text": null}', "field 'text' is a NoneType; expected a text"),
         (b'{"text": "a", "prediction": 1}', "has a field 'prediction' already"),
@@ -172,9 +172,9 @@ def test_text_that_the_model_does_not_take_is_named_by_its_line(
 
 
 def test_text_without_a_token_is_named_by_its_line(classifier: Path) -> None:
-    answer = predict._load(classifier, "cpu", "text", 5)
+    answer = predict._load(classifier, "cpu", 5)
     with pytest.raises(InputError, match=r"^f\.jsonl: line 8 has 0 tokens; the model takes 1 to 128"):
-        answer([("f.jsonl: line 7", {"text": "a"}), ("f.jsonl: line 8", {"text": ""})])
+        answer([predict.AskedRow(f"f.jsonl: line {line}", {}, text) for line, text in ((7, "a"), (8, ""))])
 
 
 def test_input_without_rows_and_without_a_file(writer: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -233,10 +233,11 @@ def test_more_workers_than_the_cluster_has_room_for(writer: Path, source: Path, 
 
 def test_input_that_loses_rows_while_it_is_read(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(5)])
-    whole = [row["text"] for batch in predict._batches(source, "text", 2, 4) for _, row in batch]
+    asked = predict._Lines(source, "text", False)
+    whole = [one.content for batch in predict._batches(asked, 2, 4) for one in batch]
     assert whole == ["0", "1", "2", "3"]
     with pytest.raises(InputError, match="lost rows while it was read"):
-        list(predict._batches(source, "text", 2, 6))
+        list(predict._batches(asked, 2, 6))
 
 
 def overfill(target: Path) -> None:

@@ -130,6 +130,9 @@ def test_runs_are_tracked(finished: tuple[Path, Path, dict[str, Any]]) -> None:
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("tiny")
     runs = client.search_runs([experiment.experiment_id], "tags.mlflow.runName = 'ties-sens'")
+    (parent, *_) = client.search_runs([experiment.experiment_id], "tags.role = 'recipe'", order_by=["start_time"])
+    assert parent.data.tags["best"] in ("ta", "ties-sens")
+    assert (parent.info.end_time - parent.info.start_time) / 1000 > max(s["seconds"] for s in report["stages"])
     keys = {key for key in runs[-1].data.metrics if key.startswith("eval/")}
     assert {"eval/math/token_accuracy", "eval/mean_normalised"} <= keys
     assert runs[-1].data.metrics["eval/math/token_accuracy"] == pytest.approx(
@@ -281,6 +284,9 @@ def test_nan_in_an_expert_stops_the_run_before_a_merge_is_published(
     assert error.count("\n") == 1
     assert "experts.math: tensor model.layers.1.mlp.up_proj.weight" in error
     assert "1 NaN or Inf" in error
+    client = MlflowClient(f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}")
+    (recorded,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert (recorded.info.status, recorded.data.tags["reason"]) == ("FAILED", error.removeprefix("error: ").strip())
     assert not list((tmp_path / "store" / "merge").glob("*/manifest.json"))
 
 

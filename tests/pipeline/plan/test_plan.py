@@ -39,12 +39,14 @@ from tests.census.networks import tiny_network
 from tests.conftest import (
     bert_config,
     command_line,
+    do_steps,
     make_adapter,
     make_bert_expert,
     make_bert_trunk,
     make_llama,
     perturbed,
     plan_of,
+    tiny_recipe,
     write_recipe,
     write_rows,
 )
@@ -106,6 +108,30 @@ def test_weights_of_a_layer_that_a_method_refuses_are_found(llama_recipe: Recipe
     llama_recipe["merges"] = {"e": {"method": "linear", "coefficients": {"kind": "explicit", "weights": weights}}}
     with pytest.raises(InputError, match=r"merges\.e: layer model\.norm: the weights sum to 0, which linear"):
         plan_of(tmp_path, llama_recipe)
+
+
+def test_a_weight_that_changes_nothing_is_said(llamas: dict[str, Path], tmp_path: Path) -> None:
+    merges: dict[str, dict[str, Any]] = {
+        "ties": {"method": "ties", "weight": 0.5},
+        "sums": {"method": "ties", "weight": 0.5, "normalize": False},
+        "one": {"method": "ties"},
+        "none": {"method": "ties", "weight": 0.0},
+        "arc": {"method": "nuslerp", "weight": 0.3},
+        "sphere": {"method": "multislerp", "weight": 2.0},
+        "scaled": {"method": "multislerp", "weight": 2.0, "normalize_weights": False},
+    }
+    recipe = tiny_recipe(llamas, tmp_path) | {"merges": merges, "tasks": {}}
+    plan = plan_of(tmp_path, recipe)
+    said = "as it is set divides weights by their sum; leave it out"
+    assert [note for note in plan.inputs.notes if "changes nothing" in note] == [
+        f"merges.ties.weight: 0.5 changes nothing, for ties {said}, or set normalize: false",
+        f"merges.arc.weight: 0.3 changes nothing, for nuslerp {said}",
+        f"merges.sphere.weight: 2 changes nothing, for multislerp {said}, or set normalize_weights: false",
+    ]
+    do_steps(plan)
+    digests = {name: plan.store.manifest(plan.step("merge", name).key)["result"]["digest"] for name in merges}
+    assert digests["ties"] == digests["one"]
+    assert len({digests[name] for name in ("ties", "sums", "none")}) == 3
 
 
 def test_right_choices_are_part_of_a_calibration(llama_recipe: Recipe, tmp_path: Path) -> None:

@@ -21,6 +21,21 @@ def test_one_content_has_one_folder(tmp_path: Path) -> None:
     assert set(parent.iterdir()) == {first, other}
 
 
+def test_two_plans_settle_the_same_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one's folder is there just before that of this one is renamed."""
+    rename, done = Path.rename, []
+
+    def late(path: Path, target: Path) -> Path:
+        if not done:
+            done.append(target)
+            settled(tmp_path, lambda folder: write("a", folder))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert settled(tmp_path, lambda folder: write("a", folder)) == done[0]
+    assert list(tmp_path.iterdir()) == done
+
+
 @pytest.mark.parametrize("ago", [0, 2 * LEFT_BEHIND])
 def test_what_somebody_left_who_was_killed_goes_after_an_hour(ago: float, tmp_path: Path) -> None:
     left = tmp_path / ".half"

@@ -222,6 +222,13 @@ def test_the_command_prints_the_recipe(tmp_path: Path, capsys: pytest.CaptureFix
     assert load_recipe(tmp_path / "recipe.yaml") == load_recipe(tmp_path / "ties.yml")
 
 
+def test_a_recipe_is_not_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {"name": "a", "base": {"model": "b", "subfolder": "c"}, "experts": {"a": {"model": "a"}}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(recipe | {"merges": {"a": {"method": "passthrough"}}}))
+    assert command_line("import", tmp_path / "a.yaml") == 2
+    assert "merge_method is missing; expected a configuration of mergekit" in capsys.readouterr().err
+
+
 def test_the_printed_recipe_may_lie_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,13 @@ def test_names_that_no_folder_could_have(place: str, llama_recipe: dict[str, Any
     assert len(str(caught.value)) <= MOST
 
 
+@pytest.mark.parametrize("text", ['a: "\\ud800"', '"\\udfff": a', '[{a: "b\\udc00"}]'])
+def test_half_a_character_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="has half a surrogate pair; write the character itself"):
+        parse(text)
+    assert parse('"\\U0001f600é"') == "\U0001f600é"
+
+
 def test_aliases_and_merges_that_recipes_use() -> None:
     assert parse("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: *a") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 1}}
 

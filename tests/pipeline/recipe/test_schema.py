@@ -161,6 +161,16 @@ def test_reading_a_recipe_needs_no_torch() -> None:
         ({"merges": {"t": {"method": "ties", "weight": True}}}, "merges.t.weight: .* valid number"),
         ({"merges": {"t": {"method": "ties", "weight": "0.5"}}}, "merges.t.weight: .* valid number"),
         ({"base": ""}, "base: .* at least 1 character"),
+        ({"tokenizer": {"tokens": {"<t>": {"source": 3}}}}, r"tokenizer\.tokens\.<t>\.source: Input should be"),
+        (
+            {"tokenizer": {"tokens": {"str": {"source": {"kind": "model_token", "model": "a", "token": 3}}}}},
+            r"tokenizer\.tokens\.str\.source\.token: Input should be a valid string",
+        ),
+        ({"tokenizer": {"tokens": {"str": "a"}}}, r"tokenizer\.tokens\.str: Input should be"),
+        (
+            {"tasks": {"math": {"kind": "chat", "messages": [{"role": "user"}]}}},
+            r"tasks\.math\.messages\.0\.content is missing",
+        ),
         ({"resources": {"merge": {"num_cpu": 1}}}, "unknown key resources.merge.num_cpu; did you mean num_cpus?"),
     ],
 )
@@ -517,6 +527,10 @@ def test_values_that_stay_are_those_that_the_recipe_gives(
         ({"tune": {"weight": 0.3}}, "merges.t.tune: weight: found 0.3; expected a list of numbers to try"),
         ({"weight": "auto", "tune": {"weight": [0.3]}}, "merges.t: weight: auto stands for tune: {weight: auto}"),
         ({"weight": "best"}, "merges.t.weight: .* valid number"),
+        (
+            {"tune": {"weight": [one / 200 for one in range(150)], "lambda": [one / 200 for one in range(1, 101)]}},
+            "merges.t: tune: 15,000 combinations; expected at most 10,000: give fewer values",
+        ),
         (
             {"method": "ties", "weight": "auto"},
             "merges.t: tune.weight: ties with these settings gives the same merge for every weight; set norm",

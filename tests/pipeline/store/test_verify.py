@@ -1,5 +1,6 @@
 """Damage of a store is found, deleted and made good; what nobody needs is freed."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from mlflow import MlflowClient
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.pipeline.store.verify import find_damage
 from sensmerge.pipeline.tracking.registry import ModelRegistry
-from sensmerge.tasks.artifacts import sha256_file, write_json
+from sensmerge.tasks.artifacts import read_json, sha256_file, write_json
 from tests.conftest import command_line, do_steps, plan_of, write_recipe
 from tests.hub_server import HubServer
 
@@ -41,6 +42,20 @@ def test_files_that_are_gone_cut_or_altered(tmp_path: Path) -> None:
         "first has other content",
         "second has 3 bytes instead of 17",
     ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_a_file_that_cannot_be_read_is_damaged(tmp_path: Path) -> None:
+    store, key = Store(tmp_path), Key("sensitivity", "math", {})
+    folder = publish(store, key)
+    (folder / "first").unlink()
+    (folder / "first").symlink_to("/proc/self/mem")  # reading it fails, as from a broken disk
+    manifest = read_json(folder / "manifest.json")
+    manifest["files"]["first"] = 0
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert damage(store) == {folder.name: ["first has other content"]}
+    assert Store(tmp_path).manifest(key) is None
+    assert Store(tmp_path).why(key) == "first is damaged"
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -404,6 +404,41 @@ def test_runs_that_a_killed_process_left_open_are_ended(client, store, uri):
     }
 
 
+def test_a_run_is_there_from_the_start_and_has_the_scores_of_the_best_at_its_end(client, store, uri):
+    run = tracking.begin("from-start", RECIPE, PLAN, uri, store)
+    begun = client.get_run(run)
+    assert begun.info.status == "RUNNING"
+    assert {a.path for a in client.list_artifacts(run)} == {"recipe.yaml", "plan.txt"}
+    report = make_report(store, "from-start")
+    execution = tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets(), best="ta")
+    assert tracking.record(execution, uri, store, run) == run
+    ended = client.get_run(run)
+    assert ended.info.status == "FINISHED"
+    assert ended.info.start_time == begun.info.start_time
+    assert ended.data.tags["best"] == "ta"
+    child = children(client, run)["ta"]
+    assert {key: str(value) for key, value in ended.data.metrics.items()} == {
+        key: str(value) for key, value in child.data.metrics.items()
+    }
+    tracking.log_verdict(uri, run, False, ["gate, math: worse", "from-start/2 stays challenger"])
+    told = client.get_run(run).data
+    assert (told.tags["gate"], told.metrics["gate/passed"]) == ("refused", 0.0)
+    assert told.tags["mlflow.note.content"] == "gate, math: worse\n\nfrom-start/2 stays challenger"
+
+
+@pytest.mark.parametrize("status", ["FAILED", "KILLED"])
+def test_a_run_whose_steps_do_not_end_well_says_why(status, client, store, uri):
+    run = tracking.begin(f"ended-{status}", RECIPE, PLAN, uri, store)
+    tracking.end(uri, run, status, "x" * 9000)
+    found = client.get_run(run)
+    assert found.info.status == status
+    assert found.data.tags["reason"] == "x" * 4000
+
+
+def test_nobody_is_told_where_there_is_no_server():
+    tracking.end("http://127.0.0.1:9", "0" * 32, "FAILED", "it failed")
+
+
 def test_what_fails_leaves_no_run_running(client, store, uri):
     # MLflow refuses this key, after parent and child were opened.
     report = make_report(store, "broken", tasks={"a#b": "accuracy"}, scores={"base": {"a#b": {"accuracy": score(0.5)}}})

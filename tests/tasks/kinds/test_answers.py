@@ -85,6 +85,16 @@ def test_a_number_that_is_not_there() -> None:
         task.check_rows([{"prompt": "", "completion": "many"}], "tasks.math.evaluation")
 
 
+def test_an_answer_of_which_nothing_is_left_is_refused() -> None:
+    """Whatever a model says that is left of nothing, too, would be right."""
+    task = CompletionTask(kind="completion", generate=8, compare="normalized")
+    for answer in ("A", "the!", "..."):
+        assert normalized(answer) is None
+        said = r"^tasks\.math\.compare is normalized, found none in the answer .* of row 0.*; set compare: text"
+        with pytest.raises(InputError, match=said):
+            task.check_rows([{"prompt": "", "completion": answer}], "tasks.math.evaluation")
+
+
 def test_what_people_read() -> None:
     task = CompletionTask(kind="completion", generate=8, compare="number")
     record = {"nll": 1.0} | task.answer_record(ROW, "72")

@@ -158,7 +158,7 @@ def test_tools_keep_the_order_and_the_numbers_of_the_file(tmp_path: Path) -> Non
         assert sample_of(chat_task(), one, tokenizer).input_ids == expected
     assert '"parameters": {"b": 1.5, "a": "x"}' in tokenizer.decode(expected)
     without = tokenizer.apply_chat_template(CALLS, return_dict=False)
-    for none in ({}, {"tools": None}, {"tools": []}):
+    for none in ({}, {"tools": None}, {"tools": []}, {"tools": ""}):
         assert sample_of(chat_task(), {"messages": CALLS, **none}, tokenizer).input_ids == without
     asked = chat_task().prompt_text(as_text).splitlines()
     assert asked[1] == 'assistant: {"function": {"name": "add", "arguments": {"b": 2, "a": 1}}}'

@@ -1,6 +1,8 @@
 """Conversations in tokens: those of `apply_chat_template`, and token by token what the assistant says."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks import chats, template_files
 from sensmerge.tasks.networks.chats import ChatTemplate, ReadChat, dated
+from sensmerge.tasks.networks.merged_ids import in_merged_ids
 from tests.tasks.networks.chat_templates import CHATML, FORMS, Form, chat_tokenizer
 
 TOKENIZERS = {name: chat_tokenizer(form) for name, form in FORMS.items()}
@@ -213,6 +217,19 @@ def test_it_is_always_the_same_day() -> None:
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == "2024-07-26 25 2024-07-26"
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% set form = '%d %b %Y' %}{{ strftime_now(form) }} {{ strftime_now('%Y') }}", "26 Jul 2024 2024"),
+        ("\n  {{ strftime_now(format='%A %-d 100%% %%d') }}", "\n  Friday 26 100% %d"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%B') }}{% endif %}", "July"),
+        ("{%- macro day(form) %}{{ strftime_now(form) }}{% endmacro %}a {{ day('%H:%M') }}", "a 00:00"),
+    ],
+)
+def test_a_template_asks_for_the_date_in_any_way(template: str, text: str) -> None:
+    assert TOKENIZERS["chatml"].apply_chat_template(CHAT, chat_template=dated(template), tokenize=False) == text
+
+
 def changed(template: str | None, **more: Any) -> ChatTemplate:
     tokenizer = chat_tokenizer(FORMS["chatml"])
     tokenizer.chat_template = template
@@ -240,6 +257,26 @@ def test_what_cannot_be_read_is_refused(template: str | None, messages: list[dic
     with pytest.raises(InputError) as error:
         changed(template).read(messages, None, every=True)
     assert text in str(error.value)
+    assert str(error.value).count("row 7: ") == 1
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_an_endless_template_is_refused_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(chats, "SECONDS", 0.5)
+    monkeypatch.setattr(template_files, "SECONDS", 0.5)
+    with pytest.raises(InputError, match=r"row 7: the chat template has not written the messages after 0\.5 seconds"):
+        changed(ENDLESS).read(CHAT, None, every=False)
+    chat_tokenizer(FORMS["chatml"]).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"^tokenizer\.chat_template: has not written a message after 0\.5 seconds"):
+        template_files.set_template(tmp_path, ENDLESS)
+
+
+def test_templates_that_are_none_are_no_error_of_ours(tmp_path: Path) -> None:
+    for stated in ([{"name": "default"}], [{"template": ["a"]}], {"default": "a"}, 3):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": stated}))
+        assert len(template_files.template_texts(tmp_path)) == 1
 
 
 def test_several_templates() -> None:
@@ -261,3 +298,18 @@ def test_a_tokenizer_without_offsets() -> None:
     slow = Slow(tokenizer_object=Tokenizer.from_str(TOKENIZERS["chatml"].backend_tokenizer.to_str()))
     with pytest.raises(InputError, match=r"row 7: kind chat needs a tokenizer that tells where .* is a Slow"):
         ChatTemplate(slow, None, {}, "row 7").read(CHAT, None, every=False)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_ids_of_merged_models_change_nothing_else(name: str) -> None:
+    """A tokenizer with other ids for its tokens finds the same ones said, those that swallow spaces among them."""
+    own, form = TOKENIZERS[name], FORMS[name]
+    moved = {one: (one - 50) % len(own) for one in range(len(own))}
+    turns = ("how many?", "fifteen a", "how many?", " seven b")
+    messages = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
+    found, expected = (
+        ChatTemplate(one, None, form.variables, "row 7").read(messages, None, every=True)
+        for one in (in_merged_ids(own, moved, Path("b"), own), own)
+    )
+    assert [found.ids, found.prompt] == [[moved[one] for one in ids] for ids in (expected.ids, expected.prompt)]
+    assert (found.said, found.said_before) == (expected.said, expected.said_before)

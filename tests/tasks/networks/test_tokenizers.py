@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from sensmerge.tasks.checkpoints.companions import GENERATION_CONFIG
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.tokenizers import Choice, Owner, choose, write_choice
+from sensmerge.tasks.networks.tokenizers import Choice, Owner, added_tokens, choose, write_choice
 from sensmerge.tasks.networks.union import Asked
 from tests.conftest import llama_config
 
@@ -254,3 +254,21 @@ def test_base_tokenizer_that_nothing_can_read(build: Build) -> None:
     choice = choose(base, [a], Asked("union"), True)
     assert (choice.source, choice.added) == (base, {})
     assert choice.notes[0] == "tokenizer: the one of base cannot be read, so it is not compared with the others"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"added_tokens": [True]}),
+        ("tokenizer.json", {"added_tokens": 3}),
+        ("tokenizer.json", {"added_tokens": [{"id": 3}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": None}}),
+        ("added_tokens.json", {"<a>": None}),
+    ],
+)
+def test_added_tokens_in_another_form_are_refused(file: str, content: object, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"/{file}: its added tokens are not in the form"):
+        added_tokens(tmp_path)

@@ -38,6 +38,17 @@ def test_how_many_rows_there_are(multiple: int | None, rows: int) -> None:
     assert unite(BASE, (BASE, A, B), MAPS, Asked("union", multiple)).vocabulary.rows == rows
 
 
+def test_what_is_said_of_the_number_of_rows() -> None:
+    said = "tokenizer: embeddings of merged models have"
+    for models, expected in (
+        ((BASE, A, B), f"{said} the base's 6 rows; there are 7 in experts.a, 4 in experts.b"),
+        ((BASE, Model("experts.a", 6)), None),
+    ):
+        notes = unite(BASE, models, MAPS, Asked("union")).notes
+        assert [note for note in notes if note.startswith(said)] == ([expected] if expected else [])
+    assert f"{said} 8 rows; those of the base have 6" in unite(BASE, (BASE, A, B), MAPS, Asked("union", 8)).notes
+
+
 @pytest.mark.parametrize(("source", "rows"), [(BASE, 6), (A, 7), (B, 4)])
 def test_a_named_source_keeps_its_rows(source: Model, rows: int) -> None:
     """Those that no token is of, too, unless a multiple is asked for."""

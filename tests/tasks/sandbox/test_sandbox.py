@@ -179,12 +179,28 @@ def test_what_a_hostile_program_does_is_contained_and_wrong(
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
+@pytest.mark.parametrize("name", ["__builtins__", "abs", "no_builtins"])
+def test_a_program_that_speaks_for_itself_gives_tests_no_tools(name: str) -> None:
+    """It answers in place of the code that serves it, and offers a function that finds no difference."""
+    program = (
+        "import sys\nframe = sys._getframe()\nwhile frame.f_code.co_name != 'serve': frame = frame.f_back\n"
+        "channel, tool = frame.f_locals['channel'], ['object', 1]\n"
+        f"tools = ['dict', ['abs', tool]] if '__' in {name!r} else tool\n"
+        f"channel.send({{'f': {{'value': ['object', 0]}}, {name!r}: {{'value': tools}}}})\n"
+        "while True: channel.send({'value': 0, 'arguments': channel.receive()['arguments'][1:]})"
+    )
+    assert outcome(program, "assert abs(f(1)) < 1") == PASSED
+    assert outcome(program, "assert abs(f(1) - 7.5) < 1e-6") == "wrong"
+
+
 def test_python_runs_as_a_row_of_tests_would_have_it() -> None:
     assert outcome("def f(x): return x + 1", "assert f(1) == 2") == PASSED
     assert outcome("def f(x): return x + 1", "assert f(1) == 3") == "wrong"
     assert outcome("def f(x): return g(x)", "f(1)") == "raised NameError"
     assert outcome("def f(x) return x", "f(1)") == "raised NameError"  # nothing of it is Python
     assert outcome("import itertools\ndef f(x): return itertools.count(x)", "for one in f(1): pass") == "timeout"
+    found = outcome("class A: pass\ndef f(x): return A()", "assert isinstance(f(1), A)")
+    assert found == "unsupported: a test asks for instances of a class of the program"
     assert outcome("def f(x): return 1", "f(len)") == "unsupported: a test passes on a builtin_function_or_method"
 
 
@@ -204,6 +220,10 @@ def test_python_runs_as_a_row_of_tests_would_have_it() -> None:
             "try:\n    f(1)\nexcept ValueError:\n    pass\nelse:\n    assert False",
         ),
         ("def f(x): return float(x)", "import math\nassert math.isnan(f('nan')) and f('-inf') < 0 and f('0.1') == 0.1"),
+        (
+            "from collections import namedtuple\nPair = namedtuple('Pair', 'a b')\ndef f(x): return [Pair(x, 2)]",
+            "assert f(1) == [(1, 2)] and f(3)[0].a == 3",
+        ),
         ("def f(x): return 7 ** x", "assert f(9000) == 7 ** 9000"),
         ("def f(x, kind): return [one for one in x if isinstance(one, kind)]", "assert f([1, 'a'], str) == ['a']"),
         ("def sum(a, b): return a - b", "assert sum(5, 3) == 2"),
