@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.kind import Sample
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import for_one_pass, skeleton
 from sensmerge.tasks.networks.pictures import PIXELS, Picture

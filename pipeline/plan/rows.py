@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from sensmerge.pipeline.plan.pixels import check_pictures, positions_of
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.kind import RowTask, Sample, Task
+from sensmerge.tasks.kinds.kind import RowTask, Task
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import positions
 from sensmerge.tasks.rows.source import DataSource, Row, rows_digest

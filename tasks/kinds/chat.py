@@ -12,8 +12,9 @@ from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.identity import Only
 from sensmerge.tasks.kinds.checks import NamedField
 from sensmerge.tasks.kinds.generating import GeneratingTask
-from sensmerge.tasks.kinds.kind import KINDS, Labels, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels
 from sensmerge.tasks.kinds.messages import MessageTemplate, read_messages, read_tools
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.templates import render, template_fields
 from sensmerge.tasks.networks.tokens import Inputs
 from sensmerge.tasks.rows.source import Row

@@ -12,7 +12,8 @@ from pydantic import Field
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.kinds.checks import whole_number
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, agreement, macro_f1, matthews, mean
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.networks.tokens import class_tokens

@@ -16,7 +16,8 @@ from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.identity import Local, Only
 from sensmerge.tasks.kinds.checks import NamedField, check_fields, is_unicode
 from sensmerge.tasks.kinds.completion import CompletionTask
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, mean
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.rows.source import Row

@@ -7,8 +7,9 @@ from pydantic import Field
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Only
 from sensmerge.tasks.kinds.generating import GeneratingTask
-from sensmerge.tasks.kinds.kind import KINDS, Labels, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels
 from sensmerge.tasks.kinds.likelihood import text_sample
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.networks.tokens import tokens
 from sensmerge.tasks.rows.source import Row

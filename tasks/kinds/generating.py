@@ -14,8 +14,9 @@ from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.identity import Local, Only
 from sensmerge.tasks.kinds.answers import COMPARED, Comparison, find_answer
 from sensmerge.tasks.kinds.checks import NamedField
-from sensmerge.tasks.kinds.kind import RowTask, Sample
+from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.kinds.likelihood import likelihood
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, mean, perplexity, ratio
 from sensmerge.tasks.rows.source import Row
 

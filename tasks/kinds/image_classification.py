@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from sensmerge.tasks.kinds.classification import ClassTask, class_index
-from sensmerge.tasks.kinds.kind import KINDS, Labels, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.networks.pictures import PIXELS, Picture, Reads, picture_bytes, picture_file, picture_text
 from sensmerge.tasks.rows.source import Row
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.kind import Sample
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Record
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from pydantic import Field
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local, Only
 from sensmerge.tasks.kinds.checks import NamedField, is_text, is_unicode, whole_number
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
 from sensmerge.tasks.kinds.likelihood import likelihood, text_sample
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, agreement
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.networks.tokens import tokens

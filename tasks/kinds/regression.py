@@ -12,7 +12,8 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.kinds.checks import NamedField, check_number, number_of
 from sensmerge.tasks.kinds.correlation import mean_squared_error, pearson, spearman
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric
 from sensmerge.tasks.kinds.templates import render, template_fields
 from sensmerge.tasks.networks.tokens import class_tokens, pair_tokens

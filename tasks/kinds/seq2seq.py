@@ -11,8 +11,9 @@ from sensmerge.tasks.identity import Local
 from sensmerge.tasks.kinds.bleu import BLEU_COUNTS, bleu, bleu_counts
 from sensmerge.tasks.kinds.checks import NamedField
 from sensmerge.tasks.kinds.generating import GeneratingTask
-from sensmerge.tasks.kinds.kind import KINDS, Labels, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels
 from sensmerge.tasks.kinds.likelihood import likelihood_of
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.networks.tokens import Inputs, class_tokens, collate, target_tokens

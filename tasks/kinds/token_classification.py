@@ -17,7 +17,8 @@ from sensmerge.tasks.identity import Local
 from sensmerge.tasks.kinds.checks import is_unicode, whole_number
 from sensmerge.tasks.kinds.classification import class_index
 from sensmerge.tasks.kinds.entities import are_entity_tags, entities, f1, share
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, mean
 from sensmerge.tasks.networks.tokens import check_words, word_tokens
 from sensmerge.tasks.rows.source import Row

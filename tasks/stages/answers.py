@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import Labels, RowTask
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.networks.blocks import to_device
 from sensmerge.tasks.networks.endings import WRITING_HEADS

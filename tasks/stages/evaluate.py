@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sensmerge.tasks.artifacts import Artifact, canonical, sha256_text, write_json
 from sensmerge.tasks.identity import For, Local
-from sensmerge.tasks.kinds.kind import Labels, RowTask, Sample, Task
+from sensmerge.tasks.kinds.kind import Labels, RowTask, Task
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Record
 from sensmerge.tasks.networks.blocks import to_device, trunk_output
 from sensmerge.tasks.networks.endings import WRITING_HEADS

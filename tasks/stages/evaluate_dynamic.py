@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from sensmerge.tasks.artifacts import Artifact, write_json
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
 from sensmerge.tasks.identity import For, Local
-from sensmerge.tasks.kinds.kind import RowSet, Sample
+from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Record, mean_score
 from sensmerge.tasks.networks.tokens import Inputs
 from sensmerge.tasks.stages.answers import Item, items_of, records_of

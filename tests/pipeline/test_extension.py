@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.identity import Local
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, mean
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.methods.contract import METHODS, MatrixMethod, TaskVector

@@ -21,9 +21,10 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
 from sensmerge.tasks.kinds.lm_eval import LmEvalTask
 from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, agreement, mean
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.networks.tokens import collate, tokens
