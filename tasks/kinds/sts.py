@@ -17,7 +17,8 @@ from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.kinds.checks import check_number, number_of
 from sensmerge.tasks.kinds.correlation import pearson, spearman
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask, Sample
+from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
+from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.networks.tokens import class_tokens
