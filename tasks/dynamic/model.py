@@ -20,7 +20,7 @@ from sensmerge.tasks.dynamic.router import RouterSettings, Rule, Statistics, aff
 from sensmerge.tasks.dynamic.sense import read_statistics
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.networks.endings import OWN_HEADS
+from sensmerge.tasks.networks.endings import OWN_HEADS, WRITING_HEADS
 from sensmerge.tasks.networks.generation import generate, set_end_tokens
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import finite, trunk_or_self
@@ -115,7 +115,7 @@ class DynamicModel:
         network, heads = load_network_with_heads(
             folder, manifest.experts, manifest.head, dtype or manifest.dtype, device
         )
-        if manifest.head != "classification":
+        if manifest.head in WRITING_HEADS:
             set_end_tokens(network.network, folder / BASE, folder / BASE)
         if manifest.rule.layer > network.blocks:
             raise InputError(

@@ -12,6 +12,7 @@ from sensmerge.tasks.dynamic.router import Rule, Statistics
 from sensmerge.tasks.dynamic.vectors import Dense, LowRank, Sparse, Vector
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import Base
+from sensmerge.tasks.networks.endings import OWN_HEADS
 
 _NEEDED = {
     "nearest": set[str](),
@@ -35,7 +36,7 @@ def check_heads(folder: Path, experts: Sequence[str], head: str) -> None:
         InputError: they are of others.
     """
     heads = {path.name for path in (folder / HEADS).glob("*/")}
-    if heads and (head != "classification" or heads != set(experts)):
+    if heads and (head not in OWN_HEADS or heads != set(experts)):
         raise InputError(
             f"{folder}: its manifest names the experts {', '.join(experts)} of a {head} network, but heads are here of "
             f"{', '.join(sorted(heads))}; copy the folder again"
