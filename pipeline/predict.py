@@ -89,7 +89,8 @@ def predict_file(
     _check_paths(source, target)
     manifest = read_manifest(folder)
     asked, size = _asked(source, folder, settings.field), settings.batch_size
-    count = sum(1 for place, row in asked.places() if asked.content(place, row) is not None)
+    # What a row names is read here too, so that a file that is not there is found now.
+    count = len([len(asked.content(place, row)) for place, row in asked.places()])
     if count == 0:
         raise InputError(f"{source}: has no {'pictures' if source.is_dir() else 'rows; expected JSON Lines'}")
     check_files(folder, manifest)

@@ -104,7 +104,8 @@ def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, PlacementChoice]:
     longest = max(one.longest_calibration for one in inputs.data.values())
     tokens: dict[Stage, int] = {"statistics": longest}
     if recipe.sens_variants():
-        tokens["cross_task"] = max(longest, cross_task.CHUNK_TOKENS)
+        together = cross_task.PICTURES if recipe.reads == "pictures" else 1
+        tokens["cross_task"] = max(together * longest, cross_task.CHUNK_TOKENS)
     return {stage: choose(recipe, stage, inputs.networks.base, count, decimal) for stage, count in tokens.items()}
 
 

@@ -46,6 +46,8 @@ PAIRS = "pairs.json"
 _HEAD_INPUTS = "head_inputs.safetensors"
 CHUNK_TOKENS = 256
 """Logits exist for this many tokens at a time, and short samples of one length are run together up to as many."""
+PICTURES = 8
+"""How many pictures are run together."""
 _TRUNKS = "trunks"
 """Folder for what trunks gave: of completions until all distances are known, of classifiers for good."""
 
@@ -161,7 +163,7 @@ class CrossTaskJob(Job):
         config, reads = self.source(j).expert.config, self.calibration[j].task.reads
         reader = load_reader(reader_of(self.tokenizer, j).folder, reads)
         # Without a padding token, some heads do not find the last token of more than one sample.
-        alone = self.is_classification(j) and getattr(config, "pad_token_id", None) is None
+        alone = reads == "texts" and self.is_classification(j) and getattr(config, "pad_token_id", None) is None
         by_shape: dict[tuple[torch.Size, ...], list[Batch]] = {}
         # An encoder-decoder makes of labels what its decoder is given.
         left = set() if self.calibration[j].head == "seq2seq_lm" else {"labels"}
@@ -171,7 +173,8 @@ class CrossTaskJob(Job):
         batches: list[Batch] = []
         for samples in by_shape.values():
             ids = samples[0].get("input_ids")
-            size = 1 if alone or ids is None else max(1, CHUNK_TOKENS // ids.shape[1])
+            most = PICTURES if reads == "pictures" else 1 if ids is None else max(1, CHUNK_TOKENS // ids.shape[1])
+            size = 1 if alone else most
             for start in range(0, len(samples), size):
                 some = samples[start : start + size]
                 batches.append({key: torch.cat([sample[key] for sample in some]) for key in some[0]})
