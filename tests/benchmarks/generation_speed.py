@@ -71,8 +71,8 @@ def main() -> None:
     written = sum(len(tokens(answer, tokenizer, front=False)) for answer in answers[1])
     print(
         f"{type(network).__name__}, {network.num_parameters() / 1e6:.0f}M parameters, {arguments.dtype}, "
-        f"{arguments.threads} threads; {len(prompts)} prompts of {min(lengths)}–{max(lengths)} tokens, {written} tokens "
-        f"written, at most {arguments.new_tokens} each; {arguments.rounds} rounds in turns\n"
+        f"{arguments.threads} threads; {len(prompts)} prompts of {min(lengths)}–{max(lengths)} tokens, {written} "
+        f"tokens written, at most {arguments.new_tokens} each; {arguments.rounds} rounds in turns\n"
     )
     print("| | seconds (median) |\n| --- | --- |")
     print(f"| one by one | {statistics.median(alone):.2f} |")
