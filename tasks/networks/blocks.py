@@ -20,6 +20,7 @@ from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.calls import Call, Calls, Learned, Slot, run_block
 from sensmerge.tasks.networks.networks import run_trunk
+from sensmerge.tasks.networks.proxies import ANSWERS, BESIDE, AcrossBlocks, Proxy, Stop
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.watching import Statistics, Sums, Watch, added
 
@@ -199,7 +200,7 @@ class Shell:
         if before is not None:
             network.get_submodule(before).register_forward_hook(self._keep_made)
         for index, (name, block) in enumerate(blocks.items()):
-            network.set_submodule(name, _Proxy(self, index, block))
+            network.set_submodule(name, Proxy(self.visit, index, block))
         source.load(network, "", copied=copied)
         network.tie_weights()
         self._blocks = len(blocks)
@@ -226,7 +227,7 @@ class Shell:
         if self._answer is not None:
             return
         reasons = []
-        for self._answer in _ANSWERS:
+        for self._answer in ANSWERS:
             try:
                 entry = self._enter(batch)
             except torch.OutOfMemoryError:
@@ -238,7 +239,7 @@ class Shell:
                 self._visits = sum(len(several) for several in entry.calls)
                 return
         self._answer = None
-        raise self._refusal(f" ({reasons[0][:200]})" if len(reasons) == len(_ANSWERS) else "")
+        raise self._refusal(f" ({reasons[0][:200]})" if len(reasons) == len(ANSWERS) else "")
 
     def _refusal(self, reason: str) -> InputError:
         return InputError(
@@ -255,18 +256,18 @@ class Shell:
             nonlocal astray
             if index not in (len(calls) - 1, len(calls)) or (first and hidden is not first[0]):
                 astray = True
-                raise _Stop
+                raise Stop
             if index == len(calls):
                 calls.append([])
             first.append(hidden)
             calls[index].append(call)
             if len(first) == self._visits:
-                raise _Stop
+                raise Stop
             return hidden
 
         with torch.enable_grad():
             self._run(self.network, batch, visit)
-        if astray or len(calls) < self._blocks or any(leaf is _BESIDE for leaf in tree_leaves(calls)):
+        if astray or len(calls) < self._blocks or any(leaf is BESIDE for leaf in tree_leaves(calls)):
             return None
         learned = _learned(calls)
         slots = {id(tensor): Slot(index) for index, tensor in enumerate(learned)}
@@ -307,7 +308,7 @@ class Shell:
             gradients: ∂L/∂ what is learned, by way of all blocks.
         """
         device = self._source.device
-        across: Callable[..., Tensor] = _AcrossBlocks.apply
+        across: Callable[..., Tensor] = AcrossBlocks.apply
         replay = self._replay(lambda entered: across(entered, hidden.to(device), gradient.to(device)))
         calls: list[Call] = []
 
@@ -342,7 +343,7 @@ class Shell:
     def _run(self, network: Callable[..., Any], batch: Batch, visit: Callable[[int, Tensor, Call], Tensor]) -> Any:
         self._visit = visit
         try:
-            with suppress(_Stop):
+            with suppress(Stop):
                 return network(**to_device(batch, self._source.device))
         finally:
             self._made = ()  # with it goes what led to it
@@ -380,46 +381,3 @@ def _learned(calls: Any) -> list[Tensor]:
 def to_device(values: Any, device: str) -> Any:
     """Return lists, tuples, mappings and tensors in each other with all tensors on a device."""
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
-
-
-class _Stop(Exception):
-    """The network need not run on."""
-
-
-_BESIDE = object()
-"""Stands for what a block gives beside hidden states: no other block may be given it."""
-_ANSWERS: tuple[Callable[[Tensor], Any], ...] = (
-    lambda hidden: hidden,
-    lambda hidden: (hidden,),
-    lambda hidden: (hidden, _BESIDE),
-    lambda hidden: (hidden, _BESIDE, _BESIDE),
-)
-"""Forms in which networks expect what blocks give."""
-
-
-class _Proxy(nn.Module):
-    """Stands in the place of a block, whose attributes it has."""
-
-    def __init__(self, shell: Shell, index: int, block: nn.Module) -> None:
-        super().__init__()
-        self._apart = (shell, index, block)  # in a tuple: no submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_apart"][2], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        shell, index, _ = self._apart
-        return shell.visit(index, hidden_states, (args, kwargs))
-
-
-class _AcrossBlocks(torch.autograd.Function):
-    """All blocks in the eyes of autograd: what comes out of them, and what comes back, is known."""
-
-    @staticmethod
-    def forward(ctx: Any, entered: Tensor, hidden: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient
-        return hidden.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.gradient, None, None
