@@ -20,7 +20,7 @@ from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.calls import Call, Calls, Learned, Slot, run_block
 from sensmerge.tasks.networks.networks import run_trunk
-from sensmerge.tasks.networks.proxies import AcrossBlocks, Proxy, Stop
+from sensmerge.tasks.networks.proxies import ANSWERS, BESIDE, AcrossBlocks, Proxy, Stop
 from sensmerge.tasks.networks.source import Source
 from sensmerge.tasks.networks.watching import Statistics, Sums, Watch, added
 
@@ -200,7 +200,7 @@ class Shell:
         if before is not None:
             network.get_submodule(before).register_forward_hook(self._keep_made)
         for index, (name, block) in enumerate(blocks.items()):
-            network.set_submodule(name, Proxy(self, index, block))
+            network.set_submodule(name, Proxy(self.visit, index, block))
         source.load(network, "", copied=copied)
         network.tie_weights()
         self._blocks = len(blocks)
@@ -227,7 +227,7 @@ class Shell:
         if self._answer is not None:
             return
         reasons = []
-        for self._answer in _ANSWERS:
+        for self._answer in ANSWERS:
             try:
                 entry = self._enter(batch)
             except torch.OutOfMemoryError:
@@ -239,7 +239,7 @@ class Shell:
                 self._visits = sum(len(several) for several in entry.calls)
                 return
         self._answer = None
-        raise self._refusal(f" ({reasons[0][:200]})" if len(reasons) == len(_ANSWERS) else "")
+        raise self._refusal(f" ({reasons[0][:200]})" if len(reasons) == len(ANSWERS) else "")
 
     def _refusal(self, reason: str) -> InputError:
         return InputError(
@@ -267,7 +267,7 @@ class Shell:
 
         with torch.enable_grad():
             self._run(self.network, batch, visit)
-        if astray or len(calls) < self._blocks or any(leaf is _BESIDE for leaf in tree_leaves(calls)):
+        if astray or len(calls) < self._blocks or any(leaf is BESIDE for leaf in tree_leaves(calls)):
             return None
         learned = _learned(calls)
         slots = {id(tensor): Slot(index) for index, tensor in enumerate(learned)}
@@ -381,14 +381,3 @@ def _learned(calls: Any) -> list[Tensor]:
 def to_device(values: Any, device: str) -> Any:
     """Return lists, tuples, mappings and tensors in each other with all tensors on a device."""
     return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, values)
-
-
-_BESIDE = object()
-"""Stands for what a block gives beside hidden states: no other block may be given it."""
-_ANSWERS: tuple[Callable[[Tensor], Any], ...] = (
-    lambda hidden: hidden,
-    lambda hidden: (hidden,),
-    lambda hidden: (hidden, _BESIDE),
-    lambda hidden: (hidden, _BESIDE, _BESIDE),
-)
-"""Forms in which networks expect what blocks give."""

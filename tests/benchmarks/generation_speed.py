@@ -10,6 +10,7 @@ the median of the rounds' ratios, and how many answers are equal token by token.
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def main() -> None:
             begin = time.perf_counter()
             answers[size] = model.generate(prompts, range(len(prompts)), arguments.new_tokens)
             seconds[size].append(time.perf_counter() - begin)
+            print(f"batches of {size}: {seconds[size][-1]:.2f} s", file=sys.stderr, flush=True)
     alone, together = seconds.values()
     ratios = sorted(one / other for one, other in zip(alone, together, strict=True))
     equal = sum(one == other for one, other in zip(*answers.values(), strict=True))
