@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.companions import GENERATION_CONFIG, has_tokenizer
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.networks import load_tokenizer
 from sensmerge.tasks.networks.tokens import Inputs, collate
 
@@ -47,8 +47,8 @@ def set_end_tokens(network: PreTrainedModel, folder: Path, base: Path) -> None:
 def _stated(settings: Mapping[str, Any], path: Path) -> list[int]:
     found = settings.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(one, int) for one in ids):
-        raise InputError(f"{path}: eos_token_id is {found!r}; expected a token id or a list of them")
+    if not all(isinstance(one, int) and abs(one) < 2**31 for one in ids):
+        raise InputError(f"{path}: eos_token_id is {shown(found)}; expected a token id or a list of them")
     return ids
 
 

@@ -68,7 +68,10 @@ def test_an_adapter_ends_as_its_base_does_unless_it_says_otherwise(
     assert end_tokens(network, tokenizer) == [1, 50]
 
 
-@pytest.mark.parametrize("content", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1.5]}', "[]", "{"])
+@pytest.mark.parametrize(
+    "content",
+    ['{"eos_token_id": "</s>"}', '{"eos_token_id": [1.5]}', '{"eos_token_id": 9223372036854775808}', "[]", "{"],
+)
 def test_end_tokens_that_are_none(tmp_path: Path, save: Callable[..., Path], content: str) -> None:
     base = save(make_llama(), "base", tmp_path)
     (base / "generation_config.json").write_text(content)
