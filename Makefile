@@ -14,7 +14,7 @@ configs/quickstart/build/settings.json: configs/quickstart/make_models.py | inst
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -167,6 +167,8 @@ merge. {followed}
 def _heads_text(heads: list[str], network: str) -> str:
     """How to load the experts' heads; the first one's network is of the class `network`."""
     loader = "TokenClassification" if own_ending([network]) == "token_classification" else "SequenceClassification"
+    if network.endswith("ForImageClassification"):
+        loader = "ImageClassification"
     return f"""## Heads
 
 The merged trunk is this folder's `model.safetensors`; `heads/` keeps the classifier of each task

@@ -237,7 +237,10 @@ def test_what_of_a_task_changes_its_samples_and_what_its_scores(
 
 def test_the_main_metric_of_lm_eval_has_to_be_one_that_it_reports() -> None:
     task = LmEvalTask(kind="lm_eval", names=["a"], batch_size=3)
-    expected = {"kind": "lm_eval", "names": ["a"], "limit": None, "metric": "acc"}
+    expected = {
+        **{"kind": "lm_eval", "names": ["a"], "limit": None, "metric": "acc", "num_fewshot": None},
+        **{"apply_chat_template": False, "fewshot_as_multiturn": True, "system_instruction": None},
+    }
     assert identity(task, "evaluation") == expected
 
 

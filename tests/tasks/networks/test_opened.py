@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sensmerge.tasks.artifacts import Artifact
-from sensmerge.tasks.networks.opened import opened_base, opened_expert, opened_tokenizer
+from sensmerge.tasks.networks.opened import opened_base, opened_expert, opened_reader
 from tests.conftest import make_llama, perturbed
 
 WEIGHTS = "model.safetensors"
@@ -20,7 +20,7 @@ def test_models_are_opened_once_and_their_files_each_time(tmp_path: Path, save: 
     expert = Artifact("expert", save(perturbed(make_llama(), 1), "expert", tmp_path))
     first, second = opened_base(base), opened_base(base)
     assert first.names is second.names
-    assert opened_tokenizer(base) is opened_tokenizer(base)
+    assert opened_reader(base, "texts") is opened_reader(base, "texts")
     one, other = (opened_expert(expert, base, False) for _ in range(2))
     assert one.config is other.config
     assert one.base.names is first.names

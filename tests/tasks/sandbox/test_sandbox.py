@@ -270,7 +270,8 @@ def test_limits_hold_without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["humaneval/test", "mbpp/test", "mbpp/train"])
 def test_reference_solutions_pass(name: str) -> None:
+    """A sixth of them, for all 1,138 take minutes; SENSMERGE_ALL_PROGRAMS=1 runs all."""
     with gzip.open(SHARED / "data" / f"{name}.jsonl.gz", "rt") as file, ThreadPoolExecutor(2) as pool:
-        rows = [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file][:: 1 if "SENSMERGE_ALL_PROGRAMS" in os.environ else 6]
         outcomes = list(pool.map(reference, rows))
     assert {row["task_id"]: one for row, one in zip(rows, outcomes, strict=True) if one != PASSED} == {}

@@ -583,7 +583,12 @@ def test_encoder_heads_lie_beside_the_trunk(kind: str, save: Save, tmp_path: Pat
             expected = own(ids).logits
             torch.testing.assert_close(own.bert(ids).last_hidden_state, plain)
             # The code of the model card, as a user would paste it.
-            code = card._heads_text([task]).split("```python\n")[1].split("```")[0].replace("FOLDER", str(out))
+            code = (
+                card._heads_text([task], "BertForSequenceClassification")
+                .split("```python\n")[1]
+                .split("```")[0]
+                .replace("FOLDER", str(out))
+            )
             names: dict[str, Any] = {}
             exec(code, names)
             torch.testing.assert_close(names["model"].eval()(ids).logits, expected)
