@@ -67,9 +67,8 @@ def test_a_folder_with_something_else(
     assert not target.exists()
 
 
-def test_registered_versions_answer_pictures(model: Path) -> None:
-    mlflow.set_tracking_uri(f"sqlite:///{model.parents[2]}/mlflow.db")
-    mlflow.set_registry_uri(f"sqlite:///{model.parents[2]}/mlflow.db")
+def test_registered_versions_answer_pictures(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{model.parents[2]}/mlflow.db")
     versions = mlflow.MlflowClient().search_model_versions("name = 'pictures'")
     assert {one.tags["variant"] for one in versions} == {"ta", "se"}
     given = [in_base64(picture(50, COLOURS[name])) for name in LABELS]
