@@ -40,6 +40,7 @@ FIELDS: Mapping[str, Sequence[str]] = {
     "chat": ("messages: messages            # the field with the conversation, or the messages as templates",),
     "completion": ('prompt: "{prompt}"           # {…} is a field of your rows', 'completion: "{completion}"'),
     "classification": ('prompt: "{text}"             # {…} is a field of your rows', "label: label"),
+    "regression": ('prompt: "{text}"             # {…} is a field of your rows', "label: label"),
     "image_classification": ("image: image                # fields of your rows", "label: label"),
     "token_classification": ("tokens: tokens              # fields of your rows", "tags: tags"),
     "seq2seq": ('source: "{source}"           # {…} is a field of your rows', 'target: "{target}"'),
@@ -141,6 +142,8 @@ def _look(text: str, folder: Path, cache: Path, kind: str | None) -> Found:
     name = str(classes[0]) if isinstance(classes, list) and classes else "no class named"
     dtype = config.get("dtype") or config.get("torch_dtype")
     own = next((one for end, one in KINDS_OF_CLASSES.items() if name.endswith(end)), None)
+    if own == "classification" and len(config.get("id2label") or {}) == 1:
+        own = "regression"
     if own == "seq2seq" and not config.get("is_encoder_decoder"):  # it reads pictures or sound as well
         own = None
     return Found(model, _comment(name, size, dtype), _chatting(own, kind, read, there))

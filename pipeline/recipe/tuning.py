@@ -23,13 +23,12 @@ def _listed(tune: Any) -> Any:
 
 Tune = Annotated[dict[str, Literal["auto"] | list[FiniteFloat]], BeforeValidator(_listed)]
 """the values to try of each setting, by its key"""
+_WEIGHT = {"type": "number", "minimum": -LARGEST_WEIGHT, "maximum": LARGEST_WEIGHT}
 Weight = Annotated[
     float,
-    WithJsonSchema(
-        {"anyOf": [{"type": "number", "minimum": -LARGEST_WEIGHT, "maximum": LARGEST_WEIGHT}, {"const": AUTO}]}
-    ),
+    WithJsonSchema({"anyOf": [_WEIGHT, {"const": AUTO}, {"type": "array", "items": _WEIGHT, "minItems": 1}]}),
 ]
-"""a weight; `auto` says that it is tuned, see `with_auto_weight`"""
+"""a weight; `auto` says that it is tuned, see `with_auto_weight`, and a list is a sweep, see `expanded`"""
 
 
 def with_auto_weight(variant: Any) -> Any:

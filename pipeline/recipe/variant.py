@@ -76,7 +76,8 @@ class Variant(Strict):
         1.0,
         ge=-LARGEST_WEIGHT,
         le=LARGEST_WEIGHT,
-        description="λ: weight of every expert; explicit and sens coefficients multiply it; auto: it is tuned",
+        description="λ: weight of every expert; explicit and sens coefficients multiply it; auto: it is tuned; a list: "
+        "a variant for each",
     )
     coefficients: Coefficients = Field(UniformCoefficients(), description="how much of each expert, in each layer")
     lines: Lines | None = Field(None, description="factor on all weights that grows from the first block to the last")

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -54,6 +55,7 @@ def test_no_page_is_an_island() -> None:
 def test_the_first_recipe_is_one() -> None:
     blocks = re.findall(r"^```yaml\n(name: .*?)^```", (PROJECT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     (recipe,) = [Recipe.model_validate(yaml.safe_load(block)) for block in blocks]
+    jsonschema.validate(yaml.safe_load(blocks[0]), Recipe.model_json_schema())  # as editors check it
     assert recipe.se_variants()
     assert recipe.sens_variants()
 

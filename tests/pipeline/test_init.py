@@ -61,6 +61,10 @@ def test_kinds_of_tasks(llamas: dict[str, Path], berts: dict[str, Path], tmp_pat
     assert kinds(chatting, llamas["math"], adapter) == ["chat", "chat"]
     base, *experts = berts.values()
     assert kinds(base, *experts) == ["classification"] * len(experts)
+    scoring = shutil.copytree(experts[0], tmp_path / "scoring")
+    config = json.loads((scoring / "config.json").read_text()) | {"id2label": {"0": "LABEL_0"}}
+    (scoring / "config.json").write_text(json.dumps(config))
+    assert kinds(base, scoring) == ["regression"]
     (chatting / "config.json").write_text(json.dumps({"architectures": ["NotYetKnown"]}))
     assert kinds(llamas["base"], chatting) == []
 
