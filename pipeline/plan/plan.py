@@ -29,14 +29,21 @@ class Plan(Resolved):
     """All steps of a recipe, in an order in which each comes after those it needs."""
 
     steps: tuple[Step, ...]
+    makers: Mapping[str, str]
+    """title → title of the step that makes it: its own, or that of a variant that is made the same way"""
     todo: Mapping[str, str]
-    """title → why, of the steps that the store lacks; two steps may have one fingerprint, never one title"""
+    """title → why, of the steps that the store lacks"""
     undecided: Collection[str] = ()
     """titles of the steps that are in the store or not, which only digests tell that nobody has computed yet"""
 
     def step(self, stage: Stage, name: str) -> Step:
-        """Return one step."""
-        return next(step for step in self.steps if step.stage == stage and step.name == name)
+        """Return the step that makes something."""
+        title = self.makers[f"{stage} {name}"]
+        return next(step for step in self.steps if step.title == title)
+
+    def names(self, stage: Stage) -> list[str]:
+        """Return the names of all that a stage makes, in the plan's order."""
+        return [title.removeprefix(f"{stage} ") for title in self.makers if title.startswith(f"{stage} ")]
 
     def keys(self) -> list[Key]:
         """Return what names the artifacts of all steps."""
@@ -73,7 +80,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     placements = _placements(recipe, inputs)
     inputs = replace(inputs, notes=(*inputs.notes, *try_networks(recipe, inputs, placements)))
     resolved = Resolved(recipe, store, inputs, placements, inseparable_heads(recipe, inputs))
-    steps = tuple(lay_out(resolved))
+    steps, makers = lay_out(resolved)
     undecided = _undecided(steps, store, listings)
     todo = {
         step.title: store.why(step.key)
@@ -84,7 +91,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     read = {title for step in steps if step.title in todo for title in step.needs}
     lost = {f"download {name}" for name, listing in inputs.listings.items() if listing.missing()}
     todo |= dict.fromkeys(lost & read - todo.keys(), "files are gone")
-    plan = Plan(recipe, store, inputs, placements, resolved.inseparable, steps, todo, undecided)
+    plan = Plan(recipe, store, inputs, placements, resolved.inseparable, tuple(steps), makers, todo, undecided)
     _check_room(plan)
     return plan
 
@@ -136,7 +143,14 @@ def plan_summary(plan: Plan) -> str:
 def plan_table(plan: Plan) -> Table:
     """Return the plan for people: a row per step, RUN, SKIP or ? (undecided) and why, and what it reads and writes."""
     table = step_table(plan_summary(plan))
-    for step in plan.steps:
+    steps = {step.title: step for step in plan.steps}
+    for title, maker in plan.makers.items():
+        if maker not in steps:  # it would save no work
+            continue
+        step = steps[maker]
+        if title != maker:
+            table.add_row(step.stage, title.removeprefix(f"{step.stage} "), "SAME", f"as {maker}", "", "")
+            continue
         why = plan.todo.get(step.title)
         sizes = ("", "") if why is None else (decimal(step.reads), decimal(step.writes))
         if step.title in plan.undecided:

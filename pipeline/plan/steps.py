@@ -42,8 +42,12 @@ from sensmerge.tasks.stages.tune import TuneJob, TuningScoresJob
 from sensmerge.tasks.stages.vectors import VectorsJob
 
 
-def lay_out(resolved: Resolved) -> list[Step]:
-    """Return all steps of a recipe, each after those it needs."""
+def lay_out(resolved: Resolved) -> tuple[list[Step], dict[str, str]]:
+    """Return all steps of a recipe, each after those it needs, and which of them makes what, by title.
+
+    Steps of two variants that would make the same, such as the merge of a static variant and that of a dynamic one on
+    top of it, are one step. One that the store has done for a variant of another name is not done again.
+    """
     recipe, layout = resolved.recipe, _Layout(resolved)
     for name in resolved.inputs.listings:
         layout.download(name)
@@ -73,7 +77,7 @@ def lay_out(resolved: Resolved) -> list[Step]:
     if any(one.evaluation for one in resolved.inputs.data.values()):
         for name in recipe.se_variants():
             layout.evaluate_dynamic(name)
-    return without_idle(layout.steps, resolved.store)
+    return without_idle(layout.steps, resolved.store), layout.makers
 
 
 class _Layout:
@@ -81,6 +85,8 @@ class _Layout:
 
     def __init__(self, resolved: Resolved) -> None:
         self.steps: list[Step] = []
+        self.makers: dict[str, str] = {}
+        self._by_fingerprint: dict[str, Step] = {}
         self._resolved = resolved
         self._recipe = resolved.recipe
         self._inputs = resolved.inputs
@@ -344,9 +350,12 @@ class _Layout:
         actors = placement.count if isinstance(placement, Actors) else 0
         listings = tuple(one.job.listing for one in needs if isinstance(one.job, DownloadJob))
         models = PlannedModels(listings, self._resolved.store.hub_cache)
-        step = Step(name, Key.of(name, job), tuple(one.title for one in needs), job, reads, writes, actors, models)
-        self._made[step.stage][name] = step
-        self.steps.append(step)
+        key = self._resolved.store.named(Key.of(name, job))
+        step = Step(name, key, tuple(one.title for one in needs), job, reads, writes, actors, models)
+        maker = self._by_fingerprint.setdefault(key.fingerprint, step)
+        self._made[step.stage][name], self.makers[step.title] = maker, maker.title
+        if maker is step:
+            self.steps.append(step)
 
     def _model(self, name: str) -> Artifact:
         """Return base or an expert, where its files are, or what stands for it in the vocabulary of merged models."""

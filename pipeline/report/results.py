@@ -198,11 +198,9 @@ def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], di
     """Return scores[model][task][metric] and the per-sample records behind them, records[model][task]."""
     scores: dict[str, dict[str, dict[str, Score]]] = {}
     records: dict[str, dict[str, Any]] = {}
-    for step in plan.steps:
-        if step.stage != "evaluate":
-            continue
-        model, _, task = step.name.partition("/")
-        taken, kept = (_read(plan, "evaluate", step.name, file) for file in ("scores.json", "records.json"))
+    for step in plan.names("evaluate"):
+        model, _, task = step.partition("/")
+        taken, kept = (_read(plan, "evaluate", step, file) for file in ("scores.json", "records.json"))
         # A dynamic model is scored on all tasks at once.
         for name in [task] if task else taken:
             found = taken if task else taken[name]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_args
@@ -140,6 +140,15 @@ class Store:
     def folder(self, key: Key) -> Path:
         """Return the folder of an artifact, whether it exists or not."""
         return self.root / key.stage / f"{key.name.replace('/', '--')}-{key.fingerprint[:8]}"
+
+    def named(self, key: Key) -> Key:
+        """Return a key with the name under which the store has the artifact, if it has it: variants are renamed."""
+        if not self.folder(key).exists():
+            for path in sorted(self.root.glob(f"{key.stage}/*-{key.fingerprint[:8]}/{MANIFEST}")):
+                other = replace(key, name=str((read_manifest(path.parent) or {}).get("name")))
+                if self.folder(other) == path.parent and self.manifest(other) is not None:
+                    return other
+        return key
 
     def partial(self, key: Key) -> Path:
         """Return the folder where an artifact is under construction; it lies beside the final one."""

@@ -57,7 +57,8 @@ Recipe = dict[str, Any]
 
 
 def fingerprints(plan: Plan) -> dict[str, str]:
-    return {step.title: step.key.fingerprint for step in plan.steps}
+    made = {step.title: step.key.fingerprint for step in plan.steps}
+    return {title: made[maker] for title, maker in plan.makers.items() if maker in made}
 
 
 def changed(before: Plan, after: Plan) -> set[str]:
@@ -265,7 +266,9 @@ def test_whose_settings_an_expert_runs_with_changes_what_runs_it(llama_recipe: R
     before = plan_of(tmp_path, llama_recipe)
     assert changed(before, plan_of(tmp_path, llama_recipe, "experts.code.config=base")) == set()
     experts = {name: replace(one, base_config=True) for name, one in before.inputs.experts.items()}
-    after = {step.title: step.key for step in lay_out(replace(before, inputs=replace(before.inputs, experts=experts)))}
+    after = {
+        step.title: step.key for step in lay_out(replace(before, inputs=replace(before.inputs, experts=experts)))[0]
+    }
     assert {step.title for step in before.steps if after[step.title] != step.key} == {
         "statistics math",
         "statistics code",
@@ -281,6 +284,32 @@ def test_table_says_run_and_why(llama_recipe: Recipe, tmp_path: Path) -> None:
     rows = list(zip(*(column.cells for column in plan_table(plan).columns), strict=True))
     assert rows[0][:4] == ("download", "base", "RUN", "new")
     assert len(rows) == 18
+
+
+def test_what_two_variants_have_in_common_is_made_once(llama_recipe: Recipe, tmp_path: Path) -> None:
+    other, with_other = {"method": "task_arithmetic", "weight": 0.3}, dict(llama_recipe)
+    with_other["merges"] = llama_recipe["merges"] | {"ta": other, "again": other | {"application": {"kind": "static"}}}
+    plan = plan_of(tmp_path, with_other)
+    without = plan_of(tmp_path, llama_recipe | {"merges": llama_recipe["merges"] | {"ta": other}})
+    assert fingerprints(plan)["merge again"] == fingerprints(plan)["merge ta"]
+    assert [step.title for step in plan.steps] == [step.title for step in without.steps]
+    assert plan.artifact("merge", "again") == plan.artifact("merge", "ta")
+    assert plan.artifact("evaluate", "again/math") == plan.artifact("evaluate", "ta/math")
+    rows = list(zip(*(column.cells for column in plan_table(plan).columns), strict=True))
+    assert ("evaluate", "again/code", "SAME", "as evaluate ta/code", "", "") in rows
+
+
+def test_a_variant_under_another_name_costs_nothing(llama_recipe: Recipe, tmp_path: Path) -> None:
+    before = plan_of(tmp_path, llama_recipe)
+    do_steps(before)
+    renamed = {f"my-{name}": one for name, one in llama_recipe["merges"].items()}
+    plan = plan_of(tmp_path, llama_recipe | {"merges": renamed})
+    assert plan.artifact("merge", "my-ta") == before.artifact("merge", "ta")
+    assert plan.step("merge", "my-ta").title == "merge my-ta"
+    assert "merge my-ta" not in plan.todo
+    (before.artifact("merge", "ta") / "manifest.json").write_text('{"files": {}, "name": "../ta", "fingerprint": ""}')
+    plan = plan_of(tmp_path, llama_recipe | {"merges": renamed})
+    assert plan.todo["merge my-ta"] == "new"
 
 
 def on_hub(hub: HubServer, repo: str, folder: Path, **files: bytes) -> None:
