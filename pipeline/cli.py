@@ -1,6 +1,7 @@
 """The command line: its commands, and what becomes of errors."""
 
 import atexit
+import errno
 import gc
 import os
 import sys
@@ -90,6 +91,9 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # the names that files of our own have are short
+            sys.stderr.write(f"error: {InputError(f'{error.filename}: {error.strerror}; use a shorter path')}\n")
+            sys.exit(2)
         trouble = disk_trouble(error)
         if trouble is None:
             raise

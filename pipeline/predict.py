@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sensmerge.pipeline.execute.batches import Workers, work_in_batches
 from sensmerge.pipeline.execute.cluster import cluster
-from sensmerge.tasks.artifacts import parse_json, partial_of
+from sensmerge.tasks.artifacts import file_bytes, parse_json, partial_of
 from sensmerge.tasks.dynamic.folder import check_files, read_manifest
 from sensmerge.tasks.dynamic.model import DynamicModel, Prediction
 from sensmerge.tasks.dynamic.vectors import BASE
@@ -189,7 +189,7 @@ class _Pictures:
     def content(self, place: str, row: Row) -> bytes:
         """Return the file of a picture."""
         try:
-            return Path(self.path, row[FILE]).read_bytes()
+            return file_bytes(Path(self.path, row[FILE]))
         except OSError as error:
             raise InputError(f"{place}: cannot be read ({error.strerror})") from error
 

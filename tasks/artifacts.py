@@ -1,9 +1,11 @@
 """Artifacts, and their small JSON files, which are written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def file_bytes(path: Path) -> bytes:
+    """Return the content of a file that anyone may have put there.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: to read a pipe may take for ever, and a device has no end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or else to open a pipe waits for somebody who writes
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read()
+
+
 MOST_JSON = 2**28
 """Bytes of a JSON file from outside; the largest tokenizers take an eighth of that."""
 
@@ -76,7 +91,7 @@ def load_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MOST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
-        return parse_json(path.read_bytes())
+        return parse_json(file_bytes(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); get the file again") from error
     except ValueError as error:

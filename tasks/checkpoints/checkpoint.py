@@ -17,7 +17,7 @@ from sensmerge.tasks.checkpoints.header import TensorInfo, open_file, read_heade
 from sensmerge.tasks.checkpoints.quantised import WAY_OUT, Scale, dequantised, is_fp8
 from sensmerge.tasks.checkpoints.stems import INDEXED, MODEL, SAFETENSORS, SHARDED, find_stem, single_stems
 from sensmerge.tasks.checkpoints.views import Gathered, Stretch, Taken, read_view
-from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.errors import InputError, shown
 
 WEIGHTS = f"{MODEL}{SAFETENSORS}"
 INDEX = f"{MODEL}{INDEXED}"
@@ -179,8 +179,8 @@ def open_checkpoint(folder: Path, dequantize: bool = False) -> Checkpoint:
             notes = (f"{folder} has both {whole.name} and {index.name}: {whole.name} is read, as transformers does",)
         return viewed(checkpoint_of(folder, read_header(whole), stem, dequantize, notes))
     for file in index_files(index):
-        if not (folder / file).is_file():
-            raise InputError(f"{index}: names {file}, which is not in the folder; put the file there")
+        if file not in names:
+            raise InputError(f"{index}: names {shown(file)}, which is not in the folder; put the file there")
     tensors = indexed_tensors(index, lambda file: read_header(folder / file))
     return viewed(checkpoint_of(folder, tensors, stem, dequantize))
 
@@ -242,7 +242,9 @@ def index_files(index: Path) -> list[str]:
     files = sorted(set(_weight_map(index).values()))
     for file in files:
         if Path(file).name != file or file in {"", ".", ".."} or "\\" in file:
-            raise InputError(f"{index}: names {file!r}, which lies outside the folder; only files beside it are read")
+            raise InputError(
+                f"{index}: names {shown(file)}, which lies outside the folder; only files beside it are read"
+            )
     return files
 
 

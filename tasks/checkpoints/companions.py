@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from sensmerge.tasks.artifacts import load_json, write_json
+from sensmerge.tasks.artifacts import file_bytes, load_json, write_json
 
 WEIGHTS = "*.safetensors"
 CONFIG = "config.json"
@@ -114,7 +114,7 @@ def copy_companions(files: Mapping[str, Path], target: Path) -> None:
 
 def names_code(path: Path) -> bool:
     """Return whether a JSON file tells transformers to run code that lies beside it; merged models have none."""
-    return path.suffix == ".json" and b'"auto_map"' in path.read_bytes() and any(_code_keys(load_json(path)))
+    return path.suffix == ".json" and b'"auto_map"' in file_bytes(path) and any(_code_keys(load_json(path)))
 
 
 def without_code(value: Any) -> Any:

@@ -16,6 +16,7 @@ from warnings import catch_warnings, simplefilter
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sensmerge.tasks.artifacts import file_bytes
 from sensmerge.tasks.checkpoints.companions import CONFIG
 from sensmerge.tasks.errors import InputError, shown
 
@@ -193,7 +194,7 @@ def picture_file(value: Any, folder: Path | None, where: str) -> bytes:
         expected = "the picture's bytes in base64" if folder is None else f"a path below {folder}, or these in base64"
         raise InputError(f"{where} is {shown(value)}; expected {expected}")
     try:
-        return (folder / parts).read_bytes()
+        return file_bytes(folder / parts)
     except OSError as error:
         raise InputError(f"{where} is {shown(value)}: {folder / parts} cannot be read ({error.strerror})") from error
 

@@ -22,6 +22,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from sensmerge.tasks.artifacts import file_bytes
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.rows.source import Row
 
@@ -57,7 +58,7 @@ def read_rows(path: Path, form: str) -> list[tuple[Row, int]]:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        content = file_bytes(path)
         for magic, name in _ARCHIVES.items():
             if content.startswith(magic):
                 raise InputError(f"{path}: is {name} archive; expected text, or text packed by gzip, bzip2 or xz")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sensmerge.tasks.artifacts import file_bytes
 from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.rows.files import read_rows
 from sensmerge.tasks.rows.source import DataSource, Row
@@ -228,7 +229,7 @@ def _in_json(value: Any, opens: bool) -> Any:
     if not isinstance(value, dict):
         return value
     if value.keys() == {"bytes", "path"} and (value["bytes"] is not None or (opens and value["path"])):
-        return _in_json(Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"], opens)
+        return _in_json(file_bytes(Path(value["path"])) if value["bytes"] is None else value["bytes"], opens)
     return {name: _in_json(one, opens) for name, one in value.items()}
 
 

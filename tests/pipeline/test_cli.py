@@ -80,6 +80,11 @@ def test_missing_model_folder(llama_recipe: Recipe, refused: Callable[..., str])
     assert "error: experts.math: " in refused(llama_recipe)
 
 
+@pytest.mark.parametrize("key", ["experts.math.subfolder", "tasks.math.evaluation.data_files"])
+def test_a_path_that_no_system_has(key: str, llama_recipe: Recipe, refused: Callable[..., str]) -> None:
+    assert "File name too long; use a shorter path" in refused(llama_recipe, "--set", f"{key}={'x' * 3000}")
+
+
 def test_missing_data_file(llama_recipe: Recipe, refused: Callable[..., str]) -> None:
     llama_recipe["tasks"]["math"]["calibration"]["data_files"] = "none.jsonl"
     error = refused(llama_recipe)

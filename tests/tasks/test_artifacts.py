@@ -1,11 +1,13 @@
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from sensmerge.tasks.artifacts import (
     canonical,
+    file_bytes,
     load_json,
     load_object,
     parse_json,
@@ -70,6 +72,18 @@ def test_json_that_is_none_is_one_line(content: bytes, message: str, tmp_path: P
         load_json(tmp_path / "config.json")
     with pytest.raises(ValueError, match=message):
         parse_json(content)
+
+
+def test_what_may_have_no_end_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "plain.json").write_bytes(b"[1]")
+    assert file_bytes(tmp_path / "plain.json") == b"[1]"
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        with pytest.raises(OSError, match="not a regular file"):
+            file_bytes(tmp_path / name)
+        with pytest.raises(InputError, match=rf"{name}: cannot be read \(not a regular file\)"):
+            load_json(tmp_path / name)
 
 
 def test_json_of_any_size_and_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

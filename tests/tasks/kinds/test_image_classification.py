@@ -1,6 +1,7 @@
 """Rows with pictures as samples: which files are read, what the network gets of them, and what is refused."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,9 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         completed("b.png", tmp_path)
     with pytest.raises(InputError, match=r"row 7 is 'b\.png'; expected the picture's bytes in base64"):
         completed("b.png")
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(InputError, match=r"row 7 is 'b\.png': .*/b\.png cannot be read \(not a regular file"):
+        completed("b.png", tmp_path)
 
 
 @pytest.mark.parametrize(("value", "found"), [(3, "a int"), ({"path": "a"}, "an object"), ("no base", "'no base'")])
