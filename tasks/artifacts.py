@@ -64,21 +64,29 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def file_bytes(path: Path) -> bytes:
+MOST_BYTES = 2**28
+"""Of a JSON file or a picture from outside; the largest tokenizers take an eighth of that."""
+
+
+def file_bytes(path: Path, most: float = MOST_BYTES) -> bytes:
     """Return the content of a file that anyone may have put there.
 
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
     Raises:
-        OSError: it cannot be read, or is no regular file: to read a pipe may take for ever, and a device has no end.
+        OSError: it cannot be read, has more bytes, or is no regular file: to read a pipe may take for ever, and a
+            device has no end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or else to open a pipe waits for somebody who writes
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if found.st_size > most:
+            raise OSError(errno.EINVAL, f"{found.st_size:,} bytes; expected at most {most:,}", str(path))
         return file.read()
-
-
-MOST_JSON = 2**28
-"""Bytes of a JSON file from outside; the largest tokenizers take an eighth of that."""
 
 
 def load_json(path: Path) -> Any:
@@ -89,8 +97,6 @@ def load_json(path: Path) -> Any:
             thousands of digits.
     """
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"{path.stat().st_size:,} bytes; expected at most {MOST_JSON:,}")
         return parse_json(file_bytes(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); get the file again") from error

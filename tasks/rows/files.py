@@ -19,6 +19,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from io import StringIO
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def read_rows(path: Path, form: str) -> list[tuple[Row, int]]:
 
 def _text(path: Path) -> str:
     try:
-        content = file_bytes(path)
+        content = file_bytes(path, most=inf)
         for magic, name in _ARCHIVES.items():
             if content.startswith(magic):
                 raise InputError(f"{path}: is {name} archive; expected text, or text packed by gzip, bzip2 or xz")
