@@ -41,9 +41,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest in an artifact's folder; None if it is none, damaged or absent."""
     try:
         found = parse_json((folder / MANIFEST).read_bytes())
-        sizes, fingerprint = found["files"], found["fingerprint"]
+        sizes, fingerprint, checksums = found["files"], found["fingerprint"], found.get("checksums", {})
         is_manifest = isinstance(found.get("result", {}), dict) and isinstance(fingerprint, str)
-        return found if is_manifest and all(isinstance(size, int) for size in sizes.values()) else None
+        is_manifest &= all(isinstance(size, int) for size in sizes.values()) and checksums.keys() <= sizes.keys()
+        return found if is_manifest and all(isinstance(one, str) for one in checksums.values()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

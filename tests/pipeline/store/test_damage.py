@@ -37,7 +37,15 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-@pytest.mark.parametrize("content", NONE_OF_THEM)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *NONE_OF_THEM,
+        b'{"fingerprint": "", "files": {}, "checksums": {"gone.json": "a"}}',
+        b'{"fingerprint": "", "files": {"a": 1}, "checksums": {"a": 1}}',
+        b'{"fingerprint": "", "files": {}, "checksums": []}',
+    ],
+)
 def test_a_manifest_that_is_none(content: bytes, store: Store) -> None:
     folder = store.folder(key())
     (folder / "manifest.json").write_bytes(content)
