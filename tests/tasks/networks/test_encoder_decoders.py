@@ -59,15 +59,24 @@ def measured(base: Path, expert: Path, placement: Placement, out: Path) -> dict[
     return found
 
 
+@pytest.mark.parametrize("make", [t5, bart])
+def test_streamed_is_whole(make: Callable[[], PreTrainedModel], save: Callable[..., Path], tmp_path: Path) -> None:
+    assert_the_same(make, "streamed", save, tmp_path)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_here")
-@pytest.mark.parametrize("make", [t5, bart])
-def test_all_placements_give_the_same(
-    make: Callable[[], PreTrainedModel], save: Callable[..., Path], tmp_path: Path
+def test_on_actors_as_in_one_process(save: Callable[..., Path], tmp_path: Path) -> None:
+    assert_the_same(t5, Actors(2, 0.5, 0), save, tmp_path)
+
+
+def assert_the_same(
+    make: Callable[[], PreTrainedModel], other: Placement, save: Callable[..., Path], tmp_path: Path
 ) -> None:
+    """Measure a whole network, and one placed otherwise."""
     base = save(make(), "base", tmp_path)
     experts = {name: save(perturbed(make(), seed), name, tmp_path) for seed, name in enumerate(("math", "code"), 1)}
-    placements: dict[str, Placement] = {"whole": "whole", "streamed": "streamed", "actors": Actors(2, 0.5, 0)}
+    placements: dict[str, Placement] = {"whole": "whole", "other": other}
     statistics, distances = {}, {}
     for name, placement in placements.items():
         statistics[name] = measured(base, experts["math"], placement, tmp_path / f"statistics-{name}")
@@ -75,19 +84,17 @@ def test_all_placements_give_the_same(
         sets = {expert: TaskRows(TASK, ROWS) for expert in experts}
         do_job(cross_task_job(base, experts, sets, placement=placement), out)
         distances[name] = read_json(out / "distances.json")
-    whole = statistics.pop("whole")
+    whole, found = statistics["whole"], statistics["other"]
     assert {key.partition(" ")[0] for key in whole} == set(STATISTICS)
     assert any(key.startswith("gram") and "encoder" in key for key in whole)
     # Some are zero but for their rounding: those of keys' biases, which no softmax sees.
     scales = {one: max(float(v.abs().max()) for k, v in whole.items() if k.startswith(one)) for one in STATISTICS}
-    for found in statistics.values():
-        assert found.keys() == whole.keys()
-        for key, expected in whole.items():
-            scale = scales[key.partition(" ")[0]]
-            torch.testing.assert_close(found[key], expected, rtol=TOLERANCE, atol=TOLERANCE * scale)
-    for found in (distances["streamed"], distances["actors"]):
-        for i, row in distances["whole"].items():
-            assert found[i] == pytest.approx(row, rel=TOLERANCE)
+    assert found.keys() == whole.keys()
+    for key, expected in whole.items():
+        scale = scales[key.partition(" ")[0]]
+        torch.testing.assert_close(found[key], expected, rtol=TOLERANCE, atol=TOLERANCE * scale)
+    for one, row in distances["whole"].items():
+        assert distances["other"][one] == pytest.approx(row, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("make", [t5, bart])
