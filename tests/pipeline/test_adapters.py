@@ -23,7 +23,6 @@ from sensmerge.tasks.methods.kernels.delta import CHUNK
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import open_expert
 from tests.conftest import (
-    command_line,
     do_job,
     do_steps,
     make_adapter,
@@ -34,9 +33,8 @@ from tests.conftest import (
     tiny_recipe,
     write_recipe,
 )
+from tests.here import run_here
 from tests.hub_server import HubServer
-
-pytestmark = pytest.mark.ray
 
 SENS = {"kind": "sens", "temperature": 0.05}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -65,7 +63,7 @@ def logits(network: PreTrainedModel | PeftModel) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plan(save: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Plan:
+def plan(save: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """A recipe of two adapters that differ in all settings, which has run."""
     folder = tmp_path_factory.mktemp("adapters")
     models = {"base": save(make_llama(), "base", folder)}
@@ -73,7 +71,7 @@ def plan(save: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, ra
         models[name] = make_adapter(make_llama(), folder / name, seed, task_type="CAUSAL_LM", **settings)
     recipe = tiny_recipe(models, folder) | {"merges": VARIANTS}
     path = write_recipe(folder, recipe)
-    assert command_line("run", path, "--store", folder / "store", "--address", ray_address) == 0
+    assert run_here(path, "--store", folder / "store") == 0
     return plan_of(folder, recipe)
 
 

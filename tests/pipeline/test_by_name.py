@@ -17,6 +17,7 @@ from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, open_checkpoint, plan_checkpoint, preallocate
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, do_steps, make_adapter, make_llama, plan_of, write_recipe
+from tests.here import run_here
 from tests.hub_server import HubServer
 
 Tensors = dict[str, Tensor]
@@ -425,11 +426,10 @@ def test_fp8_without_scales_is_refused_unless_allowed(tmp_path: Path) -> None:
     torch.testing.assert_close(merged_tensors(merged)["w"].double(), expected, rtol=2**-8, atol=0)
 
 
-@pytest.mark.ray
-def test_a_run_is_recorded_as_safetensors(tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_recorded_as_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = write_models(tmp_path, DIFFUSERS, "diffusion_pytorch_model.safetensors")
     path, store = write_recipe(tmp_path, recipe_for()), tmp_path / "store"
-    assert command_line("run", path, "--store", store, "--address", ray_address) == 0
+    assert run_here(path, "--store", store) == 0
     (folder,) = store.glob("merge/m-*/")
     assert_arithmetic(merged_tensors(folder), models)
     card = (folder / "README.md").read_text()

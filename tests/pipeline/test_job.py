@@ -98,7 +98,8 @@ def test_run_and_refresh_as_submitted_jobs(
     # The package of the cluster, in a user's folder; then what the checkout has in place of it.
     package = ["--working-dir", user_folder, "--", sys.executable, installed / "bin" / "sensmerge"]
     checkout = ["--runtime-env", code_of_this_checkout(tmp_path), "--", sys.executable, "-m", "pipeline"]
-    _, found = submitted(package, "run")
+    few = [f"--set=tasks.{task}.evaluation.samples=80" for task in ("math", "words", "cipher")]
+    _, found = submitted(package, "run", *few)
     assert {stage["status"] for stage in found["stages"]} == {"run"}
     normalised = {model: score["value"] for model, score in found["mean_normalised"].items()}
     assert normalised["base"] < 0.5
@@ -107,7 +108,7 @@ def test_run_and_refresh_as_submitted_jobs(
         for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties", "regmean", "ta-se"):
             assert normalised[variant] > normalised[expert] + 0.1
 
-    said, refreshed = submitted(checkout, "refresh", "--set", "merges.ta.weight=0.45")
+    said, refreshed = submitted(checkout, "refresh", *few, "--set", "merges.ta.weight=0.45")
     ran = {f"{stage['stage']} {stage['name']}" for stage in refreshed["stages"] if stage["status"] == "run"}
     assert ran == {"merge ta", *(f"evaluate ta/{task}" for task in ("math", "words", "cipher"))}
     assert "is the first champion" in said

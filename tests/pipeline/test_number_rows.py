@@ -16,7 +16,6 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.static_model import StaticModel
 from tests.conftest import (
     bert_config,
-    command_line,
     make_bert_expert,
     make_bert_trunk,
     perturbed,
@@ -24,6 +23,7 @@ from tests.conftest import (
     write_recipe,
     write_rows,
 )
+from tests.here import run_here
 
 WORDS = [f"w{number}" for number in range(40)]
 PAIRS: list[dict[str, Any]] = [
@@ -90,10 +90,10 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("numbers")
     path, report = write_recipe(folder, write_all(folder)), folder / "report.json"
-    assert command_line("run", path, "--store", folder / "store", "--address", ray_address, "--report", report) == 0
+    assert run_here(path, "--store", folder / "store", "--report", report) == 0
     return Finished(folder, json.loads(report.read_text()))
 
 
@@ -108,7 +108,6 @@ def numbers_of(folder: Path, trunk: Path) -> list[float]:
         return [float(network(**tokenizer(row["a"], row["b"], return_tensors="pt")).logits) for row in PAIRS[4:]]
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("model", ["base", "alike", "mood", "ta", "sens"])
 def test_scores_are_those_of_the_expert_s_head_on_each_trunk(finished: Finished, model: str) -> None:
     expected = numbers_of(finished.folder, Path(finished.report["models"][model]))
@@ -122,7 +121,6 @@ def test_scores_are_those_of_the_expert_s_head_on_each_trunk(finished: Finished,
     assert scores["spearman"]["low"] < scores["spearman"]["value"] < scores["spearman"]["high"]
 
 
-@pytest.mark.ray
 def test_a_dynamic_model_answers_with_a_number_or_a_class(finished: Finished) -> None:
     """Of equal shares, it is the static merge; whether a number is right is no question, so it is not routed."""
     static = finished.artifact("ta/alike", "records.json")
@@ -136,7 +134,6 @@ def test_a_dynamic_model_answers_with_a_number_or_a_class(finished: Finished) ->
     assert finished.report["routes"]["se"]["evaluation"]["n"] == 20
 
 
-@pytest.mark.ray
 def test_merged_models_answer_texts_with_numbers(finished: Finished) -> None:
     models, texts = finished.report["models"], ["w1 w2", "w3", "w4 w5 w6"]
     static = StaticModel.load(Path(models["ta"]))
@@ -150,7 +147,6 @@ def test_merged_models_answer_texts_with_numbers(finished: Finished) -> None:
         assert one.prediction.startswith("LABEL_") == (one.expert == "mood")
 
 
-@pytest.mark.ray
 def test_the_card_loads_a_head(finished: Finished) -> None:
     folder = Path(finished.report["models"]["ta"])
     code = (folder / "README.md").read_text().split("## Heads")[1].split("```python\n")[1].split("```")[0]

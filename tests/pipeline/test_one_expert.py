@@ -10,15 +10,13 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from tests.conftest import command_line, write_recipe
-
-pytestmark = pytest.mark.ray
+from tests.here import run_here
 
 
 def test_one_expert_is_interpolated_scored_and_recorded(
     llamas: dict[str, Path],
     llama_recipe: dict[str, Any],
     tmp_path: Path,
-    ray_address: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = llama_recipe | {
@@ -36,9 +34,9 @@ def test_one_expert_is_interpolated_scored_and_recorded(
         del recipe[key]["code"]
     recipe["tasks"]["math"]["calibration"]["samples"] = 12  # of which the tiny network answers some
     store, path = tmp_path / "store", write_recipe(tmp_path, recipe)
-    options: list[Any] = ["--store", store, "--address", ray_address, "--report", tmp_path / "report.json"]
+    options: list[Any] = ["--store", store, "--report", tmp_path / "report.json"]
     assert command_line("plan", path, "--store", store) == 0
-    assert command_line("run", path, *options) == 0
+    assert run_here(path, *options) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["variants"]["arc"]["params"]["t"] == "0.5"
     digests = {name: one["digest"] for name, one in report["variants"].items()}
@@ -55,7 +53,7 @@ def test_one_expert_is_interpolated_scored_and_recorded(
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert (runs["arc"].data.params["method"], runs["arc"].data.params["t"]) == ("slerp", "0.5")
     capsys.readouterr()
-    assert command_line("run", path, *options) == 0
+    assert run_here(path, *options) == 0
 
 
 def test_what_needs_more_experts_is_refused_before_any_work(

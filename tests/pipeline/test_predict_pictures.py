@@ -8,6 +8,7 @@ import mlflow
 import pytest
 
 from tests.conftest import command_line, write_recipe, write_rows
+from tests.here import run_here
 from tests.pictures import in_base64, picture
 from tests.pipeline.test_picture_rows import COLOURS, LABELS, make_recipe
 
@@ -15,14 +16,14 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dynamic model of tiny classifiers of reds and blues; its store's folder has MLflow's database beside it."""
     folder = tmp_path_factory.mktemp("model")
     recipe = make_recipe("vit", folder)
     recipe["merges"] = {name: recipe["merges"][name] for name in ("ta", "se")}
     path, report = write_recipe(folder, recipe), folder / "report.json"
     options = ("--store", folder / "store", "--report", report, "--tracking-uri", f"sqlite:///{folder}/mlflow.db")
-    assert command_line("run", path, "--address", ray_address, *options) == 0
+    assert run_here(path, *options) == 0
     return Path(json.loads(report.read_text())["models"]["se"])
 
 

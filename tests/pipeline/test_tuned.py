@@ -8,20 +8,20 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.conftest import command_line, write_recipe
+from tests.here import run_here
 from tests.tasks.stages import test_tune as tuned
 
 twins = tuned.twins
-pytestmark = pytest.mark.ray
 
 
 def test_a_variant_is_tuned_merged_scored_and_recorded_with_what_was_chosen(
-    twins: dict[str, Path], tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+    twins: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tuned.twin_recipe(tmp_path, twins, weight=1.0, tune={"weight": [0.25, 0.5, 0.75]})
     recipe["merges"]["plain"] = {"method": "task_arithmetic", "weight": 0.25}
     store, path = tmp_path / "store", write_recipe(tmp_path, recipe)
-    options: list[Any] = ["--store", store, "--address", ray_address, "--report", tmp_path / "report.json"]
-    assert command_line("run", path, *options) == 0
+    options: list[Any] = ["--store", store, "--report", tmp_path / "report.json"]
+    assert run_here(path, *options) == 0
     said = capsys.readouterr().out
     assert "tasks.mood.calibration: variants are tuned on its 40 rows" in said
     assert "tuned: weight 0.5 is the best of 4 candidates, better than the recipe's weight 1 by " in said
@@ -48,7 +48,7 @@ def test_a_variant_is_tuned_merged_scored_and_recorded_with_what_was_chosen(
 
     # Nothing is tuned again; a weight that is written there in its stead gives the same merge.
     assert command_line("verify", "--store", store) == 0
-    assert command_line("run", path, *options, "--set", "merges.plain.weight=0.5") == 0
+    assert run_here(path, *options, "--set", "merges.plain.weight=0.5") == 0
     again = json.loads((tmp_path / "report.json").read_text())
     assert {step["status"] for step in again["stages"] if step["stage"] == "tune"} == {"cached"}
     assert again["variants"]["plain"]["digest"] == again["variants"]["tuned"]["digest"]

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import command_line, tiny_recipe, write_recipe
-
-pytestmark = pytest.mark.ray
+from tests.conftest import tiny_recipe, write_recipe
+from tests.here import run_here
 
 
 @pytest.fixture(scope="module")
 def finished(
-    llamas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str
+    llamas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The report of a recipe, and its cards by variant."""
     folder = tmp_path_factory.mktemp("cards")
@@ -29,7 +28,7 @@ def finished(
     }
     report = folder / "report.json"
     path = write_recipe(folder, recipe)
-    assert command_line("run", path, "--store", folder / "store", "--address", ray_address, "--report", report) == 0
+    assert run_here(path, "--store", folder / "store", "--report", report) == 0
     found = json.loads(report.read_text())
     cards = {name: (Path(found["models"][name]) / "README.md").read_text() for name in recipe["merges"]}
     return found, cards

@@ -355,12 +355,9 @@ def test_a_store_works_from_any_machine(
     changed = ("--set", "merges.ta.weight=0.45")
     third = work("run", "b", BUCKET, *changed)
     assert ran(third) == {"merge ta", "evaluate ta/math", "evaluate ta/code"}
-    anew = work("run", "c", str(tmp_path / "folder"), *changed)
-    assert third["scores"] == anew["scores"]
-    for name in ("ta", "ties-sens"):
-        assert third["variants"][name]["digest"] == anew["variants"][name]["digest"]
-        weights = Path(anew["models"][name]) / "model.safetensors"
-        assert bucket.cat_file(f"{third['uris'][name]}/model.safetensors") == weights.read_bytes()
+    assert third["variants"]["ties-sens"]["digest"] == first["variants"]["ties-sens"]["digest"]
+    weights = Path(third["models"]["ta"]) / "model.safetensors"
+    assert bucket.cat_file(f"{third['uris']['ta']}/model.safetensors") == weights.read_bytes()
 
     monkeypatch.setenv("SENSMERGE_CACHE", str(tmp_path / "d"))
     assert command_line("verify", "--store", BUCKET) == 0

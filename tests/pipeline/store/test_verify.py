@@ -14,6 +14,7 @@ from sensmerge.pipeline.store.verify import find_damage
 from sensmerge.pipeline.tracking.registry import ModelRegistry
 from sensmerge.tasks.artifacts import read_json, sha256_file, write_json
 from tests.conftest import command_line, do_steps, plan_of, write_recipe
+from tests.here import run_here
 from tests.hub_server import HubServer
 
 
@@ -101,9 +102,8 @@ def test_a_damaged_download_is_made_good(
     assert damage(plan.store) == {}
 
 
-@pytest.mark.ray
 def test_a_store_is_verified_healed_and_tidied(
-    llama_recipe: dict[str, Any], tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+    llama_recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del llama_recipe["tasks"]
     llama_recipe["merges"] = {
@@ -114,7 +114,7 @@ def test_a_store_is_verified_healed_and_tidied(
 
     def run(*more: str) -> str:
         capsys.readouterr()
-        assert command_line("run", recipe, "--store", store, "--address", ray_address, *more) == 0
+        assert run_here(recipe, "--store", store, *more) == 0
         return capsys.readouterr().out
 
     run("--set", "merges.ta.weight=0.3")

@@ -1,0 +1,28 @@
+"""Runs a recipe with its steps in this process: for tests of what a run finds, and not of how Ray does it."""
+
+from unittest.mock import patch
+
+from rich.console import Console
+
+from sensmerge.pipeline import start, workflow
+from sensmerge.pipeline.execute.pieces import prepared
+from sensmerge.pipeline.execute.worker import Spent, run_finish, run_part
+from sensmerge.pipeline.plan.plan import Plan
+from tests.conftest import command_line
+
+
+def steps_here(plan: Plan, address: str | None, console: Console, count_steps: bool = False, wait: float = 0) -> None:
+    """Do in this process, one after the other, what `execute` has Ray's workers do."""
+    plan.write_rows()
+    for step in plan.steps:
+        if step.title in plan.todo:
+            job, spent = prepared(step, plan.store), Spent()
+            for part in job.parts():
+                spent += run_part(job, part, plan.store.partial(step.key), 1, step.models).spent
+            run_finish(job, plan.store, step.key, spent, 1, step.models)
+
+
+def run_here(*words: object) -> int:
+    """Do what `command_line("run", …)` does, without Ray."""
+    with patch.object(workflow, "execute", steps_here), patch.object(start, "_connect_ahead", lambda options: None):
+        return command_line("run", *words)
