@@ -18,7 +18,7 @@ from rich.progress import (
 SAY_AGAIN = 30.0
 """Seconds after which a line says what is at work, where no line came meanwhile and no terminal shows it."""
 MOST_SHOWN = 3
-"""Works whose names stand beside a terminal's bar."""
+"""Works that are named; of the others, which may wait for a worker, only the number is said."""
 
 
 class Shown:
@@ -38,11 +38,12 @@ class Shown:
 
     def at_work(self, names: Sequence[str]) -> None:
         """Show what is at work, at least every `SAY_AGAIN` seconds if this is called as often."""
+        more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+        text = ", ".join(names[:MOST_SHOWN]) + more
         if self._bar.console.is_terminal:
-            more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-            self._bar.update(self._task, description=", ".join(names[:MOST_SHOWN]) + more)
+            self._bar.update(self._task, description=text)
         elif names and time.monotonic() - self._said >= SAY_AGAIN:
-            self._say(f"at work: {', '.join(names)}")
+            self._say(f"at work: {text}")
 
     def _say(self, line: str) -> None:
         self._said = time.monotonic()

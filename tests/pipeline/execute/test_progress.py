@@ -17,14 +17,14 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.Monkey
     with progress(Console(file=file), 2, "steps") as shown:
         for second in range(0, 65, 5):
             now = 100.0 + second
-            shown.at_work([f"merge ta ({second} s)", "merge b"])
+            shown.at_work([f"merge ta ({second} s)", "merge b", "merge c", *["evaluate d"] * 80])
             if second == 10:
                 shown.advance("merge [a] is done")  # no markup
         shown.at_work([])
         shown.advance(None)
     assert file.getvalue().splitlines() == [
         "[1/2] merge [a] is done",
-        "at work: merge ta (40 s), merge b",
+        "at work: merge ta (40 s), merge b, merge c and 80 more",
     ]
 
 
