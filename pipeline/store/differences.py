@@ -5,7 +5,10 @@ from typing import Any
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """List where two JSON values differ, `settings.weight: 0.4 → 0.5`; digests are only said to have changed."""
+    """List where two JSON values differ, `settings.weight: 0.4 → 0.5`.
+
+    Digests, and the files of a model, are only said to have changed.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in {**old, **new}:
@@ -19,9 +22,18 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         return found
     if old == new:
         return []
+    if _are_files(old) and _are_files(new):
+        before, now = ({file["name"]: file for file in files} for files in (old, new))
+        how = {True: "changed", False: "is gone"}
+        found = [f"{name} {how[name in now]}" for name, file in before.items() if now.get(name) != file]
+        return found + [f"{name} is new" for name in now if name not in before]
     if _is_digest(old) and _is_digest(new):
         return [f"{path.removesuffix('.fingerprint').removesuffix('.digest')} changed"]
     return [f"{path}: {old} → {new}"]
+
+
+def _are_files(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) and "name" in one and "digest" in one for one in value)
 
 
 def _is_digest(value: Any) -> bool:
