@@ -21,6 +21,7 @@ from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, mean
 from sensmerge.tasks.kinds.templates import render
 from sensmerge.tasks.rows.source import Row
+from sensmerge.tasks.sandbox.programs import RULES
 from sensmerge.tasks.sandbox.sandbox import (
     PASSED,
     GeneratedProgram,
@@ -103,8 +104,8 @@ class CodeTask(RowTask):
         return self if self.has_tuning and self.metric == "pass_at_1" else self.model_copy(update=changed)
 
     def depends_on(self) -> Mapping[str, Any]:
-        """See `Task`: the version of Python that runs the programs."""
-        return {"python": list(sys.version_info[:2])}
+        """See `Task`: the version of Python that runs the programs, and of the rules by which they are found."""
+        return {"python": list(sys.version_info[:2]), "rules": RULES}
 
     @property
     def _runs(self) -> bool:

@@ -5,18 +5,24 @@ import re
 
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
+_THOUGHT = "</think>"
+RULES = 2
+"""Version of what `program_of` says."""
+
 
 def program_of(context: str, answer: str, entry_point: str | None) -> str:
     """Return the program that an answer makes of the code before it.
 
-    Of fenced blocks, the first that defines the entry point counts, or else the first. An answer without them goes on
-    where the context ends, and counts up to the last line with which it is still Python.
+    What a model thinks before it answers, up to the last `</think>`, has drafts and no program. Of fenced blocks, the
+    first that defines the entry point counts, or else the first. An answer without them goes on where the context ends,
+    and counts up to the last line with which it is still Python.
 
     Args:
         context: code that the answer may continue or repeat; may be empty.
         answer: what a model generated.
         entry_point: the function that is asked for; None for any.
     """
+    answer = answer.rpartition(_THOUGHT)[2]
     first = _FENCE.search(answer)
     if first is None or _is_code(context, answer[: first.start()]):
         return _longest(context, answer if first is None else answer[: first.start()])

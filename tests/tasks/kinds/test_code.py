@@ -59,6 +59,12 @@ STUB = "from math import *\ndef f(x):\n    'Double.'\n"
         ("", "Here:\n```python\nimport re\n\ndef f(x):\n    return 2", "\nimport re\n\ndef f(x):\n    return 2"),
         ("", "I cannot do that.", ""),
         ("", "```python\ndef f(x) return\n```", "def f(x) return\n"),
+        (
+            "",
+            "<think>```py\ndef f(x): return 1\n```\n</think>\n```py\ndef f(x): return 2\n```",
+            "\ndef f(x): return 2\n",
+        ),
+        (STUB, "<think>Twice.</think>    return 2 * x\n", STUB + "    return 2 * x\n"),
     ],
 )
 def test_the_program_in_an_answer(context: str, answer: str, expected: str) -> None:
@@ -136,7 +142,7 @@ def test_what_changes_scores_is_in_the_identity() -> None:
     for same in ({"isolation": "if_possible"}, {"run_untrusted_code": False}, {"batch_size": 1}, {"loss_on": "all"}):
         assert identity(mbpp_task(**same), "evaluation") == plain
     assert identity(mbpp_task(timeout=11), "calibration") == identity(mbpp_task(), "calibration")
-    assert set(mbpp_task().depends_on()) == {"python"}
+    assert set(mbpp_task().depends_on()) == {"python", "rules"}
 
 
 def test_tuning_runs_programs_on_rows_of_its_own_alone() -> None:
