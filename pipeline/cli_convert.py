@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sensmerge.pipeline.arguments import DEFAULT_STORE, RecipePath, SetOption, StoreOption
+from sensmerge.pipeline.console import console_of
 
 
 def import_(
@@ -37,7 +37,7 @@ def export(
     """Print a configuration of mergekit that makes what a variant of a recipe makes."""
     from sensmerge.pipeline.export import export as exported
 
-    sys.stdout.write(exported(recipe, overrides or (), variant, store, Console(stderr=True)))
+    sys.stdout.write(exported(recipe, overrides or (), variant, store, console_of(stderr=True)))
 
 
 def extract(
@@ -56,4 +56,4 @@ def extract(
     """Write a fine-tune as a LoRA adapter of the rank given, and print what it lacks of the fine-tune."""
     from sensmerge.pipeline.extract import extract_adapter, parse_rank
 
-    extract_adapter((base, expert), parse_rank(rank), whole, folder, store.hub_cache, Console())
+    extract_adapter((base, expert), parse_rank(rank), whole, folder, store.hub_cache, console_of())

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sensmerge.pipeline.arguments import DEFAULT_STORE, AddressOption, StoreOption, TrackingOption
+from sensmerge.pipeline.console import console_of
 from sensmerge.pipeline.execute.stop import stoppable
 from sensmerge.pipeline.tracking.uri import checked_uri
 
@@ -36,7 +36,7 @@ def predict(
     from sensmerge.pipeline.execute.batches import Workers
     from sensmerge.pipeline.predict import Settings, predict_file
 
-    console, settings = Console(), Settings(field, batch_size, max_new_tokens, Workers(workers, num_gpus))
+    console, settings = console_of(), Settings(field, batch_size, max_new_tokens, Workers(workers, num_gpus))
     with stoppable():
         rows = predict_file(folder, source, target, settings, address, console)
     console.print(f"{target}: {rows} rows", highlight=False, soft_wrap=True)
@@ -60,7 +60,7 @@ def compare(
         version = registry.find(which)
         check_whole(version, store)
         outcomes.append(registry.outcomes(version))
-    Console().print(comparison_table(first, second, judge(outcomes[1], outcomes[0], 0.0)))
+    console_of().print(comparison_table(first, second, judge(outcomes[1], outcomes[0], 0.0)))
 
 
 def promote(
@@ -76,7 +76,7 @@ def promote(
     found = registry.find(which)
     check_whole(found, store)
     registry.promote(found)
-    Console().print(f"{found} is champion", highlight=False, soft_wrap=True)
+    console_of().print(f"{found} is champion", highlight=False, soft_wrap=True)
 
 
 def rollback(
@@ -93,4 +93,4 @@ def rollback(
     before, now = registry.former()
     check_whole(now, store)
     registry.restore(now)
-    Console().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)
+    console_of().print(f"{now} is champion again, instead of {before}", highlight=False, soft_wrap=True)

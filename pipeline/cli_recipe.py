@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sensmerge.pipeline.arguments import (
     DEFAULT_STORE,
@@ -24,6 +23,7 @@ from sensmerge.pipeline.arguments import (
     TrackingOption,
     WaitOption,
 )
+from sensmerge.pipeline.console import console_of
 from sensmerge.tasks.errors import InputError
 
 
@@ -44,7 +44,7 @@ def init(
         return
     check_target(target)
     write_whole(target, new_recipe(base, experts, target.absolute().parent, store.hub_cache))
-    Console().print(f"{target}: sensmerge plan {target} says what it does", highlight=False, soft_wrap=True)
+    console_of().print(f"{target}: sensmerge plan {target} says what it does", highlight=False, soft_wrap=True)
 
 
 def plan(
@@ -58,7 +58,7 @@ def plan(
     """Check a recipe and print its steps: RUN or SKIP, why, and the bytes to read and write. Runs nothing."""
     from sensmerge.pipeline.start import print_plan
 
-    print_plan(recipe, overrides or (), store, Console(), quick)
+    print_plan(recipe, overrides or (), store, console_of(), quick)
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
 
     loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
     check_report(report)
-    work("run", Options(loaded, folder, store, tracking_uri, address, report, wait, metrics), Console())
+    work("run", Options(loaded, folder, store, tracking_uri, address, report, wait, metrics), console_of())
 
 
 def refresh(
@@ -113,10 +113,10 @@ def refresh(
         from sensmerge.pipeline.schedule import Times, keep
 
         again = [sys.executable, "-m", "sensmerge.pipeline", *_words(context, leave_out=("cron", "timezone"))]
-        keep(again, Times(cron, timezone or "UTC"), options.store, Console())
+        keep(again, Times(cron, timezone or "UTC"), options.store, console_of())
     elif timezone is not None:
         raise InputError(f"--timezone {timezone}: needs --cron; give both or neither")
-    elif not work("refresh", options, Console()):
+    elif not work("refresh", options, console_of()):
         raise typer.Exit(refused_exit_status)
 
 

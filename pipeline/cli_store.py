@@ -4,9 +4,9 @@ from itertools import chain
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from sensmerge.pipeline.arguments import DEFAULT_STORE, StoreOption, WaitOption
+from sensmerge.pipeline.console import console_of
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking.uri import TRACKING_URI
 from sensmerge.tasks.errors import InputError
@@ -21,7 +21,7 @@ def verify(
     from sensmerge.pipeline.store.verify import find_damage
 
     check_exists(store)
-    console, count, damaged = Console(), 0, 0
+    console, count, damaged = console_of(), 0, 0
     with store.lock(wait):
         for folder, wrong in find_damage(store):
             count += 1
@@ -58,7 +58,7 @@ def collect_garbage(
     from sensmerge.pipeline.tracking.versions import known_versions, mark_deleted
 
     check_exists(store)
-    console = Console()
+    console = console_of()
     with store.lock(wait):
         versions = known_versions(store, tracking_uri)
         needed = needed_artifacts(store, keep, chain.from_iterable(versions.values()))

@@ -8,7 +8,7 @@ from sensmerge.pipeline.plan import sizes
 from sensmerge.pipeline.plan.adapters import adapter_job, written_bytes
 from sensmerge.pipeline.plan.idle import without_idle
 from sensmerge.pipeline.plan.models import weight_bytes
-from sensmerge.pipeline.plan.rows import Split, TaskRows
+from sensmerge.pipeline.plan.rows import Split
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
 from sensmerge.pipeline.plan.vocabulary import fingerprint
@@ -21,12 +21,11 @@ from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.dynamic.application import SeApplication
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.kind import RowSet, RowTask
+from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.methods.contract import Additive
 from sensmerge.tasks.networks.networks import computation_digest
 from sensmerge.tasks.networks.placement import Actors
 from sensmerge.tasks.stages.calibrate import CalibrateJob
-from sensmerge.tasks.stages.calibration import CalibrationSet
 from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.download import DownloadJob
 from sensmerge.tasks.stages.evaluate import EvaluateJob
@@ -119,7 +118,7 @@ class _Layout:
             expert=self._model(name),
             base_config=self._inputs.networks.experts[name].base_config,
             statistics=measured,
-            calibration=self._calibration(name),
+            calibration=self._resolved.calibration(name),
             tokenizer=self._inputs.tokenizer.of(name),
             dtype=self._recipe.dtype,
             name=name,
@@ -136,7 +135,7 @@ class _Layout:
             base=self._model("base"),
             experts={name: self._model(name) for name in experts},
             base_config={name for name, one in experts.items() if one.base_config},
-            calibration={name: self._calibration(name) for name in experts},
+            calibration={name: self._resolved.calibration(name) for name in experts},
             tokenizer=self._inputs.tokenizer.of_all(experts),
             dtype=self._recipe.dtype,
             heads={name: computation_digest(one.config) for name, one in experts.items()},
@@ -150,7 +149,7 @@ class _Layout:
         """Add the choice of a variant's settings, and the scores of the experts on the same rows."""
         variant = self._recipe.merges[name]
         used, fields = self._read_by(variant)
-        tuning = self._row_sets(variant.tuning_split)
+        tuning = self._resolved.row_sets(variant.tuning_split)
         scores = {task: self._tuning_scores(task, variant.tuning_split) for task in tuning}
         job = TuneJob(
             **fields | {"shard_size": 0},
@@ -250,7 +249,7 @@ class _Layout:
             base=self._model("base"),
             experts={one: self._model(one) for one in experts},
             base_config={one for one, expert in experts.items() if expert.base_config},
-            calibration={one: self._calibration(one) for one in experts},
+            calibration={one: self._resolved.calibration(one) for one in experts},
             tokenizer=self._inputs.tokenizer.of_all(experts),
             settings=settings,
             dtype=self._recipe.dtype,
@@ -282,7 +281,7 @@ class _Layout:
         assert isinstance(variant.application, SeApplication)
         assert variant.origin is not None
         model = self._made["merge" if variant.origin == "base" else "vectors"][name]
-        calibration, static = self._row_sets("calibration"), 0.0
+        calibration, static = self._resolved.row_sets("calibration"), 0.0
         if variant.origin == "base":
             assert isinstance(variant.method, Additive), "the recipe's schema refuses other methods"
             static = variant.method.static_coefficient(variant.weight, len(calibration))
@@ -319,9 +318,9 @@ class _Layout:
             model=self._as_run(model) if is_input else made.artifact(self._resolved.store),
             head=self._as_run(head) if head else None,
             tokenizer=reads.of(task) if is_input and isinstance(one.task, RowTask) else reads.artifact,
-            task=self._task(one, split),
+            task=self._resolved.task(one, split),
             rows=self._resolved.rows(task, split),
-            labels=self._labels(task, one),
+            labels=self._resolved.labels(task, one),
             dtype=self._recipe.dtype,
             depends=one.task.depends_on(),
             name=task,
@@ -336,7 +335,7 @@ class _Layout:
     def evaluate_dynamic(self, name: str) -> None:
         """Add the scores of a dynamic variant on all tasks."""
         routed, data = self._made["route"][name], self._inputs.data
-        evaluation = {task: one for task, one in self._row_sets("evaluation").items() if data[task].evaluation}
+        evaluation = {task: one for task, one in self._resolved.row_sets("evaluation").items() if data[task].evaluation}
         job = EvaluateDynamicJob(
             model=routed.artifact(self._resolved.store),
             evaluation=evaluation,
@@ -352,10 +351,18 @@ class _Layout:
         models = PlannedModels(listings, self._resolved.store.hub_cache)
         key = self._resolved.store.named(Key.of(name, job))
         step = Step(name, key, tuple(one.title for one in needs), job, reads, writes, actors, models)
-        maker = self._by_fingerprint.setdefault(key.fingerprint, step)
+        maker = self._by_fingerprint.setdefault(key.fingerprint, step) if self._is_shared(job) else step
         self._made[step.stage][name], self.makers[step.title] = maker, maker.title
         if maker is step:
             self.steps.append(step)
+
+    def _is_shared(self, job: Job) -> bool:
+        """Return whether a step with the same fingerprint would make the same.
+
+        Models of the same content lie in folders of their own, and of weights that nobody has read the content is not
+        known.
+        """
+        return not isinstance(job, DownloadJob) and not any(one.unhashed() for one in self._inputs.listings.values())
 
     def _model(self, name: str) -> Artifact:
         """Return base or an expert, where its files are, or what stands for it in the vocabulary of merged models."""
@@ -382,26 +389,3 @@ class _Layout:
 
     def _device(self, stage: Stage) -> str:
         return "cuda" if self._recipe.resources_of(stage).num_gpus else "cpu"
-
-    def _calibration(self, name: str) -> CalibrationSet:
-        task = self._inputs.data[name].task
-        assert isinstance(task, RowTask), "the recipe's schema refuses statistics of other tasks"
-        return CalibrationSet(task, self._resolved.rows(name, "calibration"))
-
-    def _row_sets(self, split: Split) -> dict[str, RowSet]:
-        """Return the rows of every expert's task, in the order of the experts."""
-        sets = {}
-        for name in self._recipe.experts:
-            one = self._inputs.data.get(name)
-            if one is not None and isinstance(one.task, RowTask):
-                sets[name] = RowSet(self._task(one, split), self._resolved.rows(name, split), self._labels(name, one))
-        return sets
-
-    def _task(self, one: TaskRows, split: Split) -> Any:
-        """Return a task as rows of a split are scored on it."""
-        is_tuned_on = split in ("tuning", "held_out")
-        return one.task.for_tuning() if is_tuned_on and isinstance(one.task, RowTask) else one.task
-
-    def _labels(self, name: str, one: TaskRows) -> Mapping[str, int] | None:
-        """Return the classes of a task's own expert."""
-        return dict(self._inputs.networks.experts[name].config.label2id) if one.task.has_own_head else None

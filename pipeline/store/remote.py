@@ -1,5 +1,6 @@
 """A store at a URL, such as s3://bucket/team: what machines without a disk in common share, through fsspec."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,7 +8,10 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
+from sensmerge.pipeline.store.manifest import MANIFEST, file_sizes, read_manifest
 from sensmerge.tasks.artifacts import partial_of, read_json, write_json
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.urls import public
@@ -167,3 +171,23 @@ class Remote:
                 f"--store {self.url}: cannot be used ({reason}); check the URL, the credentials, and that the package "
                 "for its file system is installed"
             ) from error
+
+
+def lacking_at(uri: str) -> str | None:
+    """Say what the artifact at a URI lacks, by its manifest and the sizes of its files; None if it is whole."""
+    if uri.startswith("file:"):
+        folder = Path(url2pathname(urlparse(uri).path))
+        place, sizes = str(folder), file_sizes(folder) if folder.is_dir() else {}
+        manifest: Any = read_manifest(folder)
+    else:
+        remote = Remote(uri)
+        place, sizes = uri, {name: file.size for name, file in remote.files().items()}
+        manifest = json.loads(remote.read(MANIFEST)) if MANIFEST in sizes else None
+    if manifest is None:
+        return f"{place} is not there"
+    for name, size in manifest["files"].items():
+        if name not in sizes:
+            return f"{place}/{name} is not there"
+        if sizes[name] != size:
+            return f"{place}/{name} has {sizes[name]} bytes instead of {size}"
+    return None

@@ -4,7 +4,6 @@ A store at a URL has a folder on this machine as well, where artifacts are made 
 once; what others made is downloaded when it is needed, its small files as soon as the store is opened.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -16,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 
@@ -38,7 +35,7 @@ from sensmerge.pipeline.store.manifest import (
     tidy,
     what_is_wrong,
 )
-from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile
+from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile, lacking_at
 from sensmerge.tasks.artifacts import checksum_file, ordered, sha256_text, write_json
 from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
@@ -119,10 +116,10 @@ class Store:
         Args:
             uri: of the artifact's folder, as `uri` gives it.
         """
-        gone = _lacking_at(uri)
+        gone = lacking_at(uri)
         stage, name = uri.rstrip("/").split("/")[-2:]
         here = self.uri(self.root / stage / name)
-        return gone if gone is None or here == uri or _lacking_at(here) else None
+        return gone if gone is None or here == uri or lacking_at(here) else None
 
     def _path(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix()
@@ -386,22 +383,3 @@ class Store:
 def stages() -> tuple[str, ...]:
     """Return the names of the folders that artifacts are in, those of earlier versions included."""
     return (*get_args(Stage), "sensitivity")
-
-
-def _lacking_at(uri: str) -> str | None:
-    if uri.startswith("file:"):
-        folder = Path(url2pathname(urlparse(uri).path))
-        place, sizes = str(folder), file_sizes(folder) if folder.is_dir() else {}
-        manifest: Any = read_manifest(folder)
-    else:
-        remote = Remote(uri)
-        place, sizes = uri, {name: file.size for name, file in remote.files().items()}
-        manifest = json.loads(remote.read(MANIFEST)) if MANIFEST in sizes else None
-    if manifest is None:
-        return f"{place} is not there"
-    for name, size in manifest["files"].items():
-        if name not in sizes:
-            return f"{place}/{name} is not there"
-        if sizes[name] != size:
-            return f"{place}/{name} has {sizes[name]} bytes instead of {size}"
-    return None

@@ -429,3 +429,17 @@ def test_a_store_that_may_only_be_read_is_planned_with(llama_recipe: Recipe, tmp
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"--store: {store}/hub/.tokenizers cannot be written (Permission denied)" in done.stderr
     assert not list(store.iterdir())
+
+
+def test_what_goes_to_a_pipe_is_not_cut(
+    llama_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    long = "a-variant-whose-name-says-what-is-special-about-it-and-then-some-more-that-is-less-special"
+    llama_recipe["merges"] = {long: {"method": "task_arithmetic"}}
+    command = ("plan", write_recipe(tmp_path, llama_recipe), "--store", tmp_path / "store")
+    assert command_line(*command) == 0
+    assert f" {long}/math " in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "70")
+    assert command_line(*command) == 0
+    assert max(len(line) for line in capsys.readouterr().out.splitlines() if "│" in line) <= 70
