@@ -53,8 +53,11 @@ def url(
         "static": {"model": str(static_writer), "token_file": str(token)},
         "dynamic": {"model": str(dynamic_writer[0])},
     }
-    for name, arguments in own.items():
-        ray_serve.run(serve.app({"cpus": 0.1, **arguments}), name=name, route_prefix=f"/{name}")
+    targets = [
+        ray_serve.RunTarget(serve.app({"cpus": 0.1, **arguments}), name=name, route_prefix=f"/{name}")
+        for name, arguments in own.items()
+    ]
+    ray_serve.run_many(targets)
     yield f"http://127.0.0.1:{port}"
     ray_serve.shutdown()
 
