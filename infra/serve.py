@@ -139,7 +139,7 @@ class MergedModel:
         ):
             raise HTTPException(401, "expected the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
-    @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=WAIT)
+    @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=WAIT)  # type: ignore[untyped-decorator]
     async def _answer(self, asked: list[AskedRow]) -> list[Answer]:
         return await self.answers(asked)
 

@@ -2,8 +2,12 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +17,8 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import grpc
+import psutil
 import pytest
 import ray
 from ray import serve as ray_serve
@@ -28,6 +34,7 @@ from tests.tasks.serving import test_static_model
 pytestmark = pytest.mark.ray
 
 static_writer, dynamic_writer = test_static_model.writer, test_record.writer  # the same models serve here
+PROJECT = Path(__file__).resolve().parents[2]
 TOKEN = "t" * 20
 FIVE = {"max_new_tokens": 5}
 ROWS = [{"task": "math", "prompt": "1+2="}, "9", {"text": "x"}]
@@ -41,10 +48,7 @@ def url(
     static_writer: Path, dynamic_writer: Any, tmp_path_factory: pytest.TempPathFactory, ray_address: str
 ) -> Iterator[str]:
     """Where both are served: /static, with a token, and /dynamic."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token = tmp_path_factory.mktemp("token") / "token"
+    port, token = free_port(), tmp_path_factory.mktemp("token") / "token"
     token.write_text(f"{TOKEN}\n")
     if not ray.is_initialized():
         ray.init(address=ray_address, logging_level="ERROR")
@@ -60,6 +64,12 @@ def url(
     ray_serve.run_many(targets)
     yield f"http://127.0.0.1:{port}"
     ray_serve.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def asked(url: str, body: Any = None, token: str | None = None) -> Any:
@@ -181,3 +191,49 @@ def test_tokens_and_settings_that_are_none(tmp_path: Path) -> None:
             serve._token(str(tmp_path / name))
     with pytest.raises(ValueError, match="modle"):
         serve.app({"modle": "x"})
+
+
+def test_on_this_machine_alone(static_writer: Path, tmp_path: Path) -> None:
+    """Ray of its own: only the loopback answers those without a token, and a signal ends it all."""
+    log, port = tmp_path / "log", free_port()
+    command = [sys.executable, PROJECT / "infra" / "serve.py", static_writer, "--port", str(port), "--cpus", "0.5"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [*command], cwd=PROJECT, env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=out, stderr=out
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while f"{static_writer}: http://127.0.0.1:{port}/predict" not in log.read_text():
+            assert server.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.2)
+        (answer,) = asked(f"http://127.0.0.1:{port}/predict", {"rows": ["9"], "parameters": FIVE})["answers"]
+        assert [answer["prediction"]] == StaticModel.load(static_writer).predict(["9"], 5)
+        for open_to_all in listening(psutil.Process(server.pid)):
+            # What replicas of Ray Serve 2.60 say to each other goes over a port on all addresses.
+            with grpc.insecure_channel(f"127.0.0.1:{open_to_all}") as channel:
+                call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+                with pytest.raises(grpc.RpcError) as raised:
+                    call(b"", timeout=30)
+                assert raised.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0, log.read_text()[-3000:]
+
+
+def listening(process: psutil.Process) -> list[int]:
+    """The ports on which a process, or one that it has started, listens to more than this machine."""
+    found = []
+    for one in (process, *process.children(recursive=True)):
+        for connection in one.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and not connection.laddr.ip.endswith("127.0.0.1"):
+                found.append(int(connection.laddr.port))
+    return found
+
+
+def test_who_lets_others_ask_needs_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", "folder", "--host", "0.0.0.0"])
+    with pytest.raises(SystemExit, match="2"):
+        serve.main()
+    assert "--host 0.0.0.0 lets others ask; give --token-file" in capsys.readouterr().err
