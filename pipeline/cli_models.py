@@ -17,12 +17,31 @@ def predict(
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON Lines file to write")],
     field: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="field that holds a row's text or picture; default: text or image"),
+        typer.Option(
+            metavar="NAME",
+            help="field that holds a row's text, messages or picture; default: text or messages, or image",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows that a worker answers at once")] = 32,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="task of the recipe in whose prompt all rows are asked; default: what each row says"
+        ),
+    ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="maximum length of a continuation, in tokens (language models)")
-    ] = 64,
+        int | None, typer.Option(min=1, help="maximum length of a continuation, in tokens; default: 64")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="draw the tokens of continuations, logits divided by this; 0: take the likeliest")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="draw from the likeliest tokens whose probabilities add up to this")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the draws; equal questions and seeds give equal answers")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="text that ends a continuation; may be given several times")
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -35,8 +54,10 @@ def predict(
     """Answer every row of a file with a dynamic model, and add prediction, expert and coefficients to the row."""
     from sensmerge.pipeline.execute.batches import Workers
     from sensmerge.pipeline.predict import Settings, predict_file
+    from sensmerge.tasks.networks.generation import Decoding
 
-    console, settings = console_of(), Settings(field, batch_size, max_new_tokens, Workers(workers, num_gpus))
+    console, decoding = console_of(), Decoding(temperature, top_p, seed, tuple(stop or ()))
+    settings = Settings(field, task, batch_size, max_new_tokens, decoding, Workers(workers, num_gpus))
     with stoppable():
         rows = predict_file(folder, source, target, settings, address, console)
     console.print(f"{target}: {rows} rows", highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from functools import partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from PIL import Image
 from rich.console import Console
@@ -17,10 +18,23 @@ from rich.console import Console
 from sensmerge.pipeline.execute.batches import Workers, work_in_batches
 from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.tasks.artifacts import file_bytes, parse_json, partial_of
-from sensmerge.tasks.dynamic.folder import check_files, read_manifest
+from sensmerge.tasks.dynamic.folder import MANIFEST, check_files, read_manifest
 from sensmerge.tasks.dynamic.model import DynamicModel, Prediction
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.questions import (
+    MESSAGES,
+    TASK,
+    TEXT,
+    Prompts,
+    Question,
+    check_question,
+    is_plain,
+    plain,
+    prompts_of,
+)
+from sensmerge.tasks.networks.endings import WRITING_HEADS
+from sensmerge.tasks.networks.generation import GREEDY, Decoding, check_unused
 from sensmerge.tasks.networks.pictures import picture_file
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.serving.static_model import reads_of
@@ -38,8 +52,8 @@ class AskedRow(NamedTuple):
     place: str
     """the file and line where it stands"""
     row: Row
-    content: str | bytes
-    """its text, or the file of its picture: read here, for workers see no other file"""
+    content: Question
+    """what is asked; the file of a picture is read here, for workers see no other file"""
 
 
 Batch = list[AskedRow]
@@ -50,11 +64,15 @@ class Settings:
     """How the rows of a file are answered."""
 
     field: str | None
-    """field that holds a row's text or picture; None for `text` or `image`"""
+    """field that holds a row's text, messages or picture; None: what the row itself says, see `kinds.questions`"""
+    task: str | None
+    """task in whose prompt all rows are asked; None for none"""
     batch_size: int
     """rows in a batch"""
-    max_new_tokens: int
-    """length of a continuation at most (language models)"""
+    max_new_tokens: int | None
+    """length of a continuation at most; None for what the model does of its own accord"""
+    decoding: Decoding
+    """how continuations are written"""
     workers: Workers
 
 
@@ -88,14 +106,20 @@ def predict_file(
     """
     _check_paths(source, target)
     manifest = read_manifest(folder)
-    asked, size = _asked(source, folder, settings.field), settings.batch_size
+    if manifest.head not in WRITING_HEADS:
+        check_unused(settings.max_new_tokens, settings.decoding)
+    prompts = prompts_of(manifest.tasks, str(folder / MANIFEST))
+    asked, size = _asked(source, folder, settings, prompts), settings.batch_size
     # What a row names is read here too, so that a file that is not there is found now.
-    count = len([len(asked.content(place, row)) for place, row in asked.places()])
+    unprompted = [is_plain(asked.content(place, row)) for place, row in asked.places()]
+    count = len(unprompted)
     if count == 0:
         raise InputError(f"{source}: has no {'pictures' if source.is_dir() else 'rows; expected JSON Lines'}")
     check_files(folder, manifest)
+    if prompts and any(unprompted):
+        console.print(_said_of(sum(unprompted), count, prompts), highlight=False, soft_wrap=True)
     device = "cuda" if settings.workers.num_gpus else "cpu"
-    load = partial(_load, folder.absolute(), device, settings.max_new_tokens)
+    load = partial(_load, folder.absolute(), device, settings.max_new_tokens, settings.decoding)
     with _written_whole(target) as file, cluster(address):
         work_in_batches(
             load,
@@ -108,12 +132,22 @@ def predict_file(
     return count
 
 
-def _load(folder: Path, device: str, max_new_tokens: int) -> Callable[[Batch], list[Row]]:
+def _said_of(unprompted: int, count: int, prompts: Prompts) -> str:
+    return (
+        f"{unprompted} of {count} rows are read as plain text, in no prompt: name a task with --task, or in a field "
+        f"{TASK!r} ({', '.join(prompts)}), to ask in its prompt"
+    )
+
+
+def _load(
+    folder: Path, device: str, max_new_tokens: int | None, decoding: Decoding = GREEDY
+) -> Callable[[Batch], list[Row]]:
     """Return what answers a batch with the model, whose files `predict_file` has checked."""
     model = DynamicModel.load(folder, device, verify=False)
 
     def answer(batch: Batch) -> list[Row]:
-        predictions = model.predict([one.content for one in batch], max_new_tokens, [one.place for one in batch])
+        places = [one.place for one in batch]
+        predictions = model.predict([one.content for one in batch], max_new_tokens, places, decoding)
         return [one.row | asdict(prediction) for one, prediction in zip(batch, predictions, strict=True)]
 
     return answer
@@ -130,28 +164,32 @@ def _check_paths(source: Path, target: Path) -> None:
         raise InputError(f"{target}: is the input; write to another file")
 
 
-def _asked(source: Path, model: Path, field: str | None) -> "_Lines | _Pictures":
+def _asked(source: Path, model: Path, settings: Settings, prompts: Prompts) -> "_Lines | _Pictures":
     """Return the rows of a file or a folder. Raises InputError for a folder where the model reads texts."""
     pictures = reads_of(model, model / BASE) == "pictures"
+    if settings.task is not None and (pictures or settings.field is not None):
+        why = (
+            "the model reads pictures, which have no prompt"
+            if pictures
+            else "its prompt names fields, so leave out --field"
+        )
+        raise InputError(f"--task is {settings.task}, but {why}")
     if not source.is_dir():
-        return _Lines(source, field or ("image" if pictures else "text"), pictures)
+        return _Pixels(source, settings.field or "image") if pictures else _Texts(source, settings, prompts)
     if not pictures:
         raise InputError(f"{source}: is a folder; expected JSON Lines: the model reads texts")
-    if field is not None:
+    if settings.field is not None:
         raise InputError(
-            f"--field is {field}, but {source} is a folder of pictures, which have no fields; leave it out"
+            f"--field is {settings.field}, but {source} is a folder of pictures, which have no fields; leave it out"
         )
     return _Pictures(source)
 
 
 @dataclass(frozen=True)
-class _Lines:
+class _Lines(ABC):
     """The rows of a JSON Lines file."""
 
     path: Path
-    field: str
-    pictures: bool
-    """whether the field holds pictures: in base64, or their paths below the file's folder"""
 
     def places(self) -> Iterator[tuple[str, Row]]:
         """Yield the rows, checked, each with its place."""
@@ -159,14 +197,65 @@ class _Lines:
             with self.path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     place = f"{self.path}: line {number}"
-                    yield place, _row(line, self.field, place)
+                    row = _row(line, place)
+                    self.check(row, place)
+                    yield place, row
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from error
 
-    def content(self, place: str, row: Row) -> str | bytes:
-        """Return the text, or the file of the picture, of a row."""
-        found: str = row[self.field]
-        return picture_file(found, self.path.parent, f"{place}: field {self.field!r}") if self.pictures else found
+    @abstractmethod
+    def check(self, row: Row, place: str) -> None:
+        """Raise InputError for a row that has nothing to ask."""
+
+    @abstractmethod
+    def content(self, place: str, row: Row) -> Question:
+        """Return what is asked in a row that `check` has passed."""
+
+
+@dataclass(frozen=True)
+class _Texts(_Lines):
+    """Rows that are asked in a prompt, in a chat template, or as plain text."""
+
+    settings: Settings
+    prompts: Prompts
+
+    def check(self, row: Row, place: str) -> None:
+        """See `_Lines`."""
+        field = self.settings.field
+        if field is None and self.settings.task is None and not {TASK, MESSAGES} & row.keys():
+            field = TEXT
+        if field is None or isinstance(row.get(field), list):
+            check_question(self._question(row), self.prompts, place)
+        else:
+            _check_field(row, field, place)
+
+    def content(self, place: str, row: Row) -> Question:
+        """See `_Lines`."""
+        question = self._question(row)
+        return plain(question) if is_plain(question) else question
+
+    def _question(self, row: Row) -> dict[str, Any]:
+        task, field = self.settings.task, self.settings.field
+        if task is not None:
+            return row | {TASK: task}
+        if field is not None:
+            return {MESSAGES if isinstance(row[field], list) else TEXT: row[field]}
+        return row
+
+
+@dataclass(frozen=True)
+class _Pixels(_Lines):
+    """Rows with a picture: in base64, or its path below the file's folder."""
+
+    field: str
+
+    def check(self, row: Row, place: str) -> None:
+        """See `_Lines`."""
+        _check_field(row, self.field, place)
+
+    def content(self, place: str, row: Row) -> bytes:
+        """Return the file of the picture of a row."""
+        return picture_file(row[self.field], self.path.parent, f"{place}: field {self.field!r}")
 
 
 @dataclass(frozen=True)
@@ -194,7 +283,7 @@ class _Pictures:
             raise InputError(f"{place}: cannot be read ({error.strerror})") from error
 
 
-def _row(line: bytes, field: str, place: str) -> Row:
+def _row(line: bytes, place: str) -> Row:
     try:
         row = parse_json(line)
         # Python reads NaN, numbers too large and halves of surrogate pairs, which JSON in UTF-8 cannot hold.
@@ -203,19 +292,22 @@ def _row(line: bytes, field: str, place: str) -> Row:
         raise InputError(f"{place}: is not JSON ({error}); expected an object on every line") from error
     if not isinstance(row, dict):
         raise InputError(f"{place}: is a {type(row).__name__}; expected an object")
-    if field not in row:
-        raise InputError(
-            f"{place}: has no field {field!r} but {', '.join(row) or 'none'}; name the one to answer with --field"
-        )
-    if not isinstance(row[field], str):
-        raise InputError(f"{place}: field {field!r} is a {type(row[field]).__name__}; expected a text")
     for name in ADDED:
         if name in row:
             raise InputError(f"{place}: has a field {name!r} already, which is to be added; rename it")
     return row
 
 
-def _batches(asked: _Lines | _Pictures, batch_size: int, count: int) -> Iterator[Batch]:
+def _check_field(row: Row, field: str, place: str) -> None:
+    if field not in row:
+        raise InputError(
+            f"{place}: has no field {field!r} but {', '.join(row) or 'none'}; name the one to answer with --field"
+        )
+    if not isinstance(row[field], str):
+        raise InputError(f"{place}: field {field!r} is a {type(row[field]).__name__}; expected a text")
+
+
+def _batches(asked: "_Lines | _Pictures", batch_size: int, count: int) -> Iterator[Batch]:
     """Yield the first `count` rows in batches."""
     rows: Iterable[tuple[str, Row]] = islice(asked.places(), count)
     for start in range(0, count, batch_size):

@@ -1,7 +1,7 @@
 """The result of one execution of a recipe: the JSON of `--report`, the final tables, and what MLflow records."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 from rich.filesize import decimal
@@ -134,6 +134,7 @@ class Report(BaseModel):
     digests: dict[str, str] = Field(description="content digest of base and experts by name")
     tasks: dict[str, str] = Field(description="main metric of each task")
     kinds: dict[str, str] = Field({}, description="kind of each task")
+    prompts: dict[str, dict[str, Any]] = Field({}, description="how each task asks a model: its kind, its templates, …")
     notes: list[str] = Field([], description="what a user should know of the models and data: a line each")
     scores: dict[str, dict[str, dict[str, Score]]] = Field(description="scores[model][task][metric]")
     mean_normalised: dict[str, Score] = Field(description="mean over tasks of main metric / own expert's, by model")

@@ -17,6 +17,7 @@ from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.identity import identity
 from sensmerge.tasks.kinds import scores as scoring
 from sensmerge.tasks.kinds.kind import RowTask, Task
+from sensmerge.tasks.kinds.questions import kept_settings
 from sensmerge.tasks.kinds.scores import Metric, Record, Score
 from sensmerge.tasks.rows.source import DataSource, rows_digest
 from sensmerge.tasks.stages.variant import TUNE, UNCHANGED
@@ -60,6 +61,9 @@ def collect(plan: Plan) -> Report:
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
         kinds={name: task.kind for name, task in evaluated.items()},
+        prompts=kept_settings(
+            {name: one.task for name, one in plan.inputs.data.items() if isinstance(one.task, RowTask)}
+        ),
         notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan), *uncalibrated(plan), *lacking(variants)],
         scores=scores,
         mean_normalised=means,

@@ -23,7 +23,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.pyfunc import save_model
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.transformers.flavor_config import FlavorKey
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.requirements import copy_source, requirements
@@ -32,7 +32,6 @@ from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
 from sensmerge.tasks.networks.known import why_unknown
 from sensmerge.tasks.networks.pictures import Reads
-from sensmerge.tasks.serving.scorer import MAX_NEW_TOKENS
 from sensmerge.tasks.serving.static_model import Form, form_of, head_names, reads_of
 
 LOADER = "sensmerge.tasks.serving.scorer"
@@ -81,6 +80,8 @@ class Merged:
     dtype: str
     """torch name of the dtype that its scores were taken in"""
     experts: tuple[str, ...]
+    prompts: Mapping[str, Mapping[str, Any]]
+    """what a static merge has to keep of the recipe's tasks, to be asked as they ask; a dynamic model has it itself"""
 
     @classmethod
     def of(cls, report: Report, variant: str) -> "Merged":
@@ -98,6 +99,7 @@ class Merged:
             kind == "dynamic" or why_unknown(folder) is None,
             report.dtype,
             tuple(experts),
+            report.prompts if kind == "static" else {},
         )
 
     @property
@@ -172,7 +174,9 @@ def write_beside(merged: Merged) -> list[str]:
 
 
 def _write(target: Path, merged: Merged, mlmodel: Model, beside: bool) -> None:
-    settings = {"device": "cpu", "dtype": merged.dtype} | ({} if beside else {"folder": merged.place})
+    settings: dict[str, Any] = {"device": "cpu", "dtype": merged.dtype}
+    settings |= {} if beside else {"folder": merged.place}
+    settings |= {"prompts": merged.prompts} if merged.prompts else {}
     pipeline = PIPELINES.get(merged.form) if merged.form and (beside or merged.is_local) else None
     if pipeline is not None:
         mlmodel.add_flavor("transformers", **_transformers_flavor(pipeline, merged, beside))
@@ -220,9 +224,13 @@ def _signature(merged: Merged) -> ModelSignature:
         outputs += [ColSpec("string", "expert")]
         outputs += [ColSpec("double", f"coefficient.{expert}") for expert in merged.experts]
     if merged.form in (None, "language_model", "encoder_decoder"):
-        params.append(ParamSpec("max_new_tokens", "long", MAX_NEW_TOKENS))
-    if merged.form == "trunk":
-        params.append(ParamSpec("task", "string", None))
+        # None: what the model does of its own accord. A dynamic one may classify, and then takes none of them.
+        kinds: dict[str, DataType] = {"max_new_tokens": DataType.long, "temperature": DataType.double}
+        kinds |= {"top_p": DataType.double, "seed": DataType.long}
+        params += [ParamSpec(name, kind, None) for name, kind in kinds.items()]
+        params.append(ParamSpec("stop", DataType.string, [], shape=(-1,)))
+    if merged.form == "trunk" or merged.reads == "texts":
+        params.append(ParamSpec("task", DataType.string, None))
     return ModelSignature(outputs=Schema(outputs), params=ParamSchema(params) if params else None)
 
 

@@ -6,7 +6,7 @@ instead of taking the base for the merge.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,7 +29,7 @@ from sensmerge.tasks.networks.networks import Head
 MANIFEST = "dynamic.json"
 """A folder without it is no dynamic model."""
 STATISTICS = "statistics.safetensors"
-FORMAT = 2
+FORMAT = 3
 """Version of the folder."""
 
 
@@ -47,6 +47,8 @@ class Manifest(BaseModel):
     """torch name of the dtype that the route was made in"""
     rule: Rule
     router: RouterSettings
+    tasks: dict[str, dict[str, Any]]
+    """what is kept of the experts' tasks, to be asked as they ask, see `kept_settings`"""
     files: dict[str, str]
     """sha256 of every other file, by its path in the folder"""
 

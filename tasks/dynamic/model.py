@@ -7,25 +7,45 @@ model.predict(["What is 3 plus 4?"])
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sensmerge.tasks.dynamic.folder import STATISTICS, check_files, check_names, load_network_with_heads, read_manifest
+from sensmerge.tasks.dynamic.folder import (
+    MANIFEST,
+    STATISTICS,
+    check_files,
+    check_names,
+    load_network_with_heads,
+    read_manifest,
+)
 from sensmerge.tasks.dynamic.network import DynamicNetwork
 from sensmerge.tasks.dynamic.probes import probe_all
 from sensmerge.tasks.dynamic.router import RouterSettings, Rule, Statistics, affinities, coefficients
 from sensmerge.tasks.dynamic.sense import read_statistics
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.kind import RowTask
+from sensmerge.tasks.kinds.questions import Question, plain, prompts_of, read_questions
 from sensmerge.tasks.networks.endings import OWN_HEADS, WRITING_HEADS
-from sensmerge.tasks.networks.generation import generate, set_end_tokens
+from sensmerge.tasks.networks.generation import (
+    GREEDY,
+    MAX_NEW_TOKENS,
+    Decoding,
+    check_unused,
+    generate,
+    set_end_tokens,
+    until,
+    written,
+)
 from sensmerge.tasks.networks.heads import DetachedHead
 from sensmerge.tasks.networks.networks import finite, trunk_or_self
+from sensmerge.tasks.networks.piecewise import Listen, pieces, settled
 from sensmerge.tasks.networks.readers import load_reader, read_by
-from sensmerge.tasks.networks.texts import head_answer, inputs_of
+from sensmerge.tasks.networks.texts import head_answer
 from sensmerge.tasks.networks.tokens import PADDING as LITTLE_PADDING
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
 
@@ -65,7 +85,7 @@ class Prediction:
 
 
 class DynamicModel:
-    """Base, task vectors, heads and router in memory. All methods take mixed samples and know nothing of tasks.
+    """Base, task vectors, heads and router in memory. All methods take mixed samples and are not told their tasks.
 
     What is linear in the number of tokens, padding included, is done in parts of the samples that need little of it.
     Those who answer many samples at once give a `size`: then no part has more tokens than so many samples that are as
@@ -89,6 +109,9 @@ class DynamicModel:
         self.tokenizer = tokenizer
         self.router = router
         self.classifies = classifies
+        self.prompts: Mapping[str, RowTask] = {}
+        """the tasks that it can be asked in their prompts, by name"""
+        self._busy = Lock()  # coefficients of a batch are set on the network while it runs
         self.device = network.network.device
         self._pad_id = pad_token(network.network, tokenizer)
         for each in (network.network, *(head.network for head in heads.values())):
@@ -126,7 +149,9 @@ class DynamicModel:
         statistics = read_statistics(folder / STATISTICS, manifest.rule, len(manifest.experts), width)
         router = Router(manifest.rule, statistics, manifest.router)
         reader = load_reader(folder / BASE, reads)
-        return cls(network, heads, manifest.experts, reader, router, manifest.head in OWN_HEADS)
+        model = cls(network, heads, manifest.experts, reader, router, manifest.head in OWN_HEADS)
+        model.prompts = prompts_of(manifest.tasks, str(folder / MANIFEST))
+        return model
 
     def route(self, samples: Sequence[Inputs], size: int | None = None) -> Routes:
         """Return the routes of samples: probes up to the rule's block, then the router's mathematics."""
@@ -230,61 +255,120 @@ class DynamicModel:
         return [logits[row] for row in range(len(assigned))]
 
     def generate(
-        self, prompts: Sequence[Inputs], routes: Routes, max_new_tokens: int, size: int | None = None
+        self,
+        prompts: Sequence[Inputs],
+        routes: Routes,
+        max_new_tokens: int,
+        size: int | None = None,
+        decoding: Decoding = GREEDY,
+        listen: Listen | None = None,
     ) -> list[list[int]]:
-        """Return greedy continuations in tokens, up to an end token (left out).
+        """Return continuations in tokens, up to an end token (left out).
 
         The route, taken on the prompt, stays for the whole continuation, so the KV cache holds. Without a `size`, all
-        that can be answered together is.
+        that can be answered together is. `decoding` and `listen` are as in `networks.generation.generate`.
         """
         found: dict[int, list[int]] = {}
         for network, rows in self._answering(prompts, routes, size, max_new_tokens):
             own = [prompts[row] for row in rows]
             with torch.inference_mode():
-                answers = generate(network, self.tokenizer, own, max_new_tokens, self._pad_id, self.device)
+                answers = generate(network, self.tokenizer, own, max_new_tokens, decoding, listen)
             found |= zip(rows, answers, strict=True)
         return [found[row] for row in range(len(prompts))]
 
     def predict(
-        self, texts: Sequence[str | bytes], max_new_tokens: int = 64, places: Sequence[str] | None = None
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int | None = None,
+        places: Sequence[str] | None = None,
+        decoding: Decoding = GREEDY,
     ) -> list[Prediction]:
-        """Answer texts, or pictures, in one batch: what the routed head says of each (`head_answer`), or a greedy
-        continuation.
+        """Answer questions in one batch: what the routed head says of each (`head_answer`), or a continuation.
 
         Args:
-            texts: the texts; of a model that reads pictures, their files, as bytes or in base64.
-            max_new_tokens: length of a continuation at most.
-            places: what messages call the texts; None for `text 0`, `text 1`, ….
+            questions: texts, read as they are; of a model that reads pictures, their files, as bytes or in base64; or
+                rows, of which a `task` (one of `prompts`) or `messages` say how they are asked.
+            max_new_tokens: length of a continuation at most; None: 64.
+            places: what messages call the questions; None for `text 0`, `text 1`, ….
+            decoding: how tokens of continuations are chosen.
 
         Raises:
-            InputError: a text without a token, or longer than the model takes; what is no picture; an answer that is
-                NaN or infinite.
+            InputError: a text without a token, or longer than the model takes; what is no picture; a row that cannot be
+                asked; settings of continuations for a classifier; an answer that is NaN or infinite.
         """
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        if not texts:
+        samples = self.read(questions, max_new_tokens, places, decoding)
+        if not samples:
             return []
-        what = "picture" if read_by(self.network.network) == "pictures" else "text"
-        places = places or [f"{what} {number}" for number in range(len(texts))]
-        new = None if self.classifies else max_new_tokens
-        samples = inputs_of(texts, self.tokenizer, self.network.network, new, places)
-        routes = self.route(samples)
-        finite(routes.coefficients)
-        names = [self.experts[expert] for expert in routes.experts]
-        if self.classifies:
-            logits = self.class_logits(samples, routes, names)[0]
-            answers = [
-                head_answer(values, text, self.tokenizer, self._owner(name))
-                for values, text, name in zip(logits, texts, names, strict=True)
-            ]
-        else:
-            generated = self.generate(samples, routes, max_new_tokens)
-            answers = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
+        with self._busy:
+            routes = self.route(samples)
+            finite(routes.coefficients)
+            names = [self.experts[expert] for expert in routes.experts]
+            if self.classifies:
+                logits = self.class_logits(samples, routes, names)[0]
+                answers = [
+                    head_answer(values, plain(one), self.tokenizer, self._owner(name))
+                    for values, one, name in zip(logits, questions, names, strict=True)
+                ]
+            else:
+                most = max_new_tokens or MAX_NEW_TOKENS
+                generated = self.generate(samples, routes, most, decoding=decoding)
+                answers = [written(ids, self.tokenizer, decoding.stop) for ids in generated]
         table = routes.coefficients.tolist()
         return [
             Prediction(answer, name, dict(zip(self.experts, row, strict=True)))
             for answer, name, row in zip(answers, names, table, strict=True)
         ]
+
+    def stream(
+        self, question: Question, max_new_tokens: int | None = None, decoding: Decoding = GREEDY
+    ) -> Iterator[str]:
+        """Yield the continuation of one question piece by piece, as soon as it is written.
+
+        The pieces together are what `predict` answers. Other calls of the model wait until the continuation ends, or
+        the iterator is closed.
+
+        Args:
+            question: as one of those of `predict`.
+            max_new_tokens: length of the continuation at most; None: 64.
+            decoding: how its tokens are chosen.
+
+        Raises:
+            InputError: as `predict`, before the first piece; a model that classifies.
+        """
+        if self.classifies:
+            raise InputError("the model writes no text, so there is none to stream; use predict")
+        samples, most = self.read([question], max_new_tokens, None, decoding), max_new_tokens or MAX_NEW_TOKENS
+
+        def write(listen: Listen) -> str:
+            def heard(text: str) -> None:
+                listen(until(text, decoding.stop))
+
+            with self._busy:
+                routes = self.route(samples)
+                finite(routes.coefficients)
+                (ids,) = self.generate(samples, routes, most, None, decoding, heard)
+            return written(ids, self.tokenizer, decoding.stop)
+
+        cleans = bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
+        return pieces(write, lambda text: settled(text, decoding.stop, cleans))
+
+    def read(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int | None = None,
+        places: Sequence[str] | None = None,
+        decoding: Decoding = GREEDY,
+    ) -> list[Inputs]:
+        """Return what the network reads of questions; arguments and errors as `predict`."""
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        if self.classifies:
+            check_unused(max_new_tokens, decoding)
+        network = self.network.network
+        what = "picture" if read_by(network) == "pictures" else "text"
+        places = places or [f"{what} {number}" for number in range(len(questions))]
+        new = None if self.classifies else max_new_tokens or MAX_NEW_TOKENS
+        return read_questions(questions, self.prompts, self.tokenizer, network, new, places)
 
     def _owner(self, head: str) -> PreTrainedModel:
         return self.heads[head].network if head in self.heads else self.network.network

@@ -10,13 +10,13 @@ from pydantic import Field
 
 from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.identity import Only
-from sensmerge.tasks.kinds.checks import NamedField
+from sensmerge.tasks.kinds.checks import NamedField, check_fields
 from sensmerge.tasks.kinds.generating import GeneratingTask
 from sensmerge.tasks.kinds.kind import KINDS, Labels
 from sensmerge.tasks.kinds.messages import MessageTemplate, read_messages, read_tools
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.templates import render, template_fields
-from sensmerge.tasks.networks.tokens import Inputs
+from sensmerge.tasks.networks.tokens import Inputs, tokens
 from sensmerge.tasks.rows.source import Row
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ class ChatTask(GeneratingTask):
     """
 
     templates: ClassVar[tuple[str, ...]] = ()
+    asks: ClassVar[tuple[str, ...]] = (
+        *("messages", "completion", "continue_final_message", "tools", "chat_template_kwargs", "max_length"),
+    )
 
     kind: Literal["chat"]
     messages: str | list[MessageTemplate] = Field(
@@ -153,6 +156,18 @@ class ChatTask(GeneratingTask):
             raise InputError(f"{last} has no content, expected a text that answers are compared with; set generate: 0")
         self.check_expected(row, settings, where)
 
+    def check_question(self, row: Row, settings: str, where: str) -> None:
+        """See `RowTask`: there have to be messages that the assistant answers; the completion need not be there."""
+        asked = [one for one in self.named_fields(settings) if one.setting.partition("[")[0] == "messages"]
+        check_fields(asked, row, settings, where)
+        field = self.messages if isinstance(self.messages, str) else f"{settings}.messages"
+        last = self._messages(row, f"{where}: {field}")[-1]
+        read_tools(row.get(self.tools), f"{where}: {self.tools}")
+        if not self._asked(row):
+            raise InputError(f"{where}: {field} has no message but the {ASSISTANT}'s, expected one that is answered")
+        if self.continue_final_message and (last["role"] != ASSISTANT or not isinstance(last.get("content"), str)):
+            raise InputError(f"{where}: the last of {field} is no text of the {ASSISTANT}'s, expected one to continue")
+
     def notes(self, key: str, tokenizer: "PreTrainedTokenizerBase", expert: Path) -> list[str]:
         """See `Task`: the expert may have been trained with another template."""
         from sensmerge.tasks.networks.template_files import template_texts
@@ -199,6 +214,21 @@ class ChatTask(GeneratingTask):
     ) -> Sample:
         """Return the sample; with `loss_on: all` all turns of the assistant count."""
         return self._sample(row, tokenizer, where, self.loss_on == "all")
+
+    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
+        """See `RowTask`: the messages up to the assistant's answer, which a row may have, in the template."""
+        from sensmerge.tasks.networks.chats import ChatTemplate
+
+        messages, continued = self._asked(row), self.continue_final_message
+        tools = read_tools(row.get(self.tools), f"{where}: {self.tools}")
+        template = ChatTemplate(tokenizer, tools, self.chat_template_kwargs, where)
+        text = template.write(messages, prompt=not continued, continued=continued)
+        return {"input_ids": tokens(text, tokenizer, front=False)[-self.max_length :]}
+
+    def _asked(self, row: Row) -> list[dict[str, Any]]:
+        messages = self._messages(row, "messages")
+        answered = self.completion is None and messages[-1]["role"] == ASSISTANT
+        return messages[:-1] if answered else messages
 
     def _sample(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, every: bool) -> ChatSample:
         from sensmerge.tasks.networks.chats import ChatTemplate

@@ -16,7 +16,7 @@ from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, agreement, macro_f1, matthews, mean
 from sensmerge.tasks.kinds.templates import render
-from sensmerge.tasks.networks.tokens import class_tokens
+from sensmerge.tasks.networks.tokens import Inputs, class_tokens
 from sensmerge.tasks.rows.source import Row
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class ClassTask(RowTask):
 class ClassificationTask(ClassTask):
     """The model reads a text, and has a classification head of its own for this task."""
 
+    asks: ClassVar[tuple[str, ...]] = ("prompt", "max_length")
+
     kind: Literal["classification"]
     prompt: str = Field("{text}", description="template of the text to classify")
 
@@ -84,10 +86,14 @@ class ClassificationTask(ClassTask):
     ) -> Sample:
         """Return the text with the tokenizer's special tokens, cut from the right but for the special tokens."""
         assert labels is not None
-        ids = class_tokens(render(self.prompt, row), tokenizer, self.max_length)
+        ids = self.question(row, tokenizer, where)["input_ids"]
         if not ids:
             raise InputError(f"{where}: the text to classify has no token; leave the row out")
         return Sample({"input_ids": ids}, len(ids), class_index(row[self.label], labels, where))
+
+    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
+        """See `RowTask`: all of the sample."""
+        return {"input_ids": class_tokens(render(self.prompt, row), tokenizer, self.max_length)}
 
 
 def class_index(label: Any, label2id: Labels, where: str) -> int:

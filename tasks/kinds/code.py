@@ -20,6 +20,7 @@ from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, mean
 from sensmerge.tasks.kinds.templates import render
+from sensmerge.tasks.networks.tokens import Inputs
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.sandbox.programs import RULES
 from sensmerge.tasks.sandbox.sandbox import (
@@ -46,6 +47,7 @@ class CodeTask(RowTask):
     """
 
     templates: ClassVar[tuple[str, ...]] = ("prompt", "completion", "context")
+    asks: ClassVar[tuple[str, ...]] = ("prompt", "max_length")
     metrics: ClassVar[Mapping[str, Metric]] = {
         "pass_at_1": Metric(("passed",), mean, is_proportion=True),
         **{name: CompletionTask.metrics[name] for name in ("token_accuracy", "perplexity")},
@@ -191,6 +193,10 @@ class CodeTask(RowTask):
     ) -> Sample:
         """See `RowTask`: as that of kind completion."""
         return self._reference.calibration_sample(row, tokenizer, where, labels)
+
+    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
+        """See `RowTask`: as that of kind completion."""
+        return self._reference.question(row, tokenizer, where)
 
     def judge(self, sample: Sample, logits: "Tensor") -> Any:
         """See `RowTask`: the likelihood of the reference solution."""

@@ -11,7 +11,7 @@ from sensmerge.tasks.kinds.kind import KINDS, Labels
 from sensmerge.tasks.kinds.likelihood import text_sample
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.templates import render
-from sensmerge.tasks.networks.tokens import tokens
+from sensmerge.tasks.networks.tokens import Inputs, tokens
 from sensmerge.tasks.rows.source import Row
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class CompletionTask(GeneratingTask):
     """The model continues a prompt, and is scored on the tokens of the expected completion."""
 
     templates: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+    asks: ClassVar[tuple[str, ...]] = ("prompt", "max_length")
 
     kind: Literal["completion"]
     prompt: str = Field("{prompt}", description="template of the prompt; {field} is a field of the row")
@@ -62,6 +63,10 @@ class CompletionTask(GeneratingTask):
         if len(sample.input_ids) <= sample.scored_from:
             raise InputError(f"{where}: the completion has no token to score; leave the row out")
         return sample
+
+    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
+        """See `RowTask`; of a prompt that is too long, the end stays."""
+        return {"input_ids": tokens(self.prompt_text(row), tokenizer, front=True)[-self.max_length :]}
 
     def calibration_sample(
         self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None

@@ -21,7 +21,7 @@ from sensmerge.tasks.kinds.scores import Metric, Record, Score, score
 from sensmerge.tasks.kinds.templates import template_fields
 from sensmerge.tasks.networks.endings import OWN_HEADS
 from sensmerge.tasks.networks.pictures import Reads
-from sensmerge.tasks.networks.tokens import collate
+from sensmerge.tasks.networks.tokens import Inputs, collate
 from sensmerge.tasks.registry import Registry
 from sensmerge.tasks.rows.source import DataSource, Row
 from sensmerge.tasks.rows.stored import StoredRows
@@ -152,6 +152,8 @@ class RowTask(Task):
     the `prediction`; without such a number in its rows a task can be tuned on by the answers of its own expert"""
     reads_answer: ClassVar[bool] = True
     """whether what a network reads of a calibration row depends on the right answer, beside its loss"""
+    asks: ClassVar[tuple[str, ...]] = ()
+    """settings that `question` depends on, which merged models keep; none: rows without an answer cannot be asked"""
 
     calibration: Local[DataSource | None] = Field(
         None, description="rows from which statistics, distances and routes are computed"
@@ -307,6 +309,29 @@ class RowTask(Task):
             counted = torch.full_like(ids, -100)
             counted[:, places] = ids[:, places]
         return {**batch, "labels": counted}
+
+    # Questions
+
+    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
+        """Return what a model reads of a row whose answer nobody knows, for kinds that have `asks`.
+
+        It is the `prompt` of the row's sample, token for token; see `sample`.
+
+        Args:
+            row: one that `check_question` has passed.
+            tokenizer: of the model.
+            where: names the row in messages.
+        """
+        raise NotImplementedError
+
+    def check_question(self, row: Row, settings: str, where: str) -> None:
+        """Check that a row has what is asked; see `check_rows`.
+
+        Raises:
+            InputError: names setting, row and field.
+        """
+        asked = [one for one in self.named_fields(settings) if one.setting.partition("[")[0] in self.asks]
+        check_fields(asked, row, settings, where)
 
     # Answers
 

@@ -16,7 +16,7 @@ from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric
 from sensmerge.tasks.kinds.templates import render, template_fields
-from sensmerge.tasks.networks.tokens import class_tokens, pair_tokens
+from sensmerge.tasks.networks.tokens import Inputs, class_tokens, pair_tokens
 from sensmerge.tasks.rows.source import Row
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class RegressionTask(RowTask):
 
     head: ClassVar[str] = "classification"
     fields: ClassVar[tuple[str, ...]] = ("label",)
+    asks: ClassVar[tuple[str, ...]] = ("prompt", "pair", "max_length")
     reads_answer: ClassVar[bool] = False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "pearson": Metric(("label", "prediction"), pearson),
@@ -77,14 +78,17 @@ class RegressionTask(RowTask):
 
         Of a pair, the longer text is cut first.
         """
-        text = render(self.prompt, row)
-        if self.pair is None:
-            inputs = {"input_ids": class_tokens(text, tokenizer, self.max_length)}
-        else:
-            inputs = pair_tokens(text, render(self.pair, row), tokenizer, self.max_length)
+        inputs = self.question(row, tokenizer, where)
         if not inputs["input_ids"]:
             raise InputError(f"{where}: the text has no token; leave the row out")
         return Sample(inputs, len(inputs["input_ids"]), number_of(row[self.label]))
+
+    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
+        """See `RowTask`: all of the sample."""
+        text = render(self.prompt, row)
+        if self.pair is None:
+            return {"input_ids": class_tokens(text, tokenizer, self.max_length)}
+        return pair_tokens(text, render(self.pair, row), tokenizer, self.max_length)
 
     def judge(self, sample: Sample, logits: "Tensor") -> Any:
         """See `RowTask`: the only logit is the number."""

@@ -63,6 +63,7 @@ class Seq2SeqTask(GeneratingTask):
 
     head: ClassVar[str] = "seq2seq_lm"
     templates: ClassVar[tuple[str, ...]] = ("source", "target")
+    asks: ClassVar[tuple[str, ...]] = ("source", "max_length")
     metrics: ClassVar[Mapping[str, Metric]] = {**GeneratingTask.metrics, "bleu": Metric(BLEU_COUNTS, bleu)}
 
     kind: Literal["seq2seq"]
@@ -117,9 +118,13 @@ class Seq2SeqTask(GeneratingTask):
             )
         if tokenizer.eos_token_id is None:
             raise InputError(f"{where}: the tokenizer has no end token, expected one that ends every target")
-        source = class_tokens(self.prompt_text(row), tokenizer, self.max_length)
+        source = self.question(row, tokenizer, where)["input_ids"]
         target = target_tokens(self.expected(row), tokenizer, self.max_target_length)
         return Seq2SeqSample({"input_ids": source, "labels": target})
+
+    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
+        """See `RowTask`: the source."""
+        return {"input_ids": class_tokens(self.prompt_text(row), tokenizer, self.max_length)}
 
     def calibration_batch(
         self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None

@@ -1,22 +1,77 @@
-"""Greedy continuations, and the tokens that end them."""
+"""Continuations: how their tokens are chosen, and what ends them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.companions import GENERATION_CONFIG, has_tokenizer
 from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.networks.networks import load_tokenizer
-from sensmerge.tasks.networks.tokens import Inputs, collate
+from sensmerge.tasks.networks.tokens import Inputs, collate, pad_token
 
+MAX_NEW_TOKENS = 64
+"""Length of a continuation at most, if nothing is said of it."""
 _OF_DECODERS = ("decoder_start_token_id", "forced_bos_token_id", "bad_words_ids")
 """Settings without which the answers of some encoder-decoders have no meaning: how they begin (in which language, say),
 and what no answer has (their padding token, say)."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the tokens of a continuation are chosen, and which texts end it.
+
+    Raises InputError for a setting that is out of its range.
+    """
+
+    temperature: float = 0.0
+    """what logits are divided by before a token is drawn; 0: always the likeliest token (greedy)"""
+    top_p: float = 1.0
+    """tokens are drawn from the likeliest ones whose probabilities add up to this"""
+    seed: int = 0
+    """of the draws; equal prompts and seeds give equal continuations, whatever else is in the batch"""
+    stop: tuple[str, ...] = ()
+    """texts that end a continuation; they are left out of it"""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature is {self.temperature}; expected 0 (the likeliest token) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; expected more than 0, and at most 1")
+        if self.top_p < 1 and self.temperature == 0:
+            raise InputError(f"top_p is {self.top_p}, but temperature is 0: nothing is drawn; set a temperature")
+        if "" in self.stop:
+            raise InputError("stop has an empty text, which ends everything; leave it out")
+
+
+GREEDY = Decoding()
+
+
+def check_unused(max_new_tokens: int | None, decoding: Decoding) -> None:
+    """Raise InputError if something is said of continuations to a model that writes none."""
+    given = asdict(decoding) | {"max_new_tokens": max_new_tokens}
+    for name, default in (asdict(GREEDY) | {"max_new_tokens": None}).items():
+        if given[name] != default:
+            raise InputError(f"{name} is {shown(given[name])}, but the model writes no text; leave it out")
 
 
 def set_end_tokens(network: PreTrainedModel, folder: Path, base: Path) -> None:
@@ -72,14 +127,23 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Inputs],
     max_new_tokens: int,
-    pad_id: int,
-    device: torch.device | str,
+    decoding: Decoding = GREEDY,
+    listen: Callable[[str], None] | None = None,
 ) -> list[list[int]]:
-    """Return the greedy continuations of one batch of prompts in tokens, each up to an end token (left out).
+    """Return the continuations of one batch of prompts in tokens, each up to an end token (left out).
 
     Those of an encoder-decoder are what it answers its prompts with.
+
+    Args:
+        network: on the device where it runs.
+        tokenizer: of the network.
+        prompts: what is continued, or answered.
+        max_new_tokens: length of a continuation at most.
+        decoding: how tokens are chosen; a text that ends a continuation is the last of its tokens, or among those.
+        listen: is called after each token with the text of the first continuation so far.
     """
     ends, writes = end_tokens(network, tokenizer), network.config.is_encoder_decoder
+    pad_id = pad_token(network, tokenizer)
     greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -89,11 +153,79 @@ def generate(
         **(_of_decoder(network) if writes else {}),
     )
     side: Literal["left", "right"] = "right" if writes else "left"
-    batch = {name: values.to(device) for name, values in collate(prompts, pad_id, side).items()}
+    batch = {name: values.to(network.device) for name, values in collate(prompts, pad_id, side).items()}
+    start = 1 if writes else batch["input_ids"].shape[1]
+
+    def cut(ids: list[int]) -> list[int]:
+        return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+    options: dict[str, Any] = {}
+    if decoding.temperature > 0:
+        options["logits_processor"] = LogitsProcessorList([_Draws(decoding, prompts)])
+    if decoding.stop or listen is not None:
+        read = _Reading(start, lambda ids: written(cut(ids), tokenizer), decoding.stop, listen)
+        options["stopping_criteria"] = StoppingCriteriaList([read])
     with _generation_config(network, greedy):
-        generated = network.generate(**batch)[:, 1 if writes else batch["input_ids"].shape[1] :].tolist()
-    places = [next((i for i, token in enumerate(ids) if token in ends), len(ids)) for ids in generated]
-    return [ids[:place] for ids, place in zip(generated, places, strict=True)]
+        generated = network.generate(**batch, **options)[:, start:].tolist()
+    return [cut(ids) for ids in generated]
+
+
+def written(ids: list[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> str:
+    """Return the text of a continuation, up to the first of the texts that end it."""
+    return until(tokenizer.decode(ids, skip_special_tokens=True), stop)
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """Return a text up to the first of the texts that end it."""
+    return text[: min((text.find(one) for one in stop if one in text), default=len(text))]
+
+
+class _Draws(LogitsProcessor):  # type: ignore[misc]
+    """Makes the largest logit of every row a draw from its distribution: Gumbel noise is added (Gumbel 1954).
+
+    Each row has a random generator of its own, seeded by what it continues, so a draw does not depend on the batch.
+    """
+
+    def __init__(self, decoding: Decoding, prompts: Sequence[Inputs]) -> None:
+        self._warped = LogitsProcessorList([TemperatureLogitsWarper(float(decoding.temperature))])
+        if decoding.top_p < 1:
+            self._warped.append(TopPLogitsWarper(decoding.top_p))
+        self._generators = [torch.Generator().manual_seed(_seed(decoding.seed, one)) for one in prompts]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return (rows, vocabulary) logits."""
+        warped: Tensor = self._warped(input_ids, scores)
+        drawn = [torch.empty(scores.shape[1]).exponential_(generator=one) for one in self._generators]
+        smallest = torch.finfo(torch.float32).tiny
+        return warped - torch.stack(drawn).clamp_min(smallest).log().to(warped.device)
+
+
+def _seed(seed: int, prompt: Inputs) -> int:
+    text = json.dumps([seed, list(prompt["input_ids"])])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+
+
+class _Reading(StoppingCriteria):  # type: ignore[misc]
+    """Reads what is written, token by token: a row ends with a text that is to end it."""
+
+    def __init__(
+        self,
+        start: int,
+        read: Callable[[list[int]], str],
+        stop: Sequence[str],
+        listen: Callable[[str], None] | None,
+    ) -> None:
+        self._start = start
+        self._read = read
+        self._stop = stop
+        self._listen = listen
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Return which rows have ended, (rows,) bool."""
+        texts = [self._read(ids) for ids in input_ids[:, self._start :].tolist()]
+        if self._listen is not None:
+            self._listen(texts[0])
+        return torch.tensor([any(one in text for one in self._stop) for text in texts], device=input_ids.device)
 
 
 def _of_decoder(network: PreTrainedModel) -> dict[str, Any]:

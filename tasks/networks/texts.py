@@ -53,16 +53,26 @@ def text_inputs(
         where: what messages call the text.
 
     Raises:
-        InputError: a text without a token, or longer than the network takes.
+        InputError: as `check_room`.
     """
-    config = network.config
-    whole = max_new_tokens is None or config.is_encoder_decoder  # nothing follows the text
-    if not whole:
+    if max_new_tokens is not None and not network.config.is_encoder_decoder:
         ids = tokens(text, tokenizer, front=True)
     elif max_new_tokens is None and _is_tagger(network):
         ids, _ = word_tokens(text.split(), tokenizer)
     else:
         ids = class_tokens(text, tokenizer)
+    check_room(ids, network, max_new_tokens, where)
+    return {"input_ids": ids}
+
+
+def check_room(ids: Sequence[int], network: PreTrainedModel, max_new_tokens: int | None, where: str) -> None:
+    """Check that a network has room for a text in tokens, and for what it is to write; see `text_inputs`.
+
+    Raises:
+        InputError: a text without a token, or longer than the network takes.
+    """
+    config = network.config
+    whole = max_new_tokens is None or config.is_encoder_decoder  # nothing follows the text
     new = 0 if whole else max_new_tokens or 0
     limit = positions(config)
     if config.is_encoder_decoder and limit is not None and (max_new_tokens or 0) > limit:
@@ -72,7 +82,6 @@ def text_inputs(
         raise InputError(f"max_new_tokens is {new}; the model takes {room + new} tokens, prompt included: lower it")
     if not 0 < len(ids) <= room:
         raise InputError(f"{where} has {len(ids)} tokens; the model takes 1 to {room}: shorten it")
-    return {"input_ids": ids}
 
 
 def head_answer(logits: Tensor, text: Any, tokenizer: PreTrainedTokenizerBase, network: PreTrainedModel) -> str:

@@ -15,17 +15,26 @@ from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.checkpoints.weights import HEADS
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.questions import TASK, Prompts, Question, plain, read_questions
 from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import load_network
-from sensmerge.tasks.networks.generation import generate, set_end_tokens
+from sensmerge.tasks.networks.generation import (
+    GREEDY,
+    MAX_NEW_TOKENS,
+    Decoding,
+    check_unused,
+    generate,
+    set_end_tokens,
+    written,
+)
 from sensmerge.tasks.networks.heads import SavedHead
 from sensmerge.tasks.networks.known import why_unknown
 from sensmerge.tasks.networks.networks import Head, load_config, network_class, trunk_name
 from sensmerge.tasks.networks.pictures import Reads
 from sensmerge.tasks.networks.readers import load_reader, read_by
-from sensmerge.tasks.networks.texts import head_answer, inputs_of
-from sensmerge.tasks.networks.tokens import collate, pad_token
+from sensmerge.tasks.networks.texts import head_answer
+from sensmerge.tasks.networks.tokens import Inputs, collate, pad_token
 
 Form = Literal["language_model", "encoder_decoder", "classifier", "picture_classifier", "trunk"]
 """What a static merge is: one whole network, or the trunk of several classifiers, whose heads lie beside it."""
@@ -47,6 +56,7 @@ _HEADS: Mapping[Form, Head] = {
 
 WHOLE = ""
 """Name of the only network of a merge that is one whole network."""
+NO_PROMPTS: Prompts = {}
 
 
 def form_of(folder: Path) -> Form | None:
@@ -89,23 +99,28 @@ def head_names(folder: Path) -> list[str]:
 class StaticModel:
     """The networks of a static merge in memory, by the task whose head they end in; heads share one trunk."""
 
-    def __init__(self, networks: Mapping[str, PreTrainedModel], tokenizer: Any, form: Form) -> None:
+    def __init__(self, networks: Mapping[str, PreTrainedModel], tokenizer: Any, form: Form, prompts: Prompts) -> None:
         """See `load`; of a model that reads pictures, the tokenizer is its image processor."""
         self.networks = networks
         self.tokenizer = tokenizer
         self.form = form
+        self.prompts = prompts
+        """the tasks that it can be asked in their prompts, by name"""
         self._pad_id = pad_token(next(iter(networks.values())), tokenizer)
         for network in networks.values():
             network.config.pad_token_id = self._pad_id  # by it the head of a decoder finds the last token
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu", dtype: str = "float32") -> "StaticModel":
+    def load(
+        cls, folder: Path, device: str = "cpu", dtype: str = "float32", prompts: Prompts = NO_PROMPTS
+    ) -> "StaticModel":
         """Load a static merge.
 
         Args:
             folder: as stage merge wrote it, or a copy.
             device: torch device.
             dtype: torch name of the dtype to run in.
+            prompts: tasks that it is to be asked in their prompts: a merge is the same whatever is asked of it.
 
         Raises:
             InputError: the folder holds no merge that answers texts or pictures, or a file of it is missing.
@@ -127,7 +142,7 @@ class StaticModel:
             if form in ("language_model", "encoder_decoder"):
                 set_end_tokens(networks[WHOLE], folder, folder)
         reads = read_by(next(iter(networks.values())))
-        return cls(networks, load_reader(folder, reads), form)
+        return cls(networks, load_reader(folder, reads), form, prompts)
 
     def network(self, task: str | None = None) -> PreTrainedModel:
         """Return the network that answers: the only one, or the one with a task's head.
@@ -143,33 +158,74 @@ class StaticModel:
             raise InputError(f"task is {task}; expected {expected}")
         return self.networks[task]
 
-    def predict(self, texts: Sequence[str | bytes], max_new_tokens: int = 64, task: str | None = None) -> list[str]:
-        """Answer texts, or pictures, in one batch: a greedy continuation of each, or what a head says of it.
+    @property
+    def writes(self) -> bool:
+        """Whether it answers with texts of its own."""
+        return self.form in ("language_model", "encoder_decoder")
+
+    def predict(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int | None = None,
+        task: str | None = None,
+        decoding: Decoding = GREEDY,
+        places: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Answer questions in one batch: a continuation of each, or what a head says of it.
 
         Args:
-            texts: the texts; of a model that reads pictures, their files, as bytes or in base64.
-            max_new_tokens: length of a continuation or answer at most.
-            task: whose head answers, where there are several (classifiers).
+            questions: texts, read as they are; of a model that reads pictures, their files, as bytes or in base64; or
+                rows, of which a `task` (one of `prompts`) or `messages` say how they are asked.
+            max_new_tokens: length of a continuation or answer at most; None: 64.
+            task: whose head answers, where there are several (classifiers) and a row names none.
+            decoding: how tokens of continuations are chosen.
+            places: what messages call the questions; None for `text 0`, `text 1`, ….
 
         Raises:
-            InputError: a text without a token, or longer than the model takes; what is no picture; an unknown task; an
-                answer that is NaN or infinite.
+            InputError: a text without a token, or longer than the model takes; what is no picture; a row that cannot be
+                asked; an unknown task; settings of continuations for a classifier; an answer that is NaN or infinite.
         """
-        if max_new_tokens < 1:
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        network = self.network(task)
-        new = max_new_tokens if self.form in ("language_model", "encoder_decoder") else None
-        what = "picture" if read_by(network) == "pictures" else "text"
-        samples = inputs_of(texts, self.tokenizer, network, new, [f"{what} {number}" for number in range(len(texts))])
+        if not self.writes:
+            check_unused(max_new_tokens, decoding)
+        new = max_new_tokens or MAX_NEW_TOKENS if self.writes else None
+        what = "picture" if read_by(next(iter(self.networks.values()))) == "pictures" else "text"
+        places = places or [f"{what} {number}" for number in range(len(questions))]
+        heads = [self._head(one, task) for one in questions] or [task]
+        networks = {head: self.network(head) for head in heads}
+        answers = [""] * len(questions)
+        for head, network in networks.items():
+            rows = [row for row in range(len(questions)) if heads[row] == head]
+            asked, named = [questions[row] for row in rows], [places[row] for row in rows]
+            samples = read_questions(asked, self.prompts, self.tokenizer, network, new, named)
+            for row, answer in zip(rows, self._answers(network, asked, samples, new, decoding), strict=True):
+                answers[row] = answer
+        return answers
+
+    def _head(self, question: Question, task: str | None) -> str | None:
+        """Return the task whose head answers a question."""
+        named = question.get(TASK) if isinstance(question, Mapping) and self.form == "trunk" else None
+        return named if isinstance(named, str) else task
+
+    def _answers(
+        self,
+        network: PreTrainedModel,
+        questions: Sequence[Question],
+        samples: Sequence[Inputs],
+        new: int | None,
+        decoding: Decoding,
+    ) -> list[str]:
         if not samples:
             return []
         with torch.inference_mode():
             if new is not None:
-                found = generate(network, self.tokenizer, samples, new, self._pad_id, network.device)
-                return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+                found = generate(network, self.tokenizer, samples, new, decoding)
+                return [written(ids, self.tokenizer, decoding.stop) for ids in found]
             batch = {name: values.to(network.device) for name, values in collate(samples, self._pad_id).items()}
             logits = network(**batch).logits
-        return [head_answer(one, text, self.tokenizer, network) for one, text in zip(logits, texts, strict=True)]
+        pairs = zip(logits, questions, strict=True)
+        return [head_answer(values, plain(one), self.tokenizer, network) for values, one in pairs]
 
 
 def _share_trunk(networks: Mapping[str, PreTrainedModel], name: str, head: SavedHead) -> None:

@@ -140,7 +140,7 @@ class NetworkModel:
         for chosen in batches([length(one) + max_new_tokens for one in prompts], self._task.batch_size, 1):
             some = [prompts[place] for place in chosen]
             with torch.inference_mode():
-                found = generate(network, tokenizer, some, max_new_tokens, self._pad_id, network.device)
+                found = generate(network, tokenizer, some, max_new_tokens)
             for place, ids in zip(chosen, found, strict=True):
                 texts[place] = tokenizer.decode(ids, skip_special_tokens=True)
         return texts

@@ -30,6 +30,7 @@ from sensmerge.tasks.dynamic.writing import FILES
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.kinds.questions import kept_settings
 from sensmerge.tasks.kinds.scores import mean_score
 from sensmerge.tasks.networks.readers import load_reader, read_by
 from sensmerge.tasks.networks.tokens import Inputs, batches, collate, length, pad_token
@@ -45,7 +46,7 @@ class RouteJob(Job):
     """Chooses the rule of a dynamic model, estimates its statistics, and completes the model with them."""
 
     stage = "route"
-    version = 5
+    version = 6
 
     model: Artifact
     """of stage merge or vectors: what task vectors start from, and these"""
@@ -110,6 +111,7 @@ class RouteJob(Job):
             dtype=self.dtype,
             rule=rule,
             router=self._settings(followed),
+            tasks=kept_settings({name: one.task for name, one in calibration.items()}),
             files=digests,
         )
         return {

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sensmerge.tasks.dynamic.model import DynamicModel, Routes
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.generation import generate
-from sensmerge.tasks.networks.tokens import Inputs, pad_token
+from sensmerge.tasks.networks.tokens import Inputs
 from tests.census.cases import Case, do, statistics
 
 SE = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se", "fallback": 0}}
@@ -70,7 +70,7 @@ def _texts(case: Case, kind: str, model: DynamicModel, prompts: list[Inputs], ro
     continued = model.generate(prompts, routes, NEW)
     base = _untied(case, case.base) if kind == "lora" else _with_means(case)
     experts = [_expert(case, kind, folder) for folder in case.experts(kind).values()]
-    pad_id, worst = pad_token(base, model.tokenizer), 0.0
+    worst = 0.0
     for rows in model.network.together(routes.coefficients):
         for place, row in enumerate(rows):
             network = _written(base, experts, COEFFICIENTS[row])
@@ -80,7 +80,7 @@ def _texts(case: Case, kind: str, model: DynamicModel, prompts: list[Inputs], ro
                 ).logits[0]
                 # Not every network answers the same with padding: it gets what the dynamic one got.
                 batch = [prompts[one] for one in rows]
-                text = generate(network, model.tokenizer, batch, NEW, pad_id, "cpu")[place]
+                text = generate(network, model.tokenizer, batch, NEW)[place]
             worst = max(worst, _off(logits[row][: len(expected)], expected))
             if text != continued[row]:
                 return f"wrong: continues with {continued[row]} instead of {text}"

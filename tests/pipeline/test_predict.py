@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from sensmerge.pipeline import predict
+from sensmerge.pipeline.execute.batches import Workers
 from sensmerge.pipeline.tracking.registry import ModelRegistry
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.generation import GREEDY, Decoding
 from tests.conftest import command_line, tiny_recipe, write_recipe, write_rows
 
 pytestmark = pytest.mark.ray
@@ -70,7 +72,7 @@ def answered(tmp_path: Path, ray_address: str) -> Callable[..., str]:
 
     def answered(folder: Path, source: Path, *more: object) -> str:
         target = tmp_path / "out.jsonl"
-        options = ("--field", "question", "--max-new-tokens", 5, "--address", ray_address)
+        options = ("--field", "question", "--address", ray_address)
         assert command_line("predict", folder, source, target, *options, *more) == 0
         assert {path.name for path in target.parent.glob("*out*")} == {"out.jsonl"}
         return target.read_text()
@@ -104,7 +106,8 @@ def check_answers(folder: Path, source: Path, rows: list[Row]) -> None:
     """Check that every row of the source has come back in its place, answered as the model itself does."""
     given = rows_of(source.read_text())
     assert [list(row) for row in rows] == [[*row, "prediction", "expert", "coefficients"] for row in given]
-    predictions = DynamicModel.load(folder).predict([row["question"] for row in given], 5)
+    model = DynamicModel.load(folder)
+    predictions = model.predict([row["question"] for row in given], None if model.classifies else 5)
     for row, before, expected in zip(rows, given, predictions, strict=True):
         assert row == {**row, **before}
         assert (row["prediction"], row["expert"]) == (expected.prediction, expected.expert)
@@ -115,9 +118,10 @@ def test_continuations_are_the_same_from_one_and_two_workers(
     writer: Path, source: Path, tmp_path: Path, answered: Callable[..., str]
 ) -> None:
     (tmp_path / "out.jsonl").write_text("a file that is replaced\n" * 100)
-    one = answered(writer, source, "--batch-size", 3, "--workers", 1)
+    five = ("--batch-size", 3, "--max-new-tokens", 5)
+    one = answered(writer, source, *five, "--workers", 1)
     check_answers(writer, source, rows_of(one))
-    assert answered(writer, source, "--batch-size", 3, "--workers", 2) == one
+    assert answered(writer, source, *five, "--workers", 2) == one
 
 
 def test_classes_are_those_of_the_expert_that_answers(
@@ -127,6 +131,49 @@ def test_classes_are_those_of_the_expert_that_answers(
     check_answers(classifier, source, rows)
     classes = {"mood": {"LABEL_0", "LABEL_1"}, "topic": {"LABEL_0", "LABEL_1", "LABEL_2"}}
     assert all(row["prediction"] in classes[row["expert"]] for row in rows)
+
+
+def test_rows_are_asked_in_the_prompt_of_a_task(
+    writer: Path, tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"{i}+{i}=" for i in range(5)]
+    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": one} for one in texts])
+    own = write_rows(tmp_path / "own.jsonl", [{"prompt": one, "task": "math", "text": "x"} for one in texts])
+    plain = write_rows(tmp_path / "plain.jsonl", [{"text": one} for one in texts])
+    how = ("--max-new-tokens", 6, "--temperature", 0.8, "--top-p", 0.9, "--seed", 4, "--stop", "e", "--stop", "a")
+    found = []
+    for source, more, said in ((asked, ("--task", "math"), ""), (own, (), ""), (plain, (), "5 of 5 rows are read as")):
+        target = tmp_path / "out.jsonl"
+        options = (*more, *how, "--batch-size", 2, "--address", ray_address)
+        assert command_line("predict", writer, source, target, *options) == 0
+        out = capsys.readouterr().out
+        assert ("plain text" in out) == bool(said)
+        assert said in out
+        found.append([row["prediction"] for row in rows_of(target.read_text())])
+    decoding = Decoding(temperature=0.8, top_p=0.9, seed=4, stop=("e", "a"))
+    expected = [one.prediction for one in DynamicModel.load(writer).predict(texts, 6, decoding=decoding)]
+    assert found == [expected] * 3
+
+
+def test_what_cannot_be_asked_is_found_before_ray_is_asked(
+    writer: Path, classifier: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"text": "a", "task": "maths"}])
+    nobody = ("--address", "127.0.0.1:1")
+    assert f"{rows}: line 1: has no field 'text'" in refused(writer, rows, *nobody)
+    assert f"tasks.math.prompt names field 'prompt', {rows}: line 2 has" in refused(
+        writer, rows, *nobody, "--task", "math"
+    )
+    assert "line 1: task is 'mat'; expected one of math, code" in refused(writer, rows, *nobody, "--task", "mat")
+    assert "--task is math, but its prompt names fields, so leave out --field" in refused(
+        writer, rows, *nobody, "--task", "math", "--field", "text"
+    )
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "a"}])
+    assert "top_p is 0.5, but temperature is 0" in refused(writer, texts, *nobody, "--top-p", 0.5)
+    assert "temperature is 0.5, but the model writes no text; leave it out" in refused(
+        classifier, texts, *nobody, "--temperature", 0.5
+    )
+    assert "max_new_tokens is 3, but the model writes" in refused(classifier, texts, *nobody, "--max-new-tokens", 3)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +219,7 @@ def test_text_that_the_model_does_not_take_is_named_by_its_line(
 
 
 def test_text_without_a_token_is_named_by_its_line(classifier: Path) -> None:
-    answer = predict._load(classifier, "cpu", 5)
+    answer = predict._load(classifier, "cpu", None)
     with pytest.raises(InputError, match=r"^f\.jsonl: line 8 has 0 tokens; the model takes 1 to 128"):
         answer([predict.AskedRow(f"f.jsonl: line {line}", {}, text) for line, text in ((7, "a"), (8, ""))])
 
@@ -233,7 +280,8 @@ def test_more_workers_than_the_cluster_has_room_for(writer: Path, source: Path, 
 
 def test_input_that_loses_rows_while_it_is_read(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", [{"text": str(i)} for i in range(5)])
-    asked = predict._Lines(source, "text", False)
+    settings = predict.Settings(None, None, 2, None, GREEDY, Workers(1, 0))
+    asked = predict._Texts(source, settings, {})
     whole = [one.content for batch in predict._batches(asked, 2, 4) for one in batch]
     assert whole == ["0", "1", "2", "3"]
     with pytest.raises(InputError, match="lost rows while it was read"):

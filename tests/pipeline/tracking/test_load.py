@@ -42,6 +42,10 @@ server, bucket = test_remote.server, test_remote.bucket
 
 Load = Callable[[str], Any]
 IDS = torch.tensor([[20, 21, 22, 23]])
+PROMPTS = {
+    "math": {"kind": "completion", "prompt": "{a}+{a}=", "max_length": 512},
+    "code": {"kind": "completion", "prompt": "say: {said}", "max_length": 512},
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def make_report(recipe: str, folders: dict[str, Path], chosen: dict[str, Any], u
         mean_normalised={},
         variants=variants,
         routes={"dynamic": route},
+        prompts=PROMPTS,
     )
 
 
@@ -170,6 +175,19 @@ def test_a_static_language_model(connected: Recorded) -> None:
     assert_loads_the_static_merge(connected.uri("static"), connected.folders["static"])
 
 
+def test_a_version_knows_the_prompts_of_its_recipe(connected: Recorded) -> None:
+    asked = pd.DataFrame({"task": ["math", "code"], "a": [1, 3], "said": ["x", "y"]})
+    texts = ["1+1=", "say: y"]
+    how = {"max_new_tokens": 6, "temperature": 0.7, "top_p": 0.9, "seed": 3, "stop": ["e", "\n"]}
+    pyfunc = mlflow.pyfunc.load_model(connected.uri("static"))
+    pd.testing.assert_frame_equal(pyfunc.predict(asked, params=how), pyfunc.predict(texts, params=how))
+    rows = asked[:1].drop(columns="task")
+    pd.testing.assert_frame_equal(pyfunc.predict(rows, params={"task": "math"}), pyfunc.predict(texts[:1]))
+    dynamic = mlflow.pyfunc.load_model(connected.uri("dynamic"))
+    rows = pd.DataFrame({"prompt": texts, "task": ["math", "code"]})
+    pd.testing.assert_frame_equal(dynamic.predict(rows, params=how), dynamic.predict(texts, params=how))
+
+
 def test_a_dynamic_language_model(connected: Recorded) -> None:
     assert_loads_the_dynamic_model_or_nothing(connected.uri("dynamic"), connected.folders["dynamic"])
     with pytest.raises((OSError, ValueError)):
@@ -224,7 +242,9 @@ def test_models_at_a_url(
 
 
 def test_without_a_package_for_the_url_mlflow_reads_nothing(folders: dict[str, Path], monkeypatch: Any) -> None:
-    merged = Merged("r", "v", "static", folders["static"], "s3://bucket/merge/v", "language_model", True, "float32", ())
+    merged = Merged(
+        "r", "v", "static", folders["static"], "s3://bucket/merge/v", "language_model", True, "float32", (), {}
+    )
     assert merged.is_read_by_mlflow
     monkeypatch.setitem(sys.modules, "google.cloud", None)
     for uri in ("gs://bucket/merge/v", "memory://bucket/merge/v"):

@@ -41,6 +41,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.kinds.kind import RowSet
+from sensmerge.tasks.networks.generation import GREEDY, Decoding
 from sensmerge.tasks.networks.tokens import Inputs, batches, length
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.stages.merge import MergeJob
@@ -303,6 +304,55 @@ def test_generation_is_that_of_the_routed_weights(causal: Merge, llamas: Folders
     ]
 
 
+def test_a_stream_is_the_answer_in_pieces(causal: Merge, tmp_path: Path) -> None:
+    model = causal.routed(tmp_path, temperature=0.2, mass=1.5)
+    drawn = Decoding(temperature=1.0, seed=2)
+    for text in TEXTS:
+        for how in (GREEDY, drawn):
+            (expected,) = model.predict([text], 12, decoding=how)
+            found = list(model.stream(text, 12, how))
+            assert "".join(found) == expected.prediction
+            assert len(found) > 1
+    (whole,) = model.predict(TEXTS[:1], 12, decoding=drawn)
+    stop = Decoding(temperature=1.0, seed=2, stop=(whole.prediction[3:5],))
+    assert "".join(model.stream(TEXTS[0], 12, stop)) == whole.prediction[: whole.prediction.index(stop.stop[0])]
+    # Who does not listen to the end holds up nobody.
+    left = model.stream(TEXTS[0], 100, drawn)
+    next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert model.predict(TEXTS[:1], 12, decoding=drawn) == [whole]
+
+
+def test_rows_are_asked_in_the_prompts_of_the_tasks(llamas: Folders, tmp_path: Path) -> None:
+    task = CompletionTask(kind="completion", prompt="Q: {a}+{b}=", generate=5, max_length=40)
+    rows = [{"a": i, "b": str(i), "completion": str(2 * i)} for i in range(4)]
+    sets = {"math": row_set(task, rows), "code": CALIBRATION["code"]}
+    one = merge(tmp_path, llamas["base"], {name: llamas[name] for name in sets}, sets)
+    model = one.routed(tmp_path / "out")
+    assert {name: one.prompt for name, one in model.prompts.items() if isinstance(one, CompletionTask)} == {
+        "math": "Q: {a}+{b}=",
+        "code": "{prompt}",
+    }
+    asked = [{"task": "math", "a": row["a"], "b": row["b"]} for row in rows]
+    assert model.read(asked) == [task.sample(row, model.tokenizer, "").prompt for row in rows]
+    plain = [f"Q: {row['a']}+{row['b']}=" for row in rows]
+    assert model.predict(asked, 5) == model.predict(plain, 5) == model.predict([{"text": one} for one in plain], 5)
+    assert "".join(model.stream(asked[1], 5)) == model.predict(asked, 5)[1].prediction
+    with pytest.raises(InputError, match=r"^text 1: task is 'mat'; expected one of math, code"):
+        model.predict([plain[0], asked[0] | {"task": "mat"}])
+
+
+def test_what_a_classifier_does_not_do(encoders: Merge, tmp_path: Path) -> None:
+    model = encoders.routed(tmp_path)
+    with pytest.raises(InputError, match="max_new_tokens is 4, but the model writes no text; leave it out"):
+        model.predict(["good"], 4)
+    with pytest.raises(InputError, match=r"temperature is 0\.5, but the model writes no text"):
+        model.predict(["good"], decoding=Decoding(temperature=0.5))
+    with pytest.raises(InputError, match="the model writes no text, so there is none to stream"):
+        model.stream("good")
+    assert model.predict([{"task": "mood", "text": "good"}]) == model.predict(["good"])
+
+
 def test_every_end_token_of_the_folder_ends_an_answer(causal: Merge, tmp_path: Path) -> None:
     model = causal.routed(tmp_path)
     samples = tokenised(model, TEXTS)
@@ -320,11 +370,12 @@ def test_a_text_that_begins_with_the_begin_token_gets_no_second_one(
 ) -> None:
     for number, merge_ in enumerate((causal, encoders)):
         model = merge_.routed(tmp_path / str(number))
-        plain = model.predict(["<s>1+2="], max_new_tokens=4)
+        new = None if model.classifies else 4
+        plain = model.predict(["<s>1+2="], new)
         model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 0)]
         )
-        assert model.predict(["1+2="], max_new_tokens=4) == model.predict(["<s>1+2="], max_new_tokens=4) == plain
+        assert model.predict(["1+2="], new) == model.predict(["<s>1+2="], new) == plain
 
 
 def test_classes_by_given_and_by_routed_heads(encoders: Merge, berts: Folders, tmp_path: Path) -> None:
@@ -536,7 +587,7 @@ def test_manifests_that_are_none(copied: Path, llamas: Folders) -> None:
         DynamicModel.load(llamas["base"])
     for version in (1, 99):
         edit(copied, version=version)
-        with pytest.raises(InputError, match=f"has format {version}, but this sensmerge reads 2; run the recipe again"):
+        with pytest.raises(InputError, match=f"has format {version}, but this sensmerge reads 3; run the recipe again"):
             DynamicModel.load(copied)
     for text in ("{", "[]", "{}", "\udcff"):
         (copied / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))

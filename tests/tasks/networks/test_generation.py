@@ -1,6 +1,7 @@
-"""Which tokens end a continuation, for every form in which a model says so."""
+"""Which tokens end a continuation, for every form in which a model says so; and how they are drawn."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.completion import CompletionTask
-from sensmerge.tasks.networks.generation import end_tokens, generate, set_end_tokens
+from sensmerge.tasks.networks.generation import (
+    GREEDY,
+    Decoding,
+    _Draws,
+    check_unused,
+    end_tokens,
+    generate,
+    set_end_tokens,
+    written,
+)
+from sensmerge.tasks.networks.tokens import Inputs
 from sensmerge.tasks.stages.evaluate import EvaluateJob
 from tests.conftest import make_adapter, make_llama, perturbed, stored
 
@@ -89,7 +100,7 @@ def test_continuations_are_greedy_up_to_any_end_token(tokenizer: PreTrainedToken
     for ids in whole:
         stop = next((i for i, token in enumerate(ids) if token in ends | {1}), 10)
         expected.append(ids[:stop])
-    assert generate(network, tokenizer, [{"input_ids": ids} for ids in prompts], 10, 2, "cpu") == expected
+    assert generate(network, tokenizer, [{"input_ids": ids} for ids in prompts], 10) == expected
     assert len(expected[1]) <= 2
 
 
@@ -138,10 +149,113 @@ def test_a_batch_reads_every_token_once_and_ends_with_its_last_answer(
             lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         ),
     ):
-        found = generate(network, tokenizer, [{"input_ids": ids} for ids in prompts], 10, 2, "cpu")
+        found = generate(network, tokenizer, [{"input_ids": ids} for ids in prompts], 10)
         together, read[:] = list(read), []
-        alone = [generate(network, tokenizer, [{"input_ids": ids}], 10, 2, "cpu")[0] for ids in prompts]
+        alone = [generate(network, tokenizer, [{"input_ids": ids}], 10)[0] for ids in prompts]
     assert found == alone == expected
     steps = min(10, 1 + max(map(len, expected)))  # an end token is generated too
     longest = max(map(len, prompts))
     assert together == [(len(prompts), longest)] + [(len(prompts), 1)] * (steps - 1)
+
+
+# Draws and ends -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(*texts: str, tokenizer: PreTrainedTokenizerFast) -> list[Inputs]:
+    return [{"input_ids": tokenizer(text)["input_ids"]} for text in texts]
+
+
+def test_draws_have_the_probabilities_of_temperature_and_top_p(tokenizer: PreTrainedTokenizerFast) -> None:
+    network = make_llama(initializer_range=0.3).eval()
+    network.generation_config = GenerationConfig()
+    (prompt,) = rows_of("1+2=", tokenizer=tokenizer)
+    with torch.inference_mode():
+        logits = network(torch.tensor([prompt["input_ids"]])).logits[0, -1]
+    expected = (logits / 0.7).softmax(-1)
+    likeliest = expected.sort(descending=True).indices
+    kept = likeliest[: int((expected[likeliest].cumsum(0) < 0.6).sum()) + 1]
+    counts = torch.zeros(len(logits))
+    draws = 3000
+    for start in range(0, draws, 500):
+        seeds = range(start, start + 500)
+        drawn = _Draws(Decoding(temperature=0.7, top_p=0.6), [prompt] * 500)
+        drawn._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        found = drawn(torch.zeros(500, 1, dtype=torch.long), logits.expand(500, -1).clone()).argmax(-1)
+        counts += found.bincount(minlength=len(logits))
+    assert set(counts.nonzero()[:, 0].tolist()) <= set(kept.tolist())
+    share = expected[kept] / expected[kept].sum()
+    assert (counts[kept] / draws - share).abs().max() < 5 * math.sqrt(0.25 / draws)
+
+
+def test_a_draw_depends_on_prompt_and_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    network = make_llama(initializer_range=0.3).eval()
+    network.generation_config = GenerationConfig()
+    prompts = rows_of("1+2=", "abcdefg", "x", "1+2=", tokenizer=tokenizer)
+    how = Decoding(temperature=1.0, seed=3)
+    found = generate(network, tokenizer, prompts, 12, how)
+    assert found == [generate(network, tokenizer, [one], 12, how)[0] for one in prompts]
+    assert found[0] == found[3]
+    assert len({*map(tuple, found)}) == 3
+    assert found != generate(network, tokenizer, prompts, 12, Decoding(temperature=1.0, seed=4))
+    nearly = generate(network, tokenizer, prompts, 12, Decoding(temperature=1e-4))
+    assert nearly == generate(network, tokenizer, prompts, 12)
+
+
+def test_a_text_that_is_to_end_a_continuation_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    network = perturbed(make_llama(initializer_range=0.3), 1, 0.2).eval()
+    network.generation_config = GenerationConfig()
+    prompts = rows_of("1+2=", "abcdefg", "x", tokenizer=tokenizer)
+    whole = [written(ids, tokenizer) for ids in generate(network, tokenizer, prompts, 12)]
+    stop = (whole[0][4:6], whole[1][3])
+    expected = [min((text[: text.find(one)] for one in stop if one in text), key=len, default=text) for text in whole]
+    assert expected != whole
+    read: list[int] = []
+    with network.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    ):
+        found = generate(network, tokenizer, prompts[:1], 12, Decoding(stop=stop[:1]))
+    assert len(read) == len(found[0]) < 12  # nothing is computed after it
+    found = generate(network, tokenizer, prompts, 12, Decoding(stop=stop))
+    assert [written(ids, tokenizer, stop) for ids in found] == expected
+
+
+def test_every_text_so_far_is_heard(tokenizer: PreTrainedTokenizerFast) -> None:
+    network = make_llama(initializer_range=0.3).eval()
+    network.generation_config = GenerationConfig()
+    heard: list[str] = []
+    (ids,) = generate(network, tokenizer, rows_of("1+2=", tokenizer=tokenizer), 9, GREEDY, heard.append)
+    assert heard[: len(ids)] == [written(ids[: place + 1], tokenizer) for place in range(len(ids))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1; expected 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; expected more than 0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),
+        ({"top_p": 0.9}, "top_p is 0.9, but temperature is 0: nothing is drawn"),
+        ({"stop": ("a", "")}, "stop has an empty text"),
+    ],
+    ids=range(7),
+)
+def test_settings_out_of_their_range(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"^{said}"):
+        Decoding(**settings)
+
+
+@pytest.mark.parametrize(
+    ("most", "how", "said"),
+    [
+        (5, GREEDY, "max_new_tokens is 5, but the model writes no text; leave it out"),
+        (None, Decoding(temperature=0.5), "temperature is 0.5, but"),
+        (None, Decoding(stop=("a",)), r"stop is \('a',\), but"),
+        (None, Decoding(seed=1), "seed is 1, but"),
+    ],
+    ids=range(4),
+)
+def test_what_a_classifier_has_no_use_for(most: int | None, how: Decoding, said: str) -> None:
+    check_unused(None, GREEDY)
+    with pytest.raises(InputError, match=f"^{said}"):
+        check_unused(most, how)

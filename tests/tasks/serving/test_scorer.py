@@ -8,10 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from sensmerge.pipeline.tracking.requirements import requirements
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.networks.generation import Decoding
 from sensmerge.tasks.serving import scorer
 from sensmerge.tasks.serving.lease import held
 from tests.pipeline.tracking import test_record
@@ -89,3 +91,54 @@ def test_what_serving_imports_is_required_and_no_more_than_it_needs(
     owners = packages_distributions()
     used = {owners[top][0] for name in ours for top in third_party(name) if top in modules}
     assert used - {line.partition("==")[0] for line in requirements("sensmerge.tasks.serving.scorer")} == set()
+
+
+PROMPTS = {"math": {"kind": "completion", "prompt": "{a}+{b}=", "max_length": 512}}
+
+
+def test_tables_say_how_their_rows_are_asked(static_writer: Path, caplog: pytest.LogCaptureFixture) -> None:
+    served = scorer._load_pyfunc(str(static_writer), {"prompts": PROMPTS})
+    five = {"max_new_tokens": 5}
+    rows = {"task": ["math", None], "a": ["1", None], "b": ["2", None], "text": [None, "9"]}
+    first = served.predict(pd.DataFrame({"a": [1], "b": [2]}), five | {"task": "math"})
+    assert caplog.text == ""
+    expected = served.predict(["1+2=", "9"], five)
+    assert "in no prompt: name the task in a column `task`, one of math" in caplog.text
+    caplog.clear()
+    pd.testing.assert_frame_equal(first, expected[:1])
+    for given in (pd.DataFrame(rows), rows, pd.DataFrame({"text": ["1+2=", "9"]})):
+        pd.testing.assert_frame_equal(served.predict(given, five), expected)
+    assert caplog.text == ""  # it is said once
+    for given, params, said in (
+        (["1+2="], {"task": "math"}, "task is math; expected none, the model is one whole network"),
+        (pd.DataFrame({"a": [1]}), {"task": "math"}, "tasks.math.prompt names field 'b', text 0 has 'task', 'a'"),
+        (pd.DataFrame({"a": [1]}), {"task": "code"}, "text 0: task is 'code'; expected one of math"),
+        (pd.DataFrame({"messages": [[{"role": "user", "content": "a"}]]}), {}, "has no chat template"),
+        (["9"], {"top_k": 4}, "found the parameter top_k; expected task, max_new_tokens, temperature"),
+        (["9"], {"temperature": "warm"}, "expected numbers, and texts in stop"),
+        (["9"], {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+    ):
+        with pytest.raises(InputError, match=said):
+            served.predict(given, params)
+
+
+def test_parameters_are_how_continuations_are_written(static_writer: Path) -> None:
+    served = scorer._load_pyfunc(str(static_writer))
+    model = served.get_raw_model()
+    assert isinstance(model, scorer.StaticModel)
+    how = Decoding(temperature=0.8, top_p=0.9, seed=5, stop=("e", "xy"))
+    expected = model.predict(["1+2=", "9"], 12, decoding=how)
+    params = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 5, "stop": ["e", "xy"]}
+    assert served.predict(["1+2=", "9"], params)["prediction"].tolist() == expected
+    assert served.predict(["9"], {"stop": "e"})["prediction"].tolist() == model.predict(
+        ["9"], decoding=Decoding(stop=("e",))
+    )
+    assert served.predict(["9"], dict.fromkeys(params, None))["prediction"].tolist() == model.predict(["9"])
+
+
+def test_a_task_says_nothing_of_texts_to_a_dynamic_model(dynamic_writer: Any) -> None:
+    served = scorer._load_pyfunc(str(dynamic_writer[0]))
+    with pytest.raises(InputError, match="task is math, but texts have no fields for its prompt; give a table"):
+        served.predict(["1+1="], {"task": "math"})
+    table = served.predict(pd.DataFrame({"prompt": ["1+1="]}), {"task": "math", "max_new_tokens": 3})
+    pd.testing.assert_frame_equal(table, served.predict(["1+1="], {"max_new_tokens": 3}))

@@ -17,6 +17,9 @@ from transformers import (
 )
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.classification import ClassificationTask
+from sensmerge.tasks.kinds.completion import CompletionTask
+from sensmerge.tasks.networks.generation import Decoding
 from sensmerge.tasks.serving.static_model import StaticModel, form_of
 from tests.conftest import bert_config, make_bert_expert, make_bert_trunk, make_llama, perturbed
 from tests.tasks.stages.test_merge import make_job, merged
@@ -151,3 +154,22 @@ def test_a_folder_that_lost_its_weights(save: Save, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no safetensors|model\.safetensors"):
         StaticModel.load(folder)
+
+
+def test_rows_are_asked_in_prompts_that_are_given(writer: Path, trunk: Path) -> None:
+    prompts = {"math": CompletionTask(kind="completion", prompt="{a}+{b}=")}
+    model = StaticModel.load(writer, prompts=prompts)
+    rows = [{"task": "math", "a": 1, "b": 2}, {"text": "9"}]
+    assert model.predict(rows, 5) == model.predict(["1+2=", "9"], 5)
+    how = Decoding(temperature=1.0, stop=("e",))
+    assert model.predict(rows, 5, decoding=how) == model.predict(["1+2=", "9"], 5, decoding=how)
+    with pytest.raises(InputError, match=r"^text 1: task is 'code'; expected one of math"):
+        model.predict([rows[0], {"task": "code"}])
+    moods = {name: ClassificationTask(kind="classification", prompt=f"{name}: {{said}}") for name in ("mood", "topic")}
+    heads = StaticModel.load(trunk, prompts=moods)
+    asked = [{"task": name, "said": text} for text in TEXTS for name in ("mood", "topic")]
+    expected = [heads.predict([f"{row['task']}: {row['said']}"], task=row["task"])[0] for row in asked]
+    assert heads.predict(asked) == expected
+    assert len(set(expected)) > 1
+    with pytest.raises(InputError, match="seed is 3, but the model writes no text; leave it out"):
+        heads.predict(asked, decoding=Decoding(seed=3))
