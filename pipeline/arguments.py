@@ -7,6 +7,7 @@ import typer
 
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking.uri import TRACKING_URI
+from sensmerge.pipeline.webhook import WEBHOOK
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see `schema` for its keys")]
 StoreOption = Annotated[
@@ -65,6 +66,16 @@ RefusedOption = Annotated[
         min=0,
         max=125,
         help="exit status if the best variant does not pass the gate; 0 for schedulers that take others for a failure",
+    ),
+]
+WebhookOption = Annotated[
+    str | None,
+    typer.Option(
+        "--webhook",
+        metavar="URL",
+        envvar=WEBHOOK,
+        show_envvar=False,
+        help=f"address that is told, by POST, if the best variant does not pass the gate; default: {WEBHOOK}",
     ),
 ]
 ReportOption = Annotated[

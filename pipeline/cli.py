@@ -15,7 +15,7 @@ import typer
 
 from sensmerge.pipeline.cli_convert import export, extract, import_
 from sensmerge.pipeline.cli_models import compare, predict, promote, rollback
-from sensmerge.pipeline.cli_recipe import init, plan, refresh, run, schema
+from sensmerge.pipeline.cli_recipe import init, plan, record, refresh, run, schema
 from sensmerge.pipeline.cli_store import collect_garbage, verify
 from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.tasks.errors import InputError, StepError, disk_trouble
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "run": run,
     "refresh": refresh,
+    "record": record,
     "predict": predict,
     "compare": compare,
     "promote": promote,

@@ -22,8 +22,10 @@ from sensmerge.pipeline.arguments import (
     TimezoneOption,
     TrackingOption,
     WaitOption,
+    WebhookOption,
 )
 from sensmerge.pipeline.console import console_of
+from sensmerge.pipeline.webhook import checked_webhook
 from sensmerge.tasks.errors import InputError
 
 
@@ -94,6 +96,7 @@ def refresh(
     cron: CronOption = None,
     timezone: TimezoneOption = None,
     refused_exit_status: RefusedOption = REFUSED,
+    webhook: WebhookOption = None,
 ) -> None:
     """Run the steps that depend on changed models, and make the best variant champion if it passes the gate.
 
@@ -108,7 +111,8 @@ def refresh(
 
     loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
     check_report(report)
-    options = Options(loaded, folder, store, tracking_uri, address, report, wait, metrics)
+    told = checked_webhook(webhook)
+    options = Options(loaded, folder, store, tracking_uri, address, report, wait, metrics, told)
     if cron is not None:
         from sensmerge.pipeline.schedule import Times, keep
 
@@ -118,6 +122,27 @@ def refresh(
         raise InputError(f"--timezone {timezone}: needs --cron; give both or neither")
     elif not work("refresh", options, console_of()):
         raise typer.Exit(refused_exit_status)
+
+
+def record(
+    recipe: RecipePath,
+    store: StoreOption = DEFAULT_STORE,
+    overrides: SetOption = None,
+    tracking_uri: TrackingOption = None,
+    report: ReportOption = None,
+    wait: WaitOption = 0,
+) -> None:
+    """Record in MLflow the result of a run that could not be recorded when it ended. Runs nothing.
+
+    Give the recipe and the options of that run. The gate of a refresh is passed by the next refresh.
+    """
+    from sensmerge.pipeline.options import Options
+    from sensmerge.pipeline.recipe.load import load_recipe
+    from sensmerge.pipeline.start import check_report, work
+
+    loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
+    check_report(report)
+    work("record", Options(loaded, folder, store, tracking_uri, None, report, wait, metrics=False), Console())
 
 
 def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:

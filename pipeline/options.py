@@ -26,6 +26,8 @@ class Options:
     """seconds to wait for another run on the same store"""
     metrics: bool
     """whether Ray counts the steps, and MLflow gets system metrics"""
+    webhook: str | None = None
+    """address that is told of a refused gate"""
 
     @property
     def uri(self) -> str:

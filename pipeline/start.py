@@ -83,34 +83,34 @@ def check_report(report: Path | None) -> None:
         raise InputError(f"--report {report}: folder {report.absolute().parent} does not exist; make it first")
 
 
-def work(command: Literal["run", "refresh"], options: Options, console: Console) -> bool:
-    """Run or refresh a recipe while its store is locked; return whether the gate, of a refresh, has passed its best."""
+def work(command: Literal["run", "refresh", "record"], options: Options, console: Console) -> bool:
+    """Run, refresh or record a recipe while its store is locked; return whether a gate has passed its best."""
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside, _set_if_left(Event()) as stopped:
         if say_unchanged(command, options, console):
             return True
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
-        listings = beside.submit(_begin, options, console, stopped)
+        listings = beside.submit(_begin, options, console, stopped, command != "record")
         with _quick_imports():
             from sensmerge.pipeline import workflow
             from sensmerge.pipeline.execute.cluster import closed
-        run = workflow.run if command == "run" else workflow.refresh
+        works = {"run": workflow.run, "refresh": workflow.refresh, "record": workflow.record}
         found = listings.result()
         # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
         # the thread beside has read the file that it is at.
         with stoppable(), closed():
-            return run(options, found, console)
+            return works[command](options, found, console)
 
 
-def _begin(options: Options, console: Console, stopped: Event) -> dict[str, Listing]:
-    """List the models; if any is new there will be work, and Ray starts, while files are hashed if that is sure."""
+def _begin(options: Options, console: Console, stopped: Event, has_work: bool) -> dict[str, Listing]:
+    """List the models; if any is new to what has work, Ray starts, while files are hashed if that is sure."""
     check_server(options.uri)
     listings = list_models(options.recipe, options.folder, options.store.hub_cache)
     with ThreadPoolExecutor(1) as beside:
         hashing = beside.submit(hashed, listings, options.store, console, stopped)
-        if is_sure := _is_new(listings, options.store):
+        if is_sure := has_work and _is_new(listings, options.store):
             _connect_ahead(options)
         found = hashing.result()
-    if not is_sure and _is_new(found, options.store):
+    if has_work and not is_sure and _is_new(found, options.store):
         _connect_ahead(options)
     return found
 

@@ -15,7 +15,7 @@ from sensmerge.pipeline.tracking.uri import check_server
 from sensmerge.tasks.artifacts import write_json
 
 
-def say_unchanged(command: Literal["run", "refresh"], options: Options, console: Console) -> bool:
+def say_unchanged(command: Literal["run", "refresh", "record"], options: Options, console: Console) -> bool:
     """Print and report what the last run found if this one would find and do nothing else; return whether that is so.
 
     Nothing else: no input and no artifact has changed, and what MLflow was told is still there.

@@ -2,13 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import yaml
 from rich.console import Console
 
 from sensmerge.pipeline.execute.run import execute
-from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.changes import model_changes
 from sensmerge.pipeline.plan.damage import with_damaged
@@ -21,9 +19,12 @@ from sensmerge.pipeline.report.printed import print_results
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.report.results import answers, collect, data_sets, outcomes
 from sensmerge.pipeline.store.history import begin, has_passed, last_run, lasting_uri, remember
+from sensmerge.pipeline.tracking.live import LiveRun
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled
+from sensmerge.pipeline.webhook import send_refusal
 from sensmerge.tasks.artifacts import write_json
 from sensmerge.tasks.checkpoints.listing import Listing
+from sensmerge.tasks.errors import InputError, StepError
 from sensmerge.tasks.urls import public_text
 
 
@@ -40,7 +41,7 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
 
     Raises:
         InputError: bad input.
-        StepError: a step failed.
+        StepError: a step failed, or MLflow.
     """
     made_from = inputs_digest(options.recipe, options.folder, options.store, listings)
     plan, damage = with_damaged(make_plan(options.recipe, options.folder, options.store, listings))
@@ -48,10 +49,46 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
     _, recorded = _work(options, plan, console)
+    _remember_run(options, plan, made_from, recorded, console)
+    return True
+
+
+def record(options: Options, listings: Mapping[str, Listing], console: Console) -> bool:
+    """Print and record the result of a run that MLflow was not told of, because it failed then. Run nothing.
+
+    The gate is a refresh's: the next one passes it.
+
+    Args:
+        options: what to record; its store is locked, and runs can be recorded.
+        listings: the recipe's models, from `list_models`.
+        console: where results go.
+
+    Returns:
+        True: nothing is refused.
+
+    Raises:
+        InputError: bad input, or the store lacks the results of some steps.
+        StepError: MLflow failed again.
+    """
+    made_from = inputs_digest(options.recipe, options.folder, options.store, listings)
+    plan = make_plan(options.recipe, options.folder, options.store, listings)
+    for title, why in plan.todo.items():
+        raise InputError(
+            f"{plan.recipe.name}: the store lacks {len(plan.todo)} of {len(plan.steps)} steps, such as {title} "
+            f"({why}); `record` runs none: `run` or `refresh` does, and records them"
+        )
+    for line in plan.inputs.notes:
+        console.print(line, highlight=False, soft_wrap=True)
+    _, recorded = _finish(options, plan, (), console)
+    _remember_run(options, plan, made_from, recorded, console)
+    return True
+
+
+def _remember_run(options: Options, plan: Plan, made_from: str | None, recorded: Recorded, console: Console) -> None:
+    """Keep the plan of a run that has ended and is recorded, and say where."""
     keep(plan, options.folder, made_from, recorded)
     remember(plan.store, plan.recipe.name, "run", plan.lasting_keys(), options.tracking_uri)
     _say_where(options, recorded, console)
-    return True
 
 
 def refresh(options: Options, listings: Mapping[str, Listing], console: Console) -> bool:
@@ -69,7 +106,7 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
 
     Raises:
         InputError: bad input.
-        StepError: a step failed.
+        StepError: a step failed, or MLflow.
     """
     made_from = inputs_digest(options.recipe, options.folder, options.store, listings)
     plan, damage = with_damaged(make_plan(options.recipe, options.folder, options.store, listings))
@@ -99,11 +136,17 @@ def _pass_gate(options: Options, plan: Plan, report: Report, console: Console, r
     """Let the best variant become champion if it may, say what came of it, and return whether it has passed."""
     from sensmerge.pipeline.tracking.champion import choose_champion
 
-    passed, said = choose_champion(plan, report, options.uri)
-    if run is not None:
-        from sensmerge.pipeline.tracking.record import log_verdict
+    try:
+        passed, said = choose_champion(plan, report, options.uri)
+        if run is not None:
+            from sensmerge.pipeline.tracking.record import log_verdict
 
-        log_verdict(options.uri, run, passed, said)
+            log_verdict(options.uri, run, passed, said)
+    except StepError as error:
+        raise StepError(f"{error}; the run is recorded, but has not passed the gate: refresh again") from error
+    if not passed and options.webhook is not None:
+        trouble = send_refusal(options.webhook, plan.recipe.name, said)
+        said += [] if trouble is None else [trouble]
     for line in said:
         console.print(line, highlight=False, soft_wrap=True)
     remember(
@@ -114,53 +157,28 @@ def _pass_gate(options: Options, plan: Plan, report: Report, console: Console, r
 
 def _work(options: Options, plan: Plan, console: Console) -> tuple[Report, Recorded]:
     """Run the steps, print what they found, and record it in a run of MLflow that is there from the start."""
-    with ThreadPoolExecutor(1) as beside:
-        # It takes seconds, which nobody then waits for; what fails here is tried again when there is a result.
-        begun = beside.submit(_begin_recording, options.uri, plan)
-        try:
-            return _finish(options, plan, begun, _execute(options, plan, console), console)
-        except BaseException as error:
-            _end_recording(options.uri, begun, error)
-            raise
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    with LiveRun(options.uri, plan, (recipe_yaml(plan.recipe), plan_text(plan)), say) as live:
+        return _finish(options, plan, _execute(options, plan, live, console), console, live)
 
 
-def _execute(options: Options, plan: Plan, console: Console) -> Sequence[Load]:
+def _execute(options: Options, plan: Plan, live: LiveRun, console: Console) -> Sequence[Load]:
     """Run the steps, and return the load of this machine meanwhile if it is wanted."""
     if not options.metrics:
-        execute(plan, options.address, console, wait=options.wait)
+        execute(plan, options.address, console, wait=options.wait, on_end=live.step_ended)
         return ()
     with sampled() as samples:
-        execute(plan, options.address, console, count_steps=True, wait=options.wait)
+        execute(plan, options.address, console, count_steps=True, wait=options.wait, on_end=live.step_ended)
     return samples
 
 
-def _begin_recording(uri: str, plan: Plan) -> str:
-    from sensmerge.pipeline.tracking import record
-
-    return record.begin(plan.recipe.name, recipe_yaml(plan.recipe), _text(plan_table(plan)), uri, plan.store.root)
-
-
-def _run_of(begun: "Future[str]") -> str | None:
-    return begun.result() if begun.exception() is None else None
-
-
-def _end_recording(uri: str, begun: "Future[str]", error: BaseException) -> None:
-    """Let MLflow's run end as the steps did."""
-    from sensmerge.pipeline.tracking import record
-
-    run = _run_of(begun)
-    if run is not None:
-        is_stopped = isinstance(error, Stopped | KeyboardInterrupt)
-        reason = public_text(str(error) or type(error).__name__)
-        record.end(uri, run, "KILLED" if is_stopped else "FAILED", reason)
-
-
 def _finish(
-    options: Options, plan: Plan, begun: "Future[str]", load: Sequence[Load], console: Console
+    options: Options, plan: Plan, load: Sequence[Load], console: Console, live: LiveRun | None = None
 ) -> tuple[Report, Recorded]:
     """Write cards and report, print the tables, and record the run."""
-    from sensmerge.pipeline.tracking.record import Execution, record
-
     plan.store.look()
     report = collect(plan)
     text = recipe_yaml(plan.recipe)
@@ -169,10 +187,18 @@ def _finish(
     if options.report is not None:
         write_json(options.report, report.model_dump())
     print_results(report, plan.recipe.gate, len(plan.inputs.notes), console)
-    table = _text(plan_table(plan))
+    from sensmerge.pipeline.tracking.record import Execution, record
+
     best = best_of(report, plan.recipe.gate)
-    execution = Execution(report, outcomes(plan), text, table, data_sets(plan), load, answers(plan), best)
-    run = record(execution, options.uri, plan.store.root, _run_of(begun))
+    execution = Execution(report, outcomes(plan), text, plan_text(plan), data_sets(plan), load, answers(plan), best)
+    opened, models = (None, None) if live is None else live.opened()
+    try:
+        run = record(execution, options.uri, plan.store.root, opened, models)
+    except StepError as error:
+        raise StepError(
+            f"{error}; the results are in the store: `sensmerge record`, with the recipe and the options of this "
+            "command, records them"
+        ) from error
     found = report.found_again().model_dump(mode="json")
     return report, Recorded(found, lasting_uri(options.tracking_uri), run)
 
@@ -205,7 +231,8 @@ def recipe_yaml(recipe: Recipe) -> str:
     return public_text(yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True))
 
 
-def _text(table: object) -> str:
+def plan_text(plan: Plan) -> str:
+    """Return the plan as lines."""
     console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(table)
+    console.print(plan_table(plan))
     return console.export_text()

@@ -9,9 +9,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
 from sensmerge.pipeline.execute.here import started_here
 from sensmerge.pipeline.execute.stop import Stopped
@@ -40,6 +42,7 @@ def connect(address: str | None, ahead: bool = False) -> None:
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_listens(address)
+    _check_token(address)
     # Left to itself Ray tries a task that its memory monitor killed again without end.
     os.environ.setdefault("RAY_task_oom_retries", str(SYSTEM_RETRIES))
     is_here = address == "local"
@@ -65,6 +68,34 @@ def connect(address: str | None, ahead: bool = False) -> None:
     if ahead and is_here:
         for _ in range(min(int(ray.cluster_resources().get("CPU", 0)), MOST_WARM)):
             _WARM_UP.remote()
+
+
+def _check_token(address: str) -> None:
+    """Show the cluster at HOST:PORT our token, where Ray itself would try for minutes whether another one is asked for.
+
+    Ray sends a token to an address that it is given only if it is told to: whoever listens there may keep it.
+
+    Raises:
+        InputError: the cluster wants another token than it got, or got none.
+    """
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    place = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(file) if file.is_file() else None
+    is_sent = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    way_out = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it or RAY_AUTH_TOKEN_PATH to a file that has it"
+    if is_sent and place is None and address != "local":
+        raise InputError(f"--address {address}: RAY_AUTH_MODE is token, and there is none; {way_out}")
+    if not _HOST_AND_PORT.fullmatch(address) or address.startswith("ray:"):
+        return
+    try:
+        GcsClient(address=address).internal_kv_keys(b"", None, timeout=ANSWERS)
+    except ray.exceptions.AuthenticationError as error:
+        if place is not None:
+            way_out = f"set RAY_AUTH_MODE=token, and it gets the one in {place}"
+        if is_sent:
+            way_out = f"the one in {place} is not its own"
+        raise InputError(f"--address {address}: the cluster asks for a token: {way_out}") from error
+    except ray.exceptions.RayError:
+        return  # Ray says it, and better, when it connects
 
 
 def _check_listens(address: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import ray
-from ray.util.metrics import Counter, Histogram
+from ray.util import metrics as ray_metrics
 from rich.console import Console
 from rich.filesize import decimal
 
@@ -40,9 +42,11 @@ class StepMetrics:
     def __init__(self, recipe: str) -> None:
         """Begin to count; Ray is connected."""
         self._recipe = recipe
-        self._steps = Counter("sensmerge_steps", "Steps that have ended well.", TAGS)
-        self._bytes = Counter("sensmerge_bytes", "Bytes of their artifacts.", TAGS)
-        self._seconds = Histogram("sensmerge_step_seconds", "Time of a step on the workers.", SECONDS_BOUNDS, TAGS)
+        self._steps = ray_metrics.Counter("sensmerge_steps", "Steps that have ended well.", TAGS)
+        self._bytes = ray_metrics.Counter("sensmerge_bytes", "Bytes of their artifacts.", TAGS)
+        self._seconds = ray_metrics.Histogram(
+            "sensmerge_step_seconds", "Time of a step on the workers.", SECONDS_BOUNDS, TAGS
+        )
 
     def count(self, step: Step, done: Done) -> None:
         """Count a step that has ended well."""
@@ -53,7 +57,14 @@ class StepMetrics:
         self._seconds.observe(max(done.spent.seconds, 1e-3), tags)
 
 
-def execute(plan: Plan, address: str | None, console: Console, count_steps: bool = False, wait: float = 0) -> None:
+def execute(
+    plan: Plan,
+    address: str | None,
+    console: Console,
+    count_steps: bool = False,
+    wait: float = 0,
+    on_end: Callable[[Step, Done], None] | None = None,
+) -> None:
     """Run the steps that the store lacks.
 
     Args:
@@ -62,6 +73,7 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
         console: where progress goes.
         count_steps: whether Ray's metrics count finished steps.
         wait: seconds that nodes with room for the steps may take to come, as those of a cluster that is starting.
+        on_end: what is called with every step that has ended well; the next steps wait for it.
 
     Raises:
         InputError: bad input that a step found.
@@ -90,6 +102,8 @@ def execute(plan: Plan, address: str | None, console: Console, count_steps: bool
             pieces.piece_done(state, piece, result)
             if piece is Around.FINISH:
                 shown.advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
+                if on_end is not None:
+                    on_end(state.step, result)
                 if metrics is not None:
                     metrics.count(state.step, result)
 
@@ -141,17 +155,42 @@ def _submit(plan: Plan, state: Running, piece: Piece) -> ray.ObjectRef[Done]:
 
 
 def _wait_for_room(plan: Plan, steps: list[Step], wait: float, console: Console) -> None:
-    """Wait until the cluster has nodes for all steps; after so many seconds it is refused."""
-    end = time.monotonic() + wait
-    while True:
-        try:
-            return _check_resources(plan, steps)
-        except InputError as error:
-            left = end - time.monotonic()
-            if left <= 0:
-                raise
-            console.print(f"waiting for nodes, {left:.0f} s more: {error}", highlight=False, soft_wrap=True)
-            time.sleep(min(left, LOOK_AGAIN))
+    """Wait until the cluster has nodes for all steps, which its autoscaler is asked for; after so many seconds, refuse.
+
+    Ray itself takes work that no node has room for, and waits for ever where none comes.
+    """
+    from ray.autoscaler.sdk import request_resources  # takes a while to import
+
+    end, is_asked = time.monotonic() + wait, False
+    try:
+        while True:
+            try:
+                return _check_resources(plan, steps)
+            except InputError as error:
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise
+                if not is_asked:
+                    request_resources(bundles=_least_room(plan, steps))
+                    is_asked = True
+                console.print(f"waiting for nodes, {left:.0f} s more: {error}", highlight=False, soft_wrap=True)
+                time.sleep(min(left, LOOK_AGAIN))
+    finally:
+        if is_asked:
+            request_resources(bundles=[])  # from now on work asks by waiting
+
+
+def _least_room(plan: Plan, steps: list[Step]) -> list[dict[str, float]]:
+    """Return what the cluster has to have at once: a worker for any stage, and all actors of a step that has some."""
+    most: Counter[tuple[float, float]] = Counter()
+    for step in steps:
+        wanted = plan.recipe.resources_of(step.stage)
+        most |= Counter({(wanted.num_cpus, wanted.num_gpus): max(1, step.actors)})
+    return [
+        {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
+        for (cpus, gpus), count in most.items()
+        for _ in range(count)
+    ]
 
 
 def _check_resources(plan: Plan, steps: list[Step]) -> None:
@@ -163,7 +202,8 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
         if step.actors > room:
             raise InputError(
                 f"placement.actors is {step.actors}; the cluster has room for {room} with {wanted.num_cpus:g} CPUs and "
-                f"{wanted.num_gpus:g} GPUs each (resources.{step.stage}); lower them or use another --address"
+                f"{wanted.num_gpus:g} GPUs each (resources.{step.stage}); lower them, use another --address, "
+                "or give nodes time to come with --wait"
             )
     for stage in dict.fromkeys(step.stage for step in steps):
         wanted = plan.recipe.resources_of(stage)
@@ -171,5 +211,6 @@ def _check_resources(plan: Plan, steps: list[Step]) -> None:
             largest = max(node.get("CPU", 0) for node in nodes), max(node.get("GPU", 0) for node in nodes)
             raise InputError(
                 f"resources.{stage}: a step asks for {wanted.num_cpus:g} CPUs and {wanted.num_gpus:g} GPUs, "
-                f"the largest node has {largest[0]:.0f} and {largest[1]:.0f}; lower them or use another --address"
+                f"the largest node has {largest[0]:.0f} and {largest[1]:.0f}; lower them, use another --address, or "
+                "give nodes time to come with --wait"
             )

@@ -12,6 +12,9 @@ from sensmerge.tasks.checkpoints.listing import HubModel
 from sensmerge.tasks.kinds.scores import Score
 from sensmerge.tasks.networks.networks import own_ending
 
+CARD = "README.md"
+"""The file, in the folder of the merge."""
+
 SCORES = {
     "nearest": "how near the merged model's representation of it is to each expert's",
     "shift": "how far each expert moves its representation from the base's, against the expert's calibration samples",
@@ -29,8 +32,8 @@ def write_cards(plan: Plan, report: Report, recipe_text: str) -> None:
     """Write README.md into every merged folder: what was merged and how, the recipe, and the scores of all models."""
     for name in plan.recipe.merges:
         folder = Path(report.models[name])
-        write_whole(folder / "README.md", card_text(plan, report, name, recipe_text))
-        plan.store.upload(folder, "README.md")
+        write_whole(folder / CARD, card_text(plan, report, name, recipe_text))
+        plan.store.upload(folder, CARD)
 
 
 def _library(plan: Plan, variant: VariantInfo, is_routed: bool) -> str | None:
@@ -111,6 +114,17 @@ def _score_lines(report: Report) -> str:
         scores = [report.scores.get(model, {}).get(task, {}).get(metric) for task, metric in report.tasks.items()]
         cells = [_score(score) if score else "–" for score in (*scores, report.mean_normalised.get(model))]
         rows.append("| " + " | ".join([model, *cells]) + " |")
+    return "\n".join(rows)
+
+
+def own_scores(report: Report, model: str) -> str:
+    """Return a table of what one model scores on each task beside the task's own expert, in Markdown."""
+    rows = ["| task | metric | score | the task's own expert |", "| --- | --- | --- | --- |"]
+    for task, metric in report.tasks.items():
+        scores = [report.scores.get(name, {}).get(task, {}).get(metric) for name in (model, task)]
+        rows.append("| " + " | ".join([task, metric, *(_score(score) if score else "–" for score in scores)]) + " |")
+    if model in report.mean_normalised:
+        rows.append(f"| mean normalised | | {_score(report.mean_normalised[model])} | |")
     return "\n".join(rows)
 
 

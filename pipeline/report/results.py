@@ -57,7 +57,7 @@ def collect(plan: Plan) -> Report:
         stages=[_stage(plan, step) for step in plan.steps],
         models={name: str(folder) for name, folder in models.items()},
         uris={name: _uri(plan, name, folder) for name, folder in models.items()},
-        roles={name: _role(plan, name) for name in models},
+        roles={name: role_of(plan, name) for name in models},
         digests={name: model_digest(listing) for name, listing in plan.inputs.listings.items()},
         tasks={name: task.metric for name, task in evaluated.items()},
         kinds={name: task.kind for name, task in evaluated.items()},
@@ -162,7 +162,8 @@ def _manifest(plan: Plan, stage: Stage, name: str) -> dict[str, Any]:
     return manifest
 
 
-def _role(plan: Plan, name: str) -> Literal["base", "expert", "variant"]:
+def role_of(plan: Plan, name: str) -> Literal["base", "expert", "variant"]:
+    """Return what a model of a plan is."""
     if name == "base":
         return "base"
     return "expert" if name in plan.recipe.experts else "variant"
@@ -204,13 +205,18 @@ def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], di
     records: dict[str, dict[str, Any]] = {}
     for step in plan.names("evaluate"):
         model, _, task = step.partition("/")
-        taken, kept = (_read(plan, "evaluate", step, file) for file in ("scores.json", "records.json"))
-        # A dynamic model is scored on all tasks at once.
-        for name in [task] if task else taken:
-            found = taken if task else taken[name]
-            scores.setdefault(model, {})[name] = {metric: Score(**score) for metric, score in found.items()}
-            records.setdefault(model, {})[name] = kept if task else kept[name]
+        kept = _read(plan, "evaluate", step, "records.json")
+        scores.setdefault(model, {}).update(scores_of(plan, step))
+        records.setdefault(model, {}).update({task: kept} if task else kept)
     return scores, records
+
+
+def scores_of(plan: Plan, evaluation: str) -> dict[str, dict[str, Score]]:
+    """Return scores[task][metric] of one step of stage evaluate; a dynamic model is scored on all tasks at once."""
+    _, _, task = evaluation.partition("/")
+    taken = _read(plan, "evaluate", evaluation, "scores.json")
+    by_task = {task: taken} if task else taken
+    return {name: {metric: Score(**score) for metric, score in one.items()} for name, one in by_task.items()}
 
 
 def _route(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> RouteInfo:

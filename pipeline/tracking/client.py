@@ -16,10 +16,11 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from sensmerge.pipeline.store.history import SQLITE
 from sensmerge.tasks.artifacts import partial_of
-from sensmerge.tasks.errors import StepError
+from sensmerge.tasks.errors import StepError, disk_trouble
 
 TRIES = 5
 """How often a server that is gone is asked again, unless the environment says it: for a minute, not for four."""
@@ -57,27 +58,37 @@ def _make_database(uri: str) -> None:
 
 @contextmanager
 def _explained(uri: str) -> Iterator[None]:
-    """Say of a server that failed after the work that nothing is lost."""
+    """Say in a line what failed: MLflow, its database, or what keeps its files, of which the last two raise their own.
+
+    A disk that is full has a line of its own.
+    """
     try:
         yield
-    except MlflowException as error:
-        raise StepError(
-            f"MLflow at {uri} failed: {error}; the results are in the store; run again to record them"
-        ) from error
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        if disk_trouble(error) is not None:
+            raise
+        # What SQLAlchemy adds to the database's message, a statement and a link, says nothing to whoever records runs.
+        said = " ".join(str(error).partition("\n[SQL: ")[0].partition("\n(Background on ")[0].split())
+        raise StepError(f"MLflow at {uri} failed: {said}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep MLflow's progress off the terminal: what it logs below a warning, the links it prints, its bars."""
-    logger = logging.getLogger("mlflow")
+    """Keep MLflow's progress off the terminal: what it logs below a warning, the links it prints, its bars.
+
+    Errors of databases come as exceptions too: they need not be logged, with all their frames.
+    """
+    levels = {"mlflow": logging.WARNING, "mlflow.store.db.utils": logging.CRITICAL}
     settings = {MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT.name: "true", MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.name: "false"}
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with _having(settings):
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def at_once() -> AbstractContextManager[None]:

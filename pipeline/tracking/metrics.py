@@ -1,6 +1,7 @@
 """The metrics of a model's run, under keys that all models of a report share."""
 
 import math
+from collections.abc import Mapping
 
 from sensmerge.pipeline.report.report import Report, RouteInfo
 from sensmerge.tasks.kinds.scores import Score
@@ -17,34 +18,43 @@ ROUTE_COSTS = ("passes", "milliseconds", "peak_memory", "bytes", "source_bytes")
 
 
 def metrics_of(report: Report, model: str) -> dict[str, float]:
-    """Return the metrics of a model's run. The keys are those of all models together: MLflow compares equal keys only.
+    """Return the metrics of a model's run, named so that what people look for first comes first in MLflow's tables.
 
-    They are `eval/<task>/<metric>` and `eval/mean_normalised`, and the same names under `low/`, `high/` (95 % interval)
-    and `n/` (samples); a score that was not taken is NaN. Where a variant has a route, `route/identification`
-    (evaluation samples), `route/held_out` (calibration samples), `route/right_coefficient` and
-    `route/routed_normalised` with their intervals, and the costs of `ROUTE_COSTS`. Where a variant is tuned,
-    `tune/mean_normalised` of the chosen settings on the rows to tune on. Where a variant is an adapter,
-    `adapter/error` and `adapter/worst_error`.
+    `eval/mean_normalised` and `eval/<task>/<main metric>` are of all models: MLflow compares equal keys only, so a
+    score that was not taken is NaN. Behind them come, by their names, `more/<task>/<metric>` of all other metrics, and
+    `high/…`, `low/…` (95 % interval) and `n/…` (samples) of all.
+
+    What only some models have, only they have keys of: a dynamic variant `route/identification` (evaluation samples),
+    `route/held_out` (calibration samples), `route/right_coefficient` and `route/routed_normalised` with their
+    intervals, and the costs of `ROUTE_COSTS`; a tuned variant `tune/mean_normalised` of the chosen settings on the rows
+    to tune on; a variant that is an adapter `lacks/error` and `lacks/worst_error`.
     """
-    every = dict.fromkeys(
-        (task, metric) for scores in report.scores.values() for task, taken in scores.items() for metric in taken
-    )
-    own = report.scores.get(model, {})
-    scores = {f"{task}/{metric}": own.get(task, {}).get(metric) for task, metric in every}
+    metrics: dict[str, float] = {}
     if report.mean_normalised:
-        scores["mean_normalised"] = report.mean_normalised.get(model)
+        metrics |= _score_metrics("eval/mean_normalised", "mean_normalised", report.mean_normalised.get(model))
+    every: dict[str, dict[str, None]] = {}
+    for scores in report.scores.values():
+        for task, taken in scores.items():
+            every.setdefault(task, {}).update(dict.fromkeys(taken))
+    own = report.scores.get(model, {})
+    for task, names in every.items():
+        metrics |= task_metrics(task, {name: own.get(task, {}).get(name) for name in names}, report.tasks.get(task, ""))
+    variant, route = report.variants.get(model), report.routes.get(model)
+    if variant is not None and variant.tuning is not None:
+        mean = variant.tuning.of(variant.tuning.chosen).mean
+        metrics |= _score_metrics("tune/mean_normalised", "tune/mean_normalised", mean)
+    if variant is not None and variant.adapter is not None:
+        metrics |= {f"lacks/{name}": getattr(variant.adapter, name) for name in ADAPTER_ERRORS}
+    return metrics if route is None else metrics | _route_metrics(route)
+
+
+def task_metrics(task: str, scores: Mapping[str, Score | None], main: str) -> dict[str, float]:
+    """Return the metrics of a model's run that are its scores on a task, of which `main` is the main one."""
     metrics: dict[str, float] = {}
     for name, score in scores.items():
-        metrics |= _score_metrics(f"eval/{name}", name, score)
-    if any(variant.tuning for variant in report.variants.values()):
-        info = report.variants[model].tuning if model in report.variants else None
-        mean = None if info is None else info.of(info.chosen).mean
-        metrics |= _score_metrics("tune/mean_normalised", "tune/mean_normalised", mean)
-    if any(variant.adapter for variant in report.variants.values()):
-        adapter = report.variants[model].adapter if model in report.variants else None
-        for name in ADAPTER_ERRORS:
-            metrics[f"adapter/{name}"] = math.nan if adapter is None else getattr(adapter, name)
-    return metrics | (_route_metrics(report.routes.get(model)) if report.routes else {})
+        group = "eval" if name == main else "more"
+        metrics |= _score_metrics(f"{group}/{task}/{name}", f"{task}/{name}", score)
+    return metrics
 
 
 def _score_metrics(key: str, name: str, score: Score | None) -> dict[str, float]:
@@ -54,15 +64,14 @@ def _score_metrics(key: str, name: str, score: Score | None) -> dict[str, float]
     return {key: score.value} | ends
 
 
-def _route_metrics(route: RouteInfo | None) -> dict[str, float]:
-    """How often a route is right and what it costs; what was not measured is NaN."""
+def _route_metrics(route: RouteInfo) -> dict[str, float]:
+    """How often a route is right and what it costs; what was not measured is left out."""
     metrics: dict[str, float] = {}
     for name, field in ROUTE_SCORES.items():
-        metrics |= _score_metrics(f"route/{name}", f"route/{name}", getattr(route, field) if route else None)
-    for name in ROUTE_COSTS:
-        cost = getattr(route, name) if route else None
-        metrics[f"route/{name}"] = math.nan if cost is None else float(cost)
-    return metrics
+        if (score := getattr(route, field)) is not None:
+            metrics |= _score_metrics(f"route/{name}", f"route/{name}", score)
+    costs = {f"route/{name}": getattr(route, name) for name in ROUTE_COSTS}
+    return metrics | {name: float(cost) for name, cost in costs.items() if cost is not None}
 
 
 def score_columns(report: Report) -> dict[str, list[str | int | float]]:

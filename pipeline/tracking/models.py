@@ -8,11 +8,14 @@ from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_MODEL_VERSIONS
 
+from sensmerge.pipeline.report.card import CARD, own_scores
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.client import once_more, unless_there
 from sensmerge.pipeline.tracking.runs import OpenRun
 from sensmerge.pipeline.tracking.uri import is_server
 
+MOST_OF_A_DESCRIPTION = 4900
+"""Characters, of the 5000 that MLflow keeps."""
 WEIGHTS_GONE = "Its weights were freed by gc"
 OUTCOMES = "outcomes.json"
 """Artifact of a variant's run: what it did with every evaluation sample, by task."""
@@ -57,11 +60,24 @@ def log_model(run: OpenRun, report: Report, tags: Mapping[str, str], params: Map
         inside = f"models:/{model.model_id}" if is_server(client.tracking_uri) else local
         source = merged.uri if merged.is_read_by_mlflow else inside
         registered = client.create_model_version(recipe, source, run.id, tags, model_id=model.model_id)
-        client.update_model_version(recipe, registered.version, description(merged, str(registered.version)))
+        said = _described(run, report, merged.variant, description(merged, str(registered.version)))
+        client.update_model_version(recipe, registered.version, said)
     link = json.dumps([{"name": recipe, "version": str(registered.version)}])
     once_more(lambda: client.set_model_version_tag(recipe, registered.version, EVALUATED_BY, run.id))
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: link})
     return str(model.model_id)
+
+
+def _described(run: OpenRun, report: Report, variant: str, use: str) -> str:
+    """Return what the page of a version says: what it is, how it is used and was made, its scores, and where more is.
+
+    Scores are left to the run where they would be too many.
+    """
+    settings = ", ".join(f"{key} {value}" for key, value in report.variants[variant].params.items())
+    page = f"#/experiments/{run.experiment}/runs/{run.id}"
+    links = f"Its [run]({page}) has more, such as its [model card]({page}/artifacts/{CARD})."
+    parts = [use.rstrip(), f"Merged by {settings}.", *([own_scores(report, variant)] if report.tasks else []), links]
+    return "\n\n".join(parts if sum(map(len, parts)) < MOST_OF_A_DESCRIPTION else [*parts[:2], links])
 
 
 def same_version(recipe: str, tags: Mapping[str, str]) -> str:

@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mlflow.entities import Metric, Param
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
+from sensmerge.pipeline.report.card import CARD
 from sensmerge.pipeline.report.gate import Outcomes
 from sensmerge.pipeline.report.pictures import (
     coefficient_heatmap,
@@ -34,11 +35,12 @@ from sensmerge.pipeline.tracking.models import OUTCOMES, log_model
 from sensmerge.pipeline.tracking.runs import (
     OpenRun,
     end_abandoned,
+    end_models,
     ending,
     experiment_of,
     log_datasets,
     log_load,
-    started,
+    open_model,
     tags_of,
 )
 from sensmerge.pipeline.tracking.system_metrics import Load
@@ -85,13 +87,14 @@ def begin(recipe: str, recipe_yaml: str, plan_text: str, uri: str, store: Path) 
 
 
 def end(uri: str, run: str, status: Literal["FAILED", "KILLED"], reason: str) -> None:
-    """End the parent run of an execution that failed (FAILED) or was stopped (KILLED), with the reason as a tag.
+    """End the runs of an execution that failed (FAILED) or was stopped (KILLED); its own has the reason as a tag.
 
     A server that does not answer is asked once: there is an error to be told of already.
     """
     with at_once(), suppress(StepError), connected(uri) as client:
         client.set_tag(run, "reason", reason[:MOST_OF_A_TAG])
         client.set_terminated(run, status)
+        end_models(client, run, status)
 
 
 def log_verdict(uri: str, run: str, passed: bool, said: Sequence[str]) -> None:
@@ -102,12 +105,15 @@ def log_verdict(uri: str, run: str, passed: bool, said: Sequence[str]) -> None:
         client.log_metric(run, "gate/passed", float(passed))
 
 
-def record(execution: Execution, uri: str, store: Path, run: str | None = None) -> str:
+def record(
+    execution: Execution, uri: str, store: Path, run: str | None = None, models: Mapping[str, str] | None = None
+) -> str:
     """Log one execution at the tracking URI `uri`; return the id of its parent run.
 
-    The metrics of all child runs have the keys of `metrics_of`, and the parent run has those of the best variant; the
-    load of this machine is `system/…` of the parent run. With SQLite, pictures and tables go into `mlartifacts` in
-    `store`; a server keeps them where it was told to.
+    Metrics are those of `metrics_of`: every model's run has its own, and the parent run those of the best variant. A
+    model's run lasts as long as the steps on it took, whenever they ran. The load of this machine is `system/…` of the
+    parent run. With SQLite, pictures and tables go into `mlartifacts` in `store`; a server keeps them where it was told
+    to.
 
     If anything raises, the runs that were open end as FAILED; a failure of MLflow is a StepError.
 
@@ -116,6 +122,7 @@ def record(execution: Execution, uri: str, store: Path, run: str | None = None) 
         uri: where.
         store: folder of the artifacts.
         run: the parent run, from `begin`; None where none could be opened when the steps began.
+        models: model → its run, of those that `steps.tell` has opened.
     """
     report = execution.report
     run = run or begin(report.recipe, execution.recipe_yaml, execution.plan_text, uri, store)
@@ -134,7 +141,7 @@ def record(execution: Execution, uri: str, store: Path, run: str | None = None) 
                 client.set_tag(parent.id, "best", execution.best)
                 _log_metrics(parent, metrics_of(report, execution.best))
             for model in report.models:
-                _record_model(parent, execution, model)
+                _record_model(parent, execution, model, (models or {}).get(model))
     return run
 
 
@@ -147,8 +154,8 @@ def _log_metrics(
     once_more(lambda: run.client.log_batch(run.id, found, parameters))
 
 
-def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
-    """Record one model as a child run."""
+def _record_model(parent: OpenRun, execution: Execution, model: str, open_run: str | None) -> None:
+    """Record one model as a child run, in the one that is open if there is one."""
     client, report = parent.client, execution.report
     variant, route = report.variants.get(model), report.routes.get(model)
     # Where a model lies and what its bytes are tells nothing when runs are compared: tags, not params.
@@ -160,20 +167,23 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
     if route is not None:
         params |= {f"route.{key}": str(value) for key, value in route.rule.items()}
         params["route.trust"] = f"{route.trust:.6g}"
-    tags = {"role": report.roles[model], MLFLOW_PARENT_RUN_ID: parent.id} | where
     # Only estimated coefficients, methods with statistics, routes, and weights fitted to features have seen the
     # calibration sets, and only tuned variants the rows to tune on.
     calibrated = route is not None or (variant is not None and _reads_calibration(variant))
     seen = {"evaluation"} | ({"calibration"} if calibrated else set())
     seen |= {variant.tuning.split} if variant is not None and variant.tuning else set()
     used = [data for data in execution.datasets if data.context in seen]
-    with started(client, parent.experiment, model, tags) as run:
+    seconds = sum(step.seconds for step in report.stages if step.name.partition("/")[0] == model)
+    child = open_run or open_model(parent, model, report.roles[model], time.time() - seconds)
+    with ending(client, parent.experiment, child, seconds) as run:
+        client.log_batch(run.id, tags=[RunTag(key, value) for key, value in where.items()])
         log_datasets(run, used)
         for task, rows in execution.answers.get(model, {}).items():
             table = {column: [row[column] for row in rows] for column in rows[0]}
             client.log_table(run.id, table, f"answers/{task}.json")  # appends: once per run
         model_id = None
         if variant is not None:
+            _log_card(run, Path(report.models[model]))
             client.log_figure(run.id, coefficient_heatmap(variant.weights, f"{model}: weights"), "coefficients.png")
             if variant.tuning is not None:
                 client.log_figure(run.id, tuning_curves(variant.tuning, f"{model}: what was tried"), "tuning.png")
@@ -185,6 +195,16 @@ def _record_model(parent: OpenRun, execution: Execution, model: str) -> None:
         if route is not None:
             _log_route(run, model, route)
         _log_metrics(run, metrics_of(report, model), params, model_id)
+
+
+def _log_card(run: OpenRun, folder: Path) -> None:
+    """Have a run show the model card beside the weights: all of it as a file, and what it says before the recipe."""
+    card = folder / CARD
+    if card.is_file():
+        text = card.read_text()
+        run.client.log_text(run.id, text, CARD)
+        _, _, said = text.removeprefix("---\n").partition("\n---\n")
+        run.client.set_tag(run.id, MLFLOW_RUN_NOTE, said.partition("\n## Recipe\n")[0][:MOST_OF_A_TAG])
 
 
 def _reads_calibration(variant: VariantInfo) -> bool:

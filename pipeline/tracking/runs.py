@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # with plans it takes seconds to import
     from sensmerge.pipeline.report.results import TaskData
 
 
+MLFLOW_EXPERIMENT_KIND, TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""Tag of an experiment, and its value for what is about models: MLflow shows runs, not traces of language models."""
 STORE, MACHINE = "store", "machine"
 """Tags of an execution's run: the folder of the artifacts, on the machine that recorded them; and that machine."""
 
@@ -42,7 +44,7 @@ def experiment_of(client: MlflowClient, name: str, store: Path | None) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         location = (store.resolve() / "mlartifacts").as_uri() if store else None
-        unless_there(lambda: client.create_experiment(name, location))
+        unless_there(lambda: client.create_experiment(name, location, {MLFLOW_EXPERIMENT_KIND: TRAINING}))
         experiment = client.get_experiment_by_name(name)
     elif experiment.lifecycle_stage != LifecycleStage.ACTIVE:  # someone deleted it in the UI; its name is still taken
         client.restore_experiment(experiment.experiment_id)
@@ -63,27 +65,43 @@ def end_abandoned(client: MlflowClient, experiment: str, store: Path) -> None:
             client.set_terminated(run.info.run_id, "KILLED")
 
 
-@contextmanager
-def started(client: MlflowClient, experiment: str, name: str, tags: Mapping[str, str]) -> Iterator[OpenRun]:
-    """A new run that ends as FINISHED, or as FAILED if the block raises."""
-    with ending(client, experiment, client.create_run(experiment, tags=tags, run_name=name).info.run_id) as run:
-        yield run
+def open_model(parent: OpenRun, name: str, role: str, begun: float) -> str:
+    """Open the run of a model below an execution's, as begun so many seconds since the epoch, and return its id."""
+    tags = {"role": role, MLFLOW_PARENT_RUN_ID: parent.id}
+    run = parent.client.create_run(parent.experiment, round(1000 * begun), tags, name)
+    return str(run.info.run_id)
 
 
 @contextmanager
-def ending(client: MlflowClient, experiment: str, run: str) -> Iterator[OpenRun]:
-    """A run that is open; it ends as FINISHED, or as FAILED if the block raises."""
+def ending(client: MlflowClient, experiment: str, run: str, seconds: float | None = None) -> Iterator[OpenRun]:
+    """A run that is open; it ends as FINISHED, or as FAILED if the block raises.
+
+    Args:
+        client: that knows it.
+        experiment: of it.
+        run: its id.
+        seconds: how long what it is of has taken; None: until now.
+    """
     try:
         yield OpenRun(client, experiment, run)
     except BaseException:
         with at_once(), suppress(MlflowException):  # what is gone would be waited for again, run by run
             client.set_terminated(run, "FAILED")
         raise
-    client.set_terminated(run, "FINISHED")
+    end = None if seconds is None else client.get_run(run).info.start_time + round(1000 * seconds)
+    client.set_terminated(run, "FINISHED", end)
+
+
+def end_models(client: MlflowClient, run: str, status: str) -> None:
+    """End the runs of models below an execution's run that are open."""
+    experiment = client.get_run(run).info.experiment_id
+    wanted = f"attributes.status = 'RUNNING' AND tags.`{MLFLOW_PARENT_RUN_ID}` = '{run}'"
+    for one in client.search_runs([experiment], wanted):
+        client.set_terminated(one.info.run_id, status)
 
 
 def where_recorded(uri: str, run: str) -> str | None:
-    """Return how people find a run: its page on a server, or a command that shows the database.
+    """Return how people find a run: the table of its experiment's runs on a server, or what shows a database's.
 
     None where it has not ended well, was deleted, or never was there.
     """
@@ -91,8 +109,11 @@ def where_recorded(uri: str, run: str) -> str | None:
         found = if_there(lambda: client.get_run(run))
     if found is None or found.info.lifecycle_stage != LifecycleStage.ACTIVE or found.info.status != "FINISHED":
         return None
-    page = f"{public(uri).rstrip('/')}/#/experiments/{found.info.experiment_id}/runs/{run}"
-    return page if is_server(uri) else f"mlflow ui --backend-store-uri {uri}"
+    # Without the type of workflow, MLflow's pages are those for traces of language models.
+    table = f"#/experiments/{found.info.experiment_id}/runs?workflowType=machine_learning"
+    if is_server(uri):
+        return f"{public(uri).rstrip('/')}/{table}"
+    return f"mlflow ui --backend-store-uri {uri}, then http://localhost:5000/{table}"
 
 
 def log_datasets(run: OpenRun, datasets: "Sequence[TaskData]") -> None:

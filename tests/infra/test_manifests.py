@@ -3,7 +3,10 @@
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,14 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
 from sensmerge.pipeline.cli import app
+from sensmerge.pipeline.webhook import WEBHOOK
 
 PROJECT = Path(__file__).resolve().parents[2]
 INFRA = PROJECT / "infra"
 KUBERNETES = INFRA / "kubernetes"
-MANIFESTS = sorted(path for path in KUBERNETES.glob("*.yaml") if path.name != "kustomization.yaml")
+MANIFESTS = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml")
+RENDERED = ("cluster", "nightly", "job")
+"""Folders that are applied."""
 VERSION = "1.33"
 
 
@@ -35,28 +41,45 @@ def pinned(package: str) -> str:
     return str(found)
 
 
+def spec_of_cluster(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest of KubeRay says of a Ray cluster."""
+    spec: dict[str, Any] = manifest["spec"]
+    job: dict[str, Any] = spec.get("jobTemplate", spec)
+    found: dict[str, Any] = job.get("rayClusterSpec", job)
+    return found
+
+
 def cluster_specs() -> dict[str, dict[str, Any]]:
     """What each manifest says of a Ray cluster."""
-    return {
-        "cluster": load(KUBERNETES / "cluster.yaml")["spec"],
-        "rayjob": load(KUBERNETES / "rayjob.yaml")["spec"]["rayClusterSpec"],
-        "raycronjob": load(KUBERNETES / "raycronjob.yaml")["spec"]["jobTemplate"]["rayClusterSpec"],
-    }
+    return {path.stem: spec_of_cluster(load(path)) for path in MANIFESTS if load(path)["kind"].startswith("Ray")}
+
+
+def pods_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The templates of all pods that come of a manifest."""
+    spec = manifest["spec"]
+    if manifest["kind"] == "CronJob":
+        return [spec["jobTemplate"]["spec"]["template"]]
+    if not manifest["kind"].startswith("Ray"):
+        return []
+    cluster, job = spec_of_cluster(manifest), spec.get("jobTemplate", spec)
+    groups = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    return [*groups, *([job["submitterPodTemplate"]] if "submitterPodTemplate" in job else [])]
 
 
 def refreshes() -> dict[str, list[str]]:
     """The command that each manifest runs on a cluster."""
     (script,) = pod_of_cronjob()["spec"]["containers"][0]["args"]
     submitted = script.split("-- \\\n")[1].split(" &\n")[0].replace("\\\n", " ")
+    job, nightly = (load(KUBERNETES / name)["spec"] for name in ("job/rayjob.yaml", "nightly/raycronjob.yaml"))
     return {
         "cronjob": shlex.split(submitted),
-        "rayjob": shlex.split(load(KUBERNETES / "rayjob.yaml")["spec"]["entrypoint"]),
-        "raycronjob": shlex.split(load(KUBERNETES / "raycronjob.yaml")["spec"]["jobTemplate"]["entrypoint"]),
+        "rayjob": shlex.split(job["entrypoint"]),
+        "raycronjob": shlex.split(nightly["jobTemplate"]["entrypoint"]),
     }
 
 
 def pod_of_cronjob() -> dict[str, Any]:
-    template: dict[str, Any] = load(KUBERNETES / "cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]
+    template: dict[str, Any] = load(KUBERNETES / "cluster" / "cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]
     return template
 
 
@@ -65,9 +88,8 @@ def test_kubernetes_schemas(path: Path) -> None:
     manifest = load(path)
     if manifest["apiVersion"] == "ray.io/v1":
         # No package has the schemas of KubeRay; most of these manifests are pods, though.
-        spec = cluster_specs()[path.stem]
-        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}} | group["template"]
+        for template in pods_of(manifest):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}} | template
             kubernetes_validate.validate(pod, VERSION, strict=True)
     else:
         kubernetes_validate.validate(manifest, VERSION, strict=True)
@@ -80,18 +102,10 @@ def test_the_schemas_find_a_misspelt_key() -> None:
         kubernetes_validate.validate(pod, VERSION, strict=True)
 
 
-def pods() -> list[dict[str, Any]]:
-    """The pods of all manifests."""
-    groups = [
-        group for spec in cluster_specs().values() for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
-    ]
-    return [one["spec"] for one in (*(group["template"] for group in groups), pod_of_cronjob())]
-
-
-def test_pods_keep_the_restricted_policy() -> None:
+def check_restricted(manifest: dict[str, Any]) -> None:
     """What Kubernetes' Pod Security Standards ask of namespaces that are labelled `restricted`."""
-    assert len(pods()) == 7
-    for pod in pods():
+    for template in pods_of(manifest):
+        pod = template["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -104,18 +118,94 @@ def test_pods_keep_the_restricted_policy() -> None:
             assert not any("hostPort" in port for port in container.get("ports", ()))
 
 
-def test_kustomization_names_files_that_are_there() -> None:
-    kustomization = load(KUBERNETES / "kustomization.yaml")
-    assert all((KUBERNETES / name).is_file() for name in kustomization["resources"])
-    (image,) = kustomization["images"]
+def test_pods_keep_the_restricted_policy() -> None:
+    assert sum(len(pods_of(load(path))) for path in MANIFESTS) == 9
+    for path in MANIFESTS:
+        check_restricted(load(path))
+
+
+def render(folder: Path, *components: str, images: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Render a folder of manifests with components that it leaves out, and other images, as `kubectl apply -k` does."""
+    program = shutil.which("kubectl")
+    if program is None:
+        pytest.skip("needs kubectl")
+    for name in components:
+        path = folder / "kustomization.yaml"
+        text = path.read_text()
+        assert f"\n  # - ../{name} " in text
+        path.write_text(text.replace(f"\n  # - ../{name} ", f"\n  - ../{name} "))
+    path = folder.parent / "images" / "kustomization.yaml"
+    for old, new in (images or {}).items():
+        path.write_text(path.read_text().replace(old, new))
+    done = subprocess.run([program, "kustomize", folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def image_of(template: dict[str, Any]) -> str:
+    (container,) = template["spec"]["containers"]
+    return str(container["image"])
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_what_is_rendered_is_what_the_files_say(name: str) -> None:
+    rendered = {one["kind"]: one for one in render(KUBERNETES / name)}
+    folders = (name,) if name == "job" else (name, "storage")
+    assert rendered == {load(path)["kind"]: load(path) for path in MANIFESTS if path.parent.name in folders}
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_components_and_images_reach_the_pods(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(KUBERNETES, tmp_path / "kubernetes") / name
+    names = {
+        "newName: registry.example.com/sensmerge\n    newTag: 0.1.0": "newName: mine/cpu\n    newTag: 0.2.0",
+        "newName: registry.example.com/sensmerge-cuda\n    newTag: 0.1.0": "newName: mine/gpu\n    newTag: 0.3.0",
+    }
+    rendered = render(folder, "gpu", "autoscaling", images=names)
+    (ray,) = (one for one in rendered if one["kind"].startswith("Ray"))
+    cluster = spec_of_cluster(ray)
+    (workers,) = cluster["workerGroupSpecs"]
+    assert image_of(cluster["headGroupSpec"]["template"]) == "mine/cpu:0.2.0"
+    assert image_of(workers["template"]) == "mine/gpu:0.3.0"
+    images = [image_of(template) for one in rendered for template in pods_of(one)]
+    assert images.count("mine/gpu:0.3.0") == 1
+    assert set(images) == {"mine/cpu:0.2.0", "mine/gpu:0.3.0"}
+    pod = workers["template"]["spec"]
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert "tolerations" not in cluster["headGroupSpec"]["template"]["spec"]
+    assert (workers["minReplicas"], workers["replicas"], cluster["enableInTreeAutoscaling"]) == (0, 0, True)
+    allowed = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert cluster["autoscalerOptions"]["securityContext"] == allowed
+    for manifest in rendered:
+        check_restricted(manifest)
+
+
+def test_every_pod_may_be_pulled_and_has_room_on_the_disk() -> None:
+    for path in MANIFESTS:
+        for template in pods_of(load(path)):
+            assert template["spec"]["imagePullSecrets"] == [{"name": "registry"}]
     for spec in cluster_specs().values():
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-            assert group["template"]["spec"]["containers"][0]["image"] == f"{image['name']}:{image['newTag']}"
-    assert pod_of_cronjob()["spec"]["containers"][0]["image"] == f"{image['name']}:{image['newTag']}"
+            resources = group["template"]["spec"]["containers"][0]["resources"]
+            assert resources["requests"]["ephemeral-storage"] == resources["limits"]["ephemeral-storage"]
+
+
+def test_the_driver_is_told_of_logins_by_secrets() -> None:
+    """Where there are none, pods start all the same."""
+    for spec in cluster_specs().values():
+        head, *workers = (
+            {one["name"]: one["valueFrom"]["secretKeyRef"] for one in group["template"]["spec"]["containers"][0]["env"]}
+            for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+        )
+        assert set(head) == {"HF_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", WEBHOOK}
+        assert all(one["optional"] is True for one in head.values())
+        assert [set(one) for one in workers] == [{"HF_TOKEN"}]
 
 
 def test_nightly_job_does_not_overlap_and_ends() -> None:
-    spec = load(KUBERNETES / "cronjob.yaml")["spec"]
+    spec = load(KUBERNETES / "cluster" / "cronjob.yaml")["spec"]
     assert spec["concurrencyPolicy"] == "Forbid"
     assert spec["successfulJobsHistoryLimit"] > 0
     assert spec["failedJobsHistoryLimit"] > 0
@@ -126,9 +216,9 @@ def test_nightly_job_does_not_overlap_and_ends() -> None:
 def test_kuberay_manifests_agree() -> None:
     specs = cluster_specs()
     assert specs["cluster"] == specs["rayjob"] == specs["raycronjob"]
-    cron = load(KUBERNETES / "raycronjob.yaml")["spec"]
-    assert cron["jobTemplate"] == load(KUBERNETES / "rayjob.yaml")["spec"]
-    assert cron["schedule"] == load(KUBERNETES / "cronjob.yaml")["spec"]["schedule"]
+    cron = load(KUBERNETES / "nightly" / "raycronjob.yaml")["spec"]
+    assert cron["jobTemplate"] == load(KUBERNETES / "job" / "rayjob.yaml")["spec"]
+    assert cron["schedule"] == load(KUBERNETES / "cluster" / "cronjob.yaml")["spec"]["schedule"]
     assert specs["cluster"]["rayVersion"] == pinned("ray")
 
 
@@ -137,7 +227,7 @@ def test_the_token_is_asked_for_everywhere() -> None:
     environment = {one["name"]: one for one in pod_of_cronjob()["spec"]["containers"][0]["env"]}
     assert environment["RAY_AUTH_MODE"]["value"] == "token"
     # KubeRay keeps the token in a secret that is called as the cluster.
-    secret = {"name": load(KUBERNETES / "cluster.yaml")["metadata"]["name"], "key": "auth_token"}
+    secret = {"name": load(KUBERNETES / "cluster" / "cluster.yaml")["metadata"]["name"], "key": "auth_token"}
     assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"] == secret
     assert environment["RAY_ADDRESS"]["value"] == f"http://{secret['name']}-head-svc:8265"
     assert "RAY_AUTH_MODE=token" in (INFRA / "Dockerfile").read_text()
@@ -168,16 +258,24 @@ def test_cluster_launcher_takes_the_cluster() -> None:
     jsonschema.validate(load(INFRA / "cluster.yaml"), schema)
 
 
-def test_compose_file() -> None:
-    compose = load(INFRA / "mlflow" / "compose.yaml")
-    jsonschema.validate(compose, get_builtin_schema("vendor.compose-spec"))
-    server = compose["services"]["mlflow"]
-    assert server["environment"]["MLFLOW_BACKEND_STORE_URI"].startswith("postgresql://")
-    # Every variable without a default is in the example of settings, and that of the secret is empty.
+def test_compose_files() -> None:
     example = dict(re.findall(r"^(\w+)=(\S*)", (INFRA / "mlflow" / "env.example").read_text(), re.MULTILINE))
-    needed = set(re.findall(r"\$\{(\w+):\?", (INFRA / "mlflow" / "compose.yaml").read_text()))
-    assert needed == {"POSTGRES_PASSWORD"}
-    assert example["POSTGRES_PASSWORD"] == ""
+    needed: set[str] = set()
+    for name in ("compose.yaml", "tls.yaml"):
+        path = INFRA / "mlflow" / name
+        jsonschema.validate(load(path), get_builtin_schema("vendor.compose-spec"))
+        needed |= set(re.findall(r"\$\{(\w+):\?", path.read_text()))
+    server = load(INFRA / "mlflow" / "compose.yaml")["services"]["mlflow"]
+    assert server["environment"]["MLFLOW_BACKEND_STORE_URI"].startswith("postgresql://")
+    # Every variable without a default is in the example of settings, and has to be set.
+    assert needed == {"POSTGRES_PASSWORD", "DOMAIN", "LOGIN_USER", "LOGIN_HASH"}
+    assert {example[name] for name in needed} == {""}
+
+
+def test_the_proxy_is_told_all_that_it_asks_for() -> None:
+    proxy = load(INFRA / "mlflow" / "tls.yaml")["services"]["proxy"]
+    asked = set(re.findall(r"\{\$(\w+)\}", (INFRA / "mlflow" / "Caddyfile").read_text()))
+    assert asked == set(proxy["environment"])
 
 
 def test_runtime_env(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,8 +166,8 @@ def test_mlflow_knows_what_it_lacks_and_how_it_is_loaded(plan: Plan, report: Rep
     info = report.variants["ties-rank"].adapter
     assert info is not None
     metrics = metrics_of(report, "ties-rank")
-    assert (metrics["adapter/error"], metrics["adapter/worst_error"]) == (info.error, info.worst_error)
-    assert metrics_of(report, "base").keys() == metrics.keys()
+    assert (metrics["lacks/error"], metrics["lacks/worst_error"]) == (info.error, info.worst_error)
+    assert metrics.keys() - metrics_of(report, "base").keys() == {"lacks/error", "lacks/worst_error"}
     merged = Merged.of(report, "ties-rank")
     assert (merged.loaders, merged.answers) == (["peft"], False)
     assert "PeftModel.from_pretrained(base" in description(merged, "1")

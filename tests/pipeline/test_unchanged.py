@@ -4,7 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +113,73 @@ def test_it_takes_no_torch(settled: Path) -> None:
     )
     assert "MLflow has this run" in told.stdout
     assert told.stderr.endswith("[]\n")
+
+
+class Broken(BaseHTTPRequestHandler):
+    """A server that takes no run, as one whose disk is full; that it is there can be seen all the same."""
+
+    def do_GET(self) -> None:
+        self._answer(200 if self.path.startswith("/api/2.0/mlflow/experiments/search") else 507)
+
+    def do_POST(self) -> None:
+        self._answer(507)
+
+    def _answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def broken() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_what_mlflow_did_not_take_is_recorded_later(
+    settled: Path, broken: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    store, later = settled.with_name("store"), settled.with_name("later.db")
+    arguments = (settled, "--store", store, "--set", "gate.tolerance=0.5")
+    capsys.readouterr()
+    assert command_line("run", *arguments, "--address", NO_CLUSTER, "--tracking-uri", broken) == 1
+    said = capsys.readouterr()
+    assert "mean" in said.out  # the tables are printed before
+    (*_, error) = said.err.splitlines()
+    assert error.startswith(f"error: MLflow at {broken} failed: ")
+    remedy = "`sensmerge record`, with the recipe and the options of this command, records them"
+    assert error.endswith(f"; the results are in the store: {remedy}")
+    (unfinished,) = (store / "runs" / "unfinished").iterdir()
+
+    assert command_line("record", *arguments, "--tracking-uri", f"sqlite:///{later}") == 0
+    (recorded,) = runs(later)
+    assert recorded.info.status == "FINISHED"
+    assert not unfinished.exists()
+    out = capsys.readouterr().out
+    assert f"MLflow: mlflow ui --backend-store-uri sqlite:///{later}, then http" in out
+    # Once is enough, and a run knows of it.
+    for command in ("record", "run"):
+        assert command_line(command, *arguments, "--tracking-uri", f"sqlite:///{later}") == 0
+        assert "MLflow has this run: " in capsys.readouterr().out
+    assert len(runs(later)) == 1
+
+
+def test_what_has_not_run_is_not_recorded(settled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = settled.with_name("store")
+    before = len(runs(store / "mlflow.db"))
+    assert command_line("record", settled, "--store", store, "--set", "merges.ta.weight=0.123") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "tiny: the store lacks 3 of " in error
+    assert "such as merge ta (" in error
+    assert error.endswith("`record` runs none: `run` or `refresh` does, and records them")
+    assert len(runs(store / "mlflow.db")) == before

@@ -49,6 +49,18 @@ with cluster.cluster("local"):
         told = subprocess.run([sys.executable, "-c", ask], env=plain | more, capture_output=True, text=True)
         assert told.returncode == status, told.stderr
         assert status == 0 or "AuthenticationError" in told.stderr, told.stderr
+
+    if "HOME_WITH" in os.environ:
+        program = f"from sensmerge.pipeline.execute.cluster import connect\\nconnect({address!r})"
+        with_one, without = os.environ["HOME_WITH"], os.environ["HOME_WITHOUT"]
+        for more in (
+            {"HOME": without},
+            {"HOME": with_one},
+            {"HOME": without, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 32},
+            {"HOME": without, "RAY_AUTH_MODE": "token"},
+        ):
+            told = subprocess.run([sys.executable, "-c", program], env=plain | more, capture_output=True, text=True)
+            print(told.stderr.splitlines()[-1])
 """
 )
 SLOW = (
@@ -103,11 +115,28 @@ def told(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("mode", [None, "disabled"])
-def test_it_listens_on_loopback_and_asks_for_a_token(mode: str | None) -> None:
-    done = told(LISTENS, **({} if mode is None else {"RAY_AUTH_MODE": mode}))
-    said = "RAY_AUTH_MODE=disabled counts for clusters (--address) only: Ray on this machine asks for a token\n"
-    assert (said in done.stderr) == (mode == "disabled")
+def test_it_listens_on_loopback_and_asks_for_a_token_whatever_the_environment_says() -> None:
+    done = told(LISTENS, RAY_AUTH_MODE="disabled")
+    assert (
+        "RAY_AUTH_MODE=disabled counts for clusters (--address) only: Ray on this machine asks for a token\n"
+        in done.stderr
+    )
+
+
+def test_who_has_another_token_or_none_is_told_what_to_do(tmp_path: Path) -> None:
+    token = tmp_path / "with" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("y" * 32)
+    done = told(LISTENS, HOME_WITH=str(tmp_path / "with"), HOME_WITHOUT=str(tmp_path))
+    way_out = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it or RAY_AUTH_TOKEN_PATH to a file that has it"
+    asks = "the cluster asks for a token: "
+    assert [line.partition(": ")[2].partition(": ")[2] for line in done.stdout.splitlines()] == [
+        f"{asks}{way_out}",
+        f"{asks}set RAY_AUTH_MODE=token, and it gets the one in {token}",
+        f"{asks}the one in RAY_AUTH_TOKEN is not its own",
+        f"RAY_AUTH_MODE is token, and there is none; {way_out}",
+    ]
+    assert "RAY_AUTH_MODE" not in done.stderr
 
 
 def test_it_may_take_longer_than_ray_waits() -> None:

@@ -19,11 +19,14 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
 from ray.cluster_utils import Cluster
+from ray.experimental import internal_kv
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sensmerge.pipeline.execute import run as run_module
+from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.pipeline.execute.run import execute, step_line
 from sensmerge.pipeline.execute.worker import Done, Spent
 from sensmerge.pipeline.plan import steps as steps_module
@@ -129,13 +132,20 @@ def test_runs_are_tracked(finished: tuple[Path, Path, dict[str, Any]]) -> None:
     _, store, report = finished
     client = MlflowClient(f"sqlite:///{store / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("tiny")
-    runs = client.search_runs([experiment.experiment_id], "tags.mlflow.runName = 'ties-sens'")
     (parent, *_) = client.search_runs([experiment.experiment_id], "tags.role = 'recipe'", order_by=["start_time"])
+    (child,) = client.search_runs(
+        [experiment.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent.info.run_id}' AND tags.mlflow.runName = 'ties-sens'",
+    )
     assert parent.data.tags["best"] in ("ta", "ties-sens")
+    assert parent.data.metrics["steps/done"] == parent.data.metrics["steps/planned"] == len(report["stages"])
+    assert parent.data.metrics["seconds/merge"] > 0
     assert (parent.info.end_time - parent.info.start_time) / 1000 > max(s["seconds"] for s in report["stages"])
-    keys = {key for key in runs[-1].data.metrics if key.startswith("eval/")}
-    assert {"eval/math/token_accuracy", "eval/mean_normalised"} <= keys
-    assert runs[-1].data.metrics["eval/math/token_accuracy"] == pytest.approx(
+    keys = {key for key in child.data.metrics if key.startswith("eval/")}
+    assert keys == {"eval/math/token_accuracy", "eval/code/token_accuracy", "eval/mean_normalised"}
+    took = sum(one["seconds"] for one in report["stages"] if one["name"].partition("/")[0] == "ties-sens")
+    assert (child.info.end_time - child.info.start_time) / 1000 == pytest.approx(took, abs=0.002)
+    assert child.data.metrics["eval/math/token_accuracy"] == pytest.approx(
         report["scores"]["ties-sens"]["math"]["token_accuracy"]["value"]
     )
 
@@ -262,6 +272,17 @@ def test_more_than_any_node_has(
     assert said.out.count(f" s more: {asked}") in range(2, 6)
     assert said.out.count("waiting for nodes, 1 s more") >= 1
     assert asked in said.err
+    with cluster(ray_address):  # an autoscaler was asked for them, and then no more
+        assert internal_kv._internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL) == b"[]"
+
+
+def test_what_an_autoscaler_is_asked_for(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
+    """One worker of each size, and all actors of a step: more comes as work waits for it."""
+    llama_recipe["resources"] = {"merge": {"num_cpus": 4}, "statistics": {"num_cpus": 2, "num_gpus": 0.5}}
+    llama_recipe["placement"] = {"actors": 2}
+    plan = plan_of(tmp_path, llama_recipe)
+    asked = run_module._least_room(plan, list(plan.steps))
+    assert sorted(asked, key=str) == [*[{"CPU": 1.0}] * 2, *[{"CPU": 2.0, "GPU": 0.5}] * 2, {"CPU": 4.0}]
 
 
 def test_nan_in_an_expert_stops_the_run_before_a_merge_is_published(

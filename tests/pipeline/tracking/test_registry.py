@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import mlflow
@@ -17,6 +18,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.stages.evaluate import evaluate_network
 from tests.conftest import command_line, make_llama, perturbed, write_recipe, write_rows
+from tests.pipeline.test_webhook import chat as chat
 
 TEXTS = {"math": "one plus one is two", "code": "print the answer"}
 
@@ -41,6 +43,7 @@ def test_only_what_is_not_worse_becomes_champion(
     ray_address: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    chat: tuple[str, list[tuple[str, str, Any]]],
 ) -> None:
     save(make_llama(), "base", tmp_path)
     for name, text in TEXTS.items():
@@ -94,13 +97,18 @@ def test_only_what_is_not_worse_becomes_champion(
             assert records == outcome.records
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
 
-    # A worse expert.
+    # A worse expert. A chat is told, once.
+    url, posted = chat
+    monkeypatch.setenv("SENSMERGE_WEBHOOK", f"{url}/services/secret")
     save(perturbed(trained(tokenizer, TEXTS["math"], 20), 1, scale=0.2), "math", tmp_path)
     assert command_line("refresh", recipe, *options) == 3
     said = capsys.readouterr().out
     assert "math: 1 of 5 files changed" in said
     assert "pair/2 (ta) stays challenger, pair/1 (ta) stays champion" in said
     assert aliases() == {"champion": "1", "challenger": "2"}
+    ((_, _, told),) = posted
+    assert told["lines"][-1] == "pair/2 (ta) stays challenger, pair/1 (ta) stays champion"
+    assert "secret" not in said
     tags = client.get_model_version("pair", "2").tags
     assert tags["gate"].startswith("refused against version 1: math")
     assert tags["gate/math"].startswith("perplexity ")
@@ -108,6 +116,7 @@ def test_only_what_is_not_worse_becomes_champion(
     assert command_line("refresh", recipe, "--store", store, "--address", "no such cluster") == 0
     assert "pair: nothing changed\n" in capsys.readouterr().out
     assert aliases() == {"champion": "1", "challenger": "2"}
+    assert len(posted) == 1
     # Another gate is asked again.
     assert command_line("refresh", recipe, *options, "--set", "gate.tolerance=0.01", "--refused-exit-status", "0") == 0
     assert "pair/2 (ta) stays challenger, pair/1 (ta) stays champion" in capsys.readouterr().out

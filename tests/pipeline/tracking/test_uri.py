@@ -1,3 +1,6 @@
+import contextlib
+import shutil
+import sqlite3
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -5,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from sensmerge.pipeline.store.store import Store
+from sensmerge.pipeline.tracking import uri as uri_module
+from sensmerge.pipeline.tracking.client import connected
 from sensmerge.pipeline.tracking.uri import check_server, default_uri
 from sensmerge.tasks.errors import InputError
 from tests.pipeline.tracking.test_record import free_port
@@ -49,3 +54,51 @@ def test_sqlite_needs_a_folder_that_is_there_or_can_be_made(tmp_path: Path) -> N
         check_server(f"sqlite:///{tmp_path}/file/mlflow.db")
     with pytest.raises(InputError, match="is a folder: name the database file"):
         check_server(f"sqlite:///{tmp_path}")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database as MLflow makes it."""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    with connected(f"sqlite:///{path}") as client:
+        client.create_experiment("tiny")
+    return path
+
+
+def changed(database: Path, folder: Path, statement: str) -> str:
+    """URI of a copy of a database in which a statement was run."""
+    path = Path(shutil.copy(database, folder / "mlflow.db"))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute(statement)
+        connection.commit()
+    return f"sqlite:///{path}"
+
+
+def test_a_database_of_this_mlflow_is_taken_as_it_is(database: Path) -> None:
+    before = database.read_bytes()
+    check_server(f"sqlite:///{database}")
+    assert database.read_bytes() == before
+
+
+def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database " * 100)
+    with pytest.raises(InputError, match=r"mlflow\.db: file is not a database; restore it from a copy"):
+        check_server(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_tables_of_another_mlflow_are_refused(database: Path, tmp_path: Path) -> None:
+    uri = changed(database, tmp_path, "UPDATE alembic_version SET version_num = 'ffffffffffff'")
+    with pytest.raises(InputError, match=r"tables of a newer MLflow than 3\..* \(version ffffffffffff\); install that"):
+        check_server(uri)
+    uri = changed(database, tmp_path, "UPDATE alembic_version SET version_num = '0a8213491aaa'")
+    with pytest.raises(InputError, match=r"tables of an older MLflow than 3\..*`mlflow db upgrade sqlite:///"):
+        check_server(uri)
+
+
+def test_a_database_that_others_keep_for_themselves_is_refused(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uri_module, "LOCKED", 0.2)
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(InputError, match="database is locked; end what else has it open"):
+            check_server(f"sqlite:///{database}")
+    check_server(f"sqlite:///{database}")
