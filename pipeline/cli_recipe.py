@@ -142,7 +142,7 @@ def record(
 
     loaded, folder = load_recipe(recipe, overrides or ()), recipe.absolute().parent
     check_report(report)
-    work("record", Options(loaded, folder, store, tracking_uri, None, report, wait, metrics=False), Console())
+    work("record", Options(loaded, folder, store, tracking_uri, None, report, wait, metrics=False), console_of())
 
 
 def _words(context: typer.Context, leave_out: Collection[str]) -> list[str]:
