@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# cpu: PyTorch without CUDA's libraries; empty: as on PyPI
+TORCH ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: quickstart test lint install clean
@@ -25,7 +27,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt infra/install.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PYTHON=$(BIN)/python infra/install.sh torch
+	PYTHON=$(BIN)/python infra/install.sh torch $(TORCH)
 	PYTHON=$(BIN)/python infra/install.sh project dev --editable
 	touch $@
 
