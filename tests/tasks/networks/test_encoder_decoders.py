@@ -14,6 +14,7 @@ from sensmerge.tasks.networks.placement import Actors, Placement
 from sensmerge.tasks.rows.source import Row
 from sensmerge.tasks.statistics.statistic import TENSORS, read_layers, read_tensor
 from tests.conftest import TaskRows, calibration_set, cross_task_job, do_job, make_tokenizer, perturbed, statistics_job
+from tests.tasks.networks.owners import owners_here as owners_here
 
 ROWS: list[Row] = [{"source": one, "target": other} for one, other in (("1+2=", "three"), ("a longer source", "x"))]
 TASK = Seq2SeqTask(kind="seq2seq")
@@ -64,10 +65,11 @@ def test_streamed_is_whole(make: Callable[[], PreTrainedModel], save: Callable[.
     assert_the_same(make, "streamed", save, tmp_path)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_here")
-def test_on_actors_as_in_one_process(save: Callable[..., Path], tmp_path: Path) -> None:
-    assert_the_same(t5, Actors(2, 0.5, 0), save, tmp_path)
+@pytest.mark.parametrize("make", [t5, bart])
+def test_shared_out_is_whole(
+    make: Callable[[], PreTrainedModel], save: Callable[..., Path], tmp_path: Path, owners_here: None
+) -> None:
+    assert_the_same(make, Actors(2, 1, 0), save, tmp_path)
 
 
 def assert_the_same(

@@ -10,6 +10,7 @@ from sensmerge.tasks.kinds.image_classification import ImageClassificationTask
 from sensmerge.tasks.networks.placement import Actors
 from tests.conftest import TaskRows
 from tests.pictures import in_base64, picture, pixels_of, save_classifiers
+from tests.tasks.networks.owners import owners_here as owners_here
 from tests.tasks.networks.test_streaming import same_as_whole, sensitivity_of
 
 LABELS = {"math": 2, "code": 3}
@@ -50,9 +51,8 @@ def test_sensitivity_is_that_of_the_loss(tmp_path: Path) -> None:
     assert sorted(blocks.values()) == pytest.approx(sorted(found[one] for one in found if one[-1].isdigit()), rel=1e-4)
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("network", ["dinov2"])
-def test_on_actors(network: str, tmp_path: Path, ray_here: None) -> None:
+@pytest.mark.parametrize("network", ["vit", "dinov2"])
+def test_shared_out(network: str, tmp_path: Path, owners_here: None) -> None:
     folders = save_classifiers(network, tmp_path, LABELS)
     experts = {name: folders[name] for name in LABELS}
-    same_as_whole(folders["base"], experts, sets(), {"2": Actors(2, 0.5, 0)}, tmp_path)
+    same_as_whole(folders["base"], experts, sets(), {"2": Actors(2, 1, 0)}, tmp_path)

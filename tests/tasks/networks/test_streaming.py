@@ -1,10 +1,9 @@
 """The same α and g whether a network runs whole, block by block, or with its blocks on actors."""
 
 import os
-import pickle
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from threading import Event, Thread
@@ -34,13 +33,8 @@ from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.completion import CompletionTask
-from sensmerge.tasks.networks.blocks import blocks_of
-from sensmerge.tasks.networks.journeys import Journey, PartsRunner, Runner
 from sensmerge.tasks.networks.placement import Actors, Placement
-from sensmerge.tasks.networks.runners import open_runner
-from sensmerge.tasks.networks.sharded import BlockOwner, Owned, _Lane, shares
-from sensmerge.tasks.networks.source import Source
-from sensmerge.tasks.networks.watching import Statistics
+from sensmerge.tasks.networks.sharded import _Lane, shares
 from tests.conftest import (
     TaskRows,
     cross_task_job,
@@ -51,6 +45,7 @@ from tests.conftest import (
     measure_sensitivity,
     perturbed,
 )
+from tests.tasks.networks.owners import owners_here as owners_here
 
 Save = Callable[..., Path]
 ROWS = [{"text": text} for text in ("1+2=3", "a rather longer text than the first", "x")]
@@ -198,48 +193,6 @@ def test_streamed_adapters_in_bfloat16(save: Save, tmp_path: Path) -> None:
     same_as_whole(base, experts, sets, {"streamed": "streamed"}, tmp_path, "bfloat16")
 
 
-class OwnersHere(PartsRunner):
-    """What `ShardedRunner` does, its actors being plain objects: what they get and give is pickled all the same."""
-
-    def __init__(self, source: Source, count: int, statistics: Statistics) -> None:
-        network = source.hollow()
-        self._parts = shares(0, [1] * len(blocks_of(network)), count)
-        owned = [Owned(source, blocks, place == 0, statistics) for place, blocks in enumerate(self._parts)]
-        self._owners, self._statistics = [BlockOwner(one, 1) for one in owned], statistics
-
-    def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden
-
-    def _travel(self, journeys: Sequence[Journey[Any]]) -> Iterator[tuple[int, Any]]:
-        for number, journey in enumerate(journeys):
-            work = next(journey)
-            try:
-                while True:
-                    owner = self._owners[max(work.place, 0)]
-                    arguments = pickle.loads(pickle.dumps(work.arguments))
-                    work = journey.send(owner.work(work.place < 0, work.method, arguments))
-            except StopIteration as end:
-                yield number, end.value
-
-
-@pytest.fixture
-def owners_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let networks on actors be run by `OwnersHere`."""
-
-    @contextmanager
-    def opened(
-        source: Source, placement: Placement, scratch: Path, statistics: Statistics | None = None
-    ) -> Iterator[Runner]:
-        if isinstance(placement, Actors):
-            yield OwnersHere(source, placement.count, statistics or {})
-        else:
-            with open_runner(source, placement, scratch, statistics) as runner:
-                yield runner
-
-    monkeypatch.setattr("sensmerge.tasks.stages.statistics.open_runner", opened)
-    monkeypatch.setattr("sensmerge.tasks.stages.cross_task.open_runner", opened)
-
-
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_shared_out(architecture: str, tied: bool, save: Save, tmp_path: Path, owners_here: None) -> None:
@@ -260,9 +213,9 @@ def test_classifiers_shared_out(berts: dict[str, Path], tmp_path: Path, owners_h
 def test_sharded_language_models(save: Save, tmp_path: Path, ray_here: None) -> None:
     base, experts = language_models("llama", True, save, tmp_path)
     sets = completions(list(experts))
-    four, two = Actors(4, 0.5, 0), Actors(2, 0.5, 0)
+    two = Actors(2, 0.5, 0)
     whole = sensitivity_of("math", base, experts, sets, "whole", tmp_path / "whole")
-    same_sensitivity(sensitivity_of("math", base, experts, sets, four, tmp_path / "4"), whole)
+    same_sensitivity(sensitivity_of("math", base, experts, sets, two, tmp_path / "2"), whole)
     distances = distances_of(base, experts, sets, "whole", tmp_path / "whole")
     same_distances(distances_of(base, experts, sets, two, tmp_path / "2"), distances)
 
