@@ -45,6 +45,7 @@ from sensmerge.pipeline.tracking.runs import (
 )
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
+from sensmerge.pipeline.tracking.view import VIEW_TAG, view_of
 from sensmerge.tasks.errors import StepError
 from sensmerge.tasks.methods.contract import METHODS
 
@@ -142,6 +143,7 @@ def record(
                 _log_metrics(parent, metrics_of(report, execution.best))
             for model in report.models:
                 _record_model(parent, execution, model, (models or {}).get(model))
+            client.set_experiment_tag(experiment, VIEW_TAG, view_of(report, run))
     return run
 
 
@@ -149,7 +151,8 @@ def _log_metrics(
     run: OpenRun, metrics: Mapping[str, float], params: Mapping[str, str] | None = None, model_id: str | None = None
 ) -> None:
     now = time.time_ns() // 1_000_000
-    found = [Metric(key, value, now, 0, model_id) for key, value in metrics.items()]
+    # In their order, which is that of their names, MLflow lists them on a run's page.
+    found = [Metric(key, value, now, 0, model_id) for key, value in sorted(metrics.items())]
     parameters = [Param(key, value) for key, value in (params or {}).items()]
     once_more(lambda: run.client.log_batch(run.id, found, parameters))
 
