@@ -201,13 +201,15 @@ def _record_model(parent: OpenRun, execution: Execution, model: str, open_run: s
 
 
 def _log_card(run: OpenRun, folder: Path) -> None:
-    """Have a run show the model card beside the weights: all of it as a file, and what it says before the recipe."""
+    """Have a run show the model card beside the weights, without its header, which only the hub reads.
+
+    All of it is a file; what comes before the recipe is the description of the run.
+    """
     card = folder / CARD
     if card.is_file():
-        text = card.read_text()
+        _, _, text = card.read_text().removeprefix("---\n").partition("\n---\n")
         run.client.log_text(run.id, text, CARD)
-        _, _, said = text.removeprefix("---\n").partition("\n---\n")
-        run.client.set_tag(run.id, MLFLOW_RUN_NOTE, said.partition("\n## Recipe\n")[0][:MOST_OF_A_TAG])
+        run.client.set_tag(run.id, MLFLOW_RUN_NOTE, text.partition("\n## Recipe\n")[0][:MOST_OF_A_TAG])
 
 
 def _reads_calibration(variant: VariantInfo) -> bool:

@@ -461,7 +461,9 @@ def test_a_version_and_its_run_show_the_model_card(client, store, uri, tmp_path)
     card = "---\ntags: [merge]\n---\n# shown: ta\n\n## Scores\n\n0.8\n\n## Recipe\n\n```yaml\nname: shown\n```\n"
     (tmp_path / "ta" / "README.md").write_text(card)
     run = children(client, record(report, store, uri))["ta"]
-    assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/README.md") == card
+    assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/README.md") == card.removeprefix(
+        "---\ntags: [merge]\n---\n"
+    )
     assert run.data.tags["mlflow.note.content"] == "# shown: ta\n\n## Scores\n\n0.8\n"
     (version,) = client.search_model_versions("name = 'shown' AND tags.variant = 'ta'")
     said = version.description
