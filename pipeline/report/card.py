@@ -118,14 +118,18 @@ def _score_lines(report: Report) -> str:
 
 
 def own_scores(report: Report, model: str) -> str:
-    """Return a table of what one model scores on each task beside the task's own expert, in Markdown."""
-    rows = ["| task | metric | score | the task's own expert |", "| --- | --- | --- | --- |"]
-    for task, metric in report.tasks.items():
-        scores = [report.scores.get(name, {}).get(task, {}).get(metric) for name in (model, task)]
-        rows.append("| " + " | ".join([task, metric, *(_score(score) if score else "–" for score in scores)]) + " |")
+    """Return what one model scores on each task beside the task's own expert, as a list in Markdown."""
+    lines = [f"- {task}, {metric}: {_beside(report, model, task, metric)}" for task, metric in report.tasks.items()]
     if model in report.mean_normalised:
-        rows.append(f"| mean normalised | | {_score(report.mean_normalised[model])} | |")
-    return "\n".join(rows)
+        lines.append(f"- mean of score ÷ own expert's: {_score(report.mean_normalised[model])}")
+    return "\n".join(lines)
+
+
+def _beside(report: Report, model: str, task: str, metric: str) -> str:
+    mine, own = (report.scores.get(name, {}).get(task, {}).get(metric) for name in (model, task))
+    if mine is None:
+        return "not scored"
+    return _score(mine) + ("" if own is None else f"; its own expert {own.value:.3f}")
 
 
 def _score(score: Score) -> str:

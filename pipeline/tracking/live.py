@@ -15,7 +15,7 @@ from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.report.results import role_of, scores_of
-from sensmerge.pipeline.tracking.metrics import task_metrics
+from sensmerge.pipeline.tracking.metrics import main_metric
 from sensmerge.tasks.errors import StepError
 from sensmerge.tasks.urls import public_text
 
@@ -124,15 +124,15 @@ class LiveRun:
                 self._say(f"{error}; the steps go on, and are recorded when all have ended")
 
     def _scores(self, step: Step) -> dict[str, dict[str, float]]:
-        """Return the metrics of models that a step has scored; at a URL, they are seen when all steps have ended."""
+        """Return main metrics of models that a step has scored; at a URL, they are seen when all steps have ended."""
         if step.stage != "evaluate" or self._plan.store.remote is not None:
             return {}
-        tasks = {name: one.task.metric for name, one in self._plan.inputs.data.items()}
         found: dict[str, dict[str, float]] = {}
         for title, maker in self._plan.makers.items():
             if maker == step.title and title.startswith("evaluate "):
                 name = title.removeprefix("evaluate ")
                 model = found.setdefault(name.partition("/")[0], {})
                 for task, scores in scores_of(self._plan, name).items():
-                    model |= task_metrics(task, scores, tasks[task])
+                    main = self._plan.inputs.data[task].task.metric
+                    model[main_metric(task, main)] = scores[main].value
         return found

@@ -38,7 +38,9 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
             every.setdefault(task, {}).update(dict.fromkeys(taken))
     own = report.scores.get(model, {})
     for task, names in every.items():
-        metrics |= task_metrics(task, {name: own.get(task, {}).get(name) for name in names}, report.tasks.get(task, ""))
+        metrics |= _task_metrics(
+            task, {name: own.get(task, {}).get(name) for name in names}, report.tasks.get(task, "")
+        )
     variant, route = report.variants.get(model), report.routes.get(model)
     if variant is not None and variant.tuning is not None:
         mean = variant.tuning.of(variant.tuning.chosen).mean
@@ -48,12 +50,17 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     return metrics if route is None else metrics | _route_metrics(route)
 
 
-def task_metrics(task: str, scores: Mapping[str, Score | None], main: str) -> dict[str, float]:
+def main_metric(task: str, metric: str) -> str:
+    """Return the name that the main metric of a task has in MLflow."""
+    return f"eval/{task}/{metric}"
+
+
+def _task_metrics(task: str, scores: Mapping[str, Score | None], main: str) -> dict[str, float]:
     """Return the metrics of a model's run that are its scores on a task, of which `main` is the main one."""
     metrics: dict[str, float] = {}
     for name, score in scores.items():
-        group = "eval" if name == main else "more"
-        metrics |= _score_metrics(f"{group}/{task}/{name}", f"{task}/{name}", score)
+        key = main_metric(task, name) if name == main else f"more/{task}/{name}"
+        metrics |= _score_metrics(key, f"{task}/{name}", score)
     return metrics
 
 

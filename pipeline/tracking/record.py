@@ -45,6 +45,7 @@ from sensmerge.pipeline.tracking.runs import (
 )
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
+from sensmerge.pipeline.tracking.view import VIEW_TAG, view_of
 from sensmerge.tasks.errors import StepError
 from sensmerge.tasks.methods.contract import METHODS
 
@@ -142,6 +143,7 @@ def record(
                 _log_metrics(parent, metrics_of(report, execution.best))
             for model in report.models:
                 _record_model(parent, execution, model, (models or {}).get(model))
+            client.set_experiment_tag(experiment, VIEW_TAG, view_of(report, run))
     return run
 
 
@@ -149,7 +151,8 @@ def _log_metrics(
     run: OpenRun, metrics: Mapping[str, float], params: Mapping[str, str] | None = None, model_id: str | None = None
 ) -> None:
     now = time.time_ns() // 1_000_000
-    found = [Metric(key, value, now, 0, model_id) for key, value in metrics.items()]
+    # In their order, which is that of their names, MLflow lists them on a run's page.
+    found = [Metric(key, value, now, 0, model_id) for key, value in sorted(metrics.items())]
     parameters = [Param(key, value) for key, value in (params or {}).items()]
     once_more(lambda: run.client.log_batch(run.id, found, parameters))
 
@@ -198,13 +201,15 @@ def _record_model(parent: OpenRun, execution: Execution, model: str, open_run: s
 
 
 def _log_card(run: OpenRun, folder: Path) -> None:
-    """Have a run show the model card beside the weights: all of it as a file, and what it says before the recipe."""
+    """Have a run show the model card beside the weights, without its header, which only the hub reads.
+
+    All of it is a file; what comes before the recipe is the description of the run.
+    """
     card = folder / CARD
     if card.is_file():
-        text = card.read_text()
+        _, _, text = card.read_text().removeprefix("---\n").partition("\n---\n")
         run.client.log_text(run.id, text, CARD)
-        _, _, said = text.removeprefix("---\n").partition("\n---\n")
-        run.client.set_tag(run.id, MLFLOW_RUN_NOTE, said.partition("\n## Recipe\n")[0][:MOST_OF_A_TAG])
+        run.client.set_tag(run.id, MLFLOW_RUN_NOTE, text.partition("\n## Recipe\n")[0][:MOST_OF_A_TAG])
 
 
 def _reads_calibration(variant: VariantInfo) -> bool:

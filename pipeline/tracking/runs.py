@@ -18,6 +18,7 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH
 from sensmerge.pipeline.tracking.client import at_once, connected, if_there, once_more, unless_there
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import is_server
+from sensmerge.pipeline.tracking.view import VIEW, VIEW_TAG
 from sensmerge.tasks.urls import public
 
 if TYPE_CHECKING:  # with plans it takes seconds to import
@@ -101,16 +102,19 @@ def end_models(client: MlflowClient, run: str, status: str) -> None:
 
 
 def where_recorded(uri: str, run: str) -> str | None:
-    """Return how people find a run: the table of its experiment's runs on a server, or what shows a database's.
+    """Return how people find a run: its models in the table of runs on a server, or what shows a database's.
 
     None where it has not ended well, was deleted, or never was there.
     """
     with connected(uri) as client:
         found = if_there(lambda: client.get_run(run))
-    if found is None or found.info.lifecycle_stage != LifecycleStage.ACTIVE or found.info.status != "FINISHED":
-        return None
+        if found is None or found.info.lifecycle_stage != LifecycleStage.ACTIVE or found.info.status != "FINISHED":
+            return None
+        experiment = client.get_experiment(found.info.experiment_id)
     # Without the type of workflow, MLflow's pages are those for traces of language models.
-    table = f"#/experiments/{found.info.experiment_id}/runs?workflowType=machine_learning"
+    table = f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    if VIEW_TAG in experiment.tags:
+        table += f"&viewStateShareKey={VIEW}"
     if is_server(uri):
         return f"{public(uri).rstrip('/')}/{table}"
     return f"mlflow ui --backend-store-uri {uri}, then http://localhost:5000/{table}"

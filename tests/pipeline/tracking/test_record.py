@@ -461,14 +461,17 @@ def test_a_version_and_its_run_show_the_model_card(client, store, uri, tmp_path)
     card = "---\ntags: [merge]\n---\n# shown: ta\n\n## Scores\n\n0.8\n\n## Recipe\n\n```yaml\nname: shown\n```\n"
     (tmp_path / "ta" / "README.md").write_text(card)
     run = children(client, record(report, store, uri))["ta"]
-    assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/README.md") == card
+    assert mlflow.artifacts.load_text(f"{run.info.artifact_uri}/README.md") == card.removeprefix(
+        "---\ntags: [merge]\n---\n"
+    )
     assert run.data.tags["mlflow.note.content"] == "# shown: ta\n\n## Scores\n\n0.8\n"
     (version,) = client.search_model_versions("name = 'shown' AND tags.variant = 'ta'")
     said = version.description
     assert said.startswith("Static: ")
     assert "\n\nMerged by method task_arithmetic, weight 0.4, coefficients.kind uniform.\n\n" in said
-    assert "\n| math | accuracy | 0.520 [0.420, 0.620], n = 50 | 0.320 [0.220, 0.420], n = 50 |\n" in said
-    assert "\n| code | accuracy | 0.540 [0.440, 0.640], n = 50 | 0.440 [0.340, 0.540], n = 50 |\n" in said
+    assert "\n- math, accuracy: 0.520 [0.420, 0.620], n = 50; its own expert 0.320\n" in said
+    assert "\n- code, accuracy: 0.540 [0.440, 0.640], n = 50; its own expert 0.440\n" in said
+    assert "\n- mean of score ÷ own expert's: 0.800 [0.700, 0.900], n = 50\n" in said
     page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     assert said.endswith(f"Its [run]({page}) has more, such as its [model card]({page}/artifacts/README.md).")
 
@@ -864,7 +867,10 @@ def test_a_real_server_takes_everything_too(server, tmp_path):
     client = MlflowClient(server, server)
     experiment = client.get_experiment_by_name("two-skills").experiment_id
     for uri, run in ((server, parent), (f"{server}/", again)):
-        assert where_recorded(uri, run) == f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+        assert (
+            where_recorded(uri, run)
+            == f"{server}/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey=models"
+        )
     runs = children(client, parent)
     assert {name: run.data.tags["role"] for name, run in runs.items()} == MODELS
     assert len({frozenset(run.data.metrics) for run in runs.values()}) == 1
