@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2Model,
@@ -47,15 +49,20 @@ class Model:
     """tensors that no parameter has"""
     added: tuple[str, ...] = ()
     """tokens of its own, behind those of its base"""
+    prefix: str = ""
+    """what files of the hub have before the names of parameters"""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it reads texts."""
+        return hasattr(self.config, "vocab_size")
 
     def plan(self) -> CheckpointPlan:
-        """Return its weights as files: headers, sizes, index."""
+        """Return its weights as files: headers, sizes, index. No parameter of it is tied to another."""
         with torch.device("meta"):
             network = self.network(self.config)
-        tied = set(getattr(network, "_tied_weights_keys", None) or ())
-        tensors = {name: (self.dtype, tuple(one.shape)) for name, one in network.state_dict().items()}
-        kept = {name: one for name, one in tensors.items() if not (name in tied and self.config.tie_word_embeddings)}
-        return plan_checkpoint(kept | {name: (self.dtype, shape) for name, shape in self.more.items()}, SHARD_SIZE)
+        own = {f"{self.prefix}{name}": tuple(one.shape) for name, one in network.state_dict().items()}
+        return plan_checkpoint({name: (self.dtype, shape) for name, shape in {**own, **self.more}.items()}, SHARD_SIZE)
 
     def config_text(self, repo: str = "") -> str:
         """Return the content of its config.json, which names its repository: else, two may have the same files."""
@@ -76,6 +83,8 @@ class Model:
         found["config.json"] = self.config_text(repo).encode()
         if plan.index is not None:
             found["model.safetensors.index.json"] = plan.index.encode()
+        if not self.has_tokenizer:
+            return found
         with TemporaryDirectory() as folder:
             self.tokenizer().save_pretrained(folder)
             return found | {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -84,7 +93,8 @@ class Model:
         """Write it to a folder, its weights as sparse files."""
         preallocate(self.plan(), folder)
         (folder / "config.json").write_text(self.config_text())
-        self.tokenizer().save_pretrained(folder)
+        if self.has_tokenizer:
+            self.tokenizer().save_pretrained(folder)
 
 
 def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -114,6 +124,7 @@ def _gpt2(labels: int) -> Model:
 def hub_models() -> dict[str, Model]:
     """Return what is recorded of the hub, by repository."""
     masks = {f"h.{layer}.attn.bias": (1, 1, 1024, 1024) for layer in range(12)}
+    pictures = ("sun397", "stanford-cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd")
     glue = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "qqp": 2, "rte": 2, "sst2": 2}
     return {
         "meta-llama/Llama-2-7b-hf": _llama(torch.float16),
@@ -125,7 +136,13 @@ def hub_models() -> dict[str, Model]:
         "Nondzu/Mistral-7B-codealpaca-lora": _mistral(torch.float16),
         "openai-community/gpt2": Model(GPT2Model, GPT2Config(), torch.float32, "GPT2LMHeadModel", masks),
         **{f"tanganke/gpt2_{task}": _gpt2(labels) for task, labels in glue.items()},
+        **{f"tanganke/clip-vit-base-patch32_{task}": vision_tower("vision_model.") for task in pictures},
     }
+
+
+def vision_tower(prefix: str = "") -> Model:
+    """CLIP ViT-B/32's vision tower as `save_pretrained` writes it; by older versions, with a prefix."""
+    return Model(CLIPVisionModel, CLIPVisionConfig(patch_size=32), torch.float32, prefix=prefix)
 
 
 def mammoth() -> Model:

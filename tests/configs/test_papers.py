@@ -14,7 +14,7 @@ from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Store
 from tests.conftest import write_recipe, write_rows
 from tests.hub_server import HubServer
-from tests.recorded import hub_models, mammoth, rows
+from tests.recorded import hub_models, mammoth, rows, vision_tower
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SPLITS = ("calibration", "evaluation")
@@ -31,7 +31,7 @@ def record(hub: HubServer, recipe: dict[str, Any]) -> None:
 def with_rows(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return a recipe with files of a few rows in place of the hub's data sets, at most as many as it asks for."""
     tasks = {}
-    for number, (name, task) in enumerate(recipe["tasks"].items()):
+    for number, (name, task) in enumerate(recipe.get("tasks", {}).items()):
         for first, split in enumerate(SPLITS):
             source = task[split]
             start = 1000 * (len(SPLITS) * number + first)
@@ -89,3 +89,11 @@ def test_gpt2_glue(plan_paper: Any) -> None:
     plan = plan_paper("gpt2-glue")
     assert sizes(plan) == {"base": 0.55, **dict.fromkeys(plan.inputs.experts, 0.5)}
     assert set(plan.inputs.heads) == {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2"}
+
+
+def test_clip_vit_b32(plan_paper: Any, tmp_path: Path) -> None:
+    vision_tower().save(tmp_path / "clip-vit-b32-vision")
+    plan = plan_paper("clip-vit-b32")
+    assert sizes(plan) == {"base": 0.35, **dict.fromkeys(plan.inputs.experts, 0.35)}
+    assert len(plan.inputs.experts) == 8
+    assert not plan.inputs.by_name
