@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,27 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 LFS = ("*.safetensors", "*.bin", "*.model")
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A file of which only the beginning is here: what comes behind it is zeros when a range is asked for, and missing
+    when all of it is."""
+
+    head: bytes
+    size: int
+    """bytes of the whole file"""
+
+    def __len__(self) -> int:
+        """Return the size of the whole file, as of bytes."""
+        return self.size
+
+    def range(self, first: int, end: int) -> bytes:
+        """Return the bytes from `first` up to `end`."""
+        return self.head[first:end].ljust(end - first, b"\0")
+
+
+Content = bytes | Recorded
 
 
 @dataclass(frozen=True)
@@ -38,7 +60,7 @@ class HubServer:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.commits: dict[tuple[str, str], dict[str, bytes]] = {}
+        self.commits: dict[tuple[str, str], Mapping[str, Content]] = {}
         self.branches: dict[tuple[str, str], str] = {}
         self.gated: set[str] = set()
         """repositories whose files are refused"""
@@ -67,10 +89,10 @@ class HubServer:
             self._server.server_close()
             self._thread.join()
 
-    def add_repo(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """Commit these files as the whole content of a branch and return the commit."""
-        text = repr((repo, sorted(files.items()), len(self.commits)))
-        commit = hashlib.sha1(text.encode()).hexdigest()
+    def add_repo(self, repo: str, files: Mapping[str, Content], branch: str = "main", commit: str = "") -> str:
+        """Commit these files as the whole content of a branch and return the commit, which may have an id already."""
+        text = repr((repo, sorted(files), [files[name] for name in sorted(files)], len(self.commits)))
+        commit = commit or hashlib.sha1(text.encode()).hexdigest()
         self.commits[repo, commit] = files
         self.branches[repo, branch] = commit
         return commit
@@ -84,8 +106,10 @@ def _is_lfs(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in LFS)
 
 
-def _etag(name: str, content: bytes) -> str:
-    """Return the sha256 of a file in LFS, the git blob id of another."""
+def _etag(name: str, content: Content) -> str:
+    """Return the sha256 of a file in LFS (of a recorded one, something in its place), the git blob id of another."""
+    if isinstance(content, Recorded):
+        return hashlib.sha256(b"recorded %d\0" % content.size + content.head).hexdigest()
     if _is_lfs(name):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -132,34 +156,40 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b"")
         return self._send_file(hub, commit, match[3], files[match[3]])
 
-    def _send_file(self, hub: HubServer, commit: str, name: str, content: bytes) -> None:
+    def _send_file(self, hub: HubServer, commit: str, name: str, content: Content) -> None:
         etag = f'"{_etag(name, content)}"'
         headers = {"X-Repo-Commit": commit, "ETag": etag, "Accept-Ranges": "bytes"}
         if _is_lfs(name):
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
-        if name in hub.corrupt:
+        if name in hub.corrupt and isinstance(content, bytes):
             content = content[:-1] + bytes([content[-1] ^ 1])
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None and isinstance(content, Recorded):
+            return self._send(200, headers, content.head, length=content.size)
         if asked is None:
+            assert isinstance(content, bytes)
             return self._send(200, headers, content, hub.cut.pop(name, None) if self.command == "GET" else None)
         first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        return self._send(206, headers, content[first : last + 1])
+        body = content.range(first, last + 1) if isinstance(content, Recorded) else content[first : last + 1]
+        return self._send(206, headers, body)
 
-    def _send(self, status: int, headers: dict[str, str], body: bytes, cut: int | None = None) -> None:
-        """Send an answer; with `cut`, promise the whole body and close after so many bytes of it."""
+    def _send(
+        self, status: int, headers: dict[str, str], body: bytes, cut: int | None = None, length: int | None = None
+    ) -> None:
+        """Send an answer; with `cut`, promise the whole body (or `length` bytes) and close after so many of them."""
         sent = b"" if self.command == "HEAD" else body[:cut]
         self.server.hub.requests.append(  # type: ignore[attr-defined]
             Request(self.command, urlsplit(self.path).path, self.headers.get("Range"), len(sent))
         )
         self.send_response(status)
-        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+        for key, value in (headers | {"Content-Length": str(len(body) if length is None else length)}).items():
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(sent)
 
 
-def _tree_entry(name: str, content: bytes) -> dict[str, object]:
+def _tree_entry(name: str, content: Content) -> dict[str, object]:
     """Return what the hub's list of a commit says of one file."""
     entry: dict[str, object] = {"type": "file", "path": name, "size": len(content)}
     if not _is_lfs(name):
