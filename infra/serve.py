@@ -4,9 +4,11 @@ On this machine, with Ray of its own, for those on this machine:
 
     python infra/serve.py FOLDER
 
-On a cluster, from a checkout that has `infra/` (FOLDER may also be a URL of a store, or models:/NAME@champion):
+On the head of a cluster whose nodes have sensmerge (FOLDER may also be a URL of a store, or models:/NAME@champion):
 
-    serve run infra.serve:app model=FOLDER token_file=/run/secrets/token
+    python infra/serve.py FOLDER --address auto --host 0.0.0.0 --token-file /run/secrets/token
+
+`serve run infra.serve:app model=FOLDER` does the same in a folder that has `infra/`.
 
 What a request asks, and what comes back:
 
@@ -45,7 +47,9 @@ WAIT = 0.01
 AskedRow = tuple[str | dict[str, Any], dict[str, Any], str]
 """a row, the parameters of its request, and what messages call it"""
 Answer = dict[str, Any] | InputError
-web = FastAPI(title="sensmerge")
+NAME = "sensmerge"
+"""Of the deployment, and of the application of `main`."""
+web = FastAPI(title=NAME)
 
 
 class Settings(BaseModel):
@@ -211,7 +215,7 @@ def _loaded(settings: Settings) -> Any:
     return Scorer(settings.model, settings.device, settings.dtype)
 
 
-Deployed = serve.deployment(name="sensmerge", max_ongoing_requests=256)(serve.ingress(web)(MergedModel))
+Deployed = serve.deployment(name=NAME, max_ongoing_requests=256)(serve.ingress(web)(MergedModel))
 
 
 def app(arguments: dict[str, Any]) -> serve.Application:
@@ -250,10 +254,13 @@ def main() -> None:
 
     with suppress(Stopped), stoppable(), cluster(where["address"]):
         serve.start(http_options={"host": where["host"], "port": where["port"]})
-        serve.run(app(given))
-        sys.stdout.write(f"{given['model']}: http://{where['host']}:{where['port']}/predict\n")
-        sys.stdout.flush()
-        Event().wait()
+        try:
+            serve.run(app(given), name=NAME)
+            sys.stdout.write(f"{given['model']}: http://{where['host']}:{where['port']}/predict\n")
+            sys.stdout.flush()
+            Event().wait()
+        finally:
+            serve.delete(NAME)  # a cluster would go on without this process
 
 
 if __name__ == "__main__":

@@ -43,17 +43,20 @@ def prompts_of(settings: Mapping[str, Mapping[str, Any]], where: str) -> dict[st
     """
     found: dict[str, RowTask] = {}
     for name, one in settings.items():
-        kind = str(one.get("kind"))
-        if kind not in KINDS:
+        kind = one.get("kind")
+        cls = KINDS.get(kind) if isinstance(kind, str) else None
+        if cls is None or not issubclass(cls, RowTask) or not cls.asks:
             raise InputError(
-                f"{where}: task {name} is of kind {kind}, which is not here; install the package that has it"
+                f"{where}: task {name} is of kind {shown(kind)}, which cannot be asked here; if a package has it, "
+                "install that"
             )
         try:
-            task = KINDS[kind].model_validate(one)
+            found[name] = cls.model_validate({key: value for key, value in one.items() if key in ("kind", *cls.asks)})
+            found[name].named_fields(f"task {name}")
         except ValidationError as error:
             raise InputError(f"{where}: task {name}: {error.errors()[0]['msg']}; copy the folder again") from None
-        assert isinstance(task, RowTask)
-        found[name] = task
+        except InputError as error:
+            raise InputError(f"{where}: {error}; copy the folder again") from None
     return found
 
 

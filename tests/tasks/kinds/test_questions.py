@@ -105,11 +105,30 @@ def test_a_kind_that_cannot_be_asked_is_not_kept() -> None:
     assert kept_settings({"a": MultipleChoiceTask(kind="multiple_choice")}) == {}
 
 
-def test_settings_that_are_none() -> None:
-    with pytest.raises(InputError, match=r"^f: task t is of kind nothing, which is not here"):
-        prompts_of({"t": {"kind": "nothing"}}, "f")
-    with pytest.raises(InputError, match=r"^f: task t: .*; copy the folder again"):
-        prompts_of({"t": {"kind": "completion", "max_length": 0}}, "f")
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "nothing"}, "f: task t is of kind 'nothing', which cannot be asked here"),
+        ({"kind": ["chat"]}, r"f: task t is of kind \['chat'\], which cannot be asked here"),
+        ({"kind": "lm_eval"}, "f: task t is of kind 'lm_eval', which cannot be asked here"),
+        ({"kind": "sts"}, "f: task t is of kind 'sts', which cannot be asked here"),
+        ({"kind": "completion", "max_length": 0}, "f: task t: .*; copy the folder again"),
+        (
+            {"kind": "completion", "prompt": "{a.b}"},
+            "f: task t.prompt: template .* only plain .*; copy",
+        ),
+    ],
+    ids=range(6),
+)
+def test_settings_that_are_none(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=f"^{said}"):
+        prompts_of({"t": settings}, "f")
+
+
+def test_only_what_is_asked_is_taken_of_settings() -> None:
+    (one,) = prompts_of({"t": {"kind": "code", "prompt": "{a}", "run_untrusted_code": True}}, "f").values()
+    assert isinstance(one, CodeTask)
+    assert not one.run_untrusted_code
 
 
 def test_a_row_says_how_it_is_read(tokenizer: PreTrainedTokenizerFast) -> None:
