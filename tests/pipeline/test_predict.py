@@ -16,6 +16,7 @@ from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.generation import GREEDY, Decoding
 from tests.conftest import command_line, tiny_recipe, write_recipe, write_rows
+from tests.here import run_here
 
 pytestmark = pytest.mark.ray
 
@@ -23,24 +24,24 @@ Row = dict[str, Any]
 SE = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}
 
 
-def dynamic_model(recipe: dict[str, Any], folder: Path, address: str) -> Path:
+def dynamic_model(recipe: dict[str, Any], folder: Path) -> Path:
     """Run a recipe with the one variant `se` and return its folder."""
     recipe["merges"] = {"se": SE}
     report = folder / "report.json"
     path = write_recipe(folder, recipe)
-    assert command_line("run", path, "--store", folder / "store", "--address", address, "--report", report) == 0
+    assert run_here(path, "--store", folder / "store", "--report", report) == 0
     return Path(json.loads(report.read_text())["models"]["se"])
 
 
 @pytest.fixture(scope="module")
-def writer(llamas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
+def writer(llamas: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dynamic language model of the tiny Llamas math and code."""
     folder = tmp_path_factory.mktemp("writer")
-    return dynamic_model(tiny_recipe(llamas, folder), folder, ray_address)
+    return dynamic_model(tiny_recipe(llamas, folder), folder)
 
 
 @pytest.fixture(scope="module")
-def classifier(berts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, ray_address: str) -> Path:
+def classifier(berts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dynamic classifier of the tiny BERTs mood (2 classes) and topic (3 classes)."""
     folder = tmp_path_factory.mktemp("classifier")
     words = {"mood": ("glad", "sad"), "topic": ("sports", "trade", "arts")}
@@ -54,7 +55,7 @@ def classifier(berts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory,
         tasks[name] = {"kind": "classification", "calibration": first, "evaluation": last}
     experts = {name: {"model": str(berts[name])} for name in words}
     recipe = {"name": "classifier", "base": str(berts["base"]), "experts": experts, "tasks": tasks}
-    return dynamic_model(recipe, folder, ray_address)
+    return dynamic_model(recipe, folder)
 
 
 @pytest.fixture
