@@ -3,6 +3,9 @@
 MLflow takes seconds to import and a server may be slow, so all of that is done beside the work.
 """
 
+import os
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -21,6 +24,9 @@ from sensmerge.tasks.urls import public_text
 
 if TYPE_CHECKING:
     from sensmerge.pipeline.execute.worker import Done
+
+LOWEST = 19
+"""Niceness of what may always wait."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class LiveRun:
             say: what is told of a failure.
         """
         self._uri, self._plan, self._texts, self._say = uri, plan, texts, say
-        self._beside = ThreadPoolExecutor(1)
+        self._beside = ThreadPoolExecutor(1, initializer=_give_way)
         self._told: list[Future[None]] = []
         self._news: deque[EndedStep] = deque()
         self._run: str | None = None
@@ -136,3 +142,9 @@ class LiveRun:
                     main = self._plan.inputs.data[task].task.metric
                     model[main_metric(task, main)] = scores[main].value
         return found
+
+
+def _give_way() -> None:
+    """Let this thread have the processor when no worker on this machine wants it: Ray starts those with niceness 15."""
+    if sys.platform == "linux":  # elsewhere a whole process has one niceness
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
