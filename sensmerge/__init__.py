@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sensmerge.tasks.dynamic.model import DynamicModel as DynamicModel
     from sensmerge.tasks.errors import InputError as InputError
+    from sensmerge.tasks.networks.generation import Decoding as Decoding
     from sensmerge.tasks.serving.static_model import StaticModel as StaticModel
 
 _PUBLIC = {
+    "Decoding": "sensmerge.tasks.networks.generation",
     "DynamicModel": "sensmerge.tasks.dynamic.model",
     "InputError": "sensmerge.tasks.errors",
     "StaticModel": "sensmerge.tasks.serving.static_model",
 }
-__all__ = ["DynamicModel", "InputError", "StaticModel"]
+__all__ = ["Decoding", "DynamicModel", "InputError", "StaticModel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ model.predict(["What is 3 plus 4?"])
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -106,6 +107,7 @@ class StaticModel:
         self.form = form
         self.prompts = prompts
         """the tasks that it can be asked in their prompts, by name"""
+        self._busy = Lock()  # settings of continuations are set on the network while it writes
         self._pad_id = pad_token(next(iter(networks.values())), tokenizer)
         for network in networks.values():
             network.config.pad_token_id = self._pad_id  # by it the head of a decoder finds the last token
@@ -218,7 +220,7 @@ class StaticModel:
     ) -> list[str]:
         if not samples:
             return []
-        with torch.inference_mode():
+        with self._busy, torch.inference_mode():
             if new is not None:
                 found = generate(network, self.tokenizer, samples, new, decoding)
                 return [written(ids, self.tokenizer, decoding.stop) for ids in found]

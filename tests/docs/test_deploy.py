@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from sensmerge import Decoding
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.kinds.kind import KINDS, RowTask
-from sensmerge.tasks.networks.generation import MAX_NEW_TOKENS, Decoding
+from sensmerge.tasks.networks.generation import MAX_NEW_TOKENS
 from sensmerge.tasks.serving.static_model import StaticModel
 from tests.docs.pages import DOCS
 from tests.pipeline.tracking import test_record
