@@ -18,9 +18,10 @@ from rich.console import Console
 from sensmerge.pipeline import start, workflow
 from sensmerge.pipeline.cli import main
 from sensmerge.pipeline.execute.pieces import prepared
-from sensmerge.pipeline.execute.worker import Spent, run_finish, run_part
+from sensmerge.pipeline.execute.worker import Done, Spent, run_finish, run_part
 from sensmerge.pipeline.plan.models import hash_models, list_models
 from sensmerge.pipeline.plan.plan import Plan, make_plan
+from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.checkpoints import digests
@@ -95,7 +96,14 @@ def _in_one_thread(path: Path, kind: str) -> str:
     return f"blake3:{blake3(path.read_bytes()).hexdigest()}" if kind == "blake3" else _compute(path, kind)
 
 
-def steps_here(plan: Plan, address: str | None, console: Console, count_steps: bool = False, wait: float = 0) -> None:
+def steps_here(
+    plan: Plan,
+    address: str | None,
+    console: Console,
+    count_steps: bool = False,
+    wait: float = 0,
+    on_end: Callable[[Step, Done], None] | None = None,
+) -> None:
     """Do in this process, one after the other, what `execute` has Ray's workers do."""
     plan.write_rows()
     for step in plan.steps:
@@ -103,7 +111,9 @@ def steps_here(plan: Plan, address: str | None, console: Console, count_steps: b
             job, spent = prepared(step, plan.store), Spent()
             for part in job.parts():
                 spent += run_part(job, part, plan.store.partial(step.key), 1, step.models).spent
-            run_finish(job, plan.store, step.key, spent, 1, step.models)
+            done = run_finish(job, plan.store, step.key, spent, 1, step.models)
+            if on_end is not None:
+                on_end(step, done)
 
 
 def command(
