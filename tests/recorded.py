@@ -111,8 +111,8 @@ def _llama(dtype: torch.dtype, added: tuple[str, ...] = (), **changes: Any) -> M
     return Model(LlamaForCausalLM, LlamaConfig(**{**LLAMA, "eos_token_id": 2, **changes}), dtype, added=added)
 
 
-def _mistral(dtype: torch.dtype) -> Model:
-    return Model(MistralForCausalLM, MistralConfig(**MISTRAL, rope_theta=10000.0), dtype)
+def _mistral(dtype: torch.dtype, **changes: Any) -> Model:
+    return Model(MistralForCausalLM, MistralConfig(**{**MISTRAL, "rope_theta": 10000.0, **changes}), dtype)
 
 
 def _gpt2(labels: int) -> Model:
@@ -132,6 +132,7 @@ def hub_models() -> dict[str, Model]:
         "mrm8488/llama-2-coder-7b": _llama(torch.bfloat16),
         "mistralai/Mistral-7B-v0.1": _mistral(torch.bfloat16),
         "mistralai/Mistral-7B-Instruct-v0.1": _mistral(torch.bfloat16),
+        "mistralai/Mistral-7B-Instruct-v0.2": _mistral(torch.bfloat16, rope_theta=1e6, sliding_window=None),
         "TIGER-Lab/MAmmoTH2-7B": _mistral(torch.bfloat16),
         "Nondzu/Mistral-7B-codealpaca-lora": _mistral(torch.float16),
         "openai-community/gpt2": Model(GPT2Model, GPT2Config(), torch.float32, "GPT2LMHeadModel", masks),
