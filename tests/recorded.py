@@ -31,7 +31,7 @@ from transformers import (
 from sensmerge.tasks.checkpoints.checkpoint import CheckpointPlan, plan_checkpoint, preallocate
 from tests.hub_server import Content, Recorded
 
-LLAMA = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "bos_token_id": 1}
+LLAMA = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 MISTRAL = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "sliding_window": 4096}
 SHARD_SIZE = 10_000_000_000
 
@@ -107,12 +107,14 @@ def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def _llama(dtype: torch.dtype, added: tuple[str, ...] = (), **changes: Any) -> Model:
-    return Model(LlamaForCausalLM, LlamaConfig(**{**LLAMA, "eos_token_id": 2, **changes}), dtype, added=added)
+def _llama(dtype: torch.dtype) -> Model:
+    """Return a Llama as versions of transformers wrote it that stored its rotary frequencies, too."""
+    frequencies = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": (64,) for layer in range(32)}
+    return Model(LlamaForCausalLM, LlamaConfig(**LLAMA), dtype, more=frequencies)
 
 
-def _mistral(dtype: torch.dtype) -> Model:
-    return Model(MistralForCausalLM, MistralConfig(**MISTRAL, rope_theta=10000.0), dtype)
+def _mistral(dtype: torch.dtype, **changes: Any) -> Model:
+    return Model(MistralForCausalLM, MistralConfig(**{**MISTRAL, "rope_theta": 10000.0, **changes}), dtype)
 
 
 def _gpt2(labels: int) -> Model:
@@ -132,6 +134,7 @@ def hub_models() -> dict[str, Model]:
         "mrm8488/llama-2-coder-7b": _llama(torch.bfloat16),
         "mistralai/Mistral-7B-v0.1": _mistral(torch.bfloat16),
         "mistralai/Mistral-7B-Instruct-v0.1": _mistral(torch.bfloat16),
+        "mistralai/Mistral-7B-Instruct-v0.2": _mistral(torch.bfloat16, rope_theta=1e6, sliding_window=None),
         "TIGER-Lab/MAmmoTH2-7B": _mistral(torch.bfloat16),
         "Nondzu/Mistral-7B-codealpaca-lora": _mistral(torch.float16),
         "openai-community/gpt2": Model(GPT2Model, GPT2Config(), torch.float32, "GPT2LMHeadModel", masks),
@@ -147,7 +150,7 @@ def vision_tower(prefix: str = "") -> Model:
 
 def mammoth() -> Model:
     """MAmmoTH-7B as `save_pretrained` writes it: one token more than its base, in float32."""
-    return _llama(torch.float32, ("[PAD]",), vocab_size=32001)
+    return Model(LlamaForCausalLM, LlamaConfig(**{**LLAMA, "vocab_size": 32001}), torch.float32, added=("[PAD]",))
 
 
 def rows(path: str, name: str | None, numbers: range) -> list[dict[str, object]]:

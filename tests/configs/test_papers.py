@@ -12,6 +12,7 @@ from sensmerge.pipeline.plan.models import list_models
 from sensmerge.pipeline.plan.plan import Plan, make_plan
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.store.store import Store
+from sensmerge.tasks.errors import InputError
 from tests.conftest import write_recipe, write_rows
 from tests.hub_server import HubServer
 from tests.recorded import hub_models, mammoth, rows, vision_tower
@@ -47,8 +48,9 @@ def plan_paper(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Plan a recipe of configs/ without a look at weights, as on a machine with room for them."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**15, used=0, free=10**15))
 
-    def plan(name: str) -> Plan:
+    def plan(name: str, **experts: str) -> Plan:
         recipe = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        recipe["experts"] |= {expert: {"model": model} for expert, model in experts.items()}
         record(hub, recipe)
         loaded = load_recipe(write_recipe(tmp_path, with_rows(recipe, tmp_path)))
         store = Store(tmp_path / "store")
@@ -83,6 +85,13 @@ def test_mistral_7b(plan_paper: Any) -> None:
     plan = plan_paper("mistral-7b")
     assert set(sizes(plan).values()) == {14.48}
     assert len(plan.inputs.base.weights) == 291
+
+
+def test_a_chat_model_with_other_positions_is_refused(plan_paper: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"^experts\.chat: .* has other settings than the base: rope_parameters\.rope_theta"
+    ):
+        plan_paper("mistral-7b", chat="hub:mistralai/Mistral-7B-Instruct-v0.2@main")
 
 
 def test_gpt2_glue(plan_paper: Any) -> None:
