@@ -29,10 +29,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from fastapi import FastAPI, Header, HTTPException
-from pydantic import BaseModel, ConfigDict
-from ray import serve
-from ray.serve import metrics
+try:
+    from fastapi import FastAPI, Header, HTTPException
+    from pydantic import BaseModel, ConfigDict
+    from ray import serve
+    from ray.serve import metrics
+except ImportError as error:
+    sys.exit(f"error: {error}; run pip install -c constraints.txt '.[serve]'")
 
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError

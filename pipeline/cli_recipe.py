@@ -46,7 +46,7 @@ def init(
         return
     check_target(target)
     write_whole(target, new_recipe(base, experts, target.absolute().parent, store.hub_cache))
-    console_of().print(f"{target}: sensmerge plan {target} says what it does", highlight=False, soft_wrap=True)
+    console_of().print(f"wrote {target}; next: sensmerge plan {target}", highlight=False, soft_wrap=True)
 
 
 def plan(

@@ -50,7 +50,7 @@ NEED_DATA = (
     "tuned: {method: task_arithmetic, weight: auto}",
     "regmean: {method: regmean, calibrate: {}}",
     "ta-sens: {method: task_arithmetic, weight: 0.4, coefficients: {kind: sens}}",
-    "ta-se: {method: task_arithmetic, weight: 0.4, application: {kind: se}}",
+    "ta-se: {method: task_arithmetic, weight: 0.3, application: {kind: se, mass: 1.0}}",
 )
 """Variants that need tasks; the first of them makes sense for one expert too."""
 
@@ -119,7 +119,7 @@ def _merges(experts: int) -> Iterator[str]:
     if experts == 1:
         yield "mixed: {method: task_arithmetic, weight: [0.25, 0.5, 0.75]}  # three mixtures of base and expert"
         return
-    yield "ta: {method: task_arithmetic, weight: [0.3, 0.5, 0.7]}  # a sweep: three variants"
+    yield "ta: {method: task_arithmetic, weight: [0.3, 0.5, 0.7, 1.0]}  # a sweep: four variants"
     yield "ties: {method: ties, density: 0.3}"
     yield "tsv: {method: tsv_m}"
 

@@ -129,9 +129,9 @@ def step_table(title: str) -> Table:
     """Return an empty table for steps: stage, name, whether it runs and why, and the bytes read and written."""
     table = Table(title=title, title_justify="left")
     for column in ("stage", "step", "", "why"):
-        table.add_column(column)
-    table.add_column("read", justify="right")
-    table.add_column("write", justify="right")
+        table.add_column(column, overflow="fold")
+    table.add_column("read", justify="right", overflow="fold")
+    table.add_column("write", justify="right", overflow="fold")
     return table
 
 

@@ -1,5 +1,6 @@
 """The steps of a recipe: which there are, what each reads, and the job that it does."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -233,7 +234,7 @@ class _Layout:
             "base_config": [name for name, one in heads.items() if one.base_config],
             "base": self._base,
             "experts": self._experts,
-            "head_configs": {name: one.config.to_json_string() for name, one in heads.items()},
+            "head_configs": {name: _without_dtype(one.config.to_dict()) for name, one in heads.items()},
             "tokenizer": inputs.tokenizer.folder,
             "groups": layer_groups(self._base),
         }
@@ -389,3 +390,8 @@ class _Layout:
 
     def _device(self, stage: Stage) -> str:
         return "cuda" if self._recipe.resources_of(stage).num_gpus else "cpu"
+
+
+def _without_dtype(config: Mapping[str, Any]) -> str:
+    """Return the config of a head as JSON; its network is loaded in the dtype of the merged trunk, not the expert's."""
+    return json.dumps({key: value for key, value in config.items() if key != "dtype"}, indent=2, sort_keys=True) + "\n"

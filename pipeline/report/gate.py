@@ -179,9 +179,9 @@ def passes(verdicts: Sequence[Verdict]) -> bool:
 def comparison_table(first: str, second: str, verdicts: Sequence[Verdict]) -> Table:
     """Return the scores of two models, A and B, and their difference: a row per task, with 95 % intervals."""
     table = Table(title=f"A: {first}\nB: {second}", title_justify="left", show_lines=True)
-    table.add_column("task")
+    table.add_column("task", overflow="fold")
     for column in ("A", "B", "B − A"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for one in verdicts:
         d = one.difference
         difference = "other samples" if d is None else f"{d.value:+.3f}\n{d.low:+.3f} … {d.high:+.3f}\nn = {d.n}"

@@ -176,12 +176,12 @@ def score_table(report: Report) -> Table:
     Variants stand by their means, the best first, with how far the others are behind it.
     """
     table = Table(title=f"{report.recipe}: main metric on each task, with its 95 % interval", show_lines=True)
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     for task, metric in report.tasks.items():
-        table.add_column(f"{task}\n{metric}", justify="right")
-    table.add_column("mean\nnormalised", justify="right")
+        table.add_column(f"{task}\n{metric}", justify="right", overflow="fold")
+    table.add_column("mean\nnormalised", justify="right", overflow="fold")
     if report.behind:
-        table.add_column("behind\nthe best", justify="right")
+        table.add_column("behind\nthe best", justify="right", overflow="fold")
     for model in _by_mean(report):
         cells = [_cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
         behind = [_cell(report.behind.get(model))] if report.behind else []
@@ -211,8 +211,8 @@ def tuning_table(name: str, tuning: TuningInfo) -> Table:
     samples = tuning.tried[0].mean.n
     table = Table(title=f"{name}: main metric ÷ own expert's on {samples} rows to tune on, with 95 % intervals")
     for column in (*tuning.chosen, "mean", "behind", *tuning.metrics):
-        table.add_column(column, justify="right")
-    table.add_column("")
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("", overflow="fold")
     for one in tuning.tried:
         table.add_row(
             *(shown(value) for value in one.values.values()),
@@ -259,12 +259,12 @@ def route_table(report: Report) -> Table:
     """
     classifies = any(route.routed for route in report.routes.values())
     table = Table(title=f"{report.recipe}: routes of the variants with application se", show_lines=True)
-    table.add_column("variant")
-    table.add_column("route")
+    table.add_column("variant", overflow="fold")
+    table.add_column("route", overflow="fold")
     for column in ("held\nout", "tasks\nfound", "right\nexpert's λ", *(["routed\nnormalised"] if classifies else [])):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for column in ("passes", "size"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for name, route in report.routes.items():
         rule = "{score}\nlayer {layer}\n{pool}, {metric}".format(**route.rule)
         trust = "" if route.trust == 1 else f"\nfollowed {route.trust:.0%}"

@@ -77,7 +77,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(f"{folder}: no {MANIFEST} in it; expected the folder of a variant with application se")
+        raise InputError(
+            f"{folder}: no {MANIFEST} in it; expected the folder of a variant with application se; "
+            "a static merge is served by infra/serve.py or `mlflow models serve`, and answers in Python as StaticModel"
+        )
     try:
         content = load_object(path)
         version, digest = content["version"], content.pop("digest")

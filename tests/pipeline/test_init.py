@@ -27,14 +27,14 @@ def test_a_recipe_for_what_is_there(
     target, data = tmp_path / "recipe.yaml", tmp_path / "data"
     models = (llamas["base"], llamas["math"], adapter)
     assert command_line("init", *models, "-o", target, "--store", tmp_path / "store") == 0
-    assert capsys.readouterr().out.endswith(f"sensmerge plan {target} says what it does\n")
+    assert capsys.readouterr().out.endswith(f"wrote {target}; next: sensmerge plan {target}\n")
     assert not (tmp_path / "store").exists()
     text = target.read_text()
     assert re.search(r"^base: .*  # LlamaForCausalLM, [\d.]+ kB, float32$", text, re.MULTILINE)
     assert re.search(r"^  lora: \{model: .*lora\}  # adapter, rank 4, [\d.]+ kB$", text, re.MULTILINE)
     recipe = load_recipe(target)
     assert list(recipe.experts) == ["math", "lora"]
-    assert list(recipe.merges) == ["ta-weight-0.3", "ta-weight-0.5", "ta-weight-0.7", "ties", "tsv"]
+    assert list(recipe.merges) == [*(f"ta-weight-{weight}" for weight in (0.3, 0.5, 0.7, 1.0)), "ties", "tsv"]
 
     target.write_text(uncommented(text))
     for name in recipe.experts:

@@ -66,7 +66,7 @@ def test_from_two_experts_to_a_server(
     models = [save(make_llama(), "base", tmp_path)]
     models += [save(trained(tokenizer, text, 20), name, tmp_path) for name, text in TEXTS.items()]
     recipe = tmp_path / "recipe.yaml"
-    assert f"sensmerge plan {recipe} says what it does" in said("init", *models, "-o", recipe)
+    assert f"next: sensmerge plan {recipe}" in said("init", *models, "-o", recipe)
     content = yaml.safe_load(recipe.read_text())
     assert content["name"] == NAME
     assert content["merges"]["ta"] == {"method": "task_arithmetic", "weight": [0.3, 0.5, 0.7]}
