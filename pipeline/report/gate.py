@@ -112,7 +112,8 @@ def choice(report: Report, gate: Gate) -> str | None:
     if len(names) < 2:
         return None
     best = best_variant(report, gate)
-    said = f"best of {len(names)} variants: {best}, chosen by {gate.metric}"
+    static = "static " if report.routes and not gate.variants else ""
+    said = f"best of {len(names)} {static}variants: {best}, chosen by {gate.metric}"
     if not is_held_out(report, gate):
         return f"{said} on all samples, {_brief(scores[best])}: too few to hold some out, so this is optimistic"
     first, second = report.first_half[best], report.second_half[best]

@@ -203,7 +203,7 @@ def equals(report: Report) -> str | None:
     if not near:
         return None
     best = next(name for name in _by_mean(report) if report.roles[name] == "variant")
-    return f"not surely behind {best} (the 95 % interval of the difference holds 0): {', '.join(near)}"
+    return f"not surely behind {best} (the 95 % interval of the difference includes 0): {', '.join(near)}"
 
 
 def tuning_table(name: str, tuning: TuningInfo) -> Table:

@@ -69,7 +69,7 @@ def test_from_two_experts_to_a_server(
     assert f"next: sensmerge plan {recipe}" in said("init", *models, "-o", recipe)
     content = yaml.safe_load(recipe.read_text())
     assert content["name"] == NAME
-    assert content["merges"]["ta"] == {"method": "task_arithmetic", "weight": [0.3, 0.5, 0.7]}
+    assert content["merges"]["ta"] == {"method": "task_arithmetic", "weight": [0.3, 0.5, 0.7, 1.0]}
     write_recipe(tmp_path, completed(content, tmp_path))
 
     # Plan, and run it.
@@ -77,7 +77,7 @@ def test_from_two_experts_to_a_server(
     assert f"{NAME}: 18 of 18 steps to run" in planned
     assert re.search(r"merge *│ ta-weight-0\.6 *│ RUN │ new", planned)
     run = said("run", recipe, *on_ray, "--report", report)
-    assert re.search(r"best of 2 variants: ta-weight-0\.\d, chosen by math/perplexity", run)
+    assert re.search(r"best of 2 static variants: ta-weight-0\.\d, chosen by math/perplexity", run)
     assert f"{NAME}: all 18 steps are in the store" in said("plan", recipe, *here)
     first = versions()
     assert set(first) == {"ta-weight-0.3", "ta-weight-0.6", "ta-se"}

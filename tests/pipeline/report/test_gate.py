@@ -224,6 +224,9 @@ def test_a_choice_is_said_with_what_it_is_worth(report: Report) -> None:
         "on the held-out half: 0.500 [0.400, 0.600], n = 9"
     )
     assert choice(halved_report, gate(variants=["ta"])) is None
+    dynamic = halved_report.model_copy(update={"routes": {"ta-se": None}})
+    assert str(choice(dynamic, gate())).startswith("best of 2 static variants: ta, ")
+    assert str(choice(dynamic, gate(variants=["ta", "ta-sens.3"]))).startswith("best of 2 variants: ta, ")
     assert not is_held_out(halved_report, gate(variants=["ta"]))
     assert "ta-sens.3, chosen by mean_normalised on all samples" in str(choice(report, gate()))
     assert "too few to hold some out, so this is optimistic" in str(choice(report, gate()))

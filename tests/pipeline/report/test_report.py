@@ -63,7 +63,7 @@ def test_variants_stand_by_their_means_and_those_near_the_best_are_named(tmp_pat
     text = (tmp_path / "out").read_text()
     assert re.findall(r"^│ (\w+) +│ +–", text, re.MULTILINE) == ["base", "high", "near", "low", "none"]
     assert re.findall(r"0\.\d+ │ +(\S+) │", text) == ["–", "–", "0.010", "0.300"]
-    assert equals(one) == "not surely behind high (the 95 % interval of the difference holds 0): near"
+    assert equals(one) == "not surely behind high (the 95 % interval of the difference includes 0): near"
     assert equals(one.model_copy(update={"behind": {"low": behind["low"]}})) is None
 
 
