@@ -20,6 +20,7 @@ from sensmerge.tasks.networks import walk as walk_module
 from sensmerge.tasks.stages.calibrate import CalibrateJob
 from sensmerge.tasks.stages.route import RouteJob
 from tests.conftest import command_line, do_steps, plan_of, write_recipe
+from tests.pipeline.plan.test_plan import fingerprints
 
 Recipe = dict[str, Any]
 
@@ -64,27 +65,29 @@ def test_every_expert_needs_a_calibration_set(recipe: Recipe, tmp_path: Path) ->
 
 def test_the_calibrated_model_is_the_variant(recipe: Recipe, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, recipe)
-    assert [step.title for step in plan.steps if "fitted" in step.name] == [
+    assert [title for title in plan.makers if "fitted" in title] == [
         *("merge fitted", "calibrate fitted", "evaluate fitted/math", "evaluate fitted/code")
     ]
-    assert plan.step("calibrate", "fitted").needs == (
-        *("merge fitted", "download base", "download math", "download code"),
-    )
+    assert plan.step("calibrate", "fitted").needs == (*("merge ta", "download base", "download math", "download code"),)
     assert plan.step("evaluate", "fitted/math").needs[0] == "calibrate fitted"
     assert plan.models()["fitted"] == plan.artifact("calibrate", "fitted")
-    # The merge is the same as that of the variant that is not calibrated.
-    assert len({plan.step("merge", name).key.fingerprint for name in ("ta", "fitted")}) == 1
+    # The merge is that of the variant that is not calibrated.
+    assert plan.makers["merge fitted"] == "merge ta"
 
 
 def test_samples_can_be_answered_from_the_calibrated_model(recipe: Recipe, tmp_path: Path) -> None:
     recipe["merges"]["fitted-se"] = {**recipe["merges"]["fitted"], "application": {"kind": "se"}}
     plan = plan_of(tmp_path, recipe)
-    steps = [step for step in plan.steps if "fitted-se" in step.name]
-    stages = ["merge", "calibrate", "vectors", "route", "evaluate"]
-    assert [step.title for step in steps] == [f"{stage} fitted-se" for stage in stages]
-    assert steps[2].needs == ("calibrate fitted-se", "download base", "download math", "download code")
-    assert steps[3].needs == ("vectors fitted-se",)
-    route = steps[3].job
+    made = {title: maker for title, maker in plan.makers.items() if "fitted-se" in title}
+    assert made == {
+        "merge fitted-se": "merge ta",
+        "calibrate fitted-se": "calibrate fitted",
+        **{title: title for title in ("vectors fitted-se", "route fitted-se", "evaluate fitted-se")},
+    }
+    downloads = ("download base", "download math", "download code")
+    assert plan.step("vectors", "fitted-se").needs == ("calibrate fitted", *downloads)
+    assert plan.step("route", "fitted-se").needs == ("vectors fitted-se",)
+    route = plan.step("route", "fitted-se").job
     assert isinstance(route, RouteJob)
     assert (route.origin, route.static) == ("static", 0.0)
     # Which weights it is answered from does not depend on how samples are routed.
@@ -108,9 +111,9 @@ CALIBRATED = {"calibrate fitted", "evaluate fitted/math", "evaluate fitted/code"
     ],
 )
 def test_what_a_change_touches(override: str, expected: set[str], recipe: Recipe, tmp_path: Path) -> None:
-    before, after = plan_of(tmp_path, recipe), plan_of(tmp_path, recipe, override)
-    prints = {step.title: step.key.fingerprint for step in before.steps}
-    assert {step.title for step in after.steps if prints[step.title] != step.key.fingerprint} == expected
+    before, after = (fingerprints(plan_of(tmp_path, recipe, *more)) for more in ((), (override,)))
+    assert before.keys() == after.keys()
+    assert {title for title in after if before[title] != after[title]} == expected
 
 
 def test_gpus_and_steps(recipe: Recipe, tmp_path: Path) -> None:
