@@ -123,7 +123,7 @@ def test_without_the_token_nothing_is_submitted(head: tuple[dict[str, str], str]
 
 def test_the_nightly_pod_that_is_ended_ends_its_job(head: tuple[dict[str, str], str]) -> None:
     environment, address = head
-    manifest = yaml.safe_load((PROJECT / "infra" / "kubernetes" / "cronjob.yaml").read_text())
+    manifest = yaml.safe_load((PROJECT / "infra" / "kubernetes" / "cluster" / "cronjob.yaml").read_text())
     (pod,) = manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     script, _, rest = pod["args"][0].partition("sensmerge refresh")
     script += "sleep 300 &" + rest.partition("&")[2]  # in place of the refresh
