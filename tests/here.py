@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from unittest.mock import patch
 
-from rich.console import Console
-
 from sensmerge.pipeline import start, workflow
 from sensmerge.pipeline.execute.pieces import prepared
 from sensmerge.pipeline.execute.worker import Done, Spent, run_finish, run_part
@@ -13,14 +11,7 @@ from sensmerge.pipeline.plan.step import Step
 from tests.conftest import command_line
 
 
-def steps_here(
-    plan: Plan,
-    address: str | None,
-    console: Console,
-    count_steps: bool = False,
-    wait: float = 0,
-    on_end: Callable[[Step, Done], None] | None = None,
-) -> None:
+def steps_here(plan: Plan, *_: object, on_end: Callable[[Step, Done], None] | None = None, **__: object) -> None:
     """Do in this process, one after the other, what `execute` has Ray's workers do."""
     plan.write_rows()
     for step in plan.steps:

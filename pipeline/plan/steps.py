@@ -234,7 +234,7 @@ class _Layout:
             "base_config": [name for name, one in heads.items() if one.base_config],
             "base": self._base,
             "experts": self._experts,
-            "head_configs": {name: _without_dtype(one.config.to_dict()) for name, one in heads.items()},
+            "head_configs": {name: _without_dtype(one.config.to_json_string()) for name, one in heads.items()},
             "tokenizer": inputs.tokenizer.folder,
             "groups": layer_groups(self._base),
         }
@@ -392,6 +392,6 @@ class _Layout:
         return "cuda" if self._recipe.resources_of(stage).num_gpus else "cpu"
 
 
-def _without_dtype(config: Mapping[str, Any]) -> str:
-    """Return the config of a head as JSON; its network is loaded in the dtype of the merged trunk, not the expert's."""
-    return json.dumps({key: value for key, value in config.items() if key != "dtype"}, indent=2, sort_keys=True) + "\n"
+def _without_dtype(config: str) -> str:
+    """Return the JSON of a head's config; its network is loaded in the dtype of the merged trunk, not the expert's."""
+    return json.dumps({key: value for key, value in json.loads(config).items() if key != "dtype"}, indent=2) + "\n"

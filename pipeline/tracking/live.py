@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -146,5 +147,6 @@ class LiveRun:
 
 def _give_way() -> None:
     """Let this thread have the processor when no worker on this machine wants it: Ray starts those with niceness 15."""
-    if sys.platform == "linux":  # elsewhere a whole process has one niceness
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
+    with suppress(OSError):  # some sandboxes give threads none; then it is as busy as the workers
+        if sys.platform == "linux":  # elsewhere a whole process has one niceness
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)

@@ -1,5 +1,6 @@
 """Plans: what they find from headers alone, and what makes a step run again."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -388,6 +389,14 @@ def test_classification_heads_are_part_of_what_is_scored(berts: dict[str, Path],
     plan = plan_of(tmp_path, recipe)
     inputs = plan.step("evaluate", "ta/topic").key.inputs
     assert inputs["head"]["fingerprint"] == plan.step("download", "topic").key.fingerprint
+    # A head's network is loaded in the dtype of the merged trunk, whatever its expert's config says.
+    own = json.loads((berts["topic"] / "config.json").read_text())
+    merge = plan.step("merge", "ta").job
+    assert isinstance(merge, MergeJob)
+    kept = json.loads(merge.head_configs["topic"])
+    assert "dtype" in own
+    assert "dtype" not in kept
+    assert kept["id2label"] == own["id2label"]
 
 
 @pytest.mark.parametrize("kind", ["completion", "multiple_choice", "lm_eval"])
