@@ -40,6 +40,7 @@ class _Interpolation(Method):
     """Sums vectors, which are models or task vectors, with factors that depend on their lengths and angles."""
 
     needs: ClassVar[Literal["elements", "tensor", "matrix"]] = "tensor"
+    version: ClassVar[int] = 2  # 1 had the inner products of models from those of base and task vectors
     no_se: ClassVar[str] = "what one expert adds depends on its angles to the others"
 
     @property
@@ -75,7 +76,8 @@ class _Interpolation(Method):
             yield from self._by_rows_or_columns(base, vectors)
             return
         flat, deltas = base.reshape(-1), [vector.delta for vector in vectors]
-        origin, *others = self._mixture(inner_products(flat, deltas), vectors).tolist()
+        made_of = self.vectors(len(vectors))
+        origin, *others = self._mixture(inner_products(flat, deltas, made_of), vectors).tolist()
         for where, mixed in sums(flat, deltas, others):
             yield where, mixed.add_(flat[where].float(), alpha=origin)
 
@@ -88,13 +90,14 @@ class _Interpolation(Method):
         if not base.numel():
             return
         flat, deltas = base.reshape(-1), [vector.delta for vector in vectors]
+        made_of = self.vectors(len(vectors))
         by_rows = self.scope == "rows" or base.ndim < 2
         width = base.numel() if base.ndim < 2 else base.shape[-1] if by_rows else base[0].numel()
         if not by_rows:
-            mixture = self._mixture(products_of_columns(flat, deltas, width), vectors)
+            mixture = self._mixture(made_of @ products_of_columns(flat, deltas, width) @ made_of.T, vectors)
         for where, found in rows_of(flat, deltas, width):
             if by_rows:
-                mixture = self._mixture(products_of_rows(found), vectors)
+                mixture = self._mixture(made_of @ products_of_rows(found) @ made_of.T, vectors)
             factors = torch.from_numpy(mixture.T.astype(np.float32))
             yield where, found.mul_(factors[:, :, None] if by_rows else factors[:, None]).sum(0).view(-1)
 
@@ -102,11 +105,11 @@ class _Interpolation(Method):
         """Return how much of the base and of each task vector there is in the merged tensor, float64 (… × 1 + experts).
 
         Args:
-            products: inner products of base and task vectors, float64 (… × 1 + experts × 1 + experts).
+            products: inner products of `vectors`, float64 (… × vectors × vectors).
             vectors: the experts' task vectors.
         """
         made_of = self.vectors(len(vectors))
-        factors = self.factors(made_of @ products @ made_of.T, [vector.weight for vector in vectors])
+        factors = self.factors(products, [vector.weight for vector in vectors])
         mixture: Float64 = factors @ made_of
         if not made_of[:, 0].any():
             mixture[..., 0] += 1

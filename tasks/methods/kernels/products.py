@@ -1,4 +1,4 @@
-"""Inner products of a tensor's base and task vectors: all that their lengths and angles depend on."""
+"""Inner products of models and task vectors: all that their lengths and angles depend on."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,27 +9,42 @@ import torch
 from torch import Tensor
 
 from sensmerge.tasks.methods.kernels import loops
-from sensmerge.tasks.methods.kernels.delta import BLOCK, CHUNK, Delta, parts
+from sensmerge.tasks.methods.kernels.delta import BLOCK, CHUNK, Delta, chunks, expert_values
 
 Float64 = npt.NDArray[np.float64]
 
 
-def inner_products(base: Tensor, deltas: Sequence[Delta]) -> Float64:
-    """Return the inner products of the base and its task vectors over the whole tensor, float64 (1 + experts, twice).
+def inner_products(base: Tensor, deltas: Sequence[Delta], made_of: Float64) -> Float64:
+    """Return the inner products of vectors over the whole tensor, float64 (vectors × vectors).
 
     Args:
         base: the base's tensor, flat, in any float dtype.
         deltas: the experts' task vectors.
+        made_of: what the vectors are (vectors × 1 + experts), 0 or 1: the base, a task vector, or an expert, which is
+            both together.
     """
-    pairs = _pairs(1 + len(deltas))
+    pairs = _pairs(len(made_of))
     sums: list[list[float]] = [[] for _ in pairs]
-    for where, found in parts(base, deltas):
-        every = [base[where].float().numpy(), *(part.numpy() for part in found)]
-        for start in range(0, found.shape[1], BLOCK):
+    for where in chunks(len(base)):
+        every = [_values(row, base[where], deltas, where).numpy() for row in made_of]
+        for start in range(0, where.stop - where.start, BLOCK):
             blocks = [values[start : start + BLOCK] for values in every]
             for of_pair, (i, j) in zip(sums, pairs, strict=True):
                 of_pair.append(loops.inner_product(blocks[i], blocks[j]))
     return _symmetric([np.asarray(_exact(of_pair)) for of_pair in sums], pairs)
+
+
+def _values(made_of: Float64, base: Tensor, deltas: Sequence[Delta], where: slice) -> Tensor:
+    """Return some elements of one vector, float32; the base's in any float dtype."""
+    (experts,) = np.nonzero(made_of[1:])
+    if not len(experts):
+        return base.float()
+    (expert,) = experts
+    if made_of[0]:
+        return expert_values(deltas[expert], where, base)
+    values = torch.empty(len(base))
+    deltas[expert].fill(values, where, base)
+    return values
 
 
 def row_groups(numel: int, width: int) -> Iterator[slice]:

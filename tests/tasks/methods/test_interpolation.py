@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.methods.contract import method_of
 from sensmerge.tasks.methods.kernels import delta as delta_module
-from sensmerge.tasks.methods.kernels.delta import BLOCK, Whole
+from sensmerge.tasks.methods.kernels.delta import BLOCK, Difference, Whole
 from sensmerge.tasks.methods.kernels.products import inner_products
 from sensmerge.tasks.methods.remarks import remarks
 from tests.tasks.methods.pieces import vector, whole_tensor
@@ -353,7 +353,17 @@ finite = st.floats(-100, 100, width=32)
 @given(arrays("float32", st.tuples(st.integers(1, 4), st.integers(0, 3000)), elements=finite))
 def test_inner_products(values: np.ndarray) -> None:
     base, *deltas = torch.from_numpy(values)
-    found = inner_products(base, [Whole(one) for one in deltas])
+    found = inner_products(base, [Whole(one) for one in deltas], np.eye(len(values)))
+    exact = values.astype(np.float64) @ values.astype(np.float64).T
+    np.testing.assert_allclose(found, exact, rtol=1e-12, atol=1e-9)
+
+
+@given(arrays("float32", st.tuples(st.integers(2, 4), st.integers(0, 3000)), elements=finite))
+def test_inner_products_of_base_and_experts(values: np.ndarray) -> None:
+    base, *experts = torch.from_numpy(values)
+    made_of = np.eye(len(values))
+    made_of[:, 0] = 1
+    found = inner_products(base, [Difference(one) for one in experts], made_of)
     exact = values.astype(np.float64) @ values.astype(np.float64).T
     np.testing.assert_allclose(found, exact, rtol=1e-12, atol=1e-9)
 
