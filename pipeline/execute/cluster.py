@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
-from sensmerge.pipeline.execute.here import started_here
+from sensmerge.pipeline.execute.here import start_here
 from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.tasks.errors import InputError, StepError, disk_trouble
 
@@ -49,8 +49,7 @@ def connect(address: str | None, ahead: bool = False) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if is_here:
-            with started_here():
-                ray.init(address=address, logging_level="ERROR", include_dashboard=False)
+            start_here(lambda: ray.init(address=address, logging_level="ERROR", include_dashboard=False))
         else:
             ray.init(address=address, logging_level="ERROR")
     except StepError:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import psutil
+import ray
 from ray._private import ray_constants, services
 from ray._private.node import Node
 from ray._raylet import Config  # type: ignore[attr-defined]
@@ -26,8 +28,35 @@ SAY_EVERY = 15
 """Seconds after which somebody who waits is told why, again and again."""
 
 
+class _RayletGone(Exception):
+    """Ray's raylet ended while Ray waited for it. Of a RuntimeError Ray would think that it is not there yet."""
+
+
+def start_here(start: Callable[[], Any]) -> None:
+    """Start a Ray that listens on loopback only, asks for a token, and may be slow.
+
+    Its raylet ends if a process beside it takes more than 15 seconds to start, as it may on a machine that is busy; then
+    all of it starts once more.
+
+    Args:
+        start: starts it, with Ray's own `init`.
+
+    Raises:
+        StepError: it does not start.
+    """
+    try:
+        with _patient_start():
+            start()
+    except StepError as error:
+        if not isinstance(error.__cause__, _RayletGone):
+            raise
+        ray.shutdown()  # what of it had started
+        with _patient_start():
+            start()
+
+
 @contextmanager
-def started_here() -> Iterator[None]:
+def _patient_start() -> Iterator[None]:
     """Let a Ray that starts within the block listen on loopback only, ask for a token, and be slow.
 
     Raises:
@@ -87,19 +116,30 @@ def _nothing(node: Node, **_: Any) -> None:
 
 
 def _patient(ask: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a way to ask for a node that waits for it: Ray gives up when it has not found it for 30 seconds."""
+    """Return a way to ask for a node that waits for it: Ray gives up when it has not found it for 30 seconds.
+
+    It waits no longer for one whose raylet has ended.
+    """
 
     def asked(*what: Any) -> Any:
         deadline = time.monotonic() + WAIT
         while True:
             try:
                 return ask(*what)
-            except RuntimeError:
+            except RuntimeError as error:
+                if _raylet_has_ended():
+                    raise _RayletGone("its raylet ended while it started") from error
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
 
     return asked
+
+
+def _raylet_has_ended() -> bool:
+    """Return whether a raylet that this process has started is no more, and none runs."""
+    found = [one.status() for one in psutil.Process().children() if one.name() == "raylet"]
+    return bool(found) and all(status == psutil.STATUS_ZOMBIE for status in found)
 
 
 def _say_that_it_takes_time(started: threading.Event) -> None:

@@ -105,6 +105,26 @@ except StepError as error:
 """
 )
 
+ENDS = (
+    START
+    + """
+import threading, time
+import psutil, ray
+
+def end_the_first():
+    while True:
+        for one in psutil.Process().children():
+            if one.name() == "raylet":
+                one.kill()
+                return
+        time.sleep(0.01)
+
+threading.Thread(target=end_the_first).start()
+with cluster.cluster("local"):
+    assert ray.get(ray.remote(lambda: 5).remote()) == 5
+"""
+)
+
 
 def told(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own."""
@@ -157,3 +177,7 @@ def test_an_address_where_nobody_listens_is_told_of_at_once(scheme: str) -> None
         address = f"{scheme}127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(InputError, match=rf"^--address {address}: nobody listens there \(Connection refused\); "):
             connect(address)
+
+
+def test_where_its_raylet_ends_while_it_starts_it_starts_once_more() -> None:
+    told(ENDS)
