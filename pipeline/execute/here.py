@@ -35,8 +35,8 @@ class _RayletGone(Exception):
 def start_here(start: Callable[[], Any]) -> None:
     """Start a Ray that listens on loopback only, asks for a token, and may be slow.
 
-    Its raylet ends if a process beside it takes more than 15 seconds to start, as it may on a machine that is busy; then
-    all of it starts once more.
+    Its raylet ends if a process beside it takes more than 15 seconds to start, as it may on a machine that is busy;
+    then all of it starts once more.
 
     Args:
         start: starts it, with Ray's own `init`.

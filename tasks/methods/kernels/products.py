@@ -36,14 +36,14 @@ def inner_products(base: Tensor, deltas: Sequence[Delta], made_of: Float64) -> F
 
 def _values(made_of: Float64, base: Tensor, deltas: Sequence[Delta], where: slice) -> Tensor:
     """Return some elements of one vector, float32; the base's in any float dtype."""
-    (experts,) = np.nonzero(made_of[1:])
-    if not len(experts):
+    chosen = [delta for delta, there in zip(deltas, made_of[1:], strict=True) if there]
+    if not chosen:
         return base.float()
-    (expert,) = experts
+    (delta,) = chosen
     if made_of[0]:
-        return expert_values(deltas[expert], where, base)
+        return expert_values(delta, where, base)
     values = torch.empty(len(base))
-    deltas[expert].fill(values, where, base)
+    delta.fill(values, where, base)
     return values
 
 
