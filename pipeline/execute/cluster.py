@@ -1,5 +1,6 @@
 """The Ray cluster: how it is reached, what it has room for, and what it answers when work fails."""
 
+import gc
 import math
 import os
 import re
@@ -118,8 +119,11 @@ def _check_listens(address: str) -> None:
 
 def _warm_up() -> None:
     """Import in a worker what nearly every step needs: a worker that is done with one step does the next."""
+    gc.disable()  # all that is imported stays
     import_module("sensmerge.tasks.stages.merge")
     import_module("sensmerge.tasks.methods.kernels.loops")  # which methods import with their first tensor
+    gc.freeze()
+    gc.enable()
 
 
 _WARM_UP = ray.remote(_warm_up)
