@@ -8,7 +8,8 @@ and lets the ways take turns. Prints a table of medians: the whole process, the 
 (`cat` of all inputs to nowhere and `cp` of one), ratios, and the peak anonymous memory (RssAnon, page cache apart) of
 all worker processes together; for each number of workers that may merge at once, with one thread each. Every run starts
 from an empty store, and every way after a pause: a virtual machine may give memory that is free back to its host, and
-who uses it next waits for it. Without the pause some would and some not.
+who uses it next waits for it. Without the pause some would and some not. Python may keep its bytecode, as it does for
+what is installed.
 """
 
 import argparse
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-mergekit", action="store_true")
     arguments = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     work: Path = arguments.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     models = list(make_models(work / "models", arguments.size, arguments.experts))
