@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # cpu: PyTorch without CUDA's libraries; empty: as on PyPI
 TORCH ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Bytecode is kept, whatever the environment says: runs and tests start many processes, which would all compile.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: quickstart test lint install clean
 
