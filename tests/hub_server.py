@@ -66,6 +66,8 @@ class HubServer:
         """repositories whose files are refused"""
         self.bad_token = False
         """refuse everything, as for a token that has expired"""
+        self.page: int | None = None
+        """status of the page of HTML that everything is answered with, as something between here and a hub may do"""
         self.corrupt: set[str] = set()
         """files that are sent with their last byte altered"""
         self.cut: dict[str, int] = {}
@@ -135,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None:
             return self._send(404, {}, b"")
         hub: HubServer = self.server.hub  # type: ignore[attr-defined]
+        if hub.page is not None:
+            return self._send(hub.page, {"Content-Type": "text/html", "Retry-After": "30"}, b"<html></html>")
         if hub.bad_token:
             return self._send(401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b"")
         repo, revision = match[1], match[3] if api else match[2]

@@ -1,5 +1,6 @@
 """Models on the hub: the files of a commit, listed, fetched and verified."""
 
+import logging
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from glob import escape
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,15 @@ from sensmerge.tasks.errors import InputError
 
 VERIFIED = ".verified"
 """Folder, in the hub's cache, for the digests of its files that were compared with what the hub states."""
+_ANSWERS = (401, 403, 404)
+"""Statuses by which the hub itself says no."""
+_LOG = logging.getLogger(__name__)
 
 
 def list_commit(source: HubModel, cache: Path) -> Listing:
     """List the files of the commit that a revision names now; see `tasks.checkpoints.source.resolve`."""
     with _hub(source, cache) as api:
-        commit = api.resolve_revision(source.repo, revision=source.revision, cache_dir=cache).resolved
+        commit = _commit(api, source, cache)
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise InputError(f"model {source}: the hub at {api.endpoint} answers with {commit!r}, which is no commit")
         if (listing := _cached_listing(source, commit, cache)) is None:
@@ -49,6 +54,42 @@ def list_commit(source: HubModel, cache: Path) -> Listing:
             # Without the hub the library makes do with a snapshot of which it does not know whether it is whole.
             raise LocalEntryNotFoundError("no list of its files is in the cache")
         return listing
+
+
+def _commit(api: HfApi, source: HubModel, cache: Path) -> str:
+    """Return the commit that a revision names now, or named the last time where the hub answers with anything else."""
+    try:
+        return api.resolve_revision(source.repo, revision=source.revision, cache_dir=cache).resolved
+    except (HfHubHTTPError, JSONDecodeError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in _ANSWERS:
+            raise
+        try:
+            cached = api.resolve_revision(
+                source.repo, revision=source.revision, cache_dir=cache, local_files_only=True
+            ).resolved
+        except RevisionResolutionError:
+            raise error from None
+        _LOG.warning(
+            "model %s: %s; the commit that it named the last time is used: %s",
+            source,
+            _odd_answer(api, error),
+            cached,
+        )
+        return cached
+
+
+def _odd_answer(api: HfApi, error: HfHubHTTPError | JSONDecodeError) -> str:
+    """Say what somebody answered who may not be the hub, and what to do."""
+    place = f"the hub at {api.endpoint}"
+    if isinstance(error, JSONDecodeError):
+        return f"{place} answers with something else than JSON, as a login page does; check HF_ENDPOINT and the proxy"
+    status, after = error.response.status_code, error.response.headers.get("Retry-After")
+    if status == 429:
+        wait = f"in {after} s" if after else "later"
+        return f"{place} has had too many requests (429); try again {wait}, or log in, which allows more"
+    if status == 407:
+        return "a proxy before the hub asks for a login (407); put its user and password into HTTPS_PROXY"
+    return f"{place} answers {status} {error.response.reason_phrase}; try again later"
 
 
 def _cached_listing(source: HubModel, commit: str, cache: Path) -> Listing | None:
@@ -183,11 +224,15 @@ def _hub(source: HubModel, cache: Path) -> Iterator[HfApi]:
             f"model {source}: not whole in {cache}, and the hub at {api.endpoint} cannot be reached ({reason}); "
             f"{_whole_commits(source, cache)}"
         ) from error
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
-        status = error.response.status_code
-        raise InputError(f"model {source}: {api.endpoint} refuses access ({status}); {login}") from error
+    except (HfHubHTTPError, JSONDecodeError) as error:
+        if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in _ANSWERS:
+            raise InputError(f"model {source}: {api.endpoint} refuses access ({status}); {login}") from error
+        raise InputError(f"model {source}: {_odd_answer(api, error)}; {_whole_commits(source, cache)}") from error
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"model {source}: the token of the hub (HF_TOKEN, or that of `hf auth login`) holds a character that no "
+            "token has; set it again"
+        ) from error
 
 
 def _whole_commits(source: HubModel, cache: Path) -> str:

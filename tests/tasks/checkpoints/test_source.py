@@ -79,6 +79,41 @@ def test_bad_token(hub: HubServer, cache: Path) -> None:
         resolve(MAIN, cache)
 
 
+ODD = {
+    200: "answers with something else than JSON, as a login page does; check HF_ENDPOINT and the proxy",
+    407: "a proxy before the hub asks for a login (407); put its user and password into HTTPS_PROXY",
+    418: "answers 418 I'm a Teapot; try again later",
+    429: "has had too many requests (429); try again in 30 s, or log in, which allows more",
+}
+"""What is said of a page of HTML, by its status."""
+
+
+@pytest.mark.parametrize("status", ODD)
+def test_whoever_answers_in_place_of_the_hub_is_named(status: int, hub: HubServer, cache: Path) -> None:
+    hub.page = status
+    with pytest.raises(InputError) as caught:
+        resolve(MAIN, cache)
+    assert str(caught.value).endswith(f"{ODD[status]}; nothing of it is cached")
+
+
+@pytest.mark.parametrize("status", [*ODD, 500, 502])
+def test_where_the_hub_does_not_answer_as_one_the_last_commit_is_used_and_that_is_said(
+    status: int, hub: HubServer, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = hub.add_repo(REPO, model_files())
+    before = resolve(MAIN, cache)
+    hub.page = status
+    assert resolve(MAIN, cache) == before
+    if status in ODD:  # of the others the hub's own library says it
+        assert f"{ODD[status]}; the commit that it named the last time is used: {commit}" in caplog.text
+
+
+def test_a_token_that_cannot_be_one(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_é")
+    with pytest.raises(InputError, match=r"the token of the hub .* holds a character that no token has; set it again"):
+        resolve(MAIN, cache)
+
+
 def test_pickle_only(hub: HubServer, cache: Path) -> None:
     files = model_files()
     del files["model.safetensors"], files["consolidated.safetensors"]
