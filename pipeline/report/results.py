@@ -47,7 +47,7 @@ def collect(plan: Plan) -> Report:
     sens = recipe.sens_variants()
     experts = list(recipe.experts) if sens else []
     models = plan.models()
-    scores, records = _evaluations(plan)
+    scores, records = _scores(plan), records_of(plan)
     evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
     first, second = halved(records, evaluated, recipe.gate.metric, list(variants))
     means = _normalised(records, evaluated)
@@ -120,7 +120,7 @@ def _uri(plan: Plan, name: str, folder: Path) -> str:
 
 def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
     """Return what every variant did with each evaluation sample, by task."""
-    _, records = _evaluations(plan)
+    records = records_of(plan)
     return {
         name: {
             task: Outcomes(kind=one.kind, metric=one.metric, samples=_samples(plan, task), records=found)
@@ -129,20 +129,6 @@ def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
         }
         for name in plan.recipe.merges
     }
-
-
-def answers(plan: Plan) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """Return what people read of the answers that every model generated, row by row, by task; see `table_row`."""
-    _, records = _evaluations(plan)
-    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for model, by_task in records.items():
-        for name, kept in by_task.items():
-            one = plan.inputs.data[name]
-            if isinstance(one.task, RowTask):
-                rows = [one.task.table_row(row, record) for row, record in zip(one.evaluation, kept, strict=True)]
-                if rows and all(rows):
-                    found.setdefault(model, {})[name] = rows
-    return found
 
 
 def _samples(plan: Plan, task: str) -> str:
@@ -199,16 +185,22 @@ def _variant(plan: Plan, name: str) -> VariantInfo:
     )
 
 
-def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], dict[str, dict[str, Any]]]:
-    """Return scores[model][task][metric] and the per-sample records behind them, records[model][task]."""
+def _scores(plan: Plan) -> dict[str, dict[str, dict[str, Score]]]:
+    """Return scores[model][task][metric]."""
     scores: dict[str, dict[str, dict[str, Score]]] = {}
-    records: dict[str, dict[str, Any]] = {}
+    for step in plan.names("evaluate"):
+        scores.setdefault(step.partition("/")[0], {}).update(scores_of(plan, step))
+    return scores
+
+
+def records_of(plan: Plan) -> dict[str, dict[str, list[Record]]]:
+    """Return the per-sample records behind all scores, records[model][task]."""
+    records: dict[str, dict[str, list[Record]]] = {}
     for step in plan.names("evaluate"):
         model, _, task = step.partition("/")
         kept = _read(plan, "evaluate", step, "records.json")
-        scores.setdefault(model, {}).update(scores_of(plan, step))
         records.setdefault(model, {}).update({task: kept} if task else kept)
-    return scores, records
+    return records
 
 
 def scores_of(plan: Plan, evaluation: str) -> dict[str, dict[str, Score]]:

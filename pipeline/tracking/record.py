@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
+from sensmerge.pipeline.report.answers import Answers
 from sensmerge.pipeline.report.card import CARD
 from sensmerge.pipeline.report.gate import Outcomes
 from sensmerge.pipeline.report.pictures import (
@@ -65,8 +66,8 @@ class Execution:
     datasets: Sequence[TaskData]
     load: Sequence[Load] = ()
     """of this machine meanwhile, where it was sampled"""
-    answers: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
-    """model → task → what people read of each evaluation sample that it answered in text"""
+    answers: Mapping[str, Mapping[str, Answers]] = field(default_factory=dict)
+    """model → task → what people read of the evaluation samples"""
     best: str | None = None
     """the variant that the gate chooses, if there is one"""
 
@@ -181,9 +182,11 @@ def _record_model(parent: OpenRun, execution: Execution, model: str, open_run: s
     with ending(client, parent.experiment, child, seconds) as run:
         client.log_batch(run.id, tags=[RunTag(key, value) for key, value in where.items()])
         log_datasets(run, used)
-        for task, rows in execution.answers.get(model, {}).items():
-            table = {column: [row[column] for row in rows] for column in rows[0]}
+        for task, one in execution.answers.get(model, {}).items():
+            table = {column: [row[column] for row in one.rows] for column in one.rows[0]}
             client.log_table(run.id, table, f"answers/{task}.json")  # appends: once per run
+            if one.cut is not None:
+                client.set_tag(run.id, f"answers.{task}", one.cut)
         model_id = None
         if variant is not None:
             _log_card(run, Path(report.models[model]))

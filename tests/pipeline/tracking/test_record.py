@@ -26,6 +26,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from sensmerge.pipeline.report.answers import Answers
 from sensmerge.pipeline.report.gate import Outcomes
 from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
@@ -313,7 +314,8 @@ def test_answers_of_a_model_are_a_table_that_people_read(client, report, store, 
         {"prompt": "user: and\nnow? é", "expected": "7", "answer": "", "right": False},
     ]
     execution = tracking.Execution(
-        report, OUTCOMES, RECIPE, PLAN, make_datasets(), answers={"math": {"math": said}, "ta": {"math": said[:1]}}
+        *(report, OUTCOMES, RECIPE, PLAN, make_datasets()),
+        answers={"math": {"math": Answers(said, 2)}, "ta": {"math": Answers(said[:1], 2000)}},
     )
     runs = children(client, tracking.record(execution, uri, store).rsplit("/", 1)[-1])
     for name, rows in (("math", said), ("ta", said[:1])):
@@ -321,6 +323,8 @@ def test_answers_of_a_model_are_a_table_that_people_read(client, report, store, 
         assert table["columns"] == ["prompt", "expected", "answer", "right"]
         assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == rows
     assert not client.list_artifacts(runs["base"].info.run_id)
+    tags = {name: runs[name].data.tags.get("answers.math") for name in ("math", "ta")}
+    assert tags == {"math": None, "ta": "the first 1 of 2000 rows"}
 
 
 def test_the_table_of_scores_is_written_once(client, parent, report):
