@@ -81,12 +81,24 @@ def best_variant(report: Report, gate: Gate) -> str:
     return max(values, key=lambda name: sign * values[name])
 
 
-def best_of(report: Report, gate: Gate) -> str | None:
-    """Return `best_variant`, or None where no candidate has the gate's metric."""
+@dataclass(frozen=True)
+class Best:
+    """The variant that the gate chooses."""
+
+    name: str
+    held_out: Score | None = None
+    """by the gate's metric, on the samples that it was not chosen by; None where there are none"""
+    said: str | None = None
+    """see `choice`"""
+
+
+def best_of(report: Report, gate: Gate) -> Best | None:
+    """Return `best_variant` and what it is worth, or None where no candidate has the gate's metric."""
     try:
-        return best_variant(report, gate)
+        name = best_variant(report, gate)
     except InputError:
         return None
+    return Best(name, report.second_half[name] if is_held_out(report, gate) else None, choice(report, gate))
 
 
 def _scores(report: Report, gate: Gate) -> Mapping[str, Score]:

@@ -50,6 +50,11 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     return metrics if route is None else metrics | _route_metrics(route)
 
 
+def held_out_metrics(score: Score) -> dict[str, float]:
+    """Return the metrics that tell what the best variant scores on samples that it was not chosen by."""
+    return _score_metrics("eval/held_out", "held_out", score)
+
+
 def main_metric(task: str, metric: str) -> str:
     """Return the name that the main metric of a task has in MLflow."""
     return f"eval/{task}/{metric}"

@@ -19,7 +19,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
 from sensmerge.pipeline.report.answers import Answers
 from sensmerge.pipeline.report.card import CARD
-from sensmerge.pipeline.report.gate import Outcomes
+from sensmerge.pipeline.report.gate import Best, Outcomes
 from sensmerge.pipeline.report.pictures import (
     coefficient_heatmap,
     confusion_heatmap,
@@ -31,7 +31,7 @@ from sensmerge.pipeline.report.pictures import (
 from sensmerge.pipeline.report.report import Report, RouteInfo, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.tracking.client import at_once, connected, once_more
-from sensmerge.pipeline.tracking.metrics import metrics_of, score_columns
+from sensmerge.pipeline.tracking.metrics import held_out_metrics, metrics_of, score_columns
 from sensmerge.pipeline.tracking.models import OUTCOMES, log_model
 from sensmerge.pipeline.tracking.runs import (
     OpenRun,
@@ -68,8 +68,13 @@ class Execution:
     """of this machine meanwhile, where it was sampled"""
     answers: Mapping[str, Mapping[str, Answers]] = field(default_factory=dict)
     """model → task → what people read of the evaluation samples"""
-    best: str | None = None
+    best: Best | None = None
     """the variant that the gate chooses, if there is one"""
+
+    def metrics(self, model: str) -> dict[str, float]:
+        """Return the metrics of a model's run."""
+        held_out = None if self.best is None or self.best.name != model else self.best.held_out
+        return metrics_of(self.report, model) | ({} if held_out is None else held_out_metrics(held_out))
 
 
 def begin(recipe: str, recipe_yaml: str, plan_text: str, uri: str, store: Path) -> str:
@@ -140,8 +145,10 @@ def record(
             if report.distances:
                 client.log_figure(parent.id, distance_heatmap(report.distances), "distances.png")
             if execution.best is not None:
-                client.set_tag(parent.id, "best", execution.best)
-                _log_metrics(parent, metrics_of(report, execution.best))
+                client.set_tag(parent.id, "best", execution.best.name)
+                if execution.best.said is not None:
+                    client.set_tag(parent.id, "choice", execution.best.said)
+                _log_metrics(parent, execution.metrics(execution.best.name))
             for model in report.models:
                 _record_model(parent, execution, model, (models or {}).get(model))
             client.set_experiment_tag(experiment, VIEW_TAG, view_of(report, run))
@@ -200,7 +207,7 @@ def _record_model(parent: OpenRun, execution: Execution, model: str, open_run: s
             model_id = log_model(run, report, named | where, params)
         if route is not None:
             _log_route(run, model, route)
-        _log_metrics(run, metrics_of(report, model), params, model_id)
+        _log_metrics(run, execution.metrics(model), params, model_id)
 
 
 def _log_card(run: OpenRun, folder: Path) -> None:

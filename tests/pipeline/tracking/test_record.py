@@ -27,7 +27,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from sensmerge.pipeline.report.answers import Answers
-from sensmerge.pipeline.report.gate import Outcomes
+from sensmerge.pipeline.report.gate import Best, Outcomes
 from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.store.store import Store
@@ -419,13 +419,20 @@ def test_a_run_is_there_from_the_start_and_has_the_scores_of_the_best_at_its_end
     assert begun.info.status == "RUNNING"
     assert {a.path for a in client.list_artifacts(run)} == {"recipe.yaml", "plan.txt"}
     report = make_report(store, "from-start")
-    execution = tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets(), best="ta")
+    best = Best("ta", score(0.7, 25), "best of 2 variants: ta, …")
+    execution = tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets(), best=best)
     assert tracking.record(execution, uri, store, run) == run
     ended = client.get_run(run)
     assert ended.info.status == "FINISHED"
     assert ended.info.start_time == begun.info.start_time
-    assert ended.data.tags["best"] == "ta"
-    child = children(client, run)["ta"]
+    assert (ended.data.tags["best"], ended.data.tags["choice"]) == ("ta", best.said)
+    own = children(client, run)
+    child = own["ta"]
+    held_out = {f"{key}held_out": child.data.metrics[f"{key}held_out"] for key in ("eval/", "low/", "high/", "n/")}
+    assert held_out == pytest.approx(
+        {"eval/held_out": 0.7, "low/held_out": 0.6, "high/held_out": 0.8, "n/held_out": 25}
+    )
+    assert [name for name, one in own.items() if "eval/held_out" in one.data.metrics] == ["ta"]
     assert {key: str(value) for key, value in ended.data.metrics.items()} == {
         key: str(value) for key, value in child.data.metrics.items()
     }
