@@ -127,13 +127,9 @@ def choice(report: Report, gate: Gate) -> str | None:
     static = "static " if report.routes and not gate.variants else ""
     said = f"best of {len(names)} {static}variants: {best}, chosen by {gate.metric}"
     if not is_held_out(report, gate):
-        return f"{said} on all samples, {_brief(scores[best])}: too few to hold some out, so this is optimistic"
+        return f"{said} on all samples, {scores[best]}: too few to hold some out, so this is optimistic"
     first, second = report.first_half[best], report.second_half[best]
-    return f"{said} on half of the samples: {_brief(first)}; on the held-out half: {_brief(second)}"
-
-
-def _brief(score: Score) -> str:
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
+    return f"{said} on half of the samples: {first}; on the held-out half: {second}"
 
 
 def _keys(report: Report) -> set[str]:

@@ -9,9 +9,10 @@ from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.rows import Split
 from sensmerge.pipeline.plan.step import Step
+from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.gate import Outcomes
-from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, TuningInfo, VariantInfo
+from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, SweepInfo, TuningInfo, VariantInfo
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.identity import identity
@@ -19,6 +20,7 @@ from sensmerge.tasks.kinds import scores as scoring
 from sensmerge.tasks.kinds.kind import RowTask, Task
 from sensmerge.tasks.kinds.questions import kept_settings
 from sensmerge.tasks.kinds.scores import Metric, Record, Score
+from sensmerge.tasks.methods.settings import VariantSettings, beyond
 from sensmerge.tasks.rows.source import DataSource, rows_digest
 from sensmerge.tasks.stages.variant import TUNE, UNCHANGED
 
@@ -68,6 +70,7 @@ def collect(plan: Plan) -> Report:
         scores=scores,
         mean_normalised=means,
         behind=_behind(records, evaluated, {name: means[name].value for name in variants if name in means}),
+        sweeps=_sweeps(recipe, records, evaluated, {name: mean.value for name, mean in means.items()}),
         first_half=first,
         second_half=second,
         variants=variants,
@@ -275,6 +278,51 @@ def _behind(
         if name != best
     }
     return {name: score for name, score in others.items() if score is not None}
+
+
+def _sweeps(
+    recipe: Recipe,
+    records: Mapping[str, Mapping[str, list[Record]]],
+    tasks: Mapping[str, Task],
+    means: Mapping[str, float],
+) -> dict[str, SweepInfo]:
+    """Return the sweeps of which two variants or more have a mean."""
+    found = {}
+    for name, members in recipe.sweeps.items():
+        own = {member: means[member] for member in members if member in means}
+        if len(own) > 1:
+            best = max(own, key=own.__getitem__)
+            found[name] = SweepInfo(
+                members={member: dict(settings) for member, settings in members.items()},
+                best=best,
+                behind=_behind(records, tasks, own),
+                notes=at_ends(recipe.merges[best].settings, members, best),
+            )
+    return found
+
+
+def at_ends(settings: VariantSettings, members: Mapping[str, Mapping[str, Any]], best: str) -> list[str]:
+    """Return a line for each setting of which the best variant of a sweep has the smallest or largest number.
+
+    Settings that are no numbers, or of which one is as good as another (seeds), have no ends.
+
+    Args:
+        settings: of the best variant.
+        members: the settings in which the variants differ.
+        best: name of the best one.
+    """
+    notes = []
+    for key, value in members[best].items():
+        values, short = [one.get(key) for one in members.values()], key.rpartition(".")[2]
+        numbers = sorted({float(one) for one in values if isinstance(one, int | float) and not isinstance(one, bool)})
+        try:
+            settings.value(short)
+        except ValueError:
+            continue
+        if isinstance(value, int | float) and (more := beyond(settings, numbers, float(value), short)):
+            further = ", ".join(f"{one:g}" for one in more)
+            notes.append(f"{key} {value:g} is the best and at the end of the sweep; add values beyond it: {further}")
+    return notes
 
 
 def _main_metrics(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Metric]:
