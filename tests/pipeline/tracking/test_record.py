@@ -32,6 +32,7 @@ from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, Var
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking import record as tracking
+from sensmerge.pipeline.tracking.metrics import metrics_of
 from sensmerge.pipeline.tracking.runs import tags_of, where_recorded
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import check_server, default_uri
@@ -210,6 +211,15 @@ def test_metrics_have_the_same_keys_in_every_child(client, parent, report):
     assert math.isnan(runs["math"].data.metrics["eval/code/accuracy"])
     assert runs["math"].data.metrics["n/code/accuracy"] == 0
     assert math.isnan(runs["code"].data.metrics["eval/mean_normalised"])
+
+
+def test_only_models_with_routes_have_routed_metrics(report):
+    routed = {"math": scores(0.5)["math"] | {"routed_accuracy": score(0.4)}}
+    some = report.model_copy(update={"scores": report.scores | {"ta": report.scores["ta"] | routed}})
+    plain = metrics_of(report, "ta-sens.3")
+    assert metrics_of(some, "ta-sens.3").keys() == plain.keys()
+    more = {f"{kind}/math/routed_accuracy" for kind in ("more", "low", "high", "n")}
+    assert metrics_of(some, "ta").keys() - plain.keys() == more
 
 
 def test_params_tell_method_and_coefficients(client, parent, store):
