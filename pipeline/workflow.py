@@ -13,11 +13,12 @@ from sensmerge.pipeline.plan.damage import with_damaged
 from sensmerge.pipeline.plan.kept import Recorded, inputs_digest, keep
 from sensmerge.pipeline.plan.plan import Plan, make_plan, plan_summary, plan_table
 from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.report.answers import answers
 from sensmerge.pipeline.report.card import write_cards
 from sensmerge.pipeline.report.gate import best_of
 from sensmerge.pipeline.report.printed import print_results
 from sensmerge.pipeline.report.report import Report
-from sensmerge.pipeline.report.results import answers, collect, data_sets, outcomes
+from sensmerge.pipeline.report.results import collect, data_sets, outcomes
 from sensmerge.pipeline.store.history import begin, has_passed, last_run, lasting_uri, remember
 from sensmerge.pipeline.tracking.live import LiveRun
 from sensmerge.pipeline.tracking.system_metrics import Load, sampled

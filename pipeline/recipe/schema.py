@@ -1,10 +1,13 @@
 """The schema of recipes."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     WrapSerializer,
     field_validator,
@@ -15,7 +18,7 @@ from sensmerge.pipeline.recipe.gate import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.resources import ActorPlacement, Resources
 from sensmerge.pipeline.recipe.stage import Stage
-from sensmerge.pipeline.recipe.sweep import expanded
+from sensmerge.pipeline.recipe.sweep import expanded, sweeps_of
 from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings
 from sensmerge.pipeline.recipe.variant import Dtype, Variant
 from sensmerge.tasks.coefficients import (
@@ -103,12 +106,21 @@ class Recipe(Strict):
 
     gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")
 
-    @model_validator(mode="before")
+    _sweeps: dict[str, dict[str, Mapping[str, Any]]] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _sweeps(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "merges" in data:
-            return data | {"merges": expanded(data["merges"])}
-        return data
+    def _expand_sweeps(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(data, dict) or "merges" not in data:
+            return handler(data)
+        recipe = handler(data | {"merges": expanded(data["merges"])})
+        recipe._sweeps = sweeps_of(data["merges"])
+        return recipe
+
+    @property
+    def sweeps(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+        """The settings in which the variants of each sweep differ: sweeps[entry][variant]."""
+        return self._sweeps
 
     @field_validator("tasks", "resources", mode="before")
     @classmethod

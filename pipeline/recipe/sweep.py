@@ -39,15 +39,30 @@ def expanded(merges: Any) -> Any:
         return merges
     found: dict[Any, Any] = {}
     for name, variant in merges.items():
-        is_sweep = isinstance(variant, dict) and ("sweep" in variant or isinstance(variant.get("weight"), list))
-        for member, settings in _members(name, variant) if is_sweep else [(name, variant)]:
+        is_sweep = _is_sweep(variant)
+        for member, settings, _ in _members(name, variant) if is_sweep else [(name, variant, {})]:
             if member in found or (is_sweep and member in merges):
                 raise ValueError(f"merges.{name}: there are two variants {member}; rename one of them")
             found[member] = settings
     return found
 
 
-def _members(name: str, variant: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def sweeps_of(merges: Any) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the settings in which the variants of each sweep differ, sweeps[entry][variant]; see `expanded`."""
+    entries = merges.items() if isinstance(merges, dict) else ()
+    return {
+        name: {member: chosen for member, _, chosen in _members(name, variant)}
+        for name, variant in entries
+        if _is_sweep(variant)
+    }
+
+
+def _is_sweep(variant: Any) -> bool:
+    return isinstance(variant, dict) and ("sweep" in variant or isinstance(variant.get("weight"), list))
+
+
+def _members(name: str, variant: Mapping[str, Any]) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yield the variants of a sweep: name, entry of the recipe, and which settings the sweep chose for it."""
     key, rest = f"merges.{name}.sweep", dict(variant)
     sweep = rest.pop("sweep", {})
     if isinstance(rest.get("weight"), list) and isinstance(sweep, dict):
@@ -56,7 +71,7 @@ def _members(name: str, variant: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
         raise ValueError(f"{key}: expected settings with the list of values of each, as in weight: [0.2, 0.4]")
     if all(isinstance(settings, dict) for settings in sweep.values()):
         for label, settings in sweep.items():
-            yield f"{name}-{label}", _with(rest, settings, key)
+            yield f"{name}-{label}", _with(rest, settings, key), settings
         return
     for setting, values in sweep.items():
         if not isinstance(values, list) or not values:
@@ -69,7 +84,7 @@ def _members(name: str, variant: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
     for values in product(*sweep.values()):
         chosen = dict(zip(sweep, values, strict=True))
         label = "-".join(f"{setting.rpartition('.')[2]}-{_label(value, key)}" for setting, value in chosen.items())
-        yield f"{name}-{label}", _with(rest, chosen, key)
+        yield f"{name}-{label}", _with(rest, chosen, key), chosen
 
 
 def _label(value: Any, key: str) -> str:

@@ -6,10 +6,17 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.report.report import Report, RouteInfo, TuningInfo, VariantInfo, shown, tuning_lines
+from sensmerge.pipeline.report.report import (
+    Report,
+    RouteInfo,
+    TuningInfo,
+    VariantInfo,
+    shown,
+    sweep_lines,
+    tuning_lines,
+)
 from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.checkpoints.listing import HubModel
-from sensmerge.tasks.kinds.scores import Score
 from sensmerge.tasks.networks.networks import own_ending
 
 CARD = "README.md"
@@ -60,7 +67,7 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
         f"A merge of {', '.join(plan.recipe.experts)} on their common base, made by sensmerge without training.\n",
         f"## Merge\n\n{settings}\n",
         _tuning_text(variant.tuning) if variant.tuning is not None else "",
-        "".join(f"{note}\n" for note in _notes(report, name)),
+        "".join(f"{note}\n" for note in (*_notes(report, name), *_sweep_notes(report, name))),
         _route_text(route, variant.params) if route is not None else "",
         f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
         _adapter_text(_model_id(plan, "base")) if variant.adapter is not None else "",
@@ -89,7 +96,7 @@ def _tuning_text(tuning: TuningInfo) -> str:
     header = [*tuning.chosen, "mean normalised"]
     rows = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for one in tuning.tried:
-        rows.append("| " + " | ".join([*map(shown, one.values.values()), _score(one.mean)]) + " |")
+        rows.append("| " + " | ".join([*map(shown, one.values.values()), str(one.mean)]) + " |")
     (first, *notes) = tuning_lines("Chosen", tuning)
     lines = "\n".join([first, *notes])
     return f"## Tuning\n\n{lines}\n\n" + "\n".join(rows) + "\n"
@@ -99,6 +106,11 @@ def _notes(report: Report, name: str) -> list[str]:
     """Return what the method said of tensors."""
     prefix = f"merges.{name}: "
     return [note.removeprefix(prefix) for note in report.notes if note.startswith(prefix)]
+
+
+def _sweep_notes(report: Report, name: str) -> list[str]:
+    """Return what is to be said of the sweep that a variant is one of."""
+    return [line for sweep, one in report.sweeps.items() if name in one.members for line in sweep_lines(sweep, one)]
 
 
 def _model_id(plan: Plan, name: str) -> str:
@@ -112,7 +124,7 @@ def _score_lines(report: Report) -> str:
     rows = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|"]
     for model in report.models:
         scores = [report.scores.get(model, {}).get(task, {}).get(metric) for task, metric in report.tasks.items()]
-        cells = [_score(score) if score else "–" for score in (*scores, report.mean_normalised.get(model))]
+        cells = [str(score) if score else "–" for score in (*scores, report.mean_normalised.get(model))]
         rows.append("| " + " | ".join([model, *cells]) + " |")
     return "\n".join(rows)
 
@@ -121,7 +133,7 @@ def own_scores(report: Report, model: str) -> str:
     """Return what one model scores on each task beside the task's own expert, as a list in Markdown."""
     lines = [f"- {task}, {metric}: {_beside(report, model, task, metric)}" for task, metric in report.tasks.items()]
     if model in report.mean_normalised:
-        lines.append(f"- mean of score ÷ own expert's: {_score(report.mean_normalised[model])}")
+        lines.append(f"- mean of score ÷ own expert's: {report.mean_normalised[model]}")
     return "\n".join(lines)
 
 
@@ -129,22 +141,18 @@ def _beside(report: Report, model: str, task: str, metric: str) -> str:
     mine, own = (report.scores.get(name, {}).get(task, {}).get(metric) for name in (model, task))
     if mine is None:
         return "not scored"
-    return _score(mine) + ("" if own is None else f"; its own expert {own.value:.3f}")
-
-
-def _score(score: Score) -> str:
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
+    return str(mine) + ("" if own is None else f"; its own expert {own.value:.3f}")
 
 
 def _route_text(route: RouteInfo, params: Mapping[str, str]) -> str:
     """How to load a dynamic model, what it routes by, how often that is right, and what becomes of it if it is not."""
     rule = route.rule
     metric = "" if rule["score"] in ("alignment", "discriminant") else f", {METRICS[str(rule['metric'])]}"
-    right = [f"- held-out calibration samples: {_score(route.calibration)}"]
+    right = [f"- held-out calibration samples: {route.calibration}"]
     if route.evaluation is not None:
-        right.append(f"- evaluation samples: {_score(route.evaluation)}")
+        right.append(f"- evaluation samples: {route.evaluation}")
     if route.right_coefficient is not None:
-        right.append(f"- mean coefficient of the right expert, evaluation samples: {_score(route.right_coefficient)}")
+        right.append(f"- mean coefficient of the right expert, evaluation samples: {route.right_coefficient}")
     shares, fallback = "\n".join(right), float(params["application.fallback"])
     if route.trust == 1:
         followed = "Here the route is followed fully."

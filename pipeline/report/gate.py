@@ -81,12 +81,24 @@ def best_variant(report: Report, gate: Gate) -> str:
     return max(values, key=lambda name: sign * values[name])
 
 
-def best_of(report: Report, gate: Gate) -> str | None:
-    """Return `best_variant`, or None where no candidate has the gate's metric."""
+@dataclass(frozen=True)
+class Best:
+    """The variant that the gate chooses."""
+
+    name: str
+    held_out: Score | None = None
+    """by the gate's metric, on the samples that it was not chosen by; None where there are none"""
+    said: str | None = None
+    """see `choice`"""
+
+
+def best_of(report: Report, gate: Gate) -> Best | None:
+    """Return `best_variant` and what it is worth, or None where no candidate has the gate's metric."""
     try:
-        return best_variant(report, gate)
+        name = best_variant(report, gate)
     except InputError:
         return None
+    return Best(name, report.second_half[name] if is_held_out(report, gate) else None, choice(report, gate))
 
 
 def _scores(report: Report, gate: Gate) -> Mapping[str, Score]:
@@ -115,13 +127,9 @@ def choice(report: Report, gate: Gate) -> str | None:
     static = "static " if report.routes and not gate.variants else ""
     said = f"best of {len(names)} {static}variants: {best}, chosen by {gate.metric}"
     if not is_held_out(report, gate):
-        return f"{said} on all samples, {_brief(scores[best])}: too few to hold some out, so this is optimistic"
+        return f"{said} on all samples, {scores[best]}: too few to hold some out, so this is optimistic"
     first, second = report.first_half[best], report.second_half[best]
-    return f"{said} on half of the samples: {_brief(first)}; on the held-out half: {_brief(second)}"
-
-
-def _brief(score: Score) -> str:
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
+    return f"{said} on half of the samples: {first}; on the held-out half: {second}"
 
 
 def _keys(report: Report) -> set[str]:

@@ -11,6 +11,7 @@ from sensmerge.pipeline.report.report import (
     route_table,
     route_warnings,
     score_table,
+    sweep_lines,
     tuning_lines,
     tuning_table,
 )
@@ -31,6 +32,8 @@ def print_results(report: Report, gate: Gate, said: int, console: Console) -> No
             _print_lines(console, *tuning_lines(name, variant.tuning))
     if report.tasks:
         console.print(score_table(report))
+    for name, sweep in report.sweeps.items():
+        _print_lines(console, *sweep_lines(name, sweep))
     _print_lines(console, equals(report), choice(report, gate))
     if report.routes:
         console.print(route_table(report))

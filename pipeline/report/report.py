@@ -30,6 +30,9 @@ class StageRecord(BaseModel):
     fingerprint: str = Field(description="sha256 of everything the result depends on")
 
 
+MOST_COMPARED = 6
+"""Variants of a sweep whose distances from the best one are printed; the report has those of all."""
+
 Values = dict[str, float | dict[str, float] | None]
 """Settings by key."""
 
@@ -61,6 +64,17 @@ class TuningInfo(BaseModel):
     def of(self, values: Values) -> TriedInfo:
         """Return what came of some settings that were tried."""
         return next(one for one in self.tried if one.values == values)
+
+
+class SweepInfo(BaseModel):
+    """How the variants of a sweep compare with the best one of them."""
+
+    members: dict[str, dict[str, Any]] = Field(description="the settings in which they differ, by variant")
+    best: str = Field(description="the variant with the best mean_normalised")
+    behind: dict[str, Score] = Field(
+        description="its mean_normalised - that of each other variant, with a paired interval"
+    )
+    notes: list[str] = Field(description="what is to be done where the best is at the end of the values of a setting")
 
 
 class AdapterInfo(BaseModel):
@@ -141,6 +155,7 @@ class Report(BaseModel):
     behind: dict[str, Score] = Field(
         {}, description="the best variant's mean_normalised - that of each other variant, with a paired interval"
     )
+    sweeps: dict[str, SweepInfo] = Field({}, description="the sweeps of the recipe, by entry of its merges")
     first_half: dict[str, Score] = Field(
         {}, description="the gate's metric on the half of the evaluation samples that the best variant is chosen by"
     )
@@ -239,6 +254,17 @@ def tuning_lines(name: str, tuning: TuningInfo) -> list[str]:
         elif tuning.chosen == tuning.best:
             why += f", better than the recipe's {_said(tuning.default)} {by}"
     return [f"{name}: {chosen} {why}", *(f"{name}: {note}" for note in tuning.notes)]
+
+
+def sweep_lines(name: str, sweep: SweepInfo) -> list[str]:
+    """Return lines for people: which variant of a sweep is the best, how far others are behind, and what to do next."""
+    near = [other for other, score in sweep.behind.items() if score.low <= 0]
+    line = f"sweep {name}: {sweep.best} is the best of {len(sweep.members)}"
+    if len(sweep.behind) <= MOST_COMPARED:
+        line += "; behind it: " + "; ".join(f"{other} {score}" for other, score in sweep.behind.items())
+    elif near:
+        line += f"; {len(near)} are not surely behind it (the report has all differences, with their 95 % intervals)"
+    return [line, *(f"sweep {name}: {note}" for note in sweep.notes)]
 
 
 def _said(values: Values) -> str:

@@ -9,9 +9,10 @@ from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.rows import Split
 from sensmerge.pipeline.plan.step import Step
+from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.gate import Outcomes
-from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, TuningInfo, VariantInfo
+from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, SweepInfo, TuningInfo, VariantInfo
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text
 from sensmerge.tasks.coefficients import alpha
 from sensmerge.tasks.identity import identity
@@ -19,6 +20,7 @@ from sensmerge.tasks.kinds import scores as scoring
 from sensmerge.tasks.kinds.kind import RowTask, Task
 from sensmerge.tasks.kinds.questions import kept_settings
 from sensmerge.tasks.kinds.scores import Metric, Record, Score
+from sensmerge.tasks.methods.settings import VariantSettings, beyond
 from sensmerge.tasks.rows.source import DataSource, rows_digest
 from sensmerge.tasks.stages.variant import TUNE, UNCHANGED
 
@@ -47,7 +49,7 @@ def collect(plan: Plan) -> Report:
     sens = recipe.sens_variants()
     experts = list(recipe.experts) if sens else []
     models = plan.models()
-    scores, records = _evaluations(plan)
+    scores, records = _scores(plan), records_of(plan)
     evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
     first, second = halved(records, evaluated, recipe.gate.metric, list(variants))
     means = _normalised(records, evaluated)
@@ -68,6 +70,7 @@ def collect(plan: Plan) -> Report:
         scores=scores,
         mean_normalised=means,
         behind=_behind(records, evaluated, {name: means[name].value for name in variants if name in means}),
+        sweeps=_sweeps(recipe, records, evaluated, {name: mean.value for name, mean in means.items()}),
         first_half=first,
         second_half=second,
         variants=variants,
@@ -120,7 +123,7 @@ def _uri(plan: Plan, name: str, folder: Path) -> str:
 
 def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
     """Return what every variant did with each evaluation sample, by task."""
-    _, records = _evaluations(plan)
+    records = records_of(plan)
     return {
         name: {
             task: Outcomes(kind=one.kind, metric=one.metric, samples=_samples(plan, task), records=found)
@@ -129,20 +132,6 @@ def outcomes(plan: Plan) -> dict[str, dict[str, Outcomes]]:
         }
         for name in plan.recipe.merges
     }
-
-
-def answers(plan: Plan) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
-    """Return what people read of the answers that every model generated, row by row, by task; see `table_row`."""
-    _, records = _evaluations(plan)
-    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for model, by_task in records.items():
-        for name, kept in by_task.items():
-            one = plan.inputs.data[name]
-            if isinstance(one.task, RowTask):
-                rows = [one.task.table_row(row, record) for row, record in zip(one.evaluation, kept, strict=True)]
-                if rows and all(rows):
-                    found.setdefault(model, {})[name] = rows
-    return found
 
 
 def _samples(plan: Plan, task: str) -> str:
@@ -199,16 +188,22 @@ def _variant(plan: Plan, name: str) -> VariantInfo:
     )
 
 
-def _evaluations(plan: Plan) -> tuple[dict[str, dict[str, dict[str, Score]]], dict[str, dict[str, Any]]]:
-    """Return scores[model][task][metric] and the per-sample records behind them, records[model][task]."""
+def _scores(plan: Plan) -> dict[str, dict[str, dict[str, Score]]]:
+    """Return scores[model][task][metric]."""
     scores: dict[str, dict[str, dict[str, Score]]] = {}
-    records: dict[str, dict[str, Any]] = {}
+    for step in plan.names("evaluate"):
+        scores.setdefault(step.partition("/")[0], {}).update(scores_of(plan, step))
+    return scores
+
+
+def records_of(plan: Plan) -> dict[str, dict[str, list[Record]]]:
+    """Return the per-sample records behind all scores, records[model][task]."""
+    records: dict[str, dict[str, list[Record]]] = {}
     for step in plan.names("evaluate"):
         model, _, task = step.partition("/")
         kept = _read(plan, "evaluate", step, "records.json")
-        scores.setdefault(model, {}).update(scores_of(plan, step))
         records.setdefault(model, {}).update({task: kept} if task else kept)
-    return scores, records
+    return records
 
 
 def scores_of(plan: Plan, evaluation: str) -> dict[str, dict[str, Score]]:
@@ -283,6 +278,51 @@ def _behind(
         if name != best
     }
     return {name: score for name, score in others.items() if score is not None}
+
+
+def _sweeps(
+    recipe: Recipe,
+    records: Mapping[str, Mapping[str, list[Record]]],
+    tasks: Mapping[str, Task],
+    means: Mapping[str, float],
+) -> dict[str, SweepInfo]:
+    """Return the sweeps of which two variants or more have a mean."""
+    found = {}
+    for name, members in recipe.sweeps.items():
+        own = {member: means[member] for member in members if member in means}
+        if len(own) > 1:
+            best = max(own, key=own.__getitem__)
+            found[name] = SweepInfo(
+                members={member: dict(settings) for member, settings in members.items()},
+                best=best,
+                behind=_behind(records, tasks, own),
+                notes=at_ends(recipe.merges[best].settings, members, best),
+            )
+    return found
+
+
+def at_ends(settings: VariantSettings, members: Mapping[str, Mapping[str, Any]], best: str) -> list[str]:
+    """Return a line for each setting of which the best variant of a sweep has the smallest or largest number.
+
+    Settings that are no numbers, or of which one is as good as another (seeds), have no ends.
+
+    Args:
+        settings: of the best variant.
+        members: the settings in which the variants differ.
+        best: name of the best one.
+    """
+    notes = []
+    for key, value in members[best].items():
+        values, short = [one.get(key) for one in members.values()], key.rpartition(".")[2]
+        numbers = sorted({float(one) for one in values if isinstance(one, int | float) and not isinstance(one, bool)})
+        try:
+            settings.value(short)
+        except ValueError:
+            continue
+        if isinstance(value, int | float) and (more := beyond(settings, numbers, float(value), short)):
+            further = ", ".join(f"{one:g}" for one in more)
+            notes.append(f"{key} {value:g} is the best and at the end of the sweep; add values beyond it: {further}")
+    return notes
 
 
 def _main_metrics(records: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task]) -> dict[str, Metric]:

@@ -24,7 +24,8 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     score that was not taken is NaN. Behind them come, by their names, `more/<task>/<metric>` of all other metrics, and
     `high/…`, `low/…` (95 % interval) and `n/…` (samples) of all.
 
-    What only some models have, only they have keys of: a dynamic variant `route/identification` (evaluation samples),
+    What only some models have, only they have keys of: metrics of a task that others lack which were scored on it
+    (`routed_accuracy`); a dynamic variant `route/identification` (evaluation samples),
     `route/held_out` (calibration samples), `route/right_coefficient` and `route/routed_normalised` with their
     intervals, and the costs of `ROUTE_COSTS`; a tuned variant `tune/mean_normalised` of the chosen settings on the rows
     to tune on; a variant that is an adapter `lacks/error` and `lacks/worst_error`.
@@ -32,15 +33,10 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if report.mean_normalised:
         metrics |= _score_metrics("eval/mean_normalised", "mean_normalised", report.mean_normalised.get(model))
-    every: dict[str, dict[str, None]] = {}
-    for scores in report.scores.values():
-        for task, taken in scores.items():
-            every.setdefault(task, {}).update(dict.fromkeys(taken))
     own = report.scores.get(model, {})
-    for task, names in every.items():
-        metrics |= _task_metrics(
-            task, {name: own.get(task, {}).get(name) for name in names}, report.tasks.get(task, "")
-        )
+    for task, shared in _shared(report).items():
+        taken = own.get(task, {})
+        metrics |= _task_metrics(task, dict.fromkeys(shared) | taken, report.tasks.get(task, ""))
     variant, route = report.variants.get(model), report.routes.get(model)
     if variant is not None and variant.tuning is not None:
         mean = variant.tuning.of(variant.tuning.chosen).mean
@@ -48,6 +44,20 @@ def metrics_of(report: Report, model: str) -> dict[str, float]:
     if variant is not None and variant.adapter is not None:
         metrics |= {f"lacks/{name}": getattr(variant.adapter, name) for name in ADAPTER_ERRORS}
     return metrics if route is None else metrics | _route_metrics(route)
+
+
+def _shared(report: Report) -> dict[str, list[str]]:
+    """Return, for each task, the metrics that all models have which were scored on it."""
+    shared: dict[str, list[str]] = {}
+    for scores in report.scores.values():
+        for task, taken in scores.items():
+            shared[task] = [name for name in shared.get(task, taken) if name in taken]
+    return shared
+
+
+def held_out_metrics(score: Score) -> dict[str, float]:
+    """Return the metrics that tell what the best variant scores on samples that it was not chosen by."""
+    return _score_metrics("eval/held_out", "held_out", score)
 
 
 def main_metric(task: str, metric: str) -> str:

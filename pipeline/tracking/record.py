@@ -12,13 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
+from sensmerge.pipeline.report.answers import Answers
 from sensmerge.pipeline.report.card import CARD
-from sensmerge.pipeline.report.gate import Outcomes
+from sensmerge.pipeline.report.gate import Best, Outcomes
 from sensmerge.pipeline.report.pictures import (
     coefficient_heatmap,
     confusion_heatmap,
@@ -30,7 +31,7 @@ from sensmerge.pipeline.report.pictures import (
 from sensmerge.pipeline.report.report import Report, RouteInfo, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.tracking.client import at_once, connected, once_more
-from sensmerge.pipeline.tracking.metrics import metrics_of, score_columns
+from sensmerge.pipeline.tracking.metrics import held_out_metrics, metrics_of, score_columns
 from sensmerge.pipeline.tracking.models import OUTCOMES, log_model
 from sensmerge.pipeline.tracking.runs import (
     OpenRun,
@@ -65,10 +66,15 @@ class Execution:
     datasets: Sequence[TaskData]
     load: Sequence[Load] = ()
     """of this machine meanwhile, where it was sampled"""
-    answers: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
-    """model → task → what people read of each evaluation sample that it answered in text"""
-    best: str | None = None
+    answers: Mapping[str, Mapping[str, Answers]] = field(default_factory=dict)
+    """model → task → what people read of the evaluation samples"""
+    best: Best | None = None
     """the variant that the gate chooses, if there is one"""
+
+    def metrics(self, model: str) -> dict[str, float]:
+        """Return the metrics of a model's run."""
+        held_out = None if self.best is None or self.best.name != model else self.best.held_out
+        return metrics_of(self.report, model) | ({} if held_out is None else held_out_metrics(held_out))
 
 
 def begin(recipe: str, recipe_yaml: str, plan_text: str, uri: str, store: Path) -> str:
@@ -139,8 +145,10 @@ def record(
             if report.distances:
                 client.log_figure(parent.id, distance_heatmap(report.distances), "distances.png")
             if execution.best is not None:
-                client.set_tag(parent.id, "best", execution.best)
-                _log_metrics(parent, metrics_of(report, execution.best))
+                client.set_tag(parent.id, "best", execution.best.name)
+                if execution.best.said is not None:
+                    client.set_tag(parent.id, "choice", execution.best.said)
+                _log_metrics(parent, execution.metrics(execution.best.name))
             for model in report.models:
                 _record_model(parent, execution, model, (models or {}).get(model))
             client.set_experiment_tag(experiment, VIEW_TAG, view_of(report, run))
@@ -181,9 +189,11 @@ def _record_model(parent: OpenRun, execution: Execution, model: str, open_run: s
     with ending(client, parent.experiment, child, seconds) as run:
         client.log_batch(run.id, tags=[RunTag(key, value) for key, value in where.items()])
         log_datasets(run, used)
-        for task, rows in execution.answers.get(model, {}).items():
-            table = {column: [row[column] for row in rows] for column in rows[0]}
+        for task, one in execution.answers.get(model, {}).items():
+            table = {column: [row[column] for row in one.rows] for column in one.rows[0]}
             client.log_table(run.id, table, f"answers/{task}.json")  # appends: once per run
+            if one.cut is not None:
+                client.set_tag(run.id, f"answers.{task}", one.cut)
         model_id = None
         if variant is not None:
             _log_card(run, Path(report.models[model]))
@@ -197,7 +207,7 @@ def _record_model(parent: OpenRun, execution: Execution, model: str, open_run: s
             model_id = log_model(run, report, named | where, params)
         if route is not None:
             _log_route(run, model, route)
-        _log_metrics(run, metrics_of(report, model), params, model_id)
+        _log_metrics(run, execution.metrics(model), params, model_id)
 
 
 def _log_card(run: OpenRun, folder: Path) -> None:

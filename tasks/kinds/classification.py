@@ -4,6 +4,7 @@ A record holds `prediction`, the class of the largest logit, and `label`; of a d
 whether the head that it chose itself is right.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -71,6 +72,16 @@ class ClassTask(RowTask):
         """See `Task`."""
         return bool(record["prediction"] == record["label"])
 
+    @abstractmethod
+    def prompt_text(self, row: Row) -> str:
+        """Return what a model is given, for people to read."""
+
+    def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
+        """See `RowTask`: classes by name."""
+        names = {number: name for name, number in (labels or {}).items()}
+        expected, answer = (str(names.get(record[key], record[key])) for key in ("label", "prediction"))
+        return {"prompt": self.prompt_text(row), "expected": expected, "answer": answer, "right": self.is_right(record)}
+
 
 @KINDS.register("classification")
 class ClassificationTask(ClassTask):
@@ -93,7 +104,11 @@ class ClassificationTask(ClassTask):
 
     def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
         """See `RowTask`: all of the sample."""
-        return {"input_ids": class_tokens(render(self.prompt, row), tokenizer, self.max_length)}
+        return {"input_ids": class_tokens(self.prompt_text(row), tokenizer, self.max_length)}
+
+    def prompt_text(self, row: Row) -> str:
+        """See `ClassTask`: the text."""
+        return render(self.prompt, row)
 
 
 def class_index(label: Any, label2id: Labels, where: str) -> int:

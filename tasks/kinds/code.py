@@ -221,10 +221,8 @@ class CodeTask(RowTask):
             raise InputError(f"isolation: no sandbox there, not even with limits alone: {error}") from None
         return {"passed": int(outcome == PASSED), "outcome": outcome, "answer": text}
 
-    def table_row(self, row: Row, record: Record) -> Mapping[str, Any]:
+    def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
         """See `RowTask`."""
-        if "answer" not in record:
-            return {}
         texts = {"prompt": render(self.prompt, row), "expected": render(self.completion, row)}
         return {**texts, "answer": record["answer"], "right": bool(record["passed"]), "outcome": record["outcome"]}
 

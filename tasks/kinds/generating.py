@@ -14,8 +14,8 @@ from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.identity import Local, Only
 from sensmerge.tasks.kinds.answers import COMPARED, Comparison, find_answer
 from sensmerge.tasks.kinds.checks import NamedField
-from sensmerge.tasks.kinds.kind import RowTask
-from sensmerge.tasks.kinds.likelihood import likelihood
+from sensmerge.tasks.kinds.kind import Labels, RowTask
+from sensmerge.tasks.kinds.likelihood import likelihood, tokens_read
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, mean, perplexity, ratio
 from sensmerge.tasks.rows.source import Row
@@ -109,14 +109,9 @@ class GeneratingTask(RowTask):
         found, expected = (None if one is None else COMPARED[self.compare](one) for one in texts)
         return {"exact": int(found is not None and found == expected), "answer": text}
 
-    def table_row(self, row: Row, record: Record) -> Mapping[str, Any]:
-        """See `RowTask`."""
-        if "answer" not in record:
-            return {}
-        right = bool(record["exact"])
-        return {
-            "prompt": self.prompt_text(row),
-            "expected": self.expected(row),
-            "answer": record["answer"],
-            "right": right,
-        }
+    def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
+        """See `RowTask`; where nothing is generated, the answer is how many tokens of the text a model expects too."""
+        texts = {"prompt": self.prompt_text(row), "expected": self.expected(row)}
+        if "answer" in record:
+            return {**texts, "answer": record["answer"], "right": bool(record["exact"])}
+        return {**texts, **tokens_read(record)}

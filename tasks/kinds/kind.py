@@ -352,8 +352,17 @@ class RowTask(Task):
         """Return what a generated answer adds to a row's record."""
         return {}
 
-    def table_row(self, row: Row, record: Record) -> Mapping[str, Any]:
-        """Return what people read of a row and what a model answered, by the name of the column; empty if nothing."""
+    def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
+        """Return what people read of a row and of what a model answered, by the name of the column; empty if nothing.
+
+        Every row of a task has the same columns. Kinds here have `prompt`, `expected`, `answer`, and `right` where
+        answers are right or wrong.
+
+        Args:
+            row: as the model was scored on it.
+            record: the model's.
+            labels: classes of the task's own expert.
+        """
         return {}
 
     def agreement(self, record: Record, own: Record) -> Record:

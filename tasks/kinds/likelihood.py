@@ -1,7 +1,7 @@
 """How likely a language model finds the text that is expected of it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.sample import Sample
@@ -43,6 +43,12 @@ def likelihood_of(expected: Sequence[int], logits: "Tensor") -> Record:
         "correct": int((log_p.argmax(-1) == target).sum()),
         "tokens": len(target),
     }
+
+
+def tokens_read(record: Record) -> dict[str, Any]:
+    """Return `answer` and `right` for people, of a text that was read and not written; see `likelihood`."""
+    correct, tokens = record["correct"], record["tokens"]
+    return {"answer": f"{correct} of {tokens} tokens", "right": correct == tokens}
 
 
 def text_sample(ids: list[int], where: str) -> Sample:

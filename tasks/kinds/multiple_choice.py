@@ -111,3 +111,9 @@ class MultipleChoiceTask(RowTask):
         """See `RowTask`."""
         scores = [-one["nll"] / len(str(choice)) for one, choice in zip(judged, row[self.choices], strict=True)]
         return {"prediction": scores.index(max(scores)), "label": int(row[self.answer])}
+
+    def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
+        """See `RowTask`: the texts of choices."""
+        expected, answer = (str(row[self.choices][record[key]]) for key in ("label", "prediction"))
+        right = record["prediction"] == record["label"]
+        return {"prompt": render(self.prompt, row), "expected": expected, "answer": answer, "right": right}

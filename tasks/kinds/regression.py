@@ -14,7 +14,7 @@ from sensmerge.tasks.kinds.checks import NamedField, check_number, number_of
 from sensmerge.tasks.kinds.correlation import mean_squared_error, pearson, spearman
 from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
 from sensmerge.tasks.kinds.sample import Sample
-from sensmerge.tasks.kinds.scores import Metric
+from sensmerge.tasks.kinds.scores import Metric, Record
 from sensmerge.tasks.kinds.templates import render, template_fields
 from sensmerge.tasks.networks.tokens import Inputs, class_tokens, pair_tokens
 from sensmerge.tasks.rows.source import Row
@@ -95,3 +95,8 @@ class RegressionTask(RowTask):
         from sensmerge.tasks.networks.networks import finite
 
         return {"prediction": float(finite(logits)), "label": sample.label}
+
+    def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
+        """See `RowTask`."""
+        pair = {} if self.pair is None else {"pair": render(self.pair, row)}
+        return {"prompt": render(self.prompt, row), **pair, "expected": record["label"], "answer": record["prediction"]}

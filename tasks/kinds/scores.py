@@ -44,6 +44,10 @@ class Score:
     low: Annotated[float, Field(description="lower end of the 95 % interval")]
     high: Annotated[float, Field(description="upper end of the 95 % interval")]
 
+    def __str__(self) -> str:
+        """Say it as all that people read has it."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}], n = {self.n}"
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -130,3 +130,8 @@ class StsTask(RowTask):
         first, second = judged
         lengths = float(np.linalg.norm(first) * np.linalg.norm(second))
         return {"prediction": float(first @ second) / lengths if lengths else 0.0, "label": number_of(row[self.label])}
+
+    def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
+        """See `RowTask`."""
+        texts = {setting: render(getattr(self, setting), row) for setting in self.templates}
+        return {**texts, "expected": record["label"], "answer": record["prediction"]}

@@ -156,6 +156,17 @@ class TokenClassificationTask(RowTask):
         """See `Task`."""
         return bool(record["exact_match"])
 
+    def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
+        """See `RowTask`: words and tags; records keep how many are right, not which."""
+        names = {number: name for name, number in (labels or {}).items()}
+        tags = [names.get(class_index(tag, labels or {}, self.tags), "") for tag in row[self.tags]]
+        return {
+            "prompt": " ".join(row[self.tokens]),
+            "expected": " ".join(tags),
+            "answer": f"{record['right']} of {record['tags']} tags",
+            "right": self.is_right(record),
+        }
+
 
 def _entity_counts(predicted: list[int], expected: list[int], names: tuple[str, ...]) -> dict[str, int]:
     if not are_entity_tags(names):

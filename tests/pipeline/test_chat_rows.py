@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.report.results import answers
+from sensmerge.pipeline.report.answers import answers
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.chat import ChatTask
@@ -141,11 +141,11 @@ def test_from_rows_to_scores(recipe: dict[str, Any], tmp_path: Path) -> None:
         assert record["tokens"] == len(tokenizer(answer["content"]).input_ids) + 1
 
     table = answers(plan)
-    assert {(row["answer"], row["right"]) for row in table["sums"]["sums"]} == {("b seven", True)}
+    assert {(row["answer"], row["right"]) for row in table["sums"]["sums"].rows} == {("b seven", True)}
     assert table.keys() == {"base", "talk", "sums", "ta", "sens", "se"}
-    assert [row["answer"] for row in table["ta"]["sums"]] == [record["answer"] for record in records]
+    assert [row["answer"] for row in table["ta"]["sums"].rows] == [record["answer"] for record in records]
     first = plan.inputs.data["sums"].evaluation[0]["messages"]
-    assert table["se"]["sums"][0] | {"answer": "", "right": False} == {
+    assert table["se"]["sums"].rows[0] | {"answer": "", "right": False} == {
         "prompt": "\n".join(f"{one['role']}: {one['content']}" for one in first[:-1]),
         "expected": first[-1]["content"],
         "answer": "",

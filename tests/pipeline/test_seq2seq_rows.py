@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.report.results import answers
+from sensmerge.pipeline.report.answers import answers
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
@@ -125,7 +125,7 @@ def test_answers_are_what_transformers_generates(plan: Plan) -> None:
 
 
 def test_people_read_source_target_and_answer(plan: Plan) -> None:
-    row = answers(plan)["ta"]["french"][0]
+    row = answers(plan)["ta"]["french"].rows[0]
     assert row["prompt"].endswith("</s>")
     assert {"expected", "answer", "right"} <= row.keys()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BertForTokenClassification
 
 from sensmerge.pipeline.plan.plan import Plan
+from sensmerge.pipeline.report.answers import answers
 from sensmerge.tasks.artifacts import read_json
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
@@ -130,6 +131,19 @@ def test_scores_are_those_of_the_task_s_head_on_each_trunk(done: Done, model: st
     scores = read_json(plan.artifact("evaluate", f"{model}/{task}") / "scores.json")
     assert scores["f1"]["value"] == pytest.approx(2 * total["found"] / (total["predicted"] + total["expected"]))
     assert scores["accuracy"]["value"] == pytest.approx(total["right"] / total["tags"])
+
+
+def test_people_read_words_tags_and_how_many_are_right(done: Done) -> None:
+    """Tags are numbers in some rows; people read their names."""
+    table = answers(done.plan)["ta"]["people"]
+    rows = done.plan.inputs.data["people"].evaluation
+    records = read_json(done.plan.artifact("evaluate", "ta/people") / "records.json")
+    assert table.scored == len(rows) == len(table.rows)
+    names = tagger(done.folder, "people").config.id2label
+    for found, row, record in zip(table.rows, rows, records, strict=True):
+        tags = [tag if isinstance(tag, str) else names[tag] for tag in row["tags"]]
+        assert (found["prompt"], found["expected"]) == (" ".join(row["tokens"]), " ".join(tags))
+        assert (found["answer"], found["right"]) == (f"{record['right']} of {len(tags)} tags", record["exact_match"])
 
 
 def test_a_dynamic_model_with_the_heads_given(done: Done) -> None:

@@ -23,6 +23,7 @@ def finished(
     trusted, doubted = ({"kind": "se", "score": "nearest", "fallback": fallback} for fallback in (0, 1))
     recipe["merges"] = {
         "static": {"method": "task_arithmetic", "weight": 0.5},
+        "swept": {"method": "task_arithmetic", "weight": [0.4, 0.2]},
         "trusted": {"method": "task_arithmetic", "weight": 0.5, "application": trusted},
         "doubted": {"method": "task_arithmetic", "weight": 0.5, "application": doubted},
     }
@@ -30,7 +31,8 @@ def finished(
     path = write_recipe(folder, recipe)
     assert run_here(path, "--store", folder / "store", "--report", report) == 0
     found = json.loads(report.read_text())
-    cards = {name: (Path(found["models"][name]) / "README.md").read_text() for name in recipe["merges"]}
+    variants = [name for name, role in found["roles"].items() if role == "variant"]
+    cards = {name: (Path(found["models"][name]) / "README.md").read_text() for name in variants}
     return found, cards
 
 
@@ -42,6 +44,19 @@ def test_the_code_of_the_card_answers(
     exec(code, {})
     printed = capsys.readouterr().out
     assert len(re.findall(r"(?:math|code) \{'math': \d\.\d+(?:e-\d+)?, 'code': \d\.\d+(?:e-\d+)?\}", printed)) == 2
+
+
+def test_the_cards_of_a_sweep_compare_its_variants(finished: tuple[dict[str, Any], dict[str, str]]) -> None:
+    report, cards = finished
+    (sweep,) = report["sweeps"].values()
+    means = {name: report["mean_normalised"][name]["value"] for name in sweep["members"]}
+    (other,) = set(means) - {sweep["best"]}
+    assert sweep["members"] == {f"swept-weight-{weight}": {"weight": weight} for weight in (0.4, 0.2)}
+    assert sweep["behind"][other]["value"] == pytest.approx(means[sweep["best"]] - means[other])
+    more = "0.8, 1.6" if sweep["best"] == "swept-weight-0.4" else "0.1, 0.05"
+    for name, card in cards.items():
+        assert (f"sweep swept: {sweep['best']} is the best of 2; behind it: {other} " in card) == (name in means)
+        assert (f"at the end of the sweep; add values beyond it: {more}" in card) == (name in means)
 
 
 def test_a_dynamic_model_is_not_said_to_load_as_a_transformers_model(

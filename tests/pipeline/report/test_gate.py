@@ -10,7 +10,9 @@ from scipy.stats import norm
 
 from sensmerge.pipeline.recipe.gate import Gate
 from sensmerge.pipeline.report.gate import (
+    Best,
     Outcomes,
+    best_of,
     best_variant,
     candidates,
     choice,
@@ -223,7 +225,9 @@ def test_a_choice_is_said_with_what_it_is_worth(report: Report) -> None:
         "best of 2 variants: ta, chosen by mean_normalised on half of the samples: 0.800 [0.700, 0.900], n = 9; "
         "on the held-out half: 0.500 [0.400, 0.600], n = 9"
     )
+    assert best_of(halved_report, gate()) == Best("ta", score(0.5), choice(halved_report, gate()))
     assert choice(halved_report, gate(variants=["ta"])) is None
+    assert best_of(halved_report, gate(variants=["ta"])) == Best("ta")
     dynamic = halved_report.model_copy(update={"routes": {"ta-se": None}})
     assert str(choice(dynamic, gate())).startswith("best of 2 static variants: ta, ")
     assert str(choice(dynamic, gate(variants=["ta", "ta-sens.3"]))).startswith("best of 2 variants: ta, ")

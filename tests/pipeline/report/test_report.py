@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sensmerge.pipeline.recipe.sweep import expanded, sweeps_of
+from sensmerge.pipeline.recipe.variant import Variant
 from sensmerge.pipeline.report.report import (
     Report,
     StageRecord,
+    SweepInfo,
     equals,
     merge_summary,
     score_table,
+    sweep_lines,
     tuning_lines,
     tuning_table,
 )
+from sensmerge.pipeline.report.results import at_ends
 from sensmerge.tasks.kinds.scores import Score
 from tests.pipeline.report.tunings import tuning
 
@@ -143,3 +148,32 @@ def test_the_table_of_a_tuning_has_all_that_was_tried(tmp_path: Path) -> None:
     assert [line[1:3] for line in cells] == [[w, d] for w in ("0.3", "0.5", "1") for d in ("0.2", "1")]
     assert [line[1:3] for line in cells if "chosen" in line] == [["0.5", "0.2"]]
     assert cells[0][3:7] == ["0.780 (0.680–0.880)", "0.200 (0.150–0.250)", "0.870", "0.300"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "best", "said"),
+    [
+        ({"weight": [0.2, 0.4, 0.6]}, "0.4", []),
+        ({"weight": [0.2, 0.4, 0.6]}, "0.6", ["weight 0.6 is the best and .*; add values beyond it: 0.9, 1.35"]),
+        ({"density": [0.5, 1.0]}, "1.0", []),  # there is nothing beyond it
+        ({"density": [0.5, 1.0]}, "0.5", ["density 0.5 is the best and .*; add values beyond it: 0.25, 0.125"]),
+        ({"seed": [1, 2]}, "2", []),  # chance has no ends
+        ({"normalize": [True, False]}, "false", []),
+    ],
+)
+def test_a_sweep_whose_best_variant_is_at_its_end(settings: dict[str, list[Any]], best: str, said: list[str]) -> None:
+    entry = {"method": "dare_ties" if "seed" in settings else "ties", "density": 0.5} | dict.fromkeys(settings)
+    merges = {"t": {key: value for key, value in entry.items() if value is not None} | {"sweep": settings}}
+    (members,) = sweeps_of(merges).values()
+    name = f"t-{next(iter(settings))}-{best}"
+    found = at_ends(Variant.model_validate(expanded(merges)[name]).settings, members, name)
+    assert len(found) == len(said)
+    assert all(re.search(pattern, line) for pattern, line in zip(said, found, strict=True))
+
+
+def test_of_a_large_sweep_only_the_number_that_is_near_is_printed() -> None:
+    behind = {str(n): Score(0.1, 9, n / 10 - 0.3, 1) for n in range(1, 8)}
+    sweep = SweepInfo(members={key: {} for key in ["0", *behind]}, best="0", behind=behind, notes=["x"])
+    first, note = sweep_lines("t", sweep)
+    assert first.startswith("sweep t: 0 is the best of 8; 3 are not surely behind it (the report has all differences")
+    assert note == "sweep t: x"

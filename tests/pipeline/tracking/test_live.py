@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.pipeline.execute.worker import Done, Spent
 from sensmerge.pipeline.plan.plan import Plan
+from sensmerge.pipeline.report.gate import Best
 from sensmerge.pipeline.report.results import collect, data_sets, outcomes
 from sensmerge.pipeline.tracking import record as tracking
 from sensmerge.pipeline.tracking.live import LiveRun
@@ -68,7 +69,7 @@ def test_steps_and_scores_are_there_before_the_run_ends(done: Plan, uri: str, cl
     assert not said
 
     # What is recorded at the end goes into the same runs.
-    execution = tracking.Execution(collect(done), outcomes(done), *TEXTS, data_sets(done), best="ta")
+    execution = tracking.Execution(collect(done), outcomes(done), *TEXTS, data_sets(done), best=Best("ta"))
     assert tracking.record(execution, uri, done.store.root, run, models) == run
     every = children(client, run)
     assert every["ta"].info.run_id == models["ta"]

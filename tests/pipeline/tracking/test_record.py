@@ -26,11 +26,13 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from sensmerge.pipeline.report.gate import Outcomes
+from sensmerge.pipeline.report.answers import Answers
+from sensmerge.pipeline.report.gate import Best, Outcomes
 from sensmerge.pipeline.report.report import Report, RouteInfo, StageRecord, VariantInfo
 from sensmerge.pipeline.report.results import TaskData
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking import record as tracking
+from sensmerge.pipeline.tracking.metrics import metrics_of
 from sensmerge.pipeline.tracking.runs import tags_of, where_recorded
 from sensmerge.pipeline.tracking.system_metrics import Load
 from sensmerge.pipeline.tracking.uri import check_server, default_uri
@@ -211,6 +213,15 @@ def test_metrics_have_the_same_keys_in_every_child(client, parent, report):
     assert math.isnan(runs["code"].data.metrics["eval/mean_normalised"])
 
 
+def test_only_models_with_routes_have_routed_metrics(report):
+    routed = {"math": scores(0.5)["math"] | {"routed_accuracy": score(0.4)}}
+    some = report.model_copy(update={"scores": report.scores | {"ta": report.scores["ta"] | routed}})
+    plain = metrics_of(report, "ta-sens.3")
+    assert metrics_of(some, "ta-sens.3").keys() == plain.keys()
+    more = {f"{kind}/math/routed_accuracy" for kind in ("more", "low", "high", "n")}
+    assert metrics_of(some, "ta").keys() - plain.keys() == more
+
+
 def test_params_tell_method_and_coefficients(client, parent, store):
     runs = children(client, parent)
     assert runs["ta-sens.3"].data.params == {
@@ -313,7 +324,8 @@ def test_answers_of_a_model_are_a_table_that_people_read(client, report, store, 
         {"prompt": "user: and\nnow? é", "expected": "7", "answer": "", "right": False},
     ]
     execution = tracking.Execution(
-        report, OUTCOMES, RECIPE, PLAN, make_datasets(), answers={"math": {"math": said}, "ta": {"math": said[:1]}}
+        *(report, OUTCOMES, RECIPE, PLAN, make_datasets()),
+        answers={"math": {"math": Answers(said, 2)}, "ta": {"math": Answers(said[:1], 2000)}},
     )
     runs = children(client, tracking.record(execution, uri, store).rsplit("/", 1)[-1])
     for name, rows in (("math", said), ("ta", said[:1])):
@@ -321,6 +333,8 @@ def test_answers_of_a_model_are_a_table_that_people_read(client, report, store, 
         assert table["columns"] == ["prompt", "expected", "answer", "right"]
         assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == rows
     assert not client.list_artifacts(runs["base"].info.run_id)
+    tags = {name: runs[name].data.tags.get("answers.math") for name in ("math", "ta")}
+    assert tags == {"math": None, "ta": "the first 1 of 2000 rows"}
 
 
 def test_the_table_of_scores_is_written_once(client, parent, report):
@@ -415,13 +429,20 @@ def test_a_run_is_there_from_the_start_and_has_the_scores_of_the_best_at_its_end
     assert begun.info.status == "RUNNING"
     assert {a.path for a in client.list_artifacts(run)} == {"recipe.yaml", "plan.txt"}
     report = make_report(store, "from-start")
-    execution = tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets(), best="ta")
+    best = Best("ta", score(0.7, 25), "best of 2 variants: ta, …")
+    execution = tracking.Execution(report, OUTCOMES, RECIPE, PLAN, make_datasets(), best=best)
     assert tracking.record(execution, uri, store, run) == run
     ended = client.get_run(run)
     assert ended.info.status == "FINISHED"
     assert ended.info.start_time == begun.info.start_time
-    assert ended.data.tags["best"] == "ta"
-    child = children(client, run)["ta"]
+    assert (ended.data.tags["best"], ended.data.tags["choice"]) == ("ta", best.said)
+    own = children(client, run)
+    child = own["ta"]
+    held_out = {f"{key}held_out": child.data.metrics[f"{key}held_out"] for key in ("eval/", "low/", "high/", "n/")}
+    assert held_out == pytest.approx(
+        {"eval/held_out": 0.7, "low/held_out": 0.6, "high/held_out": 0.8, "n/held_out": 25}
+    )
+    assert [name for name, one in own.items() if "eval/held_out" in one.data.metrics] == ["ta"]
     assert {key: str(value) for key, value in ended.data.metrics.items()} == {
         key: str(value) for key, value in child.data.metrics.items()
     }

@@ -100,4 +100,5 @@ def test_what_people_read() -> None:
     record = {"nll": 1.0} | task.answer_record(ROW, "72")
     expected = {"prompt": "how many?", "expected": ROW["completion"], "answer": "72", "right": True}
     assert task.table_row(ROW, record) == expected
-    assert task.table_row(ROW, {"nll": 1.0}) == {}
+    read = {"nll": 1.0, "correct": 3, "tokens": 4}
+    assert task.table_row(ROW, read) == expected | {"answer": "3 of 4 tokens", "right": False}
