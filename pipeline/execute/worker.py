@@ -108,6 +108,7 @@ def run_part(job: Job, part: int | str, partial: Path, threads: int, models: Pla
     Raises:
         InputError: bad input that the job found, or a model that is not what it was when the step was planned.
     """
+    models.bring()
     models.check()
     partial.mkdir(parents=True, exist_ok=True)
     was_left, spent = _measured(job, lambda: job.run(part, partial), threads)
@@ -117,6 +118,7 @@ def run_part(job: Job, part: int | str, partial: Path, threads: int, models: Pla
 
 def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int, models: PlannedModels = NONE) -> Done:
     """Complete a job and publish its artifact, in one go on the worker; errors as of `run_part`."""
+    models.bring()
     models.check()
     goes_on = job.resumes or bool(job.parts())
     partial = store.partial(key)

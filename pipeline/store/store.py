@@ -35,10 +35,11 @@ from sensmerge.pipeline.store.manifest import (
     tidy,
     what_is_wrong,
 )
-from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile, lacking_at
+from sensmerge.pipeline.store.remote import SYNCED, Remote, lacking_at
 from sensmerge.tasks.artifacts import checksum_file, ordered, sha256_text, write_json
 from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.remote import RemoteFile
 from sensmerge.tasks.serving.lease import LEASES
 from sensmerge.tasks.stages.job import Job
 
