@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.hub import VERIFIED
-from sensmerge.tasks.checkpoints.listing import Listing, LocalModel, UrlModel
+from sensmerge.tasks.checkpoints.listing import HubModel, Listing, LocalModel, UrlModel
 from sensmerge.tasks.checkpoints.source import bring, verify
 from sensmerge.tasks.checkpoints.url import is_as_it_came
 from sensmerge.tasks.errors import InputError
@@ -77,8 +77,8 @@ def _states(listing: Listing) -> tuple[State, ...]:
 
 
 def _lasting_states(listing: Listing) -> list[State]:
-    """Return the states of files that need not be here: of a model at a URL, the folder's name says which they are."""
-    if isinstance(listing.source, UrlModel):
+    """Return the states of files that need not be here, if the name of their folder says which they are."""
+    if isinstance(listing.source, UrlModel) or (isinstance(listing.source, HubModel) and listing.missing()):
         return [(str(listing.folder / file.name), file.size, 0, 0) for file in listing.files]
     return list(_states(listing))
 
