@@ -30,7 +30,7 @@ from sensmerge.tasks.errors import InputError
 
 
 def init(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="the base: folder or hub:ORG/NAME@REVISION")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="the base: folder, hub:ORG/NAME@REVISION or URL")],
     experts: Annotated[list[str], typer.Argument(metavar="EXPERT...", help="experts, adapters among them")],
     target: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="file to write; default: it is printed")

@@ -17,7 +17,7 @@ from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import read_json, sha256_file
 from sensmerge.tasks.checkpoints.companions import companions, is_tokenizer_file
 from sensmerge.tasks.checkpoints.layers import group_by_layer
-from sensmerge.tasks.checkpoints.listing import HubModel
+from sensmerge.tasks.checkpoints.listing import HubModel, UrlModel
 from sensmerge.tasks.coefficients import SensCoefficients
 from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.methods.contract import Method
@@ -72,6 +72,11 @@ def check_models(plan: Plan) -> None:
         raise InputError("base: its tensors are merged by their names, and mergekit may take other ones; merge it here")
     base, experts = plan.inputs.networks
     for name, listing in plan.inputs.listings.items():
+        if isinstance(listing.source, UrlModel):
+            raise InputError(
+                f"{'' if name == 'base' else 'experts.'}{name}.model: mergekit reads no URL; name a copy of it on this "
+                "disk"
+            )
         if isinstance(listing.source, HubModel) and listing.source.subfolder:
             raise InputError(
                 f"{'' if name == 'base' else 'experts.'}{name}.subfolder: mergekit reads repositories at their top; "

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from sensmerge.pipeline.plan.models import weight_bytes
 from sensmerge.pipeline.recipe.load import checked
 from sensmerge.tasks.artifacts import load_object
-from sensmerge.tasks.checkpoints.listing import CONFIGS, HubModel, Listing, parse_model_id
+from sensmerge.tasks.checkpoints.listing import CONFIGS, HubModel, Listing, UrlModel, parse_model_id
 from sensmerge.tasks.checkpoints.source import fetch_files, resolve
 from sensmerge.tasks.errors import InputError
 
@@ -73,7 +73,7 @@ def new_recipe(base: str, experts: Sequence[str], folder: Path, cache: Path) -> 
     Its merges need no data. Tasks, and merges that need them, are there as comments.
 
     Args:
-        base: folder, or `hub:ORG/NAME@REVISION`.
+        base: folder, `hub:ORG/NAME@REVISION` or URL.
         experts: the same; they may be adapters.
         folder: where the recipe will lie; relative paths are made relative to it.
         cache: of the hub.
@@ -166,6 +166,8 @@ def _model(text: str, folder: Path, listing: Listing) -> str:
     """Return a model as a recipe in a folder says it; one of the hub with its commit."""
     if isinstance(listing.source, HubModel):
         return f"hub:{listing.source.repo}@{listing.revision}"
+    if isinstance(listing.source, UrlModel):
+        return listing.source.url
     path = Path(text).expanduser()
     return text if path.is_absolute() or text.startswith("~") else os.path.relpath(path, folder)
 

@@ -262,6 +262,35 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The address of an S3-compatible server on the loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The file system with the empty bucket `models`; this process and those that it starts find it by their
+    environment."""
+    import fsspec
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    files = fsspec.filesystem("s3")
+    files.mkdir("models")
+    yield files
+    files.rm("models", recursive=True)
+
+
 @pytest.fixture
 def llama_recipe(llamas: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     """A recipe for the tiny Llamas, with its data in tmp_path; tests change it as they need."""

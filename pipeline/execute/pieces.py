@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,23 +9,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import ray
 
-from sensmerge.pipeline.execute.worker import Done, Spent
+from sensmerge.pipeline.execute.reads import Reads
+from sensmerge.pipeline.execute.worker import Done, Spent, keep_if_read_from
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.earlier import EarlierArtifacts
 from sensmerge.pipeline.store.store import Store
-from sensmerge.tasks.artifacts import write_whole
-from sensmerge.tasks.checkpoints.unchanged import PlannedModels
 from sensmerge.tasks.stages.job import Job
 
 if TYPE_CHECKING:  # with transformers it takes seconds, which Ray's start does not wait for
     from sensmerge.pipeline.plan.step import Step
-
-
-READ_FROM = ".models.partial"
-"""In a folder under construction, and never in an artifact: the states of the models that its pieces were read from."""
 
 
 class Around(Enum):
@@ -49,7 +43,7 @@ class Running:
 
     step: Step
     job: ray.ObjectRef[Job]
-    models: ray.ObjectRef[PlannedModels]
+    reads: ray.ObjectRef[Reads]
     waiting: deque[Piece]
     pending: int
     """pieces that have not ended, the last included"""
@@ -58,13 +52,18 @@ class Running:
     finishing: bool = False
     spent: Spent = field(default_factory=Spent)
     begun: float = field(default_factory=time.monotonic)
+    node: str | None = None
+    """the one that has to do all pieces after the first, since they leave files for each other on its disk"""
+    nodes_lost: int = 0
+    """how many nodes were at work on the step when they left"""
 
     @classmethod
-    def begin(cls, step: Step, store: Store) -> Running:
-        """Look for what earlier runs left, and hand the job and its models to Ray, once for all its pieces."""
+    def begin(cls, run: str, step: Step, store: Store, plan: Sequence[Step], nodes_lost: int = 0) -> Running:
+        """Look for what earlier runs left, and hand the job and what it reads to Ray, once for all its pieces."""
         job = prepared(step, store)
         pieces: list[Piece] = [*([Around.CHECK] if step.needs else []), *job.parts()]
-        return cls(step, ray.put(job), ray.put(step.models), deque(pieces), len(pieces) + 1)
+        reads = ray.put(Reads.of(run, step, job, store, plan))
+        return cls(step, ray.put(job), reads, deque(pieces), len(pieces) + 1, nodes_lost=nodes_lost)
 
     def take(self) -> Piece | None:
         """Return the piece that is next, or None while it has to wait for others."""
@@ -101,31 +100,28 @@ def clock(seconds: float) -> str:
 def prepared(step: Step, store: Store) -> Job:
     """Return the job of a step that begins, with what it can take over, and its folder as it may go on from it.
 
-    Pieces that an interrupted run has done are of use only if the models are still the files that they were read from:
-    one that was exchanged while a piece read it, and then put back, would have its digest.
+    See `keep_if_read_from`.
     """
     job = step.job.resumed(EarlierArtifacts(store, step.key))
-    if job.resumes or job.parts():
-        partial, states = store.partial(step.key), json.dumps(step.models.states())
-        record = partial / READ_FROM
-        if not record.is_file() or record.read_text() != states:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write_whole(record, states)
+    keep_if_read_from(step.models, job, store.partial(step.key))
     return job
 
 
 class Pieces:
     """Pieces that may be submitted: of steps whose needs are done, in the plan's order, within the stages' limits."""
 
-    def __init__(self, steps: Sequence[Step], store: Store, limits: Mapping[Stage, int]) -> None:
+    def __init__(
+        self, steps: Sequence[Step], store: Store, limits: Mapping[Stage, int], plan: Sequence[Step] = ()
+    ) -> None:
         """Begin with the steps to run; Ray is connected.
 
         Args:
             steps: in the plan's order; what they need beside each other is done.
             store: where earlier artifacts are.
             limits: how many pieces of each stage may be in flight.
+            plan: all steps, those that are done included; none where these make nothing that is read.
         """
+        self.run, self._plan = uuid4().hex, plan
         self._steps = {step.title: step for step in steps}
         self._store, self._limits = store, limits
         self._place = {title: place for place, title in enumerate(self._steps)}
@@ -140,7 +136,7 @@ class Pieces:
         self._ready = sorted((*self._ready, *self._graph.get_ready()), key=self._place.__getitem__)
         for title in self._ready:
             if title not in self._running:
-                self._running[title] = Running.begin(self._steps[title], self._store)
+                self._running[title] = Running.begin(self.run, self._steps[title], self._store, self._plan)
             state, stage = self._running[title], self._steps[title].stage
             while self._in_flight[stage] < self._limits[stage] and (piece := state.take()) is not None:
                 self._in_flight[stage] += 1
@@ -153,6 +149,17 @@ class Pieces:
     def is_active(self) -> bool:
         """Return whether some step is not done."""
         return self._graph.is_active()
+
+    def begin_again(self, state: Running, in_flight: int) -> None:
+        """Have a step done from its start, since the node with what its pieces left is gone.
+
+        Args:
+            state: the step.
+            in_flight: how many of its pieces have not ended; nobody waits for them any more.
+        """
+        self._in_flight[state.step.stage] -= in_flight
+        begun = Running.begin(self.run, state.step, self._store, self._plan, state.nodes_lost + 1)
+        self._running[state.step.title] = begun
 
     def piece_done(self, state: Running, piece: Piece, done: Done) -> None:
         """Record that a piece has ended."""

@@ -13,10 +13,15 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
+from sensmerge.pipeline.execute.nodes import LOST, disks_are_apart, is_gone, on_node
 from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running
 from sensmerge.pipeline.execute.progress import SAY_AGAIN, progress
-from sensmerge.pipeline.execute.worker import Done, run_check, run_finish, run_part
+from sensmerge.pipeline.execute.reads import check, do_part, finish, paths_in
+from sensmerge.pipeline.execute.worker import Done
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.store.bring import bring
+from sensmerge.pipeline.store.manifest import SMALL
+from sensmerge.tasks.checkpoints.views import TOKENIZERS, VIEWS
 from sensmerge.tasks.errors import InputError
 
 if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does not wait for
@@ -24,7 +29,7 @@ if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does
     from sensmerge.pipeline.plan.step import Step
 
 # One remote function for all steps: Ray takes calls of one function in their order, those of several in any.
-_RUN_CHECK, _RUN_PART, _RUN_FINISH = ray.remote(run_check), ray.remote(run_part), ray.remote(run_finish)
+_CHECK, _PART, _FINISH = ray.remote(check), ray.remote(do_part), ray.remote(finish)
 SECONDS_BOUNDS = [1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
 """Of the histogram of steps' times."""
 LOOK_AGAIN = 15.0
@@ -86,21 +91,35 @@ def execute(
     with cluster(address), progress(console, len(steps), "steps") as shown:
         _wait_for_room(plan, steps, wait, console)
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
+        apart = disks_are_apart(plan.store)
+        if apart:
+            _check_apart(steps)
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
-        pieces = Pieces(steps, plan.store, limits)
+        pieces = Pieces(steps, plan.store, limits, plan.steps)
         flying: dict[ray.ObjectRef, tuple[Running, Piece]] = {}
         while pieces.is_active():
             for state, piece in pieces.take():
-                flying[_submit(plan, state, piece)] = (state, piece)
+                flying[_submit(plan, state, piece, apart)] = (state, piece)
             ended, _ = ray.wait(list(flying), num_returns=1, timeout=SAY_AGAIN)
             shown.at_work(pieces.at_work())
             if not ended:
                 continue
             (ready,) = ended
             state, piece = flying.pop(ready)
+            if state.node is not None and state.nodes_lost < LOST and is_gone(ready, state.node):
+                others = [ref for ref, (other, _) in flying.items() if other is state]
+                for ref in others:
+                    ray.cancel(ref)
+                    del flying[ref]
+                console.print(f"{state.step.title}: its node left; it begins again on another", highlight=False)
+                pieces.begin_again(state, 1 + len(others))
+                continue
             result = answer_of(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
             pieces.piece_done(state, piece, result)
+            if piece is Around.CHECK and apart:
+                state.node = result.node_id
             if piece is Around.FINISH:
+                bring(plan.store, plan.store.folder(state.step.key), pieces.run, SMALL)
                 shown.advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
                 if on_end is not None:
                     on_end(state.step, result)
@@ -133,7 +152,8 @@ def _advice(plan: Plan, stage: Stage) -> str:
     return fewer
 
 
-def _submit(plan: Plan, state: Running, piece: Piece) -> ray.ObjectRef[Done]:
+def _submit(plan: Plan, state: Running, piece: Piece, apart: bool) -> ray.ObjectRef[Done]:
+    """Hand a piece to Ray; of nodes with disks apart, any takes the first piece of a step, and then all others."""
     step = state.step
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
@@ -144,14 +164,31 @@ def _submit(plan: Plan, state: Running, piece: Piece) -> ray.ObjectRef[Done]:
         "max_retries": SYSTEM_RETRIES,
         "retry_exceptions": False,
         "name": step.title,
+        "scheduling_strategy": "DEFAULT" if state.node is None else on_node(state.node),
     }
     if piece is Around.CHECK:
-        needs = {one.title: plan.store.folder(one.key) for one in plan.steps if one.title in step.needs}
-        return _RUN_CHECK.options(**options | {"num_gpus": 0}).remote(needs)
+        # The node that can do it must be able to do the other pieces too, if these have to follow.
+        options |= {"scheduling_strategy": "SPREAD"} if apart else {"num_gpus": 0}
+        return _CHECK.options(**options).remote(state.reads, state.job, plan.store.partial(step.key))
     if piece is Around.FINISH:
-        finish = (state.job, plan.store, step.key, state.spent, threads, state.models)
-        return _RUN_FINISH.options(**options).remote(*finish)
-    return _RUN_PART.options(**options).remote(state.job, piece, plan.store.partial(step.key), threads, state.models)
+        return _FINISH.options(**options).remote(state.reads, state.job, step.key, state.spent, threads)
+    return _PART.options(**options).remote(state.reads, state.job, piece, plan.store.partial(step.key), threads)
+
+
+def _check_apart(steps: list[Step]) -> None:
+    """Refuse what only nodes with a disk in common can do."""
+    for step in steps:
+        if step.actors:
+            raise InputError(
+                f"placement.actors: the workers of {step.title} would read models from each other's disks; let "
+                "SENSMERGE_CACHE be on storage that all nodes see, or set another placement"
+            )
+        written = [path for path in paths_in(step.job) if {VIEWS, TOKENIZERS} & {*path.parts}]
+        if written:
+            raise InputError(
+                f"{step.title} reads {written[0]}, which this machine has written, since models have different tokens; "
+                "let SENSMERGE_CACHE be on storage that all nodes see"
+            )
 
 
 def _wait_for_room(plan: Plan, steps: list[Step], wait: float, console: Console) -> None:

@@ -1,5 +1,6 @@
 """What a worker runs of a plan: pieces of steps, measured. Imported by workers, so nothing here may import much."""
 
+import json
 import os
 import platform
 import shutil
@@ -12,9 +13,13 @@ from typing import Any
 
 from sensmerge.pipeline.store.manifest import file_sizes
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.stages.job import Job
+
+READ_FROM = ".models.partial"
+"""In a folder under construction, and never in an artifact: the states of the models that its pieces were read from."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Done:
     """of the artifact"""
     node: str = ""
     """name of the machine"""
+    node_id: str = ""
+    """Ray's, of a step's first piece"""
 
 
 def _measured(job: Job, work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
@@ -102,12 +109,28 @@ def run_check(needs: Mapping[str, Path]) -> Done:
     return Done({}, Spent())
 
 
+def keep_if_read_from(models: PlannedModels, job: Job, partial: Path) -> None:
+    """Empty the folder under construction of a step that begins, unless it may go on from what is in it.
+
+    Pieces that an interrupted run has done are of use only if the models are still the files that they were read from:
+    one that was exchanged while a piece read it, and then put back, would have its digest.
+    """
+    if not job.resumes and not job.parts():
+        return
+    record, states = partial / READ_FROM, json.dumps(models.states())
+    if not record.is_file() or record.read_text() != states:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_whole(record, states)
+
+
 def run_part(job: Job, part: int | str, partial: Path, threads: int, models: PlannedModels = NONE) -> Done:
     """Run one of a job's pieces in the folder under construction; it says whether there was something left to do.
 
     Raises:
         InputError: bad input that the job found, or a model that is not what it was when the step was planned.
     """
+    models.bring()
     models.check()
     partial.mkdir(parents=True, exist_ok=True)
     was_left, spent = _measured(job, lambda: job.run(part, partial), threads)
@@ -117,6 +140,7 @@ def run_part(job: Job, part: int | str, partial: Path, threads: int, models: Pla
 
 def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int, models: PlannedModels = NONE) -> Done:
     """Complete a job and publish its artifact, in one go on the worker; errors as of `run_part`."""
+    models.bring()
     models.check()
     goes_on = job.resumes or bool(job.parts())
     partial = store.partial(key)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.recipe.variant import Variant
-from sensmerge.tasks.checkpoints.listing import HubModel, Listing
+from sensmerge.tasks.checkpoints.listing import HubModel, Listing, LocalModel, UrlModel
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapted import AdaptedNetwork
@@ -70,9 +70,15 @@ def adapter_job(key: str, variant: Variant, inputs: Inputs, fields: dict[str, An
 
 
 def base_of(listing: Listing) -> tuple[str, str | None]:
-    """Return what an adapter's config calls its base, and the base's commit: a hub id, or a folder without one."""
+    """Return what an adapter's config calls its base, and the base's commit: a hub id; a folder or URL has none."""
     source = listing.source
-    return (source.repo, listing.revision) if isinstance(source, HubModel) else (str(source.folder), None)
+    match source:
+        case HubModel():
+            return source.repo, listing.revision
+        case UrlModel():
+            return source.url, None
+        case LocalModel():
+            return str(source.folder), None
 
 
 def written_bytes(inputs: Inputs, job: MergeAdapterJob) -> int:

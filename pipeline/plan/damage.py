@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from sensmerge.pipeline.plan.models import is_lost
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.store.verify import damaged_files
@@ -41,6 +42,6 @@ def with_damaged(plan: Plan) -> tuple[Plan, list[str]]:
 
 def _damage(plan: Plan, step: Step) -> str | None:
     """Return what is wrong with the artifact of a step; of a model, its files may be gone from this machine."""
-    if any(step.title == f"download {name}" and one.missing() for name, one in plan.inputs.listings.items()):
+    if any(step.title == f"download {name}" and is_lost(one) for name, one in plan.inputs.listings.items()):
         return "files are gone"
     return next(damaged_files(plan.store.folder(step.key)), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.tasks.artifacts import canonical, sha256_text
-from sensmerge.tasks.checkpoints.listing import Listing, parse_model_id
+from sensmerge.tasks.checkpoints.listing import Listing, UrlModel, parse_model_id
 from sensmerge.tasks.checkpoints.source import resolve
 from sensmerge.tasks.errors import InputError
 
@@ -69,6 +69,11 @@ def hash_models(
 def model_digest(listing: Listing) -> str:
     """Return the content digest of a model: its files' names, sizes and digests, and no path or revision."""
     return sha256_text(canonical([[file.name, file.size, file.digest] for file in listing.files]))
+
+
+def is_lost(listing: Listing) -> bool:
+    """Return whether files of a model are gone from this machine; those of one at a URL come with what reads them."""
+    return not isinstance(listing.source, UrlModel) and bool(listing.missing())
 
 
 def weight_bytes(listing: Listing) -> int:

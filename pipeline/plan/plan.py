@@ -12,6 +12,7 @@ from sensmerge.pipeline.plan.dry_run import inseparable_heads, try_networks
 from sensmerge.pipeline.plan.idle import without_idle
 from sensmerge.pipeline.plan.inputs import Inputs, gather_inputs
 from sensmerge.pipeline.plan.kept import step_table
+from sensmerge.pipeline.plan.models import is_lost
 from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
@@ -89,7 +90,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     }
     # A model whose files are gone from this machine is fetched again if a step that runs reads it.
     read = {title for step in steps if step.title in todo for title in step.needs}
-    lost = {f"download {name}" for name, listing in inputs.listings.items() if listing.missing()}
+    lost = {f"download {name}" for name, listing in inputs.listings.items() if is_lost(listing)}
     todo |= dict.fromkeys(lost & read - todo.keys(), "files are gone")
     plan = Plan(recipe, store, inputs, placements, resolved.inseparable, tuple(steps), makers, todo, undecided)
     _check_room(plan)

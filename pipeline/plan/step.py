@@ -63,6 +63,7 @@ class Resolved:
         for one in self.inputs.data.values():
             for rows in (one.calibration, one.tuning, one.held_out, one.evaluation):
                 StoredRows.of(rows, self.store.rows).write(rows)
+        self.store.upload_rows()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sensmerge.tasks.checkpoints.companions import (
 from sensmerge.tasks.checkpoints.header import read_header
 from sensmerge.tasks.checkpoints.layers import in_block
 from sensmerge.tasks.checkpoints.listing import Listing
+from sensmerge.tasks.checkpoints.views import TOKENIZERS
 from sensmerge.tasks.checkpoints.vocabulary import plain_vocabulary
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
@@ -117,7 +118,7 @@ def choose_tokenizer(
     ids = choice.token_ids()
     folder = base.folder
     if choice.source is not base or choice.added or choice.ends or choice.template is not None:
-        folder = settled(cache / ".tokenizers", lambda target: write_choice(choice, base, experts, target))
+        folder = settled(cache / TOKENIZERS, lambda target: write_choice(choice, base, experts, target))
     digests, stated = _digests(folder)
     about_it = [digests, stated, ids]
     seen: dict[str, Seen] = {}

@@ -39,7 +39,8 @@ class ModelFiles(Strict):
     """A model and what of its files is read; where only `model` is given, its text may stand for the mapping."""
 
     model: str = Field(
-        min_length=1, description="local folder or hub:ORG/NAME@REVISION; a checkpoint or, of an expert, a LoRA adapter"
+        min_length=1,
+        description="local folder, hub:ORG/NAME@REVISION or URL; a checkpoint or, of an expert, a LoRA adapter",
     )
     subfolder: str = Field(
         "",
@@ -87,7 +88,7 @@ class Recipe(Strict):
 
     name: Name = Field(description="name of the recipe, its MLflow experiment and its registered model")
     base: BaseModelFiles = Field(
-        description="the model that all experts were fine-tuned from: local folder or hub:ORG/NAME@REVISION",
+        description="the model that all experts were fine-tuned from: local folder, hub:ORG/NAME@REVISION or URL",
     )
     experts: dict[Name, ExpertModel] = Field(description="the experts, by name")
     tasks: dict[Name, AnyTask] = Field({}, description="the task of each expert, under the expert's name")

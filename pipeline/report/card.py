@@ -16,7 +16,7 @@ from sensmerge.pipeline.report.report import (
     tuning_lines,
 )
 from sensmerge.tasks.artifacts import write_whole
-from sensmerge.tasks.checkpoints.listing import HubModel
+from sensmerge.tasks.checkpoints.listing import HubModel, LocalModel, UrlModel
 from sensmerge.tasks.networks.networks import own_ending
 
 CARD = "README.md"
@@ -116,7 +116,13 @@ def _sweep_notes(report: Report, name: str) -> list[str]:
 def _model_id(plan: Plan, name: str) -> str:
     source, inner = plan.inputs.listings[name].source, plan.recipe.models()[name].subfolder
     depth = len(Path(inner).parts) + 1
-    return source.repo if isinstance(source, HubModel) else "/".join(source.folder.parts[-depth:])
+    match source:
+        case HubModel():
+            return source.repo
+        case UrlModel():
+            return "/".join(source.url.split("/")[-depth:])
+        case LocalModel():
+            return "/".join(source.folder.parts[-depth:])
 
 
 def _score_lines(report: Report) -> str:

@@ -91,7 +91,7 @@ def delete(store: Store, garbage: Garbage) -> set[str]:
     for folder in garbage.folders:
         store.remove(folder)
     for file in garbage.rows:
-        file.unlink()
+        store.remove_file(file)
     for one in lease.held(str(store)):
         if not one.is_live:
             lease.release(str(store), one)

@@ -58,7 +58,7 @@ def remember(
     ended = now.isoformat(timespec="seconds")
     run = PastRun(recipe, command, ended, _folders(store, keys), lasting_uri(tracking_uri), gate)
     store.write_run(store.root / RUNS / f"{now:%Y%m%dT%H%M%S.%f}-{recipe}.json", asdict(run))
-    store.remove_run(_unfinished(store, recipe))
+    store.remove_file(_unfinished(store, recipe))
 
 
 def past_runs(store: Store) -> list[PastRun]:

@@ -23,6 +23,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
+
 from sensmerge.pipeline.store.remote import Remote
 from sensmerge.tasks.errors import InputError
 
@@ -317,3 +319,31 @@ def _has_died(about: Mapping[str, Any]) -> bool:
     except PermissionError:
         pass
     return False
+
+
+@contextmanager
+def alone(root: Path, wait: float) -> Iterator[None]:
+    """Hold a folder of this machine, which others that do so may be waited for.
+
+    Raises:
+        InputError: another run holds it after that many seconds, or it cannot be written.
+    """
+    lock = FileLock(root / ".lock")
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if wait:
+                sys.stderr.write(f"{root}: locked by another run; waiting for it, {wait:g} s at most\n")
+            lock.acquire(timeout=wait, poll_interval=0.2)
+    except Timeout as error:
+        waited = f" still, after {wait:g} s" if wait else ""
+        raise InputError(
+            f"{root}: locked by another run{waited}; wait longer (--wait SECONDS) or pass another --store"
+        ) from error
+    except OSError as error:
+        raise InputError(f"--store {root}: cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,102 +1,58 @@
 """A store at a URL, such as s3://bucket/team: what machines without a disk in common share, through fsspec."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from sensmerge.pipeline.store.manifest import MANIFEST, file_sizes, read_manifest
-from sensmerge.tasks.artifacts import partial_of, read_json, write_json
-from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.urls import public
+from sensmerge.tasks.artifacts import read_json, write_json
+from sensmerge.tasks.remote import RemoteFile, RemoteFolder
 
 SYNCED = ".synced"
 """In a local folder: which state of each remote file its files are."""
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file as the file system lists it."""
+class Remote(RemoteFolder):
+    """A store's files below a URL. A local folder that mirrors one of its folders keeps in mind which states it has."""
 
-    size: int
-    state: str
-    """another one whenever the file was written again"""
-
-
-@dataclass(frozen=True)
-class Remote:
-    """Files below a URL. A local folder that mirrors one of its folders keeps in mind which states it has."""
-
-    url: str
-    """any that fsspec knows, without a slash at the end"""
-
-    @cached_property
-    def _place(self) -> tuple[Any, str]:
-        import fsspec
-
-        if public(self.url) != self.url:  # it stands in reports, in cards and in MLflow
-            raise InputError(
-                f"--store {self.url}: the URL holds a password or token; leave it out, and give it where fsspec looks: "
-                "in a variable such as FSSPEC_SFTP_PASSWORD, or in the provider's own"
-            )
-        with self._explained():
-            # Folders are made where there are any; elsewhere that would make buckets.
-            options = {"auto_mkdir": True} if self.url.startswith(("file:", "local:")) else {}
-            found: tuple[Any, str] = fsspec.url_to_fs(self.url, **options)
-            return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave connections behind when travelling to another process."""
-        return {"url": self.url}
-
-    def files(self, folder: str = "") -> dict[str, RemoteFile]:
-        """Return all files below a folder by their path from the root."""
-        from fsspec.utils import tokenize
-
-        fs, root = self._place
-        with self._explained():
-            fs.invalidate_cache()
-            found = fs.find(f"{root}/{folder}".rstrip("/"), detail=True)
-        return {
-            str(PurePosixPath(path).relative_to(root)): RemoteFile(info["size"], tokenize(info))
-            for path, info in found.items()
-        }
-
-    def read(self, path: str) -> bytes:
-        """Return the content of a file."""
-        fs, root = self._place
-        with self._explained():
-            content: bytes = fs.cat_file(f"{root}/{path}")
-            return content
+    @property
+    def title(self) -> str:
+        """See `RemoteFolder`."""
+        return f"--store {self.url}"
 
     def read_with_time(self, path: str) -> tuple[bytes, datetime] | None:
         """Return the content of a file, and when the server wrote it; None if it is not there."""
         fs, root = self._place
-        with self._explained():
+
+        def read() -> tuple[bytes, datetime] | None:
             try:
                 fs.invalidate_cache()
                 return fs.cat_file(f"{root}/{path}"), fs.modified(f"{root}/{path}")
             except FileNotFoundError:
                 return None
 
+        return self._tried(read)
+
     def write(self, path: str, content: bytes) -> None:
         """Write a file."""
         fs, root = self._place
-        with self._explained():
-            fs.pipe_file(f"{root}/{path}", content)
+        self._tried(lambda: fs.pipe_file(f"{root}/{path}", content))
 
     def exists(self, path: str) -> bool:
         """Return whether a file is there."""
         fs, root = self._place
-        with self._explained():
+
+        def exists() -> bool:
             fs.invalidate_cache()
             return bool(fs.exists(f"{root}/{path}"))
+
+        return self._tried(exists)
 
     def download(self, files: Mapping[str, RemoteFile], folder: str, target: Path) -> None:
         """Bring files of a remote folder to a local one, each whole or not at all; those it has already stay.
@@ -115,18 +71,8 @@ class Remote:
         }
         if not wanted:
             return
-        fs, root = self._place
-        partial = {name: partial_of(target / name) for name in wanted}
-        for path in partial.values():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with self._explained():
-            fs.get([f"{root}/{folder}/{name}" for name in wanted], [str(path) for path in partial.values()])
-        for name, path in partial.items():
-            if path.stat().st_size != wanted[name].size:
-                raise InputError(
-                    f"{self.url}/{folder}/{name}: {path.stat().st_size} of {wanted[name].size} bytes came; run again"
-                )
-            path.replace(target / name)
+        paths = {f"{folder}/{name}": file for name, file in wanted.items()}
+        self.bring(paths, {f"{folder}/{name}": target / name for name in wanted})
         write_json(target / SYNCED, synced | {name: file.state for name, file in wanted.items()})
 
     def upload(self, source: Path, folder: str, names: Collection[str], last: str | None = None) -> None:
@@ -140,12 +86,15 @@ class Remote:
         """
         fs, root = self._place
         target = f"{root}/{folder}"
-        with self._explained():
+
+        def put() -> None:
             if last is not None and fs.exists(f"{target}/{last}"):
                 fs.rm_file(f"{target}/{last}")
             for some in ([name for name in names if name != last], [last] if last is not None else []):
                 if some:
                     fs.put([str(source / name) for name in some], [f"{target}/{name}" for name in some])
+
+        self._tried(put)
         states = {str(PurePosixPath(path).relative_to(folder)): file.state for path, file in self.files(folder).items()}
         synced = read_json(source / SYNCED) if (source / SYNCED).is_file() else {}
         write_json(source / SYNCED, synced | {name: states[name] for name in names})
@@ -153,24 +102,14 @@ class Remote:
     def remove(self, path: str, first: str | None = None) -> None:
         """Delete a file or folder; of a folder the file `first` goes first. What is not there is none."""
         fs, root = self._place
-        with self._explained():
+
+        def remove() -> None:
             fs.invalidate_cache()
             for one in ([f"{path}/{first}"] if first is not None else []) + [path]:
                 if fs.exists(f"{root}/{one}"):
                     fs.rm(f"{root}/{one}", recursive=True)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except InputError:
-            raise
-        except Exception as error:  # every file system has its own
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(
-                f"--store {self.url}: cannot be used ({reason}); check the URL, the credentials, and that the package "
-                "for its file system is installed"
-            ) from error
+        self._tried(remove)
 
 
 def lacking_at(uri: str) -> str | None:

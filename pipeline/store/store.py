@@ -6,7 +6,6 @@ once; what others made is downloaded when it is needed, its small files as soon 
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, get_args
 
-from filelock import FileLock, Timeout
-
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.differences import differences
-from sensmerge.pipeline.store.lock import LOCKS, RemoteClaims, held, is_held
+from sensmerge.pipeline.store.lock import LOCKS, RemoteClaims, alone, held, is_held
 from sensmerge.pipeline.store.manifest import (
     FINGERPRINT,
     MANIFEST,
@@ -35,13 +32,16 @@ from sensmerge.pipeline.store.manifest import (
     tidy,
     what_is_wrong,
 )
-from sensmerge.pipeline.store.remote import SYNCED, Remote, RemoteFile, lacking_at
+from sensmerge.pipeline.store.remote import SYNCED, Remote, lacking_at
 from sensmerge.tasks.artifacts import checksum_file, ordered, sha256_text, write_json
 from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.remote import RemoteFile
 from sensmerge.tasks.serving.lease import LEASES
 from sensmerge.tasks.stages.job import Job
 
+ROWS = "rows"
+"""Folder of the rows that steps read."""
 PARTIAL = ".partial"
 """Ending of the folder of an artifact under construction."""
 CACHE = "SENSMERGE_CACHE"
@@ -106,7 +106,7 @@ class Store:
         """Return the URI of an artifact for all who may read the store."""
         if self.remote is None:
             return folder.resolve().as_uri()
-        return f"{self.remote.url}/{self._path(folder)}"
+        return f"{self.remote.url}/{self.path_of(folder)}"
 
     def lacking(self, uri: str) -> str | None:
         """Say what an artifact lacks, by its manifest and the sizes of its files; None if it is whole.
@@ -121,7 +121,8 @@ class Store:
         here = self.uri(self.root / stage / name)
         return gone if gone is None or here == uri or lacking_at(here) else None
 
-    def _path(self, folder: Path) -> str:
+    def path_of(self, folder: Path) -> str:
+        """Return the path of something in the store from its root, here and at the URL."""
         return folder.relative_to(self.root).as_posix()
 
     @property
@@ -131,8 +132,8 @@ class Store:
 
     @property
     def rows(self) -> Path:
-        """Folder of the rows that steps read, on this machine; every run writes those that it needs."""
-        return self.root / "rows"
+        """Folder of the rows that steps read; every run writes those that it needs."""
+        return self.root / ROWS
 
     def folder(self, key: Key) -> Path:
         """Return the folder of an artifact, whether it exists or not."""
@@ -160,7 +161,9 @@ class Store:
         if self.remote is None:
             return self.local_manifest(key)
         listed = self._listed
-        return self._manifest(key, lambda path: listed[self._path(path)].size if self._path(path) in listed else None)
+        return self._manifest(
+            key, lambda path: listed[self.path_of(path)].size if self.path_of(path) in listed else None
+        )
 
     def local_manifest(self, key: Key) -> dict[str, Any] | None:
         """Return the manifest of an artifact that is whole on this machine, its small files as they were written."""
@@ -201,15 +204,21 @@ class Store:
             return
         self._check_claim(self.remote)
         files = names or [name for name in file_sizes(folder) if name != SYNCED]
-        self.remote.upload(folder, self._path(folder), files, last=None if names else MANIFEST)
+        self.remote.upload(folder, self.path_of(folder), files, last=None if names else MANIFEST)
 
     def upload_digests(self) -> None:
         """Write the digests of local files, by which all know them, to where all see them."""
-        folder = self.hub_cache / DIGESTS
+        self._upload_new(self.hub_cache / DIGESTS)
+
+    def upload_rows(self) -> None:
+        """Write the rows that steps read to where all see them."""
+        self._upload_new(self.rows)
+
+    def _upload_new(self, folder: Path) -> None:
         if self.remote is not None:
-            names = [path.name for path in folder.glob("*.json") if self._path(path) not in self._listed]
+            names = [path.name for path in folder.glob("*.json") if self.path_of(path) not in self._listed]
             if names:
-                self.remote.upload(folder, self._path(folder), names)
+                self.remote.upload(folder, self.path_of(folder), names)
 
     def _check_claim(self, remote: Remote) -> None:
         """Check that the store at the URL is still this run's, if it was.
@@ -240,13 +249,13 @@ class Store:
             for done in [pool.submit(download, files, one, self.root / one) for one, files in folders.items()]:
                 done.result()
         for local in (self.root / RUNS).rglob("*.json"):
-            if self._path(local) not in found:
+            if self.path_of(local) not in found:
                 local.unlink()
 
     def fetch(self, key: Key, patterns: Sequence[str] = ("*",)) -> None:
         """Have an artifact, or those files that a pattern matches, on this machine; a store in a folder has them."""
         if self.remote is not None:
-            folder = self._path(self.folder(key))
+            folder = self.path_of(self.folder(key))
             listed = {path: file for path, file in self._listed.items() if path.startswith(f"{folder}/")}
             files = {
                 path: file
@@ -258,7 +267,7 @@ class Store:
     @contextmanager
     def copy(self, folder: Path) -> Iterator[Path]:
         """Give an artifact as it is where all see it: the folder itself, or a fresh download, one at a time."""
-        path, copy = self._path(folder), self.root / f".copy{PARTIAL}"
+        path, copy = self.path_of(folder), self.root / f".copy{PARTIAL}"
         shutil.rmtree(copy, ignore_errors=True)  # who was killed at one has left it
         try:
             if self.remote is not None:
@@ -269,13 +278,13 @@ class Store:
 
     def remote_bytes(self, folder: Path) -> int:
         """Return the bytes that an artifact takes at the URL."""
-        return sum(file.size for path, file in self._listed.items() if path.startswith(f"{self._path(folder)}/"))
+        return sum(file.size for path, file in self._listed.items() if path.startswith(f"{self.path_of(folder)}/"))
 
     def remove(self, folder: Path) -> None:
         """Delete an artifact, or what is left of one: manifest first, so that none looks whole; and all kept plans."""
         if self.remote is not None:
             self._check_claim(self.remote)
-            self.remote.remove(self._path(folder), first=MANIFEST)
+            self.remote.remove(self.path_of(folder), first=MANIFEST)
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
         shutil.rmtree(self.root / PLANS, ignore_errors=True)
@@ -288,12 +297,12 @@ class Store:
             self._check_claim(self.remote)
             self.remote.upload(self.root / RUNS, RUNS, [path.relative_to(self.root / RUNS).as_posix()])
 
-    def remove_run(self, path: Path) -> None:
-        """Delete a file below `runs`, if it is there."""
+    def remove_file(self, path: Path) -> None:
+        """Delete a file, if it is there."""
         path.unlink(missing_ok=True)
         if self.remote is not None:
             self._check_claim(self.remote)
-            self.remote.remove(self._path(path))
+            self.remote.remove(self.path_of(path))
 
     def why(self, key: Key) -> str:
         """Say why an artifact has to be made: what differs from the newest artifact of the same stage and name."""
@@ -322,7 +331,7 @@ class Store:
         found = [
             path.parent for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")) if path.parent.suffix != PARTIAL
         ]
-        return [one for one in found if self.remote is None or f"{self._path(one)}/{MANIFEST}" in self._listed]
+        return [one for one in found if self.remote is None or f"{self.path_of(one)}/{MANIFEST}" in self._listed]
 
     def make(self) -> None:
         """Make the root folder.
@@ -347,37 +356,19 @@ class Store:
             InputError: another run holds it after that time, or it cannot be made or written.
         """
         self.make()
-        lock = FileLock(self.root / ".lock")
         begin = time.monotonic()
-        try:
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                if wait:
-                    sys.stderr.write(f"{self.root}: locked by another run; waiting for it, {wait:g} s at most\n")
-                lock.acquire(timeout=wait, poll_interval=0.2)
-        except Timeout as error:
-            waited = f" still, after {wait:g} s" if wait else ""
-            raise InputError(
-                f"{self.root}: locked by another run{waited}; wait longer (--wait SECONDS) or pass another --store"
-            ) from error
-        except OSError as error:
-            reason = error.strerror
-            raise InputError(f"--store {self.root}: cannot be written ({reason}); choose another folder") from error
-        try:
+        with alone(self.root, wait):
             if self.remote is None:
                 yield
-            else:
-                left = max(0.0, begin + wait - time.monotonic())
-                with held(RemoteClaims(self.remote), self.remote.url, left) as claim:
-                    self._claim.append(claim.token)
-                    try:
-                        self.look()
-                        yield
-                    finally:
-                        self._claim.clear()
-        finally:
-            lock.release()
+                return
+            left = max(0.0, begin + wait - time.monotonic())
+            with held(RemoteClaims(self.remote), self.remote.url, left) as claim:
+                self._claim.append(claim.token)
+                try:
+                    self.look()
+                    yield
+                finally:
+                    self._claim.clear()
 
 
 def stages() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Where a model comes from, a folder or a commit of a hub repository, and which of its files are read or travel."""
+"""Where a model comes from, a folder, a commit of a hub repository or a URL; which of its files are read or travel."""
 
 import os
 import re
@@ -23,6 +23,7 @@ from sensmerge.tasks.checkpoints.stems import (
 )
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
+from sensmerge.tasks.urls import public
 
 CONFIGS = ["config.json", "adapter_config.json"]
 READ = [WEIGHTS, "*.safetensors.index.json", *CONFIGS]
@@ -31,6 +32,7 @@ DIGESTS = ".digests"
 """Folder, in the hub's cache, for the digests of local files."""
 LOOKED_UP = 2**20
 """Bytes: of smaller files, weights apart, no digest is kept, since they are read as fast as its record."""
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 PICKLES = ["pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.ckpt"]
 
 
@@ -70,6 +72,21 @@ class HubModel:
 
 
 @dataclass(frozen=True)
+class UrlModel:
+    """A model in a folder below a URL, such as s3://bucket/models/expert."""
+
+    url: str
+    """any that fsspec knows, without a slash at the end"""
+
+    def __str__(self) -> str:
+        """Return the URL."""
+        return self.url
+
+
+ModelSource = LocalModel | HubModel | UrlModel
+
+
+@dataclass(frozen=True)
 class ListedFile:
     """One file of a model.
 
@@ -82,7 +99,7 @@ class ListedFile:
     """bytes"""
     digest: str
     """of a local file `blake3:…`, or empty while nobody has read it; of one of the hub what that states: `sha256:…`, or
-    `git:…` (git blob id) of a small one"""
+    `git:…` (git blob id) of a small one; of one at a URL `etag:…`, by which the server tells its contents apart"""
 
     def __post_init__(self) -> None:
         """Refuse a name with a drive, `..`, or a folder that no model has."""
@@ -94,9 +111,9 @@ class ListedFile:
 class Listing:
     """The files of a model, and where they lie or will lie."""
 
-    source: Local[LocalModel | HubModel]
+    source: Local[ModelSource]
     folder: Local[Path]
-    """for a hub model, the snapshot folder of its commit in the cache"""
+    """for a hub model, the snapshot folder of its commit in the cache; for one at a URL, that of its state"""
     revision: Local[str | None]
     """commit of a hub model"""
     files: tuple[ListedFile, ...]
@@ -120,8 +137,8 @@ class Listing:
         return tuple(file for file in self.files if not (self.folder / file.name).exists())
 
 
-def parse_model_id(text: str, folder: Path, subfolder: str = "") -> LocalModel | HubModel:
-    """Read a recipe's `model:` string: a folder, or `hub:ORG/NAME@REVISION` (branch, tag or commit; default main).
+def parse_model_id(text: str, folder: Path, subfolder: str = "") -> ModelSource:
+    """Read a recipe's `model:` string: a folder, `hub:ORG/NAME@REVISION` (branch, tag or commit; main), or a URL.
 
     Args:
         text: the string; a relative path starts at `folder`, `~` is the home folder.
@@ -129,7 +146,7 @@ def parse_model_id(text: str, folder: Path, subfolder: str = "") -> LocalModel |
         subfolder: where the model is in it: a plain relative path.
 
     Raises:
-        InputError: no such folder, or no valid id or revision.
+        InputError: no such folder, no valid id or revision, or a URL that lets somebody in.
     """
     parts = subfolder.strip("/").split("/") if subfolder else []
     if any(part in {"", ".", ".."} or "\\" in part for part in parts):
@@ -142,6 +159,13 @@ def parse_model_id(text: str, folder: Path, subfolder: str = "") -> LocalModel |
         if not re.fullmatch(r"\w[\w./+-]*", revision or "main") or ".." in revision:
             raise InputError(f"model {text!r}: {revision!r} cannot be a revision; give a branch, a tag or a commit")
         return HubModel(repo, revision or "main", "/".join(parts))
+    if _URL.match(text):
+        if public(text) != text:
+            raise InputError(
+                f"model {text!r}: the URL holds a password or token; leave it out, and give it where fsspec looks: in "
+                "the provider's own variables"
+            )
+        return UrlModel("/".join([text.rstrip("/"), *parts]))
     try:
         path = (folder / os.path.expanduser(text)).resolve()
         exists = path.is_dir()
@@ -189,7 +213,7 @@ def list_folder(source: LocalModel, cache: Path) -> Listing:
     return Listing(source, folder, None, tuple(files))
 
 
-def relevant(sizes: Mapping[str, int], source: LocalModel | HubModel, inner: Collection[str] = ()) -> set[str]:
+def relevant(sizes: Mapping[str, int], source: ModelSource, inner: Collection[str] = ()) -> set[str]:
     """Choose the files of a model that are read or travel, by name and bytes; check that weights are among them.
 
     Args:

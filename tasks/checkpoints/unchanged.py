@@ -7,8 +7,9 @@ from pathlib import Path
 
 from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.hub import VERIFIED
-from sensmerge.tasks.checkpoints.listing import Listing, LocalModel
-from sensmerge.tasks.checkpoints.source import verify
+from sensmerge.tasks.checkpoints.listing import HubModel, Listing, LocalModel, UrlModel
+from sensmerge.tasks.checkpoints.source import bring, verify
+from sensmerge.tasks.checkpoints.url import is_as_it_came
 from sensmerge.tasks.errors import InputError
 
 State = tuple[str, int, int, int]
@@ -25,6 +26,15 @@ class PlannedModels:
     listings: tuple[Listing, ...]
     cache: Path
     """folder of the hub's cache, and of the digests of local files"""
+
+    def bring(self) -> None:
+        """Have the files on this machine, where they come from the hub or a URL and are not here.
+
+        Raises:
+            InputError: as `tasks.checkpoints.source.bring`.
+        """
+        for listing in self.listings:
+            bring(listing, self.cache)
 
     def check(self) -> None:
         """Check that all files are what they were listed as.
@@ -47,7 +57,7 @@ class PlannedModels:
         Raises:
             InputError: a file is gone.
         """
-        return [state for listing in self.listings for state in _states(listing)]
+        return [state for listing in self.listings for state in _lasting_states(listing)]
 
 
 NONE = PlannedModels((), Path())
@@ -66,6 +76,13 @@ def _states(listing: Listing) -> tuple[State, ...]:
         ) from error
 
 
+def _lasting_states(listing: Listing) -> list[State]:
+    """Return the states of files that need not be here, if the name of their folder says which they are."""
+    if isinstance(listing.source, UrlModel) or (isinstance(listing.source, HubModel) and listing.missing()):
+        return [(str(listing.folder / file.name), file.size, 0, 0) for file in listing.files]
+    return list(_states(listing))
+
+
 def _state(path: Path) -> tuple[int, int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_ino, stat.st_mtime_ns
@@ -81,7 +98,10 @@ def _check(listing: Listing, cache: Path) -> None:
 
 
 def _changed_on_disk(listing: Listing, cache: Path) -> Iterator[str]:
-    """Yield the files of a model from the hub that are not what the hub states; nothing is fetched."""
+    """Yield the files of a model from the hub or a URL that are not what these state; nothing is fetched."""
+    if isinstance(listing.source, UrlModel):
+        yield from (file.name for file in listing.files if not is_as_it_came(listing, file, cache))
+        return
     for file in listing.files:
         path = (listing.folder / file.name).resolve()
         stat = path.stat()

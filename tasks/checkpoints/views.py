@@ -18,6 +18,8 @@ from sensmerge.tasks.checkpoints.vocabulary import ModelRow
 VIEWS = ".vocabularies"
 """Folder, in the hub's cache, of these folders. A file in any other folder is no view: models come from others, and
 a view names files anywhere."""
+TOKENIZERS = ".tokenizers"
+"""Folder, in the hub's cache, of tokenizers that are put together of those of several models."""
 _VIEW = ".view.json"
 
 

@@ -8,17 +8,14 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
-from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file
 
 from sensmerge.pipeline.store import lock
@@ -31,29 +28,6 @@ from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, write_recipe
 
 BUCKET = "s3://models/team"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    own = ThreadedMotoServer("127.0.0.1", port=0)
-    own.start()
-    host, port = own.get_host_and_port()
-    yield f"http://{host}:{port}"
-    own.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The file system with an empty bucket, which this process and those that it starts find by their environment."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "tests")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    files = fsspec.filesystem("s3")
-    files.mkdir("models")
-    yield files
-    files.rm("models", recursive=True)
 
 
 @pytest.fixture
