@@ -66,6 +66,8 @@ class HubServer:
         """repositories whose files are refused"""
         self.bad_token = False
         """refuse everything, as for a token that has expired"""
+        self.instead: tuple[int, Mapping[str, str], bytes] | None = None
+        """status, headers and body of every answer, as of a proxy"""
         self.corrupt: set[str] = set()
         """files that are sent with their last byte altered"""
         self.cut: dict[str, int] = {}
@@ -135,6 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None:
             return self._send(404, {}, b"")
         hub: HubServer = self.server.hub  # type: ignore[attr-defined]
+        if hub.instead is not None:
+            status, headers, body = hub.instead
+            return self._send(status, dict(headers), body)
         if hub.bad_token:
             return self._send(401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b"")
         repo, revision = match[1], match[3] if api else match[2]

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -37,7 +38,7 @@ VERIFIED = ".verified"
 def list_commit(source: HubModel, cache: Path) -> Listing:
     """List the files of the commit that a revision names now; see `tasks.checkpoints.source.resolve`."""
     with _hub(source, cache) as api:
-        commit = api.resolve_revision(source.repo, revision=source.revision, cache_dir=cache).resolved
+        commit = _commit(api, source, cache)
         if not re.fullmatch("[0-9a-f]{40}", commit):
             raise InputError(f"model {source}: the hub at {api.endpoint} answers with {commit!r}, which is no commit")
         if (listing := _cached_listing(source, commit, cache)) is None:
@@ -49,6 +50,36 @@ def list_commit(source: HubModel, cache: Path) -> Listing:
             # Without the hub the library makes do with a snapshot of which it does not know whether it is whole.
             raise LocalEntryNotFoundError("no list of its files is in the cache")
         return listing
+
+
+def _commit(api: HfApi, source: HubModel, cache: Path) -> str:
+    """Return the commit that a revision names.
+
+    Where the hub gives no answer to that, it is the one that the revision named when the hub was asked last, which is
+    said: huggingface_hub does so where it cannot be reached, but not where it answers too many requests (429), where a
+    proxy answers in its place, or where the answer is no JSON.
+    """
+    try:
+        return str(api.resolve_revision(source.repo, revision=source.revision, cache_dir=cache).resolved)
+    except (HfHubHTTPError, ValueError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404):
+            raise
+        ref = _repo_folder(source, cache) / "refs" / source.revision
+        if not ref.is_file():
+            raise
+        commit = ref.read_text().strip()
+        sys.stderr.write(f"model {source}: {_answered(api, error)}; taking {commit[:12]}, which it was the last time\n")
+        return commit
+
+
+def _answered(api: HfApi, error: HfHubHTTPError | ValueError) -> str:
+    """Say in words how the hub, or what stands before it, answered."""
+    if not isinstance(error, HfHubHTTPError):
+        reason = " ".join(str(error).split())[:200]
+        return f"no answer of the hub at {api.endpoint} can be read ({reason}): look at HF_TOKEN, and for a proxy"
+    status, wait = error.response.status_code, error.response.headers.get("Retry-After")
+    asks = "" if wait is None else f" (Retry-After: {wait})"
+    return f"the hub at {api.endpoint} answers {status} {error.response.reason_phrase}{asks}"
 
 
 def _cached_listing(source: HubModel, commit: str, cache: Path) -> Listing | None:
@@ -184,10 +215,14 @@ def _hub(source: HubModel, cache: Path) -> Iterator[HfApi]:
             f"{_whole_commits(source, cache)}"
         ) from error
     except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
         status = error.response.status_code
-        raise InputError(f"model {source}: {api.endpoint} refuses access ({status}); {login}") from error
+        if status in (401, 403):
+            raise InputError(f"model {source}: {api.endpoint} refuses access ({status}); {login}") from error
+        raise InputError(f"model {source}: {_answered(api, error)}; {_whole_commits(source, cache)}") from error
+    except InputError:
+        raise
+    except ValueError as error:  # of reading JSON, or of writing a token into a header
+        raise InputError(f"model {source}: {_answered(api, error)}; {_whole_commits(source, cache)}") from error
 
 
 def _whole_commits(source: HubModel, cache: Path) -> str:

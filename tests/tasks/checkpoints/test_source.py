@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from blake3 import blake3
 from safetensors.torch import save, save_file
 
+from sensmerge.tasks.checkpoints.hub import list_commit
 from sensmerge.tasks.checkpoints.listing import HubModel, ListedFile, Listing, LocalModel, parse_model_id
 from sensmerge.tasks.checkpoints.source import resolve, safetensors_header
 from sensmerge.tasks.errors import InputError
@@ -77,6 +80,34 @@ def test_bad_token(hub: HubServer, cache: Path) -> None:
     hub.bad_token = True
     with pytest.raises(InputError, match=r"refuses access \(401\)"):
         resolve(MAIN, cache)
+
+
+HTML = b"<html>Sign in to the network</html>"
+
+
+@pytest.mark.parametrize(
+    ("instead", "said"),
+    [
+        ((429, {"Retry-After": "30"}, b"{}"), r"answers 429 Too Many Requests \(Retry-After: 30\)"),
+        ((407, {}, b""), "answers 407 Proxy Authentication Required"),
+        ((200, {"Content-Type": "text/html"}, HTML), r"can be read \(.*\): look at HF_TOKEN, and for a proxy"),
+    ],
+)
+def test_what_is_no_answer_of_the_hub(
+    instead: Any, said: str, hub: HubServer, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the revision named last is taken, if it is known; else that is the error."""
+    commit = hub.add_repo(REPO, {"config.json": b"{}", "model.safetensors": b"x"})
+    source = HubModel(REPO, "main")
+    before = hub.instead
+    hub.instead = instead
+    with pytest.raises(InputError, match=f"{said}; nothing of it is cached"):
+        list_commit(source, cache)
+    hub.instead = before
+    listing = list_commit(source, cache)
+    hub.instead = instead
+    assert list_commit(source, cache) == listing
+    assert re.search(f"{said}; taking {commit[:12]}, which it was the last time\n$", capsys.readouterr().err)
 
 
 def test_pickle_only(hub: HubServer, cache: Path) -> None:
