@@ -49,8 +49,9 @@ def run(options: Options, listings: Mapping[str, Listing], console: Console) -> 
     for line in (*plan.inputs.notes, *damage, plan_summary(plan)):
         console.print(line, highlight=False, soft_wrap=True)
     begin(plan.store, plan.recipe.name, "run", plan.keys(), options.tracking_uri)
-    _, recorded = _work(options, plan, console)
+    report, recorded = _work(options, plan, console)
     _remember_run(options, plan, made_from, recorded, console)
+    _free_losers(plan, report, console)
     return True
 
 
@@ -130,7 +131,18 @@ def refresh(options: Options, listings: Mapping[str, Listing], console: Console)
     report, recorded = _work(options, plan, console)
     keep(plan, options.folder, made_from, recorded)
     _say_where(options, recorded, console)
-    return _pass_gate(options, plan, report, console, recorded.mlflow_run)
+    passed = _pass_gate(options, plan, report, console, recorded.mlflow_run)
+    _free_losers(plan, report, console)
+    return passed
+
+
+def _free_losers(plan: Plan, report: Report, console: Console) -> None:
+    """Free what the recipe does not keep, now that all that came of it is recorded."""
+    if plan.recipe.disposable():
+        from sensmerge.pipeline.tracking.disposal import free_losers
+
+        for line in free_losers(plan, report):
+            console.print(line, highlight=False, soft_wrap=True)
 
 
 def _pass_gate(options: Options, plan: Plan, report: Report, console: Console, run: str | None = None) -> bool:

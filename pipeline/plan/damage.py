@@ -7,6 +7,7 @@ from dataclasses import replace
 from sensmerge.pipeline.plan.models import is_lost
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.step import Step
+from sensmerge.pipeline.store.freed import FREED, is_freed
 from sensmerge.pipeline.store.verify import damaged_files
 
 
@@ -44,4 +45,4 @@ def _damage(plan: Plan, step: Step) -> str | None:
     """Return what is wrong with the artifact of a step; of a model, its files may be gone from this machine."""
     if any(step.title == f"download {name}" and is_lost(one) for name, one in plan.inputs.listings.items()):
         return "files are gone"
-    return next(damaged_files(plan.store.folder(step.key)), None)
+    return FREED if is_freed(plan.store, step.key) else next(damaged_files(plan.store.folder(step.key)), None)

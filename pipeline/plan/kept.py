@@ -150,6 +150,7 @@ def inputs_digest(recipe: Recipe, folder: Path, store: Store, listings: Mapping[
     models = {name: [str(listing.folder), model_digest(listing)] for name, listing in listings.items()}
     depends = {
         "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "disposable": recipe.disposable(),
         "folder": str(folder),
         "models": models,
         "rows": rows,

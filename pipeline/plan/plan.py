@@ -19,6 +19,7 @@ from sensmerge.pipeline.plan.step import Resolved, Step
 from sensmerge.pipeline.plan.steps import lay_out
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
+from sensmerge.pipeline.store.freed import FREED, is_freed
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.errors import InputError
@@ -88,6 +89,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
         for step in steps
         if step.title not in undecided and store.manifest(step.key) is None
     }
+    todo |= _freed(resolved, steps, makers, todo)
     # A model whose files are gone from this machine is fetched again if a step that runs reads it.
     read = {title for step in steps if step.title in todo for title in step.needs}
     lost = {f"download {name}" for name, listing in inputs.listings.items() if is_lost(listing)}
@@ -104,6 +106,21 @@ def _undecided(steps: Sequence[Step], store: Store, listings: Mapping[str, Listi
         if unknown & set(step.needs):
             unknown.add(step.title)
     return frozenset(step.title for step in steps if step.title in unknown and store.last(step.key) is not None)
+
+
+def _freed(
+    resolved: Resolved, steps: Sequence[Step], makers: Mapping[str, str], todo: Mapping[str, str]
+) -> dict[str, str]:
+    """Return why steps run again whose weights were freed: the recipe keeps them, or a step that runs reads them."""
+    store, merges = resolved.store, resolved.recipe.merges
+    freed = {step.title for step in steps if step.title not in todo and is_freed(store, step.key)}
+    kept = merges.keys() - resolved.recipe.disposable().keys()
+    keeps = {makers[f"{merges[name].last_stage} {name}"] for name in kept}
+    found = dict.fromkeys(freed & keeps, f"{FREED}, and the recipe keeps them")
+    for step in reversed(steps):  # each stands behind those that it needs
+        if step.title in todo or step.title in found:
+            found |= {one: f"{FREED}, and {step.title} reads them" for one in step.needs if one in freed - found.keys()}
+    return found
 
 
 def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, PlacementChoice]:

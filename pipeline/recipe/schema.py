@@ -18,7 +18,7 @@ from sensmerge.pipeline.recipe.gate import MEAN_NORMALISED, Gate
 from sensmerge.pipeline.recipe.kinds import AnyTask
 from sensmerge.pipeline.recipe.resources import ActorPlacement, Resources
 from sensmerge.pipeline.recipe.stage import Stage
-from sensmerge.pipeline.recipe.sweep import expanded, sweeps_of
+from sensmerge.pipeline.recipe.sweep import BEST, Swept, expanded, sweeps_of
 from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings
 from sensmerge.pipeline.recipe.variant import Dtype, Variant
 from sensmerge.tasks.coefficients import (
@@ -107,7 +107,7 @@ class Recipe(Strict):
 
     gate: Gate = Field(Gate.model_validate({}), description="how `refresh` chooses the champion")
 
-    _sweeps: dict[str, dict[str, Mapping[str, Any]]] = PrivateAttr(default_factory=dict)
+    _sweeps: dict[str, Swept] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -119,9 +119,18 @@ class Recipe(Strict):
         return recipe
 
     @property
-    def sweeps(self) -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
-        """The settings in which the variants of each sweep differ: sweeps[entry][variant]."""
+    def sweeps(self) -> Mapping[str, Swept]:
+        """The sweeps of the recipe as it was written, by entry of its merges."""
         return self._sweeps
+
+    def disposable(self) -> dict[str, str]:
+        """Return the static variants whose weights go if another one of their sweep is better, with its entry."""
+        return {
+            member: name
+            for name, sweep in self._sweeps.items()
+            for member in sweep.members
+            if sweep.keep == BEST and self.merges[member].origin is None
+        }
 
     @field_validator("tasks", "resources", mode="before")
     @classmethod

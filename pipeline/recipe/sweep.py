@@ -3,14 +3,28 @@
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 MOST = 200
 """Variants of one sweep."""
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+Kept = Literal["all", "best"]
+ALL, BEST = get_args(Kept)
+
+Keep = Annotated[
+    Kept,
+    Field(
+        exclude=True,
+        default=ALL,
+        description="of a sweep: whose weights stay in the store once all its variants are scored: those of all, or of "
+        "the best one; scores stay, and weights that went are made again where a step reads them",
+    ),
+]
 
 Sweep = Annotated[
     dict[str, list[Any] | dict[str, Any]],
@@ -47,14 +61,30 @@ def expanded(merges: Any) -> Any:
     return found
 
 
-def sweeps_of(merges: Any) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Return the settings in which the variants of each sweep differ, sweeps[entry][variant]; see `expanded`."""
-    entries = merges.items() if isinstance(merges, dict) else ()
-    return {
-        name: {member: chosen for member, _, chosen in _members(name, variant)}
-        for name, variant in entries
-        if _is_sweep(variant)
-    }
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep has become."""
+
+    members: Mapping[str, Mapping[str, Any]]
+    """the settings in which its variants differ, by variant"""
+    keep: str
+    """whose weights stay: `all`, or `best`"""
+
+
+def sweeps_of(merges: Any) -> dict[str, Swept]:
+    """Return the sweeps of a recipe by entry; see `expanded`.
+
+    Raises:
+        ValueError: as `expanded`, and for a `keep` that there is not.
+    """
+    found = {}
+    for name, variant in merges.items() if isinstance(merges, dict) else ():
+        if _is_sweep(variant):
+            keep = variant.get("keep", ALL)
+            if keep not in get_args(Kept):
+                raise ValueError(f"merges.{name}.keep: found {keep!r}; expected {' or '.join(get_args(Kept))}")
+            found[name] = Swept({member: chosen for member, _, chosen in _members(name, variant)}, keep)
+    return found
 
 
 def _is_sweep(variant: Any) -> bool:
@@ -64,6 +94,7 @@ def _is_sweep(variant: Any) -> bool:
 def _members(name: str, variant: Mapping[str, Any]) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     """Yield the variants of a sweep: name, entry of the recipe, and which settings the sweep chose for it."""
     key, rest = f"merges.{name}.sweep", dict(variant)
+    rest.pop("keep", None)
     sweep = rest.pop("sweep", {})
     if isinstance(rest.get("weight"), list) and isinstance(sweep, dict):
         sweep = {"weight": rest.pop("weight"), **sweep}

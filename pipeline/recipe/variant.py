@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema
 
 from sensmerge.pipeline.recipe.methods import method_properties
 from sensmerge.pipeline.recipe.stage import Stage
-from sensmerge.pipeline.recipe.sweep import Sweep
+from sensmerge.pipeline.recipe.sweep import Keep, Sweep
 from sensmerge.pipeline.recipe.tuning import Tune, Weight, check_tune, grid_of, with_auto_weight
 from sensmerge.tasks.adapters import AdapterOutput
 from sensmerge.tasks.coefficients import (
@@ -91,6 +91,7 @@ class Variant(Strict):
         "that the recipe gives such a setting elsewhere stays unless another is better beyond the 95 % interval",
     )
     sweep: Sweep
+    keep: Keep
     calibrate: CalibrationSettings = Field(
         None,
         description="fit the merged weights, block after block, to the experts' features on their calibration sets; "
@@ -143,6 +144,12 @@ class Variant(Strict):
         del schema["properties"]["method"], schema["properties"]["varying"]
         schema["properties"] = method_properties(handler) | schema["properties"]
         return schema
+
+    @model_validator(mode="after")
+    def _check_keep(self) -> "Variant":
+        if "keep" in self.model_fields_set:
+            raise ValueError("keep says whose weights of a sweep stay, and this is no sweep; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_se(self) -> "Variant":

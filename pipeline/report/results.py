@@ -288,7 +288,8 @@ def _sweeps(
 ) -> dict[str, SweepInfo]:
     """Return the sweeps of which two variants or more have a mean."""
     found = {}
-    for name, members in recipe.sweeps.items():
+    for name, sweep in recipe.sweeps.items():
+        members = sweep.members
         own = {member: means[member] for member in members if member in means}
         if len(own) > 1:
             best = max(own, key=own.__getitem__)

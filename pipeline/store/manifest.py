@@ -8,7 +8,8 @@ from typing import Any
 from sensmerge.tasks.artifacts import has_checksum, is_partial, parse_json
 
 MANIFEST = "manifest.json"
-"""What an artifact holds, and what its step took; an artifact without it does not exist."""
+"""What an artifact holds, and what its step took; an artifact without it does not exist. `files` are those it has,
+`freed` those it had, which were deleted on purpose: its step need not run as long as nothing reads them."""
 FINGERPRINT = "fingerprint.json"
 """What the result depends on."""
 RUNS = "runs"

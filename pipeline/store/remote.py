@@ -129,4 +129,6 @@ def lacking_at(uri: str) -> str | None:
             return f"{place}/{name} is not there"
         if sizes[name] != size:
             return f"{place}/{name} has {sizes[name]} bytes instead of {size}"
+    for name in manifest.get("freed", {}):
+        return f"{place}/{name} was freed (`keep: best` of its sweep; with `keep: all` a run makes it again)"
     return None

@@ -16,7 +16,7 @@ from sensmerge.pipeline.tracking.uri import is_server
 
 MOST_OF_A_DESCRIPTION = 4900
 """Characters, of the 5000 that MLflow keeps."""
-WEIGHTS_GONE = "Its weights were freed by gc"
+WEIGHTS_GONE = "Its weights were freed"
 OUTCOMES = "outcomes.json"
 """Artifact of a variant's run: what it did with every evaluation sample, by task."""
 EVALUATED_BY = "evaluated_by"
@@ -102,7 +102,8 @@ def mark_weights(client: MlflowClient, recipe: str, number: str, folder: str, fr
         client.set_model_version_tag(recipe, number, FREED, f"freed {freed}")
     said = client.get_model_version(recipe, number).description or ""
     kept = [line for line in said.split("\n\n") if not line.startswith(WEIGHTS_GONE)]
-    first = [] if freed is None else [f"{WEIGHTS_GONE} on {freed}. Run the same recipe again to restore them."]
+    way = "Run the same recipe again, without keep: best, to restore them."
+    first = [] if freed is None else [f"{WEIGHTS_GONE} on {freed}. {way}"]
     client.update_model_version(recipe, number, "\n\n".join([*first, *kept]))
     experiment = client.get_experiment_by_name(recipe)
     if experiment is not None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensmerge.pipeline.recipe.schema import Recipe
-from sensmerge.pipeline.recipe.sweep import expanded
+from sensmerge.pipeline.recipe.sweep import Swept, expanded
 
 MODELS = {"name": "r", "base": "b", "experts": {"math": {"model": "m"}, "code": {"model": "c"}}}
 
@@ -59,7 +59,7 @@ def test_a_recipe_with_a_sweep_is_the_recipe_without() -> None:
     dumped = recipe.model_dump(by_alias=True, exclude_unset=True)
     assert dumped == Recipe.model_validate(MODELS | {"merges": plain}).model_dump(by_alias=True, exclude_unset=True)
     assert Recipe.model_validate(dumped).merges == recipe.merges
-    assert recipe.sweeps == {"ta": {f"ta-weight-{weight}": {"weight": weight} for weight in (0.2, 0.4)}}
+    assert recipe.sweeps == {"ta": Swept({f"ta-weight-{weight}": {"weight": weight} for weight in (0.2, 0.4)}, "all")}
     assert not Recipe.model_validate(MODELS | {"merges": plain}).sweeps
 
 

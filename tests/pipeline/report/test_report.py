@@ -164,9 +164,9 @@ def test_the_table_of_a_tuning_has_all_that_was_tried(tmp_path: Path) -> None:
 def test_a_sweep_whose_best_variant_is_at_its_end(settings: dict[str, list[Any]], best: str, said: list[str]) -> None:
     entry = {"method": "dare_ties" if "seed" in settings else "ties", "density": 0.5} | dict.fromkeys(settings)
     merges = {"t": {key: value for key, value in entry.items() if value is not None} | {"sweep": settings}}
-    (members,) = sweeps_of(merges).values()
+    (sweep,) = sweeps_of(merges).values()
     name = f"t-{next(iter(settings))}-{best}"
-    found = at_ends(Variant.model_validate(expanded(merges)[name]).settings, members, name)
+    found = at_ends(Variant.model_validate(expanded(merges)[name]).settings, sweep.members, name)
     assert len(found) == len(said)
     assert all(re.search(pattern, line) for pattern, line in zip(said, found, strict=True))
 
