@@ -4,6 +4,7 @@ Records are those of `classification`. A row has the picture's file in base64: J
 other files.
 """
 
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -52,7 +53,7 @@ class ImageClassificationTask(ClassTask):
         picture = Picture(picture_bytes(row[self.image], field), tokenizer, field)
         return Sample({PIXELS: picture}, label=class_index(row[self.label], labels, where))
 
-    def prompt_text(self, row: Row) -> str:
+    def asked(self, row: Row) -> Mapping[str, str]:
         """See `ClassTask`: the size of the picture's file, and by which digest people find it."""
         file = picture_bytes(row[self.image], f"field {self.image!r}")
-        return f"{len(file)} bytes, sha256 {sha256(file).hexdigest()}"
+        return {"prompt": f"{len(file)} bytes, sha256 {sha256(file).hexdigest()}"}
