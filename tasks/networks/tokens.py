@@ -145,7 +145,7 @@ def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right
 
     batch: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for sample in samples for name in sample):
-        values = [[0] * length(one) if name == TYPES and name not in one else one[name] for one in samples]
+        values: list[Any] = [[0] * length(one) if name == TYPES and name not in one else one[name] for one in samples]
         if name == "input_ids":
             batch |= pad(values, pad_id, side)
         elif isinstance(values[0], list):
