@@ -82,6 +82,8 @@ def check_models(plan: Plan) -> None:
                 f"{'' if name == 'base' else 'experts.'}{name}.subfolder: mergekit reads repositories at their top; "
                 f"name a copy of {listing.source.subfolder} on this disk"
             )
+    for name in plan.inputs.tokenizer.made_heads:
+        raise InputError(f"tasks.{name}.zero_shot: mergekit makes no heads; merge the models here")
     if plan.inputs.tokenizer.seen:
         raise InputError("tokenizer: models with several vocabularies are not exported to mergekit; merge them here")
     if base.untied:

@@ -12,8 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     GPT2Config,
@@ -30,9 +32,13 @@ from transformers import (
 
 from sensmerge.tasks.checkpoints.checkpoint import CheckpointPlan, plan_checkpoint, preallocate
 from tests.hub_server import Content, Recorded
+from tests.pictures import in_base64, picture
 
 LLAMA = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 MISTRAL = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "sliding_window": 4096}
+PICTURES = [f"tanganke/{name}" for name in ("sun397", "stanford_cars", "resisc45", "eurosat", "gtsrb", "dtd")]
+PICTURES += ["ufldl-stanford/svhn", "ylecun/mnist"]
+"""Data sets of pictures, of ten classes at least."""
 SHARD_SIZE = 10_000_000_000
 
 
@@ -52,10 +58,13 @@ class Model:
     prefix: str = ""
     """what files of the hub have before the names of parameters"""
 
+    reads_words: bool = False
+    """whether its tokens are words, as far as that stand-in can tell, and not bytes"""
+
     @property
     def has_tokenizer(self) -> bool:
         """Whether it reads texts."""
-        return hasattr(self.config, "vocab_size")
+        return hasattr(self.config.get_text_config(), "vocab_size")
 
     def plan(self) -> CheckpointPlan:
         """Return its weights as files: headers, sizes, index. No parameter of it is tied to another."""
@@ -72,7 +81,7 @@ class Model:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return a tokenizer of bytes that has as many tokens as the base's vocabulary, and its own behind them."""
-        tokenizer = make_tokenizer(self.config.vocab_size - len(self.added))
+        tokenizer = make_tokenizer(self.config.get_text_config().vocab_size - len(self.added), self.reads_words)
         tokenizer.add_special_tokens({"additional_special_tokens": list(self.added)})
         return tokenizer
 
@@ -97,13 +106,19 @@ class Model:
             self.tokenizer().save_pretrained(folder)
 
 
-def make_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer of so many tokens, most of which no text has."""
+def make_tokenizer(size: int, reads_words: bool = False) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of so many tokens, most of which no text has: of bytes, or of words that are all unknown."""
     tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [f"<{number}>" for number in range(size - len(tokens))]
     own = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     own.decoder = decoders.ByteLevel()
+    if reads_words:
+        own = Tokenizer(models.WordLevel({token: number for number, token in enumerate(tokens)}, "<unk>"))
+        own.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        own.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -143,6 +158,12 @@ def hub_models() -> dict[str, Model]:
     }
 
 
+def clip() -> Model:
+    """CLIP ViT-B/32 as `save_pretrained` writes it, but for its image processor."""
+    config = CLIPConfig(vision_config={"patch_size": 32}, projection_dim=512)
+    return Model(CLIPModel, config, torch.float32, reads_words=True)
+
+
 def vision_tower(prefix: str = "") -> Model:
     """CLIP ViT-B/32's vision tower as `save_pretrained` writes it; by older versions, with a prefix."""
     return Model(CLIPVisionModel, CLIPVisionConfig(patch_size=32), torch.float32, prefix=prefix)
@@ -167,8 +188,13 @@ def rows(path: str, name: str | None, numbers: range) -> list[dict[str, object]]
             "challenge_test_list": [],
         },
         "nyu-mll/glue": lambda i: _glue(str(name), i),
+        **dict.fromkeys(PICTURES, _picture),
     }[path]
     return [make(number) for number in numbers]
+
+
+def _picture(i: int) -> dict[str, object]:
+    return {"image": in_base64(picture(i, i % 3)), "label": i % 10}
 
 
 def _glue(name: str, i: int) -> dict[str, object]:

@@ -28,6 +28,8 @@ def adapter_job(key: str, variant: Variant, inputs: Inputs, fields: dict[str, An
     """
     assert variant.adapter is not None
     base, experts = inputs.networks
+    for name in inputs.tokenizer.made_heads:
+        raise InputError(f"{key}.adapter: experts.{name} is a whole vision tower; leave adapter out")
     if inputs.tokenizer.seen:
         raise InputError(
             f"{key}.adapter: merged models have another vocabulary than the base ({', '.join(inputs.tokenizer.seen)}), "

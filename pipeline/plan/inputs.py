@@ -1,5 +1,6 @@
 """The models and data that a recipe names, resolved, read as far as headers go, and checked against each other."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from sensmerge.pipeline.plan.statistics import takes_losses
 from sensmerge.pipeline.plan.tokenizer import Tokenizer
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.variant import Variant
+from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.checkpoints.layers import group_by_layer
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
@@ -73,25 +75,31 @@ class Inputs:
         """The experts that have a head of their own."""
         return {name: one for name, one in self.experts.items() if isinstance(one, Expert) and one.head}
 
+    @property
+    def head_configs(self) -> dict[str, str]:
+        """Of each of them the JSON of its config; it is loaded in the dtype of the merged trunk, not the expert's."""
+        configs = {name: json.loads(one.config.to_json_string()) for name, one in self.heads.items()}
+        return {name: json.dumps(_without(one, "dtype"), indent=2) + "\n" for name, one in configs.items()}
+
     def only_weights(self) -> tuple[BaseWeights, dict[str, ExpertWeights]]:
         """Return base and experts as far as merging needs to know them: small, and read without transformers."""
         base = self.base.only_weights()
         return base, {name: expert.only_weights(base) for name, expert in self.experts.items()}
 
 
-def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path, cache: Path) -> Inputs:
+def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path, store: Store) -> Inputs:
     """Resolve the data of a recipe and check all that headers, configs and rows tell.
 
     Args:
         recipe: the recipe.
         listings: its models, from `list_models`.
         folder: what its relative paths are relative to.
-        cache: the hub's cache.
+        store: whose cache has what comes from the hub.
 
     Raises:
         InputError: models that cannot be merged, data that does not fit its task; it names the recipe's key.
     """
-    opened = open_models(recipe, listings, cache)
+    opened = open_models(recipe, listings, store)
     _check_layers(recipe, opened.base)
     _check_totals(recipe, opened.base)
     notes = [*opened.notes, *_idle_weights(recipe)]
@@ -178,6 +186,10 @@ def _tuning_passes(recipe: Recipe, data: Mapping[str, TaskRows]) -> list[str]:
             f"{rows} rows each: {asked * rows:,} to {most * rows:,} samples, beside those of the experts"
         )
     return lines
+
+
+def _without(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != key}
 
 
 def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:

@@ -12,6 +12,10 @@ from sensmerge.tasks.networks.causality import not_causal
 from sensmerge.tasks.networks.expert import Expert
 from sensmerge.tasks.networks.networks import Head, has_network
 from sensmerge.tasks.networks.pictures import Reads
+from sensmerge.tasks.networks.zero_shot import CLIPZeroShotClassifier
+
+ZERO_SHOT = {"clip_vision_model": CLIPZeroShotClassifier.__name__}
+"""Networks that end in a head which is made for them."""
 
 
 class _Ending(NamedTuple):
@@ -24,12 +28,15 @@ class _Ending(NamedTuple):
     """names of their classes"""
 
 
+_TOWERS = ("CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection")
 _OWN_ENDINGS: Mapping[tuple[Head, Reads], _Ending] = {
     ("classification", "texts"): _Ending(
         "a classifier of texts", "task_type SEQ_CLS and ", modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     ),
     ("classification", "pictures"): _Ending(
-        "a classifier of pictures", "", modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        "a classifier of pictures",
+        "",
+        {**modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, **ZERO_SHOT},
     ),
     ("token_classification", "texts"): _Ending(
         "a classifier of tokens", "task_type TOKEN_CLS and ", modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
@@ -91,7 +98,8 @@ def _check_writes(needs: str, expert: Expert) -> None:
 
 def _check_ending(needs: str, ending: _Ending, expert: Expert) -> None:
     if expert.network not in ending.networks.values():
+        made = "zero_shot, which makes a head of the names of classes, " if expert.network in _TOWERS else ""
         raise InputError(
             f"{needs}, but {expert.folder} is a {expert.network}; expected {ending.name} (its own, or a LoRA adapter "
-            f"with {ending.with_type}its head in modules_to_save), or leave the task out"
+            f"with {ending.with_type}its head in modules_to_save), {made}or leave the task out"
         )

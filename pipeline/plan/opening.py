@@ -9,6 +9,7 @@ from sensmerge.pipeline.plan.models import about
 from sensmerge.pipeline.plan.processor import choose_processor
 from sensmerge.pipeline.plan.tokenizer import Tokenizer, Unopened, choose_tokenizer, tokenizer_by_name
 from sensmerge.pipeline.recipe.schema import ModelFiles, Recipe
+from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints.by_name import base_by_name, expert_by_name
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, FilesNeeded, checkpoint_of, indexed_tensors, viewed
@@ -76,12 +77,13 @@ class _Files(Unopened):
             raise InputError(f"{error} (consolidated files are in Mistral's own layout, as a rule)") from error
 
 
-def open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) -> Opened:
+def open_models(recipe: Recipe, listings: Mapping[str, Listing], store: Store) -> Opened:
     """Open base and experts; where a merge alone is made of what no class of transformers reads, by name.
 
     Raises:
         InputError: models that cannot be merged; a recipe with tasks, of models that are only to be merged by name.
     """
+    cache = store.hub_cache
     models: dict[str, _Files] = {}
     for name, model in recipe.models().items():
         key = name if name == "base" else f"experts.{name}"
@@ -104,7 +106,7 @@ def open_models(recipe: Recipe, listings: Mapping[str, Listing], cache: Path) ->
             if why:
                 return _by_name(recipe, models, why)
             if recipe.reads == "pictures":
-                chosen = chosen or choose_processor(recipe.tokenizer, models)
+                chosen = chosen or choose_processor(recipe, models, store)
             chosen = chosen or choose_tokenizer(recipe.tokenizer, models, cache)
             return _by_class(recipe, models, *chosen)
         except FilesNeeded as needed:

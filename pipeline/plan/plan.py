@@ -78,7 +78,7 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     Raises:
         InputError: models that cannot be merged, data that does not fit its task, no room on the disk.
     """
-    inputs = gather_inputs(recipe, listings, folder, store.hub_cache)
+    inputs = gather_inputs(recipe, listings, folder, store)
     placements = _placements(recipe, inputs)
     inputs = replace(inputs, notes=(*inputs.notes, *try_networks(recipe, inputs, placements)))
     resolved = Resolved(recipe, store, inputs, placements, inseparable_heads(recipe, inputs))

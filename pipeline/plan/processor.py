@@ -5,7 +5,10 @@ from typing import Any
 
 from sensmerge.pipeline.plan.models import about
 from sensmerge.pipeline.plan.tokenizer import Tokenizer, Unopened, tokenizer_by_name
+from sensmerge.pipeline.plan.zero_shot import vision_towers
+from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings
+from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import canonical, sha256_file, sha256_text
 from sensmerge.tasks.checkpoints.settings import listed, unequal
 from sensmerge.tasks.errors import InputError
@@ -16,19 +19,23 @@ _ABOUT = ("image_processor_type", "feature_extractor_type", "processor_class")
 """Settings of an image processor that say what it is called, and not what it does."""
 
 
-def choose_processor(settings: TokenizerSettings, models: Mapping[str, Unopened]) -> tuple[Tokenizer, list[str]]:
+def choose_processor(recipe: Recipe, models: Mapping[str, Unopened], store: Store) -> tuple[Tokenizer, list[str]]:
     """Take the base's image processor, which those of the experts have to equal.
 
     Args:
-        settings: the recipe's `tokenizer`, which has nothing to say here.
+        recipe: the recipe, whose `tokenizer` has nothing to say here.
         models: base and experts by name.
+        store: see `vision_towers`.
 
     Returns:
         What reads rows in place of a tokenizer, and what a user should know of it: a line each.
 
     Raises:
-        InputError: an expert's own image processor prepares pictures in another way; the recipe speaks of a tokenizer.
+        InputError: an expert's own image processor prepares pictures in another way; the recipe speaks of a tokenizer;
+            as `vision_towers`.
+        FilesNeeded: as `vision_towers`.
     """
+    settings = recipe.tokenizer
     if settings != TokenizerSettings.model_validate({}):
         raise InputError("tokenizer: the tasks read pictures, which need none; leave the key out")
     folders = {name: one.folder for name, one in models.items()}
@@ -42,7 +49,11 @@ def choose_processor(settings: TokenizerSettings, models: Mapping[str, Unopened]
                 with about(f"experts.{name}"):
                     _compare(_settings(other), ours, f"experts.{name}: {other / PROCESSOR_FILES[0]}")
     digests = {name: sha256_file(folder / name) for name in PROCESSOR_FILES if (folder / name).is_file()}
-    return Tokenizer(folder, sha256_text(canonical(digests)), beside.companions_digest), notes
+    seen, beside_digest = vision_towers(recipe, models, store), beside.companions_digest
+    if seen:
+        beside_digest = sha256_text(canonical([beside_digest, {name: one.digest for name, one in seen.items()}]))
+        notes.append("base: merged models are CLIP's vision tower, and have a head for each task beside it")
+    return Tokenizer(folder, sha256_text(canonical(digests)), beside_digest, seen=seen), notes
 
 
 def _settings(folder: Any) -> dict[str, Any]:

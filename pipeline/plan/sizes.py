@@ -12,6 +12,7 @@ from sensmerge.tasks.checkpoints.layers import block_names
 from sensmerge.tasks.checkpoints.weights import BaseWeights
 from sensmerge.tasks.networks.readers import width_of
 from sensmerge.tasks.networks.watching import Statistics, needs_gradients
+from sensmerge.tasks.networks.zero_shot import CLASSES
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from sensmerge.tasks.stages.written import plan_merged
 
@@ -22,6 +23,11 @@ HISTOGRAM = 32_000
 def task_vector(base: BaseWeights) -> int:
     """Return the size of what is measured of a task vector."""
     return len(base.weights) * HISTOGRAM
+
+
+def made_head(inputs: Inputs, expert: str) -> int:
+    """Return the size of the head that is made for an expert."""
+    return inputs.networks.experts[expert].source.tensors[CLASSES].nbytes
 
 
 def statistics(resolved: Resolved, measured: Statistics, tokens: int) -> int:

@@ -1,8 +1,8 @@
 """The steps of a recipe: which there are, what each reads, and the job that it does."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sensmerge.pipeline.plan import sizes
@@ -31,6 +31,7 @@ from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.download import DownloadJob
 from sensmerge.tasks.stages.evaluate import EvaluateJob
 from sensmerge.tasks.stages.evaluate_dynamic import EvaluateDynamicJob
+from sensmerge.tasks.stages.heads import HeadsJob
 from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.merge_adapter import MergeAdapterJob
@@ -51,6 +52,8 @@ def lay_out(resolved: Resolved) -> tuple[list[Step], dict[str, str]]:
     recipe, layout = resolved.recipe, _Layout(resolved)
     for name in resolved.inputs.listings:
         layout.download(name)
+    for name, job in resolved.inputs.tokenizer.made_heads.items():
+        layout.heads(name, job)
     if any(one.reads_histograms for one in recipe.merges.values()):
         for name in recipe.experts:
             layout.task_vectors(name)
@@ -98,6 +101,11 @@ class _Layout:
         listing = self._inputs.listings[name]
         size, missing = (sum(file.size for file in files) for files in (listing.files, listing.missing()))
         self._add(name, DownloadJob(listing, self._resolved.store.hub_cache), (), size, missing)
+
+    def heads(self, name: str, job: HeadsJob) -> None:
+        """Add the head of an expert that has none."""
+        job, needed = replace(job, device=self._device("heads")), [self._made["download"][job.tower]]
+        self._add(name, job, needed, self._weights(job.tower), sizes.made_head(self._inputs, name))
 
     def task_vectors(self, name: str) -> None:
         """Add what is counted of the task vector of an expert."""
@@ -204,7 +212,7 @@ class _Layout:
 
     def _read_by(self, variant: Variant) -> tuple[list[Step], dict[str, Any]]:
         """Return the steps that a variant's weights are made from, and the fields of its `VariantJob`."""
-        used: dict[str, Mapping[str, Step]] = {"download": self._made["download"]}
+        used: dict[str, Mapping[str, Step]] = {"download": self._made["download"], "heads": self._made["heads"]}
         used["task_vectors"] = self._made["task_vectors"] if variant.reads_histograms else {}
         sens = isinstance(variant.coefficients, SensCoefficients)
         used["statistics"] = self._made["statistics"] if sens or variant.method.statistics else {}
@@ -234,7 +242,7 @@ class _Layout:
             "base_config": [name for name, one in heads.items() if one.base_config],
             "base": self._base,
             "experts": self._experts,
-            "head_configs": {name: _without_dtype(one.config.to_json_string()) for name, one in heads.items()},
+            "head_configs": inputs.head_configs,
             "tokenizer": inputs.tokenizer.folder,
             "groups": layer_groups(self._base),
         }
@@ -379,10 +387,10 @@ class _Layout:
         return Artifact(f"{files.fingerprint}{adopted}", files.folder)
 
     def _downloads(self, *names: str) -> list[Step]:
-        """Return the downloads of models, and of those that they have rows of tokens from."""
+        """Return the downloads of models, and of those that they have rows from, and what makes heads for them."""
         seen = self._inputs.tokenizer.seen
         needed = dict.fromkeys([*names, *(one for name in names if name in seen for one in seen[name].donors)])
-        return [self._made["download"][name] for name in needed]
+        return [made[name] for made in (self._made["download"], self._made["heads"]) for name in needed if name in made]
 
     def _weights(self, *names: str) -> int:
         """Return the size of the weights of models."""
@@ -390,8 +398,3 @@ class _Layout:
 
     def _device(self, stage: Stage) -> str:
         return "cuda" if self._recipe.resources_of(stage).num_gpus else "cpu"
-
-
-def _without_dtype(config: str) -> str:
-    """Return the JSON of a head's config; its network is loaded in the dtype of the merged trunk, not the expert's."""
-    return json.dumps({key: value for key, value in json.loads(config).items() if key != "dtype"}, indent=2) + "\n"

@@ -34,6 +34,7 @@ from sensmerge.tasks.networks.networks import load_config, network_class
 from sensmerge.tasks.networks.tokenizers import BASE, UNION, Owner, choose, write_choice
 from sensmerge.tasks.networks.union import Asked, Wanted
 from sensmerge.tasks.networks.views import Member, TokenTensor, adapter_member, whole_member
+from sensmerge.tasks.stages.heads import HeadsJob
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Tokenizer:
     token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
     """special tokens for which configs of merged models differ from the base's"""
     seen: Mapping[str, Seen] = field(default_factory=dict)
-    """what stands for base and experts in the vocabulary of merged models; empty where all have it as their own"""
+    """what stands for base and experts in the vocabulary of merged models, or for their vision towers; empty where all
+    are merged as they are"""
     readers: Mapping[str, Artifact] = field(default_factory=dict)
     """by expert, its own tokenizer with ids and chat template of merged models: by this, base and experts read the
     expert's task"""
@@ -57,6 +59,11 @@ class Tokenizer:
     def artifact(self) -> Artifact:
         """What reads texts for merged models."""
         return Artifact(self.digest, self.folder)
+
+    @property
+    def made_heads(self) -> dict[str, HeadsJob]:
+        """What makes heads of experts that lack them, by expert."""
+        return {name: one.head for name, one in self.seen.items() if one.head is not None}
 
     def as_given(self, text: str) -> str:
         """Return a text about models with the folders that the recipe names, and not those that stand for them."""

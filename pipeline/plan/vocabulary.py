@@ -12,6 +12,7 @@ from sensmerge.tasks.checkpoints.views import VIEWS, VocabularyView, in_folders,
 from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.views import Member, donors, fill_folder, view_of
+from sensmerge.tasks.stages.heads import HeadsJob
 
 LEFT_BEHIND = 3600
 """Seconds after which nobody writes to an unfinished folder any more: whoever began it was killed."""
@@ -19,7 +20,7 @@ LEFT_BEHIND = 3600
 
 @dataclass(frozen=True)
 class Seen:
-    """A model in the vocabulary of merged models."""
+    """A model as it is merged: in the vocabulary of merged models, or as the part of it that is merged."""
 
     folder: Path
     given: Path
@@ -28,6 +29,8 @@ class Seen:
     """of what makes it another model than the files that it is of"""
     donors: tuple[str, ...]
     """names of the other models that rows are taken from"""
+    head: HeadsJob | None = None
+    """what makes the head that the model lacks"""
 
 
 def in_vocabulary(

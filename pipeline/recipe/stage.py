@@ -4,6 +4,7 @@ from typing import Literal
 
 Stage = Literal[
     "download",
+    "heads",
     "task_vectors",
     "statistics",
     "cross_task",

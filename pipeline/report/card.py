@@ -18,6 +18,7 @@ from sensmerge.pipeline.report.report import (
 from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.checkpoints.listing import HubModel, LocalModel, UrlModel
 from sensmerge.tasks.networks.networks import own_ending
+from sensmerge.tasks.networks.zero_shot import CLIPZeroShotClassifier
 
 CARD = "README.md"
 """The file, in the folder of the merge."""
@@ -201,11 +202,28 @@ def _heads_text(heads: list[str], network: str) -> str:
     loader = "TokenClassification" if own_ending([network]) == "token_classification" else "SequenceClassification"
     if network.endswith("ForImageClassification"):
         loader = "ImageClassification"
-    return f"""## Heads
+    about = f"""## Heads
 
 The merged trunk is this folder's `model.safetensors`; `heads/` keeps the classifier of each task
 ({", ".join(heads)}). A classifier for one of them:
+"""
+    if network == CLIPZeroShotClassifier.__name__:
+        return f"""{about}
+```python
+from safetensors.torch import load_file
+from torch.nn.functional import normalize
+from transformers import CLIPVisionModel
 
+head = load_file("FOLDER/heads/{heads[0]}/head.safetensors")
+model = CLIPVisionModel.from_pretrained("FOLDER")
+
+
+def logits(pixel_values):
+    pooled = model(pixel_values=pixel_values).pooler_output
+    return normalize(pooled @ head["visual_projection.weight"].T, dim=-1) @ head["classifier.weight"].T
+```
+"""
+    return f"""{about}
 ```python
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelFor{loader}

@@ -16,8 +16,7 @@ from sensmerge.tasks.kinds.checks import whole_number
 from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, agreement, macro_f1, matthews, mean
-from sensmerge.tasks.kinds.templates import render
-from sensmerge.tasks.networks.tokens import Inputs, class_tokens
+from sensmerge.tasks.kinds.texts import TextTask
 from sensmerge.tasks.rows.source import Row
 
 if TYPE_CHECKING:
@@ -73,42 +72,33 @@ class ClassTask(RowTask):
         return bool(record["prediction"] == record["label"])
 
     @abstractmethod
-    def prompt_text(self, row: Row) -> str:
+    def asked(self, row: Row) -> Mapping[str, str]:
         """Return what a model is given, for people to read."""
 
     def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
         """See `RowTask`: classes by name."""
         names = {number: name for name, number in (labels or {}).items()}
         expected, answer = (str(names.get(record[key], record[key])) for key in ("label", "prediction"))
-        return {"prompt": self.prompt_text(row), "expected": expected, "answer": answer, "right": self.is_right(record)}
+        return {**self.asked(row), "expected": expected, "answer": answer, "right": self.is_right(record)}
 
 
 @KINDS.register("classification")
-class ClassificationTask(ClassTask):
-    """The model reads a text, and has a classification head of its own for this task."""
-
-    asks: ClassVar[tuple[str, ...]] = ("prompt", "max_length")
+class ClassificationTask(ClassTask, TextTask):
+    """The model reads a text, or a pair of texts, and has a classification head of its own for this task."""
 
     kind: Literal["classification"]
-    prompt: str = Field("{text}", description="template of the text to classify")
 
     def sample(
         self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
     ) -> Sample:
-        """Return the text with the tokenizer's special tokens, cut from the right but for the special tokens."""
+        """Return the text or the pair, and its class."""
         assert labels is not None
-        ids = self.question(row, tokenizer, where)["input_ids"]
-        if not ids:
-            raise InputError(f"{where}: the text to classify has no token; leave the row out")
-        return Sample({"input_ids": ids}, len(ids), class_index(row[self.label], labels, where))
+        inputs = self.question(row, tokenizer, where)
+        return Sample(inputs, len(inputs["input_ids"]), class_index(row[self.label], labels, where))
 
-    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
-        """See `RowTask`: all of the sample."""
-        return {"input_ids": class_tokens(self.prompt_text(row), tokenizer, self.max_length)}
-
-    def prompt_text(self, row: Row) -> str:
-        """See `ClassTask`: the text."""
-        return render(self.prompt, row)
+    def asked(self, row: Row) -> Mapping[str, str]:
+        """See `ClassTask`: the text or the pair."""
+        return self.texts(row)
 
 
 def class_index(label: Any, label2id: Labels, where: str) -> int:

@@ -19,6 +19,7 @@ from sensmerge.tasks.kinds.checks import NamedField, check_fields
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record, Score, score
 from sensmerge.tasks.kinds.templates import template_fields
+from sensmerge.tasks.kinds.zero_shot import ZeroShot
 from sensmerge.tasks.networks.endings import OWN_HEADS
 from sensmerge.tasks.networks.pictures import Reads
 from sensmerge.tasks.networks.tokens import Inputs, collate
@@ -75,6 +76,11 @@ class Task(Strict):
     def is_scored(self) -> bool:
         """Whether models are scored on the task."""
         return True
+
+    @property
+    def made_head(self) -> ZeroShot | None:
+        """What the head of the task's expert is made of, where it has none."""
+        return None
 
     def check_installed(self, key: str) -> None:
         """Raise InputError if something is missing that the task needs; `key` (`tasks.science`) names it."""

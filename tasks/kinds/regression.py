@@ -10,13 +10,12 @@ from pydantic import Field
 
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
-from sensmerge.tasks.kinds.checks import NamedField, check_number, number_of
+from sensmerge.tasks.kinds.checks import check_number, number_of
 from sensmerge.tasks.kinds.correlation import mean_squared_error, pearson, spearman
-from sensmerge.tasks.kinds.kind import KINDS, Labels, RowTask
+from sensmerge.tasks.kinds.kind import KINDS, Labels
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Metric, Record
-from sensmerge.tasks.kinds.templates import render, template_fields
-from sensmerge.tasks.networks.tokens import Inputs, class_tokens, pair_tokens
+from sensmerge.tasks.kinds.texts import TextTask
 from sensmerge.tasks.rows.source import Row
 
 if TYPE_CHECKING:
@@ -25,12 +24,11 @@ if TYPE_CHECKING:
 
 
 @KINDS.register("regression")
-class RegressionTask(RowTask):
+class RegressionTask(TextTask):
     """The model has a head of its own for this task that gives a text, or a pair of texts, a number."""
 
     head: ClassVar[str] = "classification"
     fields: ClassVar[tuple[str, ...]] = ("label",)
-    asks: ClassVar[tuple[str, ...]] = ("prompt", "pair", "max_length")
     reads_answer: ClassVar[bool] = False
     metrics: ClassVar[Mapping[str, Metric]] = {
         "pearson": Metric(("label", "prediction"), pearson),
@@ -39,10 +37,6 @@ class RegressionTask(RowTask):
     }
 
     kind: Literal["regression"]
-    prompt: str = Field("{text}", description="template of the text")
-    pair: str | None = Field(
-        None, description="template of a second text, which the tokenizer joins to the first as its model expects pairs"
-    )
     label: str = Field("label", description="field with the number, which may also be written as text")
     metric: Local[Literal["pearson", "spearman", "mse"]] = Field(
         "spearman", description="main metric: a correlation, or the mean squared error"
@@ -57,16 +51,6 @@ class RegressionTask(RowTask):
                 "classification for classes, or leave the task out"
             )
 
-    def named_fields(self, settings: str) -> list[NamedField]:
-        """See `RowTask`."""
-        found = super().named_fields(settings)
-        if self.pair is not None:
-            try:
-                found += [NamedField(name, "pair", True) for name in template_fields(self.pair)]
-            except InputError as error:
-                raise InputError(f"{settings}.pair: {error}") from None
-        return found
-
     def check_row(self, row: Row, settings: str, where: str, labels: Labels | None) -> None:
         """See `RowTask`: there has to be a number."""
         check_number(row[self.label], f"{settings}.label names field {self.label!r}, which in {where}")
@@ -74,21 +58,9 @@ class RegressionTask(RowTask):
     def sample(
         self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str, labels: Labels | None = None
     ) -> Sample:
-        """Return the text or the pair with the tokenizer's special tokens, cut from the right but for these.
-
-        Of a pair, the longer text is cut first.
-        """
+        """Return the text or the pair, and its number."""
         inputs = self.question(row, tokenizer, where)
-        if not inputs["input_ids"]:
-            raise InputError(f"{where}: the text has no token; leave the row out")
         return Sample(inputs, len(inputs["input_ids"]), number_of(row[self.label]))
-
-    def question(self, row: Row, tokenizer: "PreTrainedTokenizerBase", where: str) -> Inputs:
-        """See `RowTask`: all of the sample."""
-        text = render(self.prompt, row)
-        if self.pair is None:
-            return {"input_ids": class_tokens(text, tokenizer, self.max_length)}
-        return pair_tokens(text, render(self.pair, row), tokenizer, self.max_length)
 
     def judge(self, sample: Sample, logits: "Tensor") -> Any:
         """See `RowTask`: the only logit is the number."""
@@ -98,5 +70,4 @@ class RegressionTask(RowTask):
 
     def table_row(self, row: Row, record: Record, labels: Labels | None = None) -> Mapping[str, Any]:
         """See `RowTask`."""
-        pair = {} if self.pair is None else {"pair": render(self.pair, row)}
-        return {"prompt": render(self.prompt, row), **pair, "expected": record["label"], "answer": record["prediction"]}
+        return {**self.texts(row), "expected": record["label"], "answer": record["prediction"]}

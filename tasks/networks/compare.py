@@ -32,12 +32,18 @@ def check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) ->
     """
     ours, theirs = describe(base), describe(config)
     wrapped = [one.get_text_config() is not one for one in (config, base)]
-    if all(wrapped):  # neither can be the language model inside the other
+    # Where both are, neither can be the language model inside the other; where one is, the other may be another part.
+    if all(wrapped) or ours["model_type"] != theirs["model_type"]:
         ours["model_type"], theirs["model_type"] = base.model_type, config.model_type
     for setting, expected in ours.items():
         if theirs[setting] == expected:
             continue
         wanted = "a fine-tune of the base"
+        if setting == "model_type" and type(config) in base.sub_configs.values():
+            wanted += ", not of a part of it: give that part alone as the base"
+            wanted += ", or give the tasks zero_shot" if base.model_type == "clip" else ""
+        if setting == "model_type" and type(base) in config.sub_configs.values():
+            wanted += ", and not what that is a part of: give that part of the expert alone"
         if setting == "vocab_size":
             wanted += f" with its vocabulary: save a copy of the expert after model.resize_token_embeddings({expected})"
         raise InputError(f"{where} has {setting} {theirs[setting]!r}, the base has {expected!r}; expected {wanted}")

@@ -15,7 +15,14 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto import modeling_auto
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text
@@ -27,6 +34,7 @@ from sensmerge.tasks.networks.bounds import ERRORS, check_bounds, setting
 from sensmerge.tasks.networks.foreign import check_foreign
 from sensmerge.tasks.networks.merged_ids import in_merged_ids
 from sensmerge.tasks.networks.pictures import PIXELS
+from sensmerge.tasks.networks.zero_shot import CLIPZeroShotClassifier
 
 _AFTER_PADDING = re.compile(r"roberta|camembert|data2vec-text|longformer|mpnet|^esm$|ibert")
 
@@ -34,6 +42,8 @@ Head = str
 """What a network ends in: `causal_lm`, `seq2seq_lm`, `classification` (of a single class: a number),
 `token_classification`, or `trunk`: no head follows."""
 
+_OURS: dict[type[PretrainedConfig], type[PreTrainedModel]] = {CLIPVisionConfig: CLIPZeroShotClassifier}
+"""Classifiers that transformers lacks, by config."""
 _AUTO_MAPPINGS = {
     "causal_lm": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     "seq2seq_lm": (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,),
@@ -41,6 +51,7 @@ _AUTO_MAPPINGS = {
     "classification": (
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        _OURS,
     ),
     "token_classification": (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,),
 }
@@ -115,8 +126,9 @@ def network_class(config: PretrainedConfig, head: Head | None, folder: Path) -> 
         raise InputError(f"{folder}: transformers has no {head} network for model_type {config.model_type!r}")
     mappings = [mapping for several in _AUTO_MAPPINGS.values() for mapping in several]
     listed = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    ours = {one.__name__: one for one in _OURS.values()}
     for name in config.architectures or ():
-        own: Any = getattr(transformers, name, None)
+        own: Any = ours.get(name) or getattr(transformers, name, None)
         if (isinstance(own, type) and getattr(own, "config_class", None) is type(config)) or own in listed:
             return own  # type: ignore[no-any-return]
     raise InputError(
@@ -263,7 +275,7 @@ class _DecoderRan(Exception):
 
 def fill_network(
     config: PretrainedConfig,
-    head: Head,
+    head: Head | None,
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     device: str,

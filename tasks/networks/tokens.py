@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Any]
 """what a network reads of one sample, by its argument: a list of token ids, a picture, or a tensor"""
+TYPES = "token_type_ids"
+"""What networks are told of a pair of texts: of which of both a token is, 0 or 1."""
 PADDING = 0.1
 """Share of a sample's place in its batch that is padding at most: less would save little, and make more batches."""
 
@@ -57,10 +59,10 @@ def pair_tokens(
 ) -> dict[str, list[int]]:
     """A pair of texts as inputs of a network, with the tokenizer's special tokens, the longer one cut from the right.
 
-    They are `input_ids` and, where the tokenizer's networks read it, `token_type_ids`: of which text a token is.
+    They are `input_ids` and, where the tokenizer's networks read it, `TYPES`.
     """
     encoded = tokenizer(first, second, truncation=max_length is not None, max_length=max_length, verbose=False)
-    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+    return {name: encoded[name] for name in ("input_ids", TYPES) if name in encoded}
 
 
 def word_tokens(
@@ -136,13 +138,14 @@ def collate(samples: Sequence[Inputs], pad_id: int, side: Literal["left", "right
     """Samples as one batch: token ids as `pad` does, labels and other lists alike with −100 and 0, pixels and tensors
     stacked.
 
-    All samples have the same inputs, and pixels and tensors of one name one shape.
+    All samples have the same inputs, and pixels and tensors of one name one shape. Single texts among pairs have no
+    `TYPES`: all their tokens are of the first.
     """
     import torch
 
     batch: dict[str, Tensor] = {}
-    for name in samples[0]:
-        values = [sample[name] for sample in samples]
+    for name in dict.fromkeys(name for sample in samples for name in sample):
+        values: list[Any] = [[0] * length(one) if name == TYPES and name not in one else one[name] for one in samples]
         if name == "input_ids":
             batch |= pad(values, pad_id, side)
         elif isinstance(values[0], list):

@@ -252,12 +252,17 @@ def fill_folder(member: Member, view: VocabularyView, rows: int, target: Path) -
                 f"{member.key}: {member.folder / CONFIG}: {member.config.model_type} has no size of vocabulary that "
                 "could be changed; use experts with the base's tokens"
             )
-    for file in {info.file for info in member.checkpoint.tensors.values()} | {INDEX}:
-        path = member.folder / file
+    link_weights(member.checkpoint, target)
+    write_view(view, target)
+
+
+def link_weights(checkpoint: Checkpoint, target: Path) -> None:
+    """Link the files of a checkpoint, which need not be here yet, into a folder that stands for its model."""
+    for file in {info.file for info in checkpoint.tensors.values()} | {INDEX}:
+        path = checkpoint.folder / file
         if file != INDEX or path.is_file():
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             (target / file).symlink_to(path.absolute())
-    write_view(view, target)
 
 
 def _moved_config(member: Member, config: PretrainedConfig, moved: Mapping[int, int], rows: int) -> dict[str, Any]:

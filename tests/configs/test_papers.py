@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sensmerge.pipeline.plan.models import list_models
 from sensmerge.pipeline.plan.plan import Plan, make_plan
@@ -15,7 +16,7 @@ from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.errors import InputError
 from tests.conftest import write_recipe, write_rows
 from tests.hub_server import HubServer
-from tests.recorded import hub_models, mammoth, rows, vision_tower
+from tests.recorded import clip, hub_models, mammoth, rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SPLITS = ("calibration", "evaluation")
@@ -101,8 +102,12 @@ def test_gpt2_glue(plan_paper: Any) -> None:
 
 
 def test_clip_vit_b32(plan_paper: Any, tmp_path: Path) -> None:
-    vision_tower().save(tmp_path / "clip-vit-b32-vision")
+    clip().save(tmp_path / "clip-vit-b32")
+    CLIPImageProcessorPil().save_pretrained(tmp_path / "clip-vit-b32")
     plan = plan_paper("clip-vit-b32")
-    assert sizes(plan) == {"base": 0.35, **dict.fromkeys(plan.inputs.experts, 0.35)}
-    assert len(plan.inputs.experts) == 8
-    assert not plan.inputs.by_name
+    assert sizes(plan) == {"base": 0.61, **dict.fromkeys(plan.inputs.experts, 0.35)}
+    classes = {"sun397": 397, "stanford-cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10}
+    classes |= {"gtsrb": 43, "mnist": 10, "dtd": 47}
+    heads = {name: one.source.tensors["classifier.weight"].shape for name, one in plan.inputs.heads.items()}
+    assert heads == {name: (count, 512) for name, count in classes.items()}
+    assert plan.names("heads") == list(classes)

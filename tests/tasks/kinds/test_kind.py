@@ -208,6 +208,7 @@ def test_collating() -> None:
 
 
 SOURCES = {"calibration": DataSource(path="a"), "evaluation": DataSource(path="b"), "batch_size": 3}
+PAIRS = {"prompt", "pair", "label"}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ SOURCES = {"calibration": DataSource(path="a"), "evaluation": DataSource(path="b
             {"prompt", "completion", "end_token", "loss_on"},
             {"prompt", "completion", "end_token", "generate", "answer", "compare"},
         ),
-        (ClassificationTask(kind="classification", **SOURCES), {"prompt", "label"}, {"prompt", "label"}),
+        (ClassificationTask(kind="classification", **SOURCES), PAIRS, PAIRS),
         (
             MultipleChoiceTask(kind="multiple_choice", **SOURCES),
             {"prompt", "completion", "choices", "answer", "loss_on"},

@@ -12,7 +12,7 @@ from sensmerge.tasks.kinds.answers import find_answer
 from sensmerge.tasks.kinds.classification import ClassificationTask, class_index
 from sensmerge.tasks.kinds.completion import CompletionTask
 from sensmerge.tasks.kinds.multiple_choice import MultipleChoiceTask
-from sensmerge.tasks.networks.tokens import pad, tokens
+from sensmerge.tasks.networks.tokens import collate, pad, tokens
 
 KEY = "tasks.math.calibration"
 
@@ -24,8 +24,8 @@ def completion_task(**settings: Any) -> CompletionTask:
     return CompletionTask(kind="completion", **settings)
 
 
-def bpe_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose special tokens stand where `template` says, as in '<s> $A </s>'."""
+def bpe_tokenizer(template: str, pair: str | None = None) -> PreTrainedTokenizerFast:
+    """A byte-level BPE whose special tokens stand where `template` says (`<s> $A </s>`), and `pair` of two texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def bpe_tokenizer(template: str) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(["Question: how many are seven and eight? Answer: fifteen"] * 3, trainer)
     tokenizer.post_processor = processors.Sequence(
-        [processors.TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])]
+        [processors.TemplateProcessing(single=template, pair=pair, special_tokens=[("<s>", 0), ("</s>", 1)])]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
@@ -230,3 +230,24 @@ def test_padding() -> None:
     assert right["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert left["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_classification_of_a_pair_joins_texts_as_the_tokenizer_does() -> None:
+    joining = bpe_tokenizer("<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1")
+    row = {"text": "how many are seven", "other": "and eight", "label": "b"}
+    task = ClassificationTask(kind="classification", pair="{other}?")
+    sample = task.sample(row, joining, "row 0", {"a": 0, "b": 1})
+    assert sample.inputs == {"input_ids": joining("how many are seven", "and eight?")["input_ids"]}
+    assert (sample.label, sample.prompt, task.question(row, joining, "row 0")) == (1, sample.inputs, sample.inputs)
+    cut = ClassificationTask(kind="classification", pair="{other}", max_length=7)
+    ids = cut.sample(row, joining, "row 0", {"a": 0, "b": 1}).input_ids
+    assert len(ids) == 7
+    assert ids.count(1) == 2  # the longer text is cut, not what joins both
+    with pytest.raises(InputError, match=r"tasks\.a\.pair names field 'other', row 0 of .* has 'text'"):
+        task.check_rows([{"text": "", "label": 0}], "tasks.a.evaluation")
+
+
+def test_single_texts_among_pairs_have_tokens_of_the_first_text_alone() -> None:
+    pair, single = {"input_ids": [5, 6], "token_type_ids": [0, 1]}, {"input_ids": [7, 8, 9]}
+    assert collate([pair, single], 4)["token_type_ids"].tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert collate([single, pair], 4)["token_type_ids"].tolist() == [[0, 0, 0], [0, 1, 0]]
