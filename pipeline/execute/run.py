@@ -186,8 +186,8 @@ def _check_apart(steps: list[Step]) -> None:
         written = [path for path in paths_in(step.job) if {VIEWS, TOKENIZERS} & {*path.parts}]
         if written:
             raise InputError(
-                f"{step.title} reads {written[0]}, which this machine has written, since models have different tokens or "
-                "are vision towers; let SENSMERGE_CACHE be on storage that all nodes see"
+                f"{step.title} reads {written[0]}, which this machine has written, since models have different tokens "
+                "or are vision towers; let SENSMERGE_CACHE be on storage that all nodes see"
             )
 
 
