@@ -12,7 +12,7 @@ from sensmerge.pipeline.tracking.uri import checked_uri
 
 
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a dynamic model that `run` made")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a merged model that `run` made")],
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file, or a folder of pictures")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON Lines file to write")],
     field: Annotated[
@@ -26,7 +26,9 @@ def predict(
     task: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="task of the recipe in whose prompt all rows are asked; default: what each row says"
+            metavar="NAME",
+            help="task of the recipe in whose prompt all rows are asked, or, of a static merge, whose head answers; "
+            "default: what each row says",
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -51,7 +53,10 @@ def predict(
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each worker; above 0, the model runs on cuda")] = 0,
     address: AddressOption = None,
 ) -> None:
-    """Answer every row of a file with a dynamic model, and add prediction, expert and coefficients to the row."""
+    """Answer every row of a file with a merged model, and add the prediction to the row.
+
+    A dynamic model also adds expert and coefficients.
+    """
     from sensmerge.pipeline.execute.batches import Workers
     from sensmerge.pipeline.predict import Settings, predict_file
     from sensmerge.tasks.networks.generation import Decoding
