@@ -79,14 +79,16 @@ def compare(
     from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole, parse_version
 
     uri = checked_uri(tracking_uri, store)
-    outcomes = []
+    names, means, outcomes = [], [], []
     for text in (first, second):
         recipe, which = parse_version(text)
         registry = ModelRegistry(uri, recipe)
         version = registry.find(which)
         check_whole(version, store)
+        names.append(str(version) if text == f"{recipe}/{version.number}" else f"{text}, {version}")
+        means.append(registry.mean(version))
         outcomes.append(registry.outcomes(version))
-    console_of().print(comparison_table(first, second, judge(outcomes[1], outcomes[0], 0.0)))
+    console_of().print(comparison_table(names, means, judge(outcomes[1], outcomes[0], 0.0)))
 
 
 def promote(
