@@ -12,7 +12,7 @@ from sensmerge.pipeline.tracking.uri import checked_uri
 
 
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a dynamic model that `run` made")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a merged model that `run` made")],
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON Lines file, or a folder of pictures")],
     target: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON Lines file to write")],
     field: Annotated[
@@ -26,7 +26,9 @@ def predict(
     task: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="task of the recipe in whose prompt all rows are asked; default: what each row says"
+            metavar="NAME",
+            help="task of the recipe in whose prompt all rows are asked, or, of a static merge, whose head answers; "
+            "default: what each row says",
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -51,7 +53,10 @@ def predict(
     num_gpus: Annotated[float, typer.Option(min=0, help="GPUs for each worker; above 0, the model runs on cuda")] = 0,
     address: AddressOption = None,
 ) -> None:
-    """Answer every row of a file with a dynamic model, and add prediction, expert and coefficients to the row."""
+    """Answer every row of a file with a merged model, and add the prediction to the row.
+
+    A dynamic model also adds expert and coefficients.
+    """
     from sensmerge.pipeline.execute.batches import Workers
     from sensmerge.pipeline.predict import Settings, predict_file
     from sensmerge.tasks.networks.generation import Decoding
@@ -74,14 +79,16 @@ def compare(
     from sensmerge.pipeline.tracking.registry import ModelRegistry, check_whole, parse_version
 
     uri = checked_uri(tracking_uri, store)
-    outcomes = []
+    names, means, outcomes = [], [], []
     for text in (first, second):
         recipe, which = parse_version(text)
         registry = ModelRegistry(uri, recipe)
         version = registry.find(which)
         check_whole(version, store)
+        names.append(str(version) if text == f"{recipe}/{version.number}" else f"{text}, {version}")
+        means.append(registry.mean(version))
         outcomes.append(registry.outcomes(version))
-    console_of().print(comparison_table(first, second, judge(outcomes[1], outcomes[0], 0.0)))
+    console_of().print(comparison_table(names, means, judge(outcomes[1], outcomes[0], 0.0)))
 
 
 def promote(

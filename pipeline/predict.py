@@ -1,11 +1,11 @@
-"""Answers the rows of a JSON Lines file, or a folder of pictures, with a dynamic model, in batches on Ray."""
+"""Answers the rows of a JSON Lines file, or a folder of pictures, with a merged model, in batches on Ray."""
 
 import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -18,6 +18,7 @@ from rich.console import Console
 from sensmerge.pipeline.execute.batches import Workers, work_in_batches
 from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.tasks.artifacts import file_bytes, parse_json, partial_of
+from sensmerge.tasks.checkpoints.companions import CONFIG
 from sensmerge.tasks.dynamic.folder import MANIFEST, check_files, read_manifest
 from sensmerge.tasks.dynamic.model import DynamicModel, Prediction
 from sensmerge.tasks.dynamic.vectors import BASE
@@ -33,14 +34,15 @@ from sensmerge.tasks.kinds.questions import (
     plain,
     prompts_of,
 )
+from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
 from sensmerge.tasks.networks.endings import WRITING_HEADS
-from sensmerge.tasks.networks.generation import GREEDY, Decoding, check_unused
+from sensmerge.tasks.networks.generation import Decoding, check_unused
 from sensmerge.tasks.networks.pictures import picture_file
 from sensmerge.tasks.rows.source import Row
-from sensmerge.tasks.serving.static_model import reads_of
+from sensmerge.tasks.serving.static_model import WRITING_FORMS, StaticModel, checked_form, head_names, reads_of
 
 ADDED = tuple(Prediction.__dataclass_fields__)
-"""Fields that a row gets: prediction, expert, coefficients."""
+"""Fields that a row gets: prediction; and expert and coefficients, of a dynamic model."""
 
 FILE = "file"
 """Field of a row for a picture in a folder: its path below that."""
@@ -66,7 +68,7 @@ class Settings:
     field: str | None
     """field that holds a row's text, messages or picture; None: what the row itself says, see `kinds.questions`"""
     task: str | None
-    """task in whose prompt all rows are asked; None for none"""
+    """task in whose prompt all rows are asked, or, of a static merge, whose head answers them; None for none"""
     batch_size: int
     """rows in a batch"""
     max_new_tokens: int | None
@@ -84,13 +86,13 @@ def predict_file(
     address: str | None,
     console: Console,
 ) -> int:
-    """Write every row of a file with its prediction, expert and coefficients, in the order of the file.
+    """Write every row of a file with what a model answers, in the order of the file; see `ADDED`.
 
     A batch is always `batch_size` successive rows, so what is written does not depend on the number of workers. All
     rows are checked before Ray starts; the target appears when it is complete.
 
     Args:
-        folder: the dynamic model; workers read it under this path.
+        folder: the dynamic model or static merge; workers read it under this path.
         source: JSON Lines file, UTF-8; or a folder of pictures, whose rows have a `file`.
         target: file to write; one that exists is replaced.
         settings: how.
@@ -101,25 +103,28 @@ def predict_file(
         The number of rows.
 
     Raises:
-        InputError: the folder is no dynamic model or is altered, a row cannot be answered, or the target not written.
+        InputError: the folder holds no merged model that answers, or is altered, a row cannot be answered, or the
+            target not written.
         StepError: a worker failed otherwise.
     """
     _check_paths(source, target)
-    manifest = read_manifest(folder)
-    if manifest.head not in WRITING_HEADS:
-        check_unused(settings.max_new_tokens, settings.decoding)
-    prompts = prompts_of(manifest.tasks, str(folder / MANIFEST))
-    asked, size = _asked(source, folder, settings, prompts), settings.batch_size
+    is_static = any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+    is_dynamic = (folder / MANIFEST).is_file() or not is_static
+    prompts = _checked_dynamic(folder, settings) if is_dynamic else _checked_static(folder, settings)
+    # The head that answers is no prompt.
+    asking = settings if is_dynamic else replace(settings, task=None)
+    asked, size = _asked(source, folder, asking, prompts), settings.batch_size
     # What a row names is read here too, so that a file that is not there is found now.
     unprompted = [is_plain(asked.content(place, row)) for place, row in asked.places()]
     count = len(unprompted)
     if count == 0:
         raise InputError(f"{source}: has no {'pictures' if source.is_dir() else 'rows; expected JSON Lines'}")
-    check_files(folder, manifest)
+    if is_dynamic:
+        check_files(folder, read_manifest(folder))
     if prompts and any(unprompted):
         console.print(_said_of(sum(unprompted), count, prompts), highlight=False, soft_wrap=True)
     device = "cuda" if settings.workers.num_gpus else "cpu"
-    load = partial(_load, folder.absolute(), device, settings.max_new_tokens, settings.decoding)
+    load = partial(_load if is_dynamic else _load_static, folder.absolute(), device, settings)
     with _written_whole(target) as file, cluster(address):
         work_in_batches(
             load,
@@ -139,16 +144,48 @@ def _said_of(unprompted: int, count: int, prompts: Prompts) -> str:
     )
 
 
-def _load(
-    folder: Path, device: str, max_new_tokens: int | None, decoding: Decoding = GREEDY
-) -> Callable[[Batch], list[Row]]:
-    """Return what answers a batch with the model, whose files `predict_file` has checked."""
+def _checked_dynamic(folder: Path, settings: Settings) -> Prompts:
+    """Check a dynamic model, but for its large files, and return the prompts that it knows."""
+    manifest = read_manifest(folder)
+    if manifest.head not in WRITING_HEADS:
+        check_unused(settings.max_new_tokens, settings.decoding)
+    return prompts_of(manifest.tasks, str(folder / MANIFEST))
+
+
+def _checked_static(folder: Path, settings: Settings) -> Prompts:
+    """Check a static merge, but for its weights; it knows no prompts, for it may be asked in any way."""
+    form, heads = checked_form(folder), head_names(folder)
+    if form not in WRITING_FORMS:
+        check_unused(settings.max_new_tokens, settings.decoding)
+    if settings.task not in heads and (settings.task is not None or len(heads) > 1):
+        found = "--task is missing" if settings.task is None else f"--task is {settings.task}"
+        one_of = f"the one whose head answers: {', '.join(heads)}"
+        raise InputError(f"{folder}: {found}; expected {one_of if heads else 'none: a static merge keeps no prompts'}")
+    return {}
+
+
+def _load(folder: Path, device: str, settings: Settings) -> Callable[[Batch], list[Row]]:
+    """Return what answers a batch with a dynamic model, whose files `predict_file` has checked."""
     model = DynamicModel.load(folder, device, verify=False)
 
     def answer(batch: Batch) -> list[Row]:
         places = [one.place for one in batch]
-        predictions = model.predict([one.content for one in batch], max_new_tokens, places, decoding)
+        questions = [one.content for one in batch]
+        predictions = model.predict(questions, settings.max_new_tokens, places, settings.decoding)
         return [one.row | asdict(prediction) for one, prediction in zip(batch, predictions, strict=True)]
+
+    return answer
+
+
+def _load_static(folder: Path, device: str, settings: Settings) -> Callable[[Batch], list[Row]]:
+    """Return what answers a batch with a static merge."""
+    model = StaticModel.load(folder, device)
+
+    def answer(batch: Batch) -> list[Row]:
+        places = [one.place for one in batch]
+        questions = [one.content for one in batch]
+        found = model.predict(questions, settings.max_new_tokens, settings.task, settings.decoding, places)
+        return [one.row | {ADDED[0]: prediction} for one, prediction in zip(batch, found, strict=True)]
 
     return answer
 
@@ -166,7 +203,8 @@ def _check_paths(source: Path, target: Path) -> None:
 
 def _asked(source: Path, model: Path, settings: Settings, prompts: Prompts) -> "_Lines | _Pictures":
     """Return the rows of a file or a folder. Raises InputError for a folder where the model reads texts."""
-    pictures = reads_of(model, model / BASE) == "pictures"
+    base = model / BASE if (model / MANIFEST).is_file() else model
+    pictures = reads_of(model, base) == "pictures"
     if settings.task is not None and (pictures or settings.field is not None):
         why = (
             "the model reads pictures, which have no prompt"

@@ -81,8 +81,9 @@ def record(options: Options, listings: Mapping[str, Listing], console: Console) 
         )
     for line in plan.inputs.notes:
         console.print(line, highlight=False, soft_wrap=True)
-    _, recorded = _finish(options, plan, (), console)
+    report, recorded = _finish(options, plan, (), console)
     _remember_run(options, plan, made_from, recorded, console)
+    _free_losers(plan, report, console)
     return True
 
 

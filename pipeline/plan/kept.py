@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import TypeAdapter
 from rich.table import Table
 
 from sensmerge.pipeline.plan.models import model_digest
+from sensmerge.pipeline.plan.table import StepRow, step_table
 from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.manifest import PLANS
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import ordered, parse_json, sha256_text, write_json
@@ -119,20 +121,8 @@ def _read(store: Store, name: str) -> KeptPlan | None:
 
 def kept_table(kept: KeptPlan) -> Table:
     """Return the plan for people, as `plan_table` does."""
-    table = step_table(kept.summary())
-    for stage, name, _ in kept.steps:
-        table.add_row(stage, name, "SKIP", "in the store", "", "")
-    return table
-
-
-def step_table(title: str) -> Table:
-    """Return an empty table for steps: stage, name, whether it runs and why, and the bytes read and written."""
-    table = Table(title=title, title_justify="left")
-    for column in ("stage", "step", "", "why"):
-        table.add_column(column, overflow="fold")
-    table.add_column("read", justify="right", overflow="fold")
-    table.add_column("write", justify="right", overflow="fold")
-    return table
+    rows = [StepRow(cast(Stage, stage), name, "SKIP", "in the store") for stage, name, _ in kept.steps]
+    return step_table(kept.summary(), rows)
 
 
 def _path(store: Store, name: str) -> Path:

@@ -1,7 +1,7 @@
 """From a recipe to a plan: RUN or SKIP for every step, and why."""
 
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from rich.table import Table
 from sensmerge.pipeline.plan.dry_run import inseparable_heads, try_networks
 from sensmerge.pipeline.plan.idle import without_idle
 from sensmerge.pipeline.plan.inputs import Inputs, gather_inputs
-from sensmerge.pipeline.plan.kept import step_table
 from sensmerge.pipeline.plan.models import is_lost
 from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
 from sensmerge.pipeline.plan.steps import lay_out
+from sensmerge.pipeline.plan.table import StepRow, step_table
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.freed import FREED, is_freed
@@ -159,27 +159,26 @@ def plan_summary(plan: Plan) -> str:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Return the plan for people: a row per step, RUN, SKIP or ? (undecided) and why, and what it reads and writes."""
-    table = step_table(plan_summary(plan))
+    """Return the plan for people: RUN, SKIP or ? (undecided) of every step and why, and what it reads and writes."""
+    table = step_table(plan_summary(plan), _rows(plan))
+    running = {step.stage for step in plan.steps if step.title in plan.todo}
+    placed = [f"{stage} runs {one.name} ({one.why})" for stage, one in plan.placements.items() if stage in running]
+    if placed:
+        table.caption, table.caption_justify = "\n".join(placed), "left"
+    return table
+
+
+def _rows(plan: Plan) -> Iterator[StepRow]:
     steps = {step.title: step for step in plan.steps}
     for title, maker in plan.makers.items():
         if maker not in steps:  # it would save no work
             continue
         step = steps[maker]
         if title != maker:
-            table.add_row(step.stage, title.removeprefix(f"{step.stage} "), "SAME", f"as {maker}", "", "")
-            continue
-        why = plan.todo.get(step.title)
-        sizes = ("", "") if why is None else (decimal(step.reads), decimal(step.writes))
-        if step.title in plan.undecided:
-            mark, why = "?", "depends on weights without a digest"
-        elif why is None:
-            mark, why = "SKIP", "in the store"
+            yield StepRow(step.stage, title.removeprefix(f"{step.stage} "), "SAME", f"as {maker}")
+        elif step.title in plan.undecided:
+            yield StepRow(step.stage, step.name, "?", "depends on weights without a digest")
+        elif step.title in plan.todo:
+            yield StepRow(step.stage, step.name, "RUN", plan.todo[step.title], step.reads, step.writes)
         else:
-            mark = "RUN"
-        table.add_row(step.stage, step.name, mark, why, *sizes)
-    running = {step.stage for step in plan.steps if step.title in plan.todo}
-    placed = [f"{stage} runs {one.name} ({one.why})" for stage, one in plan.placements.items() if stage in running]
-    if placed:
-        table.caption, table.caption_justify = "\n".join(placed), "left"
-    return table
+            yield StepRow(step.stage, step.name, "SKIP", "in the store")

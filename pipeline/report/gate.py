@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from sensmerge.pipeline.recipe.gate import MEAN_NORMALISED, Gate
-from sensmerge.pipeline.report.report import Report
+from sensmerge.pipeline.report.report import Report, cell
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import KINDS
 from sensmerge.tasks.kinds.scores import Score, halves, paired_difference
@@ -38,6 +38,8 @@ class Verdict:
     difference: Score | None
     """new − old on the same samples, with its paired interval; None where their samples differ"""
     passed: bool
+    why: str = ""
+    """what the difference was held against"""
 
     def __str__(self) -> str:
         """Say it in a line."""
@@ -46,8 +48,8 @@ class Verdict:
             return f"{self.metric}: {word}, because champion and challenger were not scored on the same samples"
         d = self.difference
         return (
-            f"{self.metric} {self.old.value:.4f} → {self.new.value:.4f}, "
-            f"difference {d.value:+.4f} [{d.low:+.4f}, {d.high:+.4f}], n = {d.n}: {word}"
+            f"{self.metric} {self.old.value:.3f} → {self.new.value:.3f}, "
+            f"difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], n = {d.n}: {word} ({self.why})"
         )
 
 
@@ -114,6 +116,13 @@ def is_held_out(report: Report, gate: Gate) -> bool:
     return len([name for name in candidates(report, gate) if name in report.second_half]) > 1
 
 
+def worth(report: Report, gate: Gate, name: str) -> str:
+    """Say what a variant scores by the gate's metric; where the best one was chosen by a half, on the other."""
+    held_out = is_held_out(report, gate)
+    score = report.second_half[name] if held_out else _scores(report, gate)[name]
+    return f"{gate.metric} {score}{' on the held-out half' if held_out else ''}"
+
+
 def choice(report: Report, gate: Gate) -> str | None:
     """Say in a line which variant was chosen, by which score, and what it scores where it was not chosen by it.
 
@@ -164,8 +173,13 @@ def judge(
         compared = KINDS[new.kind].metric_of(metric, old.records)
         assert compared is not None, "both have the score"
         found = paired_difference(compared, new.records, old.records)
-        worse = found.low if compared.higher_is_better else -found.high
-        verdicts.append(Verdict(task, metric, before, after, found, worse >= -tolerance * abs(before.value)))
+        sign, room = 1 if compared.higher_is_better else -1, tolerance * abs(before.value)
+        worse = found.low if compared.higher_is_better else found.high
+        why = (
+            f"the interval's worse end, {worse:+.3f}, may be {0 - sign * room:+.3f} at worst: "
+            f"tolerance {tolerance:g} × {abs(before.value):.3f}"
+        )
+        verdicts.append(Verdict(task, metric, before, after, found, sign * worse >= -room, why))
     return verdicts
 
 
@@ -185,18 +199,23 @@ def passes(verdicts: Sequence[Verdict]) -> bool:
     return all(verdict.passed for verdict in verdicts)
 
 
-def comparison_table(first: str, second: str, verdicts: Sequence[Verdict]) -> Table:
-    """Return the scores of two models, A and B, and their difference: a row per task, with 95 % intervals."""
+def comparison_table(names: Sequence[str], means: Sequence[Score | None], verdicts: Sequence[Verdict]) -> Table:
+    """Return the scores of two models, A and B, and their difference: a row per task and one for the mean.
+
+    Args:
+        names: of both.
+        means: `mean_normalised` of both, of which the difference is not known; None where there is none.
+        verdicts: what `judge` says of B against A.
+    """
+    first, second = names
     table = Table(title=f"A: {first}\nB: {second}", title_justify="left", show_lines=True)
     table.add_column("task", overflow="fold")
     for column in ("A", "B", "B − A"):
         table.add_column(column, justify="right", overflow="fold")
     for one in verdicts:
         d = one.difference
-        difference = "other samples" if d is None else f"{d.value:+.3f}\n{d.low:+.3f} … {d.high:+.3f}\nn = {d.n}"
-        table.add_row(f"{one.task}\n{one.metric}", _cell(one.old), _cell(one.new), difference)
+        difference = "other samples" if d is None else f"{d.value:+.3f}\n[{d.low:+.3f}, {d.high:+.3f}]\nn = {d.n}"
+        table.add_row(f"{one.task}\n{one.metric}", cell(one.old), cell(one.new), difference)
+    if any(means):
+        table.add_row("mean of score ÷\nown expert's", *map(cell, means), "–")
     return table
-
-
-def _cell(score: Score | None) -> str:
-    return "–" if score is None else f"{score.value:.3f}\n{score.low:.3f}–{score.high:.3f}\nn = {score.n}"

@@ -198,9 +198,9 @@ def score_table(report: Report) -> Table:
     if report.behind:
         table.add_column("behind\nthe best", justify="right", overflow="fold")
     for model in _by_mean(report):
-        cells = [_cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
-        behind = [_cell(report.behind.get(model))] if report.behind else []
-        table.add_row(model, *cells, _cell(report.mean_normalised.get(model)), *behind)
+        cells = [cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
+        behind = [cell(report.behind.get(model))] if report.behind else []
+        table.add_row(model, *cells, cell(report.mean_normalised.get(model)), *behind)
     return table
 
 
@@ -231,7 +231,7 @@ def tuning_table(name: str, tuning: TuningInfo) -> Table:
     for one in tuning.tried:
         table.add_row(
             *(shown(value) for value in one.values.values()),
-            *(f"{score.value:.3f} ({score.low:.3f}–{score.high:.3f})" for score in (one.mean, one.behind)),
+            *(f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]" for score in (one.mean, one.behind)),
             *(f"{score.value:.3f}" for score in one.tasks.values()),
             "chosen" if one.values == tuning.chosen else "",
         )
@@ -246,7 +246,7 @@ def tuning_lines(name: str, tuning: TuningInfo) -> list[str]:
         why = f"is the best of its grid: {best} lies beyond it and is not surely better"
     if tuning.default is not None:
         behind = tuning.of(tuning.default).behind
-        by = f"by {behind.value:.3f} ({behind.low:.3f} to {behind.high:.3f}, n = {behind.n})"
+        by = f"by {behind}"
         if tuning.best == tuning.default:
             why = f"is the recipe's, and the best of {count} candidates"
         elif tuning.chosen == tuning.default:
@@ -298,7 +298,7 @@ def route_table(report: Report) -> Table:
         table.add_row(
             name,
             rule + trust,
-            *(_cell(score) for score in scores),
+            *(cell(score) for score in scores),
             "–" if route.passes is None else f"{route.passes:.1f}",
             f"{route.bytes / route.source_bytes:.2f}",
         )
@@ -317,7 +317,6 @@ def route_warnings(report: Report) -> list[str]:
     ]
 
 
-def _cell(score: Score | None) -> str:
-    if score is None:
-        return "–"
-    return f"{score.value:.3f}\n{score.low:.3f}–{score.high:.3f}\nn = {score.n}"
+def cell(score: Score | None) -> str:
+    """Return a score as tables have it, in three lines."""
+    return "–" if score is None else f"{score.value:.3f}\n[{score.low:.3f}, {score.high:.3f}]\nn = {score.n}"

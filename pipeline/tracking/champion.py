@@ -2,7 +2,7 @@
 
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.recipe.gate import Gate
-from sensmerge.pipeline.report.gate import best_variant, candidates, is_held_out, judge, passes
+from sensmerge.pipeline.report.gate import best_variant, candidates, is_held_out, judge, passes, worth
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.registry import ModelRegistry, loss_of_champion
 
@@ -28,9 +28,11 @@ def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[st
     registry, best = ModelRegistry(uri, plan.recipe.name), best_variant(report, gate)
     said += _better_ones(report, gate, best)
     version, champion = registry.of_variant(report, best), registry.champion()
+    if (gone := plan.store.lacking(version.folder)) is not None:
+        return False, [*said, f"{version} is the best variant, and cannot become champion: {gone}"]
     if champion is None:
         registry.promote(version)
-        return True, [*said, f"{version} is the first champion"]
+        return True, [*said, f"{version} is the first champion: {worth(report, gate, best)}"]
     if champion.number == version.number:
         return True, [*said, f"{version} stays champion: it is still the best variant"]
     held_out = is_held_out(report, gate)

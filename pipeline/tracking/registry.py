@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+from sensmerge.pipeline.recipe.gate import MEAN_NORMALISED
 from sensmerge.pipeline.report.gate import Outcomes, Verdict, passes
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.store.store import Store
 from sensmerge.pipeline.tracking.client import connected, if_there
 from sensmerge.pipeline.tracking.models import EVALUATED_BY, FREED, OUTCOMES, mark_weights, same_version
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.kinds.scores import Score
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 FORMER = "former_champion"
@@ -95,6 +98,16 @@ class ModelRegistry:
             path = client.download_artifacts(version.evaluated_by, OUTCOMES, folder)
             found = json.loads(Path(path).read_text())
         return {task: Outcomes.model_validate(one) for task, one in found.items()}
+
+    def mean(self, version: Version) -> Score | None:
+        """Return the mean over tasks of a version's main metric ÷ the own expert's; None where it has none."""
+        with connected(self.uri) as client:
+            found = client.get_run(version.evaluated_by).data.metrics
+        values = [found.get(f"{group}/{MEAN_NORMALISED}", math.nan) for group in ("eval", "n", "low", "high")]
+        if any(map(math.isnan, values)):
+            return None
+        value, n, low, high = values
+        return Score(value, int(n), low, high)
 
     def propose(self, version: Version, champion: Version, verdicts: Sequence[Verdict]) -> None:
         """Make a version challenger, with what the gate says of it as tags: `gate`, and `gate/TASK` for each task."""

@@ -47,6 +47,8 @@ _CLASSES: Mapping[Form, Any] = {
     "picture_classifier": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
 }
 """Classes of whole networks by their config."""
+WRITING_FORMS: tuple[Form, ...] = ("language_model", "encoder_decoder")
+"""Those that answer with texts of their own."""
 _HEADS: Mapping[Form, Head] = {
     "language_model": "causal_lm",
     "encoder_decoder": "seq2seq_lm",
@@ -78,6 +80,20 @@ def form_of(folder: Path) -> Form | None:
         if own is mapping.get(type(config), None) and (form != "encoder_decoder" or config.is_encoder_decoder):
             return form
     return None
+
+
+def checked_form(folder: Path) -> Form:
+    """Return what the static merge in a folder is; see `form_of`.
+
+    Raises:
+        InputError: the folder holds no merge that answers texts or pictures.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise InputError(f"{folder}: is a LoRA adapter of its base; load that, and PeftModel.from_pretrained on it")
+    form = form_of(folder)
+    if form is None:
+        raise InputError(f"{folder}: is no language model and no classifier; load it with transformers")
+    return form
 
 
 def reads_of(folder: Path, base: Path) -> Reads:
@@ -127,11 +143,7 @@ class StaticModel:
         Raises:
             InputError: the folder holds no merge that answers texts or pictures, or a file of it is missing.
         """
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise InputError(f"{folder}: is a LoRA adapter of its base; load that, and PeftModel.from_pretrained on it")
-        form = form_of(folder)
-        if form is None:
-            raise InputError(f"{folder}: is no language model and no classifier; load it with transformers")
+        form = checked_form(folder)
         base, torch_dtype = open_base(folder), getattr(torch, dtype)
         if form == "trunk":
             networks: dict[str, PreTrainedModel] = {}
@@ -141,7 +153,7 @@ class StaticModel:
                 _share_trunk(networks, name, head)
         else:
             networks = {WHOLE: load_network(base, _HEADS[form], torch_dtype, device)}
-            if form in ("language_model", "encoder_decoder"):
+            if form in WRITING_FORMS:
                 set_end_tokens(networks[WHOLE], folder, folder)
         reads = read_by(next(iter(networks.values())))
         return cls(networks, load_reader(folder, reads), form, prompts)
@@ -163,7 +175,7 @@ class StaticModel:
     @property
     def writes(self) -> bool:
         """Whether it answers with texts of its own."""
-        return self.form in ("language_model", "encoder_decoder")
+        return self.form in WRITING_FORMS
 
     def predict(
         self,

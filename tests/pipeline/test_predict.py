@@ -15,6 +15,7 @@ from sensmerge.pipeline.tracking.registry import ModelRegistry
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.generation import GREEDY, Decoding
+from sensmerge.tasks.serving.static_model import StaticModel
 from tests.conftest import command_line, tiny_recipe, write_recipe, write_rows
 from tests.here import run_here
 
@@ -125,6 +126,25 @@ def test_continuations_are_the_same_from_one_and_two_workers(
     assert answered(writer, source, *five, "--workers", 2) == one
 
 
+def test_a_static_merge_answers_as_it_does_in_python(
+    llamas: dict[str, Path], source: Path, answered: Callable[..., str]
+) -> None:
+    given = rows_of(source.read_text())
+    found = rows_of(answered(llamas["math"], source, "--batch-size", 4, "--max-new-tokens", 5))
+    texts = [row["question"] for row in given]
+    model = StaticModel.load(llamas["math"])
+    expected = [one for start in range(0, len(texts), 4) for one in model.predict(texts[start : start + 4], 5)]
+    assert found == [row | {"prediction": one} for row, one in zip(given, expected, strict=True)]
+
+
+def test_what_a_static_merge_is_not_asked(
+    llamas: dict[str, Path], berts: dict[str, Path], source: Path, refused: Callable[..., str]
+) -> None:
+    said = "--task is math; expected none: a static merge keeps no prompts"
+    assert said in refused(llamas["math"], source, "--task", "math")
+    assert "max_new_tokens" in refused(berts["mood"], source, "--max-new-tokens", 5)
+
+
 def test_classes_are_those_of_the_expert_that_answers(
     classifier: Path, source: Path, answered: Callable[..., str]
 ) -> None:
@@ -220,7 +240,7 @@ def test_text_that_the_model_does_not_take_is_named_by_its_line(
 
 
 def test_text_without_a_token_is_named_by_its_line(classifier: Path) -> None:
-    answer = predict._load(classifier, "cpu", None)
+    answer = predict._load(classifier, "cpu", predict.Settings(None, None, 2, None, GREEDY, Workers(1, 0)))
     with pytest.raises(InputError, match=r"^f\.jsonl: line 8 has 0 tokens; the model takes 1 to 128"):
         answer([predict.AskedRow(f"f.jsonl: line {line}", {}, text) for line, text in ((7, "a"), (8, ""))])
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 from transformers import (
     BartForConditionalGeneration,
@@ -284,7 +285,12 @@ def test_table_says_run_and_why(llama_recipe: Recipe, tmp_path: Path) -> None:
     assert plan_summary(plan).startswith("tiny: 18 of 18 steps to run, ")
     rows = list(zip(*(column.cells for column in plan_table(plan).columns), strict=True))
     assert rows[0][:4] == ("download", "base", "RUN", "new")
-    assert len(rows) == 18
+    assert len(rows) == 13  # a row for each of the five models' evaluations
+    reads, writes = (
+        sum(getattr(step, what) for step in plan.steps if step.title.startswith("evaluate ta/"))
+        for what in ("reads", "writes")
+    )
+    assert rows[-2] == ("evaluate", "ta: math, code", "RUN", "new", decimal(reads), decimal(writes))
 
 
 def test_what_two_variants_have_in_common_is_made_once(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -297,7 +303,7 @@ def test_what_two_variants_have_in_common_is_made_once(llama_recipe: Recipe, tmp
     assert plan.artifact("merge", "again") == plan.artifact("merge", "ta")
     assert plan.artifact("evaluate", "again/math") == plan.artifact("evaluate", "ta/math")
     rows = list(zip(*(column.cells for column in plan_table(plan).columns), strict=True))
-    assert ("evaluate", "again/code", "SAME", "as evaluate ta/code", "", "") in rows
+    assert ("evaluate", "again: math, code", "SAME", "as evaluate ta", "", "") in rows
 
 
 def test_a_variant_under_another_name_costs_nothing(llama_recipe: Recipe, tmp_path: Path) -> None:

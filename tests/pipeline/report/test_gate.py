@@ -116,7 +116,14 @@ def test_what_cannot_be_compared_is_not_passed() -> None:
 
 def test_a_verdict_in_words() -> None:
     (verdict,) = judge({"math": outcomes([True, True])}, {"math": outcomes([True, False])}, 0.0)
-    assert str(verdict) == "accuracy 0.5000 → 1.0000, difference +0.5000 [+0.0000, +1.0000], n = 2: passed"
+    assert str(verdict) == (
+        "accuracy 0.500 → 1.000, difference +0.500 [+0.000, +1.000], n = 2: passed (the interval's worse end, "
+        "+0.000, may be +0.000 at worst: tolerance 0 × 0.500)"
+    )
+    (verdict,) = judge({"math": outcomes([True, False])}, {"math": outcomes([True, True])}, 0.02)
+    assert str(verdict).endswith(
+        "n = 2: failed (the interval's worse end, -1.000, may be -0.020 at worst: tolerance 0.02 × 1.000)"
+    )
 
 
 @pytest.fixture
@@ -253,8 +260,10 @@ def test_a_challenger_is_judged_by_the_half_that_did_not_choose_it() -> None:
 
 def test_comparison_table() -> None:
     verdicts = judge({"math": outcomes([True, True])}, {"math": outcomes([True, False]), "code": outcomes([True])}, 0.0)
-    table = comparison_table("a@champion", "a/2", verdicts)
+    table = comparison_table(["a@champion, a/1 (ta)", "a/2 (ties)"], [Score(0.5, 9, 0.4, 0.6), None], verdicts)
+    assert table.title == "A: a@champion, a/1 (ta)\nB: a/2 (ties)"
     cells = [list(column.cells) for column in table.columns]
-    assert cells[0] == ["math\naccuracy", "code\naccuracy"]
-    assert cells[2][1] == "–"
-    assert cells[3] == ["+0.500\n+0.000 … +1.000\nn = 2", "other samples"]
+    assert cells[0] == ["math\naccuracy", "code\naccuracy", "mean of score ÷\nown expert's"]
+    assert cells[1][2] == "0.500\n[0.400, 0.600]\nn = 9"
+    assert cells[2][1:] == ["–", "–"]
+    assert cells[3] == ["+0.500\n[+0.000, +1.000]\nn = 2", "other samples", "–"]

@@ -46,7 +46,7 @@ def test_table_has_value_interval_and_n(tmp_path: Path) -> None:
         Console(file=file, width=100).print(score_table(report()))
     text = (tmp_path / "out").read_text()
     assert len(re.findall(r"0\.500", text)) == 3
-    assert len(re.findall(r"0\.350–0\.650", text)) == 3
+    assert len(re.findall(r"\[0\.350, 0\.650\]", text)) == 3
     assert len(re.findall("n = 40", text)) == 3
     assert "–" in text, "the base has no normalised mean here"
 
@@ -120,12 +120,12 @@ FAR = {"weight": 1.0, "density": 1.0}
         (
             {"default": FAR},
             "ta: weight 0.5, density 0.2 is the best of 6 candidates, better than the recipe's weight 1, density 1 by "
-            "0.580 (0.530 to 0.630, n = 80)",
+            "0.580 [0.530, 0.630], n = 80",
         ),
         (
             {"default": OF_THE_RECIPE, "chosen": OF_THE_RECIPE},
             "ta: weight 0.5, density 1 is the recipe's and stays: weight 0.5, density 0.2, the best of 6, is not "
-            "surely better: by 0.080 (0.030 to 0.130, n = 80)",
+            "surely better: by 0.080 [0.030, 0.130], n = 80",
         ),
         (
             {"default": {"weight": 0.5, "density": 0.2}},
@@ -147,7 +147,7 @@ def test_the_table_of_a_tuning_has_all_that_was_tried(tmp_path: Path) -> None:
     cells = [[cell.strip() for cell in line] for line in lines]
     assert [line[1:3] for line in cells] == [[w, d] for w in ("0.3", "0.5", "1") for d in ("0.2", "1")]
     assert [line[1:3] for line in cells if "chosen" in line] == [["0.5", "0.2"]]
-    assert cells[0][3:7] == ["0.780 (0.680–0.880)", "0.200 (0.150–0.250)", "0.870", "0.300"]
+    assert cells[0][3:7] == ["0.780 [0.680, 0.880]", "0.200 [0.150, 0.250]", "0.870", "0.300"]
 
 
 @pytest.mark.parametrize(
