@@ -162,7 +162,7 @@ def check_texts(folder: Path, config: CLIPConfig, names: Sequence[str], template
             )
 
 
-def class_rows(folder: Path, names: Sequence[str], templates: Sequence[str], device: str) -> Tensor:
+def class_rows(folder: Path, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Return the rows of a head that tells classes apart, float32, (classes, width of the projection).
 
     A row is the mean over templates of the directions of their texts, made as long as exp(logit_scale): as CLIP's
@@ -172,7 +172,6 @@ def class_rows(folder: Path, names: Sequence[str], templates: Sequence[str], dev
         folder: of a whole CLIP.
         names: of the classes.
         templates: of their texts.
-        device: torch device.
     """
     base, tokenizer = open_base(folder), load_tokenizer(folder)
     stored = {base.names.spelled(base.names.key(name)): name for name in base.weights}
@@ -180,12 +179,12 @@ def class_rows(folder: Path, names: Sequence[str], templates: Sequence[str], dev
     config = base.config.text_config
     config.projection_dim, config.architectures = base.config.projection_dim, [CLIPTextModelWithProjection.__name__]
     tensors = {key: base.read(name) for key, name in stored.items() if key.startswith(_TOWER)}
-    network = fill_network(config, None, tensors, torch.float32, device, folder)
+    network = fill_network(config, None, tensors, torch.float32, "cpu", folder)
     texts = [class_tokens(text, tokenizer) for text in class_texts(names, templates)]
     found = torch.empty(len(texts), config.projection_dim)
     for chosen in batches([len(ids) for ids in texts], BATCH):
         batch = pad([texts[place] for place in chosen], tokenizer.pad_token_id or 0)
         with torch.inference_mode():
-            embedded = network(**{name: one.to(device) for name, one in batch.items()}).text_embeds
-        found[chosen] = normalize(embedded, dim=-1).cpu()
+            embedded = network(**batch).text_embeds
+        found[chosen] = normalize(embedded, dim=-1)
     return scale * normalize(found.view(len(names), len(templates), -1).mean(1), dim=-1)
