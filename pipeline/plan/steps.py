@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from sensmerge.pipeline.plan import sizes
@@ -104,8 +103,8 @@ class _Layout:
 
     def heads(self, name: str, job: HeadsJob) -> None:
         """Add the head of an expert that has none."""
-        job, needed = replace(job, device=self._device("heads")), [self._made["download"][job.tower]]
-        self._add(name, job, needed, self._weights(job.tower), sizes.made_head(self._inputs, name))
+        tower, writes = self._made["download"][job.tower], sizes.made_head(self._inputs, name)
+        self._add(name, job, [tower], self._weights(job.tower), writes)
 
     def task_vectors(self, name: str) -> None:
         """Add what is counted of the task vector of an expert."""

@@ -39,12 +39,15 @@ def vision_towers(recipe: Recipe, models: Mapping[str, Unopened], store: Store) 
     if not asked:
         return {}
     opened = {name: _open(name, one) for name, one in models.items()}
-    base, seen = opened[BASE], {}
-    for name, model in opened.items():
-        job = _head(name, asked[name], opened, models, store) if name in asked else None
-        if model.is_whole or job is not None:
-            seen[name] = _seen(model, base, job, store)
-    return seen
+    jobs = {name: _head(name, one, opened, models, store) for name, one in asked.items()}
+    for clip in [opened[name] for name in dict.fromkeys(job.tower for job in jobs.values())]:
+        with about(clip.key):
+            open_base(clip.folder, clip.checkpoint)  # a text tower that lacks something makes no heads
+    return {
+        name: _seen(model, opened[BASE], jobs.get(name), store)
+        for name, model in opened.items()
+        if model.is_whole or name in jobs
+    }
 
 
 def _open(name: str, model: Unopened) -> Clip:
@@ -69,8 +72,6 @@ def _head(
             f"tasks.{name}.zero_shot: needs a text tower, and {clip.key}: {clip.folder} is a vision tower alone, as "
             f"experts.{name} is; expected a whole CLIPModel as the base, of which merged models have the vision tower"
         )
-    with about(clip.key):
-        open_base(clip.folder, clip.checkpoint)  # a text tower that lacks something makes no heads
     check_texts(clip.folder, clip.config, zero_shot.classes, zero_shot.templates, f"tasks.{name}.zero_shot")
     download = Key.of(owner, DownloadJob(models[owner].listing, store.hub_cache))
     return HeadsJob(Artifact(download.fingerprint, clip.folder), zero_shot, tower=owner, name=name)

@@ -184,7 +184,7 @@ class Recipe(Strict):
             if place in models:
                 raise ValueError(f"experts {models[place]} and {name} are the same model {expert.model}")
             models[place] = name
-        for stage in ("download", "task_vectors", "vectors"):
+        for stage in ("download", "heads", "task_vectors", "vectors"):
             if self.resources_of(stage).num_gpus:
                 raise ValueError(f"resources.{stage}.num_gpus: the stage uses no GPU; leave it out")
         for name, task in self.tasks.items():

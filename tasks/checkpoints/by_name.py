@@ -85,7 +85,7 @@ def _check_unquantised(checkpoint: Checkpoint, where: str) -> None:
 
 def _equal(one: Checkpoint, other: Checkpoint, name: str) -> bool:
     for checkpoint in (one, other):
-        checkpoint.require(checkpoint.tensors[name].file)
+        checkpoint.require(name)
     same = one.tensors[name].dtype == other.tensors[name].dtype
     return same and tensor_bytes(one.read(name)) == tensor_bytes(other.read(name))
 

@@ -116,16 +116,17 @@ class Checkpoint:
         product = (second @ first[:, chosen]).T if change.by_columns else second[chosen] @ first
         return stored.float() + change.scaling * product
 
-    def require(self, *files: str) -> None:
-        """Check that some files of the checkpoint are here, and those of others that rows are taken from.
+    def require(self, *names: str) -> None:
+        """Check that the files of some tensors are here, and those of others that their rows are taken from.
 
         Raises:
             FilesNeeded: one is not.
         """
-        lacking = sorted({file for file in files if not (self.folder / file).exists()})
+        files = {self.tensors[name].file for name in names}
+        lacking = sorted(file for file in files if not (self.folder / file).exists())
         if lacking:
             raise FilesNeeded(self.folder, lacking)
-        for how in self.gathered.values():
+        for how in [self.gathered[name] for name in names if name in self.gathered]:
             for one in (*how.parts, *(one for sources in how.means.values() for one in sources)):
                 for at in (one, one.change):
                     if at is not None and not (Path(at.folder) / at.file).exists():
@@ -140,7 +141,7 @@ class Checkpoint:
         one, other = self.tensors[first], self.tensors[second]
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-        self.require(one.file, other.file)
+        self.require(first, second)
         return tensor_bytes(self.read(first)) == tensor_bytes(self.read(second))
 
 

@@ -1,7 +1,8 @@
-"""Folders that stand for a model in the vocabulary of merged models: what has a row for every token has merged ones.
+"""Folders that stand for a model as it is merged: in the vocabulary of merged models, or for its vision tower alone.
 
-Such a folder holds links to the model's weights, its small files with token ids as merged models have them, and a file
-that says of which rows of which models its tensors are made. The program alone writes them, below the hub's cache.
+Such a folder holds links to the model's weights, its small files as merged models have them (token ids, for one), and a
+file that says which tensors are left out, and of which rows of which models some are made. The program alone writes
+them, below the hub's cache.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Kind image_classification: every expert has a classification head of its own, and reads pictures.
+"""Kind image_classification: every expert has a classification head of its own, or is given one, and reads pictures.
 
 Records are those of `classification`. A row has the picture's file in base64: JSON has no bytes, and workers see no
 other files.

@@ -179,8 +179,8 @@ class _Match:
         match = self.weights.get(self.names.tied.get(key, key))
         if match is None or checkpoint.tensors[name].shape != base.info(match).shape:
             return True
-        checkpoint.require(checkpoint.tensors[name].file)
-        base.checkpoint.require(base.info(match).file)
+        checkpoint.require(name)
+        base.checkpoint.require(base.stored_name(match))
         return not torch.equal(checkpoint.read(name).to(base.dtype(match)), base.read(match))
 
     def _stacked_weight(

@@ -6,6 +6,7 @@ every class, which its checkpoint lacks, and the base's projection unless it has
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ HEAD = "head.safetensors"
 """File with the rows of an expert's classes."""
 BATCH = 256
 """Texts that the text tower reads at once, of full length."""
-_TEXTS = ("text_model.", "text_projection.", "logit_scale")
-"""How the keys of all begin that only texts need."""
+_TOWER = ("text_model.", "text_projection.")
+"""How the keys of a text tower begin."""
+_TEXTS = (*_TOWER, "logit_scale")
+"""How those begin that only texts need."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,15 @@ class Clip:
         """Config of its vision tower."""
         return self.config.vision_config if isinstance(self.config, CLIPConfig) else self.config
 
+    @cached_property
     def keys(self) -> dict[str, str]:
-        """Return the key of every tensor by its name."""
+        """The key of every tensor by its name."""
         names = names_of(skeleton(self.config, None, self.folder))
         return {name: names.key(name) for name in self.checkpoint.tensors}
 
     def tensor(self, key: str) -> str | None:
         """Return the name of the tensor with a key; None if there is none."""
-        return next((name for name, one in self.keys().items() if one == key), None)
+        return next((name for name, one in self.keys.items() if one == key), None)
 
 
 def tower_view(model: Clip, base: Clip, classes: int) -> VocabularyView:
@@ -92,7 +96,7 @@ def tower_view(model: Clip, base: Clip, classes: int) -> VocabularyView:
         InputError: neither the model nor the base has a projection.
     """
     alone = _TEXTS if classes else (*_TEXTS, PROJECTION)
-    left_out = [name for name, key in model.keys().items() if model.is_whole and key.startswith(alone)]
+    left_out = [name for name, key in model.keys.items() if model.is_whole and key.startswith(alone)]
     tensors = {}
     if classes:
         file = next(iter(model.checkpoint.tensors.values())).file
@@ -158,7 +162,7 @@ def check_texts(folder: Path, config: CLIPConfig, names: Sequence[str], template
             )
 
 
-def class_rows(folder: Path, names: Sequence[str], templates: Sequence[str], device: str) -> Tensor:
+def class_rows(folder: Path, names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Return the rows of a head that tells classes apart, float32, (classes, width of the projection).
 
     A row is the mean over templates of the directions of their texts, made as long as exp(logit_scale): as CLIP's
@@ -168,20 +172,19 @@ def class_rows(folder: Path, names: Sequence[str], templates: Sequence[str], dev
         folder: of a whole CLIP.
         names: of the classes.
         templates: of their texts.
-        device: torch device.
     """
     base, tokenizer = open_base(folder), load_tokenizer(folder)
     stored = {base.names.spelled(base.names.key(name)): name for name in base.weights}
     scale = base.read(stored["logit_scale"]).float().exp()
     config = base.config.text_config
     config.projection_dim, config.architectures = base.config.projection_dim, [CLIPTextModelWithProjection.__name__]
-    tensors = {key: base.read(name) for key, name in stored.items() if key.startswith(_TEXTS[:2])}
-    network = fill_network(config, None, tensors, torch.float32, device, folder)
+    tensors = {key: base.read(name) for key, name in stored.items() if key.startswith(_TOWER)}
+    network = fill_network(config, None, tensors, torch.float32, "cpu", folder)
     texts = [class_tokens(text, tokenizer) for text in class_texts(names, templates)]
     found = torch.empty(len(texts), config.projection_dim)
     for chosen in batches([len(ids) for ids in texts], BATCH):
         batch = pad([texts[place] for place in chosen], tokenizer.pad_token_id or 0)
         with torch.inference_mode():
-            embedded = network(**{name: one.to(device) for name, one in batch.items()}).text_embeds
-        found[chosen] = normalize(embedded, dim=-1).cpu()
+            embedded = network(**batch).text_embeds
+        found[chosen] = normalize(embedded, dim=-1)
     return scale * normalize(found.view(len(names), len(templates), -1).mean(1), dim=-1)

@@ -18,7 +18,7 @@ from sensmerge.tasks.stages.job import Job
 
 @dataclass(frozen=True)
 class HeadsJob(Job):
-    """Makes the head of one expert."""
+    """Makes the head of one expert. Merged models have it: on a GPU, it would have other bits."""
 
     stage = "heads"
     version = 1
@@ -31,8 +31,6 @@ class HeadsJob(Job):
     """name of the model that the text tower is of"""
     name: Local[str]
     """of the expert, for messages"""
-    device: Local[str] = "cpu"
-    """torch device"""
 
     def finish(self, out: Path) -> dict[str, Any]:
         """Write `HEAD`: a row for every class, float32.
@@ -45,7 +43,7 @@ class HeadsJob(Job):
         """
         torch.set_num_threads(1)  # sums must not depend on how many threads share them
         classes, templates = self.zero_shot.classes, self.zero_shot.templates
-        rows = class_rows(self.text_tower.folder, classes, templates, self.device)
+        rows = class_rows(self.text_tower.folder, classes, templates)
         for name, row in zip(classes, rows, strict=True):
             if not bool(row.isfinite().all()):
                 raise InputError(

@@ -34,7 +34,7 @@ def classifier(clip: CLIPModel, rows: torch.Tensor) -> CLIPZeroShotClassifier:
 
 def test_one_template_gives_the_logits_of_transformers(clip: CLIPModel, folder: Path) -> None:
     names = ZERO_SHOT["blues"]["classes"]
-    rows = class_rows(folder, names, ["a photo of {}."], "cpu")
+    rows = class_rows(folder, names, ["a photo of {}."])
     pixels = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     texts = tokenizer()([f"a photo of {name}." for name in names], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_one_template_gives_the_logits_of_transformers(clip: CLIPModel, folder: 
 @pytest.mark.parametrize("expert", ["reds", "blues"])
 def test_rows_are_mean_directions_of_texts_that_were_read_alone(expert: str, clip: CLIPModel, folder: Path) -> None:
     names, templates = ZERO_SHOT[expert]["classes"], ["a photo of a {}.", "{}", "dark {} at night of a photo"]
-    found = class_rows(folder, names, templates, "cpu")
+    found = class_rows(folder, names, templates)
     torch.testing.assert_close(found, expected_rows(clip, names, templates), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.norm(dim=1), clip.logit_scale.exp().expand(len(names)))
 
