@@ -16,11 +16,9 @@ from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluste
 from sensmerge.pipeline.execute.nodes import LOST, Disks, is_gone, on_node
 from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running
 from sensmerge.pipeline.execute.progress import SAY_AGAIN, progress
-from sensmerge.pipeline.execute.reads import check, do_part, finish, paths_in
+from sensmerge.pipeline.execute.reads import check, do_part, finish, look_at_result, paths_in
 from sensmerge.pipeline.execute.worker import Done
 from sensmerge.pipeline.recipe.stage import Stage
-from sensmerge.pipeline.store.bring import bring
-from sensmerge.pipeline.store.manifest import SMALL
 from sensmerge.tasks.checkpoints.views import TOKENIZERS, VIEWS
 from sensmerge.tasks.errors import InputError
 
@@ -114,7 +112,7 @@ def execute(
             if piece is Around.CHECK and state.apart:
                 state.node = result.node_id
             if piece is Around.FINISH:
-                bring(plan.store, plan.store.folder(state.step.key), pieces.run, SMALL)
+                look_at_result(plan.store, state.step.key, pieces.run)
                 shown.advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
                 if on_end is not None:
                     on_end(state.step, result)

@@ -95,10 +95,10 @@ def contents(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def killed_at_work(nodes: Nodes, step: str, process: "subprocess.Popen[str]") -> None:
-    """Wait for a node that has begun a step, and kill it."""
+    """Wait for a node that has begun to write weights in a step, and kill it."""
     while process.poll() is None:
         for name in WORKERS:
-            if list(nodes.own(name).glob(f"cache/*/{step}-*.partial")):
+            if list(nodes.own(name).glob(f"cache/*/{step}-*.partial/{WEIGHTS}")):
                 nodes.kill(name)
                 return
         time.sleep(0.01)
@@ -122,7 +122,7 @@ def test_a_bucket_is_all_that_nodes_share(
     process = nodes.begin("driver", "run", nodes.disk / "recipe.yaml", *words)
     killed_at_work(nodes, "merge/ties-sens", process)
     said = nodes.ended(process)
-    assert "merge ties-sens: its node left; it begins again on another" in said
+    assert "merge ties-sens: its node left; it begins again on another" in said, said
     for name in WORKERS:  # both did something, for themselves
         assert list(nodes.own(name).glob("cache/*/*/*/manifest.json"))
         assert list(nodes.own(name).glob(f"cache/*/hub/urls/*/*/{WEIGHTS}"))
