@@ -1,5 +1,6 @@
 """Nodes that share no disk: whether there are any, and what to do when one leaves with what it had made."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,22 +14,32 @@ LOST = 3
 """How many nodes may leave while they are at work on one step; spot instances do."""
 
 
-def disks_are_apart(store: Store) -> bool:
-    """Return whether some node of the cluster does not see the folder that this process has of a store at a URL.
+class Disks:
+    """Which nodes see the folder that this process has of a store at a URL; Ray is connected."""
 
-    Ray is connected. Every node is asked, which takes a second or two; a store in a folder is one that all nodes see.
-    """
-    nodes = alive()
-    if store.remote is None or len(nodes) == 1:
-        return False
-    mark = store.root / f".seen-{uuid4().hex}"
-    mark.touch()
-    try:
-        asked = ray.remote(_sees).options(num_cpus=0)
-        seen = [asked.options(scheduling_strategy=on_node(node)).remote(mark) for node in nodes]
-        return not all(ray.get(seen))
-    finally:
-        mark.unlink()
+    def __init__(self, store: Store) -> None:
+        """Ask no node yet."""
+        self._store = store
+        self._seen: dict[str, bool] = {}
+
+    def are_apart(self) -> bool:
+        """Return whether some node that is there now does not; a store in a folder is one that all nodes see.
+
+        Every node is asked once, which takes a second or two.
+        """
+        new = [node for node in alive() if node not in self._seen]
+        if self._store.remote is not None and new:
+            mark = self._store.root / f".seen-{uuid4().hex}"
+            mark.touch()
+            try:
+                sees = ray.remote(_sees)
+                asked = {node: sees.options(num_cpus=0, scheduling_strategy=on_node(node)).remote(mark) for node in new}
+                for node, answer in asked.items():
+                    with suppress(ray.exceptions.RayError):  # it has left meanwhile
+                        self._seen[node] = ray.get(answer)
+            finally:
+                mark.unlink()
+        return not all(self._seen.values())
 
 
 def _sees(path: Path) -> bool:

@@ -52,8 +52,10 @@ class Running:
     finishing: bool = False
     spent: Spent = field(default_factory=Spent)
     begun: float = field(default_factory=time.monotonic)
+    apart: bool = False
+    """whether nodes do not see each other's disks"""
     node: str | None = None
-    """the one that has to do all pieces after the first, since they leave files for each other on its disk"""
+    """the one that has to do all pieces after the first then, since they leave files for each other on its disk"""
     nodes_lost: int = 0
     """how many nodes were at work on the step when they left"""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -73,6 +74,19 @@ class Reads:
         for listing in self.small:
             small_files(listing, self.models.cache)
         self.models.bring()
+
+
+def look_at_result(store: Store, key: Key, run: str) -> None:
+    """Have the small files of what a step has made on this machine, where the next steps are prepared.
+
+    Args:
+        store: the store.
+        key: of what was made.
+        run: names the run.
+    """
+    bring(store, store.folder(key), run, SMALL)
+    if store.remote is not None:  # it was made elsewhere, and what was prepared for it here is of no use any more
+        shutil.rmtree(store.partial(key), ignore_errors=True)
 
 
 def paths_in(value: Any) -> Iterator[Path]:

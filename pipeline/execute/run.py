@@ -13,14 +13,12 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
-from sensmerge.pipeline.execute.nodes import LOST, disks_are_apart, is_gone, on_node
+from sensmerge.pipeline.execute.nodes import LOST, Disks, is_gone, on_node
 from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running
 from sensmerge.pipeline.execute.progress import SAY_AGAIN, progress
-from sensmerge.pipeline.execute.reads import check, do_part, finish, paths_in
+from sensmerge.pipeline.execute.reads import check, do_part, finish, look_at_result, paths_in
 from sensmerge.pipeline.execute.worker import Done
 from sensmerge.pipeline.recipe.stage import Stage
-from sensmerge.pipeline.store.bring import bring
-from sensmerge.pipeline.store.manifest import SMALL
 from sensmerge.tasks.checkpoints.views import TOKENIZERS, VIEWS
 from sensmerge.tasks.errors import InputError
 
@@ -91,40 +89,49 @@ def execute(
     with cluster(address), progress(console, len(steps), "steps") as shown:
         _wait_for_room(plan, steps, wait, console)
         metrics = StepMetrics(plan.recipe.name) if count_steps else None
-        apart = disks_are_apart(plan.store)
-        if apart:
+        disks = Disks(plan.store)
+        if disks.are_apart():
             _check_apart(steps)
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
         pieces = Pieces(steps, plan.store, limits, plan.steps)
         flying: dict[ray.ObjectRef, tuple[Running, Piece]] = {}
         while pieces.is_active():
             for state, piece in pieces.take():
-                flying[_submit(plan, state, piece, apart)] = (state, piece)
+                flying[_submit(plan, state, piece, disks)] = (state, piece)
             ended, _ = ray.wait(list(flying), num_returns=1, timeout=SAY_AGAIN)
             shown.at_work(pieces.at_work())
             if not ended:
                 continue
             (ready,) = ended
             state, piece = flying.pop(ready)
-            if state.node is not None and state.nodes_lost < LOST and is_gone(ready, state.node):
-                others = [ref for ref, (other, _) in flying.items() if other is state]
-                for ref in others:
-                    ray.cancel(ref)
-                    del flying[ref]
+            if _begins_again(pieces, state, ready, flying):
                 console.print(f"{state.step.title}: its node left; it begins again on another", highlight=False)
-                pieces.begin_again(state, 1 + len(others))
                 continue
             result = answer_of(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
             pieces.piece_done(state, piece, result)
-            if piece is Around.CHECK and apart:
+            if piece is Around.CHECK and state.apart:
                 state.node = result.node_id
             if piece is Around.FINISH:
-                bring(plan.store, plan.store.folder(state.step.key), pieces.run, SMALL)
+                look_at_result(plan.store, state.step.key, pieces.run)
                 shown.advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
                 if on_end is not None:
                     on_end(state.step, result)
                 if metrics is not None:
                     metrics.count(state.step, result)
+
+
+def _begins_again(
+    pieces: Pieces, state: Running, ended: ray.ObjectRef[Done], flying: dict[ray.ObjectRef, tuple[Running, Piece]]
+) -> bool:
+    """Have a step begin again if a piece of it has ended since the node with what the others left is gone."""
+    if state.node is None or state.nodes_lost == LOST or not is_gone(ended, state.node):
+        return False
+    others = [ref for ref, (other, _) in flying.items() if other is state]
+    for ref in others:
+        ray.cancel(ref)
+        del flying[ref]
+    pieces.begin_again(state, 1 + len(others))
+    return True
 
 
 def step_line(step: Step, done: Done) -> str:
@@ -152,9 +159,12 @@ def _advice(plan: Plan, stage: Stage) -> str:
     return fewer
 
 
-def _submit(plan: Plan, state: Running, piece: Piece, apart: bool) -> ray.ObjectRef[Done]:
+def _submit(plan: Plan, state: Running, piece: Piece, disks: Disks) -> ray.ObjectRef[Done]:
     """Hand a piece to Ray; of nodes with disks apart, any takes the first piece of a step, and then all others."""
     step = state.step
+    if piece is Around.CHECK and disks.are_apart():
+        _check_apart([step])
+        state.apart = True
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
     options = {
@@ -168,7 +178,7 @@ def _submit(plan: Plan, state: Running, piece: Piece, apart: bool) -> ray.Object
     }
     if piece is Around.CHECK:
         # The node that can do it must be able to do the other pieces too, if these have to follow.
-        options |= {"scheduling_strategy": "SPREAD"} if apart else {"num_gpus": 0}
+        options |= {"scheduling_strategy": "SPREAD"} if state.apart else {"num_gpus": 0}
         return _CHECK.options(**options).remote(state.reads, state.job, plan.store.partial(step.key))
     if piece is Around.FINISH:
         return _FINISH.options(**options).remote(state.reads, state.job, step.key, state.spent, threads)

@@ -243,7 +243,7 @@ class Store:
         for path, file in found.items():
             stage, _, rest = path.partition("/")
             if rest and stage not in (LEASES, LOCKS) and file.size <= SMALL:
-                folders.setdefault(RUNS if stage == RUNS else "/".join(path.split("/")[:2]), {})[path] = file
+                folders.setdefault(RUNS if stage == RUNS else "/".join(path.split("/")[:-1][:2]), {})[path] = file
         download = self.remote.download
         with ThreadPoolExecutor(LOOKS) as pool:
             for done in [pool.submit(download, files, one, self.root / one) for one, files in folders.items()]:

@@ -1,0 +1,1 @@
+"""A cluster whose nodes share nothing but a bucket, on one machine."""
