@@ -79,7 +79,7 @@ def test_only_what_is_not_worse_becomes_champion(
     assert command_line("run", recipe, *options) == 0
     assert registry.champion() is None
     assert command_line("refresh", recipe, "--store", store, "--address", "no such cluster") == 0
-    assert re.search(r"pair/1 \(ta\) is the first champion: mean_normalised \d\.\d+ \[", capsys.readouterr().out)
+    assert re.search(r"pair/1 \(ta\) is the first champion: math/perplexity \d+\.\d+ \[", capsys.readouterr().out)
     assert aliases() == {"champion": "1"}
 
     # What those load who deploy it gives the very answers that it was scored by.
