@@ -134,16 +134,9 @@ class RemoteFolder:
             one.replace(targets[path])
 
     def _tried(self, work: Callable[[], T]) -> T:
-        """Do something that may be done twice, and do it again where the server could not."""
+        """Do something as `tried` does, and say what is to be done where it cannot be."""
         with self._explained():
-            for wait in WAITS:
-                try:
-                    return work()
-                except FINAL:
-                    raise
-                except Exception:  # every file system has its own
-                    time.sleep(wait * (1 + random.random() / 2))  # so that workers do not ask again all at once
-            return work()
+            return tried(work)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -157,6 +150,18 @@ class RemoteFolder:
                 f"{self.title}: cannot be used ({reason}); check the URL, the credentials, and that the package for "
                 "its file system is installed"
             ) from error
+
+
+def tried(work: Callable[[], T]) -> T:
+    """Do something at a URL that may be done twice, and do it again where the server could not."""
+    for wait in WAITS:
+        try:
+            return work()
+        except FINAL:
+            raise
+        except Exception:  # every file system has its own
+            time.sleep(wait * (1 + random.random() / 2))  # so that workers do not ask again all at once
+    return work()
 
 
 def _state(info: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from tests.nodes.cluster import Nodes
 
 STORE = "s3://models/store"
 WEIGHTS = "model.safetensors"
+STAGES = ("statistics", "cross_task", "merge", "route", "evaluate")
 WORKERS = ("one", "two")
 CAN_UNSHARE = not subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode
 
@@ -71,7 +72,7 @@ def changed(folder: Path, target: Path) -> Path:
     return target
 
 
-def made_here(models: Mapping[str, Path], folder: Path) -> dict[str, bytes]:
+def made_here(models: Mapping[str, Path], folder: Path) -> dict[str, set[bytes]]:
     """What a run on this machine alone makes, see `contents`."""
     folder.mkdir()
     recipe = write_recipe(folder, recipe_of(models, folder))
@@ -80,18 +81,18 @@ def made_here(models: Mapping[str, Path], folder: Path) -> dict[str, bytes]:
     return contents({path.relative_to(folder / "store").as_posix(): path.read_bytes() for path in found})
 
 
-def contents(files: Mapping[str, bytes]) -> dict[str, bytes]:
+def contents(files: Mapping[str, bytes]) -> dict[str, set[bytes]]:
     """The weights, routing statistics and scores of a store's artifacts, by stage and what they are of.
 
     The name of a folder ends with a fingerprint, which tells models at a URL from those of a folder.
     """
-    parts = {name: name.split("/") for name in files}
-    return {
-        "/".join([stage, folder[:-9], *rest]): files[name]
-        for name, (stage, folder, *rest) in ((name, one) for name, one in parts.items() if len(one) > 2)
-        if stage in ("merge", "route", "evaluate", "statistics", "cross_task")
-        and rest[-1].endswith((".safetensors", "scores.json", "distances.json"))
-    }
+    found: dict[str, set[bytes]] = {}
+    for name, content in files.items():
+        stage, _, rest = name.partition("/")
+        folder, _, file = rest.partition("/")
+        if stage in STAGES and file.endswith((".safetensors", "scores.json", "distances.json")):
+            found.setdefault(f"{stage}/{folder[:-9]}/{file}", set()).add(content)
+    return found
 
 
 def killed_at_work(nodes: Nodes, step: str, process: "subprocess.Popen[str]") -> None:
@@ -115,7 +116,7 @@ def test_a_bucket_is_all_that_nodes_share(
     bucket.busy, bucket.cut = 5, 50
     words = ["--store", STORE, "--tracking-uri", f"sqlite:///{nodes.disk}/mlflow.db"]
 
-    def there() -> dict[str, bytes]:
+    def there() -> dict[str, set[bytes]]:
         found = files.find("models/store")
         return contents({name.removeprefix("models/store/"): files.cat_file(name) for name in found})
 
@@ -126,19 +127,14 @@ def test_a_bucket_is_all_that_nodes_share(
     for name in WORKERS:  # both did something, for themselves
         assert list(nodes.own(name).glob("cache/*/*/*/manifest.json"))
         assert list(nodes.own(name).glob(f"cache/*/hub/urls/*/*/{WEIGHTS}"))
-    assert not list(driver.glob(f"cache/**/{WEIGHTS}"))
+    assert not list(driver.glob(f"cache/*/hub/urls/*/*/{WEIGHTS}"))
     assert not list(nodes.own("head").rglob("*"))
     assert there() == made_here(llamas, tmp_path / "before")
 
-    other = llamas | {"code": changed(llamas["code"], tmp_path / "code")}
-    files.put_file(str(other["code"] / WEIGHTS), f"models/code/{WEIGHTS}")
+    files.put_file(str(changed(llamas["code"], tmp_path / "code") / WEIGHTS), f"models/code/{WEIGHTS}")
     said = nodes.do("driver", "refresh", nodes.disk / "recipe.yaml", *words)
     assert "download math" not in said
-    after = made_here(other, tmp_path / "after")
-
     assert "all intact" in nodes.do("driver", "verify", "--store", STORE)
-    nodes.do("driver", "gc", "--keep", "1", "--delete", "--store", STORE)
-    assert there() == after
     assert bucket.refused
     assert bucket.broken
     assert list(nodes.disk.iterdir()) == []  # where there is no node

@@ -14,8 +14,6 @@ from sensmerge.pipeline.tracking import record as tracking
 from sensmerge.pipeline.tracking.uri import default_uri
 from tests.conftest import command_line, llama_config
 from tests.pipeline.store.test_remote import BUCKET
-from tests.pipeline.store.test_remote import bucket as bucket
-from tests.pipeline.store.test_remote import server as server
 from tests.pipeline.tracking.test_record import OUTCOMES, make_datasets, make_report
 
 Publish = Callable[[int], str]

@@ -35,10 +35,9 @@ from tests.pipeline.tracking.test_record import captured
 from tests.tasks.serving import test_static_model
 from tests.tasks.serving.test_static_model import TEXTS
 
-# The same models and the same bucket serve here.
+# The same models serve here.
 static_writer, trunk, classifier = test_static_model.writer, test_static_model.trunk, test_static_model.classifier
 dynamic_writer = test_record.writer
-server, bucket = test_remote.server, test_remote.bucket
 
 Load = Callable[[str], Any]
 IDS = torch.tensor([[20, 21, 22, 23]])
