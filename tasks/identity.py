@@ -35,10 +35,20 @@ Local = Annotated[T, _LOCAL]
 """A field that changes no result: a path, a device, how work is shared out. `Local[Path]`"""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    """Marks a field that its class did not have at first. A value, as `_Local` is."""
+
+
+_ADDED = _Added()
+Added = Annotated[T, _ADDED]
+"""A field that came later and changes nothing where it is None: results of before stay known. `Added[str | None]`"""
+
+
 def identity(value: Any, use: str | None = None, where: str = "") -> Any:
     """Return the JSON form of a value by which it is the same on every machine and in every run.
 
-    Fields that are marked as local are left out. Numbers, texts, None, sequences, mappings with texts as keys (their
+    Fields that are marked as local are left out, and those marked as added where they are None. Numbers, texts, None, sequences, mappings with texts as keys (their
     order counts), sets, dataclasses and pydantic models have such a form; of the last two, a class variable `version`
     counts too from 2 on.
 
@@ -69,8 +79,10 @@ def identity(value: Any, use: str | None = None, where: str = "") -> Any:
             for name, marks in _marks(type(value)).items():
                 inner = next((mark.use for mark in marks if isinstance(mark, For)), use)
                 only = next((mark.use for mark in marks if isinstance(mark, Only)), None)
-                if _LOCAL not in marks and (only is None or use is None or only == use):
-                    found[name] = identity(getattr(value, name), inner, f"{where}.{name}")
+                field = getattr(value, name)
+                is_left_out = _LOCAL in marks or (_ADDED in marks and field is None)
+                if not is_left_out and (only is None or use is None or only == use):
+                    found[name] = identity(field, inner, f"{where}.{name}")
             return found
     raise TypeError(
         f"{where.lstrip('.') or 'value'}: {value!r} has no stable form; mark the field as Local if it changes no result"

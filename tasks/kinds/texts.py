@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from sensmerge.tasks.errors import InputError
+from sensmerge.tasks.identity import Added
 from sensmerge.tasks.kinds.checks import NamedField
 from sensmerge.tasks.kinds.kind import RowTask
 from sensmerge.tasks.kinds.templates import render, template_fields
@@ -21,7 +22,7 @@ class TextTask(RowTask):
     asks: ClassVar[tuple[str, ...]] = ("prompt", "pair", "max_length")
 
     prompt: str = Field("{text}", description="template of the text")
-    pair: str | None = Field(
+    pair: Added[str | None] = Field(
         None, description="template of a second text, which the tokenizer joins to the first as its model expects pairs"
     )
 

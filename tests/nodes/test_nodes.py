@@ -40,6 +40,9 @@ def files(bucket: UnreliableBucket) -> Iterator[Any]:
         system = fsspec.filesystem("s3")
         system.mkdir("models")
         yield system
+        # moto keeps one state for all servers of a process.
+        bucket.busy = bucket.cut = 0
+        system.rm("models", recursive=True)
 
 
 @pytest.fixture(scope="module")

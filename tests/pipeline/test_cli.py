@@ -439,7 +439,7 @@ def test_what_goes_to_a_pipe_is_not_cut(
     llama_recipe["merges"] = {long: {"method": "task_arithmetic"}}
     command = ("plan", write_recipe(tmp_path, llama_recipe), "--store", tmp_path / "store")
     assert command_line(*command) == 0
-    assert f" {long}/math " in capsys.readouterr().out
+    assert f" {long}: math, code " in capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", "70")
     assert command_line(*command) == 0
     assert max(len(line) for line in capsys.readouterr().out.splitlines() if "│" in line) <= 70

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 import pytest
 import torch
 
-from sensmerge.tasks.identity import For, Local, Only, identity
+from sensmerge.tasks.identity import Added, For, Local, Only, identity
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.methods.contract import ForEachExpert
 from sensmerge.tasks.strict import Strict
@@ -57,9 +57,19 @@ def test_first_versions_add_nothing_so_that_champions_of_before_stay_comparable(
     }
 
 
+class Grown(Strict):
+    weight: float = 1.0
+    prefix: Added[str | None] = None
+
+
+def test_a_field_that_came_later_adds_nothing_where_it_is_none() -> None:
+    assert identity(Grown()) == {"weight": 1.0}
+    assert identity(Grown(prefix="")) == {"weight": 1.0, "prefix": ""}
+
+
 def test_a_mark_that_has_travelled_to_another_process_is_the_same() -> None:
     """Classes of notebooks are sent by value, and their marks with them."""
-    for marked in (Local[int], ForEachExpert):
+    for marked in (Local[int], Added[int | None], ForEachExpert):
         (mark,) = marked.__metadata__
         assert pickle.loads(pickle.dumps(mark)) in marked.__metadata__
 
