@@ -48,9 +48,9 @@ Added = Annotated[T, _ADDED]
 def identity(value: Any, use: str | None = None, where: str = "") -> Any:
     """Return the JSON form of a value by which it is the same on every machine and in every run.
 
-    Fields that are marked as local are left out, and those marked as added where they are None. Numbers, texts, None, sequences, mappings with texts as keys (their
-    order counts), sets, dataclasses and pydantic models have such a form; of the last two, a class variable `version`
-    counts too from 2 on.
+    Fields that are marked as local are left out, and those marked as added where they are None. Numbers, texts, None,
+    sequences, mappings with texts as keys (their order counts), sets, dataclasses and pydantic models have such a form;
+    of the last two, a class variable `version` counts too from 2 on.
 
     Args:
         value: the value.
