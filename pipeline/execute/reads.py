@@ -60,7 +60,7 @@ class Reads:
         return cls(run, store, needs, step.models, small, others)
 
     def bring(self) -> None:
-        """Have all of it on this machine; a store in a folder is one that all machines see.
+        """Have all but the models' weights on this machine; a store in a folder is one that all machines see.
 
         Raises:
             InputError: some of it is not at its URL, or cannot be read.
@@ -73,7 +73,6 @@ class Reads:
             bring(self.store, path, self.run, SMALL)
         for listing in self.small:
             small_files(listing, self.models.cache)
-        self.models.bring()
 
 
 def look_at_result(store: Store, key: Key, run: str) -> None:
@@ -109,7 +108,7 @@ def paths_in(value: Any) -> Iterator[Path]:
 
 
 def check(reads: Reads, job: Job, partial: Path) -> Done:
-    """Bring all that a step reads to this machine and read through it; the answer says which node this is.
+    """Bring the artifacts that a step reads to this machine and read through them; the answer says which node this is.
 
     Raises:
         InputError: as `Reads.bring` and `run_check`.
