@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from glob import escape
+from importlib import import_module
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import get_session
 
 from sensmerge.tasks.artifacts import load_object
 from sensmerge.tasks.checkpoints import digests
@@ -60,7 +62,7 @@ def _commit(api: HfApi, source: HubModel, cache: Path) -> str:
     """Return the commit that a revision names now, or named the last time where the hub answers with anything else."""
     try:
         return api.resolve_revision(source.repo, revision=source.revision, cache_dir=cache).resolved
-    except (HfHubHTTPError, JSONDecodeError) as error:
+    except (HfHubHTTPError, JSONDecodeError, _no_connection()) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in _ANSWERS:
             raise
         try:
@@ -78,17 +80,28 @@ def _commit(api: HfApi, source: HubModel, cache: Path) -> str:
         return cached
 
 
-def _odd_answer(api: HfApi, error: HfHubHTTPError | JSONDecodeError) -> str:
+def _no_connection() -> type[Exception]:
+    """Return the error of the HTTP library under huggingface_hub, which passes on what it does not expect.
+
+    Such as a proxy that refuses to connect. The library changes from version to version.
+    """
+    error: type[Exception] = import_module(type(get_session()).__module__.partition(".")[0]).TransportError
+    return error
+
+
+def _odd_answer(api: HfApi, error: Exception) -> str:
     """Say what somebody answered who may not be the hub, and what to do."""
-    place = f"the hub at {api.endpoint}"
+    place, login = f"the hub at {api.endpoint}", "put its user and password into HTTPS_PROXY"
     if isinstance(error, JSONDecodeError):
         return f"{place} answers with something else than JSON, as a login page does; check HF_ENDPOINT and the proxy"
+    if not isinstance(error, HfHubHTTPError):
+        return f"{place} cannot be reached ({error}); check the proxy, and if it asks for a login (407), {login}"
     status, after = error.response.status_code, error.response.headers.get("Retry-After")
     if status == 429:
         wait = f"in {after} s" if after else "later"
         return f"{place} has had too many requests (429); try again {wait}, or log in, which allows more"
     if status == 407:
-        return "a proxy before the hub asks for a login (407); put its user and password into HTTPS_PROXY"
+        return f"a proxy before the hub asks for a login (407); {login}"
     return f"{place} answers {status} {error.response.reason_phrase}; try again later"
 
 
@@ -198,10 +211,7 @@ def remote_header(source: HubModel, listing: Listing, name: str, cache: Path) ->
 
 @contextmanager
 def _hub(source: HubModel, cache: Path) -> Iterator[HfApi]:
-    """Give a client of the hub that `HF_ENDPOINT` names; the user's mistakes and a lost connection become InputErrors.
-
-    Only errors of huggingface_hub are caught: the HTTP library under it changes from version to version.
-    """
+    """Give a client of the hub of `HF_ENDPOINT` names; the user's mistakes and lost connections become InputErrors."""
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or constants.ENDPOINT, library_name="sensmerge")
     login = "log in with `hf auth login` or set HF_TOKEN"
     try:
@@ -224,7 +234,7 @@ def _hub(source: HubModel, cache: Path) -> Iterator[HfApi]:
             f"model {source}: not whole in {cache}, and the hub at {api.endpoint} cannot be reached ({reason}); "
             f"{_whole_commits(source, cache)}"
         ) from error
-    except (HfHubHTTPError, JSONDecodeError) as error:
+    except (HfHubHTTPError, JSONDecodeError, _no_connection()) as error:
         if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in _ANSWERS:
             raise InputError(f"model {source}: {api.endpoint} refuses access ({status}); {login}") from error
         raise InputError(f"model {source}: {_odd_answer(api, error)}; {_whole_commits(source, cache)}") from error

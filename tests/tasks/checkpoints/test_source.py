@@ -2,11 +2,15 @@
 
 import json
 import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from blake3 import blake3
+from huggingface_hub import close_session
 from safetensors.torch import save, save_file
 
 from sensmerge.tasks.checkpoints.listing import HubModel, ListedFile, Listing, LocalModel, parse_model_id
@@ -106,6 +110,47 @@ def test_where_the_hub_does_not_answer_as_one_the_last_commit_is_used_and_that_i
     assert resolve(MAIN, cache) == before
     if status in ODD:  # of the others the hub's own library says it
         assert f"{ODD[status]}; the commit that it named the last time is used: {commit}" in caplog.text
+
+
+@pytest.fixture
+def closed_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A proxy that connects nobody who does not log in, in front of a hub."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            self.send_response(407)
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        close_session()  # it has asked the environment for proxies
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org")
+        yield
+        server.shutdown()
+    close_session()
+
+
+NOT_CONNECTED = (
+    "the hub at https://hub.example.org cannot be reached (407 Proxy Authentication Required); check the proxy, and if "
+    "it asks for a login (407), put its user and password into HTTPS_PROXY"
+)
+
+
+def test_a_proxy_that_does_not_connect(closed_proxy: None, cache: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve(MAIN, cache)
+    assert str(caught.value).endswith(f"{NOT_CONNECTED}; nothing of it is cached")
+
+
+def test_behind_a_proxy_that_does_not_connect_the_last_commit_is_used(
+    hub: HubServer, cache: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> None:
+    commit = hub.add_repo(REPO, model_files())
+    before = resolve(MAIN, cache)
+    request.getfixturevalue("closed_proxy")
+    assert resolve(MAIN, cache) == before
+    assert f"{NOT_CONNECTED}; the commit that it named the last time is used: {commit}" in caplog.text
 
 
 def test_a_token_that_cannot_be_one(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
