@@ -282,7 +282,18 @@ def _explained(what: str, key: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{key}: cannot read {what}: {_line(error.__cause__ or error)}") from error
+        raise InputError(f"{key}: cannot read {what}: {_line(error.__cause__ or error)}{_way_out(error)}") from error
+
+
+def _way_out(error: Exception) -> str:
+    """Say what to do where the cache of `datasets` cannot be written, a folder above it included."""
+    from datasets import config
+
+    if isinstance(error, OSError) and error.filename is not None:
+        cache, failed = Path(config.HF_DATASETS_CACHE), Path(error.filename)
+        if failed.is_relative_to(cache) or cache.is_relative_to(failed):
+            return "; this is the cache of data sets: set HF_DATASETS_CACHE to a folder that can be written"
+    return ""
 
 
 def _line(error: BaseException) -> str:

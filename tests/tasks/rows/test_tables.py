@@ -180,6 +180,16 @@ def test_a_bad_row_of_a_table_is_named(folder: Path) -> None:
         load_rows(source(path="parquet", data_files="rows.parquet"), KEY, folder)
 
 
+def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    datasets.Dataset.from_dict({"prompt": ["a"]}).to_parquet(folder / "rows.parquet")
+    with pytest.raises(
+        InputError, match=r"rows\.parquet: .* the cache of data sets: set HF_DATASETS_CACHE to a folder"
+    ):
+        load_rows(source(path="parquet", data_files="rows.parquet"), KEY, folder)
+
+
 @pytest.mark.parametrize(
     ("form", "message"),
     [("hdf5", "is read with the package h5py, which"), ("webdataset", "truncated header"), ("arrow", "too small")],
