@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated
 
@@ -73,9 +74,17 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Tra
     sys.stderr.write(public_text("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _keep_stack(error: BaseException) -> Path | None:
+    """Write to a file what the line does not say; see `keep_stack`."""
+    from sensmerge.pipeline.stack import keep_stack
+
+    return keep_stack(error)
+
+
 def main() -> None:
     """Run the command line: bad input is one line on standard error and exit status 2, a failed step exit status 1.
 
+    What lies behind such a line, where something else failed, is in a file (`keep_stack`).
     Told to stop by a signal, it says so and exits with status 128 + number of the signal.
     """
     # Ray 2.60 warns at every task that it will one day leave CUDA_VISIBLE_DEVICES alone; this is the future behaviour.
@@ -86,10 +95,12 @@ def main() -> None:
     try:
         typer.main.get_command(app)()  # app() itself would have tracebacks printed by Python, whatever they show
     except InputError as error:
+        _keep_stack(error)
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     except StepError as error:
-        sys.stderr.write(f"error: {error}\n")
+        stack = _keep_stack(error)
+        sys.stderr.write(f"error: {error}{f' (its stack: {stack})' if stack else ''}\n")
         sys.exit(1)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # the names that files of our own have are short

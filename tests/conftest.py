@@ -254,6 +254,14 @@ def tiny_recipe(llamas: dict[str, Path], folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the user's cache alone."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("SENSMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A hub on the loopback, which the hub's client asks."""
