@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,34 @@ def test_weights_go_and_come_back(place: Path, capsys: pytest.CaptureFixture[str
     assert with_weights(place) == versions.keys()
     tags = [one.tags for one in client.search_model_versions(f"name = '{report['recipe']}'")]
     assert [one.get("weights") for one in tags] == [None] * 3
+
+
+def test_in_a_store_at_a_url(
+    llamas: dict[str, Path], bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(llamas, tmp_path)
+    recipe["merges"] = {"ta": {"method": "task_arithmetic", "weight": [0.2, 0.4], "keep": "best"}}
+    options = (write_recipe(tmp_path, recipe), "--store", "s3://models/store", "--report", tmp_path / "report.json")
+    tracking = ("--tracking-uri", f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+    def weights_of_variants() -> list[str]:
+        bucket.invalidate_cache()
+        return [path for path in bucket.find("models/store/merge") if path.endswith(WEIGHTS)]
+
+    assert run_here(*options, *tracking) == 0
+    (kept,) = weights_of_variants()
+    assert f"/{report_of(tmp_path)['sweeps']['ta']['best']}-" in kept
+    assert command_line("verify", "--store", "s3://models/store") == 0
+
+    # Another machine makes again what it needs, and frees it again.
+    shutil.rmtree(Store.open("s3://models/store").root)
+    capsys.readouterr()
+    assert run_here(*options, *tracking, "--set", "tasks.math.evaluation.samples=5") == 0
+    assert "freed: the weights of ta-weight-" in capsys.readouterr().out
+    (kept,) = weights_of_variants()
+    assert f"/{report_of(tmp_path)['sweeps']['ta']['best']}-" in kept
+    made = {one["name"] for one in report_of(tmp_path)["stages"] if one["stage"] == "merge" and one["status"] == "run"}
+    assert len(made) == 1
 
 
 def test_a_kill_in_between_leaves_files_that_the_next_call_deletes(
