@@ -208,7 +208,7 @@ def test_collating() -> None:
 
 
 SOURCES = {"calibration": DataSource(path="a"), "evaluation": DataSource(path="b"), "batch_size": 3}
-PAIRS = {"prompt", "pair", "label"}
+TEXTS, PAIRS = {"prompt", "label"}, {"prompt", "pair", "label"}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,8 @@ PAIRS = {"prompt", "pair", "label"}
             {"prompt", "completion", "end_token", "loss_on"},
             {"prompt", "completion", "end_token", "generate", "answer", "compare"},
         ),
-        (ClassificationTask(kind="classification", **SOURCES), PAIRS, PAIRS),
+        (ClassificationTask(kind="classification", **SOURCES), TEXTS, TEXTS),
+        (ClassificationTask(kind="classification", pair="{other}", **SOURCES), PAIRS, PAIRS),
         (
             MultipleChoiceTask(kind="multiple_choice", **SOURCES),
             {"prompt", "completion", "choices", "answer", "loss_on"},
