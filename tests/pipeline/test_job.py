@@ -20,6 +20,16 @@ from tests.installed import REFUSE
 PROJECT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
 
+LOAD = """
+import sys
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+(version,) = mlflow.MlflowClient().search_model_versions("tags.variant = 'ta-se'")
+model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+print(sys.modules["sensmerge"].__file__)
+print(*model.predict(["math: 4123+1111 = "], params={"max_new_tokens": 2}).columns[:2])
+"""
+
 pytestmark = pytest.mark.ray
 
 
@@ -80,6 +90,19 @@ def code_of_this_checkout(folder: Path) -> Path:
     return path
 
 
+def answers_beside_the_own_modules_of(user_folder: Path, installed: Path, store: Path) -> None:
+    """Check that the dynamic model answers in a program whose folder has other modules `tasks` and `pipeline`."""
+    # As for a package in a virtual environment: the user's folder comes first, the package after it.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {"PYTHONPATH": f"{user_folder}{os.pathsep}{installed}"}
+    command = [sys.executable, "-c", LOAD, f"sqlite:///{store}/mlflow.db"]
+    done = subprocess.run(command, cwd=user_folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    place, columns = done.stdout.splitlines()[-2:]
+    assert Path(place).is_relative_to(store)  # a model brings the code that serves it
+    assert columns == "prediction expert"
+
+
 def test_run_and_refresh_as_submitted_jobs(
     head: tuple[dict[str, str], str], installed: Path, user_folder: Path, tmp_path: Path
 ) -> None:
@@ -98,7 +121,7 @@ def test_run_and_refresh_as_submitted_jobs(
     # The package of the cluster, in a user's folder; then what the checkout has in place of it.
     package = ["--working-dir", user_folder, "--", sys.executable, installed / "bin" / "sensmerge"]
     checkout = ["--runtime-env", code_of_this_checkout(tmp_path), "--", sys.executable, "-m", "pipeline"]
-    few = [f"--set=tasks.{task}.evaluation.samples=80" for task in ("math", "words", "cipher")]
+    few = [f"--set=tasks.{task}.evaluation.samples=40" for task in ("math", "words", "cipher")]
     _, found = submitted(package, "run", *few)
     assert {stage["status"] for stage in found["stages"]} == {"run"}
     normalised = {model: score["value"] for model, score in found["mean_normalised"].items()}
@@ -107,6 +130,7 @@ def test_run_and_refresh_as_submitted_jobs(
         assert found["scores"][expert][expert]["token_accuracy"]["value"] > 0.9
         for variant in ("soup", "ta", "ta-sens", "ties-sens", "dare-ties", "regmean", "ta-se"):
             assert normalised[variant] > normalised[expert] + 0.1
+    answers_beside_the_own_modules_of(user_folder, installed, tmp_path / "store")
 
     said, refreshed = submitted(checkout, "refresh", *few, "--set", "merges.ta.weight=0.45")
     ran = {f"{stage['stage']} {stage['name']}" for stage in refreshed["stages"] if stage["status"] == "run"}
