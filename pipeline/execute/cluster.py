@@ -121,7 +121,8 @@ def _warm_up() -> None:
     """Import in a worker what nearly every step needs: a worker that is done with one step does the next."""
     gc.disable()  # all that is imported stays
     import_module("sensmerge.tasks.stages.merge")
-    import_module("sensmerge.tasks.methods.kernels.loops")  # which methods import with their first tensor
+    # Which methods import with their first tensor; numba, too, gets ready with the first loop that is called.
+    import_module("sensmerge.tasks.methods.kernels.loops").make_ready()
     gc.freeze()
     gc.enable()
 

@@ -8,8 +8,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sensmerge.tasks.methods.kernels import loops
-from sensmerge.tasks.methods.kernels.delta import BLOCK, CHUNK, Delta, chunks, expert_values
+from sensmerge.tasks.methods.kernels import product_loops
+from sensmerge.tasks.methods.kernels.delta import BLOCK, CHUNK, Delta, Difference, Unchanged, chunks, expert_values
+from sensmerge.tasks.methods.kernels.stored import bits, is_narrow
 
 Float64 = npt.NDArray[np.float64]
 
@@ -24,14 +25,44 @@ def inner_products(base: Tensor, deltas: Sequence[Delta], made_of: Float64) -> F
             both together.
     """
     pairs = _pairs(len(made_of))
-    sums: list[list[float]] = [[] for _ in pairs]
+    found = _of_stored(base, deltas, made_of)
+    if found is None:
+        found = _of_values(base, deltas, made_of)
+    return _symmetric([np.asarray(_exact([block[k] for block in found])) for k in range(len(pairs))], pairs)
+
+
+def _of_values(base: Tensor, deltas: Sequence[Delta], made_of: Float64) -> list[list[float]]:
+    """Return the inner products of all pairs in each block (blocks × pairs)."""
+    found = []
     for where in chunks(len(base)):
         every = [_values(row, base[where], deltas, where).numpy() for row in made_of]
         for start in range(0, where.stop - where.start, BLOCK):
             blocks = [values[start : start + BLOCK] for values in every]
-            for of_pair, (i, j) in zip(sums, pairs, strict=True):
-                of_pair.append(loops.inner_product(blocks[i], blocks[j]))
-    return _symmetric([np.asarray(_exact(of_pair)) for of_pair in sums], pairs)
+            found.append([product_loops.inner_product(blocks[i], blocks[j]) for i, j in _pairs(len(blocks))])
+    return found
+
+
+def _of_stored(base: Tensor, deltas: Sequence[Delta], made_of: Float64) -> list[list[float]] | None:
+    """Do `_of_values`, to the same bits, from two or three vectors as files hold them; None where that cannot be."""
+    are_models = bool(made_of[0, 0])
+    if not (len(made_of) in (2, 3) and is_narrow(base) and (made_of[:, 0] == are_models).all()):
+        return None
+    vectors = []
+    for row in made_of:
+        delta = next((delta for delta, there in zip(deltas, row[1:], strict=True) if there), Unchanged(len(base)))
+        if isinstance(delta, Difference) and delta.expert.dtype == base.dtype:
+            vectors.append(bits(delta.expert))
+        elif isinstance(delta, Unchanged):
+            vectors.append(bits(base))
+        else:
+            return None
+    every, is_half = (bits(base), *vectors, vectors[-1])[:4], base.dtype == torch.float16
+    found = np.empty((-(-len(base) // BLOCK), 6))
+    for products, start in zip(found, range(0, len(base), BLOCK), strict=True):
+        origin, *three = (one[start : start + BLOCK] for one in every)
+        product_loops.products_narrow(origin, tuple(three), is_half, not are_models, products)
+    chosen: list[list[float]] = found[:, [0, 1, 3] if len(vectors) == 2 else range(6)].tolist()
+    return chosen
 
 
 def _values(made_of: Float64, base: Tensor, deltas: Sequence[Delta], where: slice) -> Tensor:

@@ -21,16 +21,16 @@ def subtract(left: Tensor, right: Tensor, difference: Tensor) -> None:
     """
     if left.is_cpu and left.dtype == right.dtype == torch.float32:
         loops.subtract_float32(left.numpy(), right.numpy(), difference.numpy())
-    elif _is_narrow(left) and left.dtype == right.dtype:
-        loops.subtract_narrow(_bits(left), _bits(right), left.dtype == torch.float16, difference.numpy())
+    elif is_narrow(left) and left.dtype == right.dtype:
+        loops.subtract_narrow(bits(left), bits(right), left.dtype == torch.float16, difference.numpy())
     else:
         difference.copy_(left).sub_(right.float())
 
 
 def add(total: Tensor, summand: Tensor) -> Tensor:
     """Add elements in any float dtype to float32 ones in place, and return these."""
-    if _is_narrow(summand):
-        loops.add_narrow(total.numpy(), _bits(summand), summand.dtype == torch.float16)
+    if is_narrow(summand):
+        loops.add_narrow(total.numpy(), bits(summand), summand.dtype == torch.float16)
         return total
     return total.add_(summand.float())
 
@@ -54,8 +54,8 @@ def sum_differences(base: Tensor, experts: Sequence[Tensor], weights: Sequence[f
     if base.dtype == torch.float32:
         loops.sum_float32(base.numpy(), tuple(one.numpy() for one in four), factors, mixed.numpy())
     else:
-        bits = tuple(map(_bits, four))
-        loops.sum_narrow(_bits(base), bits, base.dtype == torch.float16, factors, mixed.numpy())
+        every = tuple(map(bits, four))
+        loops.sum_narrow(bits(base), every, base.dtype == torch.float16, factors, mixed.numpy())
     return mixed
 
 
@@ -64,7 +64,7 @@ def rounded(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     if values.is_cpu and values.dtype == torch.float32:
         if dtype in _NARROW:
             narrow = torch.empty_like(values, dtype=dtype)
-            return narrow, bool(loops.round_narrow(values.numpy(), dtype == torch.float16, _bits(narrow)))
+            return narrow, bool(loops.round_narrow(values.numpy(), dtype == torch.float16, bits(narrow)))
         if dtype == torch.float32:
             return values, loops.largest_magnitude(values.numpy()) < loops.INFINITE
     # Rounding keeps the order, so the extremes tell of all; NaN is an extreme.
@@ -72,11 +72,12 @@ def rounded(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
     return values.to(dtype), bool(extremes.to(dtype).isfinite().all())
 
 
-def _is_narrow(values: Tensor) -> bool:
+def is_narrow(values: Tensor) -> bool:
+    """Return whether elements are of float16 or bfloat16, on a CPU."""
     return values.is_cpu and values.dtype in _NARROW
 
 
-def _bits(values: Tensor) -> loops.UInt16:
+def bits(values: Tensor) -> loops.UInt16:
     """Return the bits of float16 or bfloat16 elements, in the same memory."""
-    bits: loops.UInt16 = values.view(torch.uint16).numpy()
-    return bits
+    found: loops.UInt16 = values.view(torch.uint16).numpy()
+    return found
