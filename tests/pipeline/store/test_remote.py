@@ -26,6 +26,7 @@ from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.listing import DIGESTS
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, write_recipe
+from tests.here import run_here
 
 BUCKET = "s3://models/team"
 
@@ -298,8 +299,11 @@ def test_a_store_works_from_any_machine(
         report = tmp_path / f"{machine}.json"
         # A process of its own, which starts Ray: a cluster that was there before does not know where the server is, and
         # once a process has been in another cluster, it loses the actors that it has in the tests' own.
-        words = [command, recipe, "--store", store, *common, "--report", report, *more]
-        subprocess.run([sys.executable, "-m", "pipeline", *map(str, words)], check=True)
+        words = [recipe, "--store", store, *common, "--report", report, *more]
+        if command == "run here":
+            assert run_here(*words) == 0
+        else:
+            subprocess.run([sys.executable, "-m", "pipeline", command, *map(str, words)], check=True)
         found: dict[str, Any] = json.loads(report.read_text())
         return found
 
@@ -327,7 +331,7 @@ def test_a_store_works_from_any_machine(
 
     # What it changes is made of what the first one made.
     changed = ("--set", "merges.ta.weight=0.45")
-    third = work("run", "b", BUCKET, *changed)
+    third = work("run here", "b", BUCKET, *changed)
     assert ran(third) == {"merge ta", "evaluate ta/math", "evaluate ta/code"}
     assert third["variants"]["ties-sens"]["digest"] == first["variants"]["ties-sens"]["digest"]
     weights = Path(third["models"]["ta"]) / "model.safetensors"
