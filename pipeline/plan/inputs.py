@@ -284,8 +284,8 @@ def _check_heads(key: str, trunk: str, experts: Mapping[str, Expert]) -> None:
         own = [parameter for parameter in expert.head if parameter.startswith(f"{trunk}.")]
         if own:
             raise InputError(
-                f"{key}: experts.{name} has {own[0]}, which the base lacks, so the experts share no trunk; "
-                "use application: {kind: static}"
+                f"{key}: experts.{name} has {own[0]}, which the base lacks, as one that was saved without a pooler "
+                "does; take a base that has it, or application: {kind: static}, which keeps each expert's own in heads/"
             )
         if expert.head and lacking:
             raise InputError(

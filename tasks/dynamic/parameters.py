@@ -1,6 +1,6 @@
 """Which tensors of a base's checkpoint the parameters of a network hold, and its task vectors by parameter."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,14 @@ class Holding:
     """whether the network holds them in another form: stacked, or split"""
 
 
-def holdings(base: Base, network: PreTrainedModel) -> list[Holding]:
+def holdings(base: Base, network: PreTrainedModel, beside: Container[str] = ()) -> list[Holding]:
     """Return the parameters of a network with the tensors of its base that they hold.
 
     Args:
         base: the base.
         network: it may lie on the meta device, and end in another head than the base's own: what it does without (a
             pooler, a head) is left out.
+        beside: parameters that come with its head, and not from the base; a pooler, if the base has none.
 
     Raises:
         InputError: a tensor is held in a form that cannot be told from headers, or no tensor is found for a parameter
@@ -49,7 +50,7 @@ def holdings(base: Base, network: PreTrainedModel) -> list[Holding]:
     held = {key for holding in found for key in holding.parameters}
     trunk = f"{trunk_name(network)}."
     for key, name in own.items():
-        if name.startswith(trunk) and key not in held | base.names.optional:
+        if name.startswith(trunk) and name not in beside and key not in held | base.names.optional:
             raise InputError(
                 f"{base.folder}: no tensor could be identified by its name as {name} of {type(network).__name__}; "
                 "save the base again with transformers"
@@ -69,7 +70,11 @@ def _converted_keys(base: Base, tensors: Sequence[str]) -> list[str]:
 
 
 def by_parameter(
-    base: Base, network: PreTrainedModel, vectors: Mapping[str, Mapping[str, Vector]], experts: Iterable[str]
+    base: Base,
+    network: PreTrainedModel,
+    vectors: Mapping[str, Mapping[str, Vector]],
+    experts: Iterable[str],
+    beside: Container[str] = (),
 ) -> dict[str, dict[int, Vector]]:
     """Return task vectors by the network's parameter names and the experts' indices, on its device and in its dtype.
 
@@ -78,9 +83,10 @@ def by_parameter(
         network: its network; task vectors of what it does without are left out.
         vectors: name of a tensor → expert → task vector.
         experts: names of the experts, in the order of coefficients.
+        beside: see `holdings`.
     """
     found: dict[str, dict[int, Vector]] = {}
-    for holding in holdings(base, network):
+    for holding in holdings(base, network, beside):
         for index, expert in enumerate(experts):
             own = {name: vectors[name][expert] for name in holding.tensors if expert in vectors.get(name, ())}
             if not own:

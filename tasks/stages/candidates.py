@@ -61,7 +61,8 @@ class Candidates:
             for owner, names in self._networks().items():
                 network = self._network(owner, self.tuning[names[0]])
                 parameters = dict(network.named_parameters(remove_duplicate=False))
-                changes = Materialised(parameters, by_parameter(self._base(), network, vectors, [_MERGE]))
+                own = self.variant.experts[owner].head if owner is not None else ()
+                changes = Materialised(parameters, by_parameter(self._base(), network, vectors, [_MERGE], own))
                 for name in names:
                     for number, factor in factors.items():
                         with changes.written(torch.tensor([factor], dtype=torch.float64)):

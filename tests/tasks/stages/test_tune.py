@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
+from safetensors.torch import load_file
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.tasks.artifacts import read_json
+from sensmerge.tasks.checkpoints.checkpoint import WEIGHTS
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.classification import ClassificationTask
 from sensmerge.tasks.kinds.scores import Record, Score
@@ -236,6 +238,18 @@ def test_candidates_answer_as_their_merges_do(
 def test_candidates_end_in_the_heads_of_the_tasks(berts: dict[str, Path], tmp_path: Path) -> None:
     experts = {name: berts[name] for name in ("mood", "topic")}
     plan = plan_of(tmp_path, classify(tmp_path, experts, berts["base"], weight="auto"))
+    assert_as_merged(needed(plan), [{"weight": 0.2}, {"weight": 0.7}], tmp_path, 1)
+
+
+def test_candidates_of_a_base_without_a_pooler_end_in_those_of_the_tasks(
+    berts: dict[str, Path], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A base of masked language modelling has none, and each classifier its own."""
+    network = BertForMaskedLM(bert_config())
+    network.bert.load_state_dict(load_file(berts["base"] / WEIGHTS), strict=False)
+    base, experts = save(network, "base", tmp_path), {name: berts[name] for name in ("mood", "topic")}
+    plan = plan_of(tmp_path, classify(tmp_path, experts, base, weight="auto"))
+    assert {name for name in plan.inputs.experts["mood"].head if "pooler" in name}
     assert_as_merged(needed(plan), [{"weight": 0.2}, {"weight": 0.7}], tmp_path, 1)
 
 
