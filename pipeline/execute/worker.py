@@ -20,6 +20,8 @@ from sensmerge.tasks.stages.job import Job
 
 READ_FROM = ".models.partial"
 """In a folder under construction, and never in an artifact: the states of the models that its pieces were read from."""
+FORM = 2
+"""Of what pieces leave for `finish`: counts up whenever that of earlier versions lacks something."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def keep_if_read_from(models: PlannedModels, job: Job, partial: Path) -> None:
     """
     if not job.resumes and not job.parts():
         return
-    record, states = partial / READ_FROM, json.dumps(models.states())
+    record, states = partial / READ_FROM, json.dumps([FORM, models.states()])
     if not record.is_file() or record.read_text() != states:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -130,7 +132,7 @@ def run_part(job: Job, part: int | str, partial: Path, threads: int, models: Pla
     Raises:
         InputError: bad input that the job found, or a model that is not what it was when the step was planned.
     """
-    models.bring()
+    models.bring(job.reads(part))
     models.check()
     partial.mkdir(parents=True, exist_ok=True)
     was_left, spent = _measured(job, lambda: job.run(part, partial), threads)
@@ -140,7 +142,7 @@ def run_part(job: Job, part: int | str, partial: Path, threads: int, models: Pla
 
 def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int, models: PlannedModels = NONE) -> Done:
     """Complete a job and publish its artifact, in one go on the worker; errors as of `run_part`."""
-    models.bring()
+    models.bring(job.reads(None))
     models.check()
     goes_on = job.resumes or bool(job.parts())
     partial = store.partial(key)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sensmerge.tasks.artifacts import load_object
+from sensmerge.tasks.checkpoints import sparse
 from sensmerge.tasks.checkpoints.header import TensorInfo, open_file, read_header
 from sensmerge.tasks.checkpoints.quantised import WAY_OUT, Scale, dequantised, is_fp8
 from sensmerge.tasks.checkpoints.stems import INDEXED, MODEL, SAFETENSORS, SHARDED, find_stem, single_stems
@@ -72,7 +73,7 @@ class Checkpoint:
         """Return one tensor in its stored dtype, fp8 as bfloat16; its pages are read when it is used.
 
         Raises:
-            InputError: the file is gone or corrupt.
+            InputError: the file is gone or corrupt, or the tensor did not come with others of it.
         """
         if name in self.gathered:
             return self._gather(name)
@@ -84,6 +85,7 @@ class Checkpoint:
     def _stored(self, path: Path, name: str) -> torch.Tensor:
         if path not in self._open_files:
             self._open_files[path] = open_file(path, "pt")
+        sparse.require(path, name)
         tensor: torch.Tensor = self._open_files[path].get_tensor(name)
         return tensor
 
@@ -122,14 +124,15 @@ class Checkpoint:
         Raises:
             FilesNeeded: one is not.
         """
-        files = {self.tensors[name].file for name in names}
-        lacking = sorted(file for file in files if not (self.folder / file).exists())
+        places = {name: self.tensors[name].file for name in names}
+        lacking = {file for name, file in places.items() if not sparse.is_here(self.folder / file, name)}
         if lacking:
-            raise FilesNeeded(self.folder, lacking)
+            raise FilesNeeded(self.folder, sorted(lacking))
         for how in [self.gathered[name] for name in names if name in self.gathered]:
             for one in (*how.parts, *(one for sources in how.means.values() for one in sources)):
-                for at in (one, one.change):
-                    if at is not None and not (Path(at.folder) / at.file).exists():
+                added = one.change
+                for at, name in ((one, one.tensor), *([(added, added.first), (added, added.second)] if added else [])):
+                    if not sparse.is_here(Path(at.folder) / at.file, name):
                         raise FilesNeeded(Path(at.folder), [at.file])
 
     def holds_equal(self, first: str, second: str) -> bool:

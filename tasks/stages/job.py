@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from sensmerge.tasks.checkpoints.sparse import Tensors
 from sensmerge.tasks.identity import identity
 
 
@@ -49,6 +50,13 @@ class Job(ABC):
     def parts(self) -> Sequence[int | str]:
         """Return what names the pieces that may run side by side before `finish`; doing one twice is harmless."""
         return ()
+
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """Return all that a piece reads of the weights of models, or `finish`, for None; None where it is whole files.
+
+        Of a model at a URL, nothing else comes to the machine that does the piece.
+        """
+        return None
 
     def run(self, part: int | str, out: Path) -> bool:
         """Do one of the pieces in the folder under construction; return whether there was something left to do."""

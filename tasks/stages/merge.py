@@ -1,6 +1,6 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,8 @@ from sensmerge.tasks.checkpoints.checkpoint import (
     tensor_bytes,
 )
 from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.weights import by_file
 from sensmerge.tasks.coefficients import row_of
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local, identity
@@ -32,6 +34,8 @@ TENSORS = "tensors.json"
 """What every weight was made of (`inputs`), what came out (`checksum`) and what the method said of it (`remarks`), for
 a later merge to take it over."""
 REMARKS = "remarks"
+CHANGING = "changing"
+"""Of a tensor of a group: the experts that change it, and none before it in the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,18 @@ class MergeJob(VariantJob):
     def resumed(self, earlier: Earlier) -> Self:
         """See `Job`. Each tensor's checksum is compared as it is taken over, so the artifact is not read before."""
         return replace(super().resumed(earlier), previous=earlier.newest())
+
+    def _tensors_of(self, part: int) -> tuple[str, ...]:
+        """Return what a piece writes."""
+        return (*self.groups[part], *(self.base.buffers if part == 0 else ()))
+
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """See `Job`: a piece reads the tensors of its layers, and `finish` the heads."""
+        if part is None:
+            return by_file((one.source, name) for one in self.experts.values() for name in one.head.values())
+        assert isinstance(part, int)
+        models = (self.base, *self.experts.values())
+        return by_file(stored for name in self._tensors_of(part) for one in models for stored in one.stored_for(name))
 
     def run(self, part: int | str, out: Path) -> bool:
         """Merge one group of layers and write it at its place in the checkpoint under construction in `out`.
@@ -73,7 +89,7 @@ class MergeJob(VariantJob):
         previous = _Previous.of(self)
         staging = None if self.device == "cpu" else Staging(self.device)
         copied = {*base.buffers, *base.statistics}  # or the experts' mean, whatever their weights
-        names = (*self.groups[part], *(base.buffers if part == 0 else ()))
+        names, unchanged = self._tensors_of(part), set(self.experts)
         own = {name: {} if name in copied else row_of(weights, name, layer_of(name)) for name in names}
 
         def load(name: str) -> _Loaded:
@@ -82,18 +98,24 @@ class MergeJob(VariantJob):
                 taken = previous.take(name, inputs) if previous else None
                 return taken or _Loaded(inputs, _merged_pieces(self, own[name], name, staging))
 
-        tensors = {}
+        tensors: dict[str, dict[str, Any]] = {}
         with CheckpointWriter(plan, out) as writer:
             for name, one in one_ahead(load, names) if staging else ((name, load(name)) for name in names):
                 with _noted(name):
                     found = _write_tensor(self, own[name], name, one, writer)
                 writer.begin_flush(name)
-                tensors[name] = {"inputs": one.inputs, **found, "taken": one.known is not None}
+                changing = self._changing(name, unchanged)
+                unchanged -= {*changing}
+                tensors[name] = {"inputs": one.inputs, **found, "taken": one.known is not None, CHANGING: changing}
                 del one  # what of it is on a GPU goes before more is loaded
         if staging:
             staging.release()
         write_json(done, tensors)
         return True
+
+    def _changing(self, name: str, among: Collection[str]) -> list[str]:
+        """Return those of some experts that change a tensor; buffers are the base's, whatever experts have."""
+        return [key for key in sorted(among) if name not in self.base.buffers and self.experts[key].changes(name)]
 
     def finish(self, out: Path) -> dict[str, Any]:
         """Verify what the groups wrote, and make the folder a Hugging Face model: config, tokenizer, per-task heads.
@@ -120,7 +142,8 @@ class MergeJob(VariantJob):
             one.unlink()
         taken = [nbytes(plan.tensors[name]) for name, entry in tensors.items() if entry["taken"]]
         found = {"taken_over": len(taken), "taken_over_bytes": sum(taken), REMARKS: _by_remark(tensors)}
-        return about(plan, tensors) | found | {UNCHANGED: self.unchanged()}
+        changing = {key for entry in tensors.values() for key in entry[CHANGING]}
+        return about(plan, tensors) | found | {UNCHANGED: [key for key in self.experts if key not in changing]}
 
 
 def _by_remark(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
