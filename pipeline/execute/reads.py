@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 import ray
 from pydantic import BaseModel
 
-from sensmerge.pipeline.execute.worker import Done, Spent, keep_if_read_from, run_check, run_finish, run_part
+from sensmerge.pipeline.execute.united import run_send, run_unite
+from sensmerge.pipeline.execute.worker import (
+    Done,
+    Spent,
+    keep_if_read_from,
+    run_check,
+    run_finish,
+    run_part,
+)
 from sensmerge.pipeline.store.bring import bring
 from sensmerge.pipeline.store.manifest import SMALL
+from sensmerge.pipeline.store.sent import Bundle
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.checkpoints.source import small_files
@@ -124,7 +133,14 @@ def do_part(reads: Reads, job: Job, part: int | str, partial: Path, threads: int
     return run_part(job, part, partial, threads, reads.models)
 
 
-def finish(reads: Reads, job: Job, key: Key, before: Spent, threads: int) -> Done:
-    """Complete a step, see `run_finish`, wherever that is."""
+def finish(reads: Reads, job: Job, key: Key, before: Spent, threads: int, is_united: bool = False) -> Done:
+    """Complete a step, see `run_finish` and `run_unite`, wherever that is."""
     reads.bring()
+    if is_united:
+        return run_unite(job, reads.store, key, before, threads, reads.models)
     return run_finish(job, reads.store, key, before, threads, reads.models)
+
+
+def send(reads: Reads, job: Job, key: Key, bundle: Bundle, threads: int) -> Done:
+    """Complete the files of a bundle and write them to the URL; then they are here no more."""
+    return run_send(job, reads.store, key, bundle, threads)

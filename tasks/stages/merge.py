@@ -1,6 +1,6 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text, write_json
-from sensmerge.tasks.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    open_checkpoint,
-    preallocate,
-    tensor_bytes,
-)
+from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.checkpoints.planned import CheckpointPlan, CheckpointWriter, preallocate
 from sensmerge.tasks.checkpoints.sparse import Tensors
-from sensmerge.tasks.checkpoints.weights import by_file
+from sensmerge.tasks.checkpoints.stems import INDEXED
+from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights, by_file
 from sensmerge.tasks.coefficients import row_of
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local, identity
@@ -57,14 +53,33 @@ class MergeJob(VariantJob):
 
     def _tensors_of(self, part: int) -> tuple[str, ...]:
         """Return what a piece writes."""
-        return (*self.groups[part], *(self.base.buffers if part == 0 else ()))
+        return (*self.groups[part], *(self.base.buffers if part == len(self.groups) - 1 else ()))
+
+    def _plan(self) -> CheckpointPlan:
+        return plan_merged(self.base, self.out_dtype, self.shard_size)
+
+    def _files_of(self, *parts: int) -> set[str]:
+        """Return the files that some pieces write to."""
+        planned = self._plan().tensors
+        return {planned[name].file for part in parts for name in self._tensors_of(part)}
+
+    def bundles(self) -> list[list[int]]:
+        """See `Job`: shards end where groups do."""
+        found: list[tuple[list[int], set[str]]] = []
+        for part in self.parts():
+            files = self._files_of(part)
+            if not found or found[-1][1].isdisjoint(files):
+                found.append(([], set()))
+            found[-1][0].append(part)
+            found[-1][1].update(files)
+        return [parts for parts, _ in found]
 
     def reads(self, part: int | str | None) -> Tensors | None:
         """See `Job`: a piece reads the tensors of its layers, and `finish` the heads."""
         if part is None:
             return by_file((one.source, name) for one in self.experts.values() for name in one.head.values())
         assert isinstance(part, int)
-        models = (self.base, *self.experts.values())
+        models: list[BaseWeights | ExpertWeights] = [self.base, *self.experts.values()]
         return by_file(stored for name in self._tensors_of(part) for one in models for stored in one.stored_for(name))
 
     def run(self, part: int | str, out: Path) -> bool:
@@ -83,7 +98,7 @@ class MergeJob(VariantJob):
             return False
         torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
         base = self.base
-        plan = plan_merged(base, self.out_dtype, self.shard_size)
+        plan = self._plan().only(self._files_of(part))
         weights = self.weights()
         preallocate(plan, out)
         previous = _Previous.of(self)
@@ -130,16 +145,36 @@ class MergeJob(VariantJob):
             InputError: NaN or Inf in a head.
             OSError: a tensor on disk is not what a group wrote; its group is merged again when the step runs again.
         """
-        plan = plan_merged(self.base, self.out_dtype, self.shard_size)
+        plan = self._plan()
         markers = [out / marker(part) for part in self.parts()]
-        tensors = verified(plan, markers, out)
+        found = self._completed(plan, verified(plan, markers, out), out)
+        for one in markers:
+            one.unlink()
+        return found
+
+    def pack(self, bundle: Sequence[int | str], out: Path) -> tuple[list[str], dict[str, Any]]:
+        """See `Job`.
+
+        Raises:
+            OSError: as `finish`.
+        """
+        plan = self._plan().only(self._files_of(*(part for part in bundle if isinstance(part, int))))
+        return list(plan.sizes), verified(plan, [out / marker(part) for part in bundle], out)
+
+    def unite(self, packed: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Any]:
+        """See `Job` and `finish`."""
+        plan = self._plan()
+        if plan.index is not None:
+            (out / f"{plan.stem}{INDEXED}").write_text(plan.index)
+        return self._completed(plan, {name: entry for one in packed for name, entry in one.items()}, out)
+
+    def _completed(self, plan: CheckpointPlan, tensors: Mapping[str, Mapping[str, Any]], out: Path) -> dict[str, Any]:
+        """Write all that lies beside the weights; returns what `finish` does."""
         self.write_companions(out, self.out_dtype)
         self.write_heads(out)
         weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
         kept = {name: {key: entry[key] for key in ("inputs", "blake3", REMARKS)} for name, entry in weights.items()}
         write_json(out / TENSORS, kept)
-        for one in markers:
-            one.unlink()
         taken = [nbytes(plan.tensors[name]) for name, entry in tensors.items() if entry["taken"]]
         found = {"taken_over": len(taken), "taken_over_bytes": sum(taken), REMARKS: _by_remark(tensors)}
         changing = {key for entry in tensors.values() for key in entry[CHANGING]}

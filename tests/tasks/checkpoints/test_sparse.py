@@ -33,6 +33,15 @@ def test_a_hole_is_refused_by_name(path: Path) -> None:
     checkpoint.require("a", "b")
 
 
+def test_a_file_that_is_put_in_anothers_place(path: Path) -> None:
+    checkpoint = open_checkpoint(path.parent)
+    assert checkpoint.read("a").tolist() == [1, 1, 1]
+    save_file({"a": torch.ones(3), "b": torch.ones(2)}, path.with_name("other"), metadata={"format": "pt"})
+    path.with_name("other").replace(path)
+    sparse.say(path, ["b"])
+    assert checkpoint.read("b").tolist() == [1, 1]
+
+
 def test_a_link_to_a_file_with_holes(path: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / WEIGHTS).symlink_to(path)
