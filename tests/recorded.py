@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sensmerge.tasks.checkpoints.checkpoint import CheckpointPlan, plan_checkpoint, preallocate
+from sensmerge.tasks.checkpoints.planned import CheckpointPlan, plan_checkpoint, preallocate
 from tests.hub_server import Content, Recorded
 from tests.pictures import in_base64, picture
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,23 @@ from typing import TYPE_CHECKING, Any
 import ray
 from pydantic import BaseModel
 
-from sensmerge.pipeline.execute.worker import Done, Spent, keep_if_read_from, run_check, run_finish, run_part
+from sensmerge.pipeline.execute.united import run_send, run_unite
+from sensmerge.pipeline.execute.worker import (
+    Done,
+    Spent,
+    keep_if_read_from,
+    run_check,
+    run_finish,
+    run_part,
+)
 from sensmerge.pipeline.store.bring import bring
+from sensmerge.pipeline.store.cache import held, make_room
 from sensmerge.pipeline.store.manifest import SMALL
+from sensmerge.pipeline.store.sent import Bundle
 from sensmerge.pipeline.store.store import Key, Store
-from sensmerge.tasks.checkpoints.listing import Listing
+from sensmerge.tasks.checkpoints.listing import Listing, UrlModel
 from sensmerge.tasks.checkpoints.source import small_files
+from sensmerge.tasks.checkpoints.sparse import Tensors
 from sensmerge.tasks.checkpoints.unchanged import PlannedModels
 from sensmerge.tasks.stages.download import DownloadJob
 from sensmerge.tasks.stages.job import Job
@@ -74,6 +86,25 @@ class Reads:
         for listing in self.small:
             small_files(listing, self.models.cache)
 
+    @contextmanager
+    def here(self, tensors: Tensors | None = None) -> Iterator[None]:
+        """Have all of it on this machine within the block, weights included, whatever else the cache has to let go.
+
+        Args:
+            tensors: all that is read of the weights; None: whole files.
+
+        Raises:
+            InputError: as `bring`, and as `PlannedModels.bring`.
+        """
+        artifacts = [self.store.root.joinpath(*self.store.path_of(one).split("/")[:2]) for one in self.others]
+        models = [one.folder for one in (*self.models.listings, *self.small) if isinstance(one.source, UrlModel)]
+        with held([*self.needs.values(), *artifacts, *models]) if self.store.remote is not None else nullcontext():
+            make_room(self.store)
+            self.bring()
+            self.models.bring(tensors)
+            make_room(self.store)
+            yield
+
 
 def look_at_result(store: Store, key: Key, run: str) -> None:
     """Have the small files of what a step has made on this machine, where the next steps are prepared.
@@ -113,18 +144,25 @@ def check(reads: Reads, job: Job, partial: Path) -> Done:
     Raises:
         InputError: as `Reads.bring` and `run_check`.
     """
-    reads.bring()
-    keep_if_read_from(reads.models, job, partial)
-    return replace(run_check(reads.needs), node_id=ray.get_runtime_context().get_node_id())
+    with reads.here({}):
+        keep_if_read_from(reads.models, job, partial)
+        return replace(run_check(reads.needs), node_id=ray.get_runtime_context().get_node_id())
 
 
 def do_part(reads: Reads, job: Job, part: int | str, partial: Path, threads: int) -> Done:
     """Run one of a step's pieces, see `run_part`, wherever that is."""
-    reads.bring()
-    return run_part(job, part, partial, threads, reads.models)
+    with reads.here(job.reads(part)):
+        return run_part(job, part, partial, threads, reads.models)
 
 
-def finish(reads: Reads, job: Job, key: Key, before: Spent, threads: int) -> Done:
-    """Complete a step, see `run_finish`, wherever that is."""
-    reads.bring()
-    return run_finish(job, reads.store, key, before, threads, reads.models)
+def finish(reads: Reads, job: Job, key: Key, before: Spent, threads: int, is_united: bool = False) -> Done:
+    """Complete a step, see `run_finish` and `run_unite`, wherever that is."""
+    with reads.here(job.reads(None)):
+        if is_united:
+            return run_unite(job, reads.store, key, before, threads, reads.models)
+        return run_finish(job, reads.store, key, before, threads, reads.models)
+
+
+def send(reads: Reads, job: Job, key: Key, bundle: Bundle, threads: int) -> Done:
+    """Complete the files of a bundle and write them to the URL; then they are here no more."""
+    return run_send(job, reads.store, key, bundle, threads)

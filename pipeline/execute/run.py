@@ -14,9 +14,9 @@ from rich.filesize import decimal
 
 from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
 from sensmerge.pipeline.execute.nodes import LOST, Disks, is_gone, on_node
-from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running
+from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running, Strand
 from sensmerge.pipeline.execute.progress import SAY_AGAIN, progress
-from sensmerge.pipeline.execute.reads import check, do_part, finish, look_at_result, paths_in
+from sensmerge.pipeline.execute.reads import check, do_part, finish, look_at_result, paths_in, send
 from sensmerge.pipeline.execute.worker import Done
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.tasks.checkpoints.views import TOKENIZERS, VIEWS
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does
     from sensmerge.pipeline.plan.step import Step
 
 # One remote function for all steps: Ray takes calls of one function in their order, those of several in any.
-_CHECK, _PART, _FINISH = ray.remote(check), ray.remote(do_part), ray.remote(finish)
+_CHECK, _PART, _SEND, _FINISH = (ray.remote(one) for one in (check, do_part, send, finish))
 SECONDS_BOUNDS = [1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
 """Of the histogram of steps' times."""
 LOOK_AGAIN = 15.0
@@ -93,24 +93,23 @@ def execute(
         if disks.are_apart():
             _check_apart(steps)
         limits = {step.stage: plan.recipe.resources_of(step.stage).max_in_flight for step in steps}
-        pieces = Pieces(steps, plan.store, limits, plan.steps)
-        flying: dict[ray.ObjectRef, tuple[Running, Piece]] = {}
+        pieces = Pieces(steps, plan.store, limits, plan.steps, disks.are_apart)
+        flying: dict[ray.ObjectRef, tuple[Running, Strand, Piece]] = {}
         while pieces.is_active():
-            for state, piece in pieces.take():
-                flying[_submit(plan, state, piece, disks)] = (state, piece)
+            for taken in pieces.take():
+                flying[_submit(plan, *taken)] = taken
             ended, _ = ray.wait(list(flying), num_returns=1, timeout=SAY_AGAIN)
             shown.at_work(pieces.at_work())
             if not ended:
                 continue
             (ready,) = ended
-            state, piece = flying.pop(ready)
-            if _begins_again(pieces, state, ready, flying):
-                console.print(f"{state.step.title}: its node left; it begins again on another", highlight=False)
+            state, strand, piece = flying.pop(ready)
+            if _begins_again(pieces, state, strand, ready, flying):
+                what = state.step.title if strand.bundle is None else f"{state.step.title}, {strand.bundle}"
+                console.print(f"{what}: its node left; it begins again on another", highlight=False)
                 continue
             result = answer_of(ready, state.step.title, _advice(plan, state.step.stage), list(flying))
-            pieces.piece_done(state, piece, result)
-            if piece is Around.CHECK and state.apart:
-                state.node = result.node_id
+            pieces.piece_done(state, strand, piece, result)
             if piece is Around.FINISH:
                 look_at_result(plan.store, state.step.key, pieces.run)
                 shown.advance(f"{plan.recipe.name}: {step_line(state.step, result)}")
@@ -121,16 +120,20 @@ def execute(
 
 
 def _begins_again(
-    pieces: Pieces, state: Running, ended: ray.ObjectRef[Done], flying: dict[ray.ObjectRef, tuple[Running, Piece]]
+    pieces: Pieces,
+    state: Running,
+    strand: Strand,
+    ended: ray.ObjectRef[Done],
+    flying: dict[ray.ObjectRef, tuple[Running, Strand, Piece]],
 ) -> bool:
-    """Have a step begin again if a piece of it has ended since the node with what the others left is gone."""
-    if state.node is None or state.nodes_lost == LOST or not is_gone(ended, state.node):
+    """Have a strand begin again if a piece of it has ended since the node with what the others left is gone."""
+    if strand.node is None or strand.nodes_lost == LOST or not is_gone(ended, strand.node):
         return False
-    others = [ref for ref, (other, _) in flying.items() if other is state]
+    others = [ref for ref, (_, other, _) in flying.items() if other is strand]
     for ref in others:
         ray.cancel(ref)
         del flying[ref]
-    pieces.begin_again(state, 1 + len(others))
+    pieces.begin_again(state, strand, 1 + len(others))
     return True
 
 
@@ -159,12 +162,11 @@ def _advice(plan: Plan, stage: Stage) -> str:
     return fewer
 
 
-def _submit(plan: Plan, state: Running, piece: Piece, disks: Disks) -> ray.ObjectRef[Done]:
-    """Hand a piece to Ray; of nodes with disks apart, any takes the first piece of a step, and then all others."""
-    step = state.step
-    if piece is Around.CHECK and disks.are_apart():
+def _submit(plan: Plan, state: Running, strand: Strand, piece: Piece) -> ray.ObjectRef[Done]:
+    """Hand a piece to Ray; of nodes with disks apart, any takes the first piece of a strand, and then all others."""
+    step, bundle = state.step, strand.bundle
+    if piece is Around.CHECK and state.apart:
         _check_apart([step])
-        state.apart = True
     resources = plan.recipe.resources_of(step.stage)
     threads = max(1, int(resources.num_cpus))
     options = {
@@ -174,15 +176,19 @@ def _submit(plan: Plan, state: Running, piece: Piece, disks: Disks) -> ray.Objec
         "max_retries": SYSTEM_RETRIES,
         "retry_exceptions": False,
         "name": step.title,
-        "scheduling_strategy": "DEFAULT" if state.node is None else on_node(state.node),
+        "scheduling_strategy": "DEFAULT" if strand.node is None else on_node(strand.node),
     }
+    partial = plan.store.partial(step.key, None if bundle is None else bundle.number)
     if piece is Around.CHECK:
         # The node that can do it must be able to do the other pieces too, if these have to follow.
         options |= {"scheduling_strategy": "SPREAD"} if state.apart else {"num_gpus": 0}
-        return _CHECK.options(**options).remote(state.reads, state.job, plan.store.partial(step.key))
+        return _CHECK.options(**options).remote(state.reads, state.job, partial)
+    if piece is Around.SEND:
+        return _SEND.options(**options).remote(state.reads, state.job, step.key, bundle, threads)
     if piece is Around.FINISH:
-        return _FINISH.options(**options).remote(state.reads, state.job, step.key, state.spent, threads)
-    return _PART.options(**options).remote(state.reads, state.job, piece, plan.store.partial(step.key), threads)
+        words = (state.reads, state.job, step.key, state.spent, threads, state.in_bundles)
+        return _FINISH.options(**options).remote(*words)
+    return _PART.options(**options).remote(state.reads, state.job, piece, partial, threads)
 
 
 def _check_apart(steps: list[Step]) -> None:

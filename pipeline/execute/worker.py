@@ -20,6 +20,8 @@ from sensmerge.tasks.stages.job import Job
 
 READ_FROM = ".models.partial"
 """In a folder under construction, and never in an artifact: the states of the models that its pieces were read from."""
+FORM = 2
+"""Of what pieces leave for `finish`: counts up whenever that of earlier versions lacks something."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,18 @@ class Done:
     node_id: str = ""
     """Ray's, of a step's first piece"""
 
+    @classmethod
+    def before(cls, manifest: Mapping[str, Any]) -> "Done":
+        """Return what a manifest says of a step that has ended."""
+        spent = Spent(**{each.name: manifest[each.name] for each in fields(Spent)})
+        return cls(manifest["result"], spent, manifest["bytes"], manifest["node"])
 
-def _measured(job: Job, work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
+    def manifest(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        return asdict(self.spent) | {"bytes": self.bytes, "node": self.node, "result": self.result}
+
+
+def measured(job: Job, work: Callable[[], Any], threads: int) -> tuple[Any, Spent]:
     """Run work of a job in this worker process and measure it; memory is its largest resident size meanwhile."""
     if job.uses_torch:
         import torch
@@ -117,11 +129,16 @@ def keep_if_read_from(models: PlannedModels, job: Job, partial: Path) -> None:
     """
     if not job.resumes and not job.parts():
         return
-    record, states = partial / READ_FROM, json.dumps(models.states())
+    record, states = partial / READ_FROM, states_of(models)
     if not record.is_file() or record.read_text() != states:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         write_whole(record, states)
+
+
+def states_of(models: PlannedModels) -> str:
+    """Return a text that tells whether what pieces left was made from the same files, and in the same form."""
+    return json.dumps([FORM, models.states()])
 
 
 def run_part(job: Job, part: int | str, partial: Path, threads: int, models: PlannedModels = NONE) -> Done:
@@ -130,17 +147,17 @@ def run_part(job: Job, part: int | str, partial: Path, threads: int, models: Pla
     Raises:
         InputError: bad input that the job found, or a model that is not what it was when the step was planned.
     """
-    models.bring()
+    models.bring(job.reads(part))
     models.check()
     partial.mkdir(parents=True, exist_ok=True)
-    was_left, spent = _measured(job, lambda: job.run(part, partial), threads)
+    was_left, spent = measured(job, lambda: job.run(part, partial), threads)
     models.check()
     return Done({}, spent if was_left else replace(spent, pieces_run=0))
 
 
 def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int, models: PlannedModels = NONE) -> Done:
     """Complete a job and publish its artifact, in one go on the worker; errors as of `run_part`."""
-    models.bring()
+    models.bring(job.reads(None))
     models.check()
     goes_on = job.resumes or bool(job.parts())
     partial = store.partial(key)
@@ -148,14 +165,12 @@ def run_finish(job: Job, store: Store, key: Key, before: Spent, threads: int, mo
     if goes_on and not partial.exists() and published is not None:
         # A worker published it and died before it could say so.
         store.upload(store.folder(key))
-        spent = Spent(**{each.name: published[each.name] for each in fields(Spent)})
-        return Done(published["result"], spent, published["bytes"], published["node"])
+        return Done.before(published)
     if not goes_on and partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    result, spent = _measured(job, lambda: job.finish(partial), threads)
+    result, spent = measured(job, lambda: job.finish(partial), threads)
     models.check()
     done = Done(result, before + spent, sum(file_sizes(partial).values()), platform.node())
-    manifest = asdict(done.spent) | {"bytes": done.bytes, "node": done.node, "result": result}
-    store.publish(key, manifest, result.get("by_tensor", ()))
+    store.publish(key, done.manifest(), result.get("by_tensor", ()))
     return done

@@ -56,7 +56,7 @@ def adapter_job(key: str, variant: Variant, inputs: Inputs, fields: dict[str, An
     tied = {alias: name for alias, name in network.tied.items() if name in names.values()}
     groups = [[name for name in group if name in adapted or name in names] for group in layer_groups(fields["base"])]
     job = MergeAdapterJob(
-        **fields | {"shard_size": 0, "groups": tuple(tuple(group) for group in groups if group)},
+        **fields | {"shard_size": 0, "layout": None, "groups": tuple(tuple(group) for group in groups if group)},
         adapter=variant.adapter,
         out_dtype=variant.out_dtype or "float32",
         form=AdapterForm(*base_of(inputs.listings["base"]), network.task_type, tuple(whole), bool(tied)),

@@ -40,6 +40,7 @@ from sensmerge.tasks.stages.statistics import StatisticsJob
 from sensmerge.tasks.stages.task_vectors import TaskVectorsJob
 from sensmerge.tasks.stages.tune import TuneJob, TuningScoresJob
 from sensmerge.tasks.stages.vectors import VectorsJob
+from sensmerge.tasks.stages.written import laid_out
 
 
 def lay_out(resolved: Resolved) -> tuple[list[Step], dict[str, str]]:
@@ -160,7 +161,7 @@ class _Layout:
         tuning = self._resolved.row_sets(variant.tuning_split)
         scores = {task: self._tuning_scores(task, variant.tuning_split) for task in tuning}
         job = TuneJob(
-            **fields | {"shard_size": 0},
+            **fields | {"shard_size": 0, "layout": None},
             grid=variant.grid(),
             default=variant.default(),
             tuning=tuning,
@@ -233,7 +234,6 @@ class _Layout:
             "varying": variant.varying,
             "statistics": artifacts["statistics"],
             "distances": artifacts["cross_task"].get("all"),
-            "shard_size": variant.shard_size,
             "companions": inputs.tokenizer.companions_digest,
             "token_ids": inputs.tokenizer.token_ids,
             "classes": inputs.classes,
@@ -243,7 +243,7 @@ class _Layout:
             "experts": self._experts,
             "head_configs": inputs.head_configs,
             "tokenizer": inputs.tokenizer.folder,
-            "groups": layer_groups(self._base),
+            **laid_out(self._base, variant.out_dtype, variant.shard_size),
         }
 
     def calibrate(self, name: str) -> None:

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from sensmerge.pipeline.store.remote import SYNCED
 from sensmerge.pipeline.store.store import ROWS, Store, stages
 from sensmerge.tasks.artifacts import sha256_text, write_whole
 
 _LOCKS = ".fetching"
 """Folder of the store, on each machine, for the locks of those who fetch."""
-_BROUGHT: set[tuple[str, Path, float]] = set()
-"""What this process has: for which run, what, and up to how many bytes."""
+_BROUGHT: dict[tuple[str, Path, float], int] = {}
+"""What this process has: for which run, what, and up to how many bytes; and when something of the folder last came, or
+went, since the cache is bounded."""
 
 
 def bring(store: Store, path: Path, run: str, most: float = math.inf) -> None:
@@ -27,7 +29,7 @@ def bring(store: Store, path: Path, run: str, most: float = math.inf) -> None:
         InputError: the URL cannot be used.
     """
     known, parts = (run, path, most), path.relative_to(store.root).parts
-    if store.remote is None or known in _BROUGHT:
+    if store.remote is None or (known in _BROUGHT and _BROUGHT[known] == _changed(store, path)):
         return
     lock = store.root / _LOCKS / f"{sha256_text('/'.join(parts[:2]))[:32]}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -44,4 +46,10 @@ def bring(store: Store, path: Path, run: str, most: float = math.inf) -> None:
                 if name == wanted or (folder == wanted and file.size <= most)
             }
             store.remote.download(files, folder, store.root / folder)
-    _BROUGHT.add(known)
+    _BROUGHT[known] = _changed(store, path)
+
+
+def _changed(store: Store, path: Path) -> int:
+    """Return when files of an artifact last came from the URL, or were deleted to make room; 0 of anything else."""
+    record = store.root.joinpath(*path.relative_to(store.root).parts[:2]) / SYNCED
+    return record.stat().st_mtime_ns if record.is_file() else 0

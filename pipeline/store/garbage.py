@@ -67,12 +67,7 @@ def find_garbage(store: Store, needed: Iterable[str]) -> Garbage:
     """Return what of a store is not needed; the store is locked, so nothing in it is at work."""
     keep = set(needed)
     keep |= {f"{name}{PARTIAL}" for name in keep}  # from where an interrupted step goes on
-    folders = [
-        folder
-        for stage in stages()
-        for folder in sorted((store.root / stage).glob("*/"))
-        if f"{stage}/{folder.name}" not in keep
-    ]
+    folders = [folder for stage in stages() for folder in store.folders(stage) if f"{stage}/{folder.name}" not in keep]
     freed = dict(zip((f"{one.parent.name}/{one.name}" for one in folders), _freed_bytes(store, folders), strict=True))
     revisions: list[str] = []
     used = _used_revisions(store, keep)
@@ -90,6 +85,8 @@ def delete(store: Store, garbage: Garbage) -> set[str]:
     """Delete what was found, and the leases of servers that are gone; return the artifacts, `stage/name-hash8`."""
     for folder in garbage.folders:
         store.remove(folder)
+    if store.remote is not None:
+        store.remote.abandon()
     for file in garbage.rows:
         store.remove_file(file)
     for one in lease.held(str(store)):

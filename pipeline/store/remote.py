@@ -99,6 +99,20 @@ class Remote(RemoteFolder):
         synced = read_json(source / SYNCED) if (source / SYNCED).is_file() else {}
         write_json(source / SYNCED, synced | {name: states[name] for name in names})
 
+    def abandon(self, folder: str = "") -> None:
+        """Delete the parts of files below a folder whose writers were killed; nobody else may be writing any."""
+        fs, root = self._place
+        if not hasattr(fs, "list_multipart_uploads"):
+            return
+        bucket, _, start = f"{root}/{folder}".strip("/").partition("/")
+
+        def abandon() -> None:
+            for upload in fs.list_multipart_uploads(bucket):
+                if upload["Key"].startswith(f"{start}/" if start else ""):
+                    fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+
+        self._tried(abandon)
+
     def remove(self, path: str, first: str | None = None) -> None:
         """Delete a file or folder; of a folder the file `first` goes first. What is not there is none."""
         fs, root = self._place

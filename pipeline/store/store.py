@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from sensmerge.pipeline.recipe.stage import Stage
@@ -44,6 +45,8 @@ ROWS = "rows"
 """Folder of the rows that steps read."""
 PARTIAL = ".partial"
 """Ending of the folder of an artifact under construction."""
+RECEIPT = ".bundle-"
+"""Begin of the name of a file, at a URL, that says which files of an artifact are there already (`store.sent`)."""
 CACHE = "SENSMERGE_CACHE"
 """Environment variable: where the local folders of stores at URLs are."""
 LOOKS = 16
@@ -148,10 +151,10 @@ class Store:
                     return other
         return key
 
-    def partial(self, key: Key) -> Path:
-        """Return the folder where an artifact is under construction; it lies beside the final one."""
+    def partial(self, key: Key, bundle: int | None = None) -> Path:
+        """Return the folder where an artifact, or a bundle of it, is under construction, beside the final one."""
         folder = self.folder(key)
-        return folder.with_name(f"{folder.name}{PARTIAL}")
+        return folder.with_name(f"{folder.name}{'' if bundle is None else f'.{bundle}'}{PARTIAL}")
 
     def manifest(self, key: Key) -> dict[str, Any] | None:
         """Return an artifact's manifest; None if it does not exist: without a manifest, or with files gone or cut.
@@ -178,13 +181,20 @@ class Store:
         whole = manifest is not None and all(size_of(folder / name) == size for name, size in manifest["files"].items())
         return manifest if whole and manifest is not None and manifest["fingerprint"] == key.fingerprint else None
 
-    def publish(self, key: Key, manifest: Mapping[str, Any], by_tensor: Collection[str] = ()) -> None:
+    def publish(
+        self,
+        key: Key,
+        manifest: Mapping[str, Any],
+        by_tensor: Collection[str] = (),
+        sent: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Turn the partial folder into the artifact: fingerprint and manifest written last, then one rename.
 
         Args:
             key: the artifact.
             manifest: what else its manifest says.
             by_tensor: large files that the stage has read back itself, and of which it has a digest by tensor.
+            sent: bytes of those of them that are at the URL and not here (`store.sent`).
         """
         partial, folder = self.partial(key), self.folder(key)
         tidy(partial)
@@ -192,19 +202,20 @@ class Store:
         about = {"stage": key.stage, "name": key.name, "fingerprint": key.fingerprint}
         files = file_sizes(partial)
         checksums = {name: checksum_file(partial / name) for name in files if name not in by_tensor}
+        files = dict(sorted((files | dict(sent)).items()))
         write_json(partial / MANIFEST, about | dict(manifest) | {"files": files, "checksums": checksums})
         if folder.exists():  # an artifact that lost files
             shutil.rmtree(folder)
         partial.rename(folder)
         self.upload(folder)
 
-    def upload(self, folder: Path, *names: str) -> None:
-        """Write an artifact, or some files of it, to where all see it; nothing to do for a store in a folder."""
+    def upload(self, folder: Path, *names: str, source: Path | None = None) -> None:
+        """Write an artifact, or some files of it, which may lie in another folder, to where all see it."""
         if self.remote is None:
             return
         self._check_claim(self.remote)
         files = names or [name for name in file_sizes(folder) if name != SYNCED]
-        self.remote.upload(folder, self.path_of(folder), files, last=None if names else MANIFEST)
+        self.remote.upload(source or folder, self.path_of(folder), files, last=None if names else MANIFEST)
 
     def upload_digests(self) -> None:
         """Write the digests of local files, by which all know them, to where all see them."""
@@ -242,7 +253,8 @@ class Store:
         folders: dict[str, dict[str, RemoteFile]] = {}
         for path, file in found.items():
             stage, _, rest = path.partition("/")
-            if rest and stage not in (LEASES, LOCKS) and file.size <= SMALL:
+            is_receipt = rest.rpartition("/")[2].startswith(RECEIPT)
+            if rest and stage not in (LEASES, LOCKS) and file.size <= SMALL and not is_receipt:
                 folders.setdefault(RUNS if stage == RUNS else "/".join(path.split("/")[:-1][:2]), {})[path] = file
         download = self.remote.download
         with ThreadPoolExecutor(LOOKS) as pool:
@@ -286,7 +298,8 @@ class Store:
             self._check_claim(self.remote)
             self.remote.remove(self.path_of(folder), first=MANIFEST)
         (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        if folder.exists():  # of what was sent, nothing need be here
+            shutil.rmtree(folder)
         shutil.rmtree(self.root / PLANS, ignore_errors=True)
 
     def write_run(self, path: Path, run: Mapping[str, Any]) -> None:
@@ -332,6 +345,12 @@ class Store:
             path.parent for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")) if path.parent.suffix != PARTIAL
         ]
         return [one for one in found if self.remote is None or f"{self.path_of(one)}/{MANIFEST}" in self._listed]
+
+    def folders(self, stage: str) -> list[Path]:
+        """Return the folders of a stage here and at the URL: artifacts, and what is left of some never finished."""
+        here = set((self.root / stage).glob("*/"))
+        names = {tuple(path.split("/")[:2]) for path in self._listed if path.startswith(f"{stage}/")}
+        return sorted(here | {self.root.joinpath(*parts) for parts in names})
 
     def make(self) -> None:
         """Make the root folder.

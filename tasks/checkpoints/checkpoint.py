@@ -1,9 +1,5 @@
-"""Checkpoint folders of safetensors: lazy reading, and writing at planned offsets."""
+"""Checkpoint folders of safetensors, read lazily; `planned` writes them."""
 
-import json
-import math
-import os
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,9 +9,10 @@ from typing import Any
 import torch
 
 from sensmerge.tasks.artifacts import load_object
+from sensmerge.tasks.checkpoints import sparse
 from sensmerge.tasks.checkpoints.header import TensorInfo, open_file, read_header
 from sensmerge.tasks.checkpoints.quantised import WAY_OUT, Scale, dequantised, is_fp8
-from sensmerge.tasks.checkpoints.stems import INDEXED, MODEL, SAFETENSORS, SHARDED, find_stem, single_stems
+from sensmerge.tasks.checkpoints.stems import INDEXED, MODEL, SAFETENSORS, find_stem, single_stems
 from sensmerge.tasks.checkpoints.views import Gathered, Stretch, Taken, read_view
 from sensmerge.tasks.errors import InputError, shown
 
@@ -65,14 +62,14 @@ class Checkpoint:
                 )
 
     @cached_property
-    def _open_files(self) -> dict[Path, Any]:
+    def _open_files(self) -> dict[tuple[Path, int], Any]:
         return {}
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype, fp8 as bfloat16; its pages are read when it is used.
 
         Raises:
-            InputError: the file is gone or corrupt.
+            InputError: the file is gone or corrupt, or the tensor did not come with others of it.
         """
         if name in self.gathered:
             return self._gather(name)
@@ -82,9 +79,12 @@ class Checkpoint:
         return scale.times(stored, self._stored(self.folder / scale.file, scale.name) if scale.name else None)
 
     def _stored(self, path: Path, name: str) -> torch.Tensor:
-        if path not in self._open_files:
-            self._open_files[path] = open_file(path, "pt")
-        tensor: torch.Tensor = self._open_files[path].get_tensor(name)
+        # A file that is put in another's place has other holes.
+        inode = path.stat().st_ino if path.exists() else 0
+        if (path, inode) not in self._open_files:
+            self._open_files[path, inode] = open_file(path, "pt")
+        sparse.require(path, name)
+        tensor: torch.Tensor = self._open_files[path, inode].get_tensor(name)
         return tensor
 
     def _gather(self, name: str) -> torch.Tensor:
@@ -122,15 +122,19 @@ class Checkpoint:
         Raises:
             FilesNeeded: one is not.
         """
-        files = {self.tensors[name].file for name in names}
-        lacking = sorted(file for file in files if not (self.folder / file).exists())
+        places = {name: self.tensors[name].file for name in names}
+        lacking = {file for name, file in places.items() if not sparse.is_here(self.folder / file, name)}
         if lacking:
-            raise FilesNeeded(self.folder, lacking)
+            raise FilesNeeded(self.folder, sorted(lacking))
         for how in [self.gathered[name] for name in names if name in self.gathered]:
             for one in (*how.parts, *(one for sources in how.means.values() for one in sources)):
-                for at in (one, one.change):
-                    if at is not None and not (Path(at.folder) / at.file).exists():
-                        raise FilesNeeded(Path(at.folder), [at.file])
+                stored = [(one.path, one.tensor)]
+                if one.change is not None:
+                    path = Path(one.change.folder) / one.change.file
+                    stored += [(path, one.change.first), (path, one.change.second)]
+                for path, tensor in stored:
+                    if not sparse.is_here(path, tensor):
+                        raise FilesNeeded(path.parent, [path.name])
 
     def holds_equal(self, first: str, second: str) -> bool:
         """Return whether two tensors have the same dtype, shape and bytes.
@@ -257,128 +261,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise InputError(f"{index}: not an index of safetensors shards ({error!r}); download it again") from error
 
 
-@dataclass(frozen=True)
-class PlannedTensor:
-    """Where one tensor of a checkpoint to be written will lie."""
-
-    file: str
-    offset: int
-    """first byte in the file"""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CheckpointPlan:
-    """The files of a checkpoint to be written, byte for byte known but for the tensors' values."""
-
-    tensors: Mapping[str, PlannedTensor]
-    headers: Mapping[str, bytes]
-    """first bytes of each file"""
-    sizes: Mapping[str, int]
-    """whole size of each file in bytes"""
-    index: str | None
-    """text of the index file, where there are several shards"""
-    stem: str = MODEL
-    """of the files' names"""
-
-
-def plan_checkpoint(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_size: int, stem: str = MODEL
-) -> CheckpointPlan:
-    """Lay tensors out in their order in shards of at most `shard_size` bytes (a larger tensor has a shard of its own).
-
-    File names, index and metadata are those that transformers writes and reads. Where those who read files of a stem
-    know no index (`SHARDED`), all tensors are in one file.
-    """
-    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
-    filled = 0
-    for name, (dtype, shape) in tensors.items():
-        nbytes = dtype.itemsize * math.prod(shape)
-        if stem in SHARDED and shards[-1] and filled + nbytes > shard_size:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = (dtype, shape)
-        filled += nbytes
-    planned: dict[str, PlannedTensor] = {}
-    headers, sizes = {}, {}
-    for number, shard in enumerate(shards, 1):
-        place = "" if len(shards) == 1 else f"-{number:05d}-of-{len(shards):05d}"
-        file = f"{stem}{place}{SAFETENSORS}"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        # Wide dtypes first keeps every tensor aligned to its own size, as the safetensors library does.
-        for name, (dtype, shape) in sorted(shard.items(), key=lambda item: -item[1][0].itemsize):
-            begin, end = end, end + dtype.itemsize * math.prod(shape)
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        headers[file] = struct.pack("<Q", len(text)) + text
-        sizes[file] = len(headers[file]) + end
-        for name, (dtype, shape) in shard.items():
-            planned[name] = PlannedTensor(file, len(headers[file]) + header[name]["data_offsets"][0], dtype, shape)
-    index = None
-    if len(shards) > 1:
-        weight_map = {name: tensor.file for name, tensor in planned.items()}
-        total = sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in planned.values())
-        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
-    return CheckpointPlan(planned, headers, sizes, index, stem)
-
-
-def preallocate(plan: CheckpointPlan, folder: Path) -> None:
-    """Create the planned files at their full size, headers written; files that are there already keep their tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, header in plan.headers.items():
-        descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            os.pwrite(descriptor, header, 0)
-            os.truncate(descriptor, plan.sizes[file])
-        finally:
-            os.close(descriptor)
-    if plan.index is not None:
-        (folder / f"{plan.stem}{INDEXED}").write_text(plan.index)
-
-
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor as safetensors stores them, without a copy where it lies contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-
-
-class CheckpointWriter:
-    """Writes tensors, whole or in pieces, at their planned offsets in preallocated files."""
-
-    def __init__(self, plan: CheckpointPlan, folder: Path) -> None:
-        """Prepare to write below a folder; files are opened as they are needed."""
-        self.plan = plan
-        self._folder = folder
-        self._descriptors: dict[str, int] = {}
-
-    def __enter__(self) -> "CheckpointWriter":
-        """Return the writer."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-    def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
-        """Write some elements of a tensor, from element `start` on; they must have the planned dtype."""
-        planned = self.plan.tensors[name]
-        assert values.dtype == planned.dtype, (name, values.dtype, planned.dtype)
-        assert start + values.numel() <= math.prod(planned.shape), (name, start, values.shape, planned.shape)
-        if planned.file not in self._descriptors:
-            self._descriptors[planned.file] = os.open(self._folder / planned.file, os.O_WRONLY)
-        data, offset = tensor_bytes(values), planned.offset + start * planned.dtype.itemsize
-        written = 0
-        while written < len(data):
-            written += os.pwrite(self._descriptors[planned.file], data[written:], offset + written)
-
-    def begin_flush(self, name: str) -> None:
-        """Have the disk begin to write a tensor that is complete, where the system can be told so."""
-        planned = self.plan.tensors[name]
-        if hasattr(os, "posix_fadvise") and planned.file in self._descriptors:
-            size = math.prod(planned.shape) * planned.dtype.itemsize
-            # What is still to be written when it is called unneeded is written, and stays in the page cache meanwhile.
-            os.posix_fadvise(self._descriptors[planned.file], planned.offset, size, os.POSIX_FADV_DONTNEED)

@@ -8,6 +8,7 @@ from sensmerge.tasks.checkpoints import hub, url
 from sensmerge.tasks.checkpoints.companions import WEIGHTS
 from sensmerge.tasks.checkpoints.header import TensorInfo, read_header
 from sensmerge.tasks.checkpoints.listing import HubModel, Listing, LocalModel, ModelSource, UrlModel, list_folder
+from sensmerge.tasks.checkpoints.sparse import Tensors
 from sensmerge.tasks.errors import InputError
 
 
@@ -75,13 +76,21 @@ def safetensors_header(listing: Listing, name: str, cache: Path) -> dict[str, Te
     return hub.remote_header(listing.source, listing, name, cache)
 
 
-def bring(listing: Listing, cache: Path) -> None:
-    """Have all files of a model on this machine, which need not be the one that planned with it or downloaded it.
+def bring(listing: Listing, cache: Path, tensors: Tensors | None = None) -> None:
+    """Have a model's files on this machine, which need not be the one that planned with it or downloaded it.
+
+    Args:
+        listing: the model.
+        cache: as in `resolve`.
+        tensors: all that is read of its weights, and perhaps of others'; None: whole files. Of a model at a URL, only
+            that comes of large files.
 
     Raises:
         InputError: as `fetch_files`; a local file stays what it is, here or not.
     """
-    if isinstance(listing.source, UrlModel) or listing.missing():
+    if isinstance(listing.source, UrlModel):
+        url.bring(listing.source, listing, cache, tensors)
+    elif listing.missing():
         fetch_files(listing, [file.name for file in listing.files], cache)
 
 

@@ -9,7 +9,8 @@ from sensmerge.tasks.checkpoints import digests
 from sensmerge.tasks.checkpoints.hub import VERIFIED
 from sensmerge.tasks.checkpoints.listing import HubModel, Listing, LocalModel, UrlModel
 from sensmerge.tasks.checkpoints.source import bring, verify
-from sensmerge.tasks.checkpoints.url import is_as_it_came
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.url import altered
 from sensmerge.tasks.errors import InputError
 
 State = tuple[str, int, int, int]
@@ -27,14 +28,17 @@ class PlannedModels:
     cache: Path
     """folder of the hub's cache, and of the digests of local files"""
 
-    def bring(self) -> None:
+    def bring(self, tensors: Tensors | None = None) -> None:
         """Have the files on this machine, where they come from the hub or a URL and are not here.
+
+        Args:
+            tensors: all that is read of the weights; None: whole files.
 
         Raises:
             InputError: as `tasks.checkpoints.source.bring`.
         """
         for listing in self.listings:
-            bring(listing, self.cache)
+            bring(listing, self.cache, tensors)
 
     def check(self) -> None:
         """Check that all files are what they were listed as.
@@ -67,6 +71,8 @@ NONE = PlannedModels((), Path())
 def _states(listing: Listing) -> tuple[State, ...]:
     # A folder's time tells of files that came later, which a network might be read from.
     paths = [listing.folder, *(listing.folder / file.name for file in listing.files)]
+    if isinstance(listing.source, UrlModel):  # the others are not read
+        paths = [path for path in paths if path.exists()]
     try:
         return tuple((str(path), *_state(path)) for path in paths)
     except OSError as error:
@@ -100,7 +106,7 @@ def _check(listing: Listing, cache: Path) -> None:
 def _changed_on_disk(listing: Listing, cache: Path) -> Iterator[str]:
     """Yield the files of a model from the hub or a URL that are not what these state; nothing is fetched."""
     if isinstance(listing.source, UrlModel):
-        yield from (file.name for file in listing.files if not is_as_it_came(listing, file, cache))
+        yield from altered(listing, cache)
         return
     for file in listing.files:
         path = (listing.folder / file.name).resolve()

@@ -4,7 +4,7 @@ Small and picklable, and read without transformers: what reaches a worker is whe
 found out (`tasks.networks.expert`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import xxhash
 from sensmerge.tasks.checkpoints.checkpoint import DTYPES, Checkpoint, tensor_bytes
 from sensmerge.tasks.checkpoints.header import TensorInfo
 from sensmerge.tasks.checkpoints.layers import group_by_layer
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.views import VIEWS
 from sensmerge.tasks.methods.kernels.delta import Delta, Difference, Unchanged, Whole, pieces
 
 GROUP_BYTES = 64 * 2**20
@@ -75,6 +77,10 @@ class BaseWeights:
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype; its pages are read when it is used."""
         return self.checkpoint.read(self.stored_name(name))
+
+    def stored_for(self, name: str) -> Iterator[tuple[Checkpoint, str]]:
+        """Yield what is read for a tensor."""
+        yield self.checkpoint, self.stored_name(name)
 
     def examined(self, name: str) -> Examined:
         """Read through one tensor."""
@@ -152,6 +158,19 @@ class ExpertWeights:
     def touches(self, name: str) -> bool:
         """Return whether the expert stores anything for this tensor; if not, its task vector is zero."""
         return name in self.own or name in self.low_rank or name in self.pieces
+
+    def stored_for(self, name: str) -> Iterator[tuple[Checkpoint, str]]:
+        """Yield what of the expert's own is read for a tensor."""
+        for source in (
+            self.own.get(name),
+            self.low_rank.get(name),
+            *(piece.source for piece in self.pieces.get(name, ())),
+        ):
+            match source:
+                case str():
+                    yield self.source, source
+                case LoraFactors():
+                    yield from ((self.source, source.first), (self.source, source.second))
 
     def is_whole(self, name: str) -> bool:
         """Return whether the expert stores the values of a tensor, and no factors of its task vector."""
@@ -270,6 +289,22 @@ def _examined(how: str, stored: Sequence[tuple[Checkpoint, str]]) -> Examined:
                 bad += len(piece) - int(piece.isfinite().sum())
         count += info.numel
     return Examined(digest.hexdigest(), bad, count)
+
+
+def by_file(stored: Iterable[tuple[Checkpoint, str]]) -> Tensors | None:
+    """Return stored tensors, and the scales of those in fp8, by file; None if a folder that stands for a model has one.
+
+    What such a folder has is put together of tensors of any models.
+    """
+    found: dict[Path, set[str]] = {}
+    for checkpoint, name in stored:
+        if checkpoint.folder.parent.name == VIEWS:
+            return None
+        found.setdefault(checkpoint.folder / checkpoint.tensors[name].file, set()).add(name)
+        scale = checkpoint.scales.get(name)
+        if scale is not None and scale.name:
+            found.setdefault(checkpoint.folder / scale.file, set()).add(scale.name)
+    return found
 
 
 def layer_groups(base: BaseWeights, group_bytes: int = GROUP_BYTES) -> tuple[tuple[str, ...], ...]:

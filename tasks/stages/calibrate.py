@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import Artifact, write_json
-from sensmerge.tasks.checkpoints.checkpoint import CheckpointPlan, CheckpointWriter, open_checkpoint, preallocate
+from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
+from sensmerge.tasks.checkpoints.planned import CheckpointPlan, CheckpointWriter, preallocate
 from sensmerge.tasks.checkpoints.weights import HEADS
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.features import FeatureCalibration

@@ -1,11 +1,12 @@
 """What a step does. Every stage has a job: a frozen dataclass whose fields are all that the step reads, and how."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from sensmerge.tasks.checkpoints.sparse import Tensors
 from sensmerge.tasks.identity import identity
 
 
@@ -50,8 +51,35 @@ class Job(ABC):
         """Return what names the pieces that may run side by side before `finish`; doing one twice is harmless."""
         return ()
 
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """Return all that a piece reads of the weights of models, or `finish`, for None; None where it is whole files.
+
+        Of a model at a URL, nothing else comes to the machine that does the piece.
+        """
+        return None
+
     def run(self, part: int | str, out: Path) -> bool:
         """Do one of the pieces in the folder under construction; return whether there was something left to do."""
+        raise NotImplementedError
+
+    def bundles(self) -> Sequence[Sequence[int | str]]:
+        """Return the parts in bundles: no two write to the same file. Where machines share no disk, one does a bundle.
+
+        Of several bundles each is completed by `pack`, where its parts were done, and the artifact by `unite`.
+        """
+        return (self.parts(),)
+
+    def pack(self, bundle: Sequence[int | str], out: Path) -> tuple[list[str], dict[str, Any]]:
+        """Complete the files that the parts of a bundle wrote; return their names, and as JSON what `unite` is told."""
+        raise NotImplementedError
+
+    def unite(self, packed: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Any]:
+        """Complete the artifact as `finish` does, in a folder without the files of the bundles.
+
+        Args:
+            packed: what `pack` told of each bundle.
+            out: the folder.
+        """
         raise NotImplementedError
 
     @abstractmethod

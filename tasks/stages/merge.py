@@ -1,6 +1,6 @@
 """Stage merge: one variant of a recipe, group of layers by group of layers, into a Hugging Face checkpoint."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import canonical, load_object, sha256_text, write_json
-from sensmerge.tasks.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    open_checkpoint,
-    preallocate,
-    tensor_bytes,
-)
+from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, open_checkpoint, tensor_bytes
 from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.checkpoints.planned import CheckpointPlan, CheckpointWriter, preallocate
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.stems import INDEXED
+from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights, by_file
 from sensmerge.tasks.coefficients import row_of
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local, identity
@@ -32,6 +30,8 @@ TENSORS = "tensors.json"
 """What every weight was made of (`inputs`), what came out (`checksum`) and what the method said of it (`remarks`), for
 a later merge to take it over."""
 REMARKS = "remarks"
+CHANGING = "changing"
+"""Of a tensor of a group: the experts that change it, and none before it in the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,37 @@ class MergeJob(VariantJob):
         """See `Job`. Each tensor's checksum is compared as it is taken over, so the artifact is not read before."""
         return replace(super().resumed(earlier), previous=earlier.newest())
 
+    def _tensors_of(self, part: int) -> tuple[str, ...]:
+        """Return what a piece writes."""
+        return (*self.groups[part], *(self.base.buffers if part == len(self.groups) - 1 else ()))
+
+    def _plan(self) -> CheckpointPlan:
+        return plan_merged(self.base, self.out_dtype, self.shard_size)
+
+    def _files_of(self, *parts: int) -> set[str]:
+        """Return the files that some pieces write to."""
+        planned = self._plan().tensors
+        return {planned[name].file for part in parts for name in self._tensors_of(part)}
+
+    def bundles(self) -> list[list[int]]:
+        """See `Job`: shards end where groups do."""
+        found: list[tuple[list[int], set[str]]] = []
+        for part in self.parts():
+            files = self._files_of(part)
+            if not found or found[-1][1].isdisjoint(files):
+                found.append(([], set()))
+            found[-1][0].append(part)
+            found[-1][1].update(files)
+        return [parts for parts, _ in found]
+
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """See `Job`: a piece reads the tensors of its layers, and `finish` the heads."""
+        if part is None:
+            return by_file((one.source, name) for one in self.experts.values() for name in one.head.values())
+        assert isinstance(part, int)
+        models: list[BaseWeights | ExpertWeights] = [self.base, *self.experts.values()]
+        return by_file(stored for name in self._tensors_of(part) for one in models for stored in one.stored_for(name))
+
     def run(self, part: int | str, out: Path) -> bool:
         """Merge one group of layers and write it at its place in the checkpoint under construction in `out`.
 
@@ -67,13 +98,13 @@ class MergeJob(VariantJob):
             return False
         torch.set_num_threads(1)  # sums and products must not depend on how many threads share them
         base = self.base
-        plan = plan_merged(base, self.out_dtype, self.shard_size)
+        plan = self._plan().only(self._files_of(part))
         weights = self.weights()
         preallocate(plan, out)
         previous = _Previous.of(self)
         staging = None if self.device == "cpu" else Staging(self.device)
         copied = {*base.buffers, *base.statistics}  # or the experts' mean, whatever their weights
-        names = (*self.groups[part], *(base.buffers if part == 0 else ()))
+        names, unchanged = self._tensors_of(part), set(self.experts)
         own = {name: {} if name in copied else row_of(weights, name, layer_of(name)) for name in names}
 
         def load(name: str) -> _Loaded:
@@ -82,18 +113,24 @@ class MergeJob(VariantJob):
                 taken = previous.take(name, inputs) if previous else None
                 return taken or _Loaded(inputs, _merged_pieces(self, own[name], name, staging))
 
-        tensors = {}
+        tensors: dict[str, dict[str, Any]] = {}
         with CheckpointWriter(plan, out) as writer:
             for name, one in one_ahead(load, names) if staging else ((name, load(name)) for name in names):
                 with _noted(name):
                     found = _write_tensor(self, own[name], name, one, writer)
                 writer.begin_flush(name)
-                tensors[name] = {"inputs": one.inputs, **found, "taken": one.known is not None}
+                changing = self._changing(name, unchanged)
+                unchanged -= {*changing}
+                tensors[name] = {"inputs": one.inputs, **found, "taken": one.known is not None, CHANGING: changing}
                 del one  # what of it is on a GPU goes before more is loaded
         if staging:
             staging.release()
         write_json(done, tensors)
         return True
+
+    def _changing(self, name: str, among: Collection[str]) -> list[str]:
+        """Return those of some experts that change a tensor; buffers are the base's, whatever experts have."""
+        return [key for key in sorted(among) if name not in self.base.buffers and self.experts[key].changes(name)]
 
     def finish(self, out: Path) -> dict[str, Any]:
         """Verify what the groups wrote, and make the folder a Hugging Face model: config, tokenizer, per-task heads.
@@ -108,19 +145,40 @@ class MergeJob(VariantJob):
             InputError: NaN or Inf in a head.
             OSError: a tensor on disk is not what a group wrote; its group is merged again when the step runs again.
         """
-        plan = plan_merged(self.base, self.out_dtype, self.shard_size)
+        plan = self._plan()
         markers = [out / marker(part) for part in self.parts()]
-        tensors = verified(plan, markers, out)
+        found = self._completed(plan, verified(plan, markers, out), out)
+        for one in markers:
+            one.unlink()
+        return found
+
+    def pack(self, bundle: Sequence[int | str], out: Path) -> tuple[list[str], dict[str, Any]]:
+        """See `Job`.
+
+        Raises:
+            OSError: as `finish`.
+        """
+        plan = self._plan().only(self._files_of(*(part for part in bundle if isinstance(part, int))))
+        return list(plan.sizes), verified(plan, [out / marker(part) for part in bundle], out)
+
+    def unite(self, packed: Sequence[Mapping[str, Any]], out: Path) -> dict[str, Any]:
+        """See `Job` and `finish`."""
+        plan = self._plan()
+        if plan.index is not None:
+            (out / f"{plan.stem}{INDEXED}").write_text(plan.index)
+        return self._completed(plan, {name: entry for one in packed for name, entry in one.items()}, out)
+
+    def _completed(self, plan: CheckpointPlan, tensors: Mapping[str, Mapping[str, Any]], out: Path) -> dict[str, Any]:
+        """Write all that lies beside the weights; returns what `finish` does."""
         self.write_companions(out, self.out_dtype)
         self.write_heads(out)
         weights = {name: entry for name, entry in tensors.items() if entry["inputs"] is not None}
         kept = {name: {key: entry[key] for key in ("inputs", "blake3", REMARKS)} for name, entry in weights.items()}
         write_json(out / TENSORS, kept)
-        for one in markers:
-            one.unlink()
         taken = [nbytes(plan.tensors[name]) for name, entry in tensors.items() if entry["taken"]]
         found = {"taken_over": len(taken), "taken_over_bytes": sum(taken), REMARKS: _by_remark(tensors)}
-        return about(plan, tensors) | found | {UNCHANGED: self.unchanged()}
+        changing = {key for entry in tensors.values() for key in entry[CHANGING]}
+        return about(plan, tensors) | found | {UNCHANGED: [key for key in self.experts if key not in changing]}
 
 
 def _by_remark(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from sensmerge.tasks.artifacts import sync
-from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, open_checkpoint, preallocate, tensor_bytes
+from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint, tensor_bytes
 from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.checkpoints.planned import CheckpointWriter, preallocate
 from sensmerge.tasks.coefficients import row_of
 from sensmerge.tasks.dynamic.vectors import BASE, LowRank, Vector, compact
 from sensmerge.tasks.dynamic.writing import finite_as, seal, vectors_file, write_vectors

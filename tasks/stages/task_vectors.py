@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sensmerge.tasks.artifacts import read_json, write_json
 from sensmerge.tasks.checkpoints.layers import layer_of
-from sensmerge.tasks.checkpoints.weights import ExpertWeights
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights, by_file
 from sensmerge.tasks.errors import InputError, noted
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.methods.kernels import loops
@@ -47,6 +48,13 @@ class TaskVectorsJob(Job):
     def parts(self) -> Sequence[int]:
         """Return the numbers of the groups."""
         return range(len(self.groups))
+
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """See `Job`: a piece reads the tensors of its layers, and `finish` none."""
+        assert not isinstance(part, str)
+        names = [] if part is None else [name for name in self.groups[part] if self.weights.touches(name)]
+        models: list[BaseWeights | ExpertWeights] = [self.weights.base, self.weights]
+        return by_file(stored for name in names for one in models for stored in one.stored_for(name))
 
     def run(self, part: int | str, out: Path) -> bool:
         """Measure one group of layers, in one pass, piece by piece.

@@ -35,7 +35,7 @@ from sensmerge.tasks.coefficients import (
     tau,
 )
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.identity import Local
+from sensmerge.tasks.identity import Added, Local
 from sensmerge.tasks.methods.contract import Method, TaskVector, method_of
 from sensmerge.tasks.methods.kernels.stored import rounded
 from sensmerge.tasks.methods.settings import Values, VariantSettings, VaryingSetting, varied
@@ -81,6 +81,8 @@ class VariantJob(Job):
     """whether no class of transformers reads base and experts, and names alone say what tensors are"""
     base_config: Sequence[str] = ()
     """experts with a head of their own that run with the base's config"""
+    layout: Added[str | None] = None
+    """how tensors are shared out among files, see `tasks.stages.written.laid_out`"""
     tuned: Artifact | None = None
     """of stage tune: what settings have instead of the values here, which are those that it began with"""
     task_vectors: Local[Mapping[str, Artifact]] = field(default_factory=dict)

@@ -16,28 +16,47 @@ from blake3 import blake3
 from torch import Tensor
 
 from sensmerge.tasks.artifacts import canonical, read_json, sha256_text, sync
-from sensmerge.tasks.checkpoints.checkpoint import (
-    DTYPES,
-    Checkpoint,
+from sensmerge.tasks.checkpoints.checkpoint import DTYPES, Checkpoint, tensor_bytes
+from sensmerge.tasks.checkpoints.header import read_header
+from sensmerge.tasks.checkpoints.planned import (
     CheckpointPlan,
     CheckpointWriter,
     PlannedTensor,
-    open_checkpoint,
     plan_checkpoint,
     preallocate,
-    tensor_bytes,
 )
-from sensmerge.tasks.checkpoints.weights import BaseWeights
+from sensmerge.tasks.checkpoints.weights import GROUP_BYTES, BaseWeights, layer_groups
 from sensmerge.tasks.methods.kernels.stored import rounded
 
 
+def merged_groups(base: BaseWeights, shard_size: int) -> tuple[tuple[str, ...], ...]:
+    """Return the base's weights in groups of whole layers; each is merged in one go, and none is in several shards."""
+    return layer_groups(base, min(GROUP_BYTES, shard_size))
+
+
 def plan_merged(base: BaseWeights, out_dtype: str | None, shard_size: int) -> CheckpointPlan:
-    """Plan the files of a merged model from the base's headers; they are called as the base's are."""
+    """Plan the files of a merged model from the base's headers; they are called as the base's are.
+
+    Shards end where groups end, so that different machines may write them; the last has the buffers.
+    """
     dtypes = {name: base.dtype(name) for name in (*base.weights, *base.buffers)}
     if out_dtype is not None:
         dtypes |= {name: getattr(torch, out_dtype) for name in base.weights}
     tensors = {name: (dtype, base.info(name).shape) for name, dtype in dtypes.items()}
-    return plan_checkpoint(tensors, shard_size, base.checkpoint.stem)
+    *groups, last = merged_groups(base, shard_size)
+    return plan_checkpoint(tensors, shard_size, base.checkpoint.stem, [*groups, (*last, *base.buffers)])
+
+
+def laid_out(base: BaseWeights, out_dtype: str | None, shard_size: int) -> dict[str, Any]:
+    """Return the fields of a merge that say how its tensors are shared out.
+
+    Returns:
+        `shard_size`; `groups`: see `merged_groups`; `layout`: the name of the rule by which `plan_merged` shares
+        tensors out among files, None if there is one file.
+    """
+    is_sharded = len(plan_merged(base, out_dtype, shard_size).sizes) > 1
+    groups = merged_groups(base, shard_size)
+    return {"shard_size": shard_size, "groups": groups, "layout": "groups" if is_sharded else None}
 
 
 def marker(group: int | str) -> str:
@@ -82,7 +101,8 @@ def verified(plan: CheckpointPlan, markers: Sequence[Path], out: Path) -> dict[s
     written = {marker: read_json(marker) for marker in markers}
     tensors = {name: entry for entries in written.values() for name, entry in entries.items()}
     assert set(tensors) == set(plan.tensors), "every tensor is in a group"
-    found = tensor_digests(open_checkpoint(out))
+    headers = {name: info for file in plan.sizes for name, info in read_header(out / file).items()}
+    found = tensor_digests(Checkpoint(out, headers))
     altered = [name for name, entry in tensors.items() if found[name] != entry.get("blake3")]
     if altered:
         for marker, entries in written.items():

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 import torch
 import yaml
 
-from sensmerge.tasks.checkpoints.checkpoint import plan_checkpoint, preallocate
 from sensmerge.tasks.checkpoints.digests import compute
+from sensmerge.tasks.checkpoints.planned import plan_checkpoint, preallocate
 from tests.benchmarks.synthetic import SIZES, Size, llama_config, shapes
 from tests.conftest import make_tokenizer
 

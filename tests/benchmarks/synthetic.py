@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, plan_checkpoint, preallocate
+from sensmerge.tasks.checkpoints.planned import CheckpointWriter, plan_checkpoint, preallocate
 
 SHARD_SIZE = 5_000_000_000
 

@@ -1,6 +1,7 @@
 """An S3-compatible server on the loopback that is as unreliable as it is told to be."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ class UnreliableBucket:
     def __init__(self, busy: int = 0, cut: int = 0) -> None:
         self.busy, self.cut = busy, cut
         self.refused, self.broken = 0, 0
+        self.sent: Counter[str] = Counter()
+        """bytes of answers by the path that was asked for"""
         self._requests, self._bodies = 0, 0
         self._lock = threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -51,12 +54,13 @@ class UnreliableBucket:
             start_response("503 Slow Down", [("Content-Type", "text/xml"), ("Content-Length", str(len(BUSY)))])
             return [BUSY]
         body: Iterable[bytes] = self._moto(environ, start_response)
-        return self._broken_off(body) if environ["REQUEST_METHOD"] == "GET" else body
+        return self._broken_off(environ["PATH_INFO"], body) if environ["REQUEST_METHOD"] == "GET" else body
 
-    def _broken_off(self, body: Iterable[bytes]) -> Iterator[bytes]:
+    def _broken_off(self, path: str, body: Iterable[bytes]) -> Iterator[bytes]:
         content = b"".join(body)
         with self._lock:
             self._bodies += len(content) > 1
             is_cut = bool(self.cut) and len(content) > 1 and self._bodies % self.cut == 0
             self.broken += is_cut
+            self.sent[path] += len(content)
         yield content[: len(content) // 2] if is_cut else content

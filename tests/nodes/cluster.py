@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from ray._raylet import GcsClient
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
@@ -47,6 +49,11 @@ class Nodes:
         self._environment = {**kept, **own, **environment}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.address = f"127.0.0.1:{free_port()}"
+
+    @property
+    def names(self) -> list[str]:
+        """The nodes that are there and do work."""
+        return [name for name in self._processes if name != "head"]
 
     def own(self, name: str) -> Path:
         """The folder that a node sees at `disk`, as others may look into it."""
@@ -118,7 +125,11 @@ class Nodes:
 
     def kill(self, name: str) -> None:
         """Have a node gone from one moment to the next, with all its processes."""
-        os.killpg(self._processes.pop(name).pid, signal.SIGKILL)
+        leader = psutil.Process(self._processes.pop(name).pid)
+        # A worker that is left alone for a moment could still end its work, and say so.
+        for one in (*leader.children(recursive=True), leader):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
     def stop(self) -> None:
         """Stop all nodes."""

@@ -1,9 +1,10 @@
 """Clusters whose nodes share nothing but a bucket."""
 
+import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import fsspec
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tiny_recipe, write_recipe
+from tests.conftest import make_llama, perturbed, tiny_recipe, write_recipe
 from tests.here import run_here
 from tests.nodes.bucket import UnreliableBucket
 from tests.nodes.cluster import Nodes
 
-STORE = "s3://models/store"
+MLFLOW = "sqlite:///{}/mlflow.db"
+SHARD = 1_000_000
+"""Bytes of a shard: less than a layer has."""
 WEIGHTS = "model.safetensors"
 STAGES = ("statistics", "cross_task", "merge", "route", "evaluate")
-WORKERS = ("one", "two")
+WORKERS = ("one", "two", "three")
 CAN_UNSHARE = not subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(not CAN_UNSHARE, reason="needs the right to mount folders")]
@@ -55,15 +58,39 @@ def nodes(bucket: UnreliableBucket, files: Any, tmp_path_factory: pytest.TempPat
         cluster.stop()
 
 
+@pytest.fixture(scope="module")
+def models(files: Any, save: Callable[..., Path]) -> dict[str, Path]:
+    """A base and two experts whose weights count as large; they are at URLs too."""
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    found = {"base": save(make_llama(**wide), "base")}
+    for seed, name in enumerate(("math", "code"), start=1):
+        found[name] = save(perturbed(make_llama(**wide), seed), name)
+    for name, folder in found.items():
+        files.put(str(folder), f"models/{name}", recursive=True)
+    return found
+
+
 def recipe_of(models: Mapping[str, object], folder: Path) -> dict[str, Any]:
-    """Sens and SE on the tiny models, whose rows go to the folder; few scores, which are not what this is about."""
+    """Sens and SE, whose rows go to the folder; few scores, which are not what this is about."""
     recipe = tiny_recipe({name: Path(str(model)) for name, model in models.items()}, folder)
     del recipe["tasks"]["code"]["evaluation"]
-    recipe["merges"] = {name: recipe["merges"][name] for name in ("ties-sens",)}
+    recipe["merges"] = {name: recipe["merges"][name] | {"shard_size": SHARD} for name in ("ta", "ties-sens")}
     recipe["merges"]["ta-se"] = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}
-    recipe["base"] = str(models["base"])
-    recipe["experts"] = {name: {"model": str(models[name])} for name in ("math", "code")}
-    return recipe
+    return named(recipe, models)
+
+
+def merge_of(models: Mapping[str, object], folder: Path) -> dict[str, Any]:
+    """The plain merge alone."""
+    recipe = recipe_of(models, folder)
+    return recipe | {"name": "plain", "tasks": {}, "merges": {"ta": recipe["merges"]["ta"]}}
+
+
+def named(recipe: dict[str, Any], models: Mapping[str, object]) -> dict[str, Any]:
+    """The recipe of models where they are."""
+    return recipe | {
+        "base": str(models["base"]),
+        "experts": {name: {"model": str(models[name])} for name in ("math", "code")},
+    }
 
 
 def changed(folder: Path, target: Path) -> Path:
@@ -84,6 +111,13 @@ def made_here(models: Mapping[str, Path], folder: Path) -> dict[str, set[bytes]]
     return contents({path.relative_to(folder / "store").as_posix(): path.read_bytes() for path in found})
 
 
+def at(files: Any, store: str) -> dict[str, set[bytes]]:
+    """What is in a store in the bucket, see `contents`."""
+    place = store.removeprefix("s3://")
+    files.invalidate_cache()
+    return contents({name.removeprefix(f"{place}/"): files.cat_file(name) for name in files.find(place)})
+
+
 def contents(files: Mapping[str, bytes]) -> dict[str, set[bytes]]:
     """The weights, routing statistics and scores of a store's artifacts, by stage and what they are of.
 
@@ -98,46 +132,72 @@ def contents(files: Mapping[str, bytes]) -> dict[str, set[bytes]]:
     return found
 
 
-def killed_at_work(nodes: Nodes, step: str, process: "subprocess.Popen[str]") -> None:
-    """Wait for a node that has begun to write weights in a step, and kill it."""
+def killed_at_work(nodes: Nodes, begun: str, process: "subprocess.Popen[str]") -> None:
+    """Wait for a node that has begun to write what a pattern matches, and kill it."""
     while process.poll() is None:
-        for name in WORKERS:
-            if list(nodes.own(name).glob(f"cache/*/{step}-*.partial/{WEIGHTS}")):
+        for name in nodes.names:
+            if list(nodes.own(name).glob(f"cache/*/{begun}")):
                 nodes.kill(name)
                 return
         time.sleep(0.01)
     raise AssertionError(process.communicate()[0])
 
 
-def test_a_bucket_is_all_that_nodes_share(
-    nodes: Nodes, bucket: UnreliableBucket, files: Any, llamas: dict[str, Path], tmp_path: Path
+def test_nodes_share_out_a_merge_and_read_it_once(
+    nodes: Nodes, bucket: UnreliableBucket, files: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
     driver = nodes.own("driver")
-    for name, folder in llamas.items():
-        files.put(str(folder), f"models/{name}", recursive=True)
-    write_recipe(driver, recipe_of({name: f"s3://models/{name}" for name in llamas}, driver))
-    bucket.busy, bucket.cut = 5, 50
-    words = ["--store", STORE, "--tracking-uri", f"sqlite:///{nodes.disk}/mlflow.db"]
+    write_recipe(driver, merge_of({name: f"s3://models/{name}" for name in models}, driver), "plain.yaml")
+    store = "s3://models/plain"
+    nodes.do("driver", "run", nodes.disk / "plain.yaml", "--store", store, "--tracking-uri", MLFLOW.format(nodes.disk))
+    needed = sum((folder / WEIGHTS).stat().st_size for folder in models.values())
+    assert needed <= sum(bucket.sent[f"/models/{name}/{WEIGHTS}"] for name in models) <= 1.1 * needed
+    for name in nodes.names:  # each did something, and none read all
+        assert list(nodes.own(name).glob(f"cache/*/hub/urls/*/*/.{WEIGHTS}.here"))
+        assert not list(nodes.own(name).glob("cache/*/merge/*.partial/*.safetensors"))
+    assert not list(driver.glob(f"cache/*/hub/urls/*/*/{WEIGHTS}"))
+    (folder,) = files.ls("models/plain/merge")
+    assert len(files.glob(f"{folder}/*.safetensors")) > 2
+    assert not files.glob(f"{folder}/.bundle*")
+    alone = made_here(models, tmp_path / "here")
+    merged = at(files, store)
+    assert merged.keys() >= {f"merge/ta/{Path(name).name}" for name in files.glob(f"{folder}/*.safetensors")}
+    assert merged == {name: alone[name] for name in merged}
 
-    def there() -> dict[str, set[bytes]]:
-        found = files.find("models/store")
-        return contents({name.removeprefix("models/store/"): files.cat_file(name) for name in found})
+
+def test_a_bucket_is_all_that_nodes_share(
+    nodes: Nodes, bucket: UnreliableBucket, files: Any, models: dict[str, Path], tmp_path: Path
+) -> None:
+    driver, store = nodes.own("driver"), "s3://models/store"
+    write_recipe(driver, recipe_of({name: f"s3://models/{name}" for name in models}, driver))
+    bucket.busy, bucket.cut = 5, 50
+    words = ["--store", store, "--tracking-uri", MLFLOW.format(nodes.disk)]
 
     process = nodes.begin("driver", "run", nodes.disk / "recipe.yaml", *words)
-    killed_at_work(nodes, "merge/ties-sens", process)
+    killed_at_work(nodes, "statistics/*.partial", process)
+    killed_at_work(nodes, "merge/ties-sens-*.partial/*.safetensors", process)
     said = nodes.ended(process)
-    assert "merge ties-sens: its node left; it begins again on another" in said, said
-    for name in WORKERS:  # both did something, for themselves
-        assert list(nodes.own(name).glob("cache/*/*/*/manifest.json"))
-        assert list(nodes.own(name).glob(f"cache/*/hub/urls/*/*/{WEIGHTS}"))
-    assert not list(driver.glob(f"cache/*/hub/urls/*/*/{WEIGHTS}"))
+    assert re.search(r"statistics \w+: its node left; it begins again on another", said), said
+    assert re.search(r"merge ties-sens, parts \d+ to \d+: its node left; it begins again on another", said), said
     assert not list(nodes.own("head").rglob("*"))
-    assert there() == made_here(llamas, tmp_path / "before")
-
-    files.put_file(str(changed(llamas["code"], tmp_path / "code") / WEIGHTS), f"models/code/{WEIGHTS}")
-    said = nodes.do("driver", "refresh", nodes.disk / "recipe.yaml", *words)
-    assert "download math" not in said
-    assert "all intact" in nodes.do("driver", "verify", "--store", STORE)
+    assert at(files, store) == made_here(models, tmp_path / "before")
+    bucket.busy = bucket.cut = 0
     assert bucket.refused
     assert bucket.broken
+
+    after = models | {"code": changed(models["code"], tmp_path / "code")}
+    files.put_file(str(after["code"] / WEIGHTS), f"models/code/{WEIGHTS}")
+    said = nodes.do("driver", "refresh", nodes.disk / "recipe.yaml", *words)
+    assert "download math" not in said
+    made, expected = at(files, store), made_here(after, tmp_path / "after")
+    assert {name: content - made[name] for name, content in expected.items() if content - made[name]} == {}
+
+    left = f"{store}/merge/left-00000000"
+    files.pipe_file(f"{left}/{WEIGHTS}", b"0" * 10_000)
+    files.call_s3("create_multipart_upload", Bucket="models", Key="store/merge/left-00000000/model.safetensors")
+    said = nodes.do("driver", "gc", "--keep", "1", "--delete", "--store", store)
+    assert "merge/left-00000000: 10.0 kB" in said
+    assert not files.exists(left)
+    assert files.list_multipart_uploads("models") == []
+    assert "all intact" in nodes.do("driver", "verify", "--store", store)
     assert list(nodes.disk.iterdir()) == []  # where there is no node

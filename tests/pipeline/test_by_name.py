@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.tasks.checkpoints.checkpoint import CheckpointWriter, open_checkpoint, plan_checkpoint, preallocate
+from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
+from sensmerge.tasks.checkpoints.planned import CheckpointWriter, plan_checkpoint, preallocate
 from sensmerge.tasks.errors import InputError
 from tests.conftest import command_line, do_steps, make_adapter, make_llama, plan_of, write_recipe
 from tests.here import run_here

@@ -58,11 +58,11 @@ def test_in_the_plans_order_and_no_more_than_the_limit(
         pieces = Pieces(steps, Store(tmp_path), {"merge": limit})
         while True:
             taken = list(pieces.take())
-            found.append(" ".join(f"{state.step.name}{SHORT.get(piece, piece)}" for state, piece in taken))
+            found.append(" ".join(f"{state.step.name}{SHORT.get(piece, piece)}" for state, _, piece in taken))
             if not taken:
                 break
-            for state, piece in taken:
-                pieces.piece_done(state, piece, Done({}, Spent()))
+            for one in taken:
+                pieces.piece_done(*one, Done({}, Spent()))
     assert found == rounds
     assert not pieces.is_active()
 
@@ -71,11 +71,11 @@ def test_a_step_says_how_far_it_is(tmp_path: Path, ray_address: str) -> None:
     with cluster(ray_address):
         pieces = Pieces([step("a", 3), step("b", 0)], Store(tmp_path), {"merge": 9})
         taken = list(pieces.take())
-        for state, _ in taken:
+        for state, _, _ in taken:
             state.begun = time.monotonic() - 100
         assert pieces.at_work() == ["merge a (0 of 4 pieces, 1 min)", "merge b (1 min)"]
-        for state, piece in taken[:2]:
-            pieces.piece_done(state, piece, Done({}, Spent(pieces=1, pieces_run=1)))
+        for one in taken[:2]:
+            pieces.piece_done(*one, Done({}, Spent(pieces=1, pieces_run=1)))
         assert pieces.at_work() == ["merge a (2 of 4 pieces, 1 min, about 1 min left)", "merge b (1 min)"]
         # Pieces that an earlier run had done tell nothing of the time that others take.
         pieces.piece_done(*taken[2], Done({}, Spent(pieces=1, pieces_run=0)))

@@ -1,6 +1,5 @@
 """Recipes run on a real Ray cluster, with a real MLflow database, on tiny models."""
 
-import functools
 import hashlib
 import json
 import os
@@ -29,21 +28,17 @@ from sensmerge.pipeline.execute import run as run_module
 from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.pipeline.execute.run import execute, step_line
 from sensmerge.pipeline.execute.worker import Done, Spent
-from sensmerge.pipeline.plan import steps as steps_module
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.pipeline.plan.step import Step
 from sensmerge.pipeline.store.store import Key
-from sensmerge.tasks.checkpoints import weights as weights_module
 from sensmerge.tasks.checkpoints.unchanged import PlannedModels
 from sensmerge.tasks.errors import InputError, StepError
+from sensmerge.tasks.stages import written
 from sensmerge.tasks.stages.job import Job
 from tests.conftest import command_line, plan_of, tiny_recipe, write_recipe
 from tests.pipeline.execute.jobs import Die, DieOnce, Exchange, Fail, FillDisk, Flip, Write
 
 pytestmark = pytest.mark.ray
-
-SMALL_GROUPS = functools.partial(weights_module.layer_groups, group_bytes=1)
-"""Every layer a group of its own, as in a large model."""
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -158,7 +153,7 @@ def test_weights_do_not_depend_on_the_number_of_workers(
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(written, "GROUP_BYTES", 1)  # every layer is a group, as in a large model
     recipe, store, _ = finished
     stages = ("statistics", "merge")
     limits = [f"resources.{stage}.max_in_flight={workers}" for stage in stages]
@@ -172,9 +167,9 @@ def test_killed_while_merging_and_started_again(
     recipe, finished_store, _ = finished
     store = tmp_path / "store"
     driver = (
-        "import functools, sys\n"
-        "from sensmerge.pipeline.plan import steps\n"
-        "steps.layer_groups = functools.partial(steps.layer_groups, group_bytes=1)\n"
+        "import sys\n"
+        "from sensmerge.tasks.stages import written\n"
+        "written.GROUP_BYTES = 1\n"
         "from sensmerge.pipeline.cli import main\n"
         "main()\n"
     )
@@ -195,7 +190,7 @@ def test_killed_while_merging_and_started_again(
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not list(store.glob("merge/*/manifest.json")) or list(store.glob("merge/*.partial"))
-    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(written, "GROUP_BYTES", 1)
     report = run(recipe, store, ray_address, *one_by_one)
     status = {f"{stage['stage']} {stage['name']}": stage["status"] for stage in report["stages"]}
     assert status["statistics math"] == "cached"
@@ -211,7 +206,7 @@ def test_a_node_lost_while_merging(
 ) -> None:
     recipe, _, undisturbed = finished
     store = tmp_path / "store"
-    monkeypatch.setattr(steps_module, "layer_groups", SMALL_GROUPS)
+    monkeypatch.setattr(written, "GROUP_BYTES", 1)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         first, _ = (cluster.add_node(num_cpus=1) for _ in range(2))

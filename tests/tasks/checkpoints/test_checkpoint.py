@@ -11,18 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sensmerge.tasks.checkpoints.checkpoint import (
-    DTYPES,
-    INDEX,
-    WEIGHTS,
-    CheckpointPlan,
-    CheckpointWriter,
-    open_checkpoint,
-    plan_checkpoint,
-    preallocate,
-    tensor_bytes,
-)
+from sensmerge.tasks.checkpoints.checkpoint import DTYPES, INDEX, WEIGHTS, open_checkpoint, tensor_bytes
 from sensmerge.tasks.checkpoints.header import SIZES, TensorInfo, read_header
+from sensmerge.tasks.checkpoints.planned import CheckpointPlan, CheckpointWriter, plan_checkpoint, preallocate
 from sensmerge.tasks.checkpoints.quantised import FP8
 from sensmerge.tasks.errors import InputError
 from tests.conftest import make_llama

@@ -32,14 +32,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from sensmerge.tasks.checkpoints.checkpoint import (
-    DTYPES,
-    INDEX,
-    WEIGHTS,
-    CheckpointWriter,
-    plan_checkpoint,
-    preallocate,
-)
+from sensmerge.tasks.checkpoints.checkpoint import DTYPES, INDEX, WEIGHTS
+from sensmerge.tasks.checkpoints.planned import CheckpointWriter, plan_checkpoint, preallocate
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import Base, open_base
 from sensmerge.tasks.networks.expert import Expert, load_network, open_expert

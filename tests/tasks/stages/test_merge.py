@@ -27,6 +27,7 @@ from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import Artifact, read_json
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
 from sensmerge.tasks.checkpoints.layers import layer_of
+from sensmerge.tasks.checkpoints.planned import preallocate
 from sensmerge.tasks.checkpoints.weights import layer_groups
 from sensmerge.tasks.coefficients import ExplicitCoefficients, Lines, SensCoefficients, UniformCoefficients
 from sensmerge.tasks.errors import InputError
@@ -362,6 +363,7 @@ def test_a_killed_merge_continues_to_the_same_bits(job: Callable[..., MergeJob],
         one.run(group, out)
     # A kill in the middle of group 1 leaves some of its bytes, no marker, and perhaps half an index.
     plan = merge.plan_merged(one.base, None, 40_000)
+    preallocate(plan, out)
     name = one.groups[1][0]
     with (out / plan.tensors[name].file).open("r+b") as file:
         file.seek(plan.tensors[name].offset)
