@@ -29,6 +29,7 @@ from sensmerge.tasks.checkpoints.views import TOKENIZERS
 from sensmerge.tasks.checkpoints.vocabulary import plain_vocabulary
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
+from sensmerge.tasks.networks.compare import check_sizes
 from sensmerge.tasks.networks.expert import is_adapter
 from sensmerge.tasks.networks.networks import load_config, network_class
 from sensmerge.tasks.networks.tokenizers import BASE, UNION, Owner, choose, write_choice
@@ -133,6 +134,9 @@ def choose_tokenizer(
     keys = [one.key for one in (base, *experts) if choice.vocabulary is not None or one.trained]
     if keys:
         members = _members(models, [base, *experts])
+        for one in members[1:]:
+            if one.config is not None and members[0].config is not None:
+                check_sizes(one.config, members[0].config, one.key, but=("vocab_size",))
         vocabulary = choice.vocabulary or plain_vocabulary(base.rows, [one.key for one in members])
         seen = in_vocabulary(vocabulary, members, keys, folder, cache)
         about_it.append({name: one.digest for name, one in seen.items()})

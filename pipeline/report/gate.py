@@ -176,8 +176,8 @@ def judge(
         sign, room = 1 if compared.higher_is_better else -1, tolerance * abs(before.value)
         worse = found.low if compared.higher_is_better else found.high
         why = (
-            f"the interval's worse end, {worse:+.3f}, may be {0 - sign * room:+.3f} at worst: "
-            f"tolerance {tolerance:g} × {abs(before.value):.3f}"
+            f"the interval's worse end, {worse:+.3f}, must not be {'below' if sign > 0 else 'above'} "
+            f"{0 - sign * room:+.3f}: tolerance {tolerance:g} × {abs(before.value):.3f}"
         )
         verdicts.append(Verdict(task, metric, before, after, found, sign * worse >= -room, why))
     return verdicts

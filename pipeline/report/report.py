@@ -56,7 +56,7 @@ class TuningInfo(BaseModel):
     chosen: Values = Field(description="the settings that the variant has")
     best: Values = Field(description="those with the best mean")
     default: Values | None = Field(
-        description="those of the recipe, which stay unless the best are surely better; null if it gives none"
+        description="those of the recipe, which stay unless the best are clearly better; null if it gives none"
     )
     metrics: dict[str, str] = Field(description="metric of each task that candidates were scored by")
     notes: list[str] = Field(description="what was done, and is to be done, where the best was at the end of a grid")
@@ -218,7 +218,7 @@ def equals(report: Report) -> str | None:
     if not near:
         return None
     best = next(name for name in _by_mean(report) if report.roles[name] == "variant")
-    return f"not surely behind {best} (the 95 % interval of the difference includes 0): {', '.join(near)}"
+    return f"not clearly worse than {best} (the 95 % interval of the difference includes 0): {', '.join(near)}"
 
 
 def tuning_table(name: str, tuning: TuningInfo) -> Table:
@@ -243,14 +243,14 @@ def tuning_lines(name: str, tuning: TuningInfo) -> list[str]:
     chosen, best, count = _said(tuning.chosen), _said(tuning.best), len(tuning.tried)
     why = f"is the best of {count} candidates"
     if tuning.chosen not in (tuning.best, tuning.default):
-        why = f"is the best of its grid: {best} lies beyond it and is not surely better"
+        why = f"is the best of its grid: {best} lies beyond it and is not clearly better"
     if tuning.default is not None:
         behind = tuning.of(tuning.default).behind
         by = f"by {behind}"
         if tuning.best == tuning.default:
             why = f"is the recipe's, and the best of {count} candidates"
         elif tuning.chosen == tuning.default:
-            why = f"is the recipe's and stays: {best}, the best of {count}, is not surely better: {by}"
+            why = f"is the recipe's and stays: {best}, the best of {count}, is not clearly better: {by}"
         elif tuning.chosen == tuning.best:
             why += f", better than the recipe's {_said(tuning.default)} {by}"
     return [f"{name}: {chosen} {why}", *(f"{name}: {note}" for note in tuning.notes)]
@@ -263,7 +263,7 @@ def sweep_lines(name: str, sweep: SweepInfo) -> list[str]:
     if len(sweep.behind) <= MOST_COMPARED:
         line += "; behind it: " + "; ".join(f"{other} {score}" for other, score in sweep.behind.items())
     elif near:
-        line += f"; {len(near)} are not surely behind it (the report has all differences, with their 95 % intervals)"
+        line += f"; {len(near)} are not clearly worse (the report has all differences, with their 95 % intervals)"
     return [line, *(f"sweep {name}: {note}" for note in sweep.notes)]
 
 

@@ -24,6 +24,8 @@ from sensmerge.tasks.methods.settings import VariantSettings, beyond
 from sensmerge.tasks.rows.source import DataSource, rows_digest
 from sensmerge.tasks.stages.variant import TUNE, UNCHANGED
 
+EQUAL = "all of its variants score the same"
+"""What is said of a sweep over a setting that changes no score."""
 STEP_FIELDS = ("seconds", "bytes", "peak_memory", "pieces", "pieces_run", "node")
 """Of a step's manifest, what its record in the report has too."""
 
@@ -297,7 +299,9 @@ def _sweeps(
                 members={member: dict(settings) for member, settings in members.items()},
                 best=best,
                 behind=_behind(records, tasks, own),
-                notes=at_ends(recipe.merges[best].settings, members, best),
+                notes=[EQUAL]
+                if min(own.values()) == own[best]
+                else at_ends(recipe.merges[best].settings, members, best),
             )
     return found
 

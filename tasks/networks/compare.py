@@ -4,7 +4,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import cache
 from typing import Any
 
@@ -24,8 +24,14 @@ _UNSCALED_ROPE = {"default", "linear", "llama3", "proportional"}
 """Kinds of rotary positions whose angles do not depend on how many positions there are at most."""
 
 
-def check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) -> None:
+def check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str, but: Container[str] = ()) -> None:
     """Check that an expert's network is of the base's architecture and size.
+
+    Args:
+        config: the expert's.
+        base: the base's.
+        where: names the expert.
+        but: settings that may differ.
 
     Raises:
         InputError: they are not; it names what the expert has and what the base has.
@@ -36,7 +42,7 @@ def check_sizes(config: PretrainedConfig, base: PretrainedConfig, where: str) ->
     if all(wrapped) or ours["model_type"] != theirs["model_type"]:
         ours["model_type"], theirs["model_type"] = base.model_type, config.model_type
     for setting, expected in ours.items():
-        if theirs[setting] == expected:
+        if theirs[setting] == expected or setting in but:
             continue
         wanted = "a fine-tune of the base"
         if setting == "model_type" and type(config) in base.sub_configs.values():

@@ -255,6 +255,17 @@ def test_what_cannot_be_is_refused(tokenizer: dict[str, Any], message: str, tmp_
         plan_of(tmp_path, recipe_of("a", tokenizer=tokenizer))
 
 
+def test_another_architecture_is_named_as_such(tmp_path: Path) -> None:
+    """And not by the tokens that it lacks."""
+    save(tmp_path / "base", 0, 40)
+    GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "a")
+    word_tokenizer(["<a>"]).save_pretrained(tmp_path / "a")
+    with pytest.raises(
+        InputError, match=r"experts\.a has model_type 'gpt2', the base has 'llama'; expected a fine-tune"
+    ):
+        plan_of(tmp_path, recipe_of("a"))
+
+
 PLACES = [*WORDS, "<a>", "<b>"]
 """The tokens of merged models, in their order."""
 

@@ -118,11 +118,11 @@ def test_a_verdict_in_words() -> None:
     (verdict,) = judge({"math": outcomes([True, True])}, {"math": outcomes([True, False])}, 0.0)
     assert str(verdict) == (
         "accuracy 0.500 → 1.000, difference +0.500 [+0.000, +1.000], n = 2: passed (the interval's worse end, "
-        "+0.000, may be +0.000 at worst: tolerance 0 × 0.500)"
+        "+0.000, must not be below +0.000: tolerance 0 × 0.500)"
     )
     (verdict,) = judge({"math": outcomes([True, False])}, {"math": outcomes([True, True])}, 0.02)
     assert str(verdict).endswith(
-        "n = 2: failed (the interval's worse end, -1.000, may be -0.020 at worst: tolerance 0.02 × 1.000)"
+        "n = 2: failed (the interval's worse end, -1.000, must not be below -0.020: tolerance 0.02 × 1.000)"
     )
 
 

@@ -68,7 +68,7 @@ def test_variants_stand_by_their_means_and_those_near_the_best_are_named(tmp_pat
     text = (tmp_path / "out").read_text()
     assert re.findall(r"^│ (\w+) +│ +–", text, re.MULTILINE) == ["base", "high", "near", "low", "none"]
     assert re.findall(r"0\.\d+ │ +(\S+) │", text) == ["–", "–", "0.010", "0.300"]
-    assert equals(one) == "not surely behind high (the 95 % interval of the difference includes 0): near"
+    assert equals(one) == "not clearly worse than high (the 95 % interval of the difference includes 0): near"
     assert equals(one.model_copy(update={"behind": {"low": behind["low"]}})) is None
 
 
@@ -114,8 +114,8 @@ FAR = {"weight": 1.0, "density": 1.0}
         ({}, "ta: weight 0.5, density 0.2 is the best of 6 candidates"),
         (
             {"best": FAR},
-            "ta: weight 0.5, density 0.2 is the best of its grid: weight 1, density 1 lies beyond it and is not surely "
-            "better",
+            "ta: weight 0.5, density 0.2 is the best of its grid: weight 1, density 1 lies beyond it and is not "
+            "clearly better",
         ),
         (
             {"default": FAR},
@@ -125,7 +125,7 @@ FAR = {"weight": 1.0, "density": 1.0}
         (
             {"default": OF_THE_RECIPE, "chosen": OF_THE_RECIPE},
             "ta: weight 0.5, density 1 is the recipe's and stays: weight 0.5, density 0.2, the best of 6, is not "
-            "surely better: by 0.080 [0.030, 0.130], n = 80",
+            "clearly better: by 0.080 [0.030, 0.130], n = 80",
         ),
         (
             {"default": {"weight": 0.5, "density": 0.2}},
@@ -175,5 +175,5 @@ def test_of_a_large_sweep_only_the_number_that_is_near_is_printed() -> None:
     behind = {str(n): Score(0.1, 9, n / 10 - 0.3, 1) for n in range(1, 8)}
     sweep = SweepInfo(members={key: {} for key in ["0", *behind]}, best="0", behind=behind, notes=["x"])
     first, note = sweep_lines("t", sweep)
-    assert first.startswith("sweep t: 0 is the best of 8; 3 are not surely behind it (the report has all differences")
+    assert first.startswith("sweep t: 0 is the best of 8; 3 are not clearly worse (the report has all differences")
     assert note == "sweep t: x"

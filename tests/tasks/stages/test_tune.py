@@ -136,7 +136,7 @@ def test_what_is_still_at_the_end_is_said(twins: dict[str, Path], tmp_path: Path
     ]
 
 
-def test_what_the_recipe_says_stays_where_nothing_is_surely_better(twins: dict[str, Path], tmp_path: Path) -> None:
+def test_what_the_recipe_says_stays_where_nothing_is_clearly_better(twins: dict[str, Path], tmp_path: Path) -> None:
     recipe = twin_recipe(tmp_path, twins, weight=0.5, tune={"weight": [0.45, 0.55]})
     found = tuned(plan_of(tmp_path, recipe))
     assert found["chosen"] == found["default"] == {"weight": 0.5}
