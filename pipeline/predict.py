@@ -107,9 +107,8 @@ def predict_file(
             target not written.
         StepError: a worker failed otherwise.
     """
+    is_dynamic = _is_dynamic(folder)
     _check_paths(source, target)
-    is_static = any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
-    is_dynamic = (folder / MANIFEST).is_file() or not is_static
     prompts = _checked_dynamic(folder, settings) if is_dynamic else _checked_static(folder, settings)
     # The head that answers is no prompt.
     asking = settings if is_dynamic else replace(settings, task=None)
@@ -188,6 +187,24 @@ def _load_static(folder: Path, device: str, settings: Settings) -> Callable[[Bat
         return [one.row | {ADDED[0]: prediction} for one, prediction in zip(batch, found, strict=True)]
 
     return answer
+
+
+def _is_dynamic(folder: Path) -> bool:
+    """Return whether a folder holds a dynamic model; raises InputError for what is no static merge either."""
+    given = "give the folder of a variant, as `run` printed it"
+    if folder.parts[:1] == ("models:",):
+        raise InputError(
+            f"{folder}: is a version in MLflow, and predict takes folders: give the one that `run` printed; "
+            "infra/serve.py and MLflow serve versions"
+        )
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {found}; {given}")
+    if (folder / MANIFEST).is_file():
+        return True
+    if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+        raise InputError(f"{folder}: has neither {MANIFEST} (a dynamic model) nor {CONFIG} (a static merge); {given}")
+    return False
 
 
 def _check_paths(source: Path, target: Path) -> None:

@@ -251,6 +251,16 @@ def test_input_without_rows_and_without_a_file(writer: Path, tmp_path: Path, ref
     assert "none.jsonl: no such file" in refused(writer, tmp_path / "none.jsonl")
 
 
+def test_models_that_are_no_folder(source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert f"{tmp_path / 'none'}: no such folder; give the folder of a variant, as `run` printed it" in refused(
+        tmp_path / "none", source
+    )
+    assert "rows.jsonl: is a file; give the folder of a variant" in refused(source, source)
+    assert "models:/name/3: is a version in MLflow, and predict takes folders" in refused(
+        Path("models:/name/3"), source
+    )
+
+
 def test_output_that_cannot_be_made(writer: Path, source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     before = source.read_bytes()
     (tmp_path / "link.jsonl").symlink_to(source)
@@ -265,7 +275,7 @@ def test_output_that_cannot_be_made(writer: Path, source: Path, tmp_path: Path, 
 
 def no_manifest(folder: Path) -> str:
     (folder / "dynamic.json").unlink()
-    return "no dynamic.json in it"
+    return "model: has neither dynamic.json (a dynamic model) nor config.json (a static merge); give the folder of a "
 
 
 def missing_file(folder: Path) -> str:
