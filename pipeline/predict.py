@@ -44,6 +44,8 @@ from sensmerge.tasks.serving.static_model import WRITING_FORMS, StaticModel, che
 ADDED = tuple(Prediction.__dataclass_fields__)
 """Fields that a row gets: prediction; and expert and coefficients, of a dynamic model."""
 
+_EXPECTED = """expected JSON Lines, an object on every line: {"text": "3 + 4 ="}"""
+
 FILE = "file"
 """Field of a row for a picture in a folder: its path below that."""
 
@@ -344,9 +346,9 @@ def _row(line: bytes, place: str) -> Row:
         # Python reads NaN, numbers too large and halves of surrogate pairs, which JSON in UTF-8 cannot hold.
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
-        raise InputError(f"{place}: is not JSON ({error}); expected an object on every line") from error
+        raise InputError(f"{place}: is not JSON ({error}); {_EXPECTED}") from error
     if not isinstance(row, dict):
-        raise InputError(f"{place}: is a {type(row).__name__}; expected an object")
+        raise InputError(f"{place}: is a {type(row).__name__}; {_EXPECTED}")
     for name in ADDED:
         if name in row:
             raise InputError(f"{place}: has a field {name!r} already, which is to be added; rename it")

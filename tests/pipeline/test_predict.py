@@ -208,7 +208,7 @@ def test_what_cannot_be_asked_is_found_before_ray_is_asked(
         (b'{"text": "\\ud800"}', "is not JSON"),
         (b'{"text": "\xff"}', "is not JSON"),
         (b"[" * 10**6, "is not JSON"),
-        (b'["text"]', "is a list; expected an object"),
+        (b'["text"]', 'is a list; expected JSON Lines, an object on every line: {"text": "3 + 4 ="}'),
         (b'{"id": 1, "question": "a"}', "has no field 'text' but id, question; name the one to answer with --field"),
         (b"{}", "has no field 'text' but none"),
         (b'{"text": null}', "field 'text' is a NoneType; expected a text"),
@@ -223,6 +223,14 @@ def test_bad_row(writer: Path, tmp_path: Path, refused: Callable[..., str], line
     source.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     error = refused(writer, source)
     assert f"{source}: line 2: {said}" in error
+
+
+def test_a_table_is_told_from_json_lines(writer: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    source = tmp_path / "t.csv"
+    source.write_text("text,label\na,1\n")
+    error = refused(writer, source)
+    assert f"{source}: line 1: is not JSON" in error
+    assert 'expected JSON Lines, an object on every line: {"text": "3 + 4 ="}' in error
 
 
 def test_rows_are_checked_before_ray_is_asked(writer: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
