@@ -141,7 +141,7 @@ def predict_file(
 def _said_of(unprompted: int, count: int, prompts: Prompts) -> str:
     return (
         f"{unprompted} of {count} rows are read as plain text, in no prompt: name a task with --task, or in a field "
-        f"{TASK!r} ({', '.join(prompts)}), to ask in its prompt"
+        f"{TASK!r} ({', '.join(prompts)}), to use the prompt format it was trained on"
     )
 
 

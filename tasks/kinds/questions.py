@@ -52,7 +52,7 @@ def prompts_of(settings: Mapping[str, Mapping[str, Any]], where: str) -> dict[st
         cls = KINDS.get(kind) if isinstance(kind, str) else None
         if cls is None or not issubclass(cls, RowTask) or not cls.asks:
             raise InputError(
-                f"{where}: task {name} is of kind {shown(kind)}, which cannot be asked here; if a package has it, "
+                f"{where}: task {name} is of kind {shown(kind)}, which has no prompt format here; if a package has it, "
                 "install that"
             )
         try:

@@ -61,7 +61,7 @@ def test_parameters_and_kinds_are_all_there_are() -> None:
     found = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", table, re.MULTILINE))
     assert found.keys() == defaults.keys()
     assert all(float(found[name]) == default for name, default in defaults.items() if name != "stop")
-    said = re.search(r"Kinds that can be asked are (.*?)\.", PAGE, re.DOTALL)
+    said = re.search(r"Kinds with a prompt format are (.*?)\.", PAGE, re.DOTALL)
     assert said is not None
     asked = {name for name, one in KINDS.items() if issubclass(one, RowTask) and one.asks}
     assert set(re.findall(r"`(\w+)`", said[1])) == asked

@@ -168,7 +168,7 @@ def test_rows_are_asked_in_the_prompt_of_a_task(
         options = (*more, *how, "--batch-size", 2, "--address", ray_address)
         assert command_line("predict", writer, source, target, *options) == 0
         out = capsys.readouterr().out
-        assert ("plain text" in out) == bool(said)
+        assert ("plain text" in out) == ("to use the prompt format it was trained on" in out) == bool(said)
         assert said in out
         found.append([row["prediction"] for row in rows_of(target.read_text())])
     decoding = Decoding(temperature=0.8, top_p=0.9, seed=4, stop=("e", "a"))
