@@ -14,6 +14,7 @@ What a request asks, and what comes back:
 
     POST /predict  {"rows": [{"task": "math", "question": "3 + 4"}, {"text": "3 + 4 ="}], "parameters": {"seed": 1}}
                    {"answers": [{"prediction": "7", "expert": "math", "coefficients": {"math": 1.2, …}}, …]}
+                   {"rows": ["3 + 4 ="], "parameters": {"task": "topic"}}: the task of all rows, see `Asked`
     GET  /model    what is served, and the tasks that it can be asked in their prompts
 """
 
@@ -38,8 +39,8 @@ except ImportError as error:
     sys.exit(f"error: {error}; run pip install -c constraints.txt '.[serve]'")
 
 from sensmerge.tasks.dynamic.model import DynamicModel
-from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.kinds.questions import Question
+from sensmerge.tasks.errors import InputError, shown
+from sensmerge.tasks.kinds.questions import TASK, Question
 from sensmerge.tasks.serving.scorer import Scorer, written_as
 from sensmerge.tasks.serving.static_model import StaticModel
 
@@ -83,7 +84,8 @@ class Asked(BaseModel):
     rows: list[str | dict[str, Any]]
     """texts, read as they are; or rows that say how they are asked: `task`, `messages`, `text`, or `image` (base64)"""
     parameters: dict[str, Any] = {}
-    """max_new_tokens, temperature, top_p, seed, stop"""
+    """max_new_tokens, temperature, top_p, seed, stop; `task`: of all rows that name none, for its prompt where the
+    model keeps it, or, of a static merge, for the head that answers"""
 
 
 class MergedModel:
@@ -174,15 +176,14 @@ class MergedModel:
 
     def _together(self, asked: Sequence[AskedRow]) -> list[Answer]:
         """Answer rows of equal parameters; one that cannot be answered keeps no other from its answer."""
-        questions, parameters = [_question(one) for one, _, _ in asked], asked[0][1]
-        names = [name for _, _, name in asked]
+        parameters, names = dict(asked[0][1]), [name for _, _, name in asked]
         try:
+            task = _task(parameters.pop(TASK, None))
             most, decoding = written_as(parameters)
+            questions = [_asked_for(_question(one), task, self._model) for one, _, _ in asked]
             if isinstance(self._model, DynamicModel):
                 return [asdict(one) for one in self._model.predict(questions, most, names, decoding)]
-            return [
-                {"prediction": one} for one in self._model.predict(questions, most, decoding=decoding, places=names)
-            ]
+            return [{"prediction": one} for one in self._model.predict(questions, most, task, decoding, names)]
         except InputError as error:
             return [error] if len(asked) == 1 else [answer for one in asked for answer in self._together([one])]
 
@@ -191,6 +192,30 @@ def _question(row: str | Mapping[str, Any]) -> Question:
     """Return what is asked in a row: that of a picture is its file, in base64."""
     picture = row.get("image") if isinstance(row, Mapping) and not {"task", "messages", "text"} & row.keys() else None
     return picture if isinstance(picture, str) else row
+
+
+def _task(given: Any) -> str | None:
+    """Return the task of all rows. Raises InputError for what is no name."""
+    if given is not None and not isinstance(given, str):
+        raise InputError(f"the parameter task is {shown(given)}; expected a task's name")
+    return given
+
+
+def _asked_for(question: Question, task: str | None, model: DynamicModel | StaticModel) -> Question:
+    """Return a question as the task of all rows asks it, where that has a prompt; a row's own task comes first.
+
+    Raises InputError for what has no fields for a prompt, if the task chooses no head either.
+    """
+    if task is None or (isinstance(model, StaticModel) and task not in model.prompts):
+        return question
+    if isinstance(question, Mapping):
+        return {TASK: task, **question}
+    if isinstance(model, DynamicModel):
+        raise InputError(
+            f"the parameter task is {task}, but a bare text or picture has no fields for its prompt, and the router "
+            "chooses the head; give rows with these fields, or leave the parameter out"
+        )
+    return question
 
 
 def _token(file: str | None) -> str | None:

@@ -27,7 +27,7 @@ def predict(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="task of the recipe in whose prompt all rows are asked, or, of a static merge, whose head answers; "
+            help="task of the recipe whose prompt format all rows use, or, of a static merge, whose head answers; "
             "default: what each row says",
         ),
     ] = None,

@@ -99,7 +99,7 @@ def _lines(base: Found, experts: Mapping[str, Found]) -> Iterator[str]:
     if tasks:
         yield ""
         yield "# With rows of every expert's task, all models are scored, and more methods can be used. Name your files"
-        yield "# (JSON Lines, CSV or Parquet; folders and data sets of the hub work too) and take the # away."
+        yield "# (JSON Lines, CSV or Parquet; folders and data sets of the hub work too) and uncomment them."
         yield "# tasks:"
         for name, kind in tasks.items():
             yield f"#   {name}:"

@@ -44,6 +44,8 @@ from sensmerge.tasks.serving.static_model import WRITING_FORMS, StaticModel, che
 ADDED = tuple(Prediction.__dataclass_fields__)
 """Fields that a row gets: prediction; and expert and coefficients, of a dynamic model."""
 
+_EXPECTED = """expected JSON Lines, an object on every line: {"text": "3 + 4 ="}"""
+
 FILE = "file"
 """Field of a row for a picture in a folder: its path below that."""
 
@@ -107,9 +109,8 @@ def predict_file(
             target not written.
         StepError: a worker failed otherwise.
     """
+    is_dynamic = _is_dynamic(folder)
     _check_paths(source, target)
-    is_static = any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
-    is_dynamic = (folder / MANIFEST).is_file() or not is_static
     prompts = _checked_dynamic(folder, settings) if is_dynamic else _checked_static(folder, settings)
     # The head that answers is no prompt.
     asking = settings if is_dynamic else replace(settings, task=None)
@@ -140,7 +141,7 @@ def predict_file(
 def _said_of(unprompted: int, count: int, prompts: Prompts) -> str:
     return (
         f"{unprompted} of {count} rows are read as plain text, in no prompt: name a task with --task, or in a field "
-        f"{TASK!r} ({', '.join(prompts)}), to ask in its prompt"
+        f"{TASK!r} ({', '.join(prompts)}), to use the prompt format it was trained on"
     )
 
 
@@ -188,6 +189,24 @@ def _load_static(folder: Path, device: str, settings: Settings) -> Callable[[Bat
         return [one.row | {ADDED[0]: prediction} for one, prediction in zip(batch, found, strict=True)]
 
     return answer
+
+
+def _is_dynamic(folder: Path) -> bool:
+    """Return whether a folder holds a dynamic model; raises InputError for what is no static merge either."""
+    given = "give the folder of a variant, as `run` printed it"
+    if folder.parts[:1] == ("models:",):
+        raise InputError(
+            f"{folder}: is a version in MLflow, and predict takes folders: give the one that `run` printed; "
+            "infra/serve.py and MLflow serve versions"
+        )
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {found}; {given}")
+    if (folder / MANIFEST).is_file():
+        return True
+    if not any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+        raise InputError(f"{folder}: has neither {MANIFEST} (a dynamic model) nor {CONFIG} (a static merge); {given}")
+    return False
 
 
 def _check_paths(source: Path, target: Path) -> None:
@@ -327,9 +346,9 @@ def _row(line: bytes, place: str) -> Row:
         # Python reads NaN, numbers too large and halves of surrogate pairs, which JSON in UTF-8 cannot hold.
         json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
-        raise InputError(f"{place}: is not JSON ({error}); expected an object on every line") from error
+        raise InputError(f"{place}: is not JSON ({error}); {_EXPECTED}") from error
     if not isinstance(row, dict):
-        raise InputError(f"{place}: is a {type(row).__name__}; expected an object")
+        raise InputError(f"{place}: is a {type(row).__name__}; {_EXPECTED}")
     for name in ADDED:
         if name in row:
             raise InputError(f"{place}: has a field {name!r} already, which is to be added; rename it")

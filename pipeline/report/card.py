@@ -230,7 +230,8 @@ from transformers import AutoConfig, AutoModelFor{loader}
 
 task = "{heads[0]}"
 config = AutoConfig.from_pretrained(f"FOLDER/heads/{{task}}")
-model = AutoModelFor{loader}.from_pretrained("FOLDER", config=config)  # says that the head is new: it comes next
+# This warns that the head is newly initialised; the next line loads it.
+model = AutoModelFor{loader}.from_pretrained("FOLDER", config=config)
 model.load_state_dict(load_file(f"FOLDER/heads/{{task}}/head.safetensors"), strict=False)
 ```
 """

@@ -79,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise InputError(
             f"{folder}: no {MANIFEST} in it; expected the folder of a variant with application se; "
-            "a static merge is a checkpoint, which answers in Python as StaticModel"
+            "StaticModel loads a static merge, and `sensmerge predict` answers with either"
         )
     try:
         content = load_object(path)

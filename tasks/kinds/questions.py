@@ -26,6 +26,11 @@ Prompts = Mapping[str, RowTask]
 """the tasks that a merged model can be asked, by name"""
 TASK, MESSAGES, TEXT = "task", "messages", "text"
 """Fields of a row, the first of which that it has says how it is asked."""
+KEEPS_NONE = (
+    "none, for the model keeps no prompts: leave it out of the row, whose text is read as it is; where a head is to be "
+    "chosen, name the task of all rows beside them (--task, or the parameter task)"
+)
+"""What is expected of the task of a row where none can be asked."""
 
 
 def kept_settings(tasks: Prompts) -> dict[str, dict[str, Any]]:
@@ -47,7 +52,7 @@ def prompts_of(settings: Mapping[str, Mapping[str, Any]], where: str) -> dict[st
         cls = KINDS.get(kind) if isinstance(kind, str) else None
         if cls is None or not issubclass(cls, RowTask) or not cls.asks:
             raise InputError(
-                f"{where}: task {name} is of kind {shown(kind)}, which cannot be asked here; if a package has it, "
+                f"{where}: task {name} is of kind {shown(kind)}, which has no prompt format here; if a package has it, "
                 "install that"
             )
         try:
@@ -140,6 +145,6 @@ _CHAT = ChatTask.model_validate({"kind": "chat", "max_length": sys.maxsize})
 
 def _task(name: Any, prompts: Prompts, where: str) -> RowTask:
     if not isinstance(name, str) or name not in prompts:
-        known = f"one of {', '.join(prompts)}" if prompts else "none, for the model keeps no prompts"
+        known = f"one of {', '.join(prompts)}" if prompts else KEEPS_NONE
         raise InputError(f"{where}: task is {shown(name)}; expected {known}")
     return prompts[name]

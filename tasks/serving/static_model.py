@@ -168,7 +168,11 @@ class StaticModel:
         if task is None and len(self.networks) == 1:
             return next(iter(self.networks.values()))
         if task is None or task not in names:
-            expected = f"one of {', '.join(names)}" if names else "none, the model is one whole network"
+            expected = (
+                f"one of {', '.join(names)}, the one whose head answers, as the parameter task"
+                if names
+                else "none, the model is one whole network"
+            )
             raise InputError(f"task is {task}; expected {expected}")
         return self.networks[task]
 

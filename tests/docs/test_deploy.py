@@ -15,7 +15,8 @@ from tests.docs.pages import DOCS
 from tests.pipeline.tracking import test_record
 from tests.tasks.serving import test_static_model
 
-static_writer, dynamic_writer = test_static_model.writer, test_record.writer  # the same models serve here
+# the same models serve here
+static_writer, dynamic_writer, heads = test_static_model.writer, test_record.writer, test_static_model.trunk
 PAGE = (DOCS / "deploy.md").read_text()
 BLOCKS = dict(re.findall(r"^<!-- (\w+) -->\n```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
 
@@ -32,6 +33,12 @@ def test_transformers(static_writer: Path, capsys: pytest.CaptureFixture[str]) -
     done("static", static_writer)
     (expected,) = StaticModel.load(static_writer).predict(["3 + 4 ="], 8)
     assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_transformers_with_the_head_of_a_task(heads: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done("heads", heads)
+    (expected,) = StaticModel.load(heads).predict(["a fine film"], task="topic")
+    assert capsys.readouterr().out.splitlines()[-1] == expected
 
 
 def test_python(dynamic_writer: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +61,7 @@ def test_parameters_and_kinds_are_all_there_are() -> None:
     found = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", table, re.MULTILINE))
     assert found.keys() == defaults.keys()
     assert all(float(found[name]) == default for name, default in defaults.items() if name != "stop")
-    said = re.search(r"Kinds that can be asked are (.*?)\.", PAGE, re.DOTALL)
+    said = re.search(r"Kinds with a prompt format are (.*?)\.", PAGE, re.DOTALL)
     assert said is not None
     asked = {name for name, one in KINDS.items() if issubclass(one, RowTask) and one.asks}
     assert set(re.findall(r"`(\w+)`", said[1])) == asked

@@ -33,7 +33,8 @@ from tests.tasks.serving import test_static_model
 
 pytestmark = pytest.mark.ray
 
-static_writer, dynamic_writer = test_static_model.writer, test_record.writer  # the same models serve here
+# the same models serve here
+static_writer, dynamic_writer, heads = test_static_model.writer, test_record.writer, test_static_model.trunk
 PROJECT = Path(__file__).resolve().parents[2]
 TOKEN = "t" * 20
 FIVE = {"max_new_tokens": 5}
@@ -45,9 +46,9 @@ SENT: Counter[str] = Counter()
 
 @pytest.fixture(scope="module")
 def url(
-    static_writer: Path, dynamic_writer: Any, tmp_path_factory: pytest.TempPathFactory, ray_address: str
+    static_writer: Path, dynamic_writer: Any, heads: Path, tmp_path_factory: pytest.TempPathFactory, ray_address: str
 ) -> Iterator[str]:
-    """Where both are served: /static, with a token, and /dynamic."""
+    """Where they are served: /static, with a token, /dynamic, and /heads, classifiers that share a trunk."""
     port, token = free_port(), tmp_path_factory.mktemp("token") / "token"
     token.write_text(f"{TOKEN}\n")
     if not ray.is_initialized():
@@ -56,6 +57,7 @@ def url(
     own = {
         "static": {"model": str(static_writer), "token_file": str(token)},
         "dynamic": {"model": str(dynamic_writer[0])},
+        "heads": {"model": str(heads)},
     }
     targets = [
         ray_serve.RunTarget(serve.app({"cpus": 0.1, **arguments}), name=name, route_prefix=f"/{name}")
@@ -144,6 +146,37 @@ def test_a_static_merge_answers_those_who_know_its_token(url: str, static_writer
         assert status == 400
         assert said in detail
     assert refused(place, {"texts": ["a"]}, TOKEN)[0] == 422
+
+
+def test_a_static_classifier_answers_from_its_folder(url: str, heads: Path) -> None:
+    """The request names the task whose head answers; every refusal says so."""
+    place, model = f"{url}/heads/predict", StaticModel.load(heads)
+    for task in ("mood", "topic"):
+        found = asked(place, {"rows": ["9", {"text": "x"}], "parameters": {"task": task}})["answers"]
+        assert found == [{"prediction": one} for one in model.predict(["9", "x"], task=task)]
+    for body, said in (
+        (
+            {"rows": ["9"]},
+            "task is None; expected one of mood, topic, the one whose head answers, as the parameter task",
+        ),
+        ({"rows": ["9"], "parameters": {"task": "weather"}}, "task is weather; expected one of mood, topic"),
+        ({"rows": ["9"], "parameters": {"task": ["mood"]}}, "the parameter task is ['mood']; expected a task's name"),
+        ({"rows": [{"task": "topic", "text": "9"}]}, "row 0: task is 'topic'; expected none, for the model keeps no "),
+        ({"rows": [{"task": "topic", "text": "9"}]}, "name the task of all rows beside them (--task, or the parameter"),
+    ):
+        status, detail = refused(place, body)
+        assert status == 400
+        assert said in detail
+
+
+def test_a_task_of_all_rows_is_their_prompt_where_the_model_keeps_it(url: str) -> None:
+    place, math = f"{url}/dynamic/predict", FIVE | {"task": "math"}
+    expected = asked(
+        place, {"rows": [{"task": "math", "prompt": "1+2="}, {"task": "code", "prompt": "x"}], "parameters": FIVE}
+    )
+    assert asked(place, {"rows": [{"prompt": "1+2="}, {"task": "code", "prompt": "x"}], "parameters": math}) == expected
+    status, detail = refused(place, {"rows": ["9"], "parameters": math})
+    assert (status, "a bare text or picture has no fields for its prompt" in detail) == (400, True)
 
 
 def test_health_and_metrics(url: str) -> None:

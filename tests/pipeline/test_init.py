@@ -30,6 +30,7 @@ def test_a_recipe_for_what_is_there(
     assert capsys.readouterr().out.endswith(f"wrote {target}; next: sensmerge plan {target}\n")
     assert not (tmp_path / "store").exists()
     text = target.read_text()
+    assert "hub work too) and uncomment them.\n# tasks:\n" in text
     assert re.search(r"^base: .*  # LlamaForCausalLM, [\d.]+ kB, float32$", text, re.MULTILINE)
     assert re.search(r"^  lora: \{model: .*lora\}  # adapter, rank 4, [\d.]+ kB$", text, re.MULTILINE)
     recipe = load_recipe(target)

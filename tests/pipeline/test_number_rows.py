@@ -150,6 +150,7 @@ def test_merged_models_answer_texts_with_numbers(finished: Finished) -> None:
 def test_the_card_loads_a_head(finished: Finished) -> None:
     folder = Path(finished.report["models"]["ta"])
     code = (folder / "README.md").read_text().split("## Heads")[1].split("```python\n")[1].split("```")[0]
+    assert "# This warns that the head is newly initialised; the next line loads it.\n" in code
     found: dict[str, Any] = {}
     exec(code.replace("FOLDER", str(folder)), found)
     tokenizer = BertTokenizer.from_pretrained(folder)

@@ -168,7 +168,7 @@ def test_rows_are_asked_in_the_prompt_of_a_task(
         options = (*more, *how, "--batch-size", 2, "--address", ray_address)
         assert command_line("predict", writer, source, target, *options) == 0
         out = capsys.readouterr().out
-        assert ("plain text" in out) == bool(said)
+        assert ("plain text" in out) == ("to use the prompt format it was trained on" in out) == bool(said)
         assert said in out
         found.append([row["prediction"] for row in rows_of(target.read_text())])
     decoding = Decoding(temperature=0.8, top_p=0.9, seed=4, stop=("e", "a"))
@@ -208,7 +208,7 @@ def test_what_cannot_be_asked_is_found_before_ray_is_asked(
         (b'{"text": "\\ud800"}', "is not JSON"),
         (b'{"text": "\xff"}', "is not JSON"),
         (b"[" * 10**6, "is not JSON"),
-        (b'["text"]', "is a list; expected an object"),
+        (b'["text"]', 'is a list; expected JSON Lines, an object on every line: {"text": "3 + 4 ="}'),
         (b'{"id": 1, "question": "a"}', "has no field 'text' but id, question; name the one to answer with --field"),
         (b"{}", "has no field 'text' but none"),
         (b'{"text": null}', "field 'text' is a NoneType; expected a text"),
@@ -223,6 +223,14 @@ def test_bad_row(writer: Path, tmp_path: Path, refused: Callable[..., str], line
     source.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     error = refused(writer, source)
     assert f"{source}: line 2: {said}" in error
+
+
+def test_a_table_is_told_from_json_lines(writer: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    source = tmp_path / "t.csv"
+    source.write_text("text,label\na,1\n")
+    error = refused(writer, source)
+    assert f"{source}: line 1: is not JSON" in error
+    assert 'expected JSON Lines, an object on every line: {"text": "3 + 4 ="}' in error
 
 
 def test_rows_are_checked_before_ray_is_asked(writer: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -251,6 +259,16 @@ def test_input_without_rows_and_without_a_file(writer: Path, tmp_path: Path, ref
     assert "none.jsonl: no such file" in refused(writer, tmp_path / "none.jsonl")
 
 
+def test_models_that_are_no_folder(source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert f"{tmp_path / 'none'}: no such folder; give the folder of a variant, as `run` printed it" in refused(
+        tmp_path / "none", source
+    )
+    assert "rows.jsonl: is a file; give the folder of a variant" in refused(source, source)
+    assert "models:/name/3: is a version in MLflow, and predict takes folders" in refused(
+        Path("models:/name/3"), source
+    )
+
+
 def test_output_that_cannot_be_made(writer: Path, source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     before = source.read_bytes()
     (tmp_path / "link.jsonl").symlink_to(source)
@@ -265,7 +283,7 @@ def test_output_that_cannot_be_made(writer: Path, source: Path, tmp_path: Path, 
 
 def no_manifest(folder: Path) -> str:
     (folder / "dynamic.json").unlink()
-    return "no dynamic.json in it"
+    return "model: has neither dynamic.json (a dynamic model) nor config.json (a static merge); give the folder of a "
 
 
 def missing_file(folder: Path) -> str:

@@ -108,10 +108,10 @@ def test_a_kind_that_cannot_be_asked_is_not_kept() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kind": "nothing"}, "f: task t is of kind 'nothing', which cannot be asked here"),
-        ({"kind": ["chat"]}, r"f: task t is of kind \['chat'\], which cannot be asked here"),
-        ({"kind": "lm_eval"}, "f: task t is of kind 'lm_eval', which cannot be asked here"),
-        ({"kind": "sts"}, "f: task t is of kind 'sts', which cannot be asked here"),
+        ({"kind": "nothing"}, "f: task t is of kind 'nothing', which has no prompt format here"),
+        ({"kind": ["chat"]}, r"f: task t is of kind \['chat'\], which has no prompt format here"),
+        ({"kind": "lm_eval"}, "f: task t is of kind 'lm_eval', which has no prompt format here"),
+        ({"kind": "sts"}, "f: task t is of kind 'sts', which has no prompt format here"),
         ({"kind": "completion", "max_length": 0}, "f: task t: .*; copy the folder again"),
         (
             {"kind": "completion", "prompt": "{a.b}"},
