@@ -136,7 +136,7 @@ def choose_tokenizer(
         members = _members(models, [base, *experts])
         for one in members[1:]:
             if one.config is not None and members[0].config is not None:
-                check_sizes(one.config, members[0].config, one.key, but=("vocab_size",))
+                check_sizes(one.config, members[0].config, f"{one.key}: {one.folder}", but=("vocab_size",))
         vocabulary = choice.vocabulary or plain_vocabulary(base.rows, [one.key for one in members])
         seen = in_vocabulary(vocabulary, members, keys, folder, cache)
         about_it.append({name: one.digest for name, one in seen.items()})

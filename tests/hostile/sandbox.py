@@ -123,6 +123,7 @@ def _limit(folder: Path) -> None:
     used = int(time.process_time()) + 1  # the limit counts from the start of this process
     resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS,) * 2)
     os.chdir(folder)
+    os.environ["SENSMERGE_CACHE"] = str(folder / "cache")  # where the stack of an error goes
 
 
 def _judge(event: str, details: tuple[Any, ...], inside: str, secret: str, breaches: list[str]) -> None:

@@ -177,7 +177,10 @@ def test_a_bucket_is_all_that_nodes_share(
     killed_at_work(nodes, "statistics/*.partial", process)
     killed_at_work(nodes, "merge/ties-sens-*.partial/*.safetensors", process)
     said = nodes.ended(process)
-    assert re.search(r"statistics \w+: its node left; it begins again on another", said), said
+    # Where no piece but the first was at work yet, it is Ray that tries again.
+    assert re.search(r"statistics \w+: its node left; it begins again on another|Task check failed.*retried", said), (
+        said
+    )
     assert re.search(r"merge ties-sens, parts \d+ to \d+: its node left; it begins again on another", said), said
     assert not list(nodes.own("head").rglob("*"))
     assert at(files, store) == made_here(models, tmp_path / "before")

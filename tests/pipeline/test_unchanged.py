@@ -158,7 +158,7 @@ def test_what_mlflow_did_not_take_is_recorded_later(
     (*_, error) = said.err.splitlines()
     assert error.startswith(f"error: MLflow at {broken} failed: ")
     remedy = "`sensmerge record`, with the recipe and the options of this command, records them"
-    assert error.endswith(f"; the results are in the store: {remedy}")
+    assert f"; the results are in the store: {remedy} (its stack: " in error
     (unfinished,) = (store / "runs" / "unfinished").iterdir()
 
     assert command_line("record", *arguments, "--tracking-uri", f"sqlite:///{later}") == 0

@@ -261,7 +261,7 @@ def test_another_architecture_is_named_as_such(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=41, n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "a")
     word_tokenizer(["<a>"]).save_pretrained(tmp_path / "a")
     with pytest.raises(
-        InputError, match=r"experts\.a has model_type 'gpt2', the base has 'llama'; expected a fine-tune"
+        InputError, match=r"experts\.a: .* has model_type 'gpt2', the base has 'llama'; expected a fine-tune"
     ):
         plan_of(tmp_path, recipe_of("a"))
 
