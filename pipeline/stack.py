@@ -1,10 +1,9 @@
 """The stack of an error that is said in one line, for whoever has to look behind what another system answered."""
 
-import os
 import traceback
 from pathlib import Path
 
-from sensmerge.pipeline.store.store import CACHE
+from sensmerge.pipeline.store.store import cache_folder
 from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.urls import public_text
 
@@ -17,7 +16,7 @@ def keep_stack(error: BaseException) -> Path | None:
     """
     if error.__cause__ is None:
         return None
-    path = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sensmerge") / "last-error.txt"
+    path = cache_folder() / "last-error.txt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, public_text("".join(traceback.format_exception(error))))

@@ -53,6 +53,11 @@ LOOKS = 16
 """How many folders at a URL are looked at side by side."""
 
 
+def cache_folder() -> Path:
+    """Return where local folders of stores at URLs are, and what else a user's runs leave on this machine."""
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sensmerge")
+
+
 @dataclass(frozen=True)
 class Key:
     """What names an artifact: stage, readable name, and the canonical inputs whose sha256 is the fingerprint."""
@@ -94,8 +99,7 @@ class Store:
         if "://" not in place:
             return cls(Path(place).absolute())
         url = place.rstrip("/")
-        cache = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sensmerge")
-        return cls(cache.absolute() / f"{url.rpartition('/')[2]}-{sha256_text(url)[:8]}", Remote(url))
+        return cls(cache_folder().absolute() / f"{url.rpartition('/')[2]}-{sha256_text(url)[:8]}", Remote(url))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what was listed behind when travelling to a worker, which does not look at the URL."""
