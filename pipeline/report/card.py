@@ -17,8 +17,6 @@ from sensmerge.pipeline.report.report import (
 )
 from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.checkpoints.listing import HubModel, LocalModel, UrlModel
-from sensmerge.tasks.networks.networks import own_ending
-from sensmerge.tasks.networks.zero_shot import CLIPZeroShotClassifier
 
 CARD = "README.md"
 """The file, in the folder of the merge."""
@@ -72,7 +70,7 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
         _route_text(route, variant.params) if route is not None else "",
         f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
         _adapter_text(_model_id(plan, "base")) if variant.adapter is not None else "",
-        _heads_text(heads, plan.inputs.networks.experts[heads[0]].network) if heads and route is None else "",
+        _heads_text(heads, plan.inputs.heads[heads[0]].network) if heads and route is None else "",
         f"## Recipe\n\n```yaml\n{recipe_text}```\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -199,6 +197,9 @@ merge. {followed}
 
 def _heads_text(heads: list[str], network: str) -> str:
     """How to load the experts' heads; the first one's network is of the class `network`."""
+    from sensmerge.tasks.networks.networks import own_ending  # transformers takes seconds
+    from sensmerge.tasks.networks.zero_shot import CLIPZeroShotClassifier
+
     loader = "TokenClassification" if own_ending([network]) == "token_classification" else "SequenceClassification"
     if network.endswith("ForImageClassification"):
         loader = "ImageClassification"

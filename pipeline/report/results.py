@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.plan.rows import Split
-from sensmerge.pipeline.plan.step import Step
+from sensmerge.pipeline.plan.step import Split, Step
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.gate import Outcomes

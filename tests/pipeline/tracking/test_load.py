@@ -242,7 +242,7 @@ def test_models_at_a_url(
 
 def test_without_a_package_for_the_url_mlflow_reads_nothing(folders: dict[str, Path], monkeypatch: Any) -> None:
     merged = Merged(
-        "r", "v", "static", folders["static"], "s3://bucket/merge/v", "language_model", True, "float32", (), {}
+        "r", "v", "static", folders["static"], "s3://bucket/merge/v", "language_model", True, "texts", "float32", (), {}
     )
     assert merged.is_read_by_mlflow
     monkeypatch.setitem(sys.modules, "google.cloud", None)
