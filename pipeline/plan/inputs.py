@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sensmerge.pipeline.plan.few import few_rows
 from sensmerge.pipeline.plan.kinds import check_kinds
+from sensmerge.pipeline.plan.kinship import other_bases
 from sensmerge.pipeline.plan.opening import open_models
 from sensmerge.pipeline.plan.rows import RowUse, TaskRows, Tuning, gather_rows
 from sensmerge.pipeline.plan.statistics import takes_losses
@@ -102,7 +104,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     opened = open_models(recipe, listings, store)
     _check_layers(recipe, opened.base)
     _check_totals(recipe, opened.base)
-    notes = [*opened.notes, *_idle_weights(recipe)]
+    notes = [*opened.notes, *other_bases(opened.experts, listings).values(), *_idle_weights(recipe)]
     if opened.base.statistics:
         notes.append(
             f"base: of {len(opened.base.statistics)} buffers with statistics, such as {min(opened.base.statistics)}, "
@@ -123,7 +125,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     readers = _readers(recipe, tokenizer)
     use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
     data, said = gather_rows(recipe.tasks, experts, readers, folder, use)
-    notes += [*said, *_tuning_passes(recipe, data)]
+    notes += [*said, *few_rows(data), *_tuning_passes(recipe, data)]
     return Inputs(base, experts, listings, data, tokenizer, tuple(map(public_text, notes)), tuple(classes))
 
 
