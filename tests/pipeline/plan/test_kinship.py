@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sensmerge.pipeline.plan.kinship import WAY_OUT, other_bases
+from sensmerge.pipeline.report.results import collect
 from sensmerge.tasks.checkpoints.listing import HubModel
-from tests.conftest import make_adapter, make_llama, plan_of
+from tests.conftest import do_steps, make_adapter, make_llama, plan_of
+from tests.hub_server import HubServer
 
 
 def test_a_full_expert_is_told_by_its_weights(
@@ -18,6 +20,19 @@ def test_a_full_expert_is_told_by_its_weights(
     (note,) = [note for note in plan_of(tmp_path, llama_recipe).inputs.notes if "another base" in note]
     assert note.startswith("experts.code looks like a fine-tune of another base: its weights have a cosine of ")
     assert note.endswith(WAY_OUT)
+
+
+def test_weights_that_come_with_the_run_are_looked_at_then(
+    llama_recipe: dict[str, Any], save: Callable[..., Path], hub: HubServer, tmp_path: Path
+) -> None:
+    other = save(make_llama(seed=7), "other", tmp_path)
+    hub.add_repo("team/other", {path.name: path.read_bytes() for path in other.iterdir()})
+    recipe = {"name": "r", "base": llama_recipe["base"], "merges": {"ta": {"method": "task_arithmetic"}}}
+    plan = plan_of(tmp_path, recipe | {"experts": {"other": {"model": "hub:team/other"}}})
+    do_steps(plan)
+    found = collect(plan)
+    assert list(found.other_bases) == ["other"]
+    assert set(found.other_bases.values()) <= set(found.notes) - set(plan.inputs.notes)
 
 
 def test_an_adapter_is_told_by_the_base_that_it_names(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
