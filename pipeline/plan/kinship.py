@@ -32,8 +32,8 @@ def other_bases(experts: Mapping[str, ExpertWeights], listings: Mapping[str, Lis
 def _by_weights(experts: Mapping[str, ExpertWeights]) -> dict[str, str]:
     found = {name: kinship(one) for name, one in experts.items()}
     return {
-        name: f"experts.{name} looks like a fine-tune of another base: its weights have a cosine of {near[0]:z.2f} with "
-        f"the base's (the median of {near[1]} matrices; a fine-tune of the base has nearly 1); {WAY_OUT}"
+        name: f"experts.{name} looks like a fine-tune of another base: its weights have a cosine of {near[0]:z.2f} "
+        f"with the base's (the median of {near[1]} matrices; a fine-tune of the base has nearly 1); {WAY_OUT}"
         for name, near in found.items()
         if near is not None and near[0] < FAR
     }
