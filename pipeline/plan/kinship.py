@@ -13,7 +13,7 @@ from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
 FAR = 0.1
 """Cosine of weights below which an expert is said to be of another base; fine-tunes have 0.9 and more, as a rule."""
 WAY_OUT = "merges with it will score badly: name the base that it was made from, or leave the expert out"
-_REPOSITORY = re.compile(r"(?!\.)[\w.-]+/(?P<name>\w[\w.-]*)", re.ASCII)
+_REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _QUANTISED = re.compile(r"((-unsloth)?-bnb)?-[48]bit$|-(gptq|awq|fp8)\b.*$")
 """What follows a model's name in that of a quantised copy, on which adapters are trained."""
 
