@@ -19,6 +19,7 @@ from sensmerge.pipeline.plan.models import list_models, unhashed_bytes
 from sensmerge.pipeline.recipe.load import load_recipe
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.pipeline.store.unmade import looked_at, take_over
 from sensmerge.pipeline.tracking.uri import check_server
 from sensmerge.pipeline.unchanged import say_unchanged
 from sensmerge.tasks.checkpoints.listing import Listing
@@ -40,7 +41,7 @@ def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Co
         InputError: bad input.
     """
     loaded, folder = load_recipe(recipe, overrides), recipe.absolute().parent
-    store.make()
+    store = looked_at(store)
     store.look()
     listings: Mapping[str, Listing] = list_models(loaded, folder, store.hub_cache)
     kept = find(loaded, folder, store, listings)
@@ -87,6 +88,7 @@ def check_report(report: Path | None) -> None:
 def work(command: Literal["run", "refresh", "record"], options: Options, console: Console) -> bool:
     """Run, refresh or record a recipe while its store is locked; return whether a gate has passed its best."""
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside, _set_if_left(Event()) as stopped:
+        take_over(options.store)
         if say_unchanged(command, options, console):
             return True
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.

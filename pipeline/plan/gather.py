@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.kept_models import find_models, is_plain, keep_models, models_name
+from sensmerge.pipeline.plan.kinship import other_bases
 from sensmerge.pipeline.plan.opened import Opened
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.store.store import Store
@@ -41,7 +42,7 @@ def gather_inputs(recipe: Recipe, listings: Mapping[str, Listing], folder: Path,
     _check_totals(recipe, opened.base)
     if opened.by_name:
         _check_order(recipe)
-    notes = [*opened.notes, *_idle_weights(recipe)]
+    notes = [*opened.notes, *other_bases(opened.experts, listings).values(), *_idle_weights(recipe)]
     if opened.base.statistics:
         notes.append(
             f"base: of {len(opened.base.statistics)} buffers with statistics, such as {min(opened.base.statistics)}, "

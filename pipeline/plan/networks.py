@@ -8,6 +8,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from sensmerge.pipeline.plan.dry_run import inseparable_heads, try_networks
+from sensmerge.pipeline.plan.few import few_rows
 from sensmerge.pipeline.plan.inputs import Inputs
 from sensmerge.pipeline.plan.kinds import check_kinds
 from sensmerge.pipeline.plan.opened import Opened
@@ -58,7 +59,7 @@ def gather_data(recipe: Recipe, opened: Opened, folder: Path) -> tuple[dict[str,
     readers = _readers(recipe, tokenizer)
     use = RowUse(bool(recipe.se_variants()), _tuning(recipe), takes_losses(recipe))
     data, said = gather_rows(recipe.tasks, experts, readers, folder, use)
-    return data, [*notes, *said, *_tuning_passes(recipe, data)]
+    return data, [*notes, *said, *few_rows(data), *_tuning_passes(recipe, data)]
 
 
 def with_networks(resolved: Resolved) -> Resolved:
