@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
@@ -23,7 +22,7 @@ from rich.filesize import decimal
 from sqlalchemy.exc import SQLAlchemyError
 
 from sensmerge.pipeline.store.history import SQLITE
-from sensmerge.tasks.artifacts import partial_of
+from sensmerge.pipeline.tracking.database import make_database
 from sensmerge.tasks.errors import StepError, disk_trouble
 
 TRIES = 5
@@ -37,28 +36,9 @@ def connected(uri: str) -> Iterator[MlflowClient]:
     """A client of the tracking URI, which prints nothing; a failure of MLflow is a StepError."""
     os.environ.setdefault(RETRIES, str(TRIES))
     with _quiet(), _explained(uri):
-        _make_database(uri)
+        if uri.startswith(SQLITE):
+            make_database(Path(uri.removeprefix(SQLITE)))
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _make_database(uri: str) -> None:
-    """Make the file of a database that is not there yet, whole or not at all.
-
-    MLflow takes dozens of steps to make its tables, and none of them a second time: if it is killed in between, the
-    file is of no use ever after.
-    """
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        if not path.exists():
-            partial = partial_of(path)
-            for left in path.parent.glob(f"{partial.name}*"):  # by a process that was killed; its journal too
-                left.unlink()
-            beside = f"{SQLITE}{partial}"
-            MlflowClient(tracking_uri=beside, registry_uri=beside).search_experiments(max_results=1)
-            partial.rename(path)
 
 
 @contextmanager
