@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from graphlib import TopologicalSorter
@@ -39,7 +39,7 @@ class Around(Enum):
 
 
 AHEAD = 2
-"""How many bundles of a step are under way for each node: their files are on the nodes' disks until they are sent."""
+"""How many bundles a node is at work on at once: their files are on its disk until they are sent."""
 Piece = int | str | Around
 """A part of a job, by its name, or what comes before and after the parts."""
 
@@ -59,6 +59,8 @@ class Strand:
     checking: bool = False
     """what the step reads is being read through"""
     ending: bool = False
+    is_writing: bool = False
+    """some piece that leaves files has been submitted"""
     spent: Spent = field(default_factory=Spent)
     node: str | None = None
     """the one that has to do all pieces after the first, where disks are apart"""
@@ -79,6 +81,7 @@ class Strand:
         """Return the piece that is next, or None while it has to wait for others."""
         if self.waiting and not self.checking:
             self.checking = self.waiting[0] is Around.CHECK
+            self.is_writing = not self.checking
             return self.waiting.popleft()
         if self.pending == 1 and not self.ending:
             self.ending = True
@@ -134,11 +137,16 @@ class Running:
         """What the pieces that have ended took."""
         return sum((one.spent for one in self.bundles), self.last.spent)
 
-    def take(self, most: int) -> tuple[Strand, Piece] | None:
+    def nodes_of_files(self) -> list[str | None]:
+        """Return the nodes that have files of bundles on their disks, each as often as it has one's."""
+        return [one.node for one in self.bundles if one.is_writing and one.pending]
+
+    def take(self, most: int, full: Collection[str | None] = ()) -> tuple[Strand, Piece] | None:
         """Return the piece that is next, or None while it has to wait for others.
 
         Args:
             most: how many bundles may be under way.
+            full: nodes that have files of as many bundles as they may have.
         """
         under_way = sum(one.is_begun and one.pending > 0 for one in self.bundles)
         for strand in self.bundles:
@@ -146,6 +154,8 @@ class Running:
                 if under_way >= most:
                     break
                 under_way += 1
+            elif not strand.is_writing and strand.node in full:
+                continue
             if (piece := strand.take()) is not None:
                 return strand, piece
         if any(one.pending for one in self.bundles) or (piece := self.last.take()) is None:
@@ -217,9 +227,17 @@ class Pieces:
                 self._running[title] = begun
             state, stage = self._running[title], self._steps[title].stage
             most = AHEAD * len(alive()) if state.bundles else 0
-            while self._in_flight[stage] < self._limits[stage] and (taken := state.take(most)) is not None:
+            while self._in_flight[stage] < self._limits[stage]:
+                taken = state.take(most, self._full())
+                if taken is None:
+                    break
                 self._in_flight[stage] += 1
                 yield state, *taken
+
+    def _full(self) -> set[str | None]:
+        """Return the nodes that have files of as many bundles on their disks as they may have, of all steps."""
+        counts = Counter(node for state in self._running.values() for node in state.nodes_of_files())
+        return {node for node, count in counts.items() if count >= AHEAD}
 
     def at_work(self) -> list[str]:
         """Return what is said of each step under way, those longest under way first."""
