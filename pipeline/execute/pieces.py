@@ -152,7 +152,7 @@ class Running:
         for strand in self.bundles:
             if not strand.is_begun:
                 if under_way >= most:
-                    break
+                    continue  # others may have begun on nodes that are gone, and wait to be found out
                 under_way += 1
             elif not strand.is_writing and strand.node in full:
                 continue

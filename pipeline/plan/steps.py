@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sensmerge.pipeline.plan import sizes
@@ -90,9 +91,7 @@ class _Layout:
         self.steps: list[Step] = []
         self.makers: dict[str, str] = {}
         self._by_fingerprint: dict[str, Step] = {}
-        self._resolved = resolved
-        self._recipe = resolved.recipe
-        self._inputs = resolved.inputs
+        self._resolved, self._recipe, self._inputs = resolved, resolved.recipe, resolved.inputs
         self._made: dict[str, dict[str, Step]] = defaultdict(dict)
         self._base, self._experts = self._inputs.only_weights()
 
@@ -357,6 +356,8 @@ class _Layout:
         actors = placement.count if isinstance(placement, Actors) else 0
         listings = tuple(one.job.listing for one in needs if isinstance(one.job, DownloadJob))
         models = PlannedModels(listings, self._resolved.store.hub_cache)
+        if isinstance(job, StatisticsJob | CrossTaskJob | EvaluateJob):
+            job = replace(job, planned=models)
         key = self._resolved.store.named(Key.of(name, job))
         step = Step(name, key, tuple(one.title for one in needs), job, reads, writes, actors, models)
         maker = self._by_fingerprint.setdefault(key.fingerprint, step) if self._is_shared(job) else step

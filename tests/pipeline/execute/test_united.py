@@ -153,7 +153,8 @@ def test_a_node_has_files_of_so_many_bundles(recipe: dict[str, Any], tmp_path: P
     assert state.take(2, {"one"}) == (first, Around.SEND)
     first.ended(Around.SEND, Done({}, Spent()))
     assert state.nodes_of_files() == []
-    assert state.take(2) == (second, second.bundle and second.bundle.parts[0])
+    state.bundles.reverse()  # where none may begin, those that have begun go on all the same
+    assert state.take(0) == (second, second.bundle and second.bundle.parts[0])
 
 
 def test_a_bundle_begins_again_alone(recipe: dict[str, Any], tmp_path: Path, ray_here: None) -> None:
