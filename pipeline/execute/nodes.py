@@ -51,6 +51,12 @@ def alive() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
 
+def with_room(cpus: float, gpus: float) -> list[str]:
+    """Return Ray's ids of the nodes that could give so much, whatever is at work there now."""
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return [name for name, has in nodes.items() if has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus]
+
+
 def on_node(node: str) -> NodeAffinitySchedulingStrategy:
     """Return what has work done on a node, and nowhere else."""
     return NodeAffinitySchedulingStrategy(node, soft=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from graphlib import TopologicalSorter
@@ -40,7 +40,7 @@ class Around(Enum):
 
 
 AHEAD = 2
-"""How many bundles of a step are under way for each node: their files are on the nodes' disks until they are sent."""
+"""How many bundles a node is at work on at once: their files are on its disk until they are sent."""
 Piece = int | str | Around
 """A part of a job, by its name, or what comes before and after the parts."""
 
@@ -60,6 +60,8 @@ class Strand:
     checking: bool = False
     """what the step reads is being read through"""
     ending: bool = False
+    is_writing: bool = False
+    """some piece that leaves files has been submitted"""
     spent: Spent = field(default_factory=Spent)
     node: str | None = None
     """the one that has to do all pieces after the first, where disks are apart"""
@@ -80,6 +82,7 @@ class Strand:
         """Return the piece that is next, or None while it has to wait for others."""
         if self.waiting and not self.checking:
             self.checking = self.waiting[0] is Around.CHECK
+            self.is_writing = not self.checking
             return self.waiting.popleft()
         if self.pending == 1 and not self.ending:
             self.ending = True
@@ -136,18 +139,25 @@ class Running:
         """What the pieces that have ended took."""
         return sum((one.spent for one in self.bundles), self.last.spent)
 
-    def take(self, most: int) -> tuple[Strand, Piece] | None:
+    def nodes_of_files(self) -> list[str | None]:
+        """Return the nodes that have files of bundles on their disks, each as often as it has one's."""
+        return [one.node for one in self.bundles if one.is_writing and one.pending]
+
+    def take(self, most: int, full: Collection[str | None] = ()) -> tuple[Strand, Piece] | None:
         """Return the piece that is next, or None while it has to wait for others.
 
         Args:
             most: how many bundles may be under way.
+            full: nodes that have files of as many bundles as they may have.
         """
         under_way = sum(one.is_begun and one.pending > 0 for one in self.bundles)
         for strand in self.bundles:
             if not strand.is_begun:
                 if under_way >= most:
-                    break
+                    continue  # others may have begun on nodes that are gone, and wait to be found out
                 under_way += 1
+            elif not strand.is_writing and strand.node in full:
+                continue
             if (piece := strand.take()) is not None:
                 return strand, piece
         if any(one.pending for one in self.bundles) or (piece := self.last.take()) is None:
@@ -219,9 +229,17 @@ class Pieces:
                 self._running[title] = Running.begin(self.run, step, self._store, self._plan, self._are_apart())
             state, stage = self._running[title], self._steps[title].stage
             most = AHEAD * len(alive()) if state.bundles else 0
-            while self._in_flight[stage] < self._limits[stage] and (taken := state.take(most)) is not None:
+            while self._in_flight[stage] < self._limits[stage]:
+                taken = state.take(most, self._full())
+                if taken is None:
+                    break
                 self._in_flight[stage] += 1
                 yield state, *taken
+
+    def _full(self) -> set[str | None]:
+        """Return the nodes that have files of as many bundles on their disks as they may have, of all steps."""
+        counts = Counter(node for state in self._running.values() for node in state.nodes_of_files())
+        return {node for node, count in counts.items() if count >= AHEAD}
 
     def at_work(self) -> tuple[list[str], int]:
         """Return what is said of each step that a worker has begun, and the number of those that wait for one."""

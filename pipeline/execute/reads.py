@@ -23,10 +23,11 @@ from sensmerge.pipeline.execute.worker import (
     run_part,
 )
 from sensmerge.pipeline.store.bring import bring
-from sensmerge.pipeline.store.cache import held, make_room
+from sensmerge.pipeline.store.cache import make_room
 from sensmerge.pipeline.store.manifest import SMALL
 from sensmerge.pipeline.store.sent import Bundle
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.checkpoints.held import held
 from sensmerge.tasks.checkpoints.listing import Listing, UrlModel
 from sensmerge.tasks.checkpoints.source import small_files
 from sensmerge.tasks.checkpoints.sparse import Tensors
@@ -104,7 +105,8 @@ class Reads:
         say_begun(self.run, self.title)
         artifacts = [self.store.root.joinpath(*self.store.path_of(one).split("/")[:2]) for one in self.others]
         models = [one.folder for one in (*self.models.listings, *self.small) if isinstance(one.source, UrlModel)]
-        with held([*self.needs.values(), *artifacts, *models]) if self.store.remote is not None else nullcontext():
+        units = [*self.needs.values(), *artifacts, *models]
+        with held(units, tensors) if self.store.remote is not None else nullcontext():
             make_room(self.store)
             self.bring()
             self.models.bring(tensors)
@@ -128,6 +130,8 @@ def look_at_result(store: Store, key: Key, run: str) -> None:
 def paths_in(value: Any) -> Iterator[Path]:
     """Yield all paths in a job: in its fields, and in what these hold."""
     match value:
+        case PlannedModels():  # those that the step reads
+            return
         case Path():
             yield value
         case Mapping():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from rich.filesize import decimal
 
 from sensmerge.pipeline.execute.begun import forget
 from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
-from sensmerge.pipeline.execute.nodes import LOST, Disks, is_gone, on_node
+from sensmerge.pipeline.execute.nodes import LOST, Disks, alive, is_gone, on_node, with_room
 from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running, Strand
 from sensmerge.pipeline.execute.progress import progress
 from sensmerge.pipeline.execute.reads import check, do_part, finish, look_at_result, paths_in, send
@@ -169,9 +170,12 @@ def _advice(plan: Plan, stage: Stage) -> str:
 def _submit(plan: Plan, state: Running, strand: Strand, piece: Piece) -> ray.ObjectRef[Done]:
     """Hand a piece to Ray; of nodes with disks apart, any takes the first piece of a strand, and then all others."""
     step, bundle = state.step, strand.bundle
+    resources = plan.recipe.resources_of(step.stage)
     if piece is Around.CHECK and state.apart:
         _check_apart([step])
-    resources = plan.recipe.resources_of(step.stage)
+        if step.actors:
+            # Ray does not choose: those that would have to make room may be actors of a try whose node has left.
+            strand.node = random.choice(with_room(resources.num_cpus, resources.num_gpus) or alive())
     threads = max(1, int(resources.num_cpus))
     options = {
         # A step with actors waits for them: what it held meanwhile they might lack.
@@ -185,7 +189,10 @@ def _submit(plan: Plan, state: Running, strand: Strand, piece: Piece) -> ray.Obj
     partial = plan.store.partial(step.key, None if bundle is None else bundle.number)
     if piece is Around.CHECK:
         # The node that can do it must be able to do the other pieces too, if these have to follow.
-        options |= {"scheduling_strategy": "SPREAD"} if state.apart else {"num_gpus": 0}
+        if not state.apart:
+            options |= {"num_gpus": 0}
+        elif strand.node is None:
+            options |= {"scheduling_strategy": "SPREAD"}
         return _CHECK.options(**options).remote(state.reads, state.job, partial)
     if piece is Around.SEND:
         return _SEND.options(**options).remote(state.reads, state.job, step.key, bundle, threads)
@@ -198,11 +205,6 @@ def _submit(plan: Plan, state: Running, strand: Strand, piece: Piece) -> ray.Obj
 def _check_apart(steps: list[Step]) -> None:
     """Refuse what only nodes with a disk in common can do."""
     for step in steps:
-        if step.actors:
-            raise InputError(
-                f"placement.actors: the workers of {step.title} would read models from each other's disks; let "
-                "SENSMERGE_CACHE be on storage that all nodes see, or set another placement"
-            )
         written = [path for path in paths_in(step.job) if {VIEWS, TOKENIZERS} & {*path.parts}]
         if written:
             raise InputError(

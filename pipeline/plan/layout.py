@@ -143,14 +143,18 @@ class Layout:
     def _add(self, name: str, job: Job, needs: Sequence[Step], reads: int = 0, writes: int = 0) -> None:
         placement = getattr(job, "placement", None)
         actors = placement.count if isinstance(placement, Actors) else 0
-        listings = tuple(one.job.listing for one in needs if isinstance(one.job, DownloadJob))
-        models = PlannedModels(listings, self._resolved.store.hub_cache)
+        models = self._planned(needs)
         key = self._resolved.store.named(Key.of(name, job))
         step = Step(name, key, tuple(one.title for one in needs), job, reads, writes, actors, models)
         maker = self._by_fingerprint.setdefault(key.fingerprint, step) if self._is_shared(job) else step
         self._made[step.stage][name], self.makers[step.title] = maker, maker.title
         if maker is step:
             self.steps.append(step)
+
+    def _planned(self, needs: Sequence[Step]) -> PlannedModels:
+        """Return the models from outside that a step reads."""
+        listings = tuple(one.job.listing for one in needs if isinstance(one.job, DownloadJob))
+        return PlannedModels(listings, self._resolved.store.hub_cache)
 
     def _is_shared(self, job: Job) -> bool:
         """Return whether a step with the same fingerprint would make the same.

@@ -1,5 +1,7 @@
 """The steps of a recipe with tasks: those that run networks."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sensmerge.pipeline.plan import network_sizes, sizes
@@ -19,6 +21,7 @@ from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.evaluate import EvaluateJob
 from sensmerge.tasks.stages.evaluate_dynamic import EvaluateDynamicJob
 from sensmerge.tasks.stages.heads import HeadsJob
+from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from sensmerge.tasks.stages.route import RouteJob
@@ -253,6 +256,11 @@ class NetworkLayout(Layout):
         files, expert = self._model(name), self._inputs.networks.experts.get(name)
         adopted = " with the base's config" if expert is not None and expert.base_config else ""
         return Artifact(f"{files.fingerprint}{adopted}", files.folder)
+
+    def _add(self, name: str, job: Job, needs: Sequence[Step], reads: int = 0, writes: int = 0) -> None:
+        if isinstance(job, StatisticsJob | CrossTaskJob | EvaluateJob):
+            job = replace(job, planned=self._planned(needs))
+        super()._add(name, job, needs, reads, writes)
 
     def _calibration(self, name: str) -> CalibrationSet:
         """Return what an expert is measured on."""

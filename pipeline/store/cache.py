@@ -1,14 +1,13 @@
 """What came from URLs to a machine's disk, bounded in bytes: what nobody reads goes, least recently used first.
 
-It is emptied by units: a model, or an artifact. Of both, small files stay, since a run looks at them on its way. A unit
-that a piece of work reads is held by a lock on a file beside it, which ends with its process. The time of that file
-says when the unit was last used.
+It is emptied by units: a model, or an artifact. Of both, small files stay, since a run looks at them on its way. Units
+that pieces of work read are held (`tasks.checkpoints.held`); of a model that is, those tensors go that nobody reads.
 """
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import read_json, write_json
 from sensmerge.tasks.checkpoints import sparse
 from sensmerge.tasks.checkpoints.companions import WEIGHTS
-from sensmerge.tasks.checkpoints.url import LARGE, URLS
+from sensmerge.tasks.checkpoints.held import mark_of, read_of
+from sensmerge.tasks.checkpoints.url import LARGE, URLS, thin
 from sensmerge.tasks.errors import InputError
 
 LIMIT = "SENSMERGE_CACHE_BYTES"
@@ -43,7 +43,7 @@ class _Unit:
     @property
     def used(self) -> float:
         """When it was last used, as far as is known."""
-        mark = _mark(self.folder)
+        mark = mark_of(self.folder)
         return (mark if mark.exists() else self.folder).stat().st_mtime
 
 
@@ -61,21 +61,10 @@ def limit() -> int | None:
     return int(text)
 
 
-@contextmanager
-def held(folders: Iterable[Path]) -> Iterator[None]:
-    """Have units stay on this machine within the block, whichever process wants to empty them."""
-    with ExitStack() as stack:
-        for folder in sorted({*folders}):
-            mark = _mark(folder)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(mark.open("a"))
-            fcntl.flock(file, fcntl.LOCK_SH)
-            os.utime(mark)
-        yield
-
-
 def make_room(store: Store) -> None:
-    """Empty units that nobody holds, of all stores beside this one, until the rest is within the bound, or all is held.
+    """Empty units of all stores beside this one until the rest is within the bound, or all of it is held.
+
+    Units that nobody holds come first, and then tensors that nobody reads.
 
     Raises:
         InputError: as `limit`.
@@ -91,10 +80,10 @@ def make_room(store: Store) -> None:
             if left <= most:
                 return
             left -= _emptied(unit)
-
-
-def _mark(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.used")
+        for unit in sorted(_models(place), key=lambda unit: unit.used):
+            if left <= most:
+                return
+            left -= _thinned(unit)
 
 
 def _models(place: Path) -> Iterator[_Unit]:
@@ -112,7 +101,7 @@ def _artifacts(place: Path) -> Iterator[_Unit]:
 
 def _emptied(unit: _Unit) -> int:
     """Delete the large files of a unit, unless somebody holds it; return how many bytes that freed."""
-    with _mark(unit.folder).open("a") as file:
+    with mark_of(unit.folder).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,3 +114,9 @@ def _emptied(unit: _Unit) -> int:
             with suppress(FileNotFoundError):
                 sparse.remove(path)
         return freed
+
+
+def _thinned(unit: _Unit) -> int:
+    """Delete the tensors of a model that nobody reads; return how many bytes that freed."""
+    # Whoever begins to read from now on has a note before it looks for what is here, and fetches what is not.
+    return thin(unit.folder, unit.folder.parents[2], lambda: read_of(unit.folder))

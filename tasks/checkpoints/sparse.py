@@ -4,6 +4,7 @@ A hole reads as zeros, so whoever reads a tensor asks first whether it has come.
 tensors are coming before the first byte is written, and which have come after the last is on the disk.
 """
 
+import ctypes
 import json
 import os
 import struct
@@ -16,9 +17,11 @@ from sensmerge.tasks.artifacts import load_object, write_json
 from sensmerge.tasks.errors import InputError
 
 Tensors = Mapping[Path, Collection[str]]
-"""Names of tensors by the file of weights that holds them."""
+"""Names of tensors by the file of weights that holds them; a model's folder stands for the headers of all its files,
+and says that more may be read later."""
 RANGE = 2**24
 """Bytes that are asked for at once, so that what breaks off is not much."""
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # of linux/falloc.h
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,39 @@ def remove(path: Path) -> None:
     """Delete a file, and then what is said of it."""
     path.unlink(missing_ok=True)
     record_of(path).unlink(missing_ok=True)
+
+
+def keep_only(path: Path, names: Collection[str]) -> int:
+    """Have holes where other tensors of a file were, if its file system knows holes; who asks holds the lock.
+
+    Returns:
+        How many bytes that freed on the disk.
+    """
+    found, offsets = present(path), places(path)
+    here = offsets.keys() if found is None else found.tensors
+    gone = here - {*names}
+    if not gone or (found is not None and not found.holds_of(path)):
+        return 0
+    before = path.stat().st_blocks
+    # Whoever is killed from here on leaves what is kept to be found, and what goes to be fetched.
+    say(path, here - gone, gone)
+    with path.open("r+b") as file:
+        gone = {name for name in gone if _punch(file.fileno(), *offsets[name])}
+    if gone or found is not None:
+        say(path, here - gone)
+    else:
+        record_of(path).unlink()
+    return (before - path.stat().st_blocks) * 512
+
+
+def _punch(descriptor: int, begin: int, end: int) -> bool:
+    """Give the blocks of a stretch of an open file back to the file system; return whether it can do that."""
+    try:
+        fallocate = ctypes.CDLL(None).fallocate
+    except AttributeError:  # not Linux
+        return False
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return begin == end or not fallocate(descriptor, _PUNCH_HOLE | _KEEP_SIZE, begin, end - begin)
 
 
 def state_of(path: Path) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sensmerge.tasks.checkpoints import digests
@@ -27,6 +27,15 @@ class PlannedModels:
     listings: tuple[Listing, ...]
     cache: Path
     """folder of the hub's cache, and of the digests of local files"""
+
+    def of(self, *folders: Path) -> "PlannedModels":
+        """Return the models in some folders.
+
+        Returns:
+            None of them where one is no model's own folder, and so may stand for rows of others.
+        """
+        found = tuple(one for one in self.listings if one.folder in folders)
+        return replace(self, listings=found) if {one.folder for one in found} == {*folders} else NONE
 
     def bring(self, tensors: Tensors | None = None) -> None:
         """Have the files on this machine, where they come from the hub or a URL and are not here.

@@ -3,7 +3,7 @@
 import os
 import shutil
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +72,8 @@ def bring(source: UrlModel, listing: Listing, cache: Path, tensors: Tensors | No
         InputError: as `fetch_files`.
     """
     wanted = {path.name: names for path, names in (tensors or {}).items() if path.parent == listing.folder}
+    if tensors is not None and listing.folder in tensors:
+        wanted = dict.fromkeys([file.name for file in listing.files if _is_large(file)], ()) | wanted
     names = {file.name for file in listing.files if tensors is None or not _is_large(file) or file.name in wanted}
     fetch_files(source, listing, names, cache, wanted)
 
@@ -95,7 +97,7 @@ def fetch_files(
     Raises:
         InputError: no room on the disk; a file is not there, is another one than was listed, or cannot be read.
     """
-    with _alone(listing, cache):
+    with _alone(listing.folder, cache):
         asked = [file for file in listing.files if file.name in names]
         lacking = [file for file in asked if not _has(listing, file, cache, tensors.get(file.name))]
         if not lacking:
@@ -116,11 +118,31 @@ def fetch_files(
             _know(listing.folder / file.name, came[file.name], cache)
 
 
+def thin(folder: Path, cache: Path, kept: Callable[[], Mapping[str, Collection[str]] | None]) -> int:
+    """Delete tensors of the large files of a model that is on this machine.
+
+    Args:
+        folder: of the model.
+        cache: as in `tasks.checkpoints.source.resolve`.
+        kept: says, while nobody else writes to the files, which tensors stay, by file: a file that it does not name
+            loses all; None: all stays.
+
+    Returns:
+        How many bytes that freed.
+    """
+    with _alone(folder, cache):
+        stay = kept()
+        if stay is None:
+            return 0
+        large = [path for path in folder.glob(WEIGHTS) if path.stat().st_size >= LARGE]
+        return sum(sparse.keep_only(path, stay.get(path.name, ())) for path in large)
+
+
 @contextmanager
-def _alone(listing: Listing, cache: Path) -> Iterator[None]:
+def _alone(folder: Path, cache: Path) -> Iterator[None]:
     """Hold a model's folder, which is made."""
-    listing.folder.mkdir(parents=True, exist_ok=True)
-    lock = cache / LOCKS / f"{sha256_text(str(listing.folder))[:32]}.lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = cache / LOCKS / f"{sha256_text(str(folder))[:32]}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         yield
@@ -225,7 +247,7 @@ def altered(listing: Listing, cache: Path) -> list[str]:
 
     if not wrong():
         return []
-    with _alone(listing, cache):  # unless another process has just been writing more tensors
+    with _alone(listing.folder, cache):  # unless another process has just been writing more tensors
         return wrong()
 
 

@@ -82,6 +82,10 @@ class BaseWeights:
         """Yield what is read for a tensor."""
         yield self.checkpoint, self.stored_name(name)
 
+    def read_for(self, name: str) -> Iterator[tuple[Checkpoint, str]]:
+        """Yield the same: see `ExpertWeights`."""
+        yield from self.stored_for(name)
+
     def examined(self, name: str) -> Examined:
         """Read through one tensor."""
         return _examined("", [(self.checkpoint, self.stored_name(name))])
@@ -171,6 +175,12 @@ class ExpertWeights:
                     yield self.source, source
                 case LoraFactors():
                     yield from ((self.source, source.first), (self.source, source.second))
+
+    def read_for(self, name: str) -> Iterator[tuple[Checkpoint, str]]:
+        """Yield what is read for the expert's own tensor, of the base too where that counts."""
+        if not (self.touches(name) and self.is_whole(name)):
+            yield from self.base.stored_for(name)
+        yield from self.stored_for(name)
 
     def is_whole(self, name: str) -> bool:
         """Return whether the expert stores the values of a tensor, and no factors of its task vector."""

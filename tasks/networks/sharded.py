@@ -7,12 +7,14 @@ on is sent again, or everything where it had totals.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import heappop, heappush
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import ray
 import torch
@@ -20,6 +22,8 @@ from ray.util import get_placement_group, placement_group, remove_placement_grou
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
+from sensmerge.tasks.checkpoints.held import held
+from sensmerge.tasks.checkpoints.listing import UrlModel
 from sensmerge.tasks.networks.blocks import Batch, Part, Shell, blocks_of, to_device
 from sensmerge.tasks.networks.journeys import SHELL, Check, Journey, Measured, PartsRunner, Work
 from sensmerge.tasks.networks.placement import Actors, shares
@@ -186,14 +190,21 @@ class _Lane:
         self._start()
 
     def write(self, folder: Path) -> None:
-        """Have the actor write what statistics have added up."""
+        """Have what statistics have added up written to a folder, which the actor's machine need not see."""
         if holds_totals(self._owned.statistics):
+            mark = folder / f".seen-{uuid4().hex}"
+            mark.touch()
             try:
-                ray.get(self._actor.write.remote(folder))
+                for sent in self._actor.write.options(num_returns="streaming").remote(folder, mark):
+                    name, content = ray.get(sent)
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).write_bytes(content)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
             except ray.exceptions.RayError as error:
                 raise _TotalsLost(f"{self._owned.source.key}: {self._blocks}: its actor died: {error}") from error
+            finally:
+                mark.unlink()
 
     @property
     def _blocks(self) -> str:
@@ -261,6 +272,9 @@ class BlockOwner:
         """
         torch.set_num_threads(threads)
         self._owned = owned
+        models = [one.folder for one in owned.source.models.listings if isinstance(one.source, UrlModel)]
+        self._held = ExitStack()
+        self._held.enter_context(held(models))  # as long as the actor lives
 
     @cached_property
     def _loaded(self) -> tuple[Part, Shell | None]:
@@ -270,8 +284,26 @@ class BlockOwner:
         part = Part(source, dict(list(blocks.items())[self._owned.blocks]), statistics)
         return part, Shell(source, network, blocks, statistics) if self._owned.has_shell else None
 
-    def write(self, folder: Path) -> None:
-        """Write what statistics have added up."""
+    def write(self, folder: Path, mark: Path) -> Iterator[tuple[str, bytes]]:
+        """Write what statistics have added up.
+
+        Args:
+            folder: where to.
+            mark: a file; if it is not there, this machine does not see that folder.
+
+        Yields:
+            In that case name in the folder, and content, of every file.
+        """
+        if mark.exists():
+            self._write(folder)
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as own:  # where there is room for artifacts
+            self._write(Path(own))
+            for path in [path for path in Path(own).rglob("*") if path.is_file()]:
+                yield path.relative_to(own).as_posix(), path.read_bytes()
+
+    def _write(self, folder: Path) -> None:
         for one in self._loaded:
             if one is not None:
                 one.write(folder)

@@ -1,6 +1,6 @@
 """Where an expert's network comes from, and the weights of any part of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sensmerge.tasks.checkpoints.checkpoint import FilesNeeded
 from sensmerge.tasks.checkpoints.layers import layer_of
-from sensmerge.tasks.checkpoints.weights import View
+from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
+from sensmerge.tasks.checkpoints.weights import View, by_file
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import Expert, load_network, open_expert
@@ -37,10 +39,20 @@ class Source:
     """torch device"""
     base_config: bool = False
     """whether the expert runs with the base's settings where its own config differs"""
+    models: PlannedModels = NONE
+    """base and expert, if of their files what is read comes to this machine when it is"""
 
     @cached_property
     def expert(self) -> Expert:
         """The expert's headers."""
+        self.models.bring({self.base: (), self.folder: ()})
+        try:
+            return self._opened()
+        except FilesNeeded:
+            self.models.bring()
+            return self._opened()
+
+    def _opened(self) -> Expert:
         return open_expert(self.folder, open_base(self.base), self.key, base_config=self.base_config)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -54,6 +66,7 @@ class Source:
             InputError: parameters are left without weights.
         """
         expert = self.expert
+        self._bring((*expert.base.weights, *expert.base.buffers))
         network = load_network(expert, self.head, self.dtype, self.device, head_of=expert if expert.head else None)
         return for_one_pass(network)
 
@@ -122,10 +135,13 @@ class Source:
         weights: dict[str, Tensor] = {}
         read: dict[int, Tensor] = {}
         lacking = []
-        for name, hollow in module.state_dict(keep_vars=True).items():
+        state = module.state_dict(keep_vars=True)
+        called = {name: (names or {}).get(id(hollow), prefix + name) for name, hollow in state.items()}
+        self._bring(one for name in called.values() for one in self.tensors(name))
+        for name, hollow in state.items():
             tensor = read.get(id(hollow))  # of a parameter that is tied to this one
             if tensor is None:
-                tensor = self._read((names or {}).get(id(hollow), prefix + name), copied)
+                tensor = self._read(called[name], copied)
                 if tensor is None or tensor.shape != hollow.shape:
                     if isinstance(hollow, nn.Parameter):
                         lacking.append(prefix + name)
@@ -138,6 +154,12 @@ class Source:
         for child in module.modules():
             for name, buffer in child._buffers.items():  # those that are in no checkpoint
                 child._buffers[name] = None if buffer is None else buffer.to(self.device)
+
+    def _bring(self, names: Iterable[str]) -> None:
+        """Have what is read for some tensors of the base's checkpoint on this machine, and the expert's own head."""
+        if self.models.listings:
+            head = [(self.expert.source, name) for name in self.expert.head.values()]
+            self.models.bring(by_file([*head, *(one for name in names for one in self.expert.read_for(name))]))
 
     @cached_property
     def _tensors(self) -> Mapping[str, Sequence[str]]:

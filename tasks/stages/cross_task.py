@@ -21,6 +21,8 @@ from sensmerge.tasks.artifacts import (
     sha256_text,
     write_json,
 )
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local, identity
 from sensmerge.tasks.networks.blocks import Batch, to_device
@@ -82,6 +84,8 @@ class CrossTaskJob(Job):
     """torch device"""
     placement: Local[Placement]
     """where the networks run"""
+    planned: Local[PlannedModels] = NONE
+    """those that it reads"""
     known: Local[Mapping[str, float]] = field(default_factory=dict)
     """distances of earlier artifacts by fingerprint"""
     kept: Local[Mapping[str, Path]] = field(default_factory=dict)
@@ -125,6 +129,11 @@ class CrossTaskJob(Job):
         """Return the experts whose trunks have to run."""
         return [name for name in self.experts if self.looked_at(name)]
 
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """See `Job`: headers at first, and then what is read of trunks and heads, where it is."""
+        folders = (self.base.folder, *(one.folder for one in self.experts.values()))
+        return dict.fromkeys(folders, ()) if self.planned.of(*folders).listings else None
+
     def wanted(self, j: str) -> list[str]:
         """Return the experts whose distance from expert j, on its calibration set, is to be measured."""
         return [i for i in self.experts if i != j and self.pair(i, j) not in self.known]
@@ -145,7 +154,8 @@ class CrossTaskJob(Job):
 
         def source(i: str) -> Source:
             ending, folder, base_config = self.calibration[i].head, self.experts[i].folder, i in self.base_config
-            return Source(self.base.folder, folder, f"experts.{i}", ending, dtype, self.device, base_config)
+            models = self.planned.of(self.base.folder, folder)
+            return Source(self.base.folder, folder, f"experts.{i}", ending, dtype, self.device, base_config, models)
 
         return {i: source(i) for i in self.experts}
 

@@ -10,10 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sensmerge.tasks.artifacts import Artifact, canonical, sha256_text, write_json
+from sensmerge.tasks.checkpoints.checkpoint import FilesNeeded
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
+from sensmerge.tasks.checkpoints.weights import by_file
 from sensmerge.tasks.identity import For, Local
 from sensmerge.tasks.kinds.kind import Labels, RowTask, Task
 from sensmerge.tasks.kinds.sample import Sample
 from sensmerge.tasks.kinds.scores import Record
+from sensmerge.tasks.networks.base import Base
 from sensmerge.tasks.networks.blocks import to_device, trunk_output
 from sensmerge.tasks.networks.endings import WRITING_HEADS
 from sensmerge.tasks.networks.expert import Expert, load_network
@@ -79,6 +84,20 @@ class EvaluateJob(Job):
     """experts that run with the base's settings where their own configs differ"""
     earlier: Local[Path | None] = None
     """an earlier artifact of the same step"""
+    planned: Local[PlannedModels] = NONE
+    """those that it reads"""
+
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """See `Job`: headers at first, and then what the network is made of; nothing of the base for a merged model."""
+        inputs = self._inputs
+        return dict.fromkeys([one.folder for one in inputs.listings], ()) if inputs.listings else None
+
+    @property
+    def _inputs(self) -> PlannedModels:
+        """The models of which what is read comes when it is."""
+        known = [one.folder for one in self.planned.listings]
+        inputs = [self.model.folder] if self.is_expert or self.model.folder in known else []
+        return self.planned.of(self.base.folder, *inputs, *([self.head.folder] if self.head else []))
 
     def trunk(self) -> str | None:
         """Return a fingerprint of what the head reads of the trunk, which outlasts the head."""
@@ -112,14 +131,26 @@ class EvaluateJob(Job):
         return write_evaluation(task, records, out)
 
     def _network(self) -> PreTrainedModel:
-        model = self._expert(self.model) if self.is_expert else opened_base(self.model)
-        head_of = self._expert(self.head) if self.head else None
+        try:
+            model, head_of = self._opened()
+        except FilesNeeded:
+            self._inputs.bring()
+            model, head_of = self._opened()
+        base = model.base if isinstance(model, Expert) else model
+        heads = [] if head_of is None else [(head_of.source, name) for name in head_of.head.values()]
+        read = (one for name in (*base.weights, *base.buffers) for one in model.read_for(name))
+        self._inputs.bring(by_file([*heads, *read]))
         network = load_network(model, self.task.head, getattr(torch, self.dtype), self.device, head_of)
         if self.labels is not None:
             network.config.label2id = dict(self.labels)
         if self.task.head in WRITING_HEADS:
             set_end_tokens(network, self.model.folder, self.base.folder)
         return network
+
+    def _opened(self) -> tuple[Base | Expert, Expert | None]:
+        """Return the headers of the model, and those of the expert whose head follows it."""
+        model = self._expert(self.model) if self.is_expert else opened_base(self.model)
+        return model, self._expert(self.head) if self.head else None
 
     def _expert(self, one: Artifact) -> Expert:
         return opened_expert(one, self.base, one.folder in self.base_config)
@@ -132,9 +163,9 @@ class EvaluateJob(Job):
         if inputs:
             base_config = self.head.folder in self.base_config
             dtype = getattr(torch, self.dtype)
-            head = DetachedHead.read(
-                Source(self.base.folder, self.head.folder, self.name, task.head, dtype, self.device, base_config)
-            )
+            folder, models = self.head.folder, self._inputs
+            source = Source(self.base.folder, folder, self.name, task.head, dtype, self.device, base_config, models)
+            head = DetachedHead.read(source)
         else:
             network = self._network()
             trunk, head = trunk_of(network), DetachedHead(network)

@@ -10,6 +10,8 @@ import torch
 
 from sensmerge.tasks.artifacts import Artifact, write_json
 from sensmerge.tasks.checkpoints.layers import group_by_layer
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.identity import Local
 from sensmerge.tasks.networks.journeys import Measured
@@ -50,6 +52,13 @@ class StatisticsJob(Job):
     """torch device"""
     placement: Local[Placement]
     """where the network runs"""
+    planned: Local[PlannedModels] = NONE
+    """those that it reads"""
+
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """See `Job`: headers at first, and then what is read of the expert, where it is."""
+        folders = (self.base.folder, self.expert.folder)
+        return dict.fromkeys(folders, ()) if self.planned.of(*folders).listings else None
 
     def finish(self, out: Path) -> dict[str, Any]:
         """Run the network over one sample at a time.
@@ -66,7 +75,8 @@ class StatisticsJob(Job):
         """
         base, expert = self.base.folder, self.expert.folder
         dtype, key = getattr(torch, self.dtype), f"experts.{self.name}"
-        source = Source(base, expert, key, self.calibration.head, dtype, self.device, self.base_config)
+        models = self.planned.of(base, expert)
+        source = Source(base, expert, key, self.calibration.head, dtype, self.device, self.base_config, models)
         reader = load_reader(self.tokenizer.folder, self.calibration.task.reads)
         batches = list(self.calibration.samples(self.name, reader, source.expert.config.label2id))
         samples: dict[int, Measured] = {}

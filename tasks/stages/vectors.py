@@ -10,7 +10,8 @@ import torch
 from sensmerge.tasks.artifacts import Artifact, link_file
 from sensmerge.tasks.checkpoints.checkpoint import INDEX, open_checkpoint
 from sensmerge.tasks.checkpoints.companions import CONFIG, companions
-from sensmerge.tasks.checkpoints.weights import HEADS, BaseWeights, ExpertWeights
+from sensmerge.tasks.checkpoints.sparse import Tensors
+from sensmerge.tasks.checkpoints.weights import HEADS, BaseWeights, ExpertWeights, by_file
 from sensmerge.tasks.dynamic.vectors import BASE, Vector, compact
 from sensmerge.tasks.dynamic.writing import finite_as, seal, vectors_file, write_vectors
 from sensmerge.tasks.identity import Local
@@ -36,6 +37,12 @@ class VectorsJob(Job):
     def parts(self) -> Sequence[int]:
         """Return the numbers of the groups."""
         return range(len(self.groups))
+
+    def reads(self, part: int | str | None) -> Tensors | None:
+        """See `Job`: a piece reads the experts' tensors of its layers, and `finish` none."""
+        assert not isinstance(part, str)
+        names = [] if part is None else self._mixed(self.groups[part])
+        return by_file(one for name in names for expert in self.experts.values() for one in expert.read_for(name))
 
     def run(self, part: int | str, out: Path) -> bool:
         """Write what leads to each expert in each tensor of a group of layers, in the static merge's dtype.

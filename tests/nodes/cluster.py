@@ -6,9 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,16 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def on_disk(folder: Path) -> int:
+    """How many bytes the files in a folder take on the disk, where holes take none."""
+    found = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += os.lstat(f"{path}/{name}").st_blocks * 512
+    return found
 
 
 class Nodes:
@@ -75,7 +86,7 @@ class Nodes:
             return sum(one.state == ALIVE for one in gcs.get_all_node_info().values())
 
         self._wait("head", lambda: nodes() == 1)
-        for count, name in enumerate(names, start=2):
+        for count, name in enumerate(names, start=2):  # at once, they would take each other's sockets
             for _ in range(TRIES):
                 self._start(name, "--num-cpus=1", f"--address={self.address}")
                 if self._wait(name, lambda count=count: nodes() == count):
@@ -122,6 +133,24 @@ class Nodes:
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said
         return said
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, int]]:
+        """Watch, until the block ends, how many bytes at most each node has on its disk."""
+        most, finished = dict.fromkeys(self.names, 0), threading.Event()
+
+        def keep_looking() -> None:
+            while not finished.wait(0.005):
+                for name in most:
+                    most[name] = max(most[name], on_disk(self.own(name)))
+
+        thread = threading.Thread(target=keep_looking)
+        thread.start()
+        try:
+            yield most
+        finally:
+            finished.set()
+            thread.join()
 
     def kill(self, name: str) -> None:
         """Have a node gone from one moment to the next, with all its processes."""

@@ -12,6 +12,9 @@ import fsspec
 import pytest
 from safetensors.torch import load_file, save_file
 
+from sensmerge.pipeline.execute.pieces import AHEAD
+from sensmerge.pipeline.store.cache import LIMIT
+from sensmerge.tasks.checkpoints.layers import group_by_layer
 from tests.conftest import make_llama, perturbed, tiny_recipe, write_recipe
 from tests.here import run_here
 from tests.nodes.bucket import UnreliableBucket
@@ -20,6 +23,10 @@ from tests.nodes.cluster import Nodes
 MLFLOW = "sqlite:///{}/mlflow.db"
 SHARD = 1_000_000
 """Bytes of a shard: less than a layer has."""
+CACHE_BYTES = 5_000_000
+"""What a node keeps of models and artifacts: less than it reads in a run."""
+SMALL_FILES = 500_000
+"""Bytes that configs, tokenizers, rows and records take on a node at most."""
 WEIGHTS = "model.safetensors"
 STAGES = ("statistics", "cross_task", "merge", "route", "evaluate")
 WORKERS = ("one", "two", "three")
@@ -50,7 +57,7 @@ def files(bucket: UnreliableBucket) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def nodes(bucket: UnreliableBucket, files: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    cluster = Nodes(tmp_path_factory.mktemp("nodes"), bucket.environment)
+    cluster = Nodes(tmp_path_factory.mktemp("nodes"), bucket.environment | {LIMIT: str(CACHE_BYTES)})
     try:
         cluster.start(*WORKERS)
         yield cluster
@@ -58,31 +65,32 @@ def nodes(bucket: UnreliableBucket, files: Any, tmp_path_factory: pytest.TempPat
         cluster.stop()
 
 
-@pytest.fixture(scope="module")
-def models(files: Any, save: Callable[..., Path]) -> dict[str, Path]:
-    """A base and two experts whose weights count as large; they are at URLs too."""
-    wide = {"hidden_size": 256, "intermediate_size": 512}
+@pytest.fixture
+def models(request: pytest.FixtureRequest, files: Any, save: Callable[..., Path]) -> dict[str, Path]:
+    """A base and two experts of some layers, whose weights count as large; they are at URLs too."""
+    wide = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": request.param}
     found = {"base": save(make_llama(**wide), "base")}
     for seed, name in enumerate(("math", "code"), start=1):
         found[name] = save(perturbed(make_llama(**wide), seed), name)
     for name, folder in found.items():
-        files.put(str(folder), f"models/{name}", recursive=True)
+        for path in folder.iterdir():
+            files.put_file(str(path), f"models/{name}/{path.name}")
     return found
 
 
-def recipe_of(models: Mapping[str, object], folder: Path) -> dict[str, Any]:
+def recipe_of(models: Mapping[str, object], folder: Path, placement: object = "streamed") -> dict[str, Any]:
     """Sens and SE, whose rows go to the folder; few scores, which are not what this is about."""
     recipe = tiny_recipe({name: Path(str(model)) for name, model in models.items()}, folder)
     del recipe["tasks"]["code"]["evaluation"]
     recipe["merges"] = {name: recipe["merges"][name] | {"shard_size": SHARD} for name in ("ta", "ties-sens")}
     recipe["merges"]["ta-se"] = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}
-    return named(recipe, models)
+    return named(recipe, models) | {"placement": placement}
 
 
-def merge_of(models: Mapping[str, object], folder: Path) -> dict[str, Any]:
-    """The plain merge alone."""
-    recipe = recipe_of(models, folder)
-    return recipe | {"name": "plain", "tasks": {}, "merges": {"ta": recipe["merges"]["ta"]}}
+def merge_of(models: Mapping[str, object]) -> dict[str, Any]:
+    """A plain merge."""
+    merge = {"method": "task_arithmetic", "weight": 0.5, "shard_size": SHARD}
+    return named({"name": "plain", "merges": {"ta": merge}}, models)
 
 
 def named(recipe: dict[str, Any], models: Mapping[str, object]) -> dict[str, Any]:
@@ -102,11 +110,15 @@ def changed(folder: Path, target: Path) -> Path:
     return target
 
 
-def made_here(models: Mapping[str, Path], folder: Path) -> dict[str, set[bytes]]:
-    """What a run on this machine alone makes, see `contents`."""
-    folder.mkdir()
-    recipe = write_recipe(folder, recipe_of(models, folder))
-    assert run_here(recipe, "--store", folder / "store") == 0
+def layer_bytes(folder: Path) -> list[int]:
+    """The size of each layer of a model."""
+    found = load_file(folder / WEIGHTS)
+    return [sum(found[name].nbytes for name in names) for names in group_by_layer(found).values()]
+
+
+def made_here(recipe: dict[str, Any], folder: Path) -> dict[str, set[bytes]]:
+    """What a run on this machine alone makes, see `contents`; rows are in the folder."""
+    assert run_here(write_recipe(folder, recipe), "--store", folder / "store") == 0
     found = [path for path in (folder / "store").rglob("*") if path.is_file()]
     return contents({path.relative_to(folder / "store").as_posix(): path.read_bytes() for path in found})
 
@@ -143,13 +155,16 @@ def killed_at_work(nodes: Nodes, begun: str, process: "subprocess.Popen[str]") -
     raise AssertionError(process.communicate()[0])
 
 
+@pytest.mark.parametrize("models", [14], indirect=True)
 def test_nodes_share_out_a_merge_and_read_it_once(
     nodes: Nodes, bucket: UnreliableBucket, files: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
     driver = nodes.own("driver")
-    write_recipe(driver, merge_of({name: f"s3://models/{name}" for name in models}, driver), "plain.yaml")
+    write_recipe(driver, merge_of({name: f"s3://models/{name}" for name in models}), "plain.yaml")
     store = "s3://models/plain"
-    nodes.do("driver", "run", nodes.disk / "plain.yaml", "--store", store, "--tracking-uri", MLFLOW.format(nodes.disk))
+    words = ["--store", store, "--tracking-uri", MLFLOW.format(nodes.disk)]
+    with nodes.watched() as disks:
+        nodes.do("driver", "run", nodes.disk / "plain.yaml", *words)
     needed = sum((folder / WEIGHTS).stat().st_size for folder in models.values())
     assert needed <= sum(bucket.sent[f"/models/{name}/{WEIGHTS}"] for name in models) <= 1.1 * needed
     for name in nodes.names:  # each did something, and none read all
@@ -159,17 +174,23 @@ def test_nodes_share_out_a_merge_and_read_it_once(
     (folder,) = files.ls("models/plain/merge")
     assert len(files.glob(f"{folder}/*.safetensors")) > 2
     assert not files.glob(f"{folder}/.bundle*")
-    alone = made_here(models, tmp_path / "here")
+    layers = layer_bytes(models["base"])
+    # What it keeps, what one piece reads, and what it makes; all that it reads in the end would be more.
+    bound = CACHE_BYTES + (len(models) + AHEAD) * max(layers) + SMALL_FILES
+    assert max(disks.values()) <= bound < len(models) * sum(layers) / len(WORKERS), disks
     merged = at(files, store)
     assert merged.keys() >= {f"merge/ta/{Path(name).name}" for name in files.glob(f"{folder}/*.safetensors")}
-    assert merged == {name: alone[name] for name in merged}
+    assert merged == made_here(merge_of(models), tmp_path)
 
 
+@pytest.mark.parametrize("models", [2], indirect=True)
 def test_a_bucket_is_all_that_nodes_share(
     nodes: Nodes, bucket: UnreliableBucket, files: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
     driver, store = nodes.own("driver"), "s3://models/store"
-    write_recipe(driver, recipe_of({name: f"s3://models/{name}" for name in models}, driver))
+    before, after = tmp_path / "before", tmp_path / "after"
+    at_urls = {name: f"s3://models/{name}" for name in models}
+    write_recipe(driver, recipe_of(at_urls, driver, {"actors": 2}))
     bucket.busy, bucket.cut = 5, 50
     words = ["--store", store, "--tracking-uri", MLFLOW.format(nodes.disk)]
 
@@ -183,16 +204,19 @@ def test_a_bucket_is_all_that_nodes_share(
     )
     assert re.search(r"merge ties-sens, parts \d+ to \d+: its node left; it begins again on another", said), said
     assert not list(nodes.own("head").rglob("*"))
-    assert at(files, store) == made_here(models, tmp_path / "before")
+    before.mkdir()
+    assert at(files, store) == made_here(recipe_of(models, before), before)
     bucket.busy = bucket.cut = 0
     assert bucket.refused
     assert bucket.broken
 
-    after = models | {"code": changed(models["code"], tmp_path / "code")}
-    files.put_file(str(after["code"] / WEIGHTS), f"models/code/{WEIGHTS}")
+    changed_models = models | {"code": changed(models["code"], tmp_path / "code")}
+    files.put_file(str(changed_models["code"] / WEIGHTS), f"models/code/{WEIGHTS}")
+    write_recipe(driver, recipe_of(at_urls, driver))  # one node is left, and no room for two actors
     said = nodes.do("driver", "refresh", nodes.disk / "recipe.yaml", *words)
     assert "download math" not in said
-    made, expected = at(files, store), made_here(after, tmp_path / "after")
+    after.mkdir()
+    made, expected = at(files, store), made_here(recipe_of(changed_models, after), after)
     assert {name: content - made[name] for name, content in expected.items() if content - made[name]} == {}
 
     left = f"{store}/merge/left-00000000"

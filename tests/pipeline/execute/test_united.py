@@ -135,6 +135,28 @@ def test_what_an_earlier_run_sent_is_not_made_again(recipe: dict[str, Any], tmp_
     assert [(strand.bundle, piece) for strand, piece in taken] == [(one, Around.CHECK) for one in others[:2]]
 
 
+def test_a_node_has_files_of_so_many_bundles(recipe: dict[str, Any], tmp_path: Path, ray_here: None) -> None:
+    plan, step = planned(recipe, tmp_path, "together")
+    state = Running.begin("run", step, plan.store, plan.steps, apart=True)
+    for strand, piece in [taken for _ in range(2) if (taken := state.take(2))]:
+        strand.ended(piece, Done({}, Spent()))
+        strand.node = "one"
+    assert state.nodes_of_files() == []
+    taken = []
+    while (one := state.take(2, {"one"} if taken else ())) is not None:
+        taken.append(one)
+    first, second = state.bundles[:2]
+    assert {id(strand) for strand, _ in taken} == {id(first)}
+    assert state.nodes_of_files() == ["one"]
+    for _, piece in taken:
+        first.ended(piece, Done({}, Spent()))
+    assert state.take(2, {"one"}) == (first, Around.SEND)
+    first.ended(Around.SEND, Done({}, Spent()))
+    assert state.nodes_of_files() == []
+    state.bundles.reverse()  # where none may begin, those that have begun go on all the same
+    assert state.take(0) == (second, second.bundle and second.bundle.parts[0])
+
+
 def test_a_bundle_begins_again_alone(recipe: dict[str, Any], tmp_path: Path, ray_here: None) -> None:
     plan, step = planned(recipe, tmp_path, "together")
     pieces = Pieces([step], plan.store, {"merge": 2}, plan.steps, lambda: True)

@@ -6,12 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sensmerge.pipeline.store import cache
 from sensmerge.pipeline.store.bring import bring
-from sensmerge.pipeline.store.cache import held, make_room
+from sensmerge.pipeline.store.cache import make_room
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.tasks.checkpoints import url
 from sensmerge.tasks.checkpoints.checkpoint import open_checkpoint
+from sensmerge.tasks.checkpoints.held import held
 from sensmerge.tasks.checkpoints.listing import UrlModel
 from sensmerge.tasks.checkpoints.source import resolve
 from sensmerge.tasks.checkpoints.unchanged import PlannedModels
@@ -75,7 +79,7 @@ def test_what_is_held_stays(store: Store, models: dict[str, PlannedModels], monk
     program = f"""
 import sys
 from pathlib import Path
-from sensmerge.pipeline.store.cache import held
+from sensmerge.tasks.checkpoints.held import held
 with held([Path({str(folder_of(models["base"]))!r})]):
     print("held", flush=True)
     sys.stdin.read()
@@ -90,6 +94,40 @@ with held([Path({str(folder_of(models["base"]))!r})]):
         other.stdin.close()
     make_room(store)
     assert not (folder_of(models["base"]) / WEIGHTS).exists()
+
+
+def test_of_a_model_in_use_tensors_go_that_nobody_reads(
+    store: Store, models: dict[str, PlannedModels], llamas: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SENSMERGE_CACHE_BYTES", "1")
+    monkeypatch.setattr(url, "LARGE", 1)
+    folder, large = folder_of(models["math"]), "model.embed_tokens.weight"
+    path, whole = folder / WEIGHTS, load_file(llamas["math"] / WEIGHTS)
+    others = {name for name in whole if name != large}
+    program = f"""
+import os
+from pathlib import Path
+from sensmerge.tasks.checkpoints.held import held
+hold = held([Path({str(folder)!r})])
+hold.__enter__()
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)  # killed, it leaves a note that all is read
+    size = path.stat().st_blocks
+    with held([folder], {path: [large]}), held([folder], {path: ["model.norm.weight"]}):
+        make_room(store)
+    assert path.stat().st_blocks < size
+    checkpoint = open_checkpoint(folder)
+    assert torch.equal(checkpoint.read(large), whole[large])
+    assert torch.equal(checkpoint.read("model.norm.weight"), whole["model.norm.weight"])
+    with pytest.raises(InputError, match="is not on this machine"):
+        checkpoint.read(min(others - {"model.norm.weight"}))
+    models["math"].check()
+    models["math"].bring({path: others})
+    assert all(torch.equal(checkpoint.read(name), one) for name, one in whole.items())
+    with held([folder]), held([folder], {}):
+        make_room(store)
+    assert path.read_bytes() == (llamas["math"] / WEIGHTS).read_bytes()
 
 
 def test_an_artifact_comes_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

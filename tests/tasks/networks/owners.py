@@ -32,7 +32,9 @@ class OwnersHere(PartsRunner):
         yield from super().run(batches, check)
         if holds_totals(self._statistics):
             for owner in self._owners:
-                owner.write(self._scratch)
+                for name, content in owner.write(self._scratch, self._scratch / "unseen"):
+                    (self._scratch / name).parent.mkdir(exist_ok=True)
+                    (self._scratch / name).write_bytes(content)
 
     def _keep(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
