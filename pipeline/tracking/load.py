@@ -27,7 +27,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from sensmerge.pipeline.report.report import Report
 from sensmerge.pipeline.tracking.network import MergedNetwork, network_of
-from sensmerge.pipeline.tracking.requirements import copy_source, requirements
+from sensmerge.pipeline.tracking.requirements import requirements, source_copy
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
@@ -193,7 +193,7 @@ def _write(target: Path, merged: Merged, mlmodel: Model, beside: bool) -> None:
     save_model(
         target,
         loader_module=LOADER,
-        code_paths=[str(copy_source(target.parent))],
+        code_paths=[str(source_copy())],
         model_config=settings,
         mlflow_model=mlmodel,
         signature=_signature(merged),

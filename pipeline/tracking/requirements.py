@@ -1,6 +1,7 @@
 """What has to be installed to serve a merged model: found from the imports of the module that serves it."""
 
 import ast
+import atexit
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from functools import cache
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import mkdtemp
 
 import sensmerge
 
@@ -16,10 +18,12 @@ SERVING = "tasks"
 """Part of the project whose source travels with a model; it imports no other."""
 
 
-def copy_source(folder: Path) -> Path:
-    """Copy what serves a model into a folder, as a package that can be imported from there; return its own folder."""
-    source = Path(sensmerge.__file__).parent
-    target = folder / PROJECT
+@cache
+def source_copy() -> Path:
+    """Return a folder with what serves a model, as a package that can be imported from it; it is there until exit."""
+    folder = Path(mkdtemp(prefix="sensmerge-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source, target = Path(sensmerge.__file__).parent, folder / PROJECT
     shutil.copytree(source / SERVING, target / SERVING, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(source / "__init__.py", target)
     return target
