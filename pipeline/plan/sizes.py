@@ -20,6 +20,13 @@ HISTOGRAM = 32_000
 """Bytes of a tensor's magnitude histogram, about."""
 
 
+def networks(inputs: Inputs, *experts: str) -> int:
+    """Return the size of the weights that networks of experts are made of: of an adapter, those of the base too."""
+    of_adapters = weight_bytes(inputs.listings["base"])
+    of_each = {name: of_adapters * one.is_adapter for name, one in inputs.networks.experts.items()}
+    return sum(weight_bytes(inputs.listings[name]) + of_each[name] for name in experts)
+
+
 def task_vector(base: BaseWeights) -> int:
     """Return the size of what is measured of a task vector."""
     return len(base.weights) * HISTOGRAM

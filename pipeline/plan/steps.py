@@ -134,7 +134,7 @@ class _Layout:
             placement=self._resolved.placements["statistics"].placement,
         )
         writes = sizes.statistics(self._resolved, measured, self._inputs.data[name].calibration_tokens)
-        self._add(name, job, self._downloads("base", name), self._weights("base", name), writes)
+        self._add(name, job, self._downloads("base", name), sizes.networks(self._inputs, name), writes)
 
     def cross_task(self) -> None:
         """Add the distances of all experts."""
@@ -150,8 +150,8 @@ class _Layout:
             device=self._device("cross_task"),
             placement=self._resolved.placements["cross_task"].placement,
         )
-        names = ("base", *experts)
-        self._add("all", job, self._downloads(*names), self._weights(*names), sizes.kept_trunks(self._resolved))
+        reads = sizes.networks(self._inputs, *experts)
+        self._add("all", job, self._downloads("base", *experts), reads, sizes.kept_trunks(self._resolved))
 
     def tune(self, name: str) -> None:
         """Add the choice of a variant's settings, and the scores of the experts on the same rows."""
