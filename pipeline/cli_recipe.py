@@ -39,13 +39,15 @@ def init(
 ) -> None:
     """Write a recipe for a base and experts to start from, with comments that say what they are."""
     from sensmerge.pipeline.init import check_target, new_recipe
+    from sensmerge.pipeline.store.unmade import looked_at
     from sensmerge.tasks.artifacts import write_whole
 
+    cache = looked_at(store).hub_cache
     if target is None:
-        sys.stdout.write(new_recipe(base, experts, Path(), store.hub_cache))
+        sys.stdout.write(new_recipe(base, experts, Path(), cache))
         return
     check_target(target)
-    write_whole(target, new_recipe(base, experts, target.absolute().parent, store.hub_cache))
+    write_whole(target, new_recipe(base, experts, target.absolute().parent, cache))
     console_of().print(f"wrote {target}; next: sensmerge plan {target}", highlight=False, soft_wrap=True)
 
 

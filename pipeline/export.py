@@ -1,6 +1,7 @@
 """What `export` does: a variant of a recipe as a configuration of mergekit, with its coefficients as plain numbers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from sensmerge.pipeline.hashing import hashed
 from sensmerge.pipeline.plan.models import list_models
+from sensmerge.pipeline.plan.opening import open_models
 from sensmerge.pipeline.plan.plan import Plan, make_plan
 from sensmerge.pipeline.recipe.export import Made, Reference, check_variant, configuration_of, has_base
 from sensmerge.pipeline.recipe.load import load_recipe
@@ -48,7 +50,7 @@ def export(recipe: Path, overrides: Sequence[str], variant: str, store: Store, c
     store.make()
     store.look()
     listings = hashed(list_models(loaded, folder, store.hub_cache), store, console)
-    plan = make_plan(loaded, folder, store, listings)
+    plan = _with_networks(make_plan(loaded, folder, store, listings))
     check_models(plan)
     made = _made(plan, variant)
     names = list(loaded.experts)
@@ -58,6 +60,14 @@ def export(recipe: Path, overrides: Sequence[str], variant: str, store: Store, c
     found = configuration_of(made, references["base"], experts, references[donor] if donor else None)
     header = "".join(f"# {line}\n" for line in _remarks(plan, made))
     return header + yaml.safe_dump(found, sort_keys=False, allow_unicode=True)
+
+
+def _with_networks(plan: Plan) -> Plan:
+    """Return a plan whose models classes of transformers have read, which that of a merge alone need not have."""
+    if plan.recipe.tasks:
+        return plan
+    opened = open_models(plan.recipe, plan.inputs.listings, plan.store)
+    return replace(plan, inputs=replace(plan.inputs, base=opened.base, experts=opened.experts))
 
 
 def check_models(plan: Plan) -> None:

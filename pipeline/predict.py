@@ -39,7 +39,8 @@ from sensmerge.tasks.networks.endings import WRITING_HEADS
 from sensmerge.tasks.networks.generation import Decoding, check_unused
 from sensmerge.tasks.networks.pictures import picture_file
 from sensmerge.tasks.rows.source import Row
-from sensmerge.tasks.serving.static_model import WRITING_FORMS, StaticModel, checked_form, head_names, reads_of
+from sensmerge.tasks.serving.form import head_names
+from sensmerge.tasks.serving.static_model import WRITING_FORMS, StaticModel, checked_form, reads_of
 
 ADDED = tuple(Prediction.__dataclass_fields__)
 """Fields that a row gets: prediction; and expert and coefficients, of a dynamic model."""

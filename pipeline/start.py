@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,9 @@ from sensmerge.pipeline.options import Options
 from sensmerge.pipeline.plan.kept import find, inputs_digest, keep, kept_table
 from sensmerge.pipeline.plan.models import list_models, unhashed_bytes
 from sensmerge.pipeline.recipe.load import load_recipe
+from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.store.store import Key, Store
+from sensmerge.pipeline.store.unmade import looked_at, take_over
 from sensmerge.pipeline.tracking.uri import check_server
 from sensmerge.pipeline.unchanged import say_unchanged
 from sensmerge.tasks.checkpoints.listing import Listing
@@ -39,7 +41,7 @@ def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Co
         InputError: bad input.
     """
     loaded, folder = load_recipe(recipe, overrides), recipe.absolute().parent
-    store.make()
+    store = looked_at(store)
     store.look()
     listings: Mapping[str, Listing] = list_models(loaded, folder, store.hub_cache)
     kept = find(loaded, folder, store, listings)
@@ -51,7 +53,7 @@ def print_plan(recipe: Path, overrides: Sequence[str], store: Store, console: Co
     with ThreadPoolExecutor(1) as beside, _quick_imports():
         # Files are hashed while transformers is imported, which takes seconds as well. They are hashed in this thread,
         # the one that Ctrl-C reaches.
-        planning = beside.submit(import_module, "sensmerge.pipeline.plan.plan")
+        planning = beside.submit(_import_planning, loaded, listings)
         if not quick:
             listings = hashed(listings, store, console)
         planning.result()
@@ -86,13 +88,17 @@ def check_report(report: Path | None) -> None:
 def work(command: Literal["run", "refresh", "record"], options: Options, console: Console) -> bool:
     """Run, refresh or record a recipe while its store is locked; return whether a gate has passed its best."""
     with options.store.lock(options.wait), ThreadPoolExecutor(1) as beside, _set_if_left(Event()) as stopped:
+        take_over(options.store)
         if say_unchanged(command, options, console):
             return True
         # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
-        listings = beside.submit(_begin, options, console, stopped, command != "record")
+        listed = Future[dict[str, Listing]]()
+        listings = beside.submit(_begin, options, console, stopped, command != "record", listed)
         with _quick_imports():
             from sensmerge.pipeline import workflow
             from sensmerge.pipeline.execute.cluster import closed
+
+            _import_planning(options.recipe, listed.result())
         works = {"run": workflow.run, "refresh": workflow.refresh, "record": workflow.record}
         found = listings.result()
         # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
@@ -101,10 +107,26 @@ def work(command: Literal["run", "refresh", "record"], options: Options, console
             return works[command](options, found, console)
 
 
-def _begin(options: Options, console: Console, stopped: Event, has_work: bool) -> dict[str, Listing]:
+def _import_planning(recipe: Recipe, listings: Mapping[str, Listing]) -> None:
+    """Import what it takes to plan a recipe."""
+    import_module("sensmerge.pipeline.plan.plan")
+    from sensmerge.pipeline.plan.kept_models import is_plain, may_be_kept  # with torch, too, a second
+
+    if not is_plain(recipe):
+        import_module("sensmerge.pipeline.plan.networks")
+        import_module("sensmerge.pipeline.plan.network_layout")
+    elif not may_be_kept(recipe, listings):
+        import_module("sensmerge.pipeline.plan.opening")
+
+
+def _begin(
+    options: Options, console: Console, stopped: Event, has_work: bool, listed: "Future[dict[str, Listing]]"
+) -> dict[str, Listing]:
     """List the models; if any is new to what has work, Ray starts, while files are hashed if that is sure."""
-    check_server(options.uri)
-    listings = list_models(options.recipe, options.folder, options.store.hub_cache)
+    with _or_its_error(listed):
+        check_server(options.uri)
+        listings = list_models(options.recipe, options.folder, options.store.hub_cache)
+        listed.set_result(listings)
     with ThreadPoolExecutor(1) as beside:
         hashing = beside.submit(hashed, listings, options.store, console, stopped)
         if is_sure := has_work and _is_new(listings, options.store):
@@ -128,6 +150,16 @@ def _is_new(listings: Mapping[str, Listing], store: Store) -> bool:
         if (store.last(key) if listing.unhashed() else store.manifest(key)) is None:
             return True
     return False
+
+
+@contextmanager
+def _or_its_error(future: "Future[dict[str, Listing]]") -> Iterator[None]:
+    """Have who waits for a result know of the error that the block is left by."""
+    try:
+        yield
+    except BaseException as error:
+        future.set_exception(error)
+        raise
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from graphlib import TopologicalSorter
@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import ray
 
+from sensmerge.pipeline.execute.begun import begun
 from sensmerge.pipeline.execute.nodes import alive
 from sensmerge.pipeline.execute.reads import Reads
 from sensmerge.pipeline.execute.united import bundles_of
@@ -107,7 +108,8 @@ class Running:
     """where disks are apart, and the step's files can be made by several nodes"""
     last: Strand
     """the pieces after these, which are all of them if there are no bundles"""
-    begun: float = field(default_factory=time.monotonic)
+    begun: float | None = None
+    """when a worker was seen to have begun it; None while it waits for one"""
     apart: bool = False
     """whether nodes do not see each other's disks"""
     in_bundles: bool = False
@@ -163,8 +165,8 @@ class Running:
         return self.last, piece
 
     def __str__(self) -> str:
-        """Say how far it is, and how long the rest may take where that can be told from what is done."""
-        seconds, spent = time.monotonic() - self.begun, self.spent
+        """Say how far it is, if it has begun, and how long the rest may take where what is done tells it."""
+        seconds, spent = 0.0 if self.begun is None else time.monotonic() - self.begun, self.spent
         left, done = sum(one.pending for one in (*self.bundles, self.last)), spent.pieces
         rate = f", about {clock(seconds / done * left)} left" if spent.pieces_run == done > 0 else ""
         how_far = f"{done} of {done + left} pieces, " if done + left > 1 else ""
@@ -223,8 +225,8 @@ class Pieces:
         self._ready = sorted((*self._ready, *self._graph.get_ready()), key=self._place.__getitem__)
         for title in self._ready:
             if title not in self._running:
-                begun = Running.begin(self.run, self._steps[title], self._store, self._plan, self._are_apart())
-                self._running[title] = begun
+                step = self._steps[title]
+                self._running[title] = Running.begin(self.run, step, self._store, self._plan, self._are_apart())
             state, stage = self._running[title], self._steps[title].stage
             most = AHEAD * len(alive()) if state.bundles else 0
             while self._in_flight[stage] < self._limits[stage]:
@@ -239,9 +241,18 @@ class Pieces:
         counts = Counter(node for state in self._running.values() for node in state.nodes_of_files())
         return {node for node, count in counts.items() if count >= AHEAD}
 
-    def at_work(self) -> list[str]:
-        """Return what is said of each step under way, those longest under way first."""
-        return [str(state) for state in self._running.values()]
+    def at_work(self) -> tuple[list[str], int]:
+        """Return what is said of each step that a worker has begun, and the number of those that wait for one."""
+        if any(state.begun is None for state in self._running.values()):
+            self._see(begun(self.run))
+        found = [str(state) for state in self._running.values() if state.begun is not None]
+        return found, len(self._running) - len(found)
+
+    def _see(self, titles: Set[str]) -> None:
+        """Take the time of steps that are seen to have begun."""
+        for title in titles & self._running.keys():
+            if self._running[title].begun is None:
+                self._running[title].begun = time.monotonic()
 
     def is_active(self) -> bool:
         """Return whether some step is not done."""
@@ -258,11 +269,11 @@ class Pieces:
         self._in_flight[state.step.stage] -= in_flight
         lost = strand.nodes_lost + 1
         if strand.bundle is None:
-            begun = Running.begin(self.run, state.step, self._store, self._plan, state.apart, lost)
-            self._running[state.step.title] = begun
+            again = Running.begin(self.run, state.step, self._store, self._plan, state.apart, lost)
+            self._running[state.step.title] = again
         else:
-            again = Strand.of([Around.CHECK, *strand.bundle.parts], Around.SEND, strand.bundle, lost)
-            state.bundles[state.bundles.index(strand)] = again
+            fresh = Strand.of([Around.CHECK, *strand.bundle.parts], Around.SEND, strand.bundle, lost)
+            state.bundles[state.bundles.index(strand)] = fresh
 
     def piece_done(self, state: Running, strand: Strand, piece: Piece, done: Done) -> None:
         """Record that a piece has ended."""

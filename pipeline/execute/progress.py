@@ -18,7 +18,7 @@ from rich.progress import (
 SAY_AGAIN = 30.0
 """Seconds after which a line says what is at work, where no line came meanwhile and no terminal shows it."""
 MOST_SHOWN = 3
-"""Works that are named; of the others, which may wait for a worker, only the number is said."""
+"""Works that are named; of the others only the number is said."""
 
 
 class Shown:
@@ -36,14 +36,20 @@ class Shown:
             self._say(f"[{self._finished}/{self._total}] {line}")
         self._bar.advance(self._task)
 
-    def at_work(self, names: Sequence[str]) -> None:
-        """Show what is at work, at least every `SAY_AGAIN` seconds if this is called as often."""
+    def at_work(self, names: Sequence[str], waiting: int = 0) -> None:
+        """Show what is at work, at least every `SAY_AGAIN` seconds if this is called as often.
+
+        Args:
+            names: of what is at work.
+            waiting: how many others wait for a worker.
+        """
         more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
-        text = ", ".join(names[:MOST_SHOWN]) + more
+        said = [", ".join(names[:MOST_SHOWN]) + more] if names else []
+        said += [f"{waiting} waiting for a worker"] if waiting else []
         if self._bar.console.is_terminal:
-            self._bar.update(self._task, description=text)
-        elif names and time.monotonic() - self._said >= SAY_AGAIN:
-            self._say(f"at work: {text}")
+            self._bar.update(self._task, description="; ".join(said))
+        elif said and time.monotonic() - self._said >= SAY_AGAIN:
+            self._say(f"at work: {'; '.join(said)}" if names else said[0])
 
     def _say(self, line: str) -> None:
         self._said = time.monotonic()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from pydantic import BaseModel
 
+from sensmerge.pipeline.execute.begun import say_begun
 from sensmerge.pipeline.execute.united import run_send, run_unite
 from sensmerge.pipeline.execute.worker import (
     Done,
@@ -44,6 +45,8 @@ class Reads:
 
     run: str
     """names the run"""
+    title: str
+    """of the step"""
     store: Store
     needs: Mapping[str, Path]
     """folders of artifacts, by the titles of the steps that made them"""
@@ -70,7 +73,7 @@ class Reads:
         models = [one.job.listing for one in plan if isinstance(one.job, DownloadJob)]
         small = tuple(one for one in models if one.folder in named and one not in step.models.listings)
         others = tuple(path for path in named if path not in needs.values() and path.is_relative_to(store.root))
-        return cls(run, store, needs, step.models, small, others)
+        return cls(run, step.title, store, needs, step.models, small, others)
 
     def bring(self) -> None:
         """Have all but the models' weights on this machine; a store in a folder is one that all machines see.
@@ -91,12 +94,15 @@ class Reads:
     def here(self, tensors: Tensors | None = None) -> Iterator[None]:
         """Have all of it on this machine within the block, weights included, whatever else the cache has to let go.
 
+        That the step has begun is said first.
+
         Args:
             tensors: all that is read of the weights; None: whole files.
 
         Raises:
             InputError: as `bring`, and as `PlannedModels.bring`.
         """
+        say_begun(self.run, self.title)
         artifacts = [self.store.root.joinpath(*self.store.path_of(one).split("/")[:2]) for one in self.others]
         models = [one.folder for one in (*self.models.listings, *self.small) if isinstance(one.source, UrlModel)]
         units = [*self.needs.values(), *artifacts, *models]

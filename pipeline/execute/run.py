@@ -13,10 +13,11 @@ from ray.util import metrics as ray_metrics
 from rich.console import Console
 from rich.filesize import decimal
 
+from sensmerge.pipeline.execute.begun import forget
 from sensmerge.pipeline.execute.cluster import SYSTEM_RETRIES, answer_of, cluster, room_for
 from sensmerge.pipeline.execute.nodes import LOST, Disks, alive, is_gone, on_node, with_room
 from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces, Running, Strand
-from sensmerge.pipeline.execute.progress import SAY_AGAIN, progress
+from sensmerge.pipeline.execute.progress import progress
 from sensmerge.pipeline.execute.reads import check, do_part, finish, look_at_result, paths_in, send
 from sensmerge.pipeline.execute.worker import Done
 from sensmerge.pipeline.recipe.stage import Stage
@@ -31,6 +32,8 @@ if TYPE_CHECKING:  # with transformers they take seconds, which Ray's start does
 _CHECK, _PART, _SEND, _FINISH = (ray.remote(one) for one in (check, do_part, send, finish))
 SECONDS_BOUNDS = [1.0, 10.0, 60.0, 600.0, 3600.0, 36000.0]
 """Of the histogram of steps' times."""
+LOOK_AT_WORK = 1.0
+"""Seconds between two looks at which steps have begun, if nothing ends meanwhile."""
 LOOK_AGAIN = 15.0
 """Seconds between two looks at which nodes a cluster has."""
 TAGS = ("recipe", "stage")
@@ -99,8 +102,8 @@ def execute(
         while pieces.is_active():
             for taken in pieces.take():
                 flying[_submit(plan, *taken)] = taken
-            ended, _ = ray.wait(list(flying), num_returns=1, timeout=SAY_AGAIN)
-            shown.at_work(pieces.at_work())
+            ended, _ = ray.wait(list(flying), num_returns=1, timeout=LOOK_AT_WORK)
+            shown.at_work(*pieces.at_work())
             if not ended:
                 continue
             (ready,) = ended
@@ -118,6 +121,7 @@ def execute(
                     on_end(state.step, result)
                 if metrics is not None:
                     metrics.count(state.step, result)
+        forget(pieces.run)
 
 
 def _begins_again(

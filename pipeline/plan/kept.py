@@ -144,8 +144,7 @@ def inputs_digest(recipe: Recipe, folder: Path, store: Store, listings: Mapping[
         "folder": str(folder),
         "models": models,
         "rows": rows,
-        "libraries": {name: _version(name) for name in _LIBRARIES} | {"python": sys.version},
-        "source": _source(),
+        **program(),
     }
     return sha256_text(ordered(depends))
 
@@ -164,6 +163,12 @@ def _row_files(recipe: Recipe, folder: Path) -> Iterator[Path]:
                 raise LookupError(name)
             for file in [files] if isinstance(files, str) else files:
                 yield from paths_of(file, folder, f"tasks.{name}.{split}")
+
+
+def program() -> dict[str, Any]:
+    """Return what tells one state of the program from another: versions of libraries, and a digest of its source."""
+    libraries = {name: _version(name) for name in _LIBRARIES} | {"python": sys.version}
+    return {"libraries": libraries, "source": _source()}
 
 
 def _version(name: str) -> str | None:

@@ -1,13 +1,16 @@
 """Base and experts, opened as far as headers go: by the classes of transformers that read them, or by name."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sensmerge.pipeline.plan.models import about
+from sensmerge.pipeline.plan.opened import Opened, OwnHead
 from sensmerge.pipeline.plan.processor import choose_processor
-from sensmerge.pipeline.plan.tokenizer import Tokenizer, Unopened, choose_tokenizer, tokenizer_by_name
+from sensmerge.pipeline.plan.seen import Tokenizer
+from sensmerge.pipeline.plan.tokenizer import Unopened, choose_tokenizer, tokenizer_by_name
 from sensmerge.pipeline.recipe.schema import ModelFiles, Recipe
 from sensmerge.pipeline.store.store import Store
 from sensmerge.tasks.artifacts import load_object
@@ -21,30 +24,15 @@ from sensmerge.tasks.checkpoints.quantised import WAY_OUT, quantisation
 from sensmerge.tasks.checkpoints.settings import SettingDifference, listed, stated_differences
 from sensmerge.tasks.checkpoints.source import fetch_files, safetensors_header, small_files
 from sensmerge.tasks.checkpoints.stems import CONSOLIDATED, INDEXED, SAFETENSORS, SHARDED, find_stem
-from sensmerge.tasks.checkpoints.weights import BaseWeights, ExpertWeights
+from sensmerge.tasks.checkpoints.weights import BaseWeights
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.adapter import ADAPTER_WEIGHTS
-from sensmerge.tasks.networks.base import open_base
+from sensmerge.tasks.networks.base import Base, open_base
+from sensmerge.tasks.networks.classes import class_names
 from sensmerge.tasks.networks.compare import differences
-from sensmerge.tasks.networks.expert import is_adapter, open_expert
+from sensmerge.tasks.networks.expert import Expert, is_adapter, open_expert
 from sensmerge.tasks.networks.foreign import check_foreign
 from sensmerge.tasks.networks.known import known_config, lacking_package, why_unknown
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Base and experts, matched tensor by tensor."""
-
-    base: BaseWeights
-    """a `Base` where classes of transformers read all models"""
-    experts: Mapping[str, ExpertWeights]
-    """each an `Expert` then"""
-    tokenizer: Tokenizer
-    """that all of them use, or merged models alone where there are no networks"""
-    notes: tuple[str, ...]
-    """what a user should know of them: a line each"""
-    about_tokenizer: tuple[str, ...]
-    """what a user should know of it: a line each"""
 
 
 @dataclass(frozen=True)
@@ -153,7 +141,42 @@ def _by_class(recipe: Recipe, models: Mapping[str, _Files], tokenizer: Tokenizer
     base = next((one.base for one in experts.values() if one.base.untied), base)
     experts = {name: expert.on(base) for name, expert in experts.items()}
     notes = (*base.notes, *(note for one in experts.values() for note in one.notes))
-    return Opened(base, experts, tokenizer, tuple(map(tokenizer.as_given, notes)), tuple(said))
+    notes = tuple(map(tokenizer.as_given, notes))
+    classes = tuple(_agreed_classes(base, experts))
+    return Opened(base, experts, tokenizer, notes, tuple(said), False, _own_heads(experts), classes)
+
+
+def _own_heads(experts: Mapping[str, Expert]) -> dict[str, OwnHead]:
+    found = {}
+    for name, one in experts.items():
+        if one.head:
+            config = {key: value for key, value in json.loads(one.config.to_json_string()).items() if key != "dtype"}
+            found[name] = OwnHead(json.dumps(config, indent=2) + "\n", one.network, one.base_config)
+    return found
+
+
+def _agreed_classes(base: Base, experts: Mapping[str, Expert]) -> list[str]:
+    """Return the names of the classes of experts whose heads are merged, where the base's config names none.
+
+    Raises:
+        InputError: the experts do not agree on them.
+    """
+    if not base.names.has_task_head or class_names(base.config):
+        return []
+    named: dict[str, list[str]] = {}
+    for name, expert in experts.items():
+        classes = class_names(expert.config)
+        if classes and expert.network == base.names.network and not expert.head:
+            named[name] = classes
+    first, *others = named or [""]
+    for name in others:
+        if named[name] != named[first]:
+            raise InputError(
+                f"experts.{name}: its classes are {', '.join(named[name][:5])}, those of experts.{first} are "
+                f"{', '.join(named[first][:5])}, and the base's config names none to tell which is which; name them in "
+                f"id2label and label2id of a copy of the base's config.json"
+            )
+    return named[first] if first else []
 
 
 # By name -------------------------------------------------------------------------------------------------------------
@@ -194,7 +217,7 @@ def _by_name(recipe: Recipe, models: Mapping[str, _Files], why: str) -> Opened:
     notes += _unsplit(recipe, base)
     notes += [f"{models[name].key}: {note}" for name, source in sources.items() for note in source.notes]
     tokenizer, said = tokenizer_by_name(recipe.tokenizer, {name: one.folder for name, one in models.items()})
-    return Opened(base, experts, tokenizer, tuple(notes), tuple(said))
+    return Opened(base, experts, tokenizer, tuple(notes), tuple(said), True, {}, ())
 
 
 def _unsplit(recipe: Recipe, base: BaseWeights) -> list[str]:

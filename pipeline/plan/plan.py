@@ -2,18 +2,15 @@
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.filesize import decimal
 from rich.table import Table
 
-from sensmerge.pipeline.plan.dry_run import inseparable_heads, try_networks
+from sensmerge.pipeline.plan.gather import gather_inputs
 from sensmerge.pipeline.plan.idle import without_idle
-from sensmerge.pipeline.plan.inputs import Inputs, gather_inputs
 from sensmerge.pipeline.plan.models import is_lost
-from sensmerge.pipeline.plan.placement import PlacementChoice, choose
-from sensmerge.pipeline.plan.statistics import wanted_statistics
 from sensmerge.pipeline.plan.step import Resolved, Step
 from sensmerge.pipeline.plan.steps import lay_out
 from sensmerge.pipeline.plan.table import StepRow, step_table
@@ -23,7 +20,6 @@ from sensmerge.pipeline.store.freed import FREED, is_freed
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.checkpoints.listing import Listing
 from sensmerge.tasks.errors import InputError
-from sensmerge.tasks.stages import cross_task
 
 
 @dataclass(frozen=True)
@@ -79,9 +75,11 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
         InputError: models that cannot be merged, data that does not fit its task, no room on the disk.
     """
     inputs = gather_inputs(recipe, listings, folder, store)
-    placements = _placements(recipe, inputs)
-    inputs = replace(inputs, notes=(*inputs.notes, *try_networks(recipe, inputs, placements)))
-    resolved = Resolved(recipe, store, inputs, placements, inseparable_heads(recipe, inputs))
+    resolved = Resolved(recipe, store, inputs, {}, ())
+    if recipe.tasks:
+        from sensmerge.pipeline.plan.networks import with_networks  # transformers takes seconds
+
+        resolved = with_networks(resolved)
     steps, makers = lay_out(resolved)
     undecided = _undecided(steps, store, listings)
     todo = {
@@ -94,7 +92,9 @@ def make_plan(recipe: Recipe, folder: Path, store: Store, listings: Mapping[str,
     read = {title for step in steps if step.title in todo for title in step.needs}
     lost = {f"download {name}" for name, listing in inputs.listings.items() if is_lost(listing)}
     todo |= dict.fromkeys(lost & read - todo.keys(), "files are gone")
-    plan = Plan(recipe, store, inputs, placements, resolved.inseparable, tuple(steps), makers, todo, undecided)
+    plan = Plan(
+        recipe, store, resolved.inputs, resolved.placements, resolved.inseparable, tuple(steps), makers, todo, undecided
+    )
     _check_room(plan)
     return plan
 
@@ -121,17 +121,6 @@ def _freed(
         if step.title in todo or step.title in found:
             found |= {one: f"{FREED}, and {step.title} reads them" for one in step.needs if one in freed - found.keys()}
     return found
-
-
-def _placements(recipe: Recipe, inputs: Inputs) -> dict[Stage, PlacementChoice]:
-    if not wanted_statistics(recipe):
-        return {}
-    longest = max(one.longest_calibration for one in inputs.data.values())
-    tokens: dict[Stage, int] = {"statistics": longest}
-    if recipe.sens_variants():
-        together = cross_task.PICTURES if recipe.reads == "pictures" else 1
-        tokens["cross_task"] = max(together * longest, cross_task.CHUNK_TOKENS)
-    return {stage: choose(recipe, stage, inputs.networks.base, count, decimal) for stage, count in tokens.items()}
 
 
 def _check_room(plan: Plan) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sensmerge.pipeline.plan.models import about
-from sensmerge.pipeline.plan.tokenizer import Tokenizer, Unopened, tokenizer_by_name
+from sensmerge.pipeline.plan.seen import Tokenizer
+from sensmerge.pipeline.plan.tokenizer import Unopened, tokenizer_by_name
 from sensmerge.pipeline.plan.zero_shot import vision_towers
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sensmerge.pipeline.plan.pixels import check_pictures, positions_of
+from sensmerge.pipeline.plan.step import Split
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.kinds.kind import RowTask, Task
 from sensmerge.tasks.kinds.sample import Sample
@@ -14,7 +15,6 @@ from sensmerge.tasks.networks.networks import positions
 from sensmerge.tasks.rows.source import DataSource, Row, rows_digest
 from sensmerge.tasks.rows.tables import Rows, check_samples, draw_order, load_rows, open_table
 
-Split = Literal["calibration", "tuning", "held_out", "evaluation"]
 Tuning = Literal["none", "on_calibration", "apart"]
 """What is tuned: nothing; only variants that read no calibration rows, so that they can be tuned on these; also others,
 for which some of these rows are held out."""

@@ -2,11 +2,9 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from sensmerge.pipeline.plan.inputs import Inputs
-from sensmerge.pipeline.plan.placement import PlacementChoice
-from sensmerge.pipeline.plan.rows import Split, TaskRows
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.store.store import Key, Store
@@ -14,8 +12,14 @@ from sensmerge.tasks.artifacts import Artifact
 from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
 from sensmerge.tasks.kinds.kind import RowSet, RowTask
 from sensmerge.tasks.rows.stored import StoredRows
-from sensmerge.tasks.stages.calibration import CalibrationSet
 from sensmerge.tasks.stages.job import Job
+
+if TYPE_CHECKING:  # with transformers it takes seconds
+    from sensmerge.pipeline.plan.placement import PlacementChoice
+    from sensmerge.pipeline.plan.rows import TaskRows
+
+Split = Literal["calibration", "tuning", "held_out", "evaluation"]
+"""Of a task's rows."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Resolved:
     recipe: Recipe
     store: Store
     inputs: Inputs
-    placements: Mapping[Stage, PlacementChoice]
+    placements: "Mapping[Stage, PlacementChoice]"
     """of the stages whose networks may run in several ways"""
     inseparable: Collection[str]
     """tasks whose experts' heads are not run apart from their trunks: models are scored whole on them"""
@@ -33,12 +37,6 @@ class Resolved:
     def rows(self, task: str, split: Split) -> StoredRows:
         """Return the rows of a task as its steps read them."""
         return StoredRows.of(getattr(self.inputs.data[task], split), self.store.rows)
-
-    def calibration(self, name: str) -> CalibrationSet:
-        """Return what an expert is measured on."""
-        task = self.inputs.data[name].task
-        assert isinstance(task, RowTask), "the recipe's schema refuses statistics of other tasks"
-        return CalibrationSet(task, self.rows(name, "calibration"))
 
     def row_sets(self, split: Split) -> dict[str, RowSet]:
         """Return the rows of every expert's task, in the order of the experts."""
@@ -49,12 +47,12 @@ class Resolved:
                 sets[name] = RowSet(self.task(one, split), self.rows(name, split), self.labels(name, one))
         return sets
 
-    def task(self, one: TaskRows, split: Split) -> Any:
+    def task(self, one: "TaskRows", split: Split) -> Any:
         """Return a task as rows of a split are scored on it."""
         is_tuned_on = split in ("tuning", "held_out")
         return one.task.for_tuning() if is_tuned_on and isinstance(one.task, RowTask) else one.task
 
-    def labels(self, name: str, one: TaskRows) -> Mapping[str, int] | None:
+    def labels(self, name: str, one: "TaskRows") -> Mapping[str, int] | None:
         """Return the classes of a task's own expert."""
         return dict(self.inputs.networks.experts[name].config.label2id) if one.task.has_own_head else None
 

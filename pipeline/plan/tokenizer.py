@@ -1,13 +1,14 @@
 """The tokenizer and generation config that all models of a recipe are run with and merged models get."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from sensmerge.pipeline.plan.models import about
-from sensmerge.pipeline.plan.vocabulary import Seen, in_vocabulary, settled
+from sensmerge.pipeline.plan.seen import Seen, Tokenizer
+from sensmerge.pipeline.plan.vocabulary import in_vocabulary, settled
 from sensmerge.pipeline.recipe.tokenizer import TokenizerSettings, TokenOfModel
 from sensmerge.tasks.artifacts import Artifact, canonical, sha256_file, sha256_text
 from sensmerge.tasks.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -35,50 +36,6 @@ from sensmerge.tasks.networks.networks import load_config, network_class
 from sensmerge.tasks.networks.tokenizers import BASE, UNION, Owner, choose, write_choice
 from sensmerge.tasks.networks.union import Asked, Wanted
 from sensmerge.tasks.networks.views import Member, TokenTensor, adapter_member, whole_member
-from sensmerge.tasks.stages.heads import HeadsJob
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A folder with tokenizer, chat templates and generation config."""
-
-    folder: Path
-    digest: str
-    """content digest of the tokenizer's files"""
-    companions_digest: str
-    """content digest of these, the generation config and `token_ids`"""
-    token_ids: Mapping[str, int | list[int]] = field(default_factory=dict)
-    """special tokens for which configs of merged models differ from the base's"""
-    seen: Mapping[str, Seen] = field(default_factory=dict)
-    """what stands for base and experts in the vocabulary of merged models, or for their vision towers; empty where all
-    are merged as they are"""
-    readers: Mapping[str, Artifact] = field(default_factory=dict)
-    """by expert, its own tokenizer with ids and chat template of merged models: by this, base and experts read the
-    expert's task"""
-
-    @property
-    def artifact(self) -> Artifact:
-        """What reads texts for merged models."""
-        return Artifact(self.digest, self.folder)
-
-    @property
-    def made_heads(self) -> dict[str, HeadsJob]:
-        """What makes heads of experts that lack them, by expert."""
-        return {name: one.head for name, one in self.seen.items() if one.head is not None}
-
-    def as_given(self, text: str) -> str:
-        """Return a text about models with the folders that the recipe names, and not those that stand for them."""
-        for one in self.seen.values():
-            text = text.replace(str(one.folder), str(one.given))
-        return text
-
-    def of(self, task: str) -> Artifact:
-        """Return the tokenizer by which base and experts read a task."""
-        return self.readers.get(task) or self.artifact
-
-    def of_all(self, tasks: Collection[str]) -> Artifact | dict[str, Artifact]:
-        """Return the tokenizer by which base and experts read all tasks, or by task where there are several."""
-        return {task: self.of(task) for task in tasks} if self.readers else self.artifact
 
 
 @dataclass(frozen=True)

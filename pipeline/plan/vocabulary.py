@@ -2,35 +2,20 @@
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sensmerge.pipeline.plan.seen import Seen
 from sensmerge.tasks.artifacts import canonical, sha256_file, sha256_text
 from sensmerge.tasks.checkpoints.views import VIEWS, VocabularyView, in_folders, view_digest
 from sensmerge.tasks.checkpoints.vocabulary import Vocabulary
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.views import Member, donors, fill_folder, view_of
-from sensmerge.tasks.stages.heads import HeadsJob
 
 LEFT_BEHIND = 3600
 """Seconds after which nobody writes to an unfinished folder any more: whoever began it was killed."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A model as it is merged: in the vocabulary of merged models, or as the part of it that is merged."""
-
-    folder: Path
-    given: Path
-    """folder of the model itself"""
-    digest: str
-    """of what makes it another model than the files that it is of"""
-    donors: tuple[str, ...]
-    """names of the other models that rows are taken from"""
-    head: HeadsJob | None = None
-    """what makes the head that the model lacks"""
 
 
 def in_vocabulary(
@@ -103,16 +88,3 @@ def _content(folder: Path) -> str:
         elif path.is_file():
             found[str(path.relative_to(folder))] = sha256_file(path)
     return sha256_text(canonical(found))
-
-
-def fingerprint(own: str, seen: Seen | None, others: Mapping[str, str]) -> str:
-    """Return the fingerprint of a model as it is seen.
-
-    Args:
-        own: of its files.
-        seen: what stands for it; None where nothing does.
-        others: fingerprints of all models.
-    """
-    if seen is None:
-        return own
-    return sha256_text(canonical([own, seen.digest, [others[name] for name in seen.donors]]))

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sensmerge.pipeline.plan.models import about
+from sensmerge.pipeline.plan.seen import Seen
 from sensmerge.pipeline.plan.tokenizer import Unopened
-from sensmerge.pipeline.plan.vocabulary import Seen, settled
+from sensmerge.pipeline.plan.vocabulary import settled
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.store.store import Key, Store
 from sensmerge.tasks.artifacts import Artifact, canonical, sha256_text

@@ -17,8 +17,6 @@ from sensmerge.pipeline.report.report import (
 )
 from sensmerge.tasks.artifacts import write_whole
 from sensmerge.tasks.checkpoints.listing import HubModel, LocalModel, UrlModel
-from sensmerge.tasks.networks.networks import own_ending
-from sensmerge.tasks.networks.zero_shot import CLIPZeroShotClassifier
 
 CARD = "README.md"
 """The file, in the folder of the merge."""
@@ -68,11 +66,11 @@ def card_text(plan: Plan, report: Report, name: str, recipe_text: str) -> str:
         f"A merge of {', '.join(plan.recipe.experts)} on their common base, made by sensmerge without training.\n",
         f"## Merge\n\n{settings}\n",
         _tuning_text(variant.tuning) if variant.tuning is not None else "",
-        "".join(f"{note}\n" for note in (*_notes(report, name), *_sweep_notes(report, name))),
+        "".join(f"{note}\n" for note in _notes(report, name)),
         _route_text(route, variant.params) if route is not None else "",
         f"## Scores\n\n{_score_lines(report)}\n" if report.tasks else "",
         _adapter_text(_model_id(plan, "base")) if variant.adapter is not None else "",
-        _heads_text(heads, plan.inputs.networks.experts[heads[0]].network) if heads and route is None else "",
+        _heads_text(heads, plan.inputs.heads[heads[0]].network) if heads and route is None else "",
         f"## Recipe\n\n```yaml\n{recipe_text}```\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -104,14 +102,11 @@ def _tuning_text(tuning: TuningInfo) -> str:
 
 
 def _notes(report: Report, name: str) -> list[str]:
-    """Return what the method said of tensors."""
+    """Return what is to be said of the experts' base, of tensors, and of the sweep that a variant is one of."""
     prefix = f"merges.{name}: "
-    return [note.removeprefix(prefix) for note in report.notes if note.startswith(prefix)]
-
-
-def _sweep_notes(report: Report, name: str) -> list[str]:
-    """Return what is to be said of the sweep that a variant is one of."""
-    return [line for sweep, one in report.sweeps.items() if name in one.members for line in sweep_lines(sweep, one)]
+    of_tensors = [note.removeprefix(prefix) for note in report.notes if note.startswith(prefix)]
+    sweeps = [line for sweep, one in report.sweeps.items() if name in one.members for line in sweep_lines(sweep, one)]
+    return [*report.other_bases.values(), *of_tensors, *sweeps]
 
 
 def _model_id(plan: Plan, name: str) -> str:
@@ -199,6 +194,9 @@ merge. {followed}
 
 def _heads_text(heads: list[str], network: str) -> str:
     """How to load the experts' heads; the first one's network is of the class `network`."""
+    from sensmerge.tasks.networks.networks import own_ending  # transformers takes seconds
+    from sensmerge.tasks.networks.zero_shot import CLIPZeroShotClassifier
+
     loader = "TokenClassification" if own_ending([network]) == "token_classification" else "SequenceClassification"
     if network.endswith("ForImageClassification"):
         loader = "ImageClassification"

@@ -30,6 +30,8 @@ class StageRecord(BaseModel):
     fingerprint: str = Field(description="sha256 of everything the result depends on")
 
 
+ROUTED = "routed_"
+"""What the names of metrics begin with that are taken with the heads that a route chooses."""
 MOST_COMPARED = 6
 """Variants of a sweep whose distances from the best one are printed; the report has those of all."""
 
@@ -150,6 +152,9 @@ class Report(BaseModel):
     kinds: dict[str, str] = Field({}, description="kind of each task")
     prompts: dict[str, dict[str, Any]] = Field({}, description="how each task asks a model: its kind, its templates, …")
     notes: list[str] = Field([], description="what a user should know of the models and data: a line each")
+    other_bases: dict[str, str] = Field(
+        {}, description="what is said of experts that look as if they were made from another base; notes have it too"
+    )
     scores: dict[str, dict[str, dict[str, Score]]] = Field(description="scores[model][task][metric]")
     mean_normalised: dict[str, Score] = Field(description="mean over tasks of main metric / own expert's, by model")
     behind: dict[str, Score] = Field(
@@ -188,7 +193,8 @@ def merge_summary(report: Report) -> str | None:
 def score_table(report: Report) -> Table:
     """The final table: a row per model, a column per task (main metric, n, 95 % interval), and the normalised mean.
 
-    Variants stand by their means, the best first, with how far the others are behind it.
+    Variants stand by their means over all samples, with how far the others are behind the first. A dynamic one whose
+    head the route chooses has a second row: the scores by these heads, where they are not those by the heads given.
     """
     table = Table(title=f"{report.recipe}: main metric on each task, with its 95 % interval", show_lines=True)
     table.add_column("model", overflow="fold")
@@ -196,12 +202,21 @@ def score_table(report: Report) -> Table:
         table.add_column(f"{task}\n{metric}", justify="right", overflow="fold")
     table.add_column("mean\nnormalised", justify="right", overflow="fold")
     if report.behind:
-        table.add_column("behind\nthe best", justify="right", overflow="fold")
+        table.add_column("behind\nthe first", justify="right", overflow="fold")
     for model in _by_mean(report):
-        cells = [cell(report.scores.get(model, {}).get(task, {}).get(metric)) for task, metric in report.tasks.items()]
+        given, routed = (_main_scores(report, model, prefix) for prefix in ("", ROUTED))
         behind = [cell(report.behind.get(model))] if report.behind else []
-        table.add_row(model, *cells, cell(report.mean_normalised.get(model)), *behind)
+        table.add_row(model, *map(cell, given), cell(report.mean_normalised.get(model)), *behind)
+        if any(routed) and routed != given:
+            mean = report.routes[model].routed if all(routed) else None
+            table.add_row(f"{model},\nrouted heads", *map(cell, routed), cell(mean), *(["–"] if report.behind else []))
     return table
+
+
+def _main_scores(report: Report, model: str, prefix: str) -> list[Score | None]:
+    """Return a model's main metric on each task, or the one that is called so with a prefix."""
+    scores = report.scores.get(model, {})
+    return [scores.get(task, {}).get(f"{prefix}{metric}") for task, metric in report.tasks.items()]
 
 
 def _by_mean(report: Report) -> list[str]:
@@ -212,13 +227,20 @@ def _by_mean(report: Report) -> list[str]:
     return [*(name for name in report.models if name not in variants), *variants]
 
 
+def first_of(report: Report) -> str:
+    """Return the variant that has the highest mean over all samples, or is the first of equal ones."""
+    return next(name for name in _by_mean(report) if report.roles[name] == "variant")
+
+
 def equals(report: Report) -> str | None:
-    """Return in a line which variants cannot be told from the best; None where there are none."""
+    """Return in a line which variants cannot be told from the first; None where there are none."""
     near = [name for name, score in report.behind.items() if score.low <= 0]
     if not near:
         return None
-    best = next(name for name in _by_mean(report) if report.roles[name] == "variant")
-    return f"not clearly worse than {best} (the 95 % interval of the difference includes 0): {', '.join(near)}"
+    return (
+        f"not clearly worse than the first, {first_of(report)} (the 95 % interval of the difference includes 0): "
+        f"{', '.join(near)}"
+    )
 
 
 def tuning_table(name: str, tuning: TuningInfo) -> Table:
@@ -257,9 +279,9 @@ def tuning_lines(name: str, tuning: TuningInfo) -> list[str]:
 
 
 def sweep_lines(name: str, sweep: SweepInfo) -> list[str]:
-    """Return lines for people: which variant of a sweep is the best, how far others are behind, and what to do next."""
+    """Return lines for people: which variant of a sweep leads, how far others are behind, and what to do next."""
     near = [other for other, score in sweep.behind.items() if score.low <= 0]
-    line = f"sweep {name}: {sweep.best} is the best of {len(sweep.members)}"
+    line = f"sweep {name}: {sweep.best} has the highest mean of {len(sweep.members)}"
     if len(sweep.behind) <= MOST_COMPARED:
         line += "; behind it: " + "; ".join(f"{other} {score}" for other, score in sweep.behind.items())
     elif near:

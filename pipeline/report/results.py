@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sensmerge.pipeline.plan.kinship import other_bases
 from sensmerge.pipeline.plan.models import model_digest, weight_bytes
 from sensmerge.pipeline.plan.plan import Plan
-from sensmerge.pipeline.plan.rows import Split
-from sensmerge.pipeline.plan.step import Step
+from sensmerge.pipeline.plan.step import Split, Step
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.stage import Stage
 from sensmerge.pipeline.report.gate import Outcomes
@@ -55,6 +55,8 @@ def collect(plan: Plan) -> Report:
     evaluated = {name: one.task for name, one in plan.inputs.data.items() if name in scores.get("base", {})}
     first, second = halved(records, evaluated, recipe.gate.metric, list(variants))
     means = _normalised(records, evaluated)
+    strangers = other_bases(plan.inputs.experts, plan.inputs.listings)
+    late = [line for line in strangers.values() if line not in plan.inputs.notes]  # their weights came with this run
     return Report(
         recipe=recipe.name,
         dtype=recipe.dtype,
@@ -68,7 +70,8 @@ def collect(plan: Plan) -> Report:
         prompts=kept_settings(
             {name: one.task for name, one in plan.inputs.data.items() if isinstance(one.task, RowTask)}
         ),
-        notes=[*plan.inputs.notes, *unchanged(plan), *remarks(plan), *uncalibrated(plan), *lacking(variants)],
+        notes=[*plan.inputs.notes, *late, *unchanged(plan), *remarks(plan), *uncalibrated(plan), *lacking(variants)],
+        other_bases=strangers,
         scores=scores,
         mean_normalised=means,
         behind=_behind(records, evaluated, {name: means[name].value for name in variants if name in means}),
@@ -326,7 +329,7 @@ def at_ends(settings: VariantSettings, members: Mapping[str, Mapping[str, Any]],
             continue
         if isinstance(value, int | float) and (more := beyond(settings, numbers, float(value), short)):
             further = ", ".join(f"{one:g}" for one in more)
-            notes.append(f"{key} {value:g} is the best and at the end of the sweep; add values beyond it: {further}")
+            notes.append(f"{key} {value:g} leads and is at the end of the sweep; add values beyond it: {further}")
     return notes
 
 

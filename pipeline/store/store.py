@@ -86,6 +86,8 @@ class Store:
     """on this machine"""
     remote: Remote | None = None
     """of a store at a URL"""
+    cache: Path | None = None
+    """for what comes from the hub, and digests, where there is no root yet (`pipeline.store.unmade`)"""
     _listed: dict[str, RemoteFile] = field(default_factory=dict, init=False, repr=False, compare=False)
     """files of the remote store when it was last looked at, by their path"""
     _intact: set[State] = field(default_factory=set, init=False, repr=False, compare=False)
@@ -135,7 +137,7 @@ class Store:
     @property
     def hub_cache(self) -> Path:
         """Folder of the models that come from the hub, and of the digests of those that do not."""
-        return self.root / "hub"
+        return self.cache or self.root / "hub"
 
     @property
     def rows(self) -> Path:
@@ -365,8 +367,7 @@ class Store:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = error.strerror
-            raise InputError(f"--store {self.root}: cannot be made ({reason}); choose another folder") from error
+            raise InputError(f"--store {self.root}: cannot be made ({error.strerror}); choose another one") from error
 
     @contextmanager
     def lock(self, wait: float = 0) -> Iterator[None]:

@@ -5,10 +5,11 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.environment_variables import (
     MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
@@ -16,14 +17,17 @@ from mlflow.environment_variables import (
     MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT,
 )
 from mlflow.exceptions import MlflowException
+from requests import HTTPError
+from rich.filesize import decimal
 from sqlalchemy.exc import SQLAlchemyError
 
 from sensmerge.pipeline.store.history import SQLITE
-from sensmerge.tasks.artifacts import partial_of
+from sensmerge.pipeline.tracking.database import make_database
 from sensmerge.tasks.errors import StepError, disk_trouble
 
 TRIES = 5
 """How often a server that is gone is asked again, unless the environment says it: for a minute, not for four."""
+TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 RETRIES = MLFLOW_HTTP_REQUEST_MAX_RETRIES.name
 
 
@@ -32,28 +36,9 @@ def connected(uri: str) -> Iterator[MlflowClient]:
     """A client of the tracking URI, which prints nothing; a failure of MLflow is a StepError."""
     os.environ.setdefault(RETRIES, str(TRIES))
     with _quiet(), _explained(uri):
-        _make_database(uri)
+        if uri.startswith(SQLITE):
+            make_database(Path(uri.removeprefix(SQLITE)))
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _make_database(uri: str) -> None:
-    """Make the file of a database that is not there yet, whole or not at all.
-
-    MLflow takes dozens of steps to make its tables, and none of them a second time: if it is killed in between, the
-    file is of no use ever after.
-    """
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        if not path.exists():
-            partial = partial_of(path)
-            for left in path.parent.glob(f"{partial.name}*"):  # by a process that was killed; its journal too
-                left.unlink()
-            beside = f"{SQLITE}{partial}"
-            MlflowClient(tracking_uri=beside, registry_uri=beside).search_experiments(max_results=1)
-            partial.rename(path)
 
 
 @contextmanager
@@ -67,9 +52,23 @@ def _explained(uri: str) -> Iterator[None]:
     except (MlflowException, SQLAlchemyError, OSError) as error:
         if disk_trouble(error) is not None:
             raise
+        if (what := _too_large(error)) is not None:
+            raise StepError(
+                f"MLflow at {uri} failed: {what} is more than it takes (413), or than a proxy before it does; raise "
+                "the limit there (nginx: client_max_body_size)"
+            ) from error
         # What SQLAlchemy adds to the database's message, a statement and a link, says nothing to whoever records runs.
         said = " ".join(str(error).partition("\n[SQL: ")[0].partition("\n(Background on ")[0].split())
         raise StepError(f"MLflow at {uri} failed: {said}") from error
+
+
+def _too_large(error: Exception) -> str | None:
+    """Return what was refused for its size; None of any other error."""
+    if isinstance(error, HTTPError) and error.response is not None and error.response.status_code == TOO_LARGE:
+        asked = error.response.request
+        file = unquote(urlparse(asked.url or "").path).rpartition("/")[2]
+        return f"{file} of {decimal(int(asked.headers['Content-Length']))}"
+    return "a request" if f"failed with error code {TOO_LARGE:d}" in str(error) else None
 
 
 @contextmanager

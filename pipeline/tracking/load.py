@@ -8,13 +8,13 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-import transformers
 from fsspec import get_filesystem_class
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
@@ -26,13 +26,13 @@ from mlflow.transformers.flavor_config import FlavorKey
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from sensmerge.pipeline.report.report import Report
+from sensmerge.pipeline.tracking.network import MergedNetwork, network_of
 from sensmerge.pipeline.tracking.requirements import copy_source, requirements
 from sensmerge.tasks.checkpoints.companions import CONFIG, TOKENIZER
 from sensmerge.tasks.dynamic.vectors import BASE
 from sensmerge.tasks.networks.adapter_config import ADAPTER_CONFIG
-from sensmerge.tasks.networks.known import why_unknown
 from sensmerge.tasks.networks.pictures import Reads
-from sensmerge.tasks.serving.static_model import Form, form_of, head_names, reads_of
+from sensmerge.tasks.serving.form import Form, head_names
 
 LOADER = "sensmerge.tasks.serving.scorer"
 MLMODEL = "MLmodel"
@@ -77,6 +77,8 @@ class Merged:
     """of a static merge; None where it is no model that answers texts"""
     is_known: bool
     """whether a class of transformers reads it"""
+    reads: Reads
+    """what it answers, if it answers"""
     dtype: str
     """torch name of the dtype that its scores were taken in"""
     experts: tuple[str, ...]
@@ -88,6 +90,7 @@ class Merged:
         """Return a variant of a report."""
         folder = Path(report.models[variant])
         kind: Literal["static", "dynamic"] = "dynamic" if variant in report.routes else "static"
+        network = _network(folder, kind)
         experts = next(iter(report.variants[variant].weights.values()), {})
         return cls(
             report.recipe,
@@ -95,8 +98,9 @@ class Merged:
             kind,
             folder,
             report.uris[variant],
-            form_of(folder) if kind == "static" and not (folder / ADAPTER_CONFIG).is_file() else None,
-            kind == "dynamic" or why_unknown(folder) is None,
+            network.form,
+            network.is_known,
+            network.reads,
             report.dtype,
             tuple(experts),
             report.prompts if kind == "static" else {},
@@ -123,11 +127,6 @@ class Merged:
         return self.kind == "dynamic" or self.form is not None
 
     @property
-    def reads(self) -> Reads:
-        """What it answers, if it answers."""
-        return reads_of(self.folder, self.folder / BASE if self.kind == "dynamic" else self.folder)
-
-    @property
     def loaders(self) -> list[str]:
         """What loads the registered version, or the folder itself."""
         if self.kind == "dynamic":
@@ -152,6 +151,14 @@ class Merged:
         except (MlflowException, ImportError):  # no such scheme, or no package for it
             return False
         return True
+
+
+def _network(folder: Path, kind: Literal["static", "dynamic"]) -> MergedNetwork:
+    if kind == "dynamic":
+        from sensmerge.tasks.serving.static_model import reads_of  # transformers takes seconds
+
+        return MergedNetwork(None, True, reads_of(folder, folder / BASE))
+    return MergedNetwork(None, True, "texts") if (folder / ADAPTER_CONFIG).is_file() else network_of(folder)
 
 
 def log_files(client: MlflowClient, model: LoggedModel, merged: Merged) -> None:
@@ -207,7 +214,7 @@ def _transformers_flavor(pipeline: tuple[str, str, str], merged: Merged, beside:
     task, instance, model = pipeline
     where = {FlavorKey.MODEL_BINARY: "."} if beside else {FlavorKey.MODEL_LOCAL_BASE: merged.place}
     return where | {
-        "transformers_version": transformers.__version__,
+        "transformers_version": metadata.version("transformers"),
         FlavorKey.TASK: task,
         FlavorKey.INSTANCE_TYPE: instance,
         FlavorKey.MODEL_TYPE: model,

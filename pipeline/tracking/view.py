@@ -1,4 +1,4 @@
-"""How MLflow's table of runs shows the models of an execution: the best first, with their mean and main metrics."""
+"""How MLflow's table of runs shows the models of an execution: sorted by their means, with these and main metrics."""
 
 import json
 

@@ -1,6 +1,7 @@
 """Merged models as MLflow's pyfunc and Ray Serve serve them: this module is what an MLmodel names as its loader.
 
-It imports no MLflow and nothing of `pipeline`, so that what serves a model needs no more than what runs it.
+It imports nothing of `pipeline`, and MLflow only to tell it what is wrong, so that what serves a model needs no more
+than what runs it.
 """
 
 import logging
@@ -80,8 +81,17 @@ class Scorer:
                 several); `max_new_tokens` and the settings of `Decoding` (models that write).
 
         Raises:
-            InputError: what is no question, or one that the model cannot answer, named by its row.
+            MlflowException: what is no question, or one that the model cannot answer, named by its row; of all errors
+                this one alone becomes status 400 and a line, where MLflow serves the model.
         """
+        try:
+            return self._table(model_input, params)
+        except InputError as error:
+            from mlflow.exceptions import MlflowException
+
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+
+    def _table(self, model_input: Any, params: Mapping[str, Any] | None) -> pd.DataFrame:
         given = {
             name: one
             for name, one in (params or {}).items()
@@ -101,7 +111,7 @@ class Scorer:
             try:
                 rows += self._rows(questions[start : start + BATCH_SIZE], most, task, decoding)
             except InputError as error:
-                raise InputError(f"rows counted from {start}: {error}") from None
+                raise InputError(f"rows counted from {start}: {error}" if start else str(error)) from None
         types: dict[str, type] = {"prediction": object}
         if isinstance(self._model, DynamicModel):
             types |= {"expert": object} | {f"coefficient.{expert}": float for expert in self._model.experts}
@@ -203,7 +213,10 @@ def _column(given: Any, name: str) -> list[Any]:
         given = given[name]
     if isinstance(given, str | bytes):
         raise InputError(f"found a single {name}; expected a DataFrame with a column {name}, or a list of {name}s")
-    return list(given)
+    try:
+        return list(given)
+    except TypeError:
+        raise InputError(f"found {shown(given)}; expected a list of {name}s, or a table") from None
 
 
 def _questions(given: Any, task: str | None, prompts: Prompts) -> Sequence[Question]:
@@ -213,7 +226,10 @@ def _questions(given: Any, task: str | None, prompts: Prompts) -> Sequence[Quest
     """
     named = task is not None and (task in prompts or TEXT not in given)
     if isinstance(given, pd.DataFrame | dict) and (named or TASK in given or MESSAGES in given):
-        table = given if isinstance(given, pd.DataFrame) else pd.DataFrame(given)
+        try:
+            table = pd.DataFrame(given)
+        except ValueError as error:  # columns of several lengths, or of none
+            raise InputError(f"found columns that are no table ({error}); expected a list of values for each") from None
         rows = table.to_dict("records")
         asked = {} if task is None else {TASK: task}
         # Where rows of several tasks stand in one table, the columns of the others are empty.

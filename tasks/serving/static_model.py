@@ -8,7 +8,7 @@ model.predict(["What is 3 plus 4?"])
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -36,9 +36,7 @@ from sensmerge.tasks.networks.pictures import Reads
 from sensmerge.tasks.networks.readers import load_reader, read_by
 from sensmerge.tasks.networks.texts import head_answer
 from sensmerge.tasks.networks.tokens import Inputs, collate, pad_token
-
-Form = Literal["language_model", "encoder_decoder", "classifier", "picture_classifier", "trunk"]
-"""What a static merge is: one whole network, or the trunk of several classifiers, whose heads lie beside it."""
+from sensmerge.tasks.serving.form import Form, head_names
 
 _CLASSES: Mapping[Form, Any] = {
     "language_model": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -106,11 +104,6 @@ def reads_of(folder: Path, base: Path) -> Reads:
     heads = head_names(folder)
     place = folder / HEADS / heads[0] if heads else base
     return read_by(network_class(load_config(place), "classification" if heads else None, place))
-
-
-def head_names(folder: Path) -> list[str]:
-    """Return the tasks whose heads lie beside a merged trunk."""
-    return sorted(path.name for path in (folder / HEADS).glob("*/"))
 
 
 class StaticModel:

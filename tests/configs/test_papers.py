@@ -108,6 +108,6 @@ def test_clip_vit_b32(plan_paper: Any, tmp_path: Path) -> None:
     assert sizes(plan) == {"base": 0.61, **dict.fromkeys(plan.inputs.experts, 0.35)}
     classes = {"sun397": 397, "stanford-cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10}
     classes |= {"gtsrb": 43, "mnist": 10, "dtd": 47}
-    heads = {name: one.source.tensors["classifier.weight"].shape for name, one in plan.inputs.heads.items()}
+    heads = {name: plan.inputs.experts[name].source.tensors["classifier.weight"].shape for name in plan.inputs.heads}
     assert heads == {name: (count, 512) for name, count in classes.items()}
     assert plan.names("heads") == list(classes)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -139,6 +139,11 @@ def test_from_two_experts_to_a_server(
         assert [(one["prediction"], one["expert"]) for one in dynamic] == routed
         found = post(f"{ready()}/invocations", {"dataframe_records": asked, "params": SIX})["predictions"]
         assert [one["prediction"] for one in found] == answers
+        with pytest.raises(HTTPError) as raised:
+            post(f"{ready()}/invocations", {"dataframe_records": [{"task": "maths", "begin": "x"}]})
+        told = json.loads(raised.value.read())
+        assert (raised.value.code, "stack_trace" in told) == (400, False)
+        assert "Error: text 0: task is 'maths'; expected one of " in told["message"]
 
 
 def completed(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -29,6 +29,25 @@ def test_what_another_program_raised_is_kept(cache: Path) -> None:
     assert "secret" not in text
 
 
+def test_nobody_else_reads_it_and_no_secret_is_in_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {
+        "HF_TOKEN": "hf_abcdef",
+        "AWS_SECRET_ACCESS_KEY": "wJalr/XUtn",
+        "MLFLOW_TRACKING_PASSWORD": "hf_abcdef-and-more",
+        "SHORT_KEY": "abc",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MONKEY", "banana-tree")
+    cache.mkdir()
+    (cache / "last-error.txt").touch(0o644)
+    path = keep_stack(error_with(OSError("asked with wJalr/XUtn, hf_abcdef-and-more, 'hf_abcdef', abc, banana-tree")))
+    assert path is not None
+    assert path.stat().st_mode & 0o777 == 0o600
+    said = "asked with [AWS_SECRET_ACCESS_KEY], [MLFLOW_TRACKING_PASSWORD], '[HF_TOKEN]', abc, banana-tree"
+    assert said in path.read_text()
+
+
 def test_an_error_of_our_own_says_all(cache: Path) -> None:
     assert keep_stack(error_with(None)) is None
     assert not cache.exists()

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
+from sensmerge.pipeline.execute.begun import begun, forget, say_begun
 from sensmerge.pipeline.execute.cluster import cluster
 from sensmerge.pipeline.execute.pieces import Around, Piece, Pieces
 from sensmerge.pipeline.execute.worker import Done, Spent
@@ -67,16 +69,21 @@ def test_in_the_plans_order_and_no_more_than_the_limit(
     assert not pieces.is_active()
 
 
-def test_a_step_says_how_far_it_is(tmp_path: Path, ray_address: str) -> None:
+def test_a_step_says_how_far_it_is_once_a_worker_has_begun_it(tmp_path: Path, ray_address: str) -> None:
     with cluster(ray_address):
-        pieces = Pieces([step("a", 3), step("b", 0)], Store(tmp_path), {"merge": 9})
+        pieces = Pieces([step("a", 3), step("b", 0), step("c", 0)], Store(tmp_path), {"merge": 9})
         taken = list(pieces.take())
-        for state, _, _ in taken:
+        assert pieces.at_work() == ([], 3)
+        ray.get([ray.remote(say_begun).remote(pieces.run, f"merge {name}") for name in "ab"])
+        assert pieces.at_work() == (["merge a (0 of 4 pieces, 0 s)", "merge b (0 s)"], 1)
+        for state, _, _ in taken[:-1]:
             state.begun = time.monotonic() - 100
-        assert pieces.at_work() == ["merge a (0 of 4 pieces, 1 min)", "merge b (1 min)"]
         for one in taken[:2]:
             pieces.piece_done(*one, Done({}, Spent(pieces=1, pieces_run=1)))
-        assert pieces.at_work() == ["merge a (2 of 4 pieces, 1 min, about 1 min left)", "merge b (1 min)"]
+        assert pieces.at_work() == (["merge a (2 of 4 pieces, 1 min, about 1 min left)", "merge b (1 min)"], 1)
         # Pieces that an earlier run had done tell nothing of the time that others take.
         pieces.piece_done(*taken[2], Done({}, Spent(pieces=1, pieces_run=0)))
-        assert pieces.at_work()[0] == "merge a (3 of 4 pieces, 1 min)"
+        assert pieces.at_work()[0][0] == "merge a (3 of 4 pieces, 1 min)"
+        assert begun(pieces.run) == {"merge a", "merge b"}
+        forget(pieces.run)
+        assert begun(pieces.run) == set()

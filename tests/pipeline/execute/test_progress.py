@@ -20,21 +20,28 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.Monkey
             shown.at_work([f"merge ta ({second} s)", "merge b", "merge c", *["evaluate d"] * 80])
             if second == 10:
                 shown.advance("merge [a] is done")  # no markup
+        now += 30
+        shown.at_work(["merge c"], 4)
+        now += 30
+        shown.at_work([], 2)
+        now += 30
         shown.at_work([])
         shown.advance(None)
     assert file.getvalue().splitlines() == [
         "[1/2] merge [a] is done",
         "at work: merge ta (40 s), merge b, merge c and 80 more",
+        "at work: merge c; 4 waiting for a worker",
+        "2 waiting for a worker",
     ]
 
 
 def test_a_terminal_shows_what_is_at_work_beside_the_bar() -> None:
     file = io.StringIO()
     with progress(Console(file=file, force_terminal=True, width=120), 2, "steps") as shown:
-        shown.at_work(["merge a", "merge b", "merge c", "merge d", "merge e"])
+        shown.at_work(["merge a", "merge b", "merge c", "merge d", "merge e"], 1)
         shown.advance("one")
     text = file.getvalue()
-    assert "merge a, merge b, merge c and 2 more" in text
+    assert "merge a, merge b, merge c and 2 more; 1 waiting for a worker" in text
     assert "[1/2] one" in text
     assert "at work" not in text
 

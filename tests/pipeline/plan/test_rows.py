@@ -25,6 +25,11 @@ def rows(plan: Plan, task: str = "math") -> tuple[list[str], list[str]]:
     return [row["prompt"] for row in one.calibration], [row["prompt"] for row in one.evaluation]
 
 
+def notes_of(plan: Plan) -> list[str]:
+    """What is said of a plan's rows, but that they are few."""
+    return [note for note in plan.inputs.notes if not note.startswith("few rows")]
+
+
 def one_file(recipe: Recipe, folder: Path, calibration: int | None, evaluation: int | None, **more: Any) -> Recipe:
     """Take the rows of `math` from one file of 12, with one seed."""
     write_rows(folder / "all.jsonl", numbers(0, 12))
@@ -48,14 +53,14 @@ def test_evaluation_draws_what_calibration_left_of_the_same_file(
     eleven, _ = rows(plan_of(tmp_path, one_file(llama_recipe, tmp_path, 11, 1, **more)))
     six = rows(plan_of(tmp_path, one_file(llama_recipe, tmp_path, 4, 6, **more)))[1]
     assert set(calibration) | set(six) <= set(eleven)
-    (note,) = plan.inputs.notes
+    (note,) = notes_of(plan)
     assert note.startswith("tasks.math.evaluation: 8 rows are scored; 4 left out because calibration uses them too: ")
 
 
 def test_rows_without_a_twin_are_those_of_the_seed_alone(llama_recipe: Recipe, tmp_path: Path) -> None:
     write_rows(tmp_path / "math-test.jsonl", numbers(12, 40))
     plan = plan_of(tmp_path, llama_recipe)
-    assert plan.inputs.notes == ()
+    assert notes_of(plan) == []
     source = DataSource(path="json", data_files="math-test.jsonl", samples=6)
     assert plan.inputs.data["math"].evaluation == load_rows(source, "", tmp_path).rows
 
@@ -70,10 +75,10 @@ def test_a_twin_is_told_by_what_the_model_reads(llama_recipe: Recipe, tmp_path: 
     (tmp_path / "test.csv").write_text("id,prompt,completion\nx,9+1=,10\ny,2+1=,3\nz,2+1=,4\nw,8+1=,9\n")
     plan = plan_of(tmp_path, llama_recipe)
     assert rows(plan)[1] == ["9+1=", "2+1=", "8+1="]
-    assert plan.inputs.notes == (
+    assert notes_of(plan) == [
         "tasks.math.evaluation: 3 rows are scored; 1 left out because calibration uses them too: "
         f"line 3 of {tmp_path}/test.csv is line 3 of {tmp_path}/math.jsonl",
-    )
+    ]
 
 
 def test_no_task_is_scored_on_what_another_calibrates_on(llama_recipe: Recipe, tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_no_task_is_scored_on_what_another_calibrates_on(llama_recipe: Recipe, t
     calibration, evaluation = rows(plan)[0], rows(plan, "code")[1]
     assert len(evaluation) == 9
     assert not set(calibration) & set(evaluation)
-    (note,) = plan.inputs.notes
+    (note,) = notes_of(plan)
     assert note.startswith("tasks.code.evaluation: 9 rows of the 12 asked for are scored; 3 left out")
 
 

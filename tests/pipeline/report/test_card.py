@@ -54,12 +54,14 @@ def test_the_cards_of_a_sweep_compare_its_variants(finished: tuple[dict[str, Any
     assert sweep["members"] == {f"swept-weight-{weight}": {"weight": weight} for weight in (0.4, 0.2)}
     assert sweep["behind"][other]["value"] == pytest.approx(means[sweep["best"]] - means[other])
     further = "0.8, 1.6" if sweep["best"] == "swept-weight-0.4" else "0.1, 0.05"
-    note = f"weight {sweep['members'][sweep['best']]['weight']:g} is the best and at the end of the sweep; add values "
+    note = f"weight {sweep['members'][sweep['best']]['weight']:g} leads and is at the end of the sweep; add values "
     note += f"beyond it: {further}"
     if len({*means.values()}) == 1:
         note = "all of its variants score the same"
     for name, card in cards.items():
-        assert (f"sweep swept: {sweep['best']} is the best of 2; behind it: {other} " in card) == (name in means)
+        assert (f"sweep swept: {sweep['best']} has the highest mean of 2; behind it: {other} " in card) == (
+            name in means
+        )
         assert (note in card) == (name in means)
 
 

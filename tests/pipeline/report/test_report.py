@@ -9,8 +9,10 @@ from rich.console import Console
 
 from sensmerge.pipeline.recipe.sweep import expanded, sweeps_of
 from sensmerge.pipeline.recipe.variant import Variant
+from sensmerge.pipeline.report import card
 from sensmerge.pipeline.report.report import (
     Report,
+    RouteInfo,
     StageRecord,
     SweepInfo,
     equals,
@@ -68,8 +70,37 @@ def test_variants_stand_by_their_means_and_those_near_the_best_are_named(tmp_pat
     text = (tmp_path / "out").read_text()
     assert re.findall(r"^│ (\w+) +│ +–", text, re.MULTILINE) == ["base", "high", "near", "low", "none"]
     assert re.findall(r"0\.\d+ │ +(\S+) │", text) == ["–", "–", "0.010", "0.300"]
-    assert equals(one) == "not clearly worse than high (the 95 % interval of the difference includes 0): near"
+    assert (
+        equals(one) == "not clearly worse than the first, high (the 95 % interval of the difference includes 0): near"
+    )
     assert equals(one.model_copy(update={"behind": {"low": behind["low"]}})) is None
+
+
+def test_heads_that_the_route_chooses_have_a_row_where_they_score_otherwise(tmp_path: Path) -> None:
+    given, routed = Score(0.9, 40, 0.8, 0.95), Score(0.7, 40, 0.6, 0.8)
+    route = RouteInfo(
+        rule={}, trust=1.0, calibration=given, candidates=[], projection={}, routed=routed, bytes=1, source_bytes=1
+    )
+
+    def printed(name: str, by_route: Score) -> str:
+        scores = {"se": {"math": {"accuracy": given, "routed_accuracy": by_route}}}
+        one = report().model_copy(
+            update={"roles": {"se": "variant"}, "models": {"se": "s"}, "scores": scores, "routes": {"se": route}}
+        )
+        with (tmp_path / name).open("w") as file:
+            Console(file=file, width=100).print(score_table(one))
+        return (tmp_path / name).read_text()
+
+    table = printed("differ", routed)
+    assert re.search(r"se, +│ +0\.700 │ +0\.700", table)
+    assert "routed heads" in table
+    assert "routed heads" not in printed("same", given)
+
+
+def test_the_card_has_what_is_said_of_its_experts_and_of_its_tensors() -> None:
+    notes = ["experts.x looks", "merges.ta: odd (in 1 tensors)", "merges.b: other"]
+    one = report().model_copy(update={"notes": notes, "other_bases": {"x": "experts.x looks"}})
+    assert card._notes(one, "ta") == ["experts.x looks", "odd (in 1 tensors)"]
 
 
 def test_json_round_trip() -> None:
@@ -154,9 +185,9 @@ def test_the_table_of_a_tuning_has_all_that_was_tried(tmp_path: Path) -> None:
     ("settings", "best", "said"),
     [
         ({"weight": [0.2, 0.4, 0.6]}, "0.4", []),
-        ({"weight": [0.2, 0.4, 0.6]}, "0.6", ["weight 0.6 is the best and .*; add values beyond it: 0.9, 1.35"]),
+        ({"weight": [0.2, 0.4, 0.6]}, "0.6", ["weight 0.6 leads and .*; add values beyond it: 0.9, 1.35"]),
         ({"density": [0.5, 1.0]}, "1.0", []),  # there is nothing beyond it
-        ({"density": [0.5, 1.0]}, "0.5", ["density 0.5 is the best and .*; add values beyond it: 0.25, 0.125"]),
+        ({"density": [0.5, 1.0]}, "0.5", ["density 0.5 leads and .*; add values beyond it: 0.25, 0.125"]),
         ({"seed": [1, 2]}, "2", []),  # chance has no ends
         ({"normalize": [True, False]}, "false", []),
     ],
@@ -175,5 +206,7 @@ def test_of_a_large_sweep_only_the_number_that_is_near_is_printed() -> None:
     behind = {str(n): Score(0.1, 9, n / 10 - 0.3, 1) for n in range(1, 8)}
     sweep = SweepInfo(members={key: {} for key in ["0", *behind]}, best="0", behind=behind, notes=["x"])
     first, note = sweep_lines("t", sweep)
-    assert first.startswith("sweep t: 0 is the best of 8; 3 are not clearly worse (the report has all differences")
+    assert first.startswith(
+        "sweep t: 0 has the highest mean of 8; 3 are not clearly worse (the report has all differences"
+    )
     assert note == "sweep t: x"

@@ -199,7 +199,7 @@ def test_a_trunk_answers_with_the_head_of_the_task_that_is_named(connected: Reco
     for task in ("mood", "topic"):
         found = pyfunc.predict(TEXTS, params={"task": task})
         assert list(found["prediction"]) == model.predict(TEXTS, task=task)
-    with pytest.raises(InputError, match="task is None; expected one of mood, topic"):
+    with pytest.raises(MlflowException, match="task is None; expected one of mood, topic"):
         pyfunc.predict(TEXTS)
     with pytest.raises(MlflowException, match='does not have the "transformers" flavor'):
         mlflow.transformers.load_model(uri)
@@ -242,7 +242,7 @@ def test_models_at_a_url(
 
 def test_without_a_package_for_the_url_mlflow_reads_nothing(folders: dict[str, Path], monkeypatch: Any) -> None:
     merged = Merged(
-        "r", "v", "static", folders["static"], "s3://bucket/merge/v", "language_model", True, "float32", (), {}
+        "r", "v", "static", folders["static"], "s3://bucket/merge/v", "language_model", True, "texts", "float32", (), {}
     )
     assert merged.is_read_by_mlflow
     monkeypatch.setitem(sys.modules, "google.cloud", None)

@@ -24,6 +24,7 @@ import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file
 
 from sensmerge.pipeline.report.answers import Answers
@@ -788,8 +789,8 @@ def test_no_texts_are_no_rows(scorer):
         (["short"] * 35 + ["long" * 99], "rows counted from 32: text 3 has 396 tokens; the model takes 1 to 128"),
     ],
 )
-def test_what_is_no_table_of_texts_is_an_input_error(given, message, scorer):
-    with pytest.raises(InputError, match=message):
+def test_what_is_no_table_of_texts_is_refused(given, message, scorer):
+    with pytest.raises(MlflowException, match=message):
         scorer.predict(given)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 
 from sensmerge.pipeline.plan.plan import Plan
 from sensmerge.tasks.dynamic.model import DynamicModel
-from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.serving.scorer import _load_pyfunc
 from sensmerge.tasks.serving.static_model import StaticModel, form_of, reads_of
 from tests.conftest import do_steps, plan_of
@@ -78,11 +78,11 @@ def test_a_classifier_that_is_merged_with_its_head(tmp_path: Path) -> None:
 
 def test_what_a_served_model_refuses(plan: Plan) -> None:
     served = _load_pyfunc(str(plan.artifact("route", "se")))
-    with pytest.raises(InputError, match="found the columns text; expected a column image"):
+    with pytest.raises(MlflowException, match="found the columns text; expected a column image"):
         served.predict(pd.DataFrame({"text": ["1+1="]}))
-    with pytest.raises(InputError, match="found a single image; expected a DataFrame with a column image"):
+    with pytest.raises(MlflowException, match="found a single image; expected a DataFrame with a column image"):
         served.predict(FILES[0])
-    with pytest.raises(InputError, match=r"^row 1: the picture is '/etc/a\.png'; expected the picture's bytes"):
+    with pytest.raises(MlflowException, match=r"^row 1: the picture is '/etc/a\.png'; expected the picture's bytes"):
         served.predict([FILES[0], "/etc/a.png"])
-    with pytest.raises(InputError, match="picture 1 is 4 bytes that begin with b'none'; expected a picture"):
+    with pytest.raises(MlflowException, match="picture 1 is 4 bytes that begin with b'none'; expected a picture"):
         served.predict([FILES[0], b"none"])

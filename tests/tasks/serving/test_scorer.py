@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 
 from sensmerge.pipeline.tracking.requirements import requirements
 from sensmerge.tasks.errors import InputError
@@ -117,9 +118,12 @@ def test_tables_say_how_their_rows_are_asked(static_writer: Path, caplog: pytest
         (["9"], {"top_k": 4}, "found the parameter top_k; expected task, max_new_tokens, temperature"),
         (["9"], {"temperature": "warm"}, "expected numbers, and texts in stop"),
         (["9"], {"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        (9, {}, "found 9; expected a list of texts, or a table"),
+        ({"task": ["math"], "a": [1, 2]}, {}, "found columns that are no table"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(MlflowException, match=said) as raised:
             served.predict(given, params)
+        assert raised.value.get_http_status_code() == 400
 
 
 def test_parameters_are_how_continuations_are_written(static_writer: Path) -> None:
@@ -138,7 +142,7 @@ def test_parameters_are_how_continuations_are_written(static_writer: Path) -> No
 
 def test_a_task_says_nothing_of_texts_to_a_dynamic_model(dynamic_writer: Any) -> None:
     served = scorer._load_pyfunc(str(dynamic_writer[0]))
-    with pytest.raises(InputError, match="task is math, but texts have no fields for its prompt; give a table"):
+    with pytest.raises(MlflowException, match="task is math, but texts have no fields for its prompt; give a table"):
         served.predict(["1+1="], {"task": "math"})
     table = served.predict(pd.DataFrame({"prompt": ["1+1="]}), {"task": "math", "max_new_tokens": 3})
     pd.testing.assert_frame_equal(table, served.predict(["1+1="], {"max_new_tokens": 3}))
