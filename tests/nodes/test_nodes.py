@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sensmerge.pipeline.execute.pieces import AHEAD
 from sensmerge.pipeline.store.cache import LIMIT
 from sensmerge.tasks.checkpoints.layers import group_by_layer
-from tests.conftest import command_line, make_llama, perturbed, tiny_recipe, write_recipe
+from tests.conftest import make_llama, perturbed, tiny_recipe, write_recipe
 from tests.here import run_here
 from tests.nodes.bucket import UnreliableBucket
 from tests.nodes.cluster import Nodes
@@ -85,8 +85,10 @@ def recipe_of(
     recipe = tiny_recipe({name: Path(str(model)) for name, model in models.items()}, folder)
     for task in ("code",) if is_scored else ("code", "math"):
         del recipe["tasks"][task]["evaluation"]
-    recipe["merges"] = {name: recipe["merges"][name] | {"shard_size": SHARD} for name in ("ta", "ties-sens")}
-    recipe["merges"]["ta-se"] = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}
+    recipe["merges"] = {
+        "ties-sens": recipe["merges"]["ties-sens"] | {"shard_size": SHARD},
+        "ta-se": {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}},
+    }
     recipe["resources"] = {stage: {"resources": {"worker": 0.5}} for stage in ("statistics", "merge", "evaluate")}
     return named(recipe, models) | {"placement": placement}
 
@@ -190,12 +192,7 @@ def test_nodes_share_out_a_merge_and_read_it_once(
 
 @pytest.mark.parametrize("models", [2], indirect=True)
 def test_a_bucket_is_all_that_nodes_share(
-    nodes: Nodes,
-    bucket: UnreliableBucket,
-    files: Any,
-    models: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    nodes: Nodes, bucket: UnreliableBucket, files: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
     driver, store = nodes.own("driver"), "s3://models/store"
     at_urls = {name: f"s3://models/{name}" for name in models}
@@ -230,11 +227,9 @@ def test_a_bucket_is_all_that_nodes_share(
     left = f"{store}/merge/left-00000000"
     files.pipe_file(f"{left}/{WEIGHTS}", b"0" * 10_000)
     files.call_s3("create_multipart_upload", Bucket="models", Key="store/merge/left-00000000/model.safetensors")
-    capsys.readouterr()
-    assert command_line("gc", "--keep", "1", "--delete", "--store", store) == 0
-    assert "merge/left-00000000: 10.0 kB" in capsys.readouterr().out
+    said = nodes.do("driver", "gc", "--keep", "1", "--delete", "--store", store)
+    assert "merge/left-00000000: 10.0 kB" in said
     assert not files.exists(left)
     assert files.list_multipart_uploads("models") == []
-    assert command_line("verify", "--store", store) == 0
-    assert "all intact" in capsys.readouterr().out
+    assert "all intact" in nodes.do("driver", "verify", "--store", store)
     assert list(nodes.disk.iterdir()) == []  # where there is no node
