@@ -54,8 +54,8 @@ def planned(folder: Path) -> Plan:
 
 
 def row(stage: str, steps: list[Step], nodes: int, speed: float) -> str:
-    """Return a line of the table; pieces are shared out evenly, and a piece is done on one node."""
-    pieces = [max(1, len(step.job.parts())) for step in steps]
+    """Return a line of the table; pieces are shared out evenly, each is done on one node, an actor's share is one."""
+    pieces = [max(1, len(step.job.parts())) * max(1, step.actors) for step in steps]
     reads, writes = (sum(getattr(step, what) for step in steps) for what in ("reads", "writes"))
     share = math.ceil(sum(pieces) / nodes) / sum(pieces)
     seconds = share * (reads + writes) / speed
