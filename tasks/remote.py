@@ -14,7 +14,7 @@ from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.urls import public
 
 T = TypeVar("T")
-WAITS = (0.5, 1.0, 2.0, 4.0)
+WAITS = (0.1, 0.4, 2.0, 5.0)
 """Seconds after which something is tried again that a server could not do, each half as long again at most."""
 FINAL = (
     InputError,

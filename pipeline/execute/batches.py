@@ -103,7 +103,7 @@ def _count(workers: Workers) -> int:
     gpus = workers.num_gpus
     if not (gpus <= 1 or gpus.is_integer()):
         raise InputError(f"--num-gpus: is {gpus:g}; above 1, Ray gives only whole GPUs")
-    room = room_for(1, gpus)
+    room = room_for({"CPU": 1} | ({"GPU": gpus} if gpus else {}))
     count = workers.count or room
     if not 0 < count <= room:
         raise InputError(

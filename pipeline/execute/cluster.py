@@ -1,13 +1,12 @@
 """The Ray cluster: how it is reached, what it has room for, and what it answers when work fails."""
 
 import gc
-import math
 import os
 import re
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -174,10 +173,10 @@ def _wait_for_the_last() -> None:
         _CLOSING.pop().join()
 
 
-def room_for(cpus: float, gpus: float) -> int:
-    """Return how many workers of so many CPUs and GPUs each the cluster has room for."""
+def room_for(wanted: Mapping[str, float]) -> int:
+    """Return how many workers that each take so much, by Ray's names, the cluster has room for."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(int(min(node.get("CPU", 0) / cpus, node.get("GPU", 0) / gpus if gpus else math.inf)) for node in nodes)
+    return sum(int(min(node.get(name, 0) / amount for name, amount in wanted.items())) for node in nodes)
 
 
 def answer_of(ready: ray.ObjectRef[Any], title: str, advice: str, others: Iterable[ray.ObjectRef[Any]]) -> Any:

@@ -1,5 +1,6 @@
 """Nodes that share no disk: whether there are any, and what to do when one leaves with what it had made."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ def alive() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 
 
-def with_room(cpus: float, gpus: float) -> list[str]:
-    """Return Ray's ids of the nodes that could give so much, whatever is at work there now."""
+def with_room(wanted: Mapping[str, float]) -> list[str]:
+    """Return Ray's ids of the nodes that could give so much, by Ray's names, whatever is at work there now."""
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    return [name for name, has in nodes.items() if has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus]
+    return [name for name, has in nodes.items() if all(has.get(one, 0) >= amount for one, amount in wanted.items())]
 
 
 def on_node(node: str) -> NodeAffinitySchedulingStrategy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import ray
@@ -175,12 +175,13 @@ def _submit(plan: Plan, state: Running, strand: Strand, piece: Piece) -> ray.Obj
         _check_apart([step])
         if step.actors:
             # Ray does not choose: those that would have to make room may be actors of a try whose node has left.
-            strand.node = random.choice(with_room(resources.num_cpus, resources.num_gpus) or alive())
+            strand.node = random.choice(with_room(resources.wanted) or alive())
     threads = max(1, int(resources.num_cpus))
     options = {
         # A step with actors waits for them: what it held meanwhile they might lack.
         "num_cpus": 0 if step.actors else resources.num_cpus,
         "num_gpus": 0 if step.actors else resources.num_gpus,
+        "resources": {} if step.actors else resources.custom,
         "max_retries": SYSTEM_RETRIES,
         "retry_exceptions": False,
         "name": step.title,
@@ -190,7 +191,7 @@ def _submit(plan: Plan, state: Running, strand: Strand, piece: Piece) -> ray.Obj
     if piece is Around.CHECK:
         # The node that can do it must be able to do the other pieces too, if these have to follow.
         if not state.apart:
-            options |= {"num_gpus": 0}
+            options |= {"num_gpus": 0, "resources": {}}
         elif strand.node is None:
             options |= {"scheduling_strategy": "SPREAD"}
         return _CHECK.options(**options).remote(state.reads, state.job, partial)
@@ -241,35 +242,37 @@ def _wait_for_room(plan: Plan, steps: list[Step], wait: float, console: Console)
 
 def _least_room(plan: Plan, steps: list[Step]) -> list[dict[str, float]]:
     """Return what the cluster has to have at once: a worker for any stage, and all actors of a step that has some."""
-    most: Counter[tuple[float, float]] = Counter()
+    most: Counter[tuple[tuple[str, float], ...]] = Counter()
     for step in steps:
-        wanted = plan.recipe.resources_of(step.stage)
-        most |= Counter({(wanted.num_cpus, wanted.num_gpus): max(1, step.actors)})
-    return [
-        {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-        for (cpus, gpus), count in most.items()
-        for _ in range(count)
-    ]
+        wanted = plan.recipe.resources_of(step.stage).wanted
+        most |= Counter({tuple(wanted.items()): max(1, step.actors)})
+    return [dict(wanted) for wanted in most.elements()]
 
 
 def _check_resources(plan: Plan, steps: list[Step]) -> None:
     """Refuse a recipe that asks for more than any node has: Ray would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    way_out = "lower them, use another --address, or give nodes time to come with --wait"
     for step in steps:
-        wanted = plan.recipe.resources_of(step.stage)
-        room = room_for(wanted.num_cpus, wanted.num_gpus)
+        wanted = plan.recipe.resources_of(step.stage).wanted
+        room = room_for(wanted)
         if step.actors > room:
             raise InputError(
-                f"placement.actors is {step.actors}; the cluster has room for {room} with {wanted.num_cpus:g} CPUs and "
-                f"{wanted.num_gpus:g} GPUs each (resources.{step.stage}); lower them, use another --address, "
-                "or give nodes time to come with --wait"
+                f"placement.actors is {step.actors}; the cluster has room for {room} with {_said(wanted)} each "
+                f"(resources.{step.stage}); {way_out}"
             )
     for stage in dict.fromkeys(step.stage for step in steps):
-        wanted = plan.recipe.resources_of(stage)
-        if not any(node.get("CPU", 0) >= wanted.num_cpus and node.get("GPU", 0) >= wanted.num_gpus for node in nodes):
-            largest = max(node.get("CPU", 0) for node in nodes), max(node.get("GPU", 0) for node in nodes)
+        wanted = plan.recipe.resources_of(stage).wanted
+        if not with_room(wanted):
+            largest = {name: max(node.get(name, 0) for node in nodes) for name in {"CPU": 0, "GPU": 0} | wanted}
             raise InputError(
-                f"resources.{stage}: a step asks for {wanted.num_cpus:g} CPUs and {wanted.num_gpus:g} GPUs, "
-                f"the largest node has {largest[0]:.0f} and {largest[1]:.0f}; lower them, use another --address, or "
-                "give nodes time to come with --wait"
+                f"resources.{stage}: a step asks for {_said(wanted)}, the largest node has {_said(largest)}; {way_out}"
             )
+
+
+def _said(amounts: Mapping[str, float]) -> str:
+    """Return what a step takes of a node, or what nodes have, as messages say it."""
+    usual = [f"{amounts.get(name, 0):g} {name}s" for name in ("CPU", "GPU")]
+    others = [f"{amount:g} {name}" for name, amount in amounts.items() if name not in ("CPU", "GPU")]
+    *first, last = [*usual, *others]
+    return f"{', '.join(first)} and {last}"

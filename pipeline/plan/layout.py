@@ -143,16 +143,15 @@ class Layout:
     def _add(self, name: str, job: Job, needs: Sequence[Step], reads: int = 0, writes: int = 0) -> None:
         placement = getattr(job, "placement", None)
         actors = placement.count if isinstance(placement, Actors) else 0
-        models = self._planned(needs)
         key = self._resolved.store.named(Key.of(name, job))
-        step = Step(name, key, tuple(one.title for one in needs), job, reads, writes, actors, models)
+        step = Step(name, key, tuple(one.title for one in needs), job, reads, writes, actors, self._planned(needs))
         maker = self._by_fingerprint.setdefault(key.fingerprint, step) if self._is_shared(job) else step
         self._made[step.stage][name], self.makers[step.title] = maker, maker.title
         if maker is step:
             self.steps.append(step)
 
     def _planned(self, needs: Sequence[Step]) -> PlannedModels:
-        """Return the models from outside that a step reads."""
+        """Return the models that some steps download."""
         listings = tuple(one.job.listing for one in needs if isinstance(one.job, DownloadJob))
         return PlannedModels(listings, self._resolved.store.hub_cache)
 

@@ -1,7 +1,5 @@
 """The steps of a recipe with tasks: those that run networks."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from sensmerge.pipeline.plan import network_sizes, sizes
@@ -21,7 +19,6 @@ from sensmerge.tasks.stages.cross_task import CrossTaskJob
 from sensmerge.tasks.stages.evaluate import EvaluateJob
 from sensmerge.tasks.stages.evaluate_dynamic import EvaluateDynamicJob
 from sensmerge.tasks.stages.heads import HeadsJob
-from sensmerge.tasks.stages.job import Job
 from sensmerge.tasks.stages.merge import MergeJob
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 from sensmerge.tasks.stages.route import RouteJob
@@ -76,7 +73,7 @@ class NetworkLayout(Layout):
 
     def statistics(self, name: str) -> None:
         """Add what is measured on an expert's calibration set."""
-        measured = wanted_statistics(self._recipe)
+        measured, downloads = wanted_statistics(self._recipe), self._downloads("base", name)
         job = StatisticsJob(
             base=self._model("base"),
             expert=self._model(name),
@@ -88,13 +85,15 @@ class NetworkLayout(Layout):
             name=name,
             device=self._device("statistics"),
             placement=self._resolved.placements["statistics"].placement,
+            planned=self._planned(downloads),
         )
         writes = network_sizes.statistics(self._resolved, measured, self._inputs.data[name].calibration_tokens)
-        self._add(name, job, self._downloads("base", name), self._weights("base", name), writes)
+        self._add(name, job, downloads, network_sizes.networks(self._inputs, name), writes)
 
     def cross_task(self) -> None:
         """Add the distances of all experts."""
         experts = self._inputs.networks.experts
+        downloads = self._downloads("base", *experts)
         job = CrossTaskJob(
             base=self._model("base"),
             experts={name: self._model(name) for name in experts},
@@ -105,9 +104,10 @@ class NetworkLayout(Layout):
             heads={name: computation_digest(one.config) for name, one in experts.items()},
             device=self._device("cross_task"),
             placement=self._resolved.placements["cross_task"].placement,
+            planned=self._planned(downloads),
         )
-        names = ("base", *experts)
-        self._add("all", job, self._downloads(*names), self._weights(*names), network_sizes.kept_trunks(self._resolved))
+        reads = network_sizes.networks(self._inputs, *experts)
+        self._add("all", job, downloads, reads, network_sizes.kept_trunks(self._resolved))
 
     def tune(self, name: str) -> None:
         """Add the choice of a variant's settings, and the scores of the experts on the same rows."""
@@ -220,6 +220,7 @@ class NetworkLayout(Layout):
             # This model stays what it is when the task's expert changes, of which it only takes the head.
             config = computation_digest(experts[head].config)
         made = self._made["download"].get(model) or self._made[self._recipe.merges[model].last_stage][model]
+        needs = [made, *self._downloads("base", *([head] if head else []))]
         job = kind(
             base=self._model("base"),
             model=self._as_run(model) if is_input else made.artifact(self._resolved.store),
@@ -235,9 +236,10 @@ class NetworkLayout(Layout):
             device=self._device("tune" if kind is TuningScoresJob else "evaluate"),
             head_config=config,
             base_config=tuple(expert.folder for expert in experts.values() if expert.base_config),
+            planned=self._planned(needs),
         )
         adapters = [model] if model in experts and experts[model].is_adapter else []
-        return job, [made, *self._downloads("base", *([head] if head else []))], self._weights("base", *adapters)
+        return job, needs, self._weights("base", *adapters)
 
     def evaluate_dynamic(self, name: str) -> None:
         """Add the scores of a dynamic variant on all tasks."""
@@ -256,11 +258,6 @@ class NetworkLayout(Layout):
         files, expert = self._model(name), self._inputs.networks.experts.get(name)
         adopted = " with the base's config" if expert is not None and expert.base_config else ""
         return Artifact(f"{files.fingerprint}{adopted}", files.folder)
-
-    def _add(self, name: str, job: Job, needs: Sequence[Step], reads: int = 0, writes: int = 0) -> None:
-        if isinstance(job, StatisticsJob | CrossTaskJob | EvaluateJob):
-            job = replace(job, planned=self._planned(needs))
-        super()._add(name, job, needs, reads, writes)
 
     def _calibration(self, name: str) -> CalibrationSet:
         """Return what an expert is measured on."""

@@ -14,6 +14,13 @@ from sensmerge.tasks.networks.zero_shot import CLASSES
 from sensmerge.tasks.stages.merge_vectors import MergeVectorsJob
 
 
+def networks(inputs: Inputs, *experts: str) -> int:
+    """Return the size of the weights that networks of experts are made of: of an adapter, those of the base too."""
+    of_adapters = weight_bytes(inputs.listings["base"])
+    of_each = {name: of_adapters * one.is_adapter for name, one in inputs.networks.experts.items()}
+    return sum(weight_bytes(inputs.listings[name]) + of_each[name] for name in experts)
+
+
 def made_head(inputs: Inputs, expert: str) -> int:
     """Return the size of the head that is made for an expert."""
     return inputs.networks.experts[expert].source.tensors[CLASSES].nbytes

@@ -113,7 +113,7 @@ def _actors(
             f"placement.actors is {count}; the base has {blocks} blocks, and each actor takes one or more: "
             f"set it to {blocks} at most"
         )
-    placement = Actors(count, resources.num_cpus, resources.num_gpus)
+    placement = Actors(count, resources.num_cpus, resources.num_gpus, resources.custom)
     if room is None:
         return PlacementChoice(placement, "as the recipe says")
     fitting = [one for one in range(count, blocks + 1) if memory.actor(one) <= room.each]

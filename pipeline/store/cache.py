@@ -118,5 +118,7 @@ def _emptied(unit: _Unit) -> int:
 
 def _thinned(unit: _Unit) -> int:
     """Delete the tensors of a model that nobody reads; return how many bytes that freed."""
+    if read_of(unit.folder) is None:
+        return 0  # without waiting for those who fetch more of it
     # Whoever begins to read from now on has a note before it looks for what is here, and fetches what is not.
     return thin(unit.folder, unit.folder.parents[2], lambda: read_of(unit.folder))

@@ -1,7 +1,7 @@
 """Where a network runs: whole, block by block, or with its blocks on several workers; and which of them fits."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -15,6 +15,8 @@ class Actors:
     """CPU cores of each"""
     num_gpus: float
     """GPUs of each"""
+    custom: Mapping[str, float] = field(default_factory=dict)
+    """what each takes beside these, by Ray's names"""
 
 
 Placement = Literal["whole", "streamed"] | Actors

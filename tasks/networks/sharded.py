@@ -85,7 +85,7 @@ class ShardedRunner(PartsRunner):
         name = str(scratch)
         with suppress(ValueError):  # there is none
             remove_placement_group(get_placement_group(name))
-        bundle = {"CPU": actors.num_cpus} | ({"GPU": actors.num_gpus} if actors.num_gpus else {})
+        bundle = {"CPU": actors.num_cpus, **({"GPU": actors.num_gpus} if actors.num_gpus else {}), **actors.custom}
         group = placement_group([bundle] * actors.count, name=name)
         try:
             ray.get(group.ready())
@@ -176,6 +176,7 @@ class _Lane:
         options = {
             "num_cpus": self._actors.num_cpus,
             "num_gpus": self._actors.num_gpus,
+            "resources": dict(self._actors.custom),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, self._place),
         }
         threads = max(1, int(self._actors.num_cpus))

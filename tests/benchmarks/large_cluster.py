@@ -3,10 +3,11 @@
     python -m tests.benchmarks.large_cluster paper [--nodes 8] [--gigabytes-per-second 3]
     python -m tests.benchmarks.large_cluster block WORK
 
-`paper` plans the recipe of `plan_large` from the headers of sparse models. Of every stage it prints the steps, their
-pieces, the bytes that all of them read and write, the most that one node does, and the time that follows where each
-node reads and writes at the stated speed. `block` makes models of one block of full width below WORK, merges them for
-real, and takes the sensitivity of blocks that are shortened to a narrow feed-forward part, shared out among two actors.
+`paper` plans the recipe of `plan_large` from the headers of sparse models. It prints what that takes, and of every
+stage the steps, their pieces, the bytes that all of them read and write, the most that one node does, and the time that
+follows where each node reads and writes at the stated speed. `block` makes models of one block of full width below
+WORK, merges them for real, and takes the sensitivity of blocks that are shortened to a narrow feed-forward part, shared
+out among two actors.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from sensmerge.pipeline.store.store import Store
 from tests.benchmarks.memory import watched
 from tests.benchmarks.merge_speed import ray_workers
 from tests.benchmarks.plan_large import EXPERTS, LARGE, make_recipe
+from tests.benchmarks.plan_large import planned as run_plan
 from tests.benchmarks.synthetic import Size, make_model
 from tests.conftest import make_tokenizer
 
@@ -52,8 +54,8 @@ def planned(folder: Path) -> Plan:
 
 
 def row(stage: str, steps: list[Step], nodes: int, speed: float) -> str:
-    """Return a line of the table; pieces are shared out evenly, and a piece is done on one node."""
-    pieces = [max(1, len(step.job.parts())) for step in steps]
+    """Return a line of the table; pieces are shared out evenly, each is done on one node, an actor's share is one."""
+    pieces = [max(1, len(step.job.parts())) * max(1, step.actors) for step in steps]
     reads, writes = (sum(getattr(step, what) for step in steps) for what in ("reads", "writes"))
     share = math.ceil(sum(pieces) / nodes) / sum(pieces)
     seconds = share * (reads + writes) / speed
@@ -62,9 +64,11 @@ def row(stage: str, steps: list[Step], nodes: int, speed: float) -> str:
 
 
 def paper(nodes: int, speed: float) -> None:
-    """Print the table."""
+    """Print the table, and what the plan itself took."""
     with TemporaryDirectory() as temporary:
         plan = planned(Path(temporary))
+        seconds, _, peak = run_plan(Path(temporary) / "recipe.yaml")
+        print(f"plan --quick: {seconds:.1f} s, {peak / 1e9:.2f} GB at most")
         print(f"{nodes} nodes, each reads and writes {speed / 1e9:g} GB/s\n")
         print("| stage | steps | pieces | read | written | most on one node | time |\n" + "| --- " * 7 + "|")
         for stage in dict.fromkeys(step.stage for step in plan.steps):
@@ -94,14 +98,17 @@ def tasks(work: Path) -> dict[str, Any]:
 
 
 def run(work: Path, name: str, size: Size, recipe: dict[str, Any]) -> None:
-    """Make models of a size and run a recipe on them; print its steps, and the memory of all its workers."""
+    """Make models of a size and run a recipe on them; print where networks run, all steps, and the workers' memory."""
     for number, model in enumerate(("base", *EXPERTS)):
         folder = make_model(work / name / model, size, number - 1 if number else None)
         make_tokenizer().save_pretrained(folder)
     models = {"base": f"{name}/base", "experts": {one: {"model": f"{name}/{one}"} for one in EXPERTS}}
     path = work / f"{name}.yaml"
     path.write_text(yaml.safe_dump({"name": name, **models, "dtype": "bfloat16", **recipe}))
-    command = [sys.executable, "-m", "pipeline", "run", str(path), "--store", str(work / f"{name}-store")]
+    program, store = [sys.executable, "-m", "pipeline"], ["--store", str(work / f"{name}-store")]
+    planned = subprocess.run([*program, "plan", str(path), "--quick", *store], stdout=subprocess.PIPE, text=True)
+    print(" ".join(planned.stdout.rpartition("┘")[2].split()))
+    command = [*program, "run", str(path), *store, "--tracking-uri", f"sqlite:///{work}/mlflow.db"]
     begin = time.perf_counter()
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,

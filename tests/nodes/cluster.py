@@ -21,6 +21,8 @@ RAY = Path(sys.executable).with_name("ray")
 ALIVE = GcsNodeInfo.ALIVE
 PATIENCE = 120
 """Seconds that a node may take to start."""
+WORKS = '{"worker": 1}'
+"""What nodes have that do work, and the head has not."""
 TRIES = 3
 """How often a node is started; Ray gives up one that takes more than 30 seconds."""
 
@@ -88,7 +90,7 @@ class Nodes:
         self._wait("head", lambda: nodes() == 1)
         for count, name in enumerate(names, start=2):  # at once, they would take each other's sockets
             for _ in range(TRIES):
-                self._start(name, "--num-cpus=1", f"--address={self.address}")
+                self._start(name, "--num-cpus=1", f"--resources={WORKS}", f"--address={self.address}")
                 if self._wait(name, lambda count=count: nodes() == count):
                     break
             else:

@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,18 @@ def models(request: pytest.FixtureRequest, files: Any, save: Callable[..., Path]
     return found
 
 
-def recipe_of(models: Mapping[str, object], folder: Path, placement: object = "streamed") -> dict[str, Any]:
-    """Sens and SE, whose rows go to the folder; few scores, which are not what this is about."""
+def recipe_of(
+    models: Mapping[str, object], folder: Path, placement: object = "streamed", is_scored: bool = False
+) -> dict[str, Any]:
+    """Sens and SE, whose rows go to the folder; few scores or none, which are not what this is about."""
     recipe = tiny_recipe({name: Path(str(model)) for name, model in models.items()}, folder)
-    del recipe["tasks"]["code"]["evaluation"]
-    recipe["merges"] = {name: recipe["merges"][name] | {"shard_size": SHARD} for name in ("ta", "ties-sens")}
-    recipe["merges"]["ta-se"] = {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}}
+    for task in ("code",) if is_scored else ("code", "math"):
+        del recipe["tasks"][task]["evaluation"]
+    recipe["merges"] = {
+        "ties-sens": recipe["merges"]["ties-sens"] | {"shard_size": SHARD},
+        "ta-se": {"method": "task_arithmetic", "weight": 0.5, "application": {"kind": "se"}},
+    }
+    recipe["resources"] = {stage: {"resources": {"worker": 0.5}} for stage in ("statistics", "merge", "evaluate")}
     return named(recipe, models) | {"placement": placement}
 
 
@@ -119,28 +125,29 @@ def layer_bytes(folder: Path) -> list[int]:
 def made_here(recipe: dict[str, Any], folder: Path) -> dict[str, set[bytes]]:
     """What a run on this machine alone makes, see `contents`; rows are in the folder."""
     assert run_here(write_recipe(folder, recipe), "--store", folder / "store") == 0
-    found = [path for path in (folder / "store").rglob("*") if path.is_file()]
-    return contents({path.relative_to(folder / "store").as_posix(): path.read_bytes() for path in found})
+    found = [path.relative_to(folder / "store").as_posix() for path in (folder / "store").rglob("*") if path.is_file()]
+    return contents(found, lambda name: (folder / "store" / name).read_bytes())
 
 
 def at(files: Any, store: str) -> dict[str, set[bytes]]:
     """What is in a store in the bucket, see `contents`."""
     place = store.removeprefix("s3://")
     files.invalidate_cache()
-    return contents({name.removeprefix(f"{place}/"): files.cat_file(name) for name in files.find(place)})
+    found = [name.removeprefix(f"{place}/") for name in files.find(place)]
+    return contents(found, lambda name: files.cat_file(f"{place}/{name}"))
 
 
-def contents(files: Mapping[str, bytes]) -> dict[str, set[bytes]]:
+def contents(names: Iterable[str], read: Callable[[str], bytes]) -> dict[str, set[bytes]]:
     """The weights, routing statistics and scores of a store's artifacts, by stage and what they are of.
 
     The name of a folder ends with a fingerprint, which tells models at a URL from those of a folder.
     """
     found: dict[str, set[bytes]] = {}
-    for name, content in files.items():
+    for name in names:
         stage, _, rest = name.partition("/")
         folder, _, file = rest.partition("/")
         if stage in STAGES and file.endswith((".safetensors", "scores.json", "distances.json")):
-            found.setdefault(f"{stage}/{folder[:-9]}/{file}", set()).add(content)
+            found.setdefault(f"{stage}/{folder[:-9]}/{file}", set()).add(read(name))
     return found
 
 
@@ -188,7 +195,6 @@ def test_a_bucket_is_all_that_nodes_share(
     nodes: Nodes, bucket: UnreliableBucket, files: Any, models: dict[str, Path], tmp_path: Path
 ) -> None:
     driver, store = nodes.own("driver"), "s3://models/store"
-    before, after = tmp_path / "before", tmp_path / "after"
     at_urls = {name: f"s3://models/{name}" for name in models}
     write_recipe(driver, recipe_of(at_urls, driver, {"actors": 2}))
     bucket.busy, bucket.cut = 5, 50
@@ -204,19 +210,18 @@ def test_a_bucket_is_all_that_nodes_share(
     )
     assert re.search(r"merge ties-sens, parts \d+ to \d+: its node left; it begins again on another", said), said
     assert not list(nodes.own("head").rglob("*"))
-    before.mkdir()
-    assert at(files, store) == made_here(recipe_of(models, before), before)
     bucket.busy = bucket.cut = 0
+    assert at(files, store) == made_here(recipe_of(models, tmp_path), tmp_path)
     assert bucket.refused
     assert bucket.broken
 
-    changed_models = models | {"code": changed(models["code"], tmp_path / "code")}
-    files.put_file(str(changed_models["code"] / WEIGHTS), f"models/code/{WEIGHTS}")
-    write_recipe(driver, recipe_of(at_urls, driver))  # one node is left, and no room for two actors
+    after = models | {"code": changed(models["code"], tmp_path / "code")}
+    files.put_file(str(after["code"] / WEIGHTS), f"models/code/{WEIGHTS}")
+    # One node is left, and no room for two actors.
+    write_recipe(driver, recipe_of(at_urls, driver, is_scored=True))
     said = nodes.do("driver", "refresh", nodes.disk / "recipe.yaml", *words)
     assert "download math" not in said
-    after.mkdir()
-    made, expected = at(files, store), made_here(recipe_of(changed_models, after), after)
+    made, expected = at(files, store), made_here(recipe_of(after, tmp_path, is_scored=True), tmp_path)
     assert {name: content - made[name] for name, content in expected.items() if content - made[name]} == {}
 
     left = f"{store}/merge/left-00000000"

@@ -273,11 +273,13 @@ def test_more_than_any_node_has(
 
 def test_what_an_autoscaler_is_asked_for(llama_recipe: dict[str, Any], tmp_path: Path) -> None:
     """One worker of each size, and all actors of a step: more comes as work waits for it."""
-    llama_recipe["resources"] = {"merge": {"num_cpus": 4}, "statistics": {"num_cpus": 2, "num_gpus": 0.5}}
+    llama_recipe["resources"] = {"merge": {"num_cpus": 4}, "statistics": {"num_cpus": 2, "accelerator_type": "H100"}}
+    llama_recipe["resources"]["merge"]["resources"] = {"fast_disk": 0.5}
     llama_recipe["placement"] = {"actors": 2}
     plan = plan_of(tmp_path, llama_recipe)
     asked = run_module._least_room(plan, list(plan.steps))
-    assert sorted(asked, key=str) == [*[{"CPU": 1.0}] * 2, *[{"CPU": 2.0, "GPU": 0.5}] * 2, {"CPU": 4.0}]
+    actors, merge = {"CPU": 2.0, "accelerator_type:H100": 0.001}, {"CPU": 4.0, "fast_disk": 0.5}
+    assert sorted(asked, key=str) == [*[{"CPU": 1.0}] * 2, *[actors] * 2, merge]
 
 
 def test_nan_in_an_expert_stops_the_run_before_a_merge_is_published(

@@ -248,3 +248,7 @@ def test_more_actors_than_the_cluster_has_room_for(
     assert command_line("run", recipe, "--store", tmp_path / "store", "--address", ray_address, *more) == 2
     expected = "placement.actors is 2; the cluster has room for 1 with 2 CPUs and 0 GPUs each (resources.cross_task)"
     assert expected in capsys.readouterr().err
+    other = ("--set", "resources.cross_task.accelerator_type=H100")
+    assert command_line("run", recipe, "--store", tmp_path / "store", "--address", ray_address, *other) == 2
+    expected = "resources.cross_task: a step asks for 1 CPUs, 0 GPUs and 0.001 accelerator_type:H100, the largest node"
+    assert expected in capsys.readouterr().err

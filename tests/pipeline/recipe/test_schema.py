@@ -152,6 +152,8 @@ def test_reading_a_recipe_needs_no_torch() -> None:
             "merges.e.coefficients.weights: found math; expected every expert once: code, math",
         ),
         ({"resources": {"vectors": {"num_gpus": 1}}}, "resources.vectors.num_gpus: the stage uses no GPU"),
+        ({"resources": {"merge": {"resources": {"GPU": 1}}}}, "GPU is not one of the other resources; write num_gpus"),
+        ({"resources": {"merge": {"resources": {"disk": 0}}}}, "disk is 0; expected more than 0, or leave it out"),
         (
             {"merges": {"t": {"method": "tsv_m"}}, "resources": {"merge": {"num_gpus": 1}}},
             "merges.t: method tsv_m does not give the same bits on a GPU as on a CPU; leave resources.merge.num_gpus "
