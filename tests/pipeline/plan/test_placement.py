@@ -9,7 +9,7 @@ import torch
 from rich.filesize import decimal
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
-from sensmerge.pipeline.plan import placement, steps
+from sensmerge.pipeline.plan import network_layout, placement
 from sensmerge.pipeline.plan.memory import Memory, totals_of
 from sensmerge.pipeline.plan.placement import PlacementChoice, choose
 from sensmerge.pipeline.recipe.load import load_recipe
@@ -136,7 +136,7 @@ def test_every_expert_of_a_mixture_counts(save: Save, tmp_path: Path) -> None:
 
 
 def test_totals_are_planned_for(llama_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "wanted_statistics", lambda _: SENSITIVITY | GRAM)
+    monkeypatch.setattr(network_layout, "wanted_statistics", lambda _: SENSITIVITY | GRAM)
     plan = plan_of(tmp_path, llama_recipe, "placement=whole")
     half = 2 * (2 * (6 * 32 * 33 + 48 * 49) + 32 * 33)  # two blocks, and the head
     assert plan.step("statistics", "math").writes == half
