@@ -11,6 +11,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from sensmerge.pipeline.execute.address import LOCAL, cluster_address
 from sensmerge.pipeline.execute.stop import stoppable
 from sensmerge.pipeline.hashing import hashed, said_of
 from sensmerge.pipeline.options import Options
@@ -91,14 +92,16 @@ def work(command: Literal["run", "refresh", "record"], options: Options, console
         take_over(options.store)
         if say_unchanged(command, options, console):
             return True
-        # Files are hashed, and Ray starts, while transformers and others are imported, which takes seconds as well.
-        listed = Future[dict[str, Listing]]()
-        listings = beside.submit(_begin, options, console, stopped, command != "record", listed)
+        # Files are hashed, and Ray's workers import, while transformers and others are imported here, which takes
+        # seconds as well.
+        begun = Future[dict[str, Listing]]()
+        listings = beside.submit(_begin, options, console, stopped, command != "record", begun)
+        listed = begun.result()
         with _quick_imports():
             from sensmerge.pipeline import workflow
             from sensmerge.pipeline.execute.cluster import closed
 
-            _import_planning(options.recipe, listed.result())
+            _import_planning(options.recipe, listed)
         works = {"run": workflow.run, "refresh": workflow.refresh, "record": workflow.record}
         found = listings.result()
         # Until here SIGTERM ends the process at once, and with it the Ray that it may have started; Ctrl-C as soon as
@@ -120,16 +123,23 @@ def _import_planning(recipe: Recipe, listings: Mapping[str, Listing]) -> None:
 
 
 def _begin(
-    options: Options, console: Console, stopped: Event, has_work: bool, listed: "Future[dict[str, Listing]]"
+    options: Options, console: Console, stopped: Event, has_work: bool, begun: "Future[dict[str, Listing]]"
 ) -> dict[str, Listing]:
-    """List the models; if any is new to what has work, Ray starts, while files are hashed if that is sure."""
-    with _or_its_error(listed):
-        check_server(options.uri)
-        listings = list_models(options.recipe, options.folder, options.store.hub_cache)
-        listed.set_result(listings)
+    """List the models; if any is new to what has work, Ray starts, while files are hashed if that is sure.
+
+    They are the result of `begun` as soon as Ray's own processes need no more of this one, which would wait for
+    imports: its workers then have seconds of their own to import.
+    """
     with ThreadPoolExecutor(1) as beside:
-        hashing = beside.submit(hashed, listings, options.store, console, stopped)
-        if is_sure := has_work and _is_new(listings, options.store):
+        with _or_its_error(begun):
+            check_server(options.uri)
+            listings = list_models(options.recipe, options.folder, options.store.hub_cache)
+            hashing = beside.submit(hashed, listings, options.store, console, stopped)
+            is_sure = has_work and _is_new(listings, options.store)
+            if is_sure and cluster_address(options.address) == LOCAL:
+                _connect_ahead(options)
+            begun.set_result(listings)
+        if is_sure and cluster_address(options.address) != LOCAL:
             _connect_ahead(options)
         found = hashing.result()
     if has_work and not is_sure and _is_new(found, options.store):

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
+from sensmerge.pipeline.execute.address import LOCAL, cluster_address
 from sensmerge.pipeline.execute.here import start_here
 from sensmerge.pipeline.execute.stop import Stopped
 from sensmerge.tasks.errors import InputError, StepError, disk_trouble
@@ -40,12 +41,12 @@ def connect(address: str | None, ahead: bool = False) -> None:
         InputError: no cluster answers.
         StepError: Ray does not start on this machine.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = cluster_address(address)
     _check_listens(address)
     _check_token(address)
     # Left to itself Ray tries a task that its memory monitor killed again without end.
     os.environ.setdefault("RAY_task_oom_retries", str(SYSTEM_RETRIES))
-    is_here = address == "local"
+    is_here = address == LOCAL
     handler = signal.getsignal(signal.SIGTERM)
     try:
         if is_here:
@@ -81,7 +82,7 @@ def _check_token(address: str) -> None:
     place = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else str(file) if file.is_file() else None
     is_sent = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
     way_out = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to it or RAY_AUTH_TOKEN_PATH to a file that has it"
-    if is_sent and place is None and address != "local":
+    if is_sent and place is None and address != LOCAL:
         raise InputError(f"--address {address}: RAY_AUTH_MODE is token, and there is none; {way_out}")
     if not _HOST_AND_PORT.fullmatch(address) or address.startswith("ray:"):
         return
