@@ -38,6 +38,8 @@ try:
 except ImportError as error:
     sys.exit(f"error: {error}; run pip install -c constraints.txt '.[serve]'")
 
+from sensmerge.tasks.checkpoints.companions import CONFIG
+from sensmerge.tasks.dynamic.folder import MANIFEST
 from sensmerge.tasks.dynamic.model import DynamicModel
 from sensmerge.tasks.errors import InputError, shown
 from sensmerge.tasks.kinds.questions import TASK, Question
@@ -276,6 +278,13 @@ def main() -> None:
     where = {name: given.pop(name, None) for name in ("address", "host", "port")}
     if where["host"] not in ("127.0.0.1", "localhost", "::1") and "token_file" not in given:
         parser.error(f"--host {where['host']} lets others ask; give --token-file, and put TLS before it")
+
+    folder = Path(given["model"])
+    if folder.is_dir() and not any((folder / name).is_file() for name in (MANIFEST, CONFIG)):
+        parser.error(
+            f"{folder} has neither {MANIFEST} (a dynamic model) nor {CONFIG} (a static merge); give the folder of a "
+            "variant, as `run` printed it"
+        )
 
     from sensmerge.pipeline.execute.cluster import cluster
     from sensmerge.pipeline.execute.stop import Stopped, stoppable

@@ -14,8 +14,8 @@ from sensmerge.tasks.stages.download import listed_files
 def model_changes(plan: Plan) -> list[str]:
     """Return a line for every model whose files are not those of its last artifact: what changed, and what it costs.
 
-    `math: main moved 1a2b3c4 → 9f8e7d6; 9 of 31 steps, 2.1 of 14.0 GB`: of all steps those that run and depend on the
-    model, and the bytes that these read.
+    `math: main moved 1a2b3c4 → 9f8e7d6; 9 of 31 steps depend on it, and read 2.1 of 14.0 GB`: of all steps those that
+    run.
     """
     lines = []
     every = sum(step.reads for step in plan.steps)
@@ -28,7 +28,7 @@ def model_changes(plan: Plan) -> list[str]:
         reads = decimal(sum(one.reads for one in following))
         lines.append(
             f"{name}: {_difference(read_json(last / 'files.json'), listing)}; "
-            f"{len(following)} of {len(plan.steps)} steps, {reads} of {decimal(every)}"
+            f"{len(following)} of {len(plan.steps)} steps depend on it, and read {reads} of {decimal(every)}"
         )
     return lines
 

@@ -333,7 +333,7 @@ def route_warnings(report: Report) -> list[str]:
         f"{name}: the route ({route.rule['score']}) finds the right expert for {route.calibration.value:.0%} of "
         f"{route.calibration.n} held-out calibration samples (95 % interval from {route.calibration.low:.0%}), so "
         f"{route.trust:.0%} of each coefficient comes from the route and the rest from the static merge; add "
-        "calibration samples or choose another score"
+        "calibration samples or choose another score, or take a static variant if inputs do not show their task"
         for name, route in report.routes.items()
         if route.trust < 1
     ]

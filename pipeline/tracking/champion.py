@@ -40,7 +40,9 @@ def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[st
     registry.propose(version, champion, verdicts)
     said += [f"gate, {verdict.task}: {verdict}" for verdict in verdicts]
     if not passes(verdicts):
-        remedy = "" if loss is None else f"; promote {version.recipe}/{version.number} by hand to get one that loads"
+        name = f"{version.recipe}/{version.number}"
+        remedy = "; more evaluation rows narrow the intervals, gate.tolerance allows more, and `sensmerge promote "
+        remedy += f"{name}` passes no gate" if loss is None else f"{name}` gets a champion that loads"
         return False, [*said, f"{version} stays challenger, {champion} stays champion{remedy}"]
     registry.promote(version)
     return True, [*said, f"{version} is champion, replacing {champion}"]

@@ -180,7 +180,7 @@ def check_whole(version: Version, store: Store) -> None:
     if gone is not None:
         raise InputError(
             f"{version}: {gone}; run the recipe as it was to restore it, name the store with --store if this machine "
-            "has it elsewhere, or choose another version with promote"
+            "has it elsewhere, or name another version"
         )
 
 

@@ -162,7 +162,7 @@ class StaticModel:
             return next(iter(self.networks.values()))
         if task is None or task not in names:
             expected = (
-                f"one of {', '.join(names)}, the one whose head answers, as the parameter task"
+                f"the parameter task, one of {', '.join(names)}: its head answers"
                 if names
                 else "none, the model is one whole network"
             )

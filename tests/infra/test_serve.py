@@ -157,9 +157,12 @@ def test_a_static_classifier_answers_from_its_folder(url: str, heads: Path) -> N
     for body, said in (
         (
             {"rows": ["9"]},
-            "task is None; expected one of mood, topic, the one whose head answers, as the parameter task",
+            "task is None; expected the parameter task, one of mood, topic: its head answers",
         ),
-        ({"rows": ["9"], "parameters": {"task": "weather"}}, "task is weather; expected one of mood, topic"),
+        (
+            {"rows": ["9"], "parameters": {"task": "weather"}},
+            "task is weather; expected the parameter task, one of mood, topic",
+        ),
         ({"rows": ["9"], "parameters": {"task": ["mood"]}}, "the parameter task is ['mood']; expected a task's name"),
         ({"rows": [{"task": "topic", "text": "9"}]}, "row 0: task is 'topic'; expected none, for the model keeps no "),
         ({"rows": [{"task": "topic", "text": "9"}]}, "name the task of all rows beside them (--task, or the parameter"),
@@ -270,3 +273,12 @@ def test_who_lets_others_ask_needs_a_token(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit, match="2"):
         serve.main()
     assert "--host 0.0.0.0 lets others ask; give --token-file" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_model_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        serve.main()
+    assert f"{tmp_path} has neither dynamic.json (a dynamic model) nor config.json" in capsys.readouterr().err

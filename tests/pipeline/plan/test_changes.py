@@ -37,7 +37,9 @@ def test_a_branch_that_moved(
         plan = plan_of(tmp_path, llama_recipe)
     (line,) = model_changes(plan)
     count = len(dependents(plan, plan.step("download", "math")))
-    assert line.startswith(f"math: main moved {before[:7]} → {now[:7]}; {count} of {len(plan.steps)} steps, ")
+    assert line.startswith(
+        f"math: main moved {before[:7]} → {now[:7]}; {count} of {len(plan.steps)} steps depend on it, and read "
+    )
 
 
 def test_a_folder_whose_files_changed(llama_recipe: dict[str, Any], tmp_path: Path, llamas: dict[str, Path]) -> None:

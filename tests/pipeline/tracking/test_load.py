@@ -199,7 +199,7 @@ def test_a_trunk_answers_with_the_head_of_the_task_that_is_named(connected: Reco
     for task in ("mood", "topic"):
         found = pyfunc.predict(TEXTS, params={"task": task})
         assert list(found["prediction"]) == model.predict(TEXTS, task=task)
-    with pytest.raises(MlflowException, match="task is None; expected one of mood, topic"):
+    with pytest.raises(MlflowException, match="task is None; expected the parameter task, one of mood, topic"):
         pyfunc.predict(TEXTS)
     with pytest.raises(MlflowException, match='does not have the "transformers" flavor'):
         mlflow.transformers.load_model(uri)

@@ -107,7 +107,10 @@ def test_only_what_is_not_worse_becomes_champion(
     assert "pair/2 (ta) stays challenger, pair/1 (ta) stays champion" in said
     assert aliases() == {"champion": "1", "challenger": "2"}
     ((_, _, told),) = posted
-    assert told["lines"][-1] == "pair/2 (ta) stays challenger, pair/1 (ta) stays champion"
+    assert told["lines"][-1].startswith(
+        "pair/2 (ta) stays challenger, pair/1 (ta) stays champion; more evaluation rows"
+    )
+    assert told["lines"][-1].endswith("`sensmerge promote pair/2` passes no gate")
     assert "secret" not in said
     tags = client.get_model_version("pair", "2").tags
     assert tags["gate"].startswith("refused against version 1: math")
@@ -177,7 +180,8 @@ def test_only_what_is_not_worse_becomes_champion(
     assert command_line("refresh", recipe, *idle) == 3
     said = capsys.readouterr().out
     assert f"pair/3 (ta) is champion, but can no longer be loaded: {weights['3']} is not there" in said
-    assert "pair/2 (ta) stays challenger, pair/3 (ta) stays champion; promote pair/2 by hand" in said
+    assert "pair/2 (ta) stays challenger, pair/3 (ta) stays champion; more evaluation rows" in said
+    assert "`sensmerge promote pair/2` gets a champion that loads" in said
     assert aliases() == {"champion": "3", "challenger": "2"}
 
 

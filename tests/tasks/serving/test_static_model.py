@@ -93,7 +93,7 @@ def test_every_head_answers_on_the_merged_trunk(trunk: Path, berts: Folders) -> 
         assert model.predict(TEXTS, task=task) == classes(expected, trunk)
     assert model.networks["mood"].base_model is model.networks["topic"].base_model
     for task in (None, "weather"):
-        with pytest.raises(InputError, match=f"task is {task}; expected one of mood, topic"):
+        with pytest.raises(InputError, match=f"task is {task}; expected the parameter task, one of mood, topic"):
             model.predict(TEXTS, task=task)
 
 
