@@ -99,7 +99,8 @@ def models_name(recipe: Recipe, listings: Mapping[str, Listing]) -> str | None:
 def _listed(recipe: Recipe, listings: Mapping[str, Listing]) -> str:
     """Return a digest of what of this is known before weights are read."""
     files = {name: [str(one.folder), [[file.name, file.size] for file in one.files]] for name, one in listings.items()}
-    models = {name: one.model_dump(mode="json", by_alias=True) for name, one in recipe.models().items()}
+    # In their order, in which they are merged.
+    models = [[name, one.model_dump(mode="json", by_alias=True)] for name, one in recipe.models().items()]
     return sha256_text(canonical([models, recipe.tokenizer.model_dump(mode="json", by_alias=True), files]))[:16]
 
 

@@ -61,6 +61,14 @@ def test_heads_are_kept(berts: dict[str, Path], recipe: Recipe, tmp_path: Path) 
     assert again.step("merge", "ta").job == opened.step("merge", "ta").job
 
 
+def test_experts_stay_in_the_order_of_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert list(plan_of(tmp_path, recipe).inputs.experts) == ["math", "code"]
+        recipe["experts"] = dict(reversed(recipe["experts"].items()))
+        assert list(plan_of(tmp_path, recipe).inputs.experts) == ["code", "math"]
+        recipe["experts"] = dict(reversed(recipe["experts"].items()))
+
+
 def test_other_weights_are_opened_anew(save: Save, recipe: Recipe, tmp_path: Path) -> None:
     plan_of(tmp_path, recipe)
     save(perturbed(make_llama(), 9), "math", tmp_path)
