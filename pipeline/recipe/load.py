@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from sensmerge.pipeline.recipe.mergekit import MERGE_METHOD, is_mergekit, recipe_name, recipe_of
 from sensmerge.pipeline.recipe.parse import parse, read_text
 from sensmerge.pipeline.recipe.schema import Recipe
+from sensmerge.pipeline.recipe.sweep import sweeps_of
 from sensmerge.tasks.errors import InputError, shown
 
 _NAMED = ("experts", "tasks", "merges", "tokens")
@@ -62,7 +63,7 @@ def checked(data: dict[str, Any], path: Path) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first_error(error)}") from error
+        raise InputError(f"{path}: {_first_error(error)}{_of_sweep(error, data)}") from error
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -115,6 +116,15 @@ def _first_error(error: ValidationError) -> str:
         meant = _meant(found, [word for word in re.findall(r"'([^']+)'", message) if word != found])
         said += f"; {meant}" if meant else ""
     return f"{key + ': ' if key else ''}{message}{said}"
+
+
+def _of_sweep(error: ValidationError, data: Mapping[str, Any]) -> str:
+    """Return which sweep of the recipe the variant is of that the first finding is about; empty if it is of none."""
+    place = error.errors()[0]["loc"]
+    if len(place) < 2 or place[0] != "merges":
+        return ""
+    entries = [name for name, one in sweeps_of(data["merges"]).items() if place[1] in one.members]
+    return f" (merges.{place[1]} comes of merges.{entries[0]})" if entries else ""
 
 
 def _meant(word: Any, words: Sequence[str]) -> str:

@@ -57,7 +57,8 @@ def parse(text: str) -> Any:
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"not valid YAML: {error}") from error
+        said = str(error).replace('in "<unicode string>", line', "at line")
+        raise InputError(f"not valid YAML: {said}") from error
 
 
 def _nodes(node: yaml.Node, known: dict[int, int], level: int) -> int:

@@ -71,6 +71,8 @@ def _imports(module: str) -> Iterator[str]:
                 yield source
                 if source.partition(".")[0] == PROJECT:  # what it takes from a package may be a module
                     yield from (f"{source}.{one.name}" for one in names if _is_module(f"{source}.{one.name}"))
+            case ast.If(test=ast.Name("TYPE_CHECKING"), orelse=other):
+                statements += other
             case ast.If(body=body, orelse=other):
                 statements += [*body, *other]
             case ast.Try(body=body):

@@ -273,7 +273,8 @@ class BlockOwner:
         """
         torch.set_num_threads(threads)
         self._owned = owned
-        models = [one.folder for one in owned.source.models.listings if isinstance(one.source, UrlModel)]
+        listings = () if owned.source.models is None else owned.source.models.listings
+        models = [one.folder for one in listings if isinstance(one.source, UrlModel)]
         self._held = ExitStack()
         self._held.enter_context(held(models))  # as long as the actor lives
 

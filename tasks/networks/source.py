@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 
 from sensmerge.tasks.checkpoints.checkpoint import FilesNeeded
 from sensmerge.tasks.checkpoints.layers import layer_of
-from sensmerge.tasks.checkpoints.unchanged import NONE, PlannedModels
 from sensmerge.tasks.checkpoints.weights import View, by_file
 from sensmerge.tasks.errors import InputError
 from sensmerge.tasks.networks.base import open_base
 from sensmerge.tasks.networks.expert import Expert, load_network, open_expert
 from sensmerge.tasks.networks.networks import Head, for_one_pass, hollow_network, skeleton
 from sensmerge.tasks.networks.regions import regions
+
+if TYPE_CHECKING:  # what serves a model does without
+    from sensmerge.tasks.checkpoints.unchanged import PlannedModels
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Source:
     """torch device"""
     base_config: bool = False
     """whether the expert runs with the base's settings where its own config differs"""
-    models: PlannedModels = NONE
+    models: "PlannedModels | None" = None
     """base and expert, if of their files what is read comes to this machine when it is"""
 
     @cached_property
     def expert(self) -> Expert:
         """The expert's headers."""
+        if self.models is None:
+            return self._opened()
         self.models.bring({self.base: (), self.folder: ()})
         try:
             return self._opened()
@@ -157,7 +161,7 @@ class Source:
 
     def _bring(self, names: Iterable[str]) -> None:
         """Have what is read for some tensors of the base's checkpoint on this machine, and the expert's own head."""
-        if self.models.listings:
+        if self.models is not None and self.models.listings:
             head = [(self.expert.source, name) for name in self.expert.head.values()]
             self.models.bring(by_file([*head, *(one for name in names for one in self.expert.read_for(name))]))
 

@@ -1,13 +1,16 @@
 """Sweeps in recipes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sensmerge.pipeline.recipe.load import checked
 from sensmerge.pipeline.recipe.schema import Recipe
 from sensmerge.pipeline.recipe.sweep import Swept, expanded
+from sensmerge.tasks.errors import InputError
 
 MODELS = {"name": "r", "base": "b", "experts": {"math": {"model": "m"}, "code": {"model": "c"}}}
 
@@ -96,3 +99,9 @@ def test_whatever_yaml_says_is_expanded_or_refused(value: Any) -> None:
     except ValueError:
         return
     assert all("sweep" not in variant for variant in found.values())
+
+
+def test_what_is_wrong_with_a_variant_names_the_entry_that_it_comes_of() -> None:
+    merges = {"x": {"method": "ties", "weight": [0.2, 0.4], "denstiy": 0.5}}
+    with pytest.raises(InputError, match=r"unknown key merges\.x-weight-0\.2\.denstiy; .* \(.*comes of merges\.x\)$"):
+        checked({**MODELS, "merges": merges}, Path("r.yaml"))
