@@ -201,8 +201,6 @@ def _finish(
     if options.report is not None:
         write_json(options.report, report.model_dump())
     print_results(report, plan.recipe.gate, len(plan.inputs.notes), console)
-    if options.report is not None:
-        console.print(f"report: {options.report}", highlight=False, soft_wrap=True)
     from sensmerge.pipeline.tracking.record import Execution, record
 
     best = best_of(report, plan.recipe.gate)
