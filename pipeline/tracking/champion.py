@@ -42,7 +42,7 @@ def choose_champion(plan: Plan, report: Report, uri: str) -> tuple[bool, list[st
     if not passes(verdicts):
         name = f"{version.recipe}/{version.number}"
         remedy = "; more evaluation rows narrow the intervals, gate.tolerance allows more, and `sensmerge promote "
-        remedy += f"{name}` passes no gate" if loss is None else f"{name}` gets a champion that loads"
+        remedy += f"{name}` skips the gate" if loss is None else f"{name}` gets a champion that loads"
         return False, [*said, f"{version} stays challenger, {champion} stays champion{remedy}"]
     registry.promote(version)
     return True, [*said, f"{version} is champion, replacing {champion}"]

@@ -5,6 +5,7 @@ import sqlite3
 from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
+from uuid import uuid4
 
 from filelock import FileLock
 from mlflow import MlflowClient
@@ -46,8 +47,9 @@ def make_database(path: Path) -> None:
 def _keep(made: Path, kept: Path) -> None:
     with suppress(OSError):  # a folder that may only be read: the next one takes as long
         kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(made, partial_of(kept))
-        partial_of(kept).rename(kept)
+        own = kept.with_name(f".{uuid4().hex}.partial")  # others may make their first at the same time
+        shutil.copyfile(made, own)
+        own.rename(kept)
 
 
 def _place_default(database: Path, folder: Path) -> None:

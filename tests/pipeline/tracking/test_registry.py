@@ -110,7 +110,7 @@ def test_only_what_is_not_worse_becomes_champion(
     assert told["lines"][-1].startswith(
         "pair/2 (ta) stays challenger, pair/1 (ta) stays champion; more evaluation rows"
     )
-    assert told["lines"][-1].endswith("`sensmerge promote pair/2` passes no gate")
+    assert told["lines"][-1].endswith("`sensmerge promote pair/2` skips the gate")
     assert "secret" not in said
     tags = client.get_model_version("pair", "2").tags
     assert tags["gate"].startswith("refused against version 1: math")
